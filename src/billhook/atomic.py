@@ -1,0 +1,98 @@
+"""Outputs appear whole or not at all: a temporary sibling, then a rename."""
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from billhook.errors import BillhookError
+
+MARK = "billhook.json"  # every folder billhook writes holds one; --overwrite replaces nothing else
+
+
+def check_free(out: Path, overwrite: bool) -> None:
+    """Raise BillhookError if writing the folder `out` would destroy something."""
+    if not out.exists() and not out.is_symlink():
+        return
+    if not out.is_dir():
+        raise BillhookError(f"{out} exists and is not a folder: choose another output")
+    if any(out.iterdir()):
+        if not overwrite:
+            raise BillhookError(f"{out} exists and is not empty: choose another output, or pass --overwrite")
+        if not (out / MARK).exists():
+            raise BillhookError(
+                f"{out} was not written by billhook (no {MARK}): --overwrite will not replace it, remove it yourself"
+            )
+
+
+@contextmanager
+def folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary sibling of `out` that becomes `out` when the context ends well, and vanishes when it does not.
+
+    Raises:
+        BillhookError: `out` is taken or cannot be written, or the disk is full; nothing is left behind.
+    """
+    out = out.absolute()
+    check_free(out, overwrite)
+    made = [parent for parent in out.parents if not parent.exists()]
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    except OSError as error:
+        _remove_empty(made)
+        raise BillhookError(f"cannot write {out}: {error.strerror or error}") from error
+    try:
+        yield work
+        for path in work.rglob("*"):  # safetensors writes 0600; give the modes that any other file would have
+            path.chmod(0o777 & ~_umask() if path.is_dir() else 0o666 & ~_umask())
+        work.chmod(0o777 & ~_umask())
+        if out.exists():
+            old = work.with_suffix(".old")
+            out.rename(old)
+            work.rename(out)
+            shutil.rmtree(old)
+        else:
+            work.rename(out)
+    except BaseException as error:
+        shutil.rmtree(work, ignore_errors=True)
+        _remove_empty(made)
+        if full := _disk_full(error):
+            raise BillhookError(f"cannot write {out}: {full}; nothing was left behind") from error
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file through a temporary sibling."""
+    try:
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.absolute().parent, prefix=f".{path.name}.", delete=False, encoding="utf-8"
+        ) as file:
+            file.write(text)
+        os.chmod(file.name, 0o666 & ~_umask())
+        os.replace(file.name, path)
+    except OSError as error:
+        raise BillhookError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _disk_full(error: BaseException) -> str:
+    """What the disk said, if it was the disk.  safetensors wraps the system's error in a text of its own."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        return os.strerror(error.errno)
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return next((os.strerror(code) for code in codes if f"os error {code}" in str(error)), "")
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for path in folders:  # innermost first
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

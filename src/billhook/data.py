@@ -1,0 +1,138 @@
+"""Text from files, folders, hub data sets or the demo, cut into windows of tokens."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from billhook import demo
+from billhook.errors import BillhookError
+from billhook.progress import Tick, quiet
+from billhook.tensors import Tokens
+
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+){0,2}")
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text and the name it goes by in tables."""
+
+    name: str
+    text: str
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of tokens, and what a reader needs to know where they come from."""
+
+    source: str
+    tokens: Tokens
+    available: int  # full windows that the text holds
+    text_sha256: str
+    sha256: str  # of the token ids chosen, in order
+
+
+def calibration_text(source: str, tick: Tick = quiet) -> Text:
+    """The text to calibrate on; `demo` gives the articles that the demo does not evaluate on."""
+    return Text("demo", demo.calibration_text(tick)) if source == "demo" else _read(source)
+
+
+def evaluation_texts(sources: Iterable[str], tick: Tick = quiet) -> list[Text]:
+    """The texts to evaluate on; `demo` gives two, neither of them calibrated on."""
+    found: list[Text] = []
+    for source in sources:
+        found += [Text(*item) for item in demo.evaluation_texts(tick).items()] if source == "demo" else [_read(source)]
+    return found
+
+
+def windows(text: Text, tokenizer: Any, length: int, samples: int | None = None, seed: int = 0) -> Windows:
+    """Non-overlapping windows of `length` tokens, the remainder dropped; `samples` of them drawn by `seed`, or all in order.
+
+    Raises:
+        BillhookError: the text is shorter than one window, or has fewer windows than `samples`.
+    """
+    ids = torch.tensor(tokenizer(text.text, add_special_tokens=False, verbose=False).input_ids, dtype=torch.long)
+    count = len(ids) // length
+    if not count:
+        raise BillhookError(
+            f"text {text.name!r} has {len(ids)} tokens, less than one window of {length}: use more text or a smaller --seq-len"
+        )
+    if samples is not None and samples > count:
+        raise BillhookError(
+            f"text {text.name!r} has {count} windows of {length} tokens, fewer than the {samples} asked for: lower --samples"
+        )
+    tokens = ids[: count * length].view(count, length)
+    if samples is not None:
+        tokens = tokens[torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples]]
+    return Windows(text.name, tokens, count, text.sha256, hashlib.sha256(tokens.numpy().tobytes()).hexdigest())
+
+
+def _read(source: str) -> Text:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl") and p.is_file())
+        if not files:
+            raise BillhookError(f"text folder {source} holds no .txt and no .jsonl file")
+        return Text(path.name, "\n\n".join(map(_read_file, files)))
+    if path.exists():
+        return Text(path.stem, _read_file(path))
+    if path.suffix in (".txt", ".jsonl") or source.startswith(("/", ".", "~")) or not HUB_NAME.fullmatch(source):
+        raise BillhookError(
+            f"text {source} does not exist: give a text file, a .jsonl, a folder of either, a hub data set or 'demo'"
+        )
+    return Text(source, _hub(source))
+
+
+def _read_file(path: Path) -> str:
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BillhookError(f"text {path} is not UTF-8 (byte {error.start}): convert it first") from error
+    except OSError as error:
+        raise BillhookError(f"text {path} cannot be read: {error.strerror}") from error
+    if path.suffix == ".jsonl":
+        text = "\n\n".join(_record(path, n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip())
+    if not text.strip():
+        raise BillhookError(f"text {path} is empty")
+    return text
+
+
+def _record(path: Path, number: int, line: str) -> str:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise BillhookError(f"text {path}, line {number}: not JSON ({error.msg})") from error
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise BillhookError(f"text {path}, line {number}: no field 'text' that holds a string")
+    return record["text"]
+
+
+def _hub(source: str) -> str:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise BillhookError(
+            f"text {source!r} is no file here; to read it as a hub data set, install the extra: pip install 'billhook[data]'"
+        ) from error
+    name, *rest = source.split(":")
+    try:
+        rows = load_dataset(name, rest[0] if rest else None, split=rest[1] if len(rest) > 1 else "train")
+    except Exception as error:  # the hub client raises dozens of kinds, offline ones among them
+        first = str(error).strip().splitlines()
+        raise BillhookError(
+            f"text {source!r} is no file here, and no hub data set could be loaded by that name ({first[0] if first else error!r})"
+        ) from error
+    if "text" not in (rows.column_names or []):
+        raise BillhookError(
+            f"hub data set {source!r} has no column 'text' (it has {', '.join(rows.column_names or [])})"
+        )
+    return "\n\n".join(rows["text"])

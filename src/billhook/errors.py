@@ -1,0 +1,18 @@
+"""What a user did that cannot work, said in one line: what, where, what to do."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class BillhookError(ValueError):
+    """Bad input.  The command line prints the message alone and leaves with exit code 2."""
+
+
+def one_of(what: str, given: str, valid: Iterable[str]) -> str:
+    """Return `given` if it is valid, else raise naming the nearest valid name and all of them."""
+    names = list(valid)
+    if given in names:
+        return given
+    near = get_close_matches(given, names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise BillhookError(f"unknown {what} {given!r}: {hint}valid: {', '.join(names)}")

@@ -1,0 +1,36 @@
+"""How long work tells what it is doing: a callback for progress, a clock for where the time went."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+Tick = Callable[[str, int, int], None]  # (stage, steps done, steps in all)
+
+
+def quiet(stage: str, done: int, total: int) -> None:
+    """Report nothing."""
+
+
+class Clock:
+    """Wall seconds by stage.  A stage inside another is charged to itself alone."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._open: list[str] = []
+        self._last = 0.0
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        self._charge()
+        self._open.append(stage)
+        try:
+            yield
+        finally:
+            self._charge()
+            self._open.pop()
+
+    def _charge(self) -> None:
+        now = time.perf_counter()
+        if self._open:
+            self.seconds[self._open[-1]] = self.seconds.get(self._open[-1], 0.0) + now - self._last
+        self._last = now

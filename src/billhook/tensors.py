@@ -1,0 +1,14 @@
+"""The shapes billhook speaks of, as types.  Dimension names bind within one signature; the tests check every call."""
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Weight = Float[Tensor, "out in"]  # what reads an axis, seen as (out, in) whatever the storage order
+Narrowed = Float[Tensor, "out kept"]  # the same weight with only the kept columns
+Gram = Float[Tensor, "in in"]  # X^T X of what enters a reader, float64
+Columns = Float[Tensor, " in"]  # one number for each column of a reader
+Scores = Float[Tensor, " units"]  # one number for each unit of an axis
+Units = Int[Tensor, " chosen"]  # numbers of units, or of columns, ascending
+Index = Int[Tensor, "units span"]  # which entries of a dimension each unit owns
+Mask = Bool[Tensor, " entries"]
+Tokens = Int[Tensor, "windows length"]  # token ids, every row a full window

@@ -1,0 +1,34 @@
+"""Folders that the tests share: a tiny checkpoint, a text, and a cache that nothing is fetched into."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import tiny
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tiny LLaMA checkpoint with tokenizer and tied embeddings."""
+    out = tmp_path / "tiny-llama"
+    tiny.model("llama").save_pretrained(out)
+    tiny.tokenizer().save_pretrained(out)
+    return out
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    path = tmp_path / "words.txt"
+    path.write_text(tiny.text())
+    return path

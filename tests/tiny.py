@@ -1,0 +1,61 @@
+"""Tiny random models of every family, built from configs, and a byte tokenizer: nothing is fetched."""
+
+import string
+from typing import Any
+
+import torch
+import transformers as T
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+SHAPE = dict(vocab_size=258, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, bos_token_id=256, eos_token_id=257)
+GATED = dict(intermediate_size=48, num_key_value_heads=2, max_position_embeddings=128)
+CONFIGS: dict[str, Any] = {
+    "llama": lambda: T.LlamaConfig(**SHAPE, **GATED, tie_word_embeddings=True),
+    "llama_bias": lambda: T.LlamaConfig(**SHAPE, **GATED, attention_bias=True, mlp_bias=True),
+    "mistral": lambda: T.MistralConfig(**SHAPE, **GATED, sliding_window=None),
+    "mistral_sliding": lambda: T.MistralConfig(**SHAPE, **GATED, sliding_window=8),
+    "qwen2": lambda: T.Qwen2Config(**SHAPE, **GATED, tie_word_embeddings=True),
+    "qwen2_sliding": lambda: T.Qwen2Config(**SHAPE, **GATED, use_sliding_window=True, sliding_window=8, max_window_layers=1),
+    "qwen3": lambda: T.Qwen3Config(**SHAPE, **GATED, head_dim=16),
+    "opt": lambda: T.OPTConfig(**SHAPE, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=128, dropout=0.0),
+    "opt_350m": lambda: T.OPTConfig(
+        **SHAPE, ffn_dim=48, word_embed_proj_dim=16, max_position_embeddings=128, do_layer_norm_before=False
+    ),
+}
+
+
+def model(name: str, seed: int = 0) -> T.PreTrainedModel:
+    """A random model; its biases and norms are random too, so that a forgotten one shows."""
+    torch.manual_seed(seed)
+    built = T.AutoModelForCausalLM.from_config(CONFIGS[name]()).eval().requires_grad_(False)
+    for key, param in built.named_parameters():
+        if param.ndim == 1:
+            param.data = torch.randn_like(param) * 0.2 + (1.0 if "norm" in key and key.endswith("weight") else 0.0)
+        else:
+            param.data *= 4  # far from linear, so that a wrong cut is a large error
+    built.generation_config.pad_token_id = 0
+    return built
+
+
+def tokens(windows: int = 2, length: int = 16, seed: int = 1) -> torch.Tensor:
+    return torch.randint(256, (windows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def tokenizer() -> T.PreTrainedTokenizerFast:
+    """One token a byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {symbol: n for n, symbol in enumerate(alphabet)} | {"<s>": 256, "</s>": 257}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return T.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+def text(words: int = 600) -> str:
+    """Words of random letters, some far more frequent than others."""
+    draw = torch.Generator().manual_seed(3)
+    lexicon = [
+        "".join(string.ascii_lowercase[i] for i in torch.randint(26, (4,), generator=draw).tolist()) for _ in range(20)
+    ]
+    chosen = torch.multinomial(torch.arange(1.0, 21.0), words, replacement=True, generator=draw).tolist()
+    return " ".join(lexicon[i] for i in chosen)
