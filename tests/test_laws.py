@@ -100,7 +100,7 @@ def test_the_whole_decoder_is_counted() -> None:
 def test_uneven_layers_are_refused_by_the_uniform_layout() -> None:
     model = tiny.model("llama")
     remove(model, axes(model, ("ffn",))[1], torch.tensor([3]))
-    with pytest.raises(BillhookError, match="layer 1 has .*47.*equal layers"):
+    with pytest.raises(BillhookError, match=r"layer 1 has .*47.*equal layers"):
         update_config(model)
 
 

@@ -7,7 +7,9 @@ import torch
 import transformers as T
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-SHAPE = dict(vocab_size=258, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, bos_token_id=256, eos_token_id=257)
+SHAPE = dict(
+    vocab_size=258, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, bos_token_id=256, eos_token_id=257
+)
 GATED = dict(intermediate_size=48, num_key_value_heads=2, max_position_embeddings=128)
 CONFIGS: dict[str, Any] = {
     "llama": lambda: T.LlamaConfig(**SHAPE, **GATED, tie_word_embeddings=True),
@@ -15,7 +17,9 @@ CONFIGS: dict[str, Any] = {
     "mistral": lambda: T.MistralConfig(**SHAPE, **GATED, sliding_window=None),
     "mistral_sliding": lambda: T.MistralConfig(**SHAPE, **GATED, sliding_window=8),
     "qwen2": lambda: T.Qwen2Config(**SHAPE, **GATED, tie_word_embeddings=True),
-    "qwen2_sliding": lambda: T.Qwen2Config(**SHAPE, **GATED, use_sliding_window=True, sliding_window=8, max_window_layers=1),
+    "qwen2_sliding": lambda: T.Qwen2Config(
+        **SHAPE, **GATED, use_sliding_window=True, sliding_window=8, max_window_layers=1
+    ),
     "qwen3": lambda: T.Qwen3Config(**SHAPE, **GATED, head_dim=16),
     "opt": lambda: T.OPTConfig(**SHAPE, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=128, dropout=0.0),
     "opt_350m": lambda: T.OPTConfig(

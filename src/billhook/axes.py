@@ -34,6 +34,7 @@ class Axis:
     reader: Slot
     counters: tuple[tuple[str, Fraction], ...] = ()  # (attribute path, how much it holds for each unit)
     blocks: int = 1  # units form this many equal contiguous blocks, cut evenly
+    ends_layer: bool = False  # whether what the reader puts out is added to the layer's output as it is
 
     @property
     def slots(self) -> tuple[Slot, ...]:

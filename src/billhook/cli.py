@@ -73,6 +73,9 @@ def prune_command(
     stream: Annotated[str, typer.Option(help=f"whose activations a layer sees: {', '.join(STREAMS)}")] = DEFAULT.stream,
     damping: Annotated[float, typer.Option(help="ridge, as a share of the Gram's mean diagonal")] = DEFAULT.damping,
     restoration: Annotated[bool, typer.Option(help="repair the kept weights by least squares")] = DEFAULT.restoration,
+    correction: Annotated[
+        float, typer.Option(help="share of the error of the layers before that a restoration makes up (dense_target)")
+    ] = DEFAULT.correction,
     calibration: Annotated[
         str,
         typer.Option(
@@ -102,6 +105,7 @@ def prune_command(
         stream=stream,
         damping=damping,
         restoration=restoration,
+        correction=correction,
         calibration=calibration,
         samples=samples,
         seq_len=seq_len,

@@ -38,6 +38,7 @@ class Family:
     o: str
     keys: Mapping[str, str]  # size -> config key: width, heads, kv_heads, head_dim
     head_counters: Mapping[str, str] = field(default_factory=dict)  # module attribute -> heads | entries | per_group
+    pre_norm_key: str = ""  # config key that says whether norms come before the FFN, where both exist
     fixed_heads: str = ""  # why the stock class cannot hold fewer heads, where it cannot
 
 
@@ -69,6 +70,7 @@ OPT = Family(
     o="self_attn.out_proj",
     keys=MappingProxyType({"width": "ffn_dim"}),
     head_counters=MappingProxyType({"self_attn.num_heads": "heads", "self_attn.embed_dim": "entries"}),
+    pre_norm_key="do_layer_norm_before",
     fixed_heads="its stock class takes the head size from hidden_size / num_attention_heads",
 )
 FAMILIES: Mapping[str, Family] = MappingProxyType(
@@ -151,7 +153,8 @@ def _ffn(model: PreTrainedModel, layer: int) -> Axis:
     row = _row(model)
     index = blocks(_linear(model, layer, row.down).in_features)
     writers = [slot for name in row.up for slot in _rows(model, layer, name, index)]
-    return Axis(layer, "ffn", tuple(writers), _read(model, layer, row.down, index))
+    pre_norm = not row.pre_norm_key or bool(getattr(model.config, row.pre_norm_key))
+    return Axis(layer, "ffn", tuple(writers), _read(model, layer, row.down, index), ends_layer=pre_norm)
 
 
 def _heads(model: PreTrainedModel, layer: int) -> Axis:

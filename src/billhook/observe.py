@@ -1,10 +1,10 @@
 """Run a model layer by layer and keep sums of what enters its readers.
 
     for layer in walk(model, tokens, kinds=("ffn",), stream="dense"):
-        G = layer.grams[axis.reader_module]     # for each axis of layer.axes
-        ...                                     # edit the layer; in the sequential stream the next ones see the edit
+        G = layer.fit[axis.reader_module].gram  # for each axis of layer.axes
+        ...                                     # edit the layer; all streams but the dense one see the edit
 
-Nothing is kept for all layers: one hidden state per token, the Grams of one layer.
+Nothing is kept for all layers: one hidden state per token (two where there is a dense target), the sums of one layer.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,24 +20,42 @@ from billhook.axes import Axis
 from billhook.errors import BillhookError
 from billhook.families import axes, layers
 from billhook.progress import Clock, Tick, quiet
-from billhook.tensors import Gram, Tokens
+from billhook.tensors import Cross, Gram, Tokens
 
 STREAMS = {
     "dense": "every layer sees the unpruned model's activations: one forward pass in all",
     "sequential": "every layer sees the activations that the pruned layers before it produce",
+    "dense_target": "as sequential, and each restoration also makes up part of the difference to the unpruned model",
 }
 BATCH_TOKENS = 4096  # tokens in one forward: 25 MB of FFN activations at width 1536
 GRAM_BLOCKS = 4  # block rows of the symmetric product; 4 cost 0.60 of the full one at width 1536, 8 no less
 
 
+@dataclass
+class Evidence:
+    """Sums over tokens of what enters one reader, X (tokens, in), and of what the layer's output lacks, E (tokens, out).
+
+    E is the unpruned model's output of the layer minus this model's: zero but in the `dense_target` stream, and there for
+    the readers alone whose output is added to the layer's as it is.
+    """
+
+    gram: Gram  # X^T X
+    cross: Cross | None = None  # E^T X
+    energy: float = 0.0  # ||E||_F^2
+
+    def __add__(self, other: "Evidence") -> "Evidence":
+        cross = self.cross if self.cross is None or other.cross is None else self.cross + other.cross
+        return Evidence(self.gram + other.gram, cross, self.energy + other.energy)
+
+
 @dataclass(frozen=True)
 class Layer:
-    """One stop of the walk: its axes and, by reader module, the Grams of what enters them."""
+    """One stop of the walk: its axes and, by reader module, the evidence from the windows to fit and those held out."""
 
     number: int
     axes: list[Axis]
-    grams: dict[str, Gram]
-    held_out: dict[str, Gram]
+    fit: dict[str, Evidence]
+    held_out: dict[str, Evidence]
 
 
 @torch.no_grad()
@@ -51,35 +69,42 @@ def walk(
     clock: Clock | None = None,
     tick: Tick = quiet,
 ) -> Iterator[Layer]:
-    """Yield every decoder layer with the Grams of its axes, each on the inputs that `stream` says.
+    """Yield every decoder layer with the evidence on its axes, each on the inputs that `stream` says.
 
     Args:
         tokens: calibration windows (windows, length).
-        held_out: share of the windows, the last ones, whose Grams are kept apart.
+        held_out: share of the windows, the last ones, whose evidence is kept apart.
 
     Raises:
-        BillhookError: an activation is not finite; the message names the layer.
+        BillhookError: an activation is not finite; the message names the module.
     """
     clock = clock or Clock()
-    fit = len(tokens) - int(held_out * len(tokens))
+    count = len(tokens) - int(held_out * len(tokens))
     rows = max(1, BATCH_TOKENS // tokens.shape[1])
-    batches = [(batch, False) for batch in tokens[:fit].split(rows)]
-    batches += [(batch, True) for batch in tokens[fit:].split(rows) if len(batch)]
+    batches = [(batch, False) for batch in tokens[:count].split(rows)]
+    batches += [(batch, True) for batch in tokens[count:].split(rows) if len(batch)]
     by_layer = [[axis for axis in axes(model, kinds) if axis.layer == n] for n in range(len(layers(model)))]
     with clock("forward"):
         states, calls = _enter(model, [batch for batch, _ in batches])
+    targets = list(states) if stream == "dense_target" else []
     for n, module in enumerate(layers(model)):
         tick("statistics", n, len(by_layer))
-        sums: tuple[dict[str, Gram], dict[str, Gram]] = ({}, {})
+        sums: tuple[dict[str, Evidence], dict[str, Evidence]] = ({}, {})
         for b, state in enumerate(states):
-            with clock("forward"), _tapped(model, by_layer[n], sums[batches[b][1]], clock):
+            with clock("forward"), _tapped(model, by_layer[n]) as inputs:
                 after = _run(module, state, calls[b][n])
+            if targets:
+                with clock("forward"):
+                    targets[b] = _run(module, targets[b], calls[b][n])
+            with clock("gram"):
+                _add(sums[batches[b][1]], by_layer[n], inputs, targets[b] - after if targets else None)
             if stream == "dense":
                 states[b] = after
         with clock("gram"):
-            grams, held = ({name: _finite(name, _mirrored(upper)) for name, upper in some.items()} for some in sums)
-        yield Layer(n, by_layer[n], grams, held)
-        if stream == "sequential":
+            for name, evidence in (*sums[0].items(), *sums[1].items()):
+                evidence.gram = _finite(name, _mirrored(evidence.gram))
+        yield Layer(n, by_layer[n], *sums)
+        if stream != "dense":
             with clock("forward"):
                 for b, state in enumerate(states):
                     states[b] = _run(module, state, calls[b][n])
@@ -108,21 +133,31 @@ def _mirrored(upper: Gram) -> Gram:
     return upper.triu() + upper.triu(1).T
 
 
+def _add(sums: dict[str, Evidence], found: list[Axis], inputs: dict[str, Tensor], lack: Tensor | None) -> None:
+    """Add one batch to the evidence of every reader; the Grams stay upper triangles until the layer is done."""
+    for name, ends in {axis.reader_module: axis.ends_layer for axis in found}.items():
+        x = inputs[name].flatten(0, -2).float()
+        before = sums.get(name)
+        here = Evidence(_add_upper(before.gram if before else None, x))
+        if lack is not None and ends:
+            e = lack.flatten(0, -2).float()
+            here.cross = (e.T @ x).to(here.gram) + (before.cross if before and before.cross is not None else 0.0)
+            here.energy = e.square().sum(dtype=torch.float64).item() + (before.energy if before else 0.0)
+        sums[name] = here
+
+
 @contextmanager
-def _tapped(model: PreTrainedModel, found: list[Axis], sums: dict[str, Gram], clock: Clock) -> Iterator[None]:
-    """Add to `sums` what enters the reader of each axis, as upper Grams, while the context is open."""
+def _tapped(model: PreTrainedModel, found: list[Axis]) -> Iterator[dict[str, Tensor]]:
+    """Yield a dict that, while the context is open, receives what enters the reader of each axis."""
+    inputs: dict[str, Tensor] = {}
 
     def tap(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            with clock("gram"):
-                sums[name] = _add_upper(sums.get(name), args[0])
-
-        return add
+        return lambda _, args: inputs.update({name: args[0]})
 
     with ExitStack() as hooks:
         for name in {axis.reader_module for axis in found}:
             hooks.callback(model.get_submodule(name).register_forward_pre_hook(tap(name)).remove)
-        yield
+        yield inputs
 
 
 def _finite(name: str, gram: Gram) -> Gram:

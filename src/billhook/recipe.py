@@ -16,6 +16,7 @@ from billhook.checkpoint import DTYPES, Opened
 from billhook.cuts import Cut
 from billhook.errors import BillhookError, one_of
 from billhook.methods import METHODS
+from billhook.methods.fasp import Settings
 from billhook.observe import STREAMS
 from billhook.progress import Clock, Tick, quiet
 from billhook.scores import SCORES
@@ -31,10 +32,11 @@ class Recipe(BaseModel):
     method: str = "fasp"
     ratio: float = Field(gt=0, lt=1, allow_inf_nan=False)
     axes: tuple[str, ...] = ()  # empty: the method's own default
-    score: str = "obs"
-    stream: str = "dense"
-    damping: float = Field(default=1e-3, gt=0, le=1, allow_inf_nan=False)
-    restoration: bool = True
+    stream: str = "dense_target"
+    score: str = Settings.score
+    damping: float = Field(default=Settings.damping, gt=0, le=1, allow_inf_nan=False)
+    restoration: bool = Settings.restoration
+    correction: float = Field(default=Settings.correction, ge=0, le=1, allow_inf_nan=False)
     calibration: str = "demo"
     samples: int = Field(default=64, ge=1)
     seq_len: int = Field(default=512, ge=2)
@@ -189,17 +191,8 @@ def prune_opened(opened: Opened, chosen: Recipe, tick: Tick = quiet) -> Result:
 
 
 def _run(model: Any, tokens: Tokens, drops: dict[str, int], chosen: Recipe, clock: Clock, tick: Tick) -> list[Cut]:
-    return METHODS[chosen.method].run(
-        model,
-        tokens,
-        drops,
-        score=chosen.score,
-        stream=chosen.stream,
-        damping=chosen.damping,
-        restoration=chosen.restoration,
-        clock=clock,
-        tick=tick,
-    )
+    settings = Settings(chosen.score, chosen.damping, chosen.restoration, chosen.correction)
+    return METHODS[chosen.method].run(model, tokens, drops, settings, stream=chosen.stream, clock=clock, tick=tick)
 
 
 @dataclass(frozen=True)

@@ -151,6 +151,7 @@ CARD_FLAGS = (
     "score",
     "stream",
     "damping",
+    "correction",
     "calibration",
     "samples",
     "seq_len",

@@ -6,6 +6,7 @@ from torch import Tensor
 Weight = Float[Tensor, "out in"]  # what reads an axis, seen as (out, in) whatever the storage order
 Narrowed = Float[Tensor, "out kept"]  # the same weight with only the kept columns
 Gram = Float[Tensor, "in in"]  # X^T X of what enters a reader, float64
+Cross = Float[Tensor, "out in"]  # E^T X: a target's correlation with what enters a reader, float64
 Columns = Float[Tensor, " in"]  # one number for each column of a reader
 Scores = Float[Tensor, " units"]  # one number for each unit of an axis
 Units = Int[Tensor, " chosen"]  # numbers of units, or of columns, ascending

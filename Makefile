@@ -1,0 +1,46 @@
+# Everything a newcomer types.  Each target sets up what it needs in $(VENV) and can be run again at any time.
+VENV ?= .venv
+PYTHON ?= python3
+PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help demo test test-slow check clean
+help:
+	@echo "make demo       prune a real model and see what it cost (first run fetches about 120 MB)"
+	@echo "make test       the fast test suite"
+	@echo "make test-slow  the tests on the real model"
+	@echo "make check      lint, format, types"
+	@echo "make clean      remove $(VENV)"
+
+demo: $(VENV)/.base
+	$(VENV)/bin/billhook demo
+
+test: $(VENV)/.test
+	$(VENV)/bin/python -m pytest
+
+test-slow: $(VENV)/.test
+	$(VENV)/bin/python -m pytest -m slow
+
+check: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python src
+
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit("billhook needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
+	@echo "creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.base: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing billhook into $(VENV)"
+	@$(PIP) -e . && touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing billhook with its test extra into $(VENV)"
+	@$(PIP) -e '.[test]' && touch $@ $(VENV)/.base
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing billhook with its dev extra into $(VENV)"
+	@$(PIP) -e '.[dev]' && touch $@ $(VENV)/.test $(VENV)/.base

@@ -1,0 +1,70 @@
+"""Which score, stream and damping keep the most: python benchmarks/fasp_table.py MODEL CALIBRATION TEXT... > table.md
+
+Calibrates on 64 windows of 512 tokens drawn by seed 0 and prints, as a Markdown table, the perplexity of every cell on
+every TEXT (windows of 512 tokens), as a factor of the dense model's.  The dense stream's Grams do not depend on score,
+damping or ratio: one walk serves all of its cells.
+"""
+
+import argparse
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+from billhook import checkpoint, data, evaluate
+from billhook.budget import total_parameters, uniform_drops
+from billhook.methods.fasp import Settings, cut, fasp
+from billhook.observe import Layer, walk
+from billhook.progress import Clock
+
+RATIOS = (0.1, 0.2, 0.3, 0.5)
+DENSE = [(Settings(score=score), ratio) for ratio in RATIOS for score in ("obs", "wanda", "energy")]
+DENSE += [(Settings(damping=damping), 0.2) for damping in (1e-4, 1e-2, 1e-1)]
+DENSE += [(Settings(score=score, restoration=False), 0.2) for score in ("obs", "wanda", "energy")]
+PRUNED = [("sequential", Settings(), ratio) for ratio in RATIOS] + [("sequential", Settings(score="wanda"), 0.2)]
+PRUNED += [("dense_target", Settings(), ratio) for ratio in RATIOS]
+PRUNED += [("dense_target", Settings(correction=share), 0.2) for share in (0.2, 0.6, 1.0)]
+PRUNED += [("dense_target", Settings(score="wanda"), 0.2), ("dense_target", Settings(damping=1e-2), 0.2)]
+Cell = tuple[str, Settings, float]
+
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("model")
+parser.add_argument("calibration")
+parser.add_argument("texts", nargs="+")
+args = parser.parse_args()
+
+opened = checkpoint.open_model(args.model)
+tokens = data.windows(data.calibration_text(args.calibration), opened.tokenizer, 512, 64, 0).tokens
+windows = [data.windows(text, opened.tokenizer, 512) for text in data.evaluation_texts(args.texts)]
+
+
+def perplexities(model: Any) -> list[float]:
+    return [evaluate.perplexity(model, one).perplexity for one in windows]
+
+
+def dense_cells(layers: list[Layer]) -> Iterator[tuple[Cell, Any]]:
+    for settings, ratio in DENSE:
+        model, drops = copy.deepcopy(opened.model), uniform_drops(opened.model, ("ffn",), ratio, 32)
+        for layer in layers:
+            for axis in layer.axes:
+                cut(model, axis, layer, drops[axis.kind], settings, Clock())
+        yield ("dense", settings, ratio), model
+
+
+def pruned_cells() -> Iterator[tuple[Cell, Any]]:
+    for stream, settings, ratio in PRUNED:
+        model = copy.deepcopy(opened.model)
+        fasp(model, tokens, uniform_drops(model, ("ffn",), ratio, 32), settings, stream=stream)
+        yield (stream, settings, ratio), model
+
+
+base, size = perplexities(opened.model), total_parameters(opened.model)
+names = " | ".join(f"{one.source} | ×" for one in windows)
+print(f"| stream | score | damping | correction | restored | ratio | parameters | {names} |")
+print("|---|---|---|---|---|---|---|" + "---|---|" * len(windows))
+print(f"| unpruned | | | | | 0 | {size:,} | " + " | ".join(f"{p:.2f} | 1" for p in base) + " |", flush=True)
+for cells in (dense_cells(list(walk(opened.model, tokens, ("ffn",)))), pruned_cells()):
+    for (stream, cell, ratio), model in cells:
+        found = " | ".join(f"{p:.2f} | {p / dense:.3f}" for p, dense in zip(perplexities(model), base, strict=True))
+        share = f"{cell.correction:g}" if stream == "dense_target" else ""
+        row = f"| {stream} | {cell.score} | {cell.damping:g} | {share} | {'yes' if cell.restoration else 'no'} | {ratio:.0%} "
+        print(f"{row}| {total_parameters(model):,} | {found} |", flush=True)

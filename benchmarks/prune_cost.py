@@ -1,0 +1,61 @@
+"""What FASP costs, in plain forward passes: python benchmarks/prune_cost.py MODEL TEXT [--stream dense] [--repeats 3]
+
+Times, in one process and in turns, the plain forward of the calibration tokens through the decoder layers and the whole
+of FASP after loading (statistics, score, restoration, surgery), on a fresh copy of the model each time.  Prints the
+median of each, their ratio, the split by stage, and the peak memory beyond the loaded model.
+"""
+
+import argparse
+import copy
+import statistics
+import time
+
+from billhook import checkpoint, data, evaluate
+from billhook.budget import uniform_drops
+from billhook.methods.fasp import Settings, fasp
+from billhook.observe import STREAMS, walk
+from billhook.progress import Clock
+
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("model")
+parser.add_argument("text")
+parser.add_argument("--stream", choices=STREAMS, default="dense")
+parser.add_argument("--score", default="obs")
+parser.add_argument("--ratio", type=float, default=0.2)
+parser.add_argument("--samples", type=int, default=64)
+parser.add_argument("--seq-len", type=int, default=512)
+parser.add_argument("--repeats", type=int, default=3)
+args = parser.parse_args()
+
+opened = checkpoint.open_model(args.model)
+text = data.calibration_text(args.text)
+windows = data.windows(text, opened.tokenizer, args.seq_len, args.samples)
+drops = uniform_drops(opened.model, ("ffn",), args.ratio, 32)
+
+forward, whole, stages, peaks = [], [], [], []
+for _ in range(args.repeats):
+    start = time.perf_counter()
+    for _layer in walk(opened.model, windows.tokens, ()):  # no axis, so no Gram: the forward alone
+        pass
+    forward.append(time.perf_counter() - start)
+    model, clock = copy.deepcopy(opened.model), Clock()
+    with evaluate.peak_growth(model.device) as growth:
+        start = time.perf_counter()
+        fasp(model, windows.tokens, drops, Settings(score=args.score), stream=args.stream, clock=clock)
+        whole.append(time.perf_counter() - start)
+    peaks.append(growth())
+    stages.append(clock.seconds)
+    print(f"forward {forward[-1]:.1f} s, FASP {whole[-1]:.1f} s, ratio {whole[-1] / forward[-1]:.2f}", flush=True)
+
+print(
+    f"\n{len(windows.tokens)} windows of {args.seq_len} tokens of {windows.source}, stream {args.stream}, drops {drops}"
+)
+ratios = [w / f for w, f in zip(whole, forward, strict=True)]
+print(f"plain forward  {statistics.median(forward):7.2f} s")
+print(
+    f"FASP           {statistics.median(whole):7.2f} s   ratio {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+)
+for stage in stages[0]:
+    seconds = statistics.median(s[stage] for s in stages)
+    print(f"  {stage:12s} {seconds:7.2f} s   {seconds / statistics.median(forward):.2f}")
+print(f"peak memory beyond the loaded model: {max(peaks) / 2**20:.0f} MiB")
