@@ -16,7 +16,7 @@ from billhook.methods.fasp import Settings, fasp
 from billhook.observe import STREAMS, walk
 from billhook.progress import Clock
 
-parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("model")
 parser.add_argument("text")
 parser.add_argument("--stream", choices=STREAMS, default="dense")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from billhook.tensors import Columns, Index, Scores, Units
+from billhook.tensors import Columns, Index, Kept, Scores, Units
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +49,7 @@ class Axis:
         """Path of the module whose weight reads the axis."""
         return self.reader.param.removesuffix(".weight")
 
-    def columns(self, units: Units) -> Units:
+    def columns(self, units: Units) -> Kept:
         """Columns of the reader that belong to `units`, ascending."""
         return self.reader.index[units.cpu()].flatten().sort().values.to(units.device)
 

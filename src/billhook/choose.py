@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from billhook.errors import BillhookError
-from billhook.tensors import Scores, Units
+from billhook.tensors import Kept, Scores, Units
 
 
-def lowest(scores: Scores, drop: int, blocks: int = 1) -> tuple[Units, Units]:
+def lowest(scores: Scores, drop: int, blocks: int = 1) -> tuple[Units, Kept]:
     """Numbers of the `drop` units of lowest score, and of those kept; both ascending.
 
     With `blocks`, the units form that many equal contiguous blocks and each gives up drop/blocks of its own.  Ties go

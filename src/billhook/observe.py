@@ -166,7 +166,7 @@ def _finite(name: str, gram: Gram) -> Gram:
     return gram
 
 
-def _enter(model: PreTrainedModel, batches: list[Tokens]) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
+def _enter(model: PreTrainedModel, batches: list[Tensor]) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
     """Hidden states before the first layer, and for each batch what the model passes to each of its layers.
 
     The layers are replaced for one call by recorders that hand their input on, so the model itself makes the masks and

@@ -3,10 +3,10 @@
 import torch
 
 from billhook.linalg import factor
-from billhook.tensors import Cross, Gram, Narrowed, Units, Weight
+from billhook.tensors import Cross, Gram, Kept, Narrowed, Weight
 
 
-def least_squares(W: Weight, G: Gram, kept: Units, damping: float, C: Cross | None = None) -> tuple[Narrowed, float]:
+def least_squares(W: Weight, G: Gram, kept: Kept, damping: float, C: Cross | None = None) -> tuple[Narrowed, float]:
     """The kept columns that best reproduce the whole reader, and the damping used.
 
         V = argmin_V ||V X_S^T - (W X^T + E^T)||_F^2 + delta ||V - W_S||_F^2
@@ -24,7 +24,7 @@ def least_squares(W: Weight, G: Gram, kept: Units, damping: float, C: Cross | No
     return (W64[:, kept] + torch.cholesky_solve(pull.T, lower).T).to(W.dtype), used
 
 
-def relative_error(W: Weight, V: Narrowed, G: Gram, kept: Units, C: Cross | None = None, energy: float = 0.0) -> float:
+def relative_error(W: Weight, V: Narrowed, G: Gram, kept: Kept, C: Cross | None = None, energy: float = 0.0) -> float:
     """||V X_S^T - (W X^T + E^T)||_F / ||W X^T||_F from sums alone, energy = ||E||_F^2.
 
     With D = V - W, zero-filled: the square is tr(D G D^T) - 2 tr(D C^T) + ||E||^2.
@@ -36,7 +36,7 @@ def relative_error(W: Weight, V: Narrowed, G: Gram, kept: Units, C: Cross | None
     return float((square.clamp(min=0) / whole).sqrt()) if whole > 0 else 0.0
 
 
-def _mask(size: int, chosen: Units) -> torch.Tensor:
+def _mask(size: int, chosen: Kept) -> torch.Tensor:
     mask = torch.zeros(size, dtype=torch.bool, device=chosen.device)
     mask[chosen] = True
     return mask

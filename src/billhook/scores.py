@@ -28,7 +28,9 @@ def obs_columns(W: Weight, G: Gram, damping: float = 1e-3) -> Columns:
     Optimal brain surgery (Hassibi & Stork 1993) over whole columns, as in OSSCAR (arXiv:2403.12983).
     """
     lower, _ = factor(G, damping)
-    return W.double().square().sum(0) / torch.cholesky_inverse(lower).diagonal()
+    # (L L^T)^-1 has the squared column norms of L^-1 on its diagonal: half the work of forming the inverse
+    root = torch.linalg.solve_triangular(lower, torch.eye(len(G), dtype=G.dtype, device=G.device), upper=False)
+    return W.double().square().sum(0) / root.square().sum(0)
 
 
 SCORES: dict[str, Callable[[Weight, Gram, float], Columns]] = {

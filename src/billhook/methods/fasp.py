@@ -28,7 +28,7 @@ from billhook.observe import Evidence, Layer, walk
 from billhook.progress import Clock, Tick, quiet
 from billhook.scores import SCORES
 from billhook.surgery import remove
-from billhook.tensors import Cross, Narrowed, Tokens, Units, Weight
+from billhook.tensors import Cross, Kept, Narrowed, Tokens, Weight
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Settings:
     score: str = "obs"
     damping: float = 1e-3  # ridge as a share of the mean diagonal of G, for score and restoration
     restoration: bool = True
-    correction: float = 0.4  # share of E to make up, in the dense_target stream
+    correction: float = 0.3  # share of E to make up, in the dense_target stream
 
     def pull(self, evidence: Evidence) -> Cross | None:
         """correction * E^T X, if there is any to make up."""
@@ -90,12 +90,12 @@ def cut(model: PreTrainedModel, axis: Axis, layer: Layer, count: int, settings: 
     return Cut(axis.layer, axis.kind, axis.units, len(drop), used, before, after, unseen)
 
 
-def _restored(W: Weight, evidence: Evidence, kept: Units, settings: Settings) -> tuple[Narrowed, float]:
+def _restored(W: Weight, evidence: Evidence, kept: Kept, settings: Settings) -> tuple[Narrowed, float]:
     if not settings.restoration:
         return W[:, kept], 0.0
     return restore.least_squares(W, evidence.gram, kept, settings.damping, settings.pull(evidence))
 
 
-def _error(W: Weight, V: Narrowed, evidence: Evidence, kept: Units, settings: Settings) -> float:
+def _error(W: Weight, V: Narrowed, evidence: Evidence, kept: Kept, settings: Settings) -> float:
     energy = settings.correction**2 * evidence.energy if settings.restoration else 0.0
     return restore.relative_error(W, V, evidence.gram, kept, settings.pull(evidence), energy)

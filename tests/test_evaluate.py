@@ -1,0 +1,158 @@
+"""Perplexity, speed, memory and continuations against what can be worked out by hand."""
+
+import json
+import math
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from billhook import evaluate, report
+from billhook.data import Windows
+from billhook.evaluate import continuations, memory, peak_growth, perplexity, sizes, speeds
+
+CPU = torch.device("cpu")
+MEGABYTE = 10**6
+
+
+def windows(count: int = 5, length: int = 12) -> Windows:
+    return Windows("words", tiny.tokens(count, length), count, "hash of the text", "hash of the tokens")
+
+
+def losses_by_hand(model: torch.nn.Module, ids: Tensor) -> list[float]:
+    """Mean loss of each window: log-softmax in plain Python floats."""
+    means = []
+    for window in ids:
+        logits = model(window[None]).logits[0].tolist()
+        losses = []
+        for position, target in enumerate(window.tolist()[1:]):
+            top = max(logits[position])
+            total = math.fsum(math.exp(value - top) for value in logits[position])
+            losses.append(math.log(total) + top - logits[position][target])
+        means.append(math.fsum(losses) / len(losses))
+    return means
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral_sliding", "opt_350m"])
+def test_perplexity_is_that_by_hand(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, given = tiny.model(family), windows()
+    for param in model.parameters():
+        param.data /= 3  # perplexities of some hundreds
+    by_hand = losses_by_hand(model, given.tokens)
+    expected = math.exp(statistics.fmean(by_hand))
+    for batch_tokens in (1, 24, 10_000):
+        monkeypatch.setattr(evaluate, "BATCH_TOKENS", batch_tokens)
+        found = perplexity(model, given)
+        assert found.perplexity == pytest.approx(expected, rel=1e-5)
+        spread = math.sqrt(sum((loss - statistics.fmean(by_hand)) ** 2 for loss in by_hand) / 4)
+        assert found.standard_error == pytest.approx(expected * spread / math.sqrt(5), rel=1e-4)
+        assert (found.text, found.seq_len, found.tokens, found.text_sha256) == ("words", 12, 55, "hash of the text")
+
+
+def test_perplexity_of_one_window_can_be_written_down() -> None:
+    found = perplexity(tiny.model("llama"), windows(count=1))
+    assert json.loads(report.to_json(asdict(found)))["standard_error"] is None
+
+
+def test_perplexity_reports_its_progress() -> None:
+    seen: list[tuple[str, int, int]] = []
+    perplexity(tiny.model("llama"), windows(), lambda *step: seen.append(step))
+    assert seen[-1] == ("perplexity on words", 5, 5) and all(done <= total for _, done, total in seen)
+
+
+@dataclass
+class Sleeper:
+    """A model that takes known times on a clock of its own making: `prompt` by turn, and a fixed time for each token."""
+
+    name: str
+    now: list[float]
+    order: list[str]
+    prompt: Iterator[float]
+    token: float
+    lengths: list[int] = field(default_factory=list)
+    config: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(vocab_size=7))
+    device: torch.device = CPU
+
+    def __call__(self, ids: Tensor, past_key_values: int = 0, **_: object) -> SimpleNamespace:
+        assert ids.shape[0] == 1 and ids.shape[1] == (1 if past_key_values else 16)
+        self.now[0] += self.token if past_key_values else next(self.prompt)
+        self.order += [] if past_key_values else [self.name]
+        self.lengths.append(ids.shape[1])
+        return SimpleNamespace(logits=torch.zeros(1, 1, 7), past_key_values=past_key_values + ids.shape[1])
+
+
+def test_speeds_are_medians_of_turns_taken_by_all_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, order = [0.0], []
+    monkeypatch.setattr(evaluate, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    slow = Sleeper("slow", now, order, iter([100.0, 4.0, 2.0, 8.0]), 0.5)  # the first turn warms up
+    fast = Sleeper("fast", now, order, iter([0.001, 1.0, 1.0, 1.0]), 0.25)
+    first, second = speeds([slow, fast], prompt_tokens=16, new_tokens=6, repeats=3)
+    assert order == ["slow", "fast"] * 4
+    assert slow.lengths == ([16] + [1] * 6) * 4
+    assert (first.prefill, *first.prefill_range) == pytest.approx((4, 2, 8))
+    assert (first.decode, *first.decode_range) == pytest.approx((2, 2, 2))
+    assert (second.prefill, second.decode) == pytest.approx((16, 4))
+    assert (first.prompt_tokens, first.new_tokens, first.repeats) == (16, 6, 3)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_speeds_of_real_models_are_numbers(family: str) -> None:
+    found = speeds([tiny.model(family)] * 2, prompt_tokens=20, new_tokens=3, repeats=2)
+    assert len(found) == 2
+    for speed in found:
+        assert 0 < speed.prefill_range[0] <= speed.prefill <= speed.prefill_range[1] < math.inf
+        assert 0 < speed.decode_range[0] <= speed.decode <= speed.decode_range[1] < math.inf
+
+
+def test_growth_is_what_was_touched_inside() -> None:
+    before = torch.ones(100 * MEGABYTE // 4)
+    with peak_growth(CPU) as growth:
+        held = torch.ones(200 * MEGABYTE // 4)
+        time.sleep(0.05)
+        del held
+        time.sleep(0.05)
+    assert 190 * MEGABYTE < growth() < 260 * MEGABYTE  # the peak, though it is gone
+    with peak_growth(CPU) as growth:
+        time.sleep(0.05)
+    assert 0 <= growth() < 5 * MEGABYTE
+    after = torch.ones(100 * MEGABYTE // 4)
+    assert growth() < 5 * MEGABYTE and len(before) == len(after)
+
+
+def test_the_watcher_goes_when_the_work_fails() -> None:
+    threads = threading.active_count()
+    with pytest.raises(KeyError), peak_growth(CPU):
+        assert threading.active_count() == threads + 1
+        raise KeyError
+    assert threading.active_count() == threads
+
+
+def test_memory_counts_tied_weights_once() -> None:
+    model = tiny.model("llama")
+    stored = sum(p.numel() for p in model.parameters()) * 4
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    found = memory(model, 16)
+    assert found["weights_bytes"] == stored <= found["peak_bytes"]
+    assert memory(model.bfloat16(), 16)["weights_bytes"] == stored // 2
+    assert sizes(model)["parameters"] * 4 == stored
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2_sliding", "opt"])
+def test_continuations_are_greedy_and_leave_out_the_prompt(family: str) -> None:
+    model, tokenizer, prompts = tiny.model(family), tiny.tokenizer(), ["abc", "a longer prompt"]
+    expected = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        start = ids.shape[1]
+        while ids.shape[1] < start + 8 and ids[0, -1] != model.config.eos_token_id:
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+        expected.append(tokenizer.decode(ids[0, start:], skip_special_tokens=True))
+    found = continuations(model, tokenizer, prompts, new_tokens=8)
+    assert found == expected and all(len(text) > 0 for text in found)
