@@ -1,5 +1,6 @@
 """Folders that the tests share: a tiny checkpoint, a text, and a cache that nothing is fetched into."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny
 
-torch.set_num_threads(2)
+os.environ["OMP_NUM_THREADS"] = "1"  # for the subprocesses: on tiny tensors threads only wait for one another
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
