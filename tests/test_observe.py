@@ -1,6 +1,5 @@
 """The walk against hooks of the tests' own on full forward passes: every layer's sums are those of the model it names."""
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
@@ -72,15 +71,13 @@ def tapped(model: nn.Module) -> list[str]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_dense_stream_sees_the_untouched_model(family: str) -> None:
-    model = tiny.model(family).requires_grad_(True)
+    model = tiny.model(family)
     expected = grams(model)
     for layer in walk(model, IDS, KINDS, held_out=0.4):
-        assert torch.is_grad_enabled()  # the walk's own no_grad stays inside it
         names = {axis.reader_module for axis in layer.axes}
         assert names == layer.fit.keys() == layer.held_out.keys()
         for name, sums in whole(layer).items():
-            assert sums.gram.dtype == torch.float64 and not sums.gram.requires_grad
-            assert torch.equal(sums.gram, sums.gram.T)
+            assert sums.gram.dtype == torch.float64 and torch.equal(sums.gram, sums.gram.T)
             assert close(sums.gram, expected.pop(name)), name
         spoil(model, layer.axes)
     assert expected == {} and tapped(model) == []
@@ -148,6 +145,13 @@ def test_the_batch_size_does_not_show(family: str, stream: str, monkeypatch: pyt
         assert close(one, all_at_once) and close(two, all_at_once)
 
 
+@pytest.mark.parametrize("stream", observe.STREAMS)
+def test_the_walk_builds_no_graph_and_leaves_gradients_on_outside(stream: str) -> None:
+    for layer in walk(tiny.model("llama").requires_grad_(True), IDS, KINDS, stream=stream):
+        assert torch.is_grad_enabled()
+        assert not any(evidence.gram.requires_grad for evidence in whole(layer).values())
+
+
 @pytest.mark.parametrize("stream", ["dense", "sequential"])
 def test_held_out_windows_are_kept_apart(stream: str) -> None:
     model = tiny.model("llama")
@@ -172,11 +176,6 @@ def test_nothing_hangs_on_a_model_that_was_left_early(stream: str) -> None:
         for layer in walk(model, IDS, KINDS, stream=stream):
             raise KeyError(layer.number)
     assert tapped(model) == []
-    broken = copy.deepcopy(model)
-    del layers(broken)[1].fc2  # its forward fails, in the middle of the walk
-    with pytest.raises((AttributeError, BillhookError)):
-        list(walk(broken, IDS, KINDS, stream=stream))
-    assert tapped(broken) == []
     layers(model)[2].register_forward_pre_hook(_interrupt)
     with pytest.raises(KeyboardInterrupt):
         list(walk(model, IDS, KINDS, stream=stream))

@@ -21,8 +21,41 @@ def total_parameters(model: PreTrainedModel) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def anatomy(model: PreTrainedModel) -> dict[str, Any]:
+    """What a model is made of and what each kind of axis could give up; weights are not needed."""
+    decoder, rows = decoder_parameters(model), []
+    for kind in KINDS:
+        row: dict[str, Any] = {"axis": kind, "units": None, "parameters_per_unit": None, "share_of_decoder": None}
+        try:
+            check_kinds(model.config.model_type, (kind,))
+            found = axes(model, (kind,))
+            price = found[0].price(model)
+            share = sum(axis.units for axis in found) * price / decoder
+            row |= {"units": found[0].units, "parameters_per_unit": price, "share_of_decoder": share, "refused": None}
+        except BillhookError as error:
+            row["refused"] = str(error)
+        rows.append(row)
+    return {
+        "model_type": model.config.model_type,
+        "layers": len(layers(model)),
+        "hidden_size": model.config.hidden_size,
+        "tied_embeddings": bool(model.config.tie_word_embeddings),
+        "parameters": total_parameters(model),
+        "decoder_parameters": decoder,
+        "axes": rows,
+    }
+
+
 def check_kinds(model_type: str, kinds: tuple[str, ...]) -> None:
     """Raise BillhookError unless the family can give up every one of `kinds` in the uniform layout."""
+    check_names(kinds)
+    row = family_of(model_type)
+    if row.fixed_heads and {"heads", "groups"} & set(kinds):
+        raise BillhookError(f"{model_type} cannot lose heads in a stock checkpoint: {row.fixed_heads}; use --axes ffn")
+
+
+def check_names(kinds: tuple[str, ...]) -> None:
+    """Raise BillhookError for axes that no family can give up together in the uniform layout."""
     if not kinds:
         raise BillhookError(f"no axis named: valid: {', '.join(KINDS)}")
     for kind in kinds:
@@ -34,9 +67,6 @@ def check_kinds(model_type: str, kinds: tuple[str, ...]) -> None:
         )
     if {"heads", "groups"} <= set(kinds):
         raise BillhookError("axes 'heads' and 'groups' cut the same columns: name one of them")
-    row = family_of(model_type)
-    if row.fixed_heads and {"heads", "groups"} & set(kinds):
-        raise BillhookError(f"{model_type} cannot lose heads in a stock checkpoint: {row.fixed_heads}; use --axes ffn")
 
 
 def uniform_drops(model: PreTrainedModel, kinds: tuple[str, ...], ratio: float, multiple_of: int) -> dict[str, int]:

@@ -55,7 +55,9 @@ def solve(candidates: Sequence[Candidates], target: float) -> dict[str, int]:
     while rest:
         axis, *rest_after = rest
         share = target / sum(c.price * c.units for c in rest)
-        count = min(axis.drops, key=lambda drop: (abs(drop - share * axis.units), drop))
+        most_after = sum(c.drops[-1] * c.price for c in rest_after)
+        reachable = [d for d in axis.drops if -slack <= target - d * axis.price <= most_after + slack]
+        count = min(reachable or axis.drops, key=lambda drop: (abs(drop - share * axis.units), drop))
         counts[axis.kind], target, rest = count, target - count * axis.price, rest_after
     if not any(counts.values()):
         smallest = min(c.price * c.drops[1] for c in candidates if len(c.drops) > 1)

@@ -24,11 +24,11 @@ from rich.table import Table
 
 from billhook import atomic, budget, checkpoint, data, demo, evaluate, report
 from billhook.errors import BillhookError
-from billhook.families import FAMILIES, KINDS, axes, layers
+from billhook.families import FAMILIES, KINDS
 from billhook.methods import METHODS
 from billhook.observe import STREAMS
 from billhook.progress import Tick
-from billhook.recipe import Recipe, check_out, prune, read_recipe, recipe
+from billhook.recipe import Recipe, check_out, measure, prune, read_recipe, recipe
 from billhook.scores import SCORES
 
 app = typer.Typer(
@@ -178,53 +178,19 @@ def inspect_command(model: Model, json: Json = False) -> None:
     """Show what MODEL is made of and what can be pruned, without loading its weights."""
     with _progress() as tick:
         skeleton = checkpoint.open_skeleton(model, tick)
-    decoder, rows = budget.decoder_parameters(skeleton), []
-    for kind in KINDS:
-        try:
-            budget.check_kinds(skeleton.config.model_type, (kind,))
-            first, number = axes(skeleton, (kind,))[0], len(layers(skeleton))
-            price = first.price(skeleton)
-            share = first.units * price * number / decoder
-            rows.append(
-                {
-                    "axis": kind,
-                    "units": first.units,
-                    "parameters_per_unit": price,
-                    "share_of_decoder": share,
-                    "refused": None,
-                }
-            )
-        except BillhookError as error:
-            rows.append(
-                {
-                    "axis": kind,
-                    "units": None,
-                    "parameters_per_unit": None,
-                    "share_of_decoder": None,
-                    "refused": str(error),
-                }
-            )
-    found = {
-        "model": model,
-        "model_type": skeleton.config.model_type,
-        "layers": len(layers(skeleton)),
-        "hidden_size": skeleton.config.hidden_size,
-        "tied_embeddings": bool(skeleton.config.tie_word_embeddings),
-        **evaluate.sizes(skeleton),
-        "axes": rows,
-    }
+    found = {"model": model, **budget.anatomy(skeleton)}
     if json:
         typer.echo(report.to_json(found), nl=False)
         return
     out.print(
         f"[bold]{model}[/]: {found['model_type']}, {found['layers']} layers, hidden size {found['hidden_size']}, "
-        f"{found['parameters']:,} parameters, {decoder:,} of them ({decoder / found['parameters']:.1%}) in decoder layers; "
+        f"{found['parameters']:,} parameters, {found['decoder_parameters']:,} of them in decoder layers; "
         f"embeddings {'tied' if found['tied_embeddings'] else 'not tied'}"
     )
     table = Table()
     for column in ("axis", "what", "units a layer", "parameters a unit", "share of decoder"):
         table.add_column(column)
-    for row in rows:
+    for row in found["axes"]:
         cells = (
             [f"{row['units']:,}", f"{row['parameters_per_unit']:,}", f"{row['share_of_decoder']:.1%}"]
             if row["units"]
@@ -232,7 +198,7 @@ def inspect_command(model: Model, json: Json = False) -> None:
         )
         table.add_row(row["axis"], KINDS[row["axis"]], *cells)
     out.print(table)
-    for row in rows:
+    for row in found["axes"]:
         if row["refused"]:
             out.print(f"[bold]{row['axis']}[/]: {row['refused']}")
 
@@ -277,12 +243,7 @@ def run_command(
     if not check:
         return
     with _progress() as tick:
-        opened = checkpoint.open_model(str(output), device=file.recipe.device, dtype=file.recipe.dtype, tick=tick)
-        texts = data.evaluation_texts(["demo"], tick)
-        measured: dict[str, float] = {"parameters": evaluate.sizes(opened.model)["parameters"]}
-        for one in texts:
-            windows = data.windows(one, opened.tokenizer, file.recipe.seq_len)
-            measured[f"perplexity on {one.name}"] = evaluate.perplexity(opened.model, windows, tick).perplexity
+        measured = measure(output, file.recipe, tick)
     expected, tolerance = file.expect.get("numbers", {}), file.expect.get("tolerance", 0.0)
     table = Table("", "expected", "measured", title=f"within {tolerance:.1%}?", title_justify="left")
     for name, value in measured.items():

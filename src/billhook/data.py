@@ -100,7 +100,7 @@ def _read_file(path: Path) -> str:
     except OSError as error:
         raise BillhookError(f"text {path} cannot be read: {error.strerror}") from error
     if path.suffix == ".jsonl":
-        text = "\n\n".join(_record(path, n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip())
+        text = "\n\n".join(_record(path, n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip())
     if not text.strip():
         raise BillhookError(f"text {path} is empty")
     return text

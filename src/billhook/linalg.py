@@ -5,6 +5,7 @@ import torch
 from billhook.errors import BillhookError
 from billhook.tensors import Gram
 
+DAMPING_START = 1e-12  # where a damping of zero starts to grow
 DAMPING_LIMIT = 1.0  # past this share of the mean diagonal the "solution" is the damping, not the data
 
 
@@ -29,4 +30,4 @@ def factor(gram: Gram, damping: float) -> tuple[Gram, float]:
             return lower, damping
         if damping >= DAMPING_LIMIT:
             raise BillhookError(f"a Gram of size {len(gram)} cannot be factored even with damping {damping:g}")
-        damping = min(damping * 10, DAMPING_LIMIT)
+        damping = min(max(damping * 10, DAMPING_START), DAMPING_LIMIT)

@@ -7,6 +7,7 @@
 Nothing is kept for all layers: one hidden state per token (two where there is a dense target), the sums of one layer.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -58,7 +59,6 @@ class Layer:
     held_out: dict[str, Evidence]
 
 
-@torch.no_grad()
 def walk(
     model: PreTrainedModel,
     tokens: Tokens,
@@ -102,7 +102,8 @@ def walk(
                 states[b] = after
         with clock("gram"):
             for name, evidence in (*sums[0].items(), *sums[1].items()):
-                evidence.gram = _finite(name, _mirrored(evidence.gram))
+                evidence.gram = _mirrored(evidence.gram)
+                _check_finite(name, evidence)
         yield Layer(n, by_layer[n], *sums)
         if stream != "dense":
             with clock("forward"):
@@ -160,12 +161,14 @@ def _tapped(model: PreTrainedModel, found: list[Axis]) -> Iterator[dict[str, Ten
         yield inputs
 
 
-def _finite(name: str, gram: Gram) -> Gram:
-    if not gram.isfinite().all():
+def _check_finite(name: str, evidence: Evidence) -> None:
+    if not evidence.gram.isfinite().all():
         raise BillhookError(f"what enters {name} is not finite: weights or dtype overflow; try --dtype float32")
-    return gram
+    if not math.isfinite(evidence.energy) or (evidence.cross is not None and not evidence.cross.isfinite().all()):
+        raise BillhookError(f"what leaves {name} is not finite: weights or dtype overflow; try --dtype float32")
 
 
+@torch.no_grad()
 def _enter(model: PreTrainedModel, batches: list[Tensor]) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
     """Hidden states before the first layer, and for each batch what the model passes to each of its layers.
 
@@ -192,6 +195,7 @@ def _enter(model: PreTrainedModel, batches: list[Tensor]) -> tuple[list[Tensor],
     return states, calls
 
 
+@torch.no_grad()
 def _run(module: nn.Module, state: Tensor, kwargs: dict[str, Any]) -> Tensor:
     out = module(state, **kwargs)
     return out[0] if isinstance(out, tuple) else out  # a tuple before transformers 5

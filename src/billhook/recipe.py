@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from billhook import atomic, checkpoint, data, evaluate, report
-from billhook.budget import check_kinds, uniform_drops
+from billhook.budget import check_names, uniform_drops
 from billhook.checkpoint import DTYPES, Opened
 from billhook.cuts import Cut
 from billhook.errors import BillhookError, one_of
@@ -136,8 +136,7 @@ def prune(model: Any, *, tokenizer: Any = None, tick: Tick = quiet, **settings: 
         BillhookError: anything that cannot work, in one line; a model on disk is never changed.
     """
     chosen = recipe(**settings)
-    if "value" in chosen.axes:  # the refusal needs no model
-        check_kinds("llama", chosen.axes)
+    check_names(chosen.kinds)  # this refusal needs no model
     if isinstance(model, str | os.PathLike):
         opened = checkpoint.open_model(os.fspath(model), device=chosen.device, dtype=chosen.dtype, tick=tick)
     else:
@@ -221,3 +220,13 @@ def read_recipe(path: Path) -> RecipeFile:
         return RecipeFile(str(model), recipe(**content), expect)
     except BillhookError as error:
         raise BillhookError(f"recipe {path}: {error}") from None
+
+
+def measure(path: Path, chosen: Recipe, tick: Tick = quiet) -> dict[str, float]:
+    """The numbers a recipe file may expect: parameters, and perplexity on the demo's evaluation texts."""
+    opened = checkpoint.open_model(str(path), device=chosen.device, dtype=chosen.dtype, tick=tick)
+    found: dict[str, float] = {"parameters": evaluate.sizes(opened.model)["parameters"]}
+    for text in data.evaluation_texts(["demo"], tick):
+        windows = data.windows(text, opened.tokenizer, chosen.seq_len)
+        found[f"perplexity on {text.name}"] = evaluate.perplexity(opened.model, windows, tick).perplexity
+    return found

@@ -80,7 +80,7 @@ def measure_rows(models: Sequence[dict[str, Any]]) -> list[list[str]]:
         add("size on disk", [m["disk_bytes"] for m in models], "{:.1f} MB", 1e-6)
     for n, first in enumerate(models[0]["perplexities"]):
         values = [m["perplexities"][n] for m in models]
-        notes = [f"± {value['standard_error']:.2f}" for value in values]
+        notes = ["" if (error := value["standard_error"]) is None else f"± {error:.2f}" for value in values]
         name = f"perplexity on {first['text']} ({first['tokens']:,} tokens, windows of {first['seq_len']})"
         add(name, [value["perplexity"] for value in values], "{:.2f}", 1.0, notes)
     for key, name in (("prefill", "prefill tokens/s"), ("decode", "decode tokens/s")):
