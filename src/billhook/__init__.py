@@ -5,7 +5,19 @@ result = billhook.prune("demo", method="fasp", ratio=0.2)
 result.model; result.report; result.save("out")
 """
 
-from billhook.errors import BillhookError
-from billhook.recipe import Recipe, Result, prune
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from billhook.errors import BillhookError
+    from billhook.recipe import Recipe, Result, prune
 
 __all__ = ["BillhookError", "Recipe", "Result", "prune"]
+
+
+def __getattr__(name: str) -> Any:
+    """Load on first use: torch and transformers take seconds, and Ctrl-C must be clean meanwhile (__main__.py)."""
+    if name not in __all__:
+        raise AttributeError(f"module 'billhook' has no attribute {name!r}")
+    from billhook import recipe
+
+    return getattr(recipe, name)

@@ -35,8 +35,8 @@ def folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         BillhookError: `out` is taken or cannot be written, or the disk is full; nothing is left behind.
     """
-    out = out.absolute()
     check_free(out, overwrite)
+    out = out.resolve()  # a link stays a link; the temporary sibling is on the disk that the link leads to
     made = [parent for parent in out.parents if not parent.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -46,16 +46,10 @@ def folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         raise BillhookError(f"cannot write {out}: {error.strerror or error}") from error
     try:
         yield work
-        for path in work.rglob("*"):  # safetensors writes 0600; give the modes that any other file would have
-            path.chmod(0o777 & ~_umask() if path.is_dir() else 0o666 & ~_umask())
-        work.chmod(0o777 & ~_umask())
-        if out.exists():
-            old = work.with_suffix(".old")
-            out.rename(old)
-            work.rename(out)
-            shutil.rmtree(old)
-        else:
-            work.rename(out)
+        try:
+            _put(work, out)
+        except OSError as error:  # a mount point, say
+            raise BillhookError(f"cannot write {out}: {error.strerror or error}; nothing was left behind") from error
     except BaseException as error:
         shutil.rmtree(work, ignore_errors=True)
         _remove_empty(made)
@@ -64,18 +58,49 @@ def folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         raise
 
 
+def check_file(path: Path) -> None:
+    """Raise BillhookError if `write_text` could not write there: before the work, not after it."""
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
+        why = os.strerror(errno.EISDIR if path.is_dir() else errno.EACCES if above.is_dir() else errno.ENOTDIR)
+        raise BillhookError(f"cannot write {path}: {why}")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file through a temporary sibling."""
+    temporary: Path | None = None
     try:
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(
             "w", dir=path.absolute().parent, prefix=f".{path.name}.", delete=False, encoding="utf-8"
         ) as file:
+            temporary = Path(file.name)
             file.write(text)
-        os.chmod(file.name, 0o666 & ~_umask())
-        os.replace(file.name, path)
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
     except OSError as error:
         raise BillhookError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        if temporary:
+            temporary.unlink(missing_ok=True)  # already gone where all went well
+
+
+def _put(work: Path, out: Path) -> None:
+    """Rename `work` to `out`; what `out` held before goes only once the new is in place."""
+    for path in work.rglob("*"):  # safetensors writes 0600; give the modes that any other file would have
+        path.chmod(0o777 & ~_umask() if path.is_dir() else 0o666 & ~_umask())
+    work.chmod(0o777 & ~_umask())
+    if not out.exists():
+        work.rename(out)
+        return
+    old = work.with_suffix(".old")
+    out.rename(old)
+    try:
+        work.rename(out)
+    except BaseException:
+        old.rename(out)
+        raise
+    shutil.rmtree(old)
 
 
 def _disk_full(error: BaseException) -> str:

@@ -91,7 +91,9 @@ def _allowed(model: PreTrainedModel, axis: Axis, multiple_of: int) -> list[int]:
     if axis.kind == "ffn":
         drops = [0] + [d for d in range(1, axis.units) if (axis.units - d) % multiple_of == 0]
         if len(drops) == 1:
-            raise BillhookError(f"--multiple-of {multiple_of}: no width below {axis.units} is a multiple of it")
+            raise BillhookError(
+                f"--multiple-of {multiple_of}: no width below {axis.units} is a multiple of it: lower it"
+            )
         return drops
     if axis.units == axis.blocks:
         raise BillhookError(f"each KV group of this model has one query head ({axis.units} in all): use --axes groups")

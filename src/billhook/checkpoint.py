@@ -1,6 +1,7 @@
 """Checkpoints in and out: refuse what cannot be pruned before anything is computed; write plain ones and prove them."""
 
 import json
+import os
 import re
 import shutil
 from collections import Counter
@@ -24,6 +25,7 @@ from billhook.surgery import cast
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # safetensors' names
+AGAIN = "fetch or copy the model again"
 TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -93,9 +95,10 @@ def resolve_device(device: str) -> torch.device:
         where = torch.device(device)
         torch.empty(1, device=where)
     except (RuntimeError, AssertionError) as error:
-        raise BillhookError(
-            f"device {device!r} cannot be used here: {str(error).splitlines()[0]}; try --device auto"
-        ) from error
+        why = str(error).splitlines()[0].partition(". ")[0]  # torch adds paragraphs
+        raise BillhookError(f"device {device!r} cannot be used here: {why}; try --device auto") from error
+    if where.type == "meta":
+        raise BillhookError(f"device {device!r} cannot be used here: it holds no data; try --device auto")
     return where
 
 
@@ -104,7 +107,9 @@ def load_tokenizer(path: Path, name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise many kinds for a missing or broken file
-        raise BillhookError(f"{name}: no tokenizer could be loaded ({_first_line(error)})") from error
+        raise BillhookError(
+            f"{name}: no tokenizer could be loaded ({_first_line(error)}): copy its tokenizer files into the folder"
+        ) from error
 
 
 def check_folder(path: Path, name: str) -> torch.dtype:
@@ -124,21 +129,24 @@ def check_folder(path: Path, name: str) -> torch.dtype:
 def check_config(config: dict[str, Any], name: str) -> None:
     """Refuse a config that is not a plain causal LM of a supported family."""
     kind, built = config.get("model_type"), config.get("architectures") or []
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown method")
+    built = [built] if isinstance(built, str) else built
+    if quantised := config.get("quantization_config"):
+        method = quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else quantised
         raise BillhookError(
             f"{name} is quantised ({method}): prune the full-precision checkpoint, or dequantise it and save it first"
         )
     if config.get("is_encoder_decoder"):
         raise BillhookError(f"{name} is an encoder-decoder ({kind}): billhook prunes decoder-only causal LMs")
-    if built and not any(architecture.endswith("ForCausalLM") for architecture in built):
+    if built and not any(str(architecture).endswith(("ForCausalLM", "LMHeadModel")) for architecture in built):
         raise BillhookError(
             f"{name} is a {built[0]}, not a causal LM: billhook prunes decoder-only causal LMs (…ForCausalLM)"
         )
     try:
-        family_of(kind)
+        family_of(kind if kind is None else str(kind))
     except BillhookError as error:
         raise BillhookError(f"{name}: {error}") from None
+    if config.get("num_hidden_layers") == 0:
+        raise BillhookError(f"{name} has no decoder layers: there is nothing to prune")
 
 
 def save(model: Any, tokenizer: Any, to: Path, source: Path | None) -> None:
@@ -208,7 +216,7 @@ def demo_folder(tick: Tick = quiet) -> Path:
 def _locate(name: str, tick: Tick) -> Path:
     if name == "demo":
         return demo_folder(tick)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # Path's own raises for a user that is not known
     if path.exists():
         if path.is_file() and path.suffix != ".gguf":
             raise BillhookError(f"{name} is a file: give the model's folder, a hub id, a .gguf file or 'demo'")
@@ -260,13 +268,25 @@ def _load(path: Path, name: str, dtype: torch.dtype | str) -> Any:
     try:
         with _quiet_transformers():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+                path,
+                dtype=dtype,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
             )
             model, info = loaded
     except Exception as error:  # transformers raises OSError, ValueError, RuntimeError, KeyError… for a bad folder
         raise BillhookError(f"{name}: transformers could not load it ({_first_line(error)})") from error
-    if missing := sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"]):
-        raise BillhookError(f"{name}: {len(missing)} tensors are missing or of another shape, first {missing[0]}")
+    other = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]  # (name, shape, shape)
+    if missing := sorted(info["missing_keys"]) + sorted(other):
+        raise BillhookError(
+            f"{name}: {len(missing)} tensors are missing or of another shape than config.json says, first {missing[0]}: {AGAIN}"
+        )
+    if extra := sorted(info["unexpected_keys"]):
+        raise BillhookError(
+            f"{name}: {len(extra)} tensors have no place in the model that config.json describes, first {extra[0]}: {AGAIN}"
+        )
     for tensor, param in model.named_parameters():
         if not param.isfinite().all():
             raise BillhookError(f"{name}: tensor {tensor} holds NaN or infinite values")
@@ -276,7 +296,9 @@ def _load(path: Path, name: str, dtype: torch.dtype | str) -> Any:
 def _check_weights(path: Path, name: str) -> torch.dtype:
     index = path / "model.safetensors.index.json"
     if index.exists():
-        mapped: dict[str, str] = _json(index, name).get("weight_map", {})
+        mapped = _json(index, name).get("weight_map")
+        if not isinstance(mapped, dict):
+            raise BillhookError(f"{name}: {index.name} holds no weight_map: {AGAIN}")
         files = sorted({path / file for file in mapped.values()})
     else:
         files = sorted(path.glob("*.safetensors"))
@@ -286,18 +308,20 @@ def _check_weights(path: Path, name: str) -> torch.dtype:
                 f"{name} holds pickled weights ({pickles[0].name}), which can run code when opened: convert them where you trust them, "
                 "AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) writes safetensors"
             )
-        raise BillhookError(f"{name} holds no *.safetensors")
+        raise BillhookError(f"{name} holds no *.safetensors: {AGAIN}")
     found: Counter[str] = Counter()
     for file in files:
         if not file.exists():
-            raise BillhookError(f"{name}: shard {file.name} is missing, though {index.name} names it")
+            raise BillhookError(f"{name}: shard {file.name} is missing, though {index.name} names it: {AGAIN}")
         try:
             with safe_open(file, framework="pt") as shard:
                 for key in shard.keys():  # noqa: SIM118
                     piece = shard.get_slice(key)
                     found[piece.get_dtype()] += torch.Size(piece.get_shape()).numel()
         except (SafetensorError, OSError) as error:
-            raise BillhookError(f"{name}: shard {file.name} is damaged or truncated ({_first_line(error)})") from error
+            raise BillhookError(
+                f"{name}: shard {file.name} is damaged or truncated ({_first_line(error)}): {AGAIN}"
+            ) from error
     if strange := set(found) - set(STORED):
         raise BillhookError(
             f"{name} stores weights as {', '.join(sorted(strange))}: dequantise to float32, bfloat16 or float16 first"
@@ -309,9 +333,9 @@ def _json(path: Path, name: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise BillhookError(f"{name} has no {path.name}") from error
+        raise BillhookError(f"{name} has no {path.name}: give a folder that holds a whole model") from error
     except (ValueError, OSError) as error:
-        raise BillhookError(f"{name}: {path.name} cannot be read ({_first_line(error)})") from error
+        raise BillhookError(f"{name}: {path.name} cannot be read ({_first_line(error)}): {AGAIN}") from error
     if not isinstance(content, dict):
         raise BillhookError(f"{name}: {path.name} is not a JSON object")
     return content

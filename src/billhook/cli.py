@@ -1,5 +1,6 @@
 """The command line: parse, call, print.  Bad input prints one line and leaves with exit code 2."""
 
+import os
 import signal
 import sys
 import time
@@ -42,6 +43,7 @@ app = typer.Typer(
 UsageError = cast(type[typer.BadParameter], typer.BadParameter.__mro__[1])
 out, err = Console(), Console(stderr=True)
 
+INTERRUPTED = 130
 DEFAULT = Recipe(ratio=0.2)
 Model = Annotated[
     str, typer.Argument(help="a folder, a hub id (owner/name), a .gguf file, or 'demo'", show_default=False)
@@ -149,6 +151,8 @@ def evaluate_command(
     """
     if seq_len < 2:
         raise BillhookError(f"seq-len {seq_len}: a window needs at least 2 tokens")
+    if json and json != Path("-"):
+        atomic.check_file(json)
     started = time.perf_counter()
     with _progress() as tick:
         texts = data.evaluation_texts(text or ["demo"], tick)
@@ -284,29 +288,38 @@ def demo_command(json: Json = False) -> None:
     )
 
 
-@app.callback(invoke_without_command=True)
-def _top(
-    context: typer.Context,
-    show_version: Annotated[bool, typer.Option("--version", help="print the version and leave")] = False,
-) -> None:
-    if show_version:
+def _show_version(wanted: bool | None) -> None:
+    if wanted:
         typer.echo(f"billhook {version('billhook')}")
-    elif context.invoked_subcommand is None:
-        typer.echo(context.get_help())
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    show_version: Annotated[
+        bool | None,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="print the version and leave"),
+    ] = None,
+) -> None:
+    """What every command shares."""
 
 
 def main() -> NoReturn:
     """Entry point: exit code 0, 2 for bad input with one line on standard error, 130 for Ctrl-C."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary folders go, as with Ctrl-C
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False) or 0
     except BillhookError as error:
         _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except UsageError as error:
         _fail(error.format_message())
     except (KeyboardInterrupt, typer.Abort):
-        err.print("billhook: interrupted; nothing half-written was left", soft_wrap=True)
-        sys.exit(130)
+        code = INTERRUPTED
+    if code == INTERRUPTED:  # newer typers turn Ctrl-C into this code without a word
+        typer.echo("billhook: interrupted; nothing half-written was left", err=True)
+    sys.exit(code)
 
 
 def _fail(message: str) -> NoReturn:
@@ -316,7 +329,9 @@ def _fail(message: str) -> NoReturn:
 
 def _prune_to(model: str, chosen: Recipe, output: Path, overwrite: bool) -> dict[str, Any]:
     """Prune into a folder that is reserved before the work starts, so that an unwritable place costs no time."""
-    source = Path(model) if Path(model).exists() else None
+    output, source = Path(os.path.expanduser(output)), Path(os.path.expanduser(model))
+    if not source.exists():
+        source = None
     check_out(output, source, overwrite)
     with _progress() as tick, atomic.folder(output, overwrite) as work:
         result = prune(model, tick=tick, **chosen.model_dump())
@@ -354,7 +369,7 @@ def _progress() -> Iterator[Tick]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err, transient=not err.is_terminal) as bars:
+    with Progress(*columns, console=err, disable=not err.is_terminal) as bars:
         tasks: dict[str, TaskID] = {}
 
         def tick(stage: str, done: int, total: int) -> None:

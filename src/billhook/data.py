@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -76,8 +77,19 @@ def windows(text: Text, tokenizer: Any, length: int, samples: int | None = None,
     return Windows(text.name, tokens, count, text.sha256, hashlib.sha256(tokens.numpy().tobytes()).hexdigest())
 
 
+def check_vocabulary(windows: Windows, model: Any, name: str) -> None:
+    """Raise BillhookError if the text has token ids that the model has no embedding for."""
+    highest, size = int(windows.tokens.max()), model.get_input_embeddings().num_embeddings
+    if highest >= size:
+        raise BillhookError(
+            f"the tokenizer of {name} gives id {highest}, beyond its vocabulary of {size}: it is another model's; copy the right one"
+        )
+
+
 def _read(source: str) -> Text:
-    path = Path(source).expanduser()
+    if not source.strip():
+        raise BillhookError("no text named: give a text file, a .jsonl, a folder of either, a hub data set or 'demo'")
+    path = Path(os.path.expanduser(source))
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl") and p.is_file())
         if not files:
@@ -94,7 +106,7 @@ def _read(source: str) -> Text:
 
 def _read_file(path: Path) -> str:
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BillhookError(f"text {path} is not UTF-8 (byte {error.start}): convert it first") from error
     except OSError as error:
@@ -113,6 +125,8 @@ def _record(path: Path, number: int, line: str) -> str:
         raise BillhookError(f"text {path}, line {number}: not JSON ({error.msg})") from error
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         raise BillhookError(f"text {path}, line {number}: no field 'text' that holds a string")
+    if re.search("[\ud800-\udfff]", record["text"]):
+        raise BillhookError(f"text {path}, line {number}: half a character (a lone surrogate): convert it first")
     return record["text"]
 
 

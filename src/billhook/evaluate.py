@@ -142,8 +142,12 @@ def continuations(model: Any, tokenizer: Any, prompts: Sequence[str] = PROMPTS, 
     out = []
     for prompt in prompts:
         inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+        room = getattr(model.config, "max_position_embeddings", math.inf) - inputs.input_ids.shape[1]
+        if room <= 0:
+            out.append("")
+            continue
         ids = model.generate(
-            **inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=model.config.eos_token_id or 0
+            **inputs, max_new_tokens=min(new_tokens, room), do_sample=False, pad_token_id=model.config.eos_token_id or 0
         )
         out.append(tokenizer.decode(ids[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))
     return out
@@ -172,7 +176,10 @@ def side_by_side(
     Perplexities are per token, so the models must share a tokenizer to be compared.
     """
     windows = [_first(data.windows(text, subjects[0].tokenizer, seq_len), max_windows) for text in texts]
-    prompt = min(512, *(getattr(s.model.config, "max_position_embeddings", 512) - 64 for s in subjects))
+    prompt = max(1, min(512, *(getattr(s.model.config, "max_position_embeddings", 512) - 64 for s in subjects)))
+    for subject in subjects:
+        for window in windows:
+            data.check_vocabulary(window, subject.model, subject.name)
     found: list[dict[str, Any]] = []
     for subject in subjects:
         measured = [asdict(perplexity(subject.model, w, _named(tick, subject.name))) for w in windows]

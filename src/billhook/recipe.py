@@ -40,7 +40,7 @@ class Recipe(BaseModel):
     calibration: str = "demo"
     samples: int = Field(default=64, ge=1)
     seq_len: int = Field(default=512, ge=2)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     multiple_of: int = Field(default=32, ge=1)
     device: str = "auto"
     dtype: str = "auto"
@@ -72,7 +72,8 @@ def recipe(**settings: Any) -> Recipe:
         if "ctx" in first and isinstance(inner := first["ctx"].get("error"), BillhookError):
             raise inner from None
         name = ".".join(map(str, first["loc"])).replace("_", "-")
-        raise BillhookError(f"{name} {first['input']!r}: {first['msg'].lower()}") from None
+        given = "" if first["type"] == "missing" else f" {first['input']!r}"
+        raise BillhookError(f"{name}{given}: {first['msg'].lower().replace('tuple', 'list')}") from None
 
 
 @dataclass
@@ -110,14 +111,13 @@ class Result:
 
 def check_out(out: Path, source: Path | None, overwrite: bool) -> None:
     """Refuse an output folder that is taken, or that would put result and source inside each other."""
+    if source is not None:
+        here, there = out.resolve(), source.resolve()
+        if here == there or there in here.parents:
+            raise BillhookError(f"{out} lies inside the model's own folder {source}: choose another output")
+        if here in there.parents:
+            raise BillhookError(f"{out} holds the model's own folder {source}: choose another output")
     atomic.check_free(out, overwrite)
-    if source is None:
-        return
-    here, there = out.resolve(), source.resolve()
-    if here == there or there in here.parents:
-        raise BillhookError(f"{out} lies inside the model's own folder {source}: choose another output")
-    if here in there.parents:
-        raise BillhookError(f"{out} holds the model's own folder {source}: choose another output")
 
 
 def prune(model: Any, *, tokenizer: Any = None, tick: Tick = quiet, **settings: Any) -> Result:
@@ -159,6 +159,7 @@ def prune_opened(opened: Opened, chosen: Recipe, tick: Tick = quiet) -> Result:
     windows = data.windows(
         data.calibration_text(chosen.calibration, tick), opened.tokenizer, chosen.seq_len, chosen.samples, chosen.seed
     )
+    data.check_vocabulary(windows, model, opened.name)
     before, widths = evaluate.sizes(model), {kind: n for kind, n in drops.items() if n}
     with evaluate.peak_growth(model.device) as growth:
         cuts = _run(model, windows.tokens, widths, chosen, clock, tick)
@@ -216,8 +217,10 @@ def read_recipe(path: Path) -> RecipeFile:
     if not isinstance(content, dict) or "model" not in content:
         raise BillhookError(f"recipe {path} is not a mapping with a 'model'")
     model, expect = content.pop("model"), content.pop("expect", {})
+    if not isinstance(expect, dict):
+        raise BillhookError(f"recipe {path}: expect {expect!r} is not a mapping of numbers and tolerance")
     try:
-        return RecipeFile(str(model), recipe(**content), expect)
+        return RecipeFile(str(model), recipe(**{str(key): value for key, value in content.items()}), expect)
     except BillhookError as error:
         raise BillhookError(f"recipe {path}: {error}") from None
 
