@@ -1,12 +1,13 @@
 """Checkpoints in and out: refuse what cannot be pruned before anything is computed; write plain ones and prove them."""
 
+import io
 import json
 import os
 import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -251,7 +252,7 @@ def _download(name: str, tick: Tick) -> Path:
 def _load_gguf(path: Path) -> tuple[Any, Any]:
     """Dequantise a GGUF; what is left of its quantisation would keep transformers from saving it."""
     try:
-        with _quiet_transformers():
+        with _quiet_transformers(), redirect_stderr(io.StringIO()):  # its own bar, which no setting turns off
             model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:  # gguf and transformers raise many kinds for a file they cannot read
