@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -44,6 +44,13 @@ UsageError = cast(type[typer.BadParameter], typer.BadParameter.__mro__[1])
 out, err = Console(), Console(stderr=True)
 
 INTERRUPTED = 130
+
+
+def _choice(names: Iterable[str], text: str) -> Any:
+    """An option that the shell completes from `names`; a wrong value is refused later, with the nearest name."""
+    return typer.Option(help=text, autocompletion=lambda: list(names))
+
+
 DEFAULT = Recipe(ratio=0.2)
 Model = Annotated[
     str, typer.Argument(help="a folder, a hub id (owner/name), a .gguf file, or 'demo'", show_default=False)
@@ -51,7 +58,11 @@ Model = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 Device = Annotated[str, typer.Option(help="auto (an accelerator if there is one), cpu, cuda, mps, …")]
 Dtype = Annotated[
-    str, typer.Option(help="to compute in: auto (float32 on a CPU, else the checkpoint's), float32, bfloat16, float16")
+    str,
+    _choice(
+        ("auto", *checkpoint.DTYPES),
+        "to compute in: auto (float32 on a CPU, else the checkpoint's), float32, bfloat16, float16",
+    ),
 ]
 SeqLen = Annotated[int, typer.Option(help="tokens in a window")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace OUT if billhook wrote it")]
@@ -69,10 +80,10 @@ def prune_command(
         str, typer.Option(help=f"one of: {', '.join(METHODS)} (see 'billhook methods')")
     ] = DEFAULT.method,
     axes: Annotated[
-        str, typer.Option(help=f"what to prune, comma-separated: {', '.join(KINDS)}; empty: the method's own")
+        str, _choice(KINDS, "what to prune, comma-separated: ffn, heads, groups; empty: the method's own")
     ] = "",
-    score: Annotated[str, typer.Option(help=f"one of: {', '.join(SCORES)}")] = DEFAULT.score,
-    stream: Annotated[str, typer.Option(help=f"whose activations a layer sees: {', '.join(STREAMS)}")] = DEFAULT.stream,
+    score: Annotated[str, _choice(SCORES, f"one of: {', '.join(SCORES)}")] = DEFAULT.score,
+    stream: Annotated[str, _choice(STREAMS, f"whose activations a layer sees: {', '.join(STREAMS)}")] = DEFAULT.stream,
     damping: Annotated[float, typer.Option(help="ridge, as a share of the Gram's mean diagonal")] = DEFAULT.damping,
     restoration: Annotated[bool, typer.Option(help="repair the kept weights by least squares")] = DEFAULT.restoration,
     correction: Annotated[

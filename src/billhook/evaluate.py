@@ -63,7 +63,7 @@ def perplexity(model: Any, windows: Windows, tick: Tick = quiet) -> Perplexity:
         losses += _window_losses(model, batch.to(model.device))
     tick(f"perplexity on {windows.source}", len(windows.tokens), len(windows.tokens))
     mean = statistics.fmean(losses)
-    value = math.exp(mean)
+    value = math.exp(mean) if mean < 700 else math.inf  # past the largest float64, or not a number: a broken model
     error = value * statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else None
     return Perplexity(windows.source, value, error, length, len(losses) * (length - 1), windows.text_sha256)
 

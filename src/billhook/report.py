@@ -1,6 +1,7 @@
 """Results as people read them: rich tables, a Markdown model card, JSON."""
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ def sizes(before: dict[str, int], after: dict[str, int], nominal: float) -> dict
 
 def to_json(report: dict[str, Any]) -> str:
     """The report as JSON: what billhook.json holds and --json prints."""
-    return json.dumps(report, indent=2, allow_nan=False, default=str) + "\n"
+    return json.dumps(_jsonable(report), indent=2, allow_nan=False, default=str) + "\n"
 
 
 def cut_summary(report: dict[str, Any]) -> list[tuple[str, str]]:
@@ -158,6 +159,15 @@ CARD_FLAGS = (
     "seed",
     "multiple_of",
 )
+
+
+def _jsonable(value: Any) -> Any:
+    """The same value with null for what JSON has no number for: a broken model's perplexity may be infinite."""
+    if isinstance(value, dict):
+        return {key: _jsonable(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _flag(value: Any) -> str:
