@@ -31,6 +31,9 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("model")
 parser.add_argument("calibration")
 parser.add_argument("texts", nargs="+")
+parser.add_argument(
+    "--part", choices=("dense", "pruned", "all"), default="all", help="cells of the dense stream, or others"
+)
 parser.add_argument("--windows", type=int, help="score at most this many windows of each text")
 parser.add_argument("--evaluate-dtype", choices=checkpoint.DTYPES, default="float32")
 args = parser.parse_args()
@@ -68,7 +71,12 @@ names = " | ".join(f"{one.source} | ×" for one in windows)
 print(f"| stream | score | damping | correction | restored | ratio | parameters | {names} |")
 print("|---|---|---|---|---|---|---|" + "---|---|" * len(windows))
 print(f"| unpruned | | | | | 0 | {size:,} | " + " | ".join(f"{p:.2f} | 1" for p in base) + " |", flush=True)
-for cells in (dense_cells(list(walk(opened.model, tokens, ("ffn",)))), pruned_cells()):
+parts = []
+if args.part != "pruned":
+    parts.append(dense_cells(list(walk(opened.model, tokens, ("ffn",)))))
+if args.part != "dense":
+    parts.append(pruned_cells())
+for cells in parts:
     for (stream, cell, ratio), model in cells:
         found = " | ".join(f"{p:.2f} | {p / dense:.3f}" for p, dense in zip(perplexities(model), base, strict=True))
         share = f"{cell.correction:g}" if stream == "dense_target" else ""
