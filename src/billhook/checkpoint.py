@@ -70,6 +70,10 @@ def open_model(name: str, *, device: str = "auto", dtype: str = "auto", tick: Ti
     ]
     tick("loading", 0, 1)
     model = _load(path, name, compute).to(where)
+    for (
+        param
+    ) in model.parameters():  # off the mapped file, which would stay in memory whole until its last tensor is cut
+        param.data = param.data.clone()
     tick("loading", 1, 1)
     return Opened(model, load_tokenizer(path, name), name, path, stored)
 

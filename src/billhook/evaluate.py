@@ -1,8 +1,10 @@
 """What a model costs and what it is worth: perplexity, speed, memory, and the text it writes."""
 
+import ctypes
 import gc
 import math
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -103,7 +105,6 @@ def speeds(
 def memory(model: Any, prompt_tokens: int) -> dict[str, int]:
     """Bytes of the weights, and the peak of weights plus what one prefill of `prompt_tokens` adds to the process."""
     weights = sum(t.numel() * t.element_size() for t in model.parameters())
-    gc.collect()
     with peak_growth(model.device) as growth:
         _generate_timed(model, prompt_tokens, 1)
     return {"weights_bytes": weights, "peak_bytes": weights + growth()}
@@ -120,6 +121,7 @@ def peak_growth(device: torch.device) -> Iterator[Callable[[], int]]:
         before = torch.cuda.memory_allocated(device)
         yield lambda: torch.cuda.max_memory_allocated(device) - before
         return
+    _return_freed()
     process, done = psutil.Process(), threading.Event()
     before = highest = process.memory_info().rss
 
@@ -135,6 +137,13 @@ def peak_growth(device: torch.device) -> Iterator[Callable[[], int]]:
     finally:
         done.set()
         watcher.join()
+
+
+def _return_freed() -> None:
+    """Have the C library give freed memory back, or what is measured next would reuse it unseen."""
+    gc.collect()
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc alone has it
+        libc.malloc_trim(0)
 
 
 def continuations(model: Any, tokenizer: Any, prompts: Sequence[str] = PROMPTS, new_tokens: int = 32) -> list[str]:
