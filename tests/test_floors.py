@@ -16,7 +16,7 @@ from billhook.families import FAMILIES
 
 PACKAGE = Path(billhook.__file__).parent
 FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do not import each other
-    ("errors", "tensors", "progress", "cuts"),
+    ("errors", "tensors", "progress", "cuts", "memory"),
     ("linalg", "atomic"),
     ("scores", "choose", "restore", "axes", "demo"),
     ("families", "data"),

@@ -1,23 +1,18 @@
 """What a model costs and what it is worth: perplexity, speed, memory, and the text it writes."""
 
-import ctypes
-import gc
 import math
 import statistics
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import psutil
 import torch
 
 from billhook import data
 from billhook.budget import decoder_parameters, total_parameters
 from billhook.data import Text, Windows
+from billhook.memory import peak_growth
 from billhook.progress import Tick, quiet
 from billhook.tensors import Tokens
 
@@ -108,42 +103,6 @@ def memory(model: Any, prompt_tokens: int) -> dict[str, int]:
     with peak_growth(model.device) as growth:
         _generate_timed(model, prompt_tokens, 1)
     return {"weights_bytes": weights, "peak_bytes": weights + growth()}
-
-
-@contextmanager
-def peak_growth(device: torch.device) -> Iterator[Callable[[], int]]:
-    """Yield a function that tells, afterwards, by how many bytes memory rose at most while the context was open.
-
-    On CUDA the allocator's own peak; elsewhere the resident set, sampled every 5 ms.
-    """
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        yield lambda: torch.cuda.max_memory_allocated(device) - before
-        return
-    _return_freed()
-    process, done = psutil.Process(), threading.Event()
-    before = highest = process.memory_info().rss
-
-    def sample() -> None:
-        nonlocal highest
-        while not done.wait(0.005):
-            highest = max(highest, process.memory_info().rss)
-
-    watcher = threading.Thread(target=sample, daemon=True)
-    watcher.start()
-    try:
-        yield lambda: highest - before
-    finally:
-        done.set()
-        watcher.join()
-
-
-def _return_freed() -> None:
-    """Have the C library give freed memory back, or what is measured next would reuse it unseen."""
-    gc.collect()
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc alone has it
-        libc.malloc_trim(0)
 
 
 def continuations(model: Any, tokenizer: Any, prompts: Sequence[str] = PROMPTS, new_tokens: int = 32) -> list[str]:
