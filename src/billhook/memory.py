@@ -13,7 +13,6 @@ import torch
 
 def return_freed() -> None:
     """Have the C library give freed memory back: holes that small cuts leave in it are reused late, and unseen by a measure."""
-    gc.collect()
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc alone has it
         libc.malloc_trim(0)
 
@@ -29,6 +28,7 @@ def peak_growth(device: torch.device) -> Iterator[Callable[[], int]]:
         before = torch.cuda.memory_allocated(device)
         yield lambda: torch.cuda.max_memory_allocated(device) - before
         return
+    gc.collect()
     return_freed()
     process, done = psutil.Process(), threading.Event()
     before = highest = process.memory_info().rss
