@@ -30,7 +30,7 @@ STREAMS = {
     "dense_target": "as sequential, and each restoration also makes up part of the difference to the unpruned model",
 }
 BATCH_TOKENS = 4096  # tokens in one forward: 25 MB of FFN activations at width 1536
-GRAM_BLOCKS = 4  # block rows of the symmetric product; 4 cost 0.60 of the full one at width 1536, 8 no less
+GRAM_BLOCKS = 4  # block rows of the symmetric product: 10 of 16 blocks computed
 
 
 @dataclass
@@ -106,7 +106,7 @@ def walk(
                 evidence.gram = _mirrored(evidence.gram)
                 _check_finite(name, evidence)
         yield Layer(n, by_layer[n], *sums)
-        return_freed()  # SmolLM2 would end 200 MiB higher
+        return_freed()  # or the holes that the cuts leave pile up (docs/LOG.md)
         if stream != "dense":
             with clock("forward"):
                 for b, state in enumerate(states):

@@ -33,7 +33,7 @@ from billhook.tensors import Cross, Kept, Narrowed, Tokens, Weight
 
 @dataclass(frozen=True)
 class Settings:
-    """What may be chosen; the defaults won on SmolLM2-135M (docs/LOG.md)."""
+    """What may be chosen; why these defaults, and which were only tried in passing: docs/LOG.md."""
 
     score: str = "obs"
     damping: float = 1e-3  # ridge as a share of the mean diagonal of G, for score and restoration
