@@ -16,14 +16,14 @@ from billhook.families import FAMILIES
 
 PACKAGE = Path(billhook.__file__).parent
 FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do not import each other
-    ("errors", "tensors", "progress", "cuts", "memory"),
+    ("errors", "tensors", "progress", "cuts", "memory", "modeling_per_layer"),
     ("linalg", "atomic"),
     ("scores", "choose", "restore", "axes", "demo"),
     ("families", "data"),
-    ("surgery", "observe"),
-    ("budget",),
+    ("surgery", "observe", "layout"),
+    ("budget", "saving"),
     ("methods.*", "checkpoint", "evaluate", "report"),
-    ("methods",),
+    ("methods", "clients"),
     ("recipe",),
     ("cli",),
     ("", "__main__"),  # the doors: they load the rest on first use, since torch takes seconds
@@ -31,7 +31,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 WORDS = {"errors", "tensors"}
 MATHEMATICS = {"linalg", "scores", "choose", "restore"}
-STRUCTURE = {"axes", "families", "surgery"}
+STRUCTURE = {"axes", "families", "surgery", "layout"}
+STANDALONE = {"modeling_per_layer"}  # travels with checkpoints: knows transformers alone, and families by name
 LAZY = {"", "__main__"}
 OPTIONAL = {"datasets", "huggingface_hub"}  # may be imported inside a function
 MAX_LINES = 400
@@ -75,7 +76,7 @@ def import_violations(module: str, target: str) -> Iterator[str]:
             yield f"upward import of billhook.{inside}"
         if module in MATHEMATICS and inside not in MATHEMATICS | WORDS:
             yield f"mathematics imports billhook.{inside}"
-        if module in STRUCTURE and inside not in STRUCTURE | WORDS:
+        if module in STRUCTURE and inside not in STRUCTURE | STANDALONE | WORDS:
             yield f"structure imports billhook.{inside}"
     elif module in MATHEMATICS and top != "torch" and top not in sys.stdlib_module_names:
         yield f"mathematics imports {top}"
@@ -107,7 +108,9 @@ def violations(module: str, source: str) -> list[str]:
             found.append(f"{name} hides an import")
         if name == "print" and module != "cli":
             found.append("print outside cli")
-    if module != "families":
+    if module in STANDALONE:
+        found += [f"{target} does not travel" for _, target in imports(tree) if target.startswith("billhook")]
+    if module not in {"families", *STANDALONE}:
         found += [f"family name in {text!r}" for text in texts(tree) if FAMILY.search(text)]
     if source.count("\n") > MAX_LINES:
         found.append(f"{source.count(chr(10))} lines")

@@ -1,23 +1,38 @@
 """The laws, over every family and every axis: what is removed is what was zeroed, and nothing else changed."""
 
 import copy
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from billhook import checkpoint
+from billhook import checkpoint, clients, layout, saving
 from billhook.axes import Axis
 from billhook.budget import check_kinds, decoder_parameters, total_parameters
 from billhook.errors import BillhookError
-from billhook.families import axes, layers
-from billhook.surgery import remove, update_config, zero
+from billhook.families import attention_parts, axes, layers
+from billhook.surgery import drop_layers, remove, zero
 
 FAMILIES = list(tiny.CONFIGS)
-KINDS = ("ffn", "heads", "groups")
+KINDS = ("ffn", "heads", "groups", "value")
 IDS = tiny.tokens()
+STOCK = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM
+for folder in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    ids = torch.load(folder + "/ids.pt", weights_only=True)
+    greedy = [model.generate(ids, max_new_tokens=8, do_sample=False, use_cache=cache) for cache in (True, False)]
+    assert torch.equal(*greedy), folder
+    torch.save(model(ids).logits, folder + "/logits.pt")
+assert "billhook" not in sys.modules
+"""
 
 
 def some_units(axis: Axis) -> torch.Tensor:
@@ -52,6 +67,16 @@ def test_removing_equals_zeroing_what_reads(family: str, kind: str) -> None:
     assert (cut(IDS).logits - dense(IDS).logits).abs().max() > 0.1  # the cut was one that shows
 
 
+def uneven(family: str, kind: str) -> PreTrainedModel:
+    """A model whose layers differ: the first is whole, the second has lost half of the axis, the third one unit a block."""
+    model = tiny.model(family)
+    for axis in cuttable(model, kind):
+        one_a_block = torch.arange(axis.blocks) * (axis.units // axis.blocks)
+        if axis.layer:
+            remove(model, axis, some_units(axis) if axis.layer == 1 else one_a_block)
+    return model
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_uniform_cut_is_a_stock_checkpoint(family: str, kind: str, tmp_path: Path) -> None:
@@ -59,34 +84,115 @@ def test_a_uniform_cut_is_a_stock_checkpoint(family: str, kind: str, tmp_path: P
     try:
         check_kinds(model.config.model_type, (kind,))
     except BillhookError:
-        assert family.startswith("opt") and kind in ("heads", "groups")
+        assert kind == "value" or (family.startswith("opt") and kind in ("heads", "groups"))
         return
     found = cuttable(model, kind)
     for axis in found:
         remove(model, axis, some_units(found[0]))
-    update_config(model)
-    model.save_pretrained(tmp_path)
+    layout.update_config(model)
+    saving.save(model, tiny.tokenizer(), tmp_path, None)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert type(again) is type(model)
     assert torch.equal(again(IDS).logits, model(IDS).logits)
-    assert checkpoint.stored_parameters(tmp_path) == total_parameters(model)
+    assert saving.stored_parameters(tmp_path) == total_parameters(model)
     tied = again.get_output_embeddings().weight is again.get_input_embeddings().weight
     assert tied == again.config.tie_word_embeddings
     greedy = [again.generate(IDS, max_new_tokens=12, do_sample=False, use_cache=cache) for cache in (True, False)]
     assert torch.equal(*greedy)
-    assert checkpoint.verify(tmp_path, model)["cache_drift"] < 1e-5
+    assert clients.verify(tmp_path, model)["cache_drift"] < 1e-5
+
+
+def test_a_per_layer_cut_loads_with_and_without_billhook(tmp_path: Path) -> None:
+    saved = {}
+    for family in FAMILIES:
+        for kind in KINDS:
+            model = uneven(family, kind)
+            if not cuttable(model, kind):
+                continue
+            assert layout.layout_of(model) == "per_layer"
+            folder = tmp_path / f"{family}_{kind}"
+            folder.mkdir()
+            saving.save(model, tiny.tokenizer(), folder, None)
+            torch.save(IDS, folder / "ids.pt")
+            assert clients.verify(folder, model)["cache_drift"] < 1e-5
+            again = checkpoint.load(folder)
+            assert layout.layer_sizes(again) == layout.layer_sizes(model)
+            saved[folder] = model(IDS).logits
+    subprocess.run(
+        [sys.executable, "-c", STOCK, *map(str, saved)], check=True, env={**os.environ, "HF_HOME": str(tmp_path)}
+    )
+    for folder, logits in saved.items():
+        assert torch.equal(torch.load(folder / "logits.pt", weights_only=True), logits), folder
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "opt"])
+def test_a_per_layer_checkpoint_can_be_cut_again(family: str, tmp_path: Path) -> None:
+    saving.save(uneven(family, "ffn"), tiny.tokenizer(), tmp_path, None)
+    opened = checkpoint.open_model(str(tmp_path))
+    for axis in axes(opened.model, ("value", "ffn")):
+        remove(opened.model, axis, torch.arange(axis.blocks) * (axis.units // axis.blocks))
+    second = tmp_path / "again"
+    second.mkdir()
+    saving.save(opened.model, opened.tokenizer, second, tmp_path)
+    clients.verify(second, opened.model)
+    whole = {a.layer: a.units for a in axes(opened.model, ("ffn",))}
+    for axis in axes(opened.model, ("ffn",)):  # as wide as the narrowest, and with whole value heads: stock again
+        remove(opened.model, axis, torch.arange(axis.units - min(whole.values())))
+    narrow = [a for a in axes(opened.model, ("value",)) if a.units]
+    assert layout.layout_of(opened.model) == "per_layer" and narrow
+
+
+def test_a_model_that_has_become_even_is_stock_again(tmp_path: Path) -> None:
+    saving.save(uneven("llama", "ffn"), tiny.tokenizer(), tmp_path, None)
+    model = checkpoint.load(tmp_path)
+    least = min(axis.units for axis in axes(model, ("ffn",)))
+    for axis in axes(model, ("ffn",)):
+        remove(model, axis, torch.arange(axis.units - least))
+    even = tmp_path / "even"
+    even.mkdir()
+    saving.save(model, tiny.tokenizer(), even, None)
+    config = json.loads((even / "config.json").read_text())
+    assert config["model_type"] == "llama" and "auto_map" not in config and "per_layer_config" not in config
+    stock = AutoModelForCausalLM.from_pretrained(even, dtype=torch.float32)
+    assert type(stock).__name__ == "LlamaForCausalLM" and torch.equal(stock(IDS).logits, model(IDS).logits)
+
+
+def test_heads_that_its_own_config_refuses_are_held_by_the_stand_in(tmp_path: Path) -> None:
+    """hidden_size 32 with 3 heads of 8: LlamaConfig says no since transformers 5.4, Mistral computes the same."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny.CONFIGS["llama"](num_key_value_heads=4)).eval().requires_grad_(False)
+    for axis in axes(model, ("groups",)):
+        remove(model, axis, torch.tensor([1]))
+    layout.update_config(model)
+    saving.save(model, tiny.tokenizer(), tmp_path, None)
+    assert clients.verify(tmp_path, model)["logits"] == "equal"
+    assert type(checkpoint.load(tmp_path)).__name__ == "MistralForCausalLM"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("gone", [(1,), (0, 2)])
+def test_dropping_layers_equals_skipping_them(family: str, gone: tuple[int, ...], tmp_path: Path) -> None:
+    model, skipping = tiny.model(family), tiny.model(family)
+    for n in gone:
+        layers(skipping)[n].forward = lambda hidden_states, **_: hidden_states
+    drop_layers(model, gone)
+    assert torch.equal(model(IDS).logits, skipping(IDS).logits)
+    assert len(layers(model)) == 3 - len(gone)
+    saving.save(model, tiny.tokenizer(), tmp_path, None)
+    assert clients.verify(tmp_path, model)["cache_drift"] < 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_axes_of_a_cut_model_are_found_again(family: str) -> None:
     model = tiny.model(family)
-    before = {(axis.layer, axis.kind): axis.units for axis in axes(model, KINDS)}
+    before = {(axis.layer, axis.kind): axis.units for axis in axes(model)}
+    head_dim = attention_parts(model, 0)[0].head_dim
     for axis in axes(model, ("groups", "ffn")):
         remove(model, axis, torch.tensor([0]))
-    after = {(axis.layer, axis.kind): axis.units for axis in axes(model, KINDS)}
+    after = {(axis.layer, axis.kind): axis.units for axis in axes(model)}
+    gone = {"ffn": 1, "groups": 1, "heads": 1 if family.startswith("opt") else 2, "value": head_dim}
     for (layer, kind), units in before.items():
-        group = 1 if family.startswith("opt") else 2
-        assert after[layer, kind] == units - (group if kind == "heads" else 1)
+        assert after[layer, kind] == units - gone[kind]
     assert model(IDS).logits.isfinite().all()
 
 
@@ -100,8 +206,8 @@ def test_the_whole_decoder_is_counted() -> None:
 def test_uneven_layers_are_refused_by_the_uniform_layout() -> None:
     model = tiny.model("llama")
     remove(model, axes(model, ("ffn",))[1], torch.tensor([3]))
-    with pytest.raises(BillhookError, match=r"layer 1 has .*47.*equal layers"):
-        update_config(model)
+    with pytest.raises(BillhookError, match=r"layer 1 has .*47.*equal layers.*--layout per_layer"):
+        layout.update_config(model)
 
 
 def test_a_stale_layer_index_shows_in_the_cache(tmp_path: Path) -> None:
@@ -109,4 +215,4 @@ def test_a_stale_layer_index_shows_in_the_cache(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     for layer in layers(model):
         layer.self_attn.layer_idx = 0
-    assert checkpoint._cache_drift(model, IDS) > 100 * checkpoint._cache_tolerance(torch.float32)
+    assert clients._cache_drift(model, IDS) > 100 * clients._cache_tolerance(torch.float32)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import billhook
-from billhook import checkpoint, cli, data, evaluate
+from billhook import checkpoint, cli, data, evaluate, saving
 
 pytestmark = pytest.mark.slow
 RECIPE = Path(__file__).parent.parent / "recipes" / "fasp-smollm2-20.yaml"
@@ -55,7 +55,7 @@ def test_it_loads_without_billhook(pruned: Path) -> None:
     done = subprocess.run([sys.executable, "-c", STOCK, str(pruned)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads((pruned / "billhook.json").read_text())
-    counts = {int(done.stdout), report["sizes"]["after"]["parameters"], checkpoint.stored_parameters(pruned)}
+    counts = {int(done.stdout), report["sizes"]["after"]["parameters"], saving.stored_parameters(pruned)}
     assert len(counts) == 1
 
 

@@ -12,7 +12,7 @@ SHAPE = dict(
 )
 GATED = dict(intermediate_size=48, num_key_value_heads=2, max_position_embeddings=128)
 CONFIGS: dict[str, Any] = {
-    "llama": lambda: T.LlamaConfig(**SHAPE, **GATED, tie_word_embeddings=True),
+    "llama": lambda **other: T.LlamaConfig(**{**SHAPE, **GATED, **other}, tie_word_embeddings=True),
     "llama_bias": lambda: T.LlamaConfig(**SHAPE, **GATED, attention_bias=True, mlp_bias=True),
     "mistral": lambda: T.MistralConfig(**SHAPE, **GATED, sliding_window=None),
     "mistral_sliding": lambda: T.MistralConfig(**SHAPE, **GATED, sliding_window=8),

@@ -1,41 +1,30 @@
-"""Checkpoints in and out: refuse what cannot be pruned before anything is computed; write plain ones and prove them."""
+"""Checkpoints in: refuse what cannot be pruned before anything is computed."""
 
 import io
 import json
 import os
 import re
-import shutil
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging as transformers_logging
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from billhook import demo
 from billhook.atomic import folder
-from billhook.errors import BillhookError, one_of
+from billhook.errors import BillhookError, first_line, one_of
 from billhook.families import family_of
 from billhook.progress import Tick, quiet
+from billhook.saving import quiet_transformers, save
 from billhook.surgery import cast
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # safetensors' names
 AGAIN = "fetch or copy the model again"
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "*.model",
-)
 
 
 @dataclass
@@ -78,6 +67,17 @@ def open_model(name: str, *, device: str = "auto", dtype: str = "auto", tick: Ti
     return Opened(model, load_tokenizer(path, name), name, path, stored)
 
 
+def load(path: str | os.PathLike[str], *, dtype: str | torch.dtype = "auto", device: str = "cpu") -> Any:
+    """Load the model of a checkpoint folder, of either layout, without running code that came with it.
+
+    Raises:
+        BillhookError: the folder is not a whole, plain, supported causal LM.
+    """
+    name = os.fspath(path)
+    check_folder(Path(name), name)
+    return _load(Path(name), name, dtype).to(resolve_device(device))
+
+
 def open_skeleton(name: str, tick: Tick = quiet) -> Any:
     """The model without its weights, on the meta device: shapes and config, whatever the model's size."""
     path = _locate(name, tick)
@@ -85,10 +85,10 @@ def open_skeleton(name: str, tick: Tick = quiet) -> Any:
         return _load_gguf(path)[0]
     check_folder(path, name)
     try:
-        with torch.device("meta"), _quiet_transformers():
+        with torch.device("meta"), quiet_transformers():
             return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, trust_remote_code=False))
     except Exception as error:  # a config that the class refuses: transformers raises many kinds
-        raise BillhookError(f"{name}: transformers could not build it ({_first_line(error)})") from error
+        raise BillhookError(f"{name}: transformers could not build it ({first_line(error)})") from error
 
 
 def resolve_device(device: str) -> torch.device:
@@ -113,7 +113,7 @@ def load_tokenizer(path: Path, name: str) -> Any:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise many kinds for a missing or broken file
         raise BillhookError(
-            f"{name}: no tokenizer could be loaded ({_first_line(error)}): copy its tokenizer files into the folder"
+            f"{name}: no tokenizer could be loaded ({first_line(error)}): copy its tokenizer files into the folder"
         ) from error
 
 
@@ -152,58 +152,6 @@ def check_config(config: dict[str, Any], name: str) -> None:
         raise BillhookError(f"{name}: {error}") from None
     if config.get("num_hidden_layers") == 0:
         raise BillhookError(f"{name} has no decoder layers: there is nothing to prune")
-
-
-def save(model: Any, tokenizer: Any, to: Path, source: Path | None) -> None:
-    """Write weights, config and tokenizer into the existing folder `to`; tokenizer files are copied from `source` if given."""
-    try:
-        with _quiet_transformers():
-            model.save_pretrained(to)
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
-    if source is None:
-        tokenizer.save_pretrained(to)
-        return
-    for pattern in TOKENIZER_FILES:
-        for file in source.glob(pattern):
-            shutil.copyfile(file, to / file.name)
-
-
-@torch.no_grad()
-def verify(path: Path, model: Any) -> dict[str, Any]:
-    """Reload a written folder with stock transformers and compare it with the model in memory.
-
-    Returns what was seen.  Raises BillhookError if the logits differ by a bit, the tensors on disk are not as many as the
-    model's, a tied embedding came back untied, or generation with a cache goes another way than without.
-    """
-    written = stored_parameters(path)
-    expected = sum(p.numel() for p in model.parameters())
-    again = _load(path, str(path), "auto").to(next(model.parameters()).device)
-    ids = _probe(model)
-    same = torch.equal(model(ids).logits, again(ids).logits)
-    drift = _cache_drift(again, ids)
-    tied = (again.get_output_embeddings().weight is again.get_input_embeddings().weight) == bool(
-        again.config.tie_word_embeddings
-    )
-    problems = {
-        f"the tensors on disk hold {written:,} parameters, the model {expected:,}": written != expected,
-        "logits after reloading differ from the model in memory (one cast by .to(dtype) has rounded rotary frequencies: "
-        "load it with dtype=…)": not same,
-        "the embedding is not tied as the config says": not tied,
-        f"logits with and without cache differ by {drift:.1e} of their size": drift > _cache_tolerance(again.dtype),
-    }
-    if found := [text for text, wrong in problems.items() if wrong]:
-        raise BillhookError(f"{path} did not survive reloading: {'; '.join(found)}")
-    return {"client": "transformers", "logits": "equal", "parameters_on_disk": written, "cache_drift": drift}
-
-
-def stored_parameters(path: Path) -> int:
-    """Elements of all tensors in a folder's safetensors files."""
-    total = 0
-    for file in path.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as shard:
-            total += sum(torch.Size(shard.get_slice(key).get_shape()).numel() for key in shard.keys())  # noqa: SIM118
-    return total
 
 
 def demo_folder(tick: Tick = quiet) -> Path:
@@ -247,7 +195,7 @@ def _download(name: str, tick: Tick) -> Path:
         raise
     except Exception as error:  # the hub client raises dozens of kinds, offline ones among them
         raise BillhookError(
-            f"model {name} is no folder here, and could not be fetched from the hub ({_first_line(error)})"
+            f"model {name} is no folder here, and could not be fetched from the hub ({first_line(error)})"
         ) from error
     tick(f"fetching {name}", 1, 1)
     return Path(found)
@@ -256,11 +204,11 @@ def _download(name: str, tick: Tick) -> Path:
 def _load_gguf(path: Path) -> tuple[Any, Any]:
     """Dequantise a GGUF; what is left of its quantisation would keep transformers from saving it."""
     try:
-        with _quiet_transformers(), redirect_stderr(io.StringIO()):  # its own bar, which no setting turns off
+        with quiet_transformers(), redirect_stderr(io.StringIO()):  # its own bar, which no setting turns off
             model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:  # gguf and transformers raise many kinds for a file they cannot read
-        raise BillhookError(f"{path}: transformers could not read it as GGUF ({_first_line(error)})") from error
+        raise BillhookError(f"{path}: transformers could not read it as GGUF ({first_line(error)})") from error
     family_of(model.config.model_type)
     model.config.__dict__.pop("quantization_config", None)
     model.config.architectures = [type(model).__name__]
@@ -271,7 +219,7 @@ def _load_gguf(path: Path) -> tuple[Any, Any]:
 
 def _load(path: Path, name: str, dtype: torch.dtype | str) -> Any:
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
                 dtype=dtype,
@@ -282,7 +230,7 @@ def _load(path: Path, name: str, dtype: torch.dtype | str) -> Any:
             )
             model, info = loaded
     except Exception as error:  # transformers raises OSError, ValueError, RuntimeError, KeyError… for a bad folder
-        raise BillhookError(f"{name}: transformers could not load it ({_first_line(error)})") from error
+        raise BillhookError(f"{name}: transformers could not load it ({first_line(error)})") from error
     other = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]  # (name, shape, shape)
     if missing := sorted(info["missing_keys"]) + sorted(other):
         raise BillhookError(
@@ -325,7 +273,7 @@ def _check_weights(path: Path, name: str) -> torch.dtype:
                     found[piece.get_dtype()] += torch.Size(piece.get_shape()).numel()
         except (SafetensorError, OSError) as error:
             raise BillhookError(
-                f"{name}: shard {file.name} is damaged or truncated ({_first_line(error)}): {AGAIN}"
+                f"{name}: shard {file.name} is damaged or truncated ({first_line(error)}): {AGAIN}"
             ) from error
     if strange := set(found) - set(STORED):
         raise BillhookError(
@@ -340,53 +288,7 @@ def _json(path: Path, name: str) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise BillhookError(f"{name} has no {path.name}: give a folder that holds a whole model") from error
     except (ValueError, OSError) as error:
-        raise BillhookError(f"{name}: {path.name} cannot be read ({_first_line(error)}): {AGAIN}") from error
+        raise BillhookError(f"{name}: {path.name} cannot be read ({first_line(error)}): {AGAIN}") from error
     if not isinstance(content, dict):
         raise BillhookError(f"{name}: {path.name} is not a JSON object")
     return content
-
-
-def _probe(model: PreTrainedModel) -> torch.Tensor:
-    """Two rows of fixed token ids, within the model's vocabulary and positions."""
-    length = min(64, getattr(model.config, "max_position_embeddings", 64))
-    ids = torch.randint(model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
-    return ids.to(next(model.parameters()).device)
-
-
-def _cache_drift(model: Any, ids: torch.Tensor) -> float:
-    """Relative difference of the logits when the second half goes token by token through the cache.
-
-    A stale `layer_idx` shows here, and nowhere else.
-    """
-    half = ids.shape[1] // 2
-    whole = model(ids).logits[:, half:]
-    step = model(ids[:, :half], use_cache=True)
-    stepped = []
-    for n in range(half, ids.shape[1]):
-        step = model(ids[:, n : n + 1], past_key_values=step.past_key_values, use_cache=True)
-        stepped.append(step.logits)
-    return float((torch.cat(stepped, 1) - whole).float().norm() / whole.float().norm())
-
-
-def _cache_tolerance(dtype: torch.dtype) -> float:
-    """A hundred roundings of the dtype: loose in bfloat16, where only a gross fault shows (tests/test_laws.py has one)."""
-    return 100 * torch.finfo(dtype).eps
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """transformers draws bars of its own and warns in passing; billhook speaks for both."""
-    bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()

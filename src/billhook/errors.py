@@ -16,3 +16,9 @@ def one_of(what: str, given: str, valid: Iterable[str]) -> str:
     near = get_close_matches(given, names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise BillhookError(f"unknown {what} {given!r}: {hint}valid: {', '.join(names)}")
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of another library says, cut to one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

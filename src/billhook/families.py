@@ -5,16 +5,18 @@ has been cut are found the same way.  docs/adding-a-family.md walks through a ro
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from types import MappingProxyType
 from typing import cast
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from billhook.axes import Axis, Slot, blocks
 from billhook.errors import BillhookError
+from billhook.modeling_per_layer import MODEL_TYPE, V_HEAD_DIM
 from billhook.tensors import Index
 
 KINDS = {
@@ -23,6 +25,9 @@ KINDS = {
     "groups": "whole KV groups: key and value head with their query heads",
     "value": "value channels (FASP's V/O): one V row with its O columns",
 }
+
+
+PER_LAYER_KEYS = ("layer_types",)  # config keys that hold one value a layer
 
 
 @dataclass(frozen=True)
@@ -40,9 +45,10 @@ class Family:
     head_counters: Mapping[str, str] = field(default_factory=dict)  # module attribute -> heads | entries | per_group
     pre_norm_key: str = ""  # config key that says whether norms come before the FFN, where both exist
     fixed_heads: str = ""  # why the stock class cannot hold fewer heads, where it cannot
+    stand_in: str = ""  # family whose stock class computes the same and takes sizes that this one's config refuses
 
 
-LLAMA = Family(
+GATED = Family(
     layers="model.layers",
     up=("mlp.gate_proj", "mlp.up_proj"),
     down="mlp.down_proj",
@@ -68,13 +74,13 @@ OPT = Family(
     k="self_attn.k_proj",
     v="self_attn.v_proj",
     o="self_attn.out_proj",
-    keys=MappingProxyType({"width": "ffn_dim"}),
+    keys=MappingProxyType({"width": "ffn_dim", "heads": "num_attention_heads"}),
     head_counters=MappingProxyType({"self_attn.num_heads": "heads", "self_attn.embed_dim": "entries"}),
     pre_norm_key="do_layer_norm_before",
     fixed_heads="its stock class takes the head size from hidden_size / num_attention_heads",
 )
 FAMILIES: Mapping[str, Family] = MappingProxyType(
-    {"llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA, "opt": OPT}
+    {"llama": replace(GATED, stand_in="mistral"), "mistral": GATED, "qwen2": GATED, "qwen3": GATED, "opt": OPT}
 )
 
 
@@ -84,11 +90,17 @@ def family_of(model_type: str | None) -> Family:
     Raises:
         BillhookError: there is none; the message lists the supported families.
     """
-    if model_type is None or model_type not in FAMILIES:
+    stock = stock_type(model_type or "")
+    if stock not in FAMILIES:
         raise BillhookError(
             f"model family {model_type!r} is not supported: billhook knows {', '.join(FAMILIES)} (docs/adding-a-family.md)"
         )
-    return FAMILIES[model_type]
+    return FAMILIES[stock]
+
+
+def stock_type(model_type: str) -> str:
+    """The stock family's model type, of a per-layer checkpoint too."""
+    return model_type.removeprefix(MODEL_TYPE.format(""))
 
 
 def layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -98,23 +110,32 @@ def layers(model: PreTrainedModel) -> nn.ModuleList:
     return found
 
 
-def axes(model: PreTrainedModel, kinds: tuple[str, ...] = ("ffn", "heads", "groups")) -> list[Axis]:
+def axes(model: PreTrainedModel, kinds: tuple[str, ...] = tuple(KINDS)) -> list[Axis]:
     """Every axis of the given kinds, layer by layer, attention before the FFN."""
-    makers = {"heads": _heads, "groups": _groups, "ffn": _ffn}
+    makers = {"heads": _heads, "groups": _groups, "value": _value, "ffn": _ffn}
     return [make(model, n) for n in range(len(layers(model))) for kind, make in makers.items() if kind in kinds]
 
 
 def sizes(model: PreTrainedModel, layer: int) -> dict[str, int]:
-    """The sizes of one layer as its tensors have them, under the config's own keys."""
-    row = _row(model)
-    head_dim, heads, kv_heads = _attention(model, layer)
+    """The sizes of one layer as its tensors have them, under the config's own keys.
+
+    `v_head_dim` is there only where value heads are narrower than the others, which no stock config can say.
+    """
+    row, now = _row(model), _attention(model, layer)
     found = {
         "width": _linear(model, layer, row.down).weight.shape[1],
-        "heads": heads,
-        "kv_heads": kv_heads,
-        "head_dim": head_dim,
+        "heads": now.heads,
+        "kv_heads": now.kv_heads,
+        "head_dim": now.head_dim,
     }
-    return {key: found[size] for size, key in row.keys.items()}
+    narrow = {V_HEAD_DIM: now.value_dim} if now.value_dim != now.head_dim else {}
+    return {key: found[size] for size, key in row.keys.items()} | narrow
+
+
+def attention_parts(model: PreTrainedModel, layer: int) -> tuple[nn.Module, nn.Linear]:
+    """The attention module of one layer and its output projection."""
+    row = _row(model)
+    return model.get_submodule(_at(model, layer, row.q.rpartition(".")[0])), _linear(model, layer, row.o)
 
 
 def _row(model: PreTrainedModel) -> Family:
@@ -138,15 +159,25 @@ def _linear(model: PreTrainedModel, layer: int, name: str) -> nn.Linear:
     return found
 
 
-def _attention(model: PreTrainedModel, layer: int) -> tuple[int, int, int]:
-    """(head size, query heads, KV heads) of one layer."""
+@dataclass(frozen=True)
+class _Attention:
+    head_dim: int
+    heads: int
+    kv_heads: int
+    value_dim: int  # channels of one value head: head_dim unless some were cut
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one KV head."""
+        return self.heads // self.kv_heads
+
+
+def _attention(model: PreTrainedModel, layer: int) -> _Attention:
+    """The attention sizes of one layer, from its tensors."""
     row = _row(model)
-    head_dim = cast(int, model.get_submodule(_at(model, layer, row.q.rpartition(".")[0])).head_dim)
-    return (
-        head_dim,
-        _linear(model, layer, row.q).out_features // head_dim,
-        _linear(model, layer, row.k).out_features // head_dim,
-    )
+    head_dim = cast(int, attention_parts(model, layer)[0].head_dim)
+    heads, kv_heads = (_linear(model, layer, name).out_features // head_dim for name in (row.q, row.k))
+    return _Attention(head_dim, heads, kv_heads, _linear(model, layer, row.v).out_features // kv_heads)
 
 
 def _ffn(model: PreTrainedModel, layer: int) -> Axis:
@@ -159,35 +190,49 @@ def _ffn(model: PreTrainedModel, layer: int) -> Axis:
 
 def _heads(model: PreTrainedModel, layer: int) -> Axis:
     """One unit is one query head; each KV group gives up the same number."""
-    row = _row(model)
-    head_dim, heads, kv_heads = _attention(model, layer)
-    index = blocks(heads, head_dim)
+    row, now = _row(model), _attention(model, layer)
+    per_unit = {"heads": Fraction(1), "entries": Fraction(now.head_dim), "per_group": Fraction(1, now.kv_heads)}
     return Axis(
         layer,
         "heads",
-        tuple(_rows(model, layer, row.q, index)),
-        _read(model, layer, row.o, index),
-        _head_counters(
-            model, layer, {"heads": Fraction(1), "entries": Fraction(head_dim), "per_group": Fraction(1, kv_heads)}
-        ),
-        blocks=kv_heads,
+        tuple(_rows(model, layer, row.q, blocks(now.heads, now.head_dim))),
+        _read(model, layer, row.o, blocks(now.heads, now.value_dim)),
+        _head_counters(model, layer, per_unit),
+        blocks=now.kv_heads,
     )
 
 
 def _groups(model: PreTrainedModel, layer: int) -> Axis:
     """One unit is a KV head with the query heads that share it: contiguous, as repeat_kv lays them out."""
-    row = _row(model)
-    head_dim, heads, kv_heads = _attention(model, layer)
-    group = heads // kv_heads
-    query, value = blocks(kv_heads, group * head_dim), blocks(kv_heads, head_dim)
+    row, now = _row(model), _attention(model, layer)
     writers = [
-        *_rows(model, layer, row.q, query),
-        *_rows(model, layer, row.k, value),
-        *_rows(model, layer, row.v, value),
+        *_rows(model, layer, row.q, blocks(now.kv_heads, now.group * now.head_dim)),
+        *_rows(model, layer, row.k, blocks(now.kv_heads, now.head_dim)),
+        *_rows(model, layer, row.v, blocks(now.kv_heads, now.value_dim)),
     ]
-    per_unit = {"heads": Fraction(group), "entries": Fraction(group * head_dim)}
+    per_unit = {"heads": Fraction(now.group), "entries": Fraction(now.group * now.head_dim)}
     return Axis(
-        layer, "groups", tuple(writers), _read(model, layer, row.o, query), _head_counters(model, layer, per_unit)
+        layer,
+        "groups",
+        tuple(writers),
+        _read(model, layer, row.o, blocks(now.kv_heads, now.group * now.value_dim)),
+        _head_counters(model, layer, per_unit),
+    )
+
+
+def _value(model: PreTrainedModel, layer: int) -> Axis:
+    """One unit is a value channel: one V row with its O column in every query head of the group.
+
+    Each KV head gives up the same number, so that heads stay equally wide.
+    """
+    row, now = _row(model), _attention(model, layer)
+    columns = torch.arange(now.heads * now.value_dim).view(now.kv_heads, now.group, now.value_dim)
+    return Axis(
+        layer,
+        "value",
+        tuple(_rows(model, layer, row.v, blocks(now.kv_heads * now.value_dim))),
+        _read(model, layer, row.o, columns.transpose(1, 2).reshape(-1, now.group)),
+        blocks=now.kv_heads,
     )
 
 

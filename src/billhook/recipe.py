@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from billhook import atomic, checkpoint, data, evaluate, report
+from billhook import atomic, checkpoint, clients, data, evaluate, layout, report, saving
 from billhook.budget import check_names, uniform_drops
 from billhook.checkpoint import DTYPES, Opened
 from billhook.cuts import Cut
@@ -20,7 +20,7 @@ from billhook.methods.fasp import Settings
 from billhook.observe import STREAMS
 from billhook.progress import Clock, Tick, quiet
 from billhook.scores import SCORES
-from billhook.surgery import cast, update_config
+from billhook.surgery import cast
 from billhook.tensors import Tokens
 
 
@@ -101,9 +101,9 @@ class Result:
     def write(self, work: Path, tick: Tick = quiet) -> None:
         """Fill the existing folder `work` and verify it."""
         tick("saving", 0, 2)
-        checkpoint.save(self.model, self.tokenizer, work, self.source)
+        saving.save(self.model, self.tokenizer, work, self.source)
         tick("saving", 1, 2)
-        self.report["verified"] = checkpoint.verify(work, self.model)
+        self.report["verified"] = clients.verify(work, self.model)
         atomic.write_text(work / atomic.MARK, report.to_json(self.report))
         atomic.write_text(work / "README.md", report.model_card(self.report))
         tick("saving", 2, 2)
@@ -163,7 +163,7 @@ def prune_opened(opened: Opened, chosen: Recipe, tick: Tick = quiet) -> Result:
     before, widths = evaluate.sizes(model), {kind: n for kind, n in drops.items() if n}
     with evaluate.peak_growth(model.device) as growth:
         cuts = _run(model, windows.tokens, widths, chosen, clock, tick)
-    update_config(model)
+    layout.update_config(model)
     cast(model, opened.dtype)
     written = {
         "recipe": chosen.model_dump(mode="json") | {"axes": list(chosen.kinds)},

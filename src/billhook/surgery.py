@@ -1,4 +1,7 @@
-"""Cutting: remove units for good, or silence them in place.  Cached sizes and the config follow the tensors."""
+"""Cutting: remove units or layers for good, or silence units in place.  Cached sizes follow the tensors."""
+
+from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import nn
@@ -6,7 +9,8 @@ from transformers import PreTrainedModel
 
 from billhook.axes import Axis, owners
 from billhook.errors import BillhookError
-from billhook.families import layers, sizes
+from billhook.families import PER_LAYER_KEYS, attention_parts, layers
+from billhook.modeling_per_layer import narrow_values
 from billhook.tensors import Units
 
 
@@ -23,26 +27,40 @@ def remove(model: PreTrainedModel, axis: Axis, drop: Units) -> None:
     for path, per_unit in axis.counters:
         owner, leaf = model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
         setattr(owner, leaf, int(getattr(owner, leaf) - per_unit * len(drop)))
+    if axis.kind == "value" and len(drop):
+        narrow_values(*attention_parts(model, axis.layer))
+
+
+def drop_layers(model: PreTrainedModel, numbers: Collection[int]) -> None:
+    """Remove whole decoder layers, in place: the rest are renumbered, and the config's per-layer lists follow.
+
+    Raises:
+        BillhookError: no layer would be left, or there is no such layer.
+    """
+    found = layers(model)
+    total = len(found)
+    if unknown := sorted(set(numbers) - set(range(total))):
+        raise BillhookError(f"there is no layer {unknown[0]}: the model has {total}, numbered from 0")
+    kept = [n for n in range(total) if n not in set(numbers)]
+    if not kept:
+        raise BillhookError(f"all {total} layers would go: keep at least one")
+    for n in sorted(set(numbers), reverse=True):
+        del found[n]
+    for new, layer in enumerate(found):
+        inner: Any
+        for inner in layer.modules():  # the cache is indexed by it: a stale one is silently wrong
+            if hasattr(inner, "layer_idx"):
+                inner.layer_idx = new
+    for key in PER_LAYER_KEYS:
+        if (values := getattr(model.config, key, None)) is not None:
+            setattr(model.config, key, [values[n] for n in kept])
+    model.config.num_hidden_layers = len(kept)
 
 
 def zero(model: PreTrainedModel, axis: Axis, drop: Units) -> None:
     """Silence the units `drop` by zeroing what reads them: the reference that `remove` must match."""
     slot = axis.reader
     model.get_parameter(slot.param).data.index_fill_(slot.dim, slot.index[drop].flatten(), 0)
-
-
-def update_config(model: PreTrainedModel) -> None:
-    """Write the sizes that the tensors have into the config: the `uniform` layout.
-
-    Raises:
-        BillhookError: two layers differ, so that no stock config can say it.
-    """
-    first, *rest = [sizes(model, n) for n in range(len(layers(model)))]
-    for n, other in enumerate(rest, start=1):
-        if other != first:
-            raise BillhookError(f"layer {n} has {other}, layer 0 has {first}: the uniform layout needs equal layers")
-    for key, value in first.items():
-        setattr(model.config, key, value)
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -1,0 +1,125 @@
+"""How sizes are written down: `uniform` is a stock config, `per_layer` one whose layers differ."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+
+from billhook import modeling_per_layer as per_layer
+from billhook.errors import BillhookError
+from billhook.families import attention_parts, family_of, layers, sizes, stock_type
+
+LAYOUTS = {
+    "uniform": "one width for all layers: a stock checkpoint, loaded by whatever loads the family",
+    "per_layer": "widths and heads differ by layer: transformers and vLLM load it with trust_remote_code, billhook.load "
+    "without, llama.cpp as GGUF",
+}
+CODE = Path(per_layer.__file__)
+AUTO = {"Config": "Config", "Model": "Model", "ModelForCausalLM": "ForCausalLM"}  # transformers' Auto… -> our class
+
+for _family, (
+    _name,
+    _,
+) in per_layer.FAMILIES.items():  # so that transformers' Auto classes load our own copy of the code
+    _config, _base, _causal = (getattr(per_layer, f"PerLayer{_name}{part}") for part in AUTO.values())
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModel.register(_config, _base, exist_ok=True)
+    AutoModelForCausalLM.register(_config, _causal, exist_ok=True)
+
+
+def layer_sizes(model: PreTrainedModel) -> list[dict[str, int]]:
+    """Every layer's sizes, under the config's own keys."""
+    return [sizes(model, n) for n in range(len(layers(model)))]
+
+
+def stock_holder(model: PreTrainedModel, changes: Mapping[str, Any]) -> str:
+    """The stock family that can hold the model with `changes` to its config: its own, one that stands in for it, or ''.
+
+    LlamaConfig, for one, refuses hidden_size % heads != 0 since transformers 5.4; Mistral computes the same without.
+    """
+    own = stock_type(model.config.model_type)
+    row, config = family_of(own), {**_plain(model.config.to_dict()), **changes}
+    if row.fixed_heads and config[row.keys["heads"]] != sizes(model, 0)[row.keys["heads"]]:
+        return ""
+    biased = any(config.get(key) for key in ("attention_bias", "mlp_bias"))
+    for family in (own, *([row.stand_in] if row.stand_in and not biased else [])):
+        try:
+            CONFIG_MAPPING[family].from_dict({**config, "model_type": family})
+        except Exception:  # each transformers release raises its own validation errors
+            continue
+        return family
+    return ""
+
+
+def layout_of(model: PreTrainedModel) -> str:
+    """The plainest layout that holds the model."""
+    return "per_layer" if _why_not_uniform(model) else "uniform"
+
+
+def _why_not_uniform(model: PreTrainedModel) -> str:
+    first, *rest = layer_sizes(model)
+    for n, other in enumerate(rest, start=1):
+        if other != first:
+            return f"layer {n} has {other}, layer 0 has {first}, and the uniform layout needs equal layers"
+    if per_layer.V_HEAD_DIM in first:
+        return "value heads are narrower than the others, which fits no stock config"
+    if not stock_holder(model, first):
+        return f"no stock config takes {first}"
+    return ""
+
+
+def update_config(model: PreTrainedModel) -> None:
+    """Write the sizes that the tensors have into the config in memory: the `uniform` layout.
+
+    Where another family's config must stand in, the one in memory keeps what it has: it would refuse to be saved.
+
+    Raises:
+        BillhookError: no stock config can say them.
+    """
+    if why := _why_not_uniform(model):
+        raise BillhookError(f"{why}: use --layout per_layer")
+    found = sizes(model, 0)
+    if stock_holder(model, found) == stock_type(model.config.model_type):
+        for key, value in found.items():
+            setattr(model.config, key, value)
+
+
+def config_json(model: PreTrainedModel, written: dict[str, Any]) -> dict[str, Any]:
+    """What config.json must say for the tensors that the model has; `written` is what transformers wrote.
+
+    Sizes that all layers share stand once; the others in `per_layer_config`, with the largest as the global value, and the
+    modelling file is named.
+    """
+    found, stock = layer_sizes(model), stock_type(model.config.model_type)
+    largest = {key: max(one[key] for one in found) for key in family_of(stock).keys.values()}
+    config = _plain(written) | largest | {"num_hidden_layers": len(found)}
+    if layout_of(model) == "uniform":
+        holder = stock_holder(model, found[0])
+        swapped = {"sliding_window": None} if holder != stock else {}
+        return config | swapped | {"model_type": holder, "architectures": [f"{_prefix(holder)}ForCausalLM"]}
+    differing = sorted({key for one in found for key, value in one.items() if largest.get(key) != value})
+    return config | {
+        "model_type": per_layer.MODEL_TYPE.format(stock),
+        "architectures": [f"PerLayer{_prefix(stock)}ForCausalLM"],
+        "auto_map": {f"Auto{auto}": f"{CODE.stem}.PerLayer{_prefix(stock)}{part}" for auto, part in AUTO.items()},
+        "per_layer_config": {
+            str(n): {key: one.get(key) or attention_parts(model, n)[0].head_dim for key in differing}
+            for n, one in enumerate(found)
+        },
+    }
+
+
+def write_code(to: Path) -> None:
+    """Put the modelling file beside a checkpoint whose config names it."""
+    shutil.copyfile(CODE, to / CODE.name)
+
+
+def _prefix(family: str) -> str:
+    return per_layer.FAMILIES[family][0]
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """Without what only a per-layer config has."""
+    return {k: v for k, v in config.items() if k not in ("auto_map", "per_layer_config", per_layer.V_HEAD_DIM)}

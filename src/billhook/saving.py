@@ -1,0 +1,70 @@
+"""Checkpoints out: a plain folder that says what its tensors are."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.utils import logging as transformers_logging
+
+from billhook import layout
+
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "*.model",
+)
+
+
+def save(model: Any, tokenizer: Any, to: Path, source: Path | None) -> None:
+    """Write weights, config and tokenizer into the existing folder `to`; tokenizer files are copied from `source` if given.
+
+    The config says what the tensors are, in the plainest layout that can.
+    """
+    try:
+        with quiet_transformers():
+            model.save_pretrained(to)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    config = to / "config.json"
+    said = layout.config_json(model, json.loads(config.read_text(encoding="utf-8")))
+    config.write_text(json.dumps(said, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if "auto_map" in said:
+        layout.write_code(to)
+    if source is None:
+        tokenizer.save_pretrained(to)
+        return
+    for pattern in TOKENIZER_FILES:
+        for file in source.glob(pattern):
+            shutil.copyfile(file, to / file.name)
+
+
+def stored_parameters(path: Path) -> int:
+    """Elements of all tensors in a folder's safetensors files."""
+    total = 0
+    for file in path.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as shard:
+            total += sum(torch.Size(shard.get_slice(key).get_shape()).numel() for key in shard.keys())  # noqa: SIM118
+    return total
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """transformers draws bars of its own and warns in passing; billhook speaks for both."""
+    bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
