@@ -110,7 +110,7 @@ COMMANDS = {  # PRUNE and EVALUATE work, but for the MODEL or the option that fo
     "PRUNE --calibration {long}.txt": "name too long|does not exist",
     "PRUNE --calibration=": "no text named|does not exist",  # Path("") would be the working folder
     "prune {model} --ratio 0.2": "Missing option.*--output",
-    "prune {model} -o {tmp}/out": "Missing option.*--ratio",
+    "prune {model} -o {tmp}/out": "no budget: give --ratio 0.2, --params 100M, --memory 250MB or --speedup 1.3",
     "prune --ratio 0.2 -o {tmp}/out": "Missing argument.*model",
     "pruen {model}": "No such command 'pruen'.*prune",
     "inspect {tmp}/nowhere": "model .*nowhere does not exist: give a folder, a hub id",
@@ -334,7 +334,7 @@ RECIPES: dict[str, tuple[str | None, str]] = {
     "broken": ("model: [x", "recipe .*r.yaml cannot be read"),
     "empty": ("", "recipe .*r.yaml is not a mapping"),
     "no model": ("ratio: 0.2", "recipe .*r.yaml .*'model'"),
-    "no ratio": ("model: x", "recipe .*r.yaml: ratio: field required"),
+    "no ratio": ("model: x", "recipe .*r.yaml: no budget: give --ratio"),
     "unknown key": ("model: x\nratio: 0.2\nmetod: fasp", "r.yaml: unknown setting 'metod': did you mean 'method'"),
     "a number for a key": ("model: x\nratio: 0.2\n3: fasp", "r.yaml: unknown setting .?3.?: .*valid: method"),
     "unknown value": ("model: x\nratio: 0.2\nmethod: fsap", "r.yaml: unknown method 'fsap': did you mean 'fasp'"),
@@ -353,7 +353,7 @@ def test_a_recipe_that_cannot_be_run(content: str | None, words: str, bench: Ben
 
 def started(prologue: str, arguments: list[object]) -> subprocess.Popen[str]:
     """The command line in a process of its own, after `prologue`."""
-    code = f"import os, resource, time\nfrom billhook import checkpoint, cli\n{prologue}\ncli.main()"
+    code = f"import os, resource, time\nfrom billhook import checkpoint, cli, clients\n{prologue}\ncli.main()"
     entry = [sys.executable, "-c", code] if prologue else [str(Path(sys.executable).with_name("billhook"))]
     line = [*entry, *map(str, arguments)]
     return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -376,16 +376,20 @@ def test_a_full_disk(limit: int, bench: Bench) -> None:
     assert snapshot(bench.tmp) == before
 
 
-MOMENTS = [("open_model", signal.SIGINT), ("verify", signal.SIGINT), ("verify", signal.SIGTERM)]
+MOMENTS = [
+    ("checkpoint.open_model", signal.SIGINT),
+    ("clients.verify", signal.SIGINT),
+    ("clients.verify", signal.SIGTERM),
+]
 
 
 @pytest.mark.parametrize(("stage", "sent"), MOMENTS)
 def test_a_signal_leaves_nothing_half_written(stage: str, sent: signal.Signals, bench: Bench) -> None:
     arguments = bench.prune("--overwrite", out=holding(bench.tmp / "out", "billhook.json"))
     before = snapshot(bench.tmp)
-    process = started(f"checkpoint.{stage} = lambda *_, **__: (os.write(1, b'!'), time.sleep(60))", arguments)
+    process = started(f"{stage} = lambda *_, **__: (os.write(1, b'!'), time.sleep(60))", arguments)
     assert process.stdout and process.stdout.read(1) == "!"
-    assert list(bench.tmp.glob(".out.*.partial/*.safetensors" if stage == "verify" else ".out.*.partial"))
+    assert list(bench.tmp.glob(".out.*.partial/*.safetensors" if stage == "clients.verify" else ".out.*.partial"))
     stopped(process, sent)
     assert snapshot(bench.tmp) == before
 

@@ -15,6 +15,7 @@ from billhook.axes import reader_weight
 from billhook.families import axes, layers
 from billhook.methods.fasp import Settings, fasp
 from billhook.observe import STREAMS, walk
+from billhook.plan import even
 from billhook.surgery import cast
 
 IDS = tiny.tokens(16, 32)
@@ -30,8 +31,8 @@ def damage(model: torch.nn.Module, dense: torch.nn.Module) -> float:
 def test_restoration_repairs_in_every_family_and_stream(family: str, stream: str) -> None:
     dense = tiny.model(family)
     plain, restored = copy.deepcopy(dense), copy.deepcopy(dense)
-    fasp(plain, IDS, {"ffn": 12}, Settings(restoration=False), stream=stream)
-    cuts = fasp(restored, IDS, {"ffn": 12}, stream=stream)
+    fasp(plain, IDS, even(3, {"ffn": 12}), Settings(restoration=False), stream=stream)
+    cuts = fasp(restored, IDS, even(3, {"ffn": 12}), stream=stream)
     assert [axis.units for axis in axes(restored, ("ffn",))] == [36] * 3
     assert damage(restored, dense) < damage(plain, dense)
     for cut in cuts:
@@ -44,15 +45,15 @@ def test_a_dense_target_repairs_more_than_the_sequential_stream() -> None:
     found = {}
     for stream in ("sequential", "dense_target"):
         model = copy.deepcopy(dense)
-        fasp(model, IDS, {"ffn": 12}, stream=stream)
+        fasp(model, IDS, even(3, {"ffn": 12}), stream=stream)
         found[stream] = damage(model, dense)
     assert found["dense_target"] < found["sequential"]
 
 
 def test_a_dense_target_without_correction_is_the_sequential_stream() -> None:
     one, other = tiny.model("llama"), tiny.model("llama")
-    fasp(one, IDS, {"ffn": 12}, Settings(correction=0.0), stream="dense_target")
-    fasp(other, IDS, {"ffn": 12}, stream="sequential")
+    fasp(one, IDS, even(3, {"ffn": 12}), Settings(correction=0.0), stream="dense_target")
+    fasp(other, IDS, even(3, {"ffn": 12}), stream="sequential")
     for (name, p), q in zip(one.named_parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(p, q, msg=name)
 
@@ -77,7 +78,7 @@ def test_ends_layer_says_where_the_reader_adds_to_the_output_as_it_is(family: st
 def test_the_paper_score_drops_the_columns_of_least_norm_product() -> None:
     model = tiny.model("llama")
     kept = copy.deepcopy(model)
-    fasp(kept, IDS, {"ffn": 20}, Settings(score="wanda", restoration=False), stream="dense")
+    fasp(kept, IDS, even(3, {"ffn": 20}), Settings(score="wanda", restoration=False), stream="dense")
     for layer in walk(tiny.model("llama"), IDS, ("ffn",), held_out=0.0):
         axis = layer.axes[0]
         W, norms = reader_weight(model, axis), layer.fit[axis.reader_module].gram.diagonal().sqrt()
@@ -89,7 +90,7 @@ def test_the_paper_score_drops_the_columns_of_least_norm_product() -> None:
 def test_the_same_call_twice_gives_the_same_bits(family: str) -> None:
     models = [tiny.model(family) for _ in range(2)]
     for model in models:
-        fasp(model, IDS, {"ffn": 12})
+        fasp(model, IDS, even(3, {"ffn": 12}))
     for p, q in zip(*(m.parameters() for m in models), strict=True):
         assert torch.equal(p, q)
 

@@ -1,14 +1,20 @@
-"""From a share of the decoder to unit counts that a stock config can hold: the `uniform` layout."""
+"""What a model weighs, and what each axis may give up in a layout."""
 
-from collections.abc import Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from billhook.axes import Axis
-from billhook.choose import Candidates, solve
 from billhook.errors import BillhookError, one_of
-from billhook.families import KINDS, axes, family_of, layers, sizes
+from billhook.families import KINDS, axes, family_of, kv_heads, layers, sizes
+from billhook.layout import stock_holder
+from billhook.plan import Plan
+
+AXES = {**KINDS, "layers": "whole decoder layers"}
+TOLERANCE = 0.005  # a goal so little below what can be had is met by it
+STEPS = 24  # of a bisection: 2^-24 of a decoder is less than one unit
 
 
 def decoder_parameters(model: PreTrainedModel) -> int:
@@ -27,7 +33,7 @@ def anatomy(model: PreTrainedModel) -> dict[str, Any]:
     for kind in KINDS:
         row: dict[str, Any] = {"axis": kind, "units": None, "parameters_per_unit": None, "share_of_decoder": None}
         try:
-            check_kinds(model.config.model_type, (kind,))
+            check_kinds(model, (kind,))
             found = axes(model, (kind,))
             price = found[0].price(model)
             share = sum(axis.units for axis in found) * price / decoder
@@ -46,48 +52,38 @@ def anatomy(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def check_kinds(model_type: str, kinds: tuple[str, ...]) -> None:
-    """Raise BillhookError unless the family can give up every one of `kinds` in the uniform layout."""
-    check_names(kinds)
-    row = family_of(model_type)
-    if row.fixed_heads and {"heads", "groups"} & set(kinds):
-        raise BillhookError(f"{model_type} cannot lose heads in a stock checkpoint: {row.fixed_heads}; use --axes ffn")
-
-
-def check_names(kinds: tuple[str, ...]) -> None:
-    """Raise BillhookError for axes that no family can give up together in the uniform layout."""
-    if not kinds:
-        raise BillhookError(f"no axis named: valid: {', '.join(KINDS)}")
-    for kind in kinds:
-        one_of("axis", kind, KINDS)
-    if "value" in kinds:
+def check_kinds(model: PreTrainedModel, kinds: tuple[str, ...], layout: str = "uniform") -> None:
+    """Raise BillhookError unless the model can give up every one of `kinds` in the layout."""
+    check_names(kinds, layout)
+    row = family_of(model.config.model_type)
+    if layout == "uniform" and row.fixed_heads and {"heads", "groups"} & set(kinds):
         raise BillhookError(
-            "axis 'value' (FASP's V/O channels) needs another attention shape than stock classes have, and comes with the "
-            "per-layer layout: name others of ffn, heads, groups"
+            f"{model.config.model_type} cannot lose heads in a stock checkpoint: {row.fixed_heads}; use --axes ffn, or "
+            "--layout per_layer"
         )
-    if {"heads", "groups"} <= set(kinds):
-        raise BillhookError("axes 'heads' and 'groups' cut the same columns: name one of them")
 
 
-def uniform_drops(model: PreTrainedModel, kinds: tuple[str, ...], ratio: float, multiple_of: int) -> dict[str, int]:
-    """Units of each kind that every layer drops so that about `ratio` of the decoder's parameters go.
+def check_names(kinds: tuple[str, ...], layout: str = "uniform") -> None:
+    """Raise BillhookError for axes that no family can give up together in the layout."""
+    if not kinds:
+        raise BillhookError(f"no axis named: valid: {', '.join(AXES)}")
+    for kind in kinds:
+        one_of("axis", kind, AXES)
+    if "value" in kinds and layout == "uniform":
+        raise BillhookError(
+            "axis 'value' (FASP's V/O channels) needs another attention shape than stock classes have: use --layout per_layer, "
+            "or name others of ffn, heads, groups"
+        )
+    if len(found := [kind for kind in ("heads", "groups", "value") if kind in kinds]) > 1:
+        raise BillhookError(f"axes {' and '.join(map(repr, found))} cut the same columns: name one of them")
+
+
+def allowed(model: PreTrainedModel, axis: Axis, multiple_of: int, layout: str = "uniform") -> list[int]:
+    """Counts that may go from an axis, ascending; 0 is always one, all units never.
 
     Raises:
-        BillhookError: an axis the family cannot hold, a ratio too large or too small, a width no multiple fits.
+        BillhookError: no width fits, or there is nothing to take.
     """
-    check_kinds(model.config.model_type, kinds)
-    by_kind: dict[str, list[Axis]] = {kind: axes(model, (kind,)) for kind in kinds}
-    candidates = [
-        Candidates(
-            kind, found[0].units, sum(axis.price(model) for axis in found), _allowed(model, found[0], multiple_of)
-        )
-        for kind, found in by_kind.items()
-    ]
-    return solve(candidates, ratio * decoder_parameters(model))
-
-
-def _allowed(model: PreTrainedModel, axis: Axis, multiple_of: int) -> list[int]:
-    """Counts that may go from every layer, ascending; 0 is always one, all units never."""
     if axis.kind == "ffn":
         drops = [0] + [d for d in range(1, axis.units) if (axis.units - d) % multiple_of == 0]
         if len(drops) == 1:
@@ -95,9 +91,10 @@ def _allowed(model: PreTrainedModel, axis: Axis, multiple_of: int) -> list[int]:
                 f"--multiple-of {multiple_of}: no width below {axis.units} is a multiple of it: lower it"
             )
         return drops
-    if axis.units == axis.blocks:
+    if axis.units == axis.blocks and axis.kind == "heads":
         raise BillhookError(f"each KV group of this model has one query head ({axis.units} in all): use --axes groups")
-    return [d for d in range(0, axis.units, axis.blocks) if d == 0 or _holds(model, _heads_after(model, axis, d))]
+    steps = range(0, axis.units, axis.blocks)
+    return [d for d in steps if d == 0 or layout == "per_layer" or stock_holder(model, _heads_after(model, axis, d))]
 
 
 def _heads_after(model: PreTrainedModel, axis: Axis, drop: int) -> dict[str, int]:
@@ -108,10 +105,61 @@ def _heads_after(model: PreTrainedModel, axis: Axis, drop: int) -> dict[str, int
     return now | {keys["heads"]: heads - drop * (heads // kv_heads), keys["kv_heads"]: kv_heads - drop}
 
 
-def _holds(model: PreTrainedModel, changes: Mapping[str, Any]) -> bool:
-    """Whether the stock config class accepts these sizes (LlamaConfig wants hidden_size % heads == 0 since 5.4)."""
-    try:
-        type(model.config).from_dict({**model.config.to_dict(), **changes})
-    except Exception:  # each transformers release raises its own validation errors
-        return False
-    return True
+@dataclass(frozen=True)
+class Planner:
+    """How an allocation turns parameters to save into a plan, and the most that it can save."""
+
+    make: Callable[[float], Plan]
+    most: float | int
+
+
+def saved_by(model: PreTrainedModel, plan: Plan) -> int:
+    """Parameters that a plan takes away."""
+    prices = {(axis.layer, axis.kind): axis.price(model) for axis in axes(model, plan.kinds)}
+    return sum(prices[place] * count for place, count in plan.drops.items() if count) + sum(
+        layer_parameters(model, n) for n in plan.layers
+    )
+
+
+def layer_parameters(model: PreTrainedModel, number: int) -> int:
+    """Parameters of one decoder layer, norms included."""
+    return sum(p.numel() for p in layers(model)[number].parameters())
+
+
+def kv_cache_entries(model: PreTrainedModel, plan: Plan, context: int, batch: int) -> int:
+    """Numbers in the KV cache once `plan` is carried out: keys and values of every position in every layer that stays."""
+    total = 0
+    for n in range(len(layers(model))):
+        if n not in plan.layers:
+            heads, head_dim = kv_heads(model, n)
+            total += 2 * (heads - plan.drops.get((n, "groups"), 0)) * head_dim * context * batch
+    return total
+
+
+def reach(planner: Planner, cost: Callable[[Plan], float], goal: float | int, what: str) -> Plan:
+    """The plan that brings `cost`, which falls as more is saved, down to `goal`: nearest to it.
+
+    Raises:
+        BillhookError: the model costs less already, or more than that whatever is cut; says what is possible.
+    """
+    whole, least = cost(Plan()), cost(planner.make(planner.most))
+    if goal >= whole:
+        raise BillhookError(
+            f"{what.format(goal)} is no less than the model's own {what.format(whole)}: nothing is left to cut"
+        )
+    if goal < least * (1 - TOLERANCE):
+        raise BillhookError(
+            f"{what.format(goal)} is below the smallest possible here, {what.format(least)}: raise it, or name more axes"
+        )
+    low, high, best = 0.0, planner.most, Plan()
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        try:
+            plan = planner.make(middle)
+        except BillhookError:  # less than half of a step
+            low = middle
+            continue
+        if abs(cost(plan) - goal) < abs(cost(best) - goal):
+            best = plan
+        low, high = (middle, high) if cost(plan) > goal else (low, middle)
+    return best

@@ -132,6 +132,12 @@ def sizes(model: PreTrainedModel, layer: int) -> dict[str, int]:
     return {key: found[size] for size, key in row.keys.items()} | narrow
 
 
+def kv_heads(model: PreTrainedModel, layer: int) -> tuple[int, int]:
+    """KV heads of one layer, and the size of each."""
+    now = _attention(model, layer)
+    return now.kv_heads, now.head_dim
+
+
 def attention_parts(model: PreTrainedModel, layer: int) -> tuple[nn.Module, nn.Linear]:
     """The attention module of one layer and its output projection."""
     row = _row(model)

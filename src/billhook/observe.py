@@ -8,7 +8,7 @@ Nothing is kept for all layers: one hidden state per token (two where there is a
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -35,10 +35,11 @@ GRAM_BLOCKS = 4  # block rows of the symmetric product: 10 of 16 blocks computed
 
 @dataclass
 class Evidence:
-    """Sums over tokens of what enters one reader, X (tokens, in), and of what the layer's output lacks, E (tokens, out).
+    """Sums over tokens of what enters one reader, X (tokens, in), and of what the reader should add, E (tokens, out).
 
-    E is the unpruned model's output of the layer minus this model's: zero but in the `dense_target` stream, and there for
-    the readers alone whose output is added to the layer's as it is.
+    E is zero but in the `dense_target` stream, and there for the readers alone whose output is added to the layer's as it
+    is: `share` of the unpruned model's output of the layer minus this model's, plus all that layers right after it would
+    have added which go as a whole.
     """
 
     gram: Gram  # X^T X
@@ -66,6 +67,8 @@ def walk(
     kinds: tuple[str, ...],
     *,
     stream: str = "dense",
+    share: float = 1.0,
+    gone: Collection[int] = (),
     held_out: float = 0.1,
     clock: Clock | None = None,
     tick: Tick = quiet,
@@ -74,6 +77,8 @@ def walk(
 
     Args:
         tokens: calibration windows (windows, length).
+        share: how much of the difference to the unpruned model a `dense_target` asks for.
+        gone: layers that will go as a whole: not yielded, and passed by but in the dense stream.
         held_out: share of the windows, the last ones, whose evidence is kept apart.
 
     Raises:
@@ -86,21 +91,30 @@ def walk(
     batches += [(batch, True) for batch in tokens[count:].split(rows) if len(batch)]
     by_layer = [[axis for axis in axes(model, kinds) if axis.layer == n] for n in range(len(layers(model)))]
     with clock("forward"):
-        states, calls = _enter(model, [batch for batch, _ in batches])
-    targets = list(states) if stream == "dense_target" else []
+        states, calls = enter(model, [batch for batch, _ in batches])
+        leading = _gone_from(0, gone)
+        unpruned = [_through(model, leading, state, calls[b]) for b, state in enumerate(states)]
+    targets = unpruned if stream == "dense_target" else []
+    states = unpruned if stream == "dense" else states
     for n, module in enumerate(layers(model)):
+        if n in gone:
+            continue
         tick("statistics", n, len(by_layer))
+        after_it = _gone_from(n + 1, gone)
         sums: tuple[dict[str, Evidence], dict[str, Evidence]] = ({}, {})
         for b, state in enumerate(states):
             with clock("forward"), _tapped(model, by_layer[n]) as inputs:
-                after = _run(module, state, calls[b][n])
+                after = run(module, state, calls[b][n])
+            lack = None
             if targets:
                 with clock("forward"):
-                    targets[b] = _run(module, targets[b], calls[b][n])
+                    dense = run(module, targets[b], calls[b][n])
+                    targets[b] = _through(model, after_it, dense, calls[b])
+                lack = share * (dense - after) + (targets[b] - dense)
             with clock("gram"):
-                _add(sums[batches[b][1]], by_layer[n], inputs, targets[b] - after if targets else None)
+                _add(sums[batches[b][1]], by_layer[n], inputs, lack)
             if stream == "dense":
-                states[b] = after
+                states[b] = _through(model, after_it, after, calls[b])
         with clock("gram"):
             for name, evidence in (*sums[0].items(), *sums[1].items()):
                 evidence.gram = _mirrored(evidence.gram)
@@ -110,7 +124,7 @@ def walk(
         if stream != "dense":
             with clock("forward"):
                 for b, state in enumerate(states):
-                    states[b] = _run(module, state, calls[b][n])
+                    states[b] = run(module, state, calls[b][n])
     tick("statistics", len(by_layer), len(by_layer))
 
 
@@ -170,8 +184,23 @@ def _check_finite(name: str, evidence: Evidence) -> None:
         raise BillhookError(f"what leaves {name} is not finite: weights or dtype overflow; try --dtype float32")
 
 
+def _gone_from(start: int, gone: Collection[int]) -> list[int]:
+    """The layers of `gone` that follow one another from `start` on."""
+    found = []
+    while start + len(found) in gone:
+        found.append(start + len(found))
+    return found
+
+
+def _through(model: PreTrainedModel, numbers: Iterable[int], state: Tensor, calls: list[dict[str, Any]]) -> Tensor:
+    """`state` after the layers `numbers`."""
+    for n in numbers:
+        state = run(layers(model)[n], state, calls[n])
+    return state
+
+
 @torch.no_grad()
-def _enter(model: PreTrainedModel, batches: list[Tensor]) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
+def enter(model: PreTrainedModel, batches: list[Tensor]) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
     """Hidden states before the first layer, and for each batch what the model passes to each of its layers.
 
     The layers are replaced for one call by recorders that hand their input on, so the model itself makes the masks and
@@ -198,6 +227,7 @@ def _enter(model: PreTrainedModel, batches: list[Tensor]) -> tuple[list[Tensor],
 
 
 @torch.no_grad()
-def _run(module: nn.Module, state: Tensor, kwargs: dict[str, Any]) -> Tensor:
+def run(module: nn.Module, state: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """One decoder layer on hidden states, with what the model passes to it."""
     out = module(state, **kwargs)
     return out[0] if isinstance(out, tuple) else out  # a tuple before transformers 5

@@ -1,27 +1,33 @@
-"""One recipe says a whole pruning run; `prune` does it.  Command-line flags, YAML files and Python arguments are the same."""
+"""One recipe says a whole pruning run: command-line flags, YAML files and Python arguments are the same."""
 
-import os
-import platform
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+import math
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from billhook import atomic, checkpoint, clients, data, evaluate, layout, report, saving
-from billhook.budget import check_names, uniform_drops
-from billhook.checkpoint import DTYPES, Opened
-from billhook.cuts import Cut
+from billhook import allocation
+from billhook.budget import check_names
+from billhook.checkpoint import DTYPES
 from billhook.errors import BillhookError, one_of
+from billhook.layout import LAYOUTS
 from billhook.methods import METHODS
 from billhook.methods.fasp import Settings
 from billhook.observe import STREAMS
-from billhook.progress import Clock, Tick, quiet
 from billhook.scores import SCORES
-from billhook.surgery import cast
-from billhook.tensors import Tokens
+from billhook.taylor import GRADIENT_SCORES
+
+CLIENTS = {  # who will load it -> what FFN widths its kernels want, and why
+    "transformers": (32, "matrix products like it"),
+    "vllm": (128, "its Marlin kernels want N % 64 and K % 128"),
+    "llama.cpp": (256, "K-quants want rows of 256; multiples of 32 fall back to Q5_0 or Q8_0, others to F16"),
+}
+BUDGETS = ("ratio", "params", "memory", "speedup")
+COUNT = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 class Recipe(BaseModel):
@@ -30,8 +36,17 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: str = "fasp"
-    ratio: float = Field(gt=0, lt=1, allow_inf_nan=False)
+    ratio: float | None = Field(default=None, gt=0, lt=1, allow_inf_nan=False)
+    params: int | None = Field(default=None, ge=1)  # of the whole model; "100M" is understood
+    memory: int | None = Field(default=None, ge=1)  # bytes of weights and KV cache; "250MB" is understood
+    speedup: float | None = Field(default=None, gt=1, allow_inf_nan=False)  # of a prefill on this machine
+    context: int = Field(default=2048, ge=1)  # tokens in the KV cache that `memory` counts
+    batch: int = Field(default=1, ge=1)
+    layout: str = "uniform"
+    allocation: str = "equal"
+    floor: float = Field(default=0.3, gt=0, le=1, allow_inf_nan=False)
     axes: tuple[str, ...] = ()  # empty: the method's own default
+    vocab_from: tuple[str, ...] = ()
     stream: str = "dense_target"
     score: str = Settings.score
     damping: float = Field(default=Settings.damping, gt=0, le=1, allow_inf_nan=False)
@@ -39,22 +54,92 @@ class Recipe(BaseModel):
     correction: float = Field(default=Settings.correction, ge=0, le=1, allow_inf_nan=False)
     calibration: str = "demo"
     samples: int = Field(default=64, ge=1)
+    probes: int = Field(default=8, ge=1)  # windows beyond those, to judge by where an allocation measures
     seq_len: int = Field(default=512, ge=2)
     seed: int = Field(default=0, ge=0, lt=2**63)
-    multiple_of: int = Field(default=32, ge=1)
+    clients: tuple[str, ...] = ("transformers",)
+    multiple_of: int | None = Field(default=None, ge=1)  # of FFN widths; None: what `clients` want
     device: str = "auto"
     dtype: str = "auto"
 
-    @field_validator("method", "score", "stream", "dtype")
+    @field_validator("method", "score", "stream", "dtype", "layout")
     @classmethod
     def _known(cls, value: str, info: Any) -> str:
-        valid = {"method": METHODS, "score": SCORES, "stream": STREAMS, "dtype": ("auto", *DTYPES)}
+        valid = {
+            "method": METHODS,
+            "score": (*SCORES, *GRADIENT_SCORES),
+            "stream": STREAMS,
+            "dtype": ("auto", *DTYPES),
+            "layout": LAYOUTS,
+        }
         return one_of(info.field_name, value, valid[info.field_name])
+
+    @field_validator("params", "memory", mode="before")
+    @classmethod
+    def _amount(cls, value: Any, info: Any) -> Any:
+        return amount(value, COUNT if info.field_name == "params" else BYTES, info.field_name)
+
+    @field_validator("clients")
+    @classmethod
+    def _clients(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(one_of("client", name, CLIENTS) for name in value)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Recipe":
+        given = [f"--{name}" for name in BUDGETS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise BillhookError(f"{' and '.join(given)} are two budgets: give one")
+        by_file = allocation.parse(self.allocation).name == "file"
+        if by_file and given:
+            raise BillhookError(f"{given[0]} and an allocation file both say how much goes: give one")
+        if not given and not by_file and not self.vocab_from:
+            raise BillhookError("no budget: give --ratio 0.2, --params 100M, --memory 250MB or --speedup 1.3")
+        if self.layout == "uniform" and allocation.parse(self.allocation).uneven:
+            raise BillhookError(
+                f"allocation {self.allocation} makes layers differ, which the uniform layout cannot hold: use --layout per_layer"
+            )
+        if self.layout != "uniform" and self.allocation == "auto":
+            raise BillhookError(
+                "allocation auto chooses depth and one width, for the uniform layout: leave out --layout"
+            )
+        check_names(self.kinds, self.layout)
+        return self
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """The axes to prune."""
         return self.axes or METHODS[self.method].default_kinds
+
+    @property
+    def width_step(self) -> int:
+        """What FFN widths are a multiple of."""
+        return self.multiple_of or math.lcm(*(CLIENTS[name][0] for name in self.clients))
+
+    @property
+    def budget(self) -> str:
+        """The budget as the user would say it."""
+        for name in BUDGETS:
+            if (value := getattr(self, name)) is not None:
+                return f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:g}"
+        return "an allocation file" if allocation.parse(self.allocation).name == "file" else "vocabulary alone"
+
+
+def amount(value: Any, units: dict[str, int], name: str) -> Any:
+    """`100M` or `250MB` as a number; what is no text is left as it is.
+
+    Raises:
+        BillhookError: it is no number with one of the units.
+    """
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(
+        r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([a-z]*)\s*", value.replace(",", "").replace("_", "").lower()
+    )
+    if not found or (found[2] or min(units, key=len)) not in units:
+        raise BillhookError(
+            f"--{name} {value!r} is no amount: write a number, with one of {', '.join(filter(None, units))}"
+        )
+    return round(float(found[1]) * units.get(found[2], 1))
 
 
 def recipe(**settings: Any) -> Recipe:
@@ -74,125 +159,6 @@ def recipe(**settings: Any) -> Recipe:
         name = ".".join(map(str, first["loc"])).replace("_", "-")
         given = "" if first["type"] == "missing" else f" {first['input']!r}"
         raise BillhookError(f"{name}{given}: {first['msg'].lower().replace('tuple', 'list')}") from None
-
-
-@dataclass
-class Result:
-    """A pruned model, its tokenizer, and the report of what it cost."""
-
-    model: Any
-    tokenizer: Any
-    report: dict[str, Any]
-    source: Path | None = None  # the folder the model came from
-
-    def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> Path:
-        """Write a plain checkpoint with report and model card, reload it with stock transformers and compare.
-
-        Raises:
-            BillhookError: `path` is taken, holds the source model, cannot be written, or what was written does not come
-                back equal.  In each case nothing is left behind.
-        """
-        out = Path(path)
-        check_out(out, self.source, overwrite)
-        with atomic.folder(out, overwrite) as work:
-            self.write(work)
-        return out
-
-    def write(self, work: Path, tick: Tick = quiet) -> None:
-        """Fill the existing folder `work` and verify it."""
-        tick("saving", 0, 2)
-        saving.save(self.model, self.tokenizer, work, self.source)
-        tick("saving", 1, 2)
-        self.report["verified"] = clients.verify(work, self.model)
-        atomic.write_text(work / atomic.MARK, report.to_json(self.report))
-        atomic.write_text(work / "README.md", report.model_card(self.report))
-        tick("saving", 2, 2)
-
-
-def check_out(out: Path, source: Path | None, overwrite: bool) -> None:
-    """Refuse an output folder that is taken, or that would put result and source inside each other."""
-    if source is not None:
-        here, there = out.resolve(), source.resolve()
-        if here == there or there in here.parents:
-            raise BillhookError(f"{out} lies inside the model's own folder {source}: choose another output")
-        if here in there.parents:
-            raise BillhookError(f"{out} holds the model's own folder {source}: choose another output")
-    atomic.check_free(out, overwrite)
-
-
-def prune(model: Any, *, tokenizer: Any = None, tick: Tick = quiet, **settings: Any) -> Result:
-    """Prune a model by a recipe.
-
-    Args:
-        model: a folder, a hub id, a .gguf file, `demo`, or a transformers model in memory (which is cut in place).
-        tokenizer: needed with a model in memory.
-        tick: called with (stage, done, total) as the work proceeds.
-        settings: the fields of `Recipe`: ratio=0.2, method="fasp", axes=("ffn",), calibration="demo", …
-
-    Returns:
-        the pruned model in its checkpoint's dtype, with its report.
-
-    Raises:
-        BillhookError: anything that cannot work, in one line; a model on disk is never changed.
-    """
-    chosen = recipe(**settings)
-    check_names(chosen.kinds)  # this refusal needs no model
-    if isinstance(model, str | os.PathLike):
-        opened = checkpoint.open_model(os.fspath(model), device=chosen.device, dtype=chosen.dtype, tick=tick)
-    else:
-        if tokenizer is None:
-            raise BillhookError("a model in memory needs its tokenizer: prune(model, tokenizer=…)")
-        opened = Opened(model, tokenizer, model.config._name_or_path or type(model).__name__, None, model.dtype)
-        checkpoint.check_config({**model.config.to_dict(), "architectures": [type(model).__name__]}, opened.name)
-    return prune_opened(opened, chosen, tick)
-
-
-def prune_opened(opened: Opened, chosen: Recipe, tick: Tick = quiet) -> Result:
-    """Prune a model that is already loaded, in place."""
-    model, clock = opened.model, Clock()
-    limit = getattr(model.config, "max_position_embeddings", chosen.seq_len)
-    if chosen.seq_len > limit:
-        raise BillhookError(
-            f"seq-len {chosen.seq_len} is beyond the {limit} positions of {opened.name}: lower --seq-len"
-        )
-    drops = uniform_drops(model, chosen.kinds, chosen.ratio, chosen.multiple_of)
-    windows = data.windows(
-        data.calibration_text(chosen.calibration, tick), opened.tokenizer, chosen.seq_len, chosen.samples, chosen.seed
-    )
-    data.check_vocabulary(windows, model, opened.name)
-    before, widths = evaluate.sizes(model), {kind: n for kind, n in drops.items() if n}
-    with evaluate.peak_growth(model.device) as growth:
-        cuts = _run(model, windows.tokens, widths, chosen, clock, tick)
-    layout.update_config(model)
-    cast(model, opened.dtype)
-    written = {
-        "recipe": chosen.model_dump(mode="json") | {"axes": list(chosen.kinds)},
-        "parent": opened.name,
-        "model_type": model.config.model_type,
-        "paper": METHODS[chosen.method].paper,
-        "sizes": report.sizes(before, evaluate.sizes(model), chosen.ratio),
-        "calibration": {
-            "source": windows.source,
-            "windows": len(windows.tokens),
-            "windows_available": windows.available,
-            "seq_len": chosen.seq_len,
-            "text_sha256": windows.text_sha256,
-            "tokens_sha256": windows.sha256,
-        },
-        "cuts": [asdict(cut) for cut in cuts],
-        "seconds": {stage: round(s, 3) for stage, s in clock.seconds.items()},
-        "peak_growth_bytes": growth(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("billhook", "torch", "transformers")},
-        },
-    }
-    return Result(model, opened.tokenizer, written, opened.folder)
-
-
-def _run(model: Any, tokens: Tokens, drops: dict[str, int], chosen: Recipe, clock: Clock, tick: Tick) -> list[Cut]:
-    settings = Settings(chosen.score, chosen.damping, chosen.restoration, chosen.correction)
-    return METHODS[chosen.method].run(model, tokens, drops, settings, stream=chosen.stream, clock=clock, tick=tick)
 
 
 @dataclass(frozen=True)
@@ -223,13 +189,3 @@ def read_recipe(path: Path) -> RecipeFile:
         return RecipeFile(str(model), recipe(**{str(key): value for key, value in content.items()}), expect)
     except BillhookError as error:
         raise BillhookError(f"recipe {path}: {error}") from None
-
-
-def measure(path: Path, chosen: Recipe, tick: Tick = quiet) -> dict[str, float]:
-    """The numbers a recipe file may expect: parameters, and perplexity on the demo's evaluation texts."""
-    opened = checkpoint.open_model(str(path), device=chosen.device, dtype=chosen.dtype, tick=tick)
-    found: dict[str, float] = {"parameters": evaluate.sizes(opened.model)["parameters"]}
-    for text in data.evaluation_texts(["demo"], tick):
-        windows = data.windows(text, opened.tokenizer, chosen.seq_len)
-        found[f"perplexity on {text.name}"] = evaluate.perplexity(opened.model, windows, tick).perplexity
-    return found

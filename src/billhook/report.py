@@ -8,12 +8,12 @@ from typing import Any
 from rich.table import Table
 
 
-def sizes(before: dict[str, int], after: dict[str, int], nominal: float) -> dict[str, Any]:
-    """Sizes before and after, with the ratio asked for and the two that were achieved."""
+def sizes(before: dict[str, int], after: dict[str, int], budget: str) -> dict[str, Any]:
+    """Sizes before and after, with the budget asked for and the two ratios that were achieved."""
     return {
         "before": before,
         "after": after,
-        "ratio": nominal,
+        "budget": budget,
         "achieved_ratio": 1 - after["decoder_parameters"] / before["decoder_parameters"],
         "achieved_ratio_of_all": 1 - after["parameters"] / before["parameters"],
     }
@@ -35,13 +35,15 @@ def cut_summary(report: dict[str, Any]) -> list[tuple[str, str]]:
         (
             "decoder",
             f"{size['before']['decoder_parameters']:,} → {size['after']['decoder_parameters']:,} "
-            f"(-{size['achieved_ratio']:.2%}, asked for {size['ratio']:.2%})",
+            f"(-{size['achieved_ratio']:.2%}, asked for {size['budget']})",
         ),
     ]
+    if gone := report["dropped_layers"]:
+        lines.append(("layers", f"{', '.join(map(str, gone))} dropped (numbered from 0)"))
     for kind in dict.fromkeys(cut["kind"] for cut in cuts):
         of_kind = [cut for cut in cuts if cut["kind"] == kind]
-        first, held = of_kind[0], [cut["error_held_out"] for cut in of_kind if cut["error_held_out"] is not None]
-        lines.append((kind, f"{first['units']} → {first['units'] - first['dropped']} in each of {len(of_kind)} layers"))
+        held = [cut["error_held_out"] for cut in of_kind if cut["error_held_out"] is not None]
+        lines.append((kind, _widths(of_kind)))
         errors = " → ".join(f"{_mean([cut[key] for cut in of_kind]):.3f}" for key in ("error_without", "error"))
         lines.append(
             (f"{kind} error", f"{errors} by restoration" + (f", {_mean(held):.3f} on held-out windows" if held else ""))
@@ -51,6 +53,16 @@ def cut_summary(report: dict[str, Any]) -> list[tuple[str, str]]:
     lines.append(("seconds", ", ".join(f"{stage} {s:.1f}" for stage, s in seconds.items())))
     lines.append(("peak memory", f"{report['peak_growth_bytes'] / 2**20:.0f} MiB beyond the loaded model"))
     return lines
+
+
+def _widths(cuts: list[dict[str, Any]]) -> str:
+    """What is left of one kind of axis: once where all layers are equal, else layer by layer."""
+    before, after = [{cut[key] for cut in cuts} for key in ("units", "dropped")]
+    if len(before) == len(after) == 1:
+        units, gone = before.pop(), after.pop()
+        return f"{units} → {units - gone} in each of {len(cuts)} layers"
+    left = " ".join(str(cut["units"] - cut["dropped"]) for cut in cuts)
+    return f"{'/'.join(map(str, sorted(before)))} → by layer: {left}"
 
 
 def summary_table(report: dict[str, Any], title: str) -> Table:
@@ -122,7 +134,9 @@ def model_card(report: dict[str, Any]) -> str:
     """README.md of an output folder."""
     recipe = report["recipe"]
     settings = " ".join(
-        f"--{key.replace('_', '-')} {_flag(value)}" for key, value in recipe.items() if key in CARD_FLAGS
+        f"--{key.replace('_', '-')} {_flag(value)}"
+        for key, value in recipe.items()
+        if key in CARD_FLAGS and value is not None
     )
     rows = "\n".join(f"| {name} | {value} |" for name, value in cut_summary(report))
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
@@ -133,7 +147,7 @@ tags: [billhook, pruned, {recipe["method"]}]
 ---
 # {report["parent"]}, pruned by billhook
 
-A stock `{report["model_type"]}` checkpoint, pruned without training by {recipe["method"]} ({report["paper"]}).
+{CARD_LAYOUT[report["layout"]].format(report["model_type"])}, pruned without training by {recipe["method"]} ({report["paper"]}).
 
 | | |
 |---|---|
@@ -145,19 +159,14 @@ The licence is that of the parent model.
 """
 
 
+CARD_LAYOUT = {
+    "uniform": "A stock `{}` checkpoint",
+    "per_layer": "A `{}` checkpoint whose layers differ in size: load it with `billhook.load(path)`, or with transformers or "
+    "vLLM and `trust_remote_code=True`",
+}
 CARD_FLAGS = (
-    "method",
-    "ratio",
-    "axes",
-    "score",
-    "stream",
-    "damping",
-    "correction",
-    "calibration",
-    "samples",
-    "seq_len",
-    "seed",
-    "multiple_of",
+    *("method", "ratio", "params", "memory", "speedup", "layout", "allocation", "axes", "score", "stream", "damping"),
+    *("correction", "calibration", "samples", "seq_len", "seed", "multiple_of"),
 )
 
 

@@ -14,3 +14,4 @@ Kept = Int[Tensor, " kept"]  # numbers of the units, or columns, that stay, asce
 Index = Int[Tensor, "units span"]  # which entries of a dimension each unit owns
 Mask = Bool[Tensor, " entries"]
 Tokens = Int[Tensor, "windows length"]  # token ids, every row a full window
+Probes = Int[Tensor, "probes length"]  # other windows, to judge by

@@ -7,10 +7,11 @@ W (out, in) reads an axis;  X (tokens, in) is what enters it;  G = X^T X.
                 takes their sum.
 3. Restoration  W_S = argmin_V ||V X_S^T - W X^T||_F^2 over the kept columns S, in closed form from G.
 
+How many units each axis gives is the plan's (billhook.allocation); the paper takes the same from every layer.
 Where this differs from the paper.  The default score is the optimal-brain-surgery column score, the error left *after*
 step 3.  The ridge of step 3 draws toward the kept weights.  In the default stream, `dense_target`, step 3 also makes up
-a share `correction` of E, what the layers before have cost the residual stream: W X^T + correction * E^T in place of
-W X^T.  docs/LOG.md has what each is worth.  The paper prunes value channels in attention, which no stock attention class
+E: a share `correction` of what the layers before have cost the residual stream, and all that layers which the plan drops
+right after this one would have added: W X^T + E^T in place of W X^T.  docs/LOG.md has what each is worth.  The paper prunes value channels in attention, which no stock attention class
 can hold; here whole query heads or KV groups go, where the user asks for them.  The paper's body was not at hand
 (abstract and reviews were): its damping, its stream and its tables are open, and nothing here claims to reproduce them.
 """
@@ -25,10 +26,11 @@ from billhook import choose, restore
 from billhook.axes import Axis, reader_weight
 from billhook.cuts import Cut
 from billhook.observe import Evidence, Layer, walk
+from billhook.plan import Plan
 from billhook.progress import Clock, Tick, quiet
 from billhook.scores import SCORES
-from billhook.surgery import remove
-from billhook.tensors import Cross, Kept, Narrowed, Tokens, Weight
+from billhook.surgery import drop_layers, remove
+from billhook.tensors import Kept, Narrowed, Scores, Tokens, Units, Weight
 
 
 @dataclass(frozen=True)
@@ -38,64 +40,106 @@ class Settings:
     score: str = "obs"
     damping: float = 1e-3  # ridge as a share of the mean diagonal of G, for score and restoration
     restoration: bool = True
-    correction: float = 0.3  # share of E to make up, in the dense_target stream
+    correction: float = 0.3  # share of what the layers before have cost to make up, in the dense_target stream
 
-    def pull(self, evidence: Evidence) -> Cross | None:
-        """correction * E^T X, if there is any to make up."""
-        return None if evidence.cross is None or not self.restoration else self.correction * evidence.cross
+
+@dataclass(frozen=True)
+class Fit:
+    """What steps 2 and 3 found for one axis."""
+
+    drop: Units
+    kept: Kept  # columns of the reader that stay
+    weight: Narrowed  # of the reader, restored
+    damping: float  # that it took
 
 
 @torch.no_grad()
 def fasp(
     model: PreTrainedModel,
     tokens: Tokens,
-    drops: Mapping[str, int],
+    plan: Plan,
     settings: Settings = Settings(),
     *,
+    scores: Mapping[tuple[int, str], Scores] | None = None,
     stream: str = "dense_target",
     clock: Clock | None = None,
     tick: Tick = quiet,
 ) -> list[Cut]:
-    """Remove from every layer `drops[kind]` units of each kind of axis, in place, and restore what reads them.
+    """Cut a model by a plan, in place, and restore what reads the axes that were cut.
 
     Args:
         tokens: calibration windows (windows, length).
-        drops: units to drop from each layer, by kind of axis.
+        scores: of the units of each axis, by (layer, kind), where they come from elsewhere (gradients) than step 2.
     """
-    clock = clock or Clock()
-    return [
-        cut(model, axis, layer, drops[axis.kind], settings, clock)
-        for layer in walk(model, tokens, tuple(drops), stream=stream, clock=clock, tick=tick)
+    clock, scores = clock or Clock(), scores or {}
+    steps = walk(
+        model,
+        tokens,
+        plan.kinds,
+        stream=stream,
+        share=settings.correction if settings.restoration else 0.0,
+        gone=plan.layers,
+        clock=clock,
+        tick=tick,
+    )
+    cuts = [
+        cut(model, axis, layer, plan.drops.get(place, 0), settings, clock, scores.get(place))
+        for layer in steps
         for axis in layer.axes
+        for place in [(axis.layer, axis.kind)]
     ]
+    drop_layers(model, plan.layers)
+    return cuts
 
 
-def cut(model: PreTrainedModel, axis: Axis, layer: Layer, count: int, settings: Settings, clock: Clock) -> Cut:
+def cut(
+    model: PreTrainedModel,
+    axis: Axis,
+    layer: Layer,
+    count: int,
+    settings: Settings,
+    clock: Clock,
+    scores: Scores | None = None,
+) -> Cut:
     """Steps 1-3 on one axis.  The held-out windows first judge a fit on the others, then join it."""
-    fit, held = layer.fit[axis.reader_module], layer.held_out.get(axis.reader_module)
-    seen = fit if held is None else fit + held
+    fitted_on, held = layer.fit[axis.reader_module], layer.held_out.get(axis.reader_module)
+    seen = fitted_on if held is None else fitted_on + held
     W = reader_weight(model, axis).to(seen.gram.device)
+    found = fit(axis, W, seen, count, settings, clock, scores)
+    with clock("errors"):
+        kept, V = found.kept, found.weight
+        before, after = _error(W, W[:, kept], seen, kept), _error(W, V, seen, kept)
+        unseen = None if held is None else _error(W, _restored(W, fitted_on, kept, settings)[0], held, kept)
+    with clock("surgery"):
+        remove(model, axis, found.drop)
+        reader_weight(model, axis).copy_(V)
+    return Cut(axis.layer, axis.kind, axis.units, len(found.drop), found.damping, before, after, unseen)
+
+
+def fit(
+    axis: Axis,
+    W: Weight,
+    evidence: Evidence,
+    count: int,
+    settings: Settings,
+    clock: Clock,
+    scores: Scores | None = None,
+) -> Fit:
+    """Steps 2 and 3: which units go, and what the reader then should be; the model stays as it is."""
     with clock("score"):
-        s = axis.pool(SCORES[settings.score](W, seen.gram, settings.damping))
+        s = axis.pool(SCORES[settings.score](W, evidence.gram, settings.damping)) if scores is None else scores
         drop, keep = choose.lowest(s, count, axis.blocks)
         kept = axis.columns(keep)
     with clock("restoration"):
-        V, used = _restored(W, seen, kept, settings)
-    with clock("errors"):
-        before, after = _error(W, W[:, kept], seen, kept, settings), _error(W, V, seen, kept, settings)
-        unseen = None if held is None else _error(W, _restored(W, fit, kept, settings)[0], held, kept, settings)
-    with clock("surgery"):
-        remove(model, axis, drop)
-        reader_weight(model, axis).copy_(V)
-    return Cut(axis.layer, axis.kind, axis.units, len(drop), used, before, after, unseen)
+        V, used = _restored(W, evidence, kept, settings)
+    return Fit(drop, kept, V, used)
 
 
 def _restored(W: Weight, evidence: Evidence, kept: Kept, settings: Settings) -> tuple[Narrowed, float]:
     if not settings.restoration:
         return W[:, kept], 0.0
-    return restore.least_squares(W, evidence.gram, kept, settings.damping, settings.pull(evidence))
+    return restore.least_squares(W, evidence.gram, kept, settings.damping, evidence.cross)
 
 
-def _error(W: Weight, V: Narrowed, evidence: Evidence, kept: Kept, settings: Settings) -> float:
-    energy = settings.correction**2 * evidence.energy if settings.restoration else 0.0
-    return restore.relative_error(W, V, evidence.gram, kept, settings.pull(evidence), energy)
+def _error(W: Weight, V: Narrowed, evidence: Evidence, kept: Kept) -> float:
+    return restore.relative_error(W, V, evidence.gram, kept, evidence.cross, evidence.energy)

@@ -1,0 +1,92 @@
+"""Which layers give how much: loss curves and prices in, unit counts out.  Knows no model."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.interpolate import PchipInterpolator
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import lil_array
+
+from billhook.errors import BillhookError
+
+GAP = 1e-4  # relative gap at which the solver may stop: far below what the losses are known to
+SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one axis of one layer may lose: counts, what each saves in the budget's unit, and the loss it is believed to cost."""
+
+    layer: int
+    drops: Sequence[int]  # ascending, 0 first
+    savings: Sequence[float]
+    losses: Sequence[float]
+
+
+def interpolate(measured: Mapping[int, float], drops: Sequence[int]) -> list[float]:
+    """Losses at all of `drops` from those at a few counts: monotone, 0 at 0, the last slope kept beyond the last count."""
+    counts = sorted({0, *measured})
+    values = np.maximum.accumulate([max(measured.get(n, 0.0), 0.0) for n in counts])
+    if len(counts) == 1:
+        return [0.0] * len(drops)
+    inside = PchipInterpolator(counts, values)(np.minimum(drops, counts[-1]))
+    slope = (values[-1] - values[-2]) / (counts[-1] - counts[-2])
+    return (inside + slope * np.maximum(np.asarray(drops) - counts[-1], 0)).tolist()
+
+
+def solve(
+    choices: Sequence[Choice], target: float, whole: Mapping[int, tuple[float, float]] | None = None
+) -> tuple[list[int], list[int]]:
+    """The counts of least total loss that save `target`, to half of the smallest step: a multiple-choice knapsack.
+
+    Args:
+        whole: layers that may go as a whole, with what each then saves and costs.
+
+    Returns:
+        the count for each of `choices`, and the layers that go.
+
+    Raises:
+        BillhookError: the choices cannot save that much, or hit it.
+    """
+    whole = whole or {}
+    width = sum(len(choice.drops) for choice in choices)
+    losses, savings = np.zeros(width + len(whole)), np.zeros(width + len(whole))
+    one_each, at = lil_array((len(choices), width + len(whole))), 0
+    for row, choice in enumerate(choices):
+        end = at + len(choice.drops)
+        losses[at:end], savings[at:end] = choice.losses, choice.savings
+        one_each[row, at:end] = 1
+        for place, layer in enumerate(whole):
+            if layer == choice.layer:
+                one_each[row, width + place] = 1
+        at = end
+    for place, (saving, loss) in enumerate(whole.values()):
+        savings[width + place], losses[width + place] = saving, loss
+    steps = [b - a for choice in choices for a, b in zip(choice.savings, choice.savings[1:], strict=False)]
+    step = min((s for s in steps if s > 0), default=0.0)
+    most = sum(max(choice.savings) for choice in choices)
+    scale = max(target, 1.0)  # the solver's tolerances are absolute
+    for slack in (step / 2, step, 4 * step):
+        budget = LinearConstraint(savings[None] / scale, (target - slack) / scale, (target + slack) / scale)
+        found = milp(
+            losses,
+            integrality=np.ones_like(losses),
+            bounds=Bounds(0, 1),
+            constraints=[LinearConstraint(one_each.tocsr(), 1, 1), budget],
+            options={"mip_rel_gap": GAP, "time_limit": SECONDS},
+        )
+        if found.x is not None:
+            break
+    else:
+        raise BillhookError(
+            f"the budget asks to save {target:,.0f}, but the axes can save at most {most:,.0f} here, in steps of {step:,.0f}: "
+            "lower it, or name more axes"
+        )
+    chosen = found.x > 0.5
+    counts, at = [], 0
+    for choice in choices:
+        picked = np.flatnonzero(chosen[at : at + len(choice.drops)])
+        counts.append(choice.drops[picked[0]] if len(picked) else 0)
+        at += len(choice.drops)
+    return counts, [layer for place, layer in enumerate(whole) if chosen[width + place]]

@@ -1,0 +1,209 @@
+"""Which layers give how much: from a number of parameters to save to a plan, by the allocation that the user names."""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import PreTrainedModel
+
+from billhook import allocate, choose
+from billhook.axes import Axis
+from billhook.budget import Planner, allowed, layer_parameters
+from billhook.errors import BillhookError, one_of
+from billhook.families import axes, layers
+from billhook.plan import Plan, even
+from billhook.sensitivity import Curves
+from billhook.tensors import Scores
+
+ALLOCATIONS = {
+    "equal": "the same from every layer",
+    "skip:F,L": "the same from every layer but the first F and the last L",
+    "global": "by one threshold on a gradient score that compares across layers",
+    "sensitivity": "by what cutting each layer alone costs, measured with the cut in place",
+    "auto": "uniform layout: fewer layers or narrower ones, whichever does less harm on held-out windows",
+    "FILE": "a YAML or JSON file: for each layer, the units of each axis to keep",
+}
+EVEN = ("equal", "skip", "auto")
+NEED_CURVES = ("global", "sensitivity")
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A parsed `--allocation`."""
+
+    name: str  # of ALLOCATIONS, `skip` and `file` without what follows
+    spared: tuple[int, int] = (0, 0)
+    keep: Mapping[int, Mapping[str, int]] | None = None  # of a file: layer -> kind -> units to keep
+
+    @property
+    def uneven(self) -> bool:
+        """Whether layers come out different."""
+        return self.name not in ("equal", "auto")
+
+
+def parse(text: str) -> Allocation:
+    """`equal`, `global`, `sensitivity`, `auto`, `skip:4,2` or the path of a file.
+
+    Raises:
+        BillhookError: it is none of these, or the file cannot be read.
+    """
+    name, _, rest = text.partition(":")
+    if name == "skip":
+        try:
+            first, last = (int(n) for n in rest.split(","))
+        except ValueError:
+            raise BillhookError(
+                f"allocation {text!r}: write skip:4,2 to spare the first four and last two layers"
+            ) from None
+        return Allocation("skip", (first, last))
+    if Path(text).suffix in (".yaml", ".yml", ".json"):
+        return Allocation("file", keep=_read(Path(text)))
+    one_of(
+        "allocation", text, [one for one in ALLOCATIONS if one.islower() and ":" not in one] + ["skip:4,2", "FILE.yaml"]
+    )
+    return Allocation(text)
+
+
+def planner(
+    model: PreTrainedModel,
+    kinds: tuple[str, ...],
+    allocation: Allocation,
+    *,
+    multiple_of: int,
+    floor: float,
+    layout: str,
+    curves: Curves | None = None,
+) -> Planner:
+    """What turns parameters to save into a plan.
+
+    Args:
+        floor: the share of each axis that every layer keeps at least, where layers differ.
+        curves: the losses that `global` and `sensitivity` weigh.
+
+    Raises:
+        BillhookError: the family cannot give up these axes; `make` raises it for an impossible saving.
+    """
+    total = len(layers(model))
+    if allocation.name in NEED_CURVES:
+        assert curves is not None
+        choices, found = _choices(model, kinds, multiple_of, floor, curves), axes(model, kinds)
+        whole = {n: (layer_parameters(model, n), loss[1]) for (n, kind), loss in curves.items() if kind == "layers"}
+        most = sum(max(choice.savings) for choice in choices)
+        return Planner(lambda saving: _weighed(choices, found, saving, whole), most)
+    first, last = allocation.spared
+    spared = [n for n in range(total) if n < first or n >= total - last]
+    if len(spared) == total:
+        raise BillhookError(f"allocation skip:{first},{last} spares all {total} layers: nothing is left to cut")
+    return even_planner(model, kinds, multiple_of, layout, spared=spared)
+
+
+def even_planner(
+    model: PreTrainedModel,
+    kinds: tuple[str, ...],
+    multiple_of: int,
+    layout: str,
+    *,
+    spared: Collection[int] = (),
+    gone: Collection[int] = (),
+) -> Planner:
+    """The same from every layer that is neither spared nor gone."""
+    cut = [n for n in range(len(layers(model))) if n not in spared and n not in gone]
+    candidates = []
+    for kind in kinds:
+        found = [axis for axis in axes(model, (kind,)) if axis.layer in cut]
+        narrowest, price = min(found, key=lambda axis: axis.units), sum(axis.price(model) for axis in found)
+        candidates.append(
+            choose.Candidates(kind, narrowest.units, price, allowed(model, narrowest, multiple_of, layout))
+        )
+    by_layers = sum(layer_parameters(model, n) for n in gone)
+
+    def make(saving: float) -> Plan:
+        return even(len(layers(model)), choose.solve(candidates, saving - by_layers), spared, gone)
+
+    return Planner(make, by_layers + sum(c.drops[-1] * c.price for c in candidates))
+
+
+def score_curves(model: PreTrainedModel, scores: Mapping[tuple[int, str], Scores], steps: int = 48) -> Curves:
+    """Loss curves from scores that add up over units and compare across layers: what the lowest units are worth together."""
+    found: Curves = {}
+    for axis in axes(model, tuple(dict.fromkeys(kind for _, kind in scores))):
+        each, per_block = scores[axis.layer, axis.kind], axis.units // axis.blocks
+        tried = sorted({axis.blocks * max(1, round(per_block * n / steps)) for n in range(1, steps + 1)})
+        gone = {count: choose.lowest(each, count, axis.blocks)[0] for count in tried}
+        found[axis.layer, axis.kind] = {count: float(each[units].sum()) for count, units in gone.items()}
+    return found
+
+
+def file_plan(model: PreTrainedModel, kinds: Iterable[str], keep: Mapping[int, Mapping[str, int]]) -> Plan:
+    """The plan of an allocation file: what it says to keep of each axis of each layer.
+
+    Raises:
+        BillhookError: a layer is missing or unknown, or a width is impossible; names it.
+    """
+    by_place = {(axis.layer, axis.kind): axis for axis in axes(model, tuple(kinds))}
+    total = len(layers(model))
+    if unknown := sorted(set(keep) - set(range(total))):
+        raise BillhookError(f"allocation file: there is no layer {unknown[0]}; the model has {total}, numbered from 0")
+    if missing := sorted(set(range(total)) - set(keep)):
+        raise BillhookError(f"allocation file: layer {missing[0]} is missing; name all {total}, whole ones too")
+    drops = {}
+    for layer, said in keep.items():
+        for kind, units in said.items():
+            axis = by_place.get((layer, kind))
+            if axis is None:
+                raise BillhookError(
+                    f"allocation file, layer {layer}: {kind!r} is not among the axes to prune ({', '.join(kinds)})"
+                )
+            if not axis.blocks <= units <= axis.units or units % axis.blocks:
+                step = f" in steps of {axis.blocks}" if axis.blocks > 1 else ""
+                raise BillhookError(
+                    f"allocation file, layer {layer}: {kind} cannot keep {units}; it has {axis.units} and keeps {axis.blocks} "
+                    f"or more{step}"
+                )
+            drops[layer, kind] = axis.units - units
+    return Plan({place: drops.get(place, 0) for place in by_place})
+
+
+def _read(path: Path) -> dict[int, dict[str, int]]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BillhookError(f"allocation file {path} cannot be read: {str(error).splitlines()[0]}") from error
+    try:
+        return {
+            int(layer): {str(kind): _count(units) for kind, units in said.items()} for layer, said in content.items()
+        }
+    except (AttributeError, TypeError, ValueError) as error:
+        raise BillhookError(
+            f"allocation file {path}: write it as {{0: {{ffn: 1536}}, 1: {{ffn: 960}}, …}} ({error})"
+        ) from None
+
+
+def _count(units: Any) -> int:
+    if isinstance(units, bool) or not isinstance(units, int):
+        raise ValueError(f"{units!r} is no number of units")
+    return units
+
+
+def _choices(
+    model: PreTrainedModel, kinds: tuple[str, ...], multiple_of: int, floor: float, curves: Curves
+) -> list[allocate.Choice]:
+    found = []
+    for axis in axes(model, kinds):
+        price, least = axis.price(model), floor * axis.units
+        drops = [d for d in allowed(model, axis, multiple_of, "per_layer") if d == 0 or axis.units - d >= least]
+        losses = allocate.interpolate(curves[axis.layer, axis.kind], drops)
+        found.append(allocate.Choice(axis.layer, drops, [d * price for d in drops], losses))
+    return found
+
+
+def _weighed(
+    choices: list[allocate.Choice], found: list[Axis], saving: float, whole: Mapping[int, tuple[float, float]]
+) -> Plan:
+    counts, gone = allocate.solve(choices, saving, whole)
+    drops = {
+        (axis.layer, axis.kind): count for axis, count in zip(found, counts, strict=True) if axis.layer not in gone
+    }
+    return Plan(drops, tuple(gone))

@@ -1,0 +1,57 @@
+"""The command line: parse, call, print.  Bad input prints one line and leaves with exit code 2."""
+
+import signal
+import sys
+from importlib.metadata import version
+from typing import Annotated, NoReturn, cast
+
+import typer
+
+from billhook.cli import measuring, pruning, serving
+from billhook.cli.shared import app
+from billhook.errors import BillhookError
+
+__all__ = ["app", "main", "measuring", "pruning", "serving"]
+
+# typer brings a click of its own or the real one, by version; both derive every parse error from one class
+UsageError = cast(type[typer.BadParameter], typer.BadParameter.__mro__[1])
+INTERRUPTED = 130
+
+
+def _show_version(wanted: bool | None) -> None:
+    if wanted:
+        typer.echo(f"billhook {version('billhook')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    show_version: Annotated[
+        bool | None,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="print the version and leave"),
+    ] = None,
+) -> None:
+    """What every command shares."""
+
+
+def main() -> NoReturn:
+    """Entry point: exit code 0, 2 for bad input with one line on standard error, 130 for Ctrl-C."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary folders go, as with Ctrl-C
+    try:
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False) or 0
+    except BillhookError as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except UsageError as error:
+        _fail(error.format_message())
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    if code == INTERRUPTED:  # newer typers turn Ctrl-C into this code without a word
+        typer.echo("billhook: interrupted; nothing half-written was left", err=True)
+    sys.exit(code)
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo("billhook: error: " + " ".join(message.split()), err=True)
+    sys.exit(2)

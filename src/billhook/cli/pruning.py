@@ -1,0 +1,252 @@
+"""Commands that prune: prune, run, demo."""
+
+import os
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from billhook import atomic, checkpoint, data, demo, evaluate, report
+from billhook.allocation import ALLOCATIONS
+from billhook.budget import AXES
+from billhook.cli.shared import (
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Overwrite,
+    SeqLen,
+    app,
+    choice,
+    disk_bytes,
+    out,
+    print_measures,
+    progress,
+)
+from billhook.errors import BillhookError
+from billhook.layout import LAYOUTS
+from billhook.methods import METHODS
+from billhook.observe import STREAMS
+from billhook.pruning import check_out, measure, prune
+from billhook.recipe import CLIENTS, Recipe, read_recipe, recipe
+from billhook.scores import SCORES
+from billhook.taylor import GRADIENT_SCORES
+
+DEFAULT = Recipe(ratio=0.2)
+
+
+@app.command(name="prune")
+def prune_command(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder to write", show_default=False)],
+    ratio: Annotated[
+        float | None,
+        typer.Option(help="share of the decoder layers' parameters to remove, between 0 and 1", show_default=False),
+    ] = None,
+    params: Annotated[
+        str | None,
+        typer.Option(help="instead of a ratio: parameters the whole model may have, like 100M", show_default=False),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="instead of a ratio: bytes its weights and KV cache may take, like 250MB", show_default=False
+        ),
+    ] = None,
+    speedup: Annotated[
+        float | None,
+        typer.Option(
+            help="instead of a ratio: how many times faster a prefill shall be on this machine", show_default=False
+        ),
+    ] = None,
+    context: Annotated[int, typer.Option(help="tokens in the KV cache that --memory counts")] = DEFAULT.context,
+    batch: Annotated[int, typer.Option(help="sequences in the KV cache that --memory counts")] = DEFAULT.batch,
+    method: Annotated[
+        str, typer.Option(help=f"one of: {', '.join(METHODS)} (see 'billhook methods')")
+    ] = DEFAULT.method,
+    axes: Annotated[
+        str, choice(AXES, f"what to prune, comma-separated, of {', '.join(AXES)}; empty: the method's own")
+    ] = "",
+    layout: Annotated[str, choice(LAYOUTS, "; ".join(f"{k}: {v}" for k, v in LAYOUTS.items()))] = DEFAULT.layout,
+    allocation: Annotated[
+        str,
+        choice(ALLOCATIONS, "which layers give how much. " + "; ".join(f"{k}: {v}" for k, v in ALLOCATIONS.items())),
+    ] = DEFAULT.allocation,
+    floor: Annotated[
+        float, typer.Option(help="share of each axis that every layer keeps at least, where layers differ")
+    ] = DEFAULT.floor,
+    statistics: Annotated[
+        Path | None,
+        typer.Option(help="folder that keeps what an allocation measured, for another ratio", show_default=False),
+    ] = None,
+    vocab_from: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="keep the tokens that occur in this text, specials and bytes, and drop the rest of the vocabulary; may be repeated",
+            show_default=False,
+        ),
+    ] = None,
+    score: Annotated[
+        str,
+        choice(
+            (*SCORES, *GRADIENT_SCORES), f"one of: {', '.join(SCORES)}; from gradients: {', '.join(GRADIENT_SCORES)}"
+        ),
+    ] = DEFAULT.score,
+    stream: Annotated[str, choice(STREAMS, f"whose activations a layer sees: {', '.join(STREAMS)}")] = DEFAULT.stream,
+    damping: Annotated[float, typer.Option(help="ridge, as a share of the Gram's mean diagonal")] = DEFAULT.damping,
+    restoration: Annotated[bool, typer.Option(help="repair the kept weights by least squares")] = DEFAULT.restoration,
+    correction: Annotated[
+        float, typer.Option(help="share of the error of the layers before that a restoration makes up (dense_target)")
+    ] = DEFAULT.correction,
+    calibration: Annotated[
+        str,
+        typer.Option(
+            help="text file, .jsonl with a 'text' field, folder of either, hub data set name[:config[:split]], or demo"
+        ),
+    ] = DEFAULT.calibration,
+    samples: Annotated[int, typer.Option(help="windows of calibration text")] = DEFAULT.samples,
+    probes: Annotated[
+        int, typer.Option(help="further windows, by which the allocations sensitivity and auto judge")
+    ] = DEFAULT.probes,
+    seq_len: SeqLen = DEFAULT.seq_len,
+    seed: Annotated[int, typer.Option(help="which windows are drawn")] = DEFAULT.seed,
+    clients: Annotated[
+        str,
+        typer.Option(
+            "--for",
+            autocompletion=lambda: list(CLIENTS),
+            help="who will load it, comma-separated, which decides --multiple-of: "
+            + "; ".join(f"{name}: {step} ({why})" for name, (step, why) in CLIENTS.items()),
+        ),
+    ] = ",".join(DEFAULT.clients),
+    multiple_of: Annotated[
+        int | None, typer.Option(help="round FFN widths to multiples of this", show_default="what --for wants")
+    ] = None,
+    device: Device = DEFAULT.device,
+    dtype: Dtype = DEFAULT.dtype,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Prune MODEL once, without training; write OUT, reload it and compare.
+
+    Examples:
+
+    billhook prune demo --ratio 0.2 -o smaller
+
+    billhook prune demo --params 100M --layout per_layer --allocation sensitivity -o smaller
+    """
+    chosen = recipe(
+        method=method,
+        ratio=ratio,
+        params=params,
+        memory=memory,
+        speedup=speedup,
+        context=context,
+        batch=batch,
+        layout=layout,
+        allocation=allocation,
+        floor=floor,
+        axes=tuple(axes.replace(",", " ").split()),
+        vocab_from=tuple(vocab_from or ()),
+        score=score,
+        stream=stream,
+        damping=damping,
+        restoration=restoration,
+        correction=correction,
+        calibration=calibration,
+        samples=samples,
+        probes=probes,
+        seq_len=seq_len,
+        seed=seed,
+        clients=tuple(clients.replace(",", " ").split()),
+        multiple_of=multiple_of,
+        device=device,
+        dtype=dtype,
+    )
+    found = _prune_to(model, chosen, output, overwrite, statistics)
+    if json:
+        typer.echo(report.to_json(found), nl=False)
+    else:
+        out.print(report.summary_table(found, f"{model}, pruned by {method}"))
+        out.print(f"written and reload-verified: {output}", soft_wrap=True)
+
+
+@app.command(name="run")
+def run_command(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RECIPE", help="a YAML recipe: model, settings, and expected numbers", show_default=False
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder to write", show_default=False)],
+    check: Annotated[
+        bool, typer.Option("--check", help="evaluate the result and compare with the recipe's expected numbers")
+    ] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Prune by a recipe file.
+
+    Example: billhook run recipes/fasp-smollm2-20.yaml -o smaller --check
+    """
+    file = read_recipe(path)
+    found = _prune_to(file.model, file.recipe, output, overwrite)
+    out.print(report.summary_table(found, f"{file.model}, pruned by {path}"))
+    if not check:
+        return
+    with progress() as tick:
+        measured = measure(output, file.recipe, tick)
+    expected, tolerance = file.expect.get("numbers", {}), file.expect.get("tolerance", 0.0)
+    table = Table("", "expected", "measured", title=f"within {tolerance:.1%}?", title_justify="left")
+    for name, value in measured.items():
+        table.add_row(name, f"{expected.get(name, '—')}", f"{value:,.3f}")
+    out.print(table)
+    wrong = [
+        name
+        for name, value in expected.items()
+        if name not in measured or abs(measured[name] - value) > tolerance * value
+    ]
+    if wrong:
+        raise BillhookError(f"{path}: not within {tolerance:.1%} of what is expected: {', '.join(wrong)}")
+
+
+@app.command(name="demo")
+def demo_command(json: Json = False) -> None:
+    """Prune a fifth of SmolLM2-135M's decoder and show what it cost: two wheels are fetched on the first run."""
+    started = time.perf_counter()
+    result_folder = demo.cache_folder() / "demo-fasp-20"
+    chosen = recipe(ratio=0.2, samples=32)
+    found = _prune_to("demo", chosen, result_folder, overwrite=True)
+    if not json:
+        out.print(report.summary_table(found, "SmolLM2-135M-Instruct, a fifth of its decoder pruned by FASP"))
+    with progress() as tick:
+        texts = data.evaluation_texts(["demo"], tick)
+        subjects = []
+        for name, where in (("dense", "demo"), ("pruned", str(result_folder))):
+            opened = checkpoint.open_model(where, tick=tick)
+            subjects.append(evaluate.Subject(name, opened.model, opened.tokenizer, disk_bytes(opened)))
+        measured = evaluate.side_by_side(subjects, texts, chosen.seq_len, max_windows=24, tick=tick)
+    if json:
+        typer.echo(report.to_json({"prune": found, "models": measured}), nl=False)
+        return
+    print_measures(measured)
+    out.print(
+        f"{time.perf_counter() - started:.0f} s in all. The pruned model, a stock checkpoint: {result_folder}",
+        soft_wrap=True,
+    )
+
+
+def _prune_to(
+    model: str, chosen: Recipe, output: Path, overwrite: bool, statistics: Path | None = None
+) -> dict[str, Any]:
+    """Prune into a folder that is reserved before the work starts, so that an unwritable place costs no time."""
+    output, source = Path(os.path.expanduser(output)), Path(os.path.expanduser(model))
+    if not source.exists():
+        source = None
+    check_out(output, source, overwrite)
+    with progress() as tick, atomic.folder(output, overwrite) as work:
+        result = prune(model, tick=tick, statistics=statistics, **chosen.model_dump())
+        result.write(work, tick)
+    return result.report

@@ -1,0 +1,1 @@
+"""Commands that carry a result to where it is served: check, export."""

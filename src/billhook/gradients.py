@@ -1,0 +1,164 @@
+"""Sums of weight times gradient for every unit of every axis: one backward pass for each window.
+
+    sums = gradient_sums(model, tokens, kinds=("ffn", "groups"))
+    scores = taylor.gate_fisher(sums[layer, "ffn"])
+
+As soon as the backward pass has the gradient of a parameter, it is reduced to sums per unit and freed: no two parameters'
+gradients are held at once.  What takes memory is one window's activations.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from billhook.axes import Axis, Slot
+from billhook.errors import BillhookError, one_of
+from billhook.families import KINDS, axes
+from billhook.progress import Tick, quiet
+from billhook.taylor import GradientSums, UnitSums
+from billhook.tensors import Tokens
+
+CHUNK = {"cpu": 1 << 15}  # entries reduced at a time: in the cache ten times as fast as whole weights
+CHUNK_ELSEWHERE = 1 << 24
+
+Uses = list[tuple[Slot, UnitSums]]  # who asks for the gradient of one parameter
+
+
+def gradient_sums(
+    model: PreTrainedModel,
+    tokens: Tokens,
+    kinds: tuple[str, ...],
+    *,
+    mean_gradient: bool = False,
+    tick: Tick = quiet,
+) -> dict[tuple[int, str], GradientSums]:
+    """Sums over the windows for every axis of `kinds`, by (layer, kind).
+
+    The loss of a window is its mean next-token cross-entropy, in float32; gradients come in the model's dtype (float16
+    underflows), products with the weights are float32, sums float64.  The model should be in eval mode; it is left as it
+    came: parameters, `requires_grad`, gradients.
+
+    Args:
+        tokens: calibration windows (windows, length).
+        mean_gradient: also sum the gradient itself over the windows, for `taylor1_element`: a float32 copy of the
+            weights that the axes touch.
+
+    Raises:
+        BillhookError: an unknown kind; no window of two tokens; a loss or a gradient is not finite (names the parameter).
+    """
+    for kind in kinds:
+        one_of("kind of axis", kind, KINDS)
+    if not tokens.shape[0] or tokens.shape[1] < 2:
+        raise BillhookError(
+            f"gradients need windows of two tokens or more: these are {' x '.join(map(str, tokens.shape))}"
+        )
+    sums: dict[tuple[int, str], GradientSums] = {}
+    uses: dict[nn.Parameter, Uses] = {}  # by identity: a tied parameter has one gradient
+    for axis in axes(model, kinds):
+        sums[axis.layer, axis.kind] = _enlist(model, axis, len(tokens), uses)
+    totals = {param: torch.zeros_like(param, dtype=torch.float32) for param in uses} if mean_gradient else {}
+    with _reducing(model, uses, totals):
+        for n, window in enumerate(tokens):
+            tick("gradients", n, len(tokens))
+            _loss(model, window, n).backward()
+    for param, total in totals.items():
+        for slot, found in uses[param]:
+            found.mean_absolute = _pool(_entries(param, total, slot.dim), slot)[1]
+    tick("gradients", len(tokens), len(tokens))
+    return sums
+
+
+def _enlist(model: PreTrainedModel, axis: Axis, windows: int, uses: dict[nn.Parameter, Uses]) -> GradientSums:
+    """Sums of zero for every slot of an axis, entered under the parameters that are to add to them."""
+
+    def enter(slot: Slot) -> UnitSums:
+        param = model.get_parameter(slot.param)
+        zeros = torch.zeros(5, axis.units, dtype=torch.float64, device=_exact(param.device))
+        sums = UnitSums(*zeros)
+        uses.setdefault(param, []).append((slot, sums))
+        return sums
+
+    return GradientSums(windows, {slot.param: enter(slot) for slot in axis.writers}, enter(axis.reader))
+
+
+def _loss(model: PreTrainedModel, window: Tensor, number: int) -> Tensor:
+    ids = window.to(next(model.parameters()).device)
+    with torch.enable_grad():
+        logits = model(ids.unsqueeze(0), use_cache=False).logits[0, :-1].float()
+        loss = cross_entropy(logits, ids[1:])
+    if not loss.isfinite():
+        raise BillhookError(
+            f"the loss on calibration window {number} is not finite: weights or dtype overflow; try --dtype float32"
+        )
+    return loss
+
+
+@contextmanager
+def _reducing(
+    model: PreTrainedModel, uses: Mapping[nn.Parameter, Uses], totals: Mapping[nn.Parameter, Tensor]
+) -> Iterator[None]:
+    """While open, a backward pass adds to the sums of the parameters in `uses`, and to nothing else."""
+    with ExitStack() as undo:
+        for name, param in model.named_parameters():
+            undo.callback(_put_back, param, param.requires_grad, param.grad)
+            param.grad = None
+            param.requires_grad_(param in uses)
+            if param in uses:
+                reduce = _reducer(name, uses[param], totals.get(param))
+                undo.callback(param.register_post_accumulate_grad_hook(reduce).remove)
+        yield
+
+
+def _put_back(param: nn.Parameter, requires_grad: bool, grad: Tensor | None) -> None:
+    param.requires_grad_(requires_grad)
+    param.grad = grad
+
+
+def _reducer(name: str, uses: Uses, total: Tensor | None) -> Callable[[Tensor], None]:
+    @torch.no_grad()
+    def reduce(param: Tensor) -> None:
+        grad, param.grad = param.grad, None
+        assert grad is not None
+        entries = {dim: _entries(param, grad, dim) for dim in {slot.dim for slot, _ in uses}}
+        if not all(found.isfinite().all() for found in entries.values()):
+            raise BillhookError(f"the gradient of {name} is not finite: weights or dtype overflow; try --dtype float32")
+        if total is not None:
+            total.add_(grad)
+        for slot, sums in uses:
+            _add(sums, _pool(entries[slot.dim], slot))
+
+    return reduce
+
+
+def _add(sums: UnitSums, window: Tensor) -> None:
+    signed, absolute, squared = window
+    sums.signed += signed
+    sums.absolute += signed.abs()
+    sums.squared += signed.square()
+    sums.element_absolute += absolute
+    sums.element_squared += squared
+
+
+@torch.no_grad()
+def _entries(weight: Tensor, grad: Tensor, dim: int) -> Tensor:
+    """Sums of S, |S| and S^2, S = weight * grad, over every dimension but `dim`: (3, entries of dim), float64."""
+    step = max(1, CHUNK.get(weight.device.type, CHUNK_ELSEWHERE) * weight.shape[dim] // weight.numel())
+    found = []
+    for w, g in zip(weight.split(step, dim), grad.split(step, dim), strict=True):
+        products = (w.float() * g.float()).to(_exact(w.device)).double().movedim(dim, 0).reshape(w.shape[dim], -1)
+        found.append(torch.stack([products.sum(1), products.abs().sum(1), products.square().sum(1)]))
+    return torch.cat(found, 1)
+
+
+def _pool(entries: Tensor, slot: Slot) -> Tensor:
+    """Sums over the entries of a dimension (3, entries) added up by unit: (3, units)."""
+    return entries[:, slot.index.to(entries.device)].sum(2)
+
+
+def _exact(device: torch.device) -> torch.device:
+    """Where float64 sums are held: MPS has none."""
+    return torch.device("cpu") if device.type == "mps" else device

@@ -1,0 +1,219 @@
+"""From a recipe to a plan: gather what the allocation needs to know, then solve it for the budget."""
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from billhook import allocation, atomic, budget
+from billhook.budget import Planner
+from billhook.errors import BillhookError
+from billhook.families import layers
+from billhook.gradients import gradient_sums
+from billhook.layout import layout_of
+from billhook.methods import METHODS
+from billhook.methods.fasp import Settings
+from billhook.plan import Plan
+from billhook.progress import Clock, Tick, quiet
+from billhook.recipe import Recipe
+from billhook.sensitivity import Curves, Probe, curves
+from billhook.taylor import GRADIENT_SCORES, NEED_MEAN_GRADIENT
+from billhook.tensors import Probes, Scores, Tokens
+from billhook.timing import layer_times
+
+GRADIENT_LENGTH = 128  # tokens of each window that gradients see: more short windows tell more than few long ones
+GLOBAL_SCORE = "taylor2_element"  # where the recipe's own score does not compare across layers
+TRIAL_WINDOWS = 16  # of calibration, in each trial of `auto`
+PATIENCE = 2  # trials of `auto` without a gain before it stops
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Windows (windows, length): those to calibrate on, and those to judge by."""
+
+    calibration: Tokens
+    probe: Probes
+
+
+def settings_of(chosen: Recipe) -> Settings:
+    """What the method may choose, from the recipe."""
+    score = chosen.score if chosen.score not in GRADIENT_SCORES else Settings.score
+    return Settings(score, chosen.damping, chosen.restoration, chosen.correction)
+
+
+def make_plan(
+    model: PreTrainedModel,
+    chosen: Recipe,
+    texts: Texts,
+    dtype: torch.dtype,
+    statistics: Path | None = None,
+    clock: Clock | None = None,
+    tick: Tick = quiet,
+) -> Plan:
+    """What to cut of `model` so that the recipe's budget is met.
+
+    Args:
+        dtype: what the result will be stored in, for a budget in bytes.
+        statistics: a folder that keeps what was measured, for the next ratio.
+
+    Raises:
+        BillhookError: the budget cannot be met; says what can.
+    """
+    clock, said = clock or Clock(), allocation.parse(chosen.allocation)
+    kinds = tuple(kind for kind in chosen.kinds if kind != "layers")
+    budget.check_kinds(model, chosen.kinds, chosen.layout)
+    if chosen.layout == "uniform" and layout_of(model) == "per_layer":
+        raise BillhookError("the layers of this model differ already: use --layout per_layer")
+    if "layers" in chosen.kinds and said.name not in ("sensitivity", "auto"):
+        raise BillhookError("axis 'layers' is weighed against the others: use --allocation sensitivity, or auto")
+    if said.keep is not None:
+        return allocation.file_plan(model, kinds, said.keep)
+    if said.name == "auto":
+        return _auto(model, chosen, kinds, texts, dtype, clock, tick)
+    weighed = None
+    if said.name in allocation.NEED_CURVES:
+        weighed = _kept(
+            statistics,
+            _key(model, chosen, said.name, texts),
+            lambda: _curves(model, chosen, said.name, texts, clock, tick),
+        )
+    planner = allocation.planner(
+        model, kinds, said, multiple_of=chosen.width_step, floor=chosen.floor, layout=chosen.layout, curves=weighed
+    )
+    return _solved(model, chosen, planner, dtype, tick)
+
+
+def unit_scores(
+    model: PreTrainedModel, chosen: Recipe, tokens: Tokens, tick: Tick = quiet
+) -> dict[tuple[int, str], Scores]:
+    """The gradient score that the recipe names, of every unit; nothing where it names one that needs no gradients."""
+    if chosen.score not in GRADIENT_SCORES:
+        return {}
+    return _gradient_scores(model, chosen.score, chosen.kinds, tokens, tick)
+
+
+def _solved(model: PreTrainedModel, chosen: Recipe, planner: Planner, dtype: torch.dtype, tick: Tick) -> Plan:
+    total = budget.total_parameters(model)
+    if chosen.ratio is not None:
+        return planner.make(chosen.ratio * budget.decoder_parameters(model))
+    if chosen.params is not None:
+        return budget.reach(
+            planner, lambda plan: total - budget.saved_by(model, plan), chosen.params, "{:,.0f} parameters"
+        )
+    if chosen.memory is not None:
+
+        def held(plan: Plan) -> float:
+            cached = budget.kv_cache_entries(model, plan, chosen.context, chosen.batch)
+            return dtype.itemsize * (total - budget.saved_by(model, plan) + cached)
+
+        return budget.reach(planner, held, chosen.memory, "{:,.0f} bytes")
+    assert chosen.speedup is not None
+    seconds = layer_times(model, tuple(kind for kind in chosen.kinds if kind != "layers"), tick=tick)
+    return budget.reach(planner, seconds, seconds(Plan()) / chosen.speedup, "{:.3f} s for a prefill")
+
+
+def _curves(model: PreTrainedModel, chosen: Recipe, name: str, texts: Texts, clock: Clock, tick: Tick) -> Curves:
+    kinds = tuple(kind for kind in chosen.kinds if kind != "layers")
+    if name == "global":
+        score = chosen.score if chosen.score in GRADIENT_SCORES else GLOBAL_SCORE
+        with clock("gradients"):
+            return allocation.score_curves(model, _gradient_scores(model, score, kinds, texts.calibration, tick))
+    return curves(
+        model,
+        texts.calibration,
+        texts.probe,
+        kinds,
+        settings_of(chosen),
+        whole_layers="layers" in chosen.kinds,
+        clock=clock,
+        tick=tick,
+    )
+
+
+def _gradient_scores(
+    model: PreTrainedModel, score: str, kinds: tuple[str, ...], tokens: Tokens, tick: Tick
+) -> dict[tuple[int, str], Scores]:
+    sums = gradient_sums(
+        model, tokens[:, :GRADIENT_LENGTH], kinds, mean_gradient=score in NEED_MEAN_GRADIENT, tick=tick
+    )
+    return {place: GRADIENT_SCORES[score](found) for place, found in sums.items()}
+
+
+def _auto(
+    model: PreTrainedModel,
+    chosen: Recipe,
+    kinds: tuple[str, ...],
+    texts: Texts,
+    dtype: torch.dtype,
+    clock: Clock,
+    tick: Tick,
+) -> Plan:
+    """The best of the (layers dropped, common width) pairs on the budget line, each tried on a copy of the model."""
+    settings, method = settings_of(chosen), METHODS[chosen.method]
+    alone = curves(
+        model, texts.calibration[:TRIAL_WINDOWS], texts.probe, (), settings, whole_layers=True, clock=clock, tick=tick
+    )
+    probe, best, since = Probe(model, texts.probe), (float("inf"), Plan()), 0
+    for depth in range(len(layers(model)) // 2):
+        gone = _apart({n: loss[1] for (n, _), loss in alone.items()}, depth)
+        planner = allocation.even_planner(model, kinds, chosen.width_step, chosen.layout, gone=gone)
+        try:
+            plan = _solved(model, chosen, planner, dtype, tick)
+        except BillhookError:
+            if not depth:
+                raise
+            break  # these layers alone are more than the budget
+        tick("trying depths", depth, depth + PATIENCE)
+        with clock("trials"):
+            trial = copy.deepcopy(model)
+            method.run(trial, texts.calibration[:TRIAL_WINDOWS], plan, settings, stream=chosen.stream)
+            loss = probe.divergence_of(trial)
+        best, since = ((loss, plan), 0) if loss < best[0] else (best, since + 1)
+        if since == PATIENCE:
+            break
+    tick("trying depths", 1, 1)
+    return best[1]
+
+
+def _apart(losses: Mapping[int, float], count: int) -> list[int]:
+    """`count` layers of least loss, no two neighbours (the FFN before a layer that goes makes up for it), never the first."""
+    taken: list[int] = []
+    for n in sorted(losses, key=lambda n: losses[n]):
+        if len(taken) < count and n and not {n - 1, n + 1} & set(taken):
+            taken.append(n)
+    return sorted(taken)
+
+
+def _key(model: PreTrainedModel, chosen: Recipe, name: str, texts: Texts) -> dict[str, Any]:
+    """All that decides what is measured."""
+    weights = hashlib.sha256()
+    for tensor, param in model.named_parameters():
+        ends = torch.cat([param.detach().flatten()[:8], param.detach().flatten()[-8:]]).float().cpu()
+        weights.update(f"{tensor} {tuple(param.shape)}".encode() + ends.numpy().tobytes())
+    tokens = {
+        part: hashlib.sha256(getattr(texts, part).numpy().tobytes()).hexdigest() for part in ("calibration", "probe")
+    }
+    decides = ("axes", "score", "damping", "restoration", "dtype")
+    return {"curves": name, "weights": weights.hexdigest(), **tokens} | {k: getattr(chosen, k) for k in decides}
+
+
+def _kept(folder: Path | None, key: dict[str, Any], measure: Any) -> Curves:
+    """`measure()`, or what it gave before where `folder` has it under the same key."""
+    if folder is None:
+        return measure()
+    said = json.dumps(key, sort_keys=True)
+    file = folder / f"{key['curves']}-{hashlib.sha256(said.encode()).hexdigest()[:16]}.json"
+    if file.exists():
+        stored = json.loads(file.read_text(encoding="utf-8"))["curves"]
+        return {(int(n), kind): {int(c): loss for c, loss in points.items()} for n, kind, points in stored}
+    found: Curves = measure()
+    folder.mkdir(parents=True, exist_ok=True)
+    listed = [[n, kind, points] for (n, kind), points in found.items()]
+    atomic.write_text(file, json.dumps({"key": key, "curves": listed}) + "\n")
+    return found

@@ -1,0 +1,178 @@
+"""Prune a model by a recipe, and prove what was written."""
+
+import os
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from billhook import allocation, atomic, checkpoint, clients, data, evaluate, layout, planning, report, saving
+from billhook.checkpoint import Opened
+from billhook.errors import BillhookError
+from billhook.methods import METHODS
+from billhook.progress import Clock, Tick, quiet
+from billhook.recipe import Recipe, recipe
+from billhook.surgery import cast
+
+MEASURED = ("sensitivity", "auto")  # allocations that judge by windows which the calibration does not see
+
+
+@dataclass
+class Result:
+    """A pruned model, its tokenizer, and the report of what it cost."""
+
+    model: Any
+    tokenizer: Any
+    report: dict[str, Any]
+    source: Path | None = None  # the folder the model came from
+
+    def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> Path:
+        """Write a plain checkpoint with report and model card, reload it with stock transformers and compare.
+
+        Raises:
+            BillhookError: `path` is taken, holds the source model, cannot be written, or what was written does not come
+                back equal.  In each case nothing is left behind.
+        """
+        out = Path(path)
+        check_out(out, self.source, overwrite)
+        with atomic.folder(out, overwrite) as work:
+            self.write(work)
+        return out
+
+    def write(self, work: Path, tick: Tick = quiet) -> None:
+        """Fill the existing folder `work` and verify it."""
+        tick("saving", 0, 2)
+        saving.save(self.model, self.tokenizer, work, self.source)
+        tick("saving", 1, 2)
+        self.report["verified"] = clients.verify(work, self.model)
+        atomic.write_text(work / atomic.MARK, report.to_json(self.report))
+        atomic.write_text(work / "README.md", report.model_card(self.report))
+        tick("saving", 2, 2)
+
+
+def check_out(out: Path, source: Path | None, overwrite: bool) -> None:
+    """Refuse an output folder that is taken, or that would put result and source inside each other."""
+    if source is not None:
+        here, there = out.resolve(), source.resolve()
+        if here == there or there in here.parents:
+            raise BillhookError(f"{out} lies inside the model's own folder {source}: choose another output")
+        if here in there.parents:
+            raise BillhookError(f"{out} holds the model's own folder {source}: choose another output")
+    atomic.check_free(out, overwrite)
+
+
+def prune(
+    model: Any,
+    *,
+    tokenizer: Any = None,
+    statistics: str | os.PathLike[str] | None = None,
+    tick: Tick = quiet,
+    **settings: Any,
+) -> Result:
+    """Prune a model by a recipe.
+
+    Args:
+        model: a folder, a hub id, a .gguf file, `demo`, or a transformers model in memory (which is cut in place).
+        tokenizer: needed with a model in memory.
+        statistics: a folder that keeps what an allocation measured, for another ratio or allocation.
+        tick: called with (stage, done, total) as the work proceeds.
+        settings: the fields of `Recipe`: ratio=0.2, method="fasp", axes=("ffn",), calibration="demo", …
+
+    Returns:
+        the pruned model in its checkpoint's dtype, with its report.
+
+    Raises:
+        BillhookError: anything that cannot work, in one line; a model on disk is never changed.
+    """
+    chosen = recipe(**settings)
+    if isinstance(model, str | os.PathLike):
+        opened = checkpoint.open_model(os.fspath(model), device=chosen.device, dtype=chosen.dtype, tick=tick)
+    else:
+        if tokenizer is None:
+            raise BillhookError("a model in memory needs its tokenizer: prune(model, tokenizer=…)")
+        opened = Opened(model, tokenizer, model.config._name_or_path or type(model).__name__, None, model.dtype)
+        checkpoint.check_config({**model.config.to_dict(), "architectures": [type(model).__name__]}, opened.name)
+    return prune_opened(opened, chosen, tick, statistics)
+
+
+def prune_opened(
+    opened: Opened, chosen: Recipe, tick: Tick = quiet, statistics: str | os.PathLike[str] | None = None
+) -> Result:
+    """Prune a model that is already loaded, in place."""
+    model, clock = opened.model, Clock()
+    _check_positions(opened, chosen)
+    before = evaluate.sizes(model)
+    # windows are drawn in one order whatever their number: the first to calibrate on, further ones to judge by
+    probes = chosen.probes if allocation.parse(chosen.allocation).name in MEASURED else 0
+    windows = data.windows(
+        data.calibration_text(chosen.calibration, tick),
+        opened.tokenizer,
+        chosen.seq_len,
+        chosen.samples + probes,
+        chosen.seed,
+    )
+    data.check_vocabulary(windows, model, opened.name)
+    texts = planning.Texts(*windows.tokens.split([chosen.samples, probes]))
+    with evaluate.peak_growth(model.device) as growth:
+        plan = planning.make_plan(
+            model, chosen, texts, opened.dtype, Path(statistics) if statistics else None, clock, tick
+        )
+        scores = planning.unit_scores(model, chosen, texts.calibration, tick)
+        cuts = METHODS[chosen.method].run(
+            model,
+            texts.calibration,
+            plan,
+            planning.settings_of(chosen),
+            scores=scores,
+            stream=chosen.stream,
+            clock=clock,
+            tick=tick,
+        )
+    if chosen.layout == "uniform":
+        layout.update_config(model)
+    cast(model, opened.dtype)
+    written = {
+        "recipe": chosen.model_dump(mode="json") | {"axes": list(chosen.kinds), "multiple_of": chosen.width_step},
+        "parent": opened.name,
+        "model_type": model.config.model_type,
+        "layout": layout.layout_of(model),
+        "paper": METHODS[chosen.method].paper,
+        "sizes": report.sizes(before, evaluate.sizes(model), chosen.budget),
+        "calibration": {
+            "source": windows.source,
+            "windows": len(texts.calibration),
+            "probes": len(texts.probe),
+            "windows_available": windows.available,
+            "seq_len": chosen.seq_len,
+            "text_sha256": windows.text_sha256,
+            "tokens_sha256": windows.sha256,
+        },
+        "dropped_layers": list(plan.layers),
+        "cuts": [asdict(cut) for cut in cuts],
+        "seconds": {stage: round(s, 3) for stage, s in clock.seconds.items()},
+        "peak_growth_bytes": growth(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("billhook", "torch", "transformers")},
+        },
+    }
+    return Result(model, opened.tokenizer, written, opened.folder)
+
+
+def _check_positions(opened: Opened, chosen: Recipe) -> None:
+    limit = getattr(opened.model.config, "max_position_embeddings", chosen.seq_len)
+    if chosen.seq_len > limit:
+        raise BillhookError(
+            f"seq-len {chosen.seq_len} is beyond the {limit} positions of {opened.name}: lower --seq-len"
+        )
+
+
+def measure(path: Path, chosen: Recipe, tick: Tick = quiet) -> dict[str, float]:
+    """The numbers a recipe file may expect: parameters, and perplexity on the demo's evaluation texts."""
+    opened = checkpoint.open_model(str(path), device=chosen.device, dtype=chosen.dtype, tick=tick)
+    found: dict[str, float] = {"parameters": evaluate.sizes(opened.model)["parameters"]}
+    for text in data.evaluation_texts(["demo"], tick):
+        windows = data.windows(text, opened.tokenizer, chosen.seq_len)
+        found[f"perplexity on {text.name}"] = evaluate.perplexity(opened.model, windows, tick).perplexity
+    return found
