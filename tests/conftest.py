@@ -10,6 +10,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny
 
+from billhook import clients
+
 os.environ["OMP_NUM_THREADS"] = "1"  # for the subprocesses: on tiny tensors threads only wait for one another
 torch.set_num_threads(1)
 
@@ -18,6 +20,20 @@ torch.set_num_threads(1)
 def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
+
+
+@pytest.fixture(autouse=True)
+def _no_other_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check in a process of its own takes seconds, most of them imports: tests that mean it ask for `stock_client`."""
+    if "stock_client" not in request.fixturenames and "slow" not in request.keywords:
+        monkeypatch.setattr(
+            clients, "check", lambda path, client, python=None: {"client": client, "version": "not run"}
+        )
+
+
+@pytest.fixture
+def stock_client() -> None:
+    """Have `prune` check its result in a separate process, as it does outside the tests."""
 
 
 @pytest.fixture

@@ -1,14 +1,33 @@
 """Proof that what was written loads where people serve: in this process, and in the stock clients."""
 
+import base64
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from billhook.checkpoint import load
-from billhook.errors import BillhookError
+from billhook import llamacpp
+from billhook.checkpoint import load, load_tokenizer
+from billhook.errors import BillhookError, one_of
+from billhook.export import write_gguf
 from billhook.saving import stored_parameters
+
+NEW_TOKENS = 32
+CLIENT_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process: its errors then come back as errors
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB, where vLLM runs on a CPU
+}
+LLAMACPP_TOLERANCE = 1e-3  # of the logits' norm, float32 weights and cache: other kernels, the same numbers
 
 
 @torch.no_grad()
@@ -37,6 +56,116 @@ def verify(path: Path, model: Any) -> dict[str, Any]:
     if found := [text for text, wrong in problems.items() if wrong]:
         raise BillhookError(f"{path} did not survive reloading: {'; '.join(found)}")
     return {"client": "transformers", "logits": "equal", "parameters_on_disk": written, "cache_drift": drift}
+
+
+def check(path: Path, client: str, python: str | None = None) -> dict[str, Any]:
+    """Load a checkpoint in a separate process of a stock client, without billhook, and compare with billhook's own load.
+
+    Args:
+        client: of CHECKS.
+        python: the interpreter that has the client; this one if not given.
+
+    Returns:
+        the client's name and version, whether it was compared by logits too, and `equal`.
+
+    Raises:
+        BillhookError: the client is not there, cannot load the checkpoint, or gives other tokens or logits.
+    """
+    return CHECKS[one_of("client", client, CHECKS)](path, python or sys.executable)
+
+
+def _check_transformers(path: Path, python: str) -> dict[str, Any]:
+    model, prompts = load(path, dtype="float32"), _prompts(path)
+    answer = _ask(python, "transformers", path, {"prompts": prompts, "new_tokens": NEW_TOKENS})
+    logits = torch.frombuffer(bytearray(base64.b64decode(answer["logits"]["float32"])), dtype=torch.float32)
+    own = _logits(model, prompts)
+    drift = float((logits.view(answer["logits"]["shape"]) - own).norm() / own.norm())
+    problems = {
+        f"its logits differ by {drift:.1e} of their size": drift > _cache_tolerance(torch.float32),
+        "it generates other tokens": answer["greedy"] != _greedy(model, prompts),
+        "it generates other tokens with a cache than without": answer["greedy"] != answer["greedy_without_cache"],
+        "it counts other parameters": answer["parameters"] != stored_parameters(path),
+        "billhook was there": not answer["stock"],
+    }
+    return _verdict("transformers", path, answer["version"], problems, {"logits_drift": drift})
+
+
+def _check_vllm(path: Path, python: str) -> dict[str, Any]:
+    model, prompts = load(path, dtype="float32"), _prompts(path)
+    answer = _ask(python, "vllm", path, {"prompts": prompts, "new_tokens": NEW_TOKENS})
+    problems = {"it generates other tokens": answer["greedy"] != _greedy(model, prompts)}
+    return _verdict("vllm", path, answer["version"], problems, {})
+
+
+def _check_llamacpp(path: Path, python: str) -> dict[str, Any]:
+    model, prompts = load(path, dtype="float32"), _prompts(path)
+    tokenizer = load_tokenizer(path, str(path))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.gguf"
+        write_gguf(model, tokenizer, file, "F32")
+        request = {"logits": prompts, "prompts": prompts, "new_tokens": NEW_TOKENS, "cache": "f32"}
+        answer = llamacpp.run(python, file, request)
+    own = _logits(model, prompts)
+    found = torch.stack([torch.from_numpy(rows.copy()) for rows in answer["logits"]])
+    drift = float((found - own).norm() / own.norm())
+    problems = {
+        f"its logits differ by {drift:.1e} of their size": drift > LLAMACPP_TOLERANCE,
+        "it generates other tokens": answer["greedy"] != _greedy(model, prompts),
+    }
+    return _verdict("llama.cpp", path, answer["version"], problems, {"logits_drift": drift})
+
+
+CHECKS: dict[str, Callable[[Path, str], dict[str, Any]]] = {
+    "transformers": _check_transformers,
+    "vllm": _check_vllm,
+    "llama.cpp": _check_llamacpp,
+}
+
+
+def _verdict(client: str, path: Path, version: str, problems: dict[str, bool], seen: dict[str, Any]) -> dict[str, Any]:
+    if found := [text for text, wrong in problems.items() if wrong]:
+        raise BillhookError(f"{client} {version} does not serve {path} as billhook does: {'; '.join(found)}")
+    return {"client": client, "version": version, "tokens": "equal", **seen}
+
+
+def _ask(python: str, client: str, path: Path, request: dict[str, Any]) -> dict[str, Any]:
+    """The answer of a client's script, run isolated (-I): nothing of this process is there."""
+    script = Path(__file__).with_name(f"{client}_client.py")
+    try:
+        done = subprocess.run(
+            [python, "-I", str(script), str(path)],
+            input=json.dumps(request),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env=CLIENT_ENVIRONMENT | os.environ,
+        )
+    except OSError as error:
+        raise BillhookError(f"cannot run {python}: {error.strerror}: name a Python that has {client}") from error
+    if done.returncode:
+        last = ([line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"])[-1]
+        if last.startswith("ModuleNotFoundError"):
+            raise BillhookError(f"{python} has no {client} ({last}): install it there, or name another with --python")
+        raise BillhookError(f"{client} could not load {path}: {last.strip()}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _prompts(path: Path) -> list[list[int]]:
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    length = max(2, min(16, config.get("max_position_embeddings", 64) - NEW_TOKENS))
+    return torch.randint(config["vocab_size"], (2, length), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+@torch.no_grad()
+def _logits(model: Any, prompts: list[list[int]]) -> torch.Tensor:
+    return model(torch.tensor(prompts)).logits
+
+
+@torch.no_grad()
+def _greedy(model: Any, prompts: list[list[int]]) -> list[list[int]]:
+    ids = torch.tensor(prompts)
+    new = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
+    return model.generate(ids, **new)[:, ids.shape[1] :].tolist()
 
 
 def _probe(model: PreTrainedModel) -> torch.Tensor:

@@ -21,7 +21,7 @@ from billhook.methods import METHODS
 from billhook.methods.fasp import Settings
 from billhook.plan import Plan
 from billhook.progress import Clock, Tick, quiet
-from billhook.recipe import Recipe
+from billhook.recipe import BUDGETS, Recipe
 from billhook.sensitivity import Curves, Probe, curves
 from billhook.taylor import GRADIENT_SCORES, NEED_MEAN_GRADIENT
 from billhook.tensors import Probes, Scores, Tokens
@@ -72,6 +72,8 @@ def make_plan(
         raise BillhookError("the layers of this model differ already: use --layout per_layer")
     if "layers" in chosen.kinds and said.name not in ("sensitivity", "auto"):
         raise BillhookError("axis 'layers' is weighed against the others: use --allocation sensitivity, or auto")
+    if said.name != "file" and all(getattr(chosen, name) is None for name in BUDGETS):
+        return Plan()  # the vocabulary alone
     if said.keep is not None:
         return allocation.file_plan(model, kinds, said.keep)
     if said.name == "auto":

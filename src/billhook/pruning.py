@@ -7,7 +7,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from billhook import allocation, atomic, checkpoint, clients, data, evaluate, layout, planning, report, saving
+from billhook import (
+    allocation,
+    atomic,
+    checkpoint,
+    clients,
+    data,
+    evaluate,
+    layout,
+    planning,
+    report,
+    saving,
+    vocabulary,
+)
 from billhook.checkpoint import Opened
 from billhook.errors import BillhookError
 from billhook.methods import METHODS
@@ -15,6 +27,7 @@ from billhook.progress import Clock, Tick, quiet
 from billhook.recipe import Recipe, recipe
 from billhook.surgery import cast
 
+SAMPLE = 2**20  # characters of the calibration text by which a cut vocabulary is judged
 MEASURED = ("sensitivity", "auto")  # allocations that judge by windows which the calibration does not see
 
 
@@ -26,6 +39,7 @@ class Result:
     tokenizer: Any
     report: dict[str, Any]
     source: Path | None = None  # the folder the model came from
+    trimmed: bool = False  # whether the tokenizer is no longer the source's
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> Path:
         """Write a plain checkpoint with report and model card, reload it with stock transformers and compare.
@@ -43,9 +57,10 @@ class Result:
     def write(self, work: Path, tick: Tick = quiet) -> None:
         """Fill the existing folder `work` and verify it."""
         tick("saving", 0, 2)
-        saving.save(self.model, self.tokenizer, work, self.source)
+        saving.save(self.model, self.tokenizer, work, None if self.trimmed else self.source)
         tick("saving", 1, 2)
         self.report["verified"] = clients.verify(work, self.model)
+        self.report["loads"] = [clients.check(work, "transformers")]
         atomic.write_text(work / atomic.MARK, report.to_json(self.report))
         atomic.write_text(work / "README.md", report.model_card(self.report))
         tick("saving", 2, 2)
@@ -102,16 +117,11 @@ def prune_opened(
     """Prune a model that is already loaded, in place."""
     model, clock = opened.model, Clock()
     _check_positions(opened, chosen)
-    before = evaluate.sizes(model)
+    before, calibration = evaluate.sizes(model), data.calibration_text(chosen.calibration, tick)
+    vocabulary_cut = _trim(opened, chosen, calibration, tick)
     # windows are drawn in one order whatever their number: the first to calibrate on, further ones to judge by
     probes = chosen.probes if allocation.parse(chosen.allocation).name in MEASURED else 0
-    windows = data.windows(
-        data.calibration_text(chosen.calibration, tick),
-        opened.tokenizer,
-        chosen.seq_len,
-        chosen.samples + probes,
-        chosen.seed,
-    )
+    windows = data.windows(calibration, opened.tokenizer, chosen.seq_len, chosen.samples + probes, chosen.seed)
     data.check_vocabulary(windows, model, opened.name)
     texts = planning.Texts(*windows.tokens.split([chosen.samples, probes]))
     with evaluate.peak_growth(model.device) as growth:
@@ -119,16 +129,12 @@ def prune_opened(
             model, chosen, texts, opened.dtype, Path(statistics) if statistics else None, clock, tick
         )
         scores = planning.unit_scores(model, chosen, texts.calibration, tick)
-        cuts = METHODS[chosen.method].run(
-            model,
-            texts.calibration,
-            plan,
-            planning.settings_of(chosen),
-            scores=scores,
-            stream=chosen.stream,
-            clock=clock,
-            tick=tick,
-        )
+        run, settings = METHODS[chosen.method].run, planning.settings_of(chosen)
+        cuts = []
+        if plan.kinds or plan.layers:
+            cuts = run(
+                model, texts.calibration, plan, settings, scores=scores, stream=chosen.stream, clock=clock, tick=tick
+            )
     if chosen.layout == "uniform":
         layout.update_config(model)
     cast(model, opened.dtype)
@@ -148,6 +154,7 @@ def prune_opened(
             "text_sha256": windows.text_sha256,
             "tokens_sha256": windows.sha256,
         },
+        "vocabulary": vocabulary_cut,
         "dropped_layers": list(plan.layers),
         "cuts": [asdict(cut) for cut in cuts],
         "seconds": {stage: round(s, 3) for stage, s in clock.seconds.items()},
@@ -157,7 +164,22 @@ def prune_opened(
             **{name: version(name) for name in ("billhook", "torch", "transformers")},
         },
     }
-    return Result(model, opened.tokenizer, written, opened.folder)
+    return Result(model, opened.tokenizer, written, opened.folder, trimmed=vocabulary_cut is not None)
+
+
+def _trim(opened: Opened, chosen: Recipe, calibration: data.Text, tick: Tick) -> dict[str, Any] | None:
+    """Cut the vocabulary down to the texts that the recipe names, if it names any; what it did."""
+    if not chosen.vocab_from:
+        return None
+    documents, original = [data.calibration_text(source, tick).text for source in chosen.vocab_from], opened.tokenizer
+    opened.tokenizer, cut = vocabulary.trim(opened.model, original, documents, tick)
+    sample = [calibration.text[:SAMPLE]]
+    return {
+        **cut,
+        "sources": list(chosen.vocab_from),
+        "calibration_grows": vocabulary.growth(original, opened.tokenizer, sample),
+        "calibration_as_bytes": vocabulary.share_as_bytes(original, opened.tokenizer, sample),
+    }
 
 
 def _check_positions(opened: Opened, chosen: Recipe) -> None:

@@ -38,6 +38,14 @@ def cut_summary(report: dict[str, Any]) -> list[tuple[str, str]]:
             f"(-{size['achieved_ratio']:.2%}, asked for {size['budget']})",
         ),
     ]
+    if cut := report["vocabulary"]:
+        lines.append(
+            (
+                "vocabulary",
+                f"{cut['before']:,} → {cut['kept']:,} tokens; the calibration text takes {cut['calibration_grows']:.1%} more "
+                f"of them, {cut['calibration_as_bytes']:.1%} of it as single bytes",
+            )
+        )
     if gone := report["dropped_layers"]:
         lines.append(("layers", f"{', '.join(map(str, gone))} dropped (numbered from 0)"))
     for kind in dict.fromkeys(cut["kind"] for cut in cuts):

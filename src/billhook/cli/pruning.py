@@ -21,6 +21,7 @@ from billhook.cli.shared import (
     app,
     choice,
     disk_bytes,
+    err,
     out,
     print_measures,
     progress,
@@ -35,6 +36,7 @@ from billhook.scores import SCORES
 from billhook.taylor import GRADIENT_SCORES
 
 DEFAULT = Recipe(ratio=0.2)
+WARN_AS_BYTES = 0.05  # share of the calibration text's characters
 
 
 @app.command(name="prune")
@@ -249,4 +251,9 @@ def _prune_to(
     with progress() as tick, atomic.folder(output, overwrite) as work:
         result = prune(model, tick=tick, statistics=statistics, **chosen.model_dump())
         result.write(work, tick)
+    as_bytes = (result.report["vocabulary"] or {}).get("calibration_as_bytes", 0.0)
+    if as_bytes > WARN_AS_BYTES:
+        err.print(
+            f"billhook: warning: {as_bytes:.0%} of the calibration text becomes single bytes: --vocab-from is of another script"
+        )
     return result.report

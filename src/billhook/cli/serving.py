@@ -1,1 +1,90 @@
 """Commands that carry a result to where it is served: check, export."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from billhook import atomic, checkpoint, clients, report
+from billhook.cli.shared import Json, Model, Overwrite, app, choice, out, progress
+from billhook.errors import BillhookError, one_of
+from billhook.export import QUANTIZE, write_gguf
+from billhook.gguf_archs import QUANTIZER
+
+FORMATS = ("gguf",)
+
+
+@app.command(name="check")
+def check_command(
+    path: Annotated[Path, typer.Argument(metavar="OUT", help="a checkpoint folder", show_default=False)],
+    client: Annotated[
+        str, choice((*clients.CHECKS, "all"), f"one of: {', '.join(clients.CHECKS)}, or all")
+    ] = "transformers",
+    python: Annotated[
+        str | None,
+        typer.Option(help="interpreter that has the client", show_default="the one that runs billhook"),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Load OUT in a separate process of a stock client, without billhook, and compare tokens and logits with billhook's own.
+
+    Example: billhook check smaller --client llama.cpp --python ~/llama/bin/python
+    """
+    wanted = list(clients.CHECKS) if client == "all" else [one_of("client", client, (*clients.CHECKS, "all"))]
+    checkpoint.check_folder(path, str(path))
+    found, failed = [], []
+    with progress() as tick:
+        for n, name in enumerate(wanted):
+            tick("checking", n, len(wanted))
+            try:
+                found.append(clients.check(path, name, python))
+            except BillhookError as error:
+                if client != "all":
+                    raise
+                failed.append({"client": name, "error": str(error)})
+        tick("checking", len(wanted), len(wanted))
+    if json:
+        typer.echo(report.to_json({"loads": found, "fails": failed}), nl=False)
+        return
+    table = Table("client", "version", "what was seen")
+    for one in found:
+        drift = f", logits within {one['logits_drift']:.1e}" if "logits_drift" in one else ""
+        table.add_row(one["client"], one["version"], f"the same greedy tokens{drift}")
+    for one in failed:
+        table.add_row(one["client"], "—", one["error"])
+    out.print(table)
+
+
+@app.command(name="export")
+def export_command(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="file to write", show_default=False)],
+    format: Annotated[str, choice(FORMATS, "one of: gguf (llama.cpp)")] = "gguf",
+    quantize: Annotated[
+        str, choice(QUANTIZE, f"one of: {', '.join(QUANTIZE)}; K-quants need {QUANTIZER} installed")
+    ] = "F16",
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Write MODEL as one file for another runtime: GGUF, for llama.cpp, with tokenizer and chat template.
+
+    Example: billhook export smaller --quantize Q8_0 -o smaller.gguf
+    """
+    one_of("format", format, FORMATS)
+    output = Path(os.path.expanduser(output))
+    if output.exists() and not overwrite:
+        raise BillhookError(f"{output} exists: choose another file, or --overwrite")
+    atomic.check_file(output)
+    with progress() as tick:
+        opened = checkpoint.open_model(model, device="cpu", dtype="float32", tick=tick)
+        found = write_gguf(opened.model, opened.tokenizer, output, quantize, tick)
+    if json:
+        typer.echo(report.to_json(found), nl=False)
+        return
+    table = Table(show_header=False)
+    for name, value in found.items():
+        table.add_row(name, str(value))
+    out.print(table)
+    out.print(f"written: {output}", soft_wrap=True)

@@ -1,0 +1,86 @@
+"""What allocations and layouts are worth at equal size: python benchmarks/allocation.py MODEL CALIBRATION TEXT... > table.md
+
+Every row is one `billhook.prune` with the default settings (64 windows of 512 tokens drawn by seed 0, float32) but for what
+it names; it prints parameters, the perplexity on every TEXT and its factor to the unpruned model's, and where the layers
+went.  What an allocation measures is kept in --statistics and serves every ratio.
+"""
+
+import argparse
+import copy
+from typing import Any
+
+import billhook
+from billhook import checkpoint, data, evaluate
+from billhook.progress import quiet
+from billhook.surgery import cast
+
+UNIFORM = {"layout": "uniform"}
+PER_LAYER = {"layout": "per_layer"}
+ROWS: dict[str, dict[str, Any]] = {
+    "equal": UNIFORM,
+    "auto": UNIFORM | {"allocation": "auto"},
+    "skip:4,2": PER_LAYER | {"allocation": "skip:4,2"},
+    "global": PER_LAYER | {"allocation": "global"},
+    "sensitivity": PER_LAYER | {"allocation": "sensitivity"},
+    "sensitivity, ffn and groups": PER_LAYER | {"allocation": "sensitivity", "axes": ("ffn", "groups")},
+    "sensitivity, ffn and layers": PER_LAYER | {"allocation": "sensitivity", "axes": ("ffn", "layers")},
+    "equal, ffn and value": PER_LAYER | {"axes": ("ffn", "value")},
+}
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("model")
+parser.add_argument("calibration")
+parser.add_argument("texts", nargs="+")
+parser.add_argument("--ratios", default="0.1,0.2,0.3,0.5")
+parser.add_argument(
+    "--rows", default=",".join(n for n in ROWS if "," not in n), help="separated by commas, or ; where names hold some"
+)
+parser.add_argument("--statistics", default="statistics")
+parser.add_argument("--evaluate-dtype", choices=checkpoint.DTYPES, default="float32")
+args = parser.parse_args()
+
+opened = checkpoint.open_model(args.model)
+texts = [data.windows(text, opened.tokenizer, 512) for text in data.evaluation_texts(args.texts)]
+
+
+def perplexities(model: Any) -> list[float]:
+    cast(model, checkpoint.DTYPES[args.evaluate_dtype])
+    return [evaluate.perplexity(model, one).perplexity for one in texts]
+
+
+def said(report: dict[str, Any]) -> str:
+    widths = [cut["units"] - cut["dropped"] for cut in report["cuts"] if cut["kind"] == "ffn"]
+    gone = f"without layers {', '.join(map(str, report['dropped_layers']))}; " if report["dropped_layers"] else ""
+    return gone + (str(widths[0]) if len(set(widths)) == 1 else " ".join(map(str, widths)))
+
+
+base = perplexities(copy.deepcopy(opened.model))
+names = " | ".join(f"{one.source} | ×" for one in texts)
+print(f"| ratio | layout | allocation | parameters | {names} | FFN widths |")
+print("|---|---|---|---|" + "---|---|" * len(texts) + "---|")
+print(
+    "| 0 | | unpruned | "
+    + f"{evaluate.sizes(opened.model)['parameters']:,} | "
+    + " | ".join(f"{p:.2f} | 1" for p in base)
+    + " | |",
+    flush=True,
+)
+for ratio in map(float, args.ratios.split(",")):
+    for name in args.rows.split(";" if ";" in args.rows else ","):
+        result = billhook.prune(
+            copy.deepcopy(opened.model),
+            tokenizer=opened.tokenizer,
+            statistics=args.statistics,
+            tick=quiet,
+            ratio=ratio,
+            calibration=args.calibration,
+            **ROWS[name],
+        )
+        found = " | ".join(
+            f"{p:.2f} | {p / dense:.3f}" for p, dense in zip(perplexities(result.model), base, strict=True)
+        )
+        size = result.report["sizes"]["after"]["parameters"]
+        print(
+            f"| {ratio:.0%} | {ROWS[name]['layout']} | {name} | {size:,} | {found} | {said(result.report)} |",
+            flush=True,
+        )

@@ -1,0 +1,38 @@
+"""Run by a Python that has vLLM and nothing of billhook: a checkpoint and a request in, JSON out.
+
+    python vllm_client.py FOLDER < request.json
+
+`prompts` are lists of token ids, `new_tokens` how many to add, greedily; the answer holds the continuations.
+"""
+
+import json
+import os
+import sys
+
+import vllm  # pyright: ignore[reportMissingImports]
+
+
+def main():
+    """The answer is the last line of standard output; vLLM may print before it."""
+    folder, request = sys.argv[1], json.load(sys.stdin)
+    with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+        own_code = "auto_map" in json.load(file)
+    longest = max(map(len, request["prompts"])) + request["new_tokens"]
+    model = vllm.LLM(
+        model=folder,
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=longest,
+        max_num_seqs=4,
+        skip_tokenizer_init=True,
+        trust_remote_code=own_code,
+        model_impl=request.get("implementation", "auto"),
+    )
+    sampling = vllm.SamplingParams(max_tokens=request["new_tokens"], temperature=0, ignore_eos=True, detokenize=False)
+    made = model.generate([{"prompt_token_ids": ids} for ids in request["prompts"]], sampling, use_tqdm=False)
+    answer = {"version": vllm.__version__, "greedy": [list(one.outputs[0].token_ids) for one in made]}
+    sys.stdout.write(json.dumps(answer) + "\n")
+
+
+if __name__ == "__main__":
+    main()
