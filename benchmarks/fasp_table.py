@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from billhook import checkpoint, data, evaluate
-from billhook.budget import total_parameters, uniform_drops
+from billhook.allocation import even_planner
+from billhook.budget import decoder_parameters, total_parameters
 from billhook.methods.fasp import Settings, cut, fasp
 from billhook.observe import Layer, walk
+from billhook.plan import Plan
 from billhook.progress import Clock
 from billhook.surgery import cast
 
@@ -50,19 +52,23 @@ def perplexities(model: Any) -> list[float]:
     return [evaluate.perplexity(scored, one).perplexity for one in windows]
 
 
+def equal(ratio: float) -> Plan:
+    return even_planner(opened.model, ("ffn",), 32, "uniform").make(ratio * decoder_parameters(opened.model))
+
+
 def dense_cells(layers: list[Layer]) -> Iterator[tuple[Cell, Any]]:
     for settings, ratio in DENSE:
-        model, drops = copy.deepcopy(opened.model), uniform_drops(opened.model, ("ffn",), ratio, 32)
+        model, plan = copy.deepcopy(opened.model), equal(ratio)
         for layer in layers:
             for axis in layer.axes:
-                cut(model, axis, layer, drops[axis.kind], settings, Clock())
+                cut(model, axis, layer, plan.drops[axis.layer, axis.kind], settings, Clock())
         yield ("dense", settings, ratio), model
 
 
 def pruned_cells() -> Iterator[tuple[Cell, Any]]:
     for stream, settings, ratio in PRUNED:
         model = copy.deepcopy(opened.model)
-        fasp(model, tokens, uniform_drops(model, ("ffn",), ratio, 32), settings, stream=stream)
+        fasp(model, tokens, equal(ratio), settings, stream=stream)
         yield (stream, settings, ratio), model
 
 

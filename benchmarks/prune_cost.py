@@ -11,7 +11,8 @@ import statistics
 import time
 
 from billhook import checkpoint, data, evaluate
-from billhook.budget import uniform_drops
+from billhook.allocation import even_planner
+from billhook.budget import decoder_parameters
 from billhook.methods.fasp import Settings, fasp
 from billhook.observe import STREAMS, walk
 from billhook.progress import Clock
@@ -30,7 +31,7 @@ args = parser.parse_args()
 opened = checkpoint.open_model(args.model)
 text = data.calibration_text(args.text)
 windows = data.windows(text, opened.tokenizer, args.seq_len, args.samples)
-drops = uniform_drops(opened.model, ("ffn",), args.ratio, 32)
+plan = even_planner(opened.model, ("ffn",), 32, "uniform").make(args.ratio * decoder_parameters(opened.model))
 
 forward, whole, stages, peaks = [], [], [], []
 for _ in range(args.repeats):
@@ -41,14 +42,14 @@ for _ in range(args.repeats):
     model, clock = copy.deepcopy(opened.model), Clock()
     with evaluate.peak_growth(model.device) as growth:
         start = time.perf_counter()
-        fasp(model, windows.tokens, drops, Settings(score=args.score), stream=args.stream, clock=clock)
+        fasp(model, windows.tokens, plan, Settings(score=args.score), stream=args.stream, clock=clock)
         whole.append(time.perf_counter() - start)
     peaks.append(growth())
     stages.append(clock.seconds)
     print(f"forward {forward[-1]:.1f} s, FASP {whole[-1]:.1f} s, ratio {whole[-1] / forward[-1]:.2f}", flush=True)
 
 print(
-    f"\n{len(windows.tokens)} windows of {args.seq_len} tokens of {windows.source}, stream {args.stream}, drops {drops}"
+    f"\n{len(windows.tokens)} windows of {args.seq_len} tokens of {windows.source}, stream {args.stream}, {args.ratio:.0%} of the decoder"
 )
 ratios = [w / f for w, f in zip(whole, forward, strict=True)]
 print(f"plain forward  {statistics.median(forward):7.2f} s")
