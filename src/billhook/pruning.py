@@ -28,6 +28,7 @@ from billhook.recipe import Recipe, recipe
 from billhook.surgery import cast
 
 SAMPLE = 2**20  # characters of the calibration text by which a cut vocabulary is judged
+VOCABULARY_STEP = 64  # rows of an embedding: what kernels and tensor parallelism like
 MEASURED = ("sensitivity", "auto")  # allocations that judge by windows which the calibration does not see
 
 
@@ -172,7 +173,9 @@ def _trim(opened: Opened, chosen: Recipe, calibration: data.Text, tick: Tick) ->
     if not chosen.vocab_from:
         return None
     documents, original = [data.calibration_text(source, tick).text for source in chosen.vocab_from], opened.tokenizer
-    opened.tokenizer, cut = vocabulary.trim(opened.model, original, documents, tick)
+    opened.tokenizer, cut = vocabulary.trim(
+        opened.model, original, documents, tick, at_least=chosen.vocab_size, multiple_of=VOCABULARY_STEP
+    )
     sample = [calibration.text[:SAMPLE]]
     return {
         **cut,

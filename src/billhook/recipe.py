@@ -47,6 +47,7 @@ class Recipe(BaseModel):
     floor: float = Field(default=0.3, gt=0, le=1, allow_inf_nan=False)
     axes: tuple[str, ...] = ()  # empty: the method's own default
     vocab_from: tuple[str, ...] = ()
+    vocab_size: int = Field(default=0, ge=0)  # with vocab_from: keep at least so many tokens, the most frequent first
     stream: str = "dense_target"
     score: str = Settings.score
     damping: float = Field(default=Settings.damping, gt=0, le=1, allow_inf_nan=False)
@@ -89,6 +90,8 @@ class Recipe(BaseModel):
         given = [f"--{name}" for name in BUDGETS if getattr(self, name) is not None]
         if len(given) > 1:
             raise BillhookError(f"{' and '.join(given)} are two budgets: give one")
+        if self.vocab_size and not self.vocab_from:
+            raise BillhookError("--vocab-size says how many tokens --vocab-from keeps at least: give a text with it")
         by_file = allocation.parse(self.allocation).name == "file"
         if by_file and given:
             raise BillhookError(f"{given[0]} and an allocation file both say how much goes: give one")

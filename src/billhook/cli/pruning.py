@@ -37,6 +37,7 @@ from billhook.taylor import GRADIENT_SCORES
 
 DEFAULT = Recipe(ratio=0.2)
 WARN_AS_BYTES = 0.05  # share of the calibration text's characters
+WARN_GROWTH = 0.02  # share of its tokens: at 4.5 % SmolLM2 read other text 20 % worse per byte (docs/LOG.md)
 
 
 @app.command(name="prune")
@@ -90,6 +91,12 @@ def prune_command(
             show_default=False,
         ),
     ] = None,
+    vocab_size: Annotated[
+        int,
+        typer.Option(
+            help="with --vocab-from: keep at least so many tokens, the most frequent first", show_default=False
+        ),
+    ] = DEFAULT.vocab_size,
     score: Annotated[
         str,
         choice(
@@ -152,6 +159,7 @@ def prune_command(
         floor=floor,
         axes=tuple(axes.replace(",", " ").split()),
         vocab_from=tuple(vocab_from or ()),
+        vocab_size=vocab_size,
         score=score,
         stream=stream,
         damping=damping,
@@ -251,9 +259,15 @@ def _prune_to(
     with progress() as tick, atomic.folder(output, overwrite) as work:
         result = prune(model, tick=tick, statistics=statistics, **chosen.model_dump())
         result.write(work, tick)
-    as_bytes = (result.report["vocabulary"] or {}).get("calibration_as_bytes", 0.0)
-    if as_bytes > WARN_AS_BYTES:
-        err.print(
-            f"billhook: warning: {as_bytes:.0%} of the calibration text becomes single bytes: --vocab-from is of another script"
-        )
+    if cut := result.report["vocabulary"]:
+        _warn_of_vocabulary(cut)
     return result.report
+
+
+def _warn_of_vocabulary(cut: dict[str, Any]) -> None:
+    if cut["calibration_as_bytes"] > WARN_AS_BYTES:
+        share = f"{cut['calibration_as_bytes']:.0%} of the calibration text becomes single bytes"
+        err.print(f"billhook: warning: {share}: --vocab-from is of another script", soft_wrap=True)
+    elif cut["calibration_grows"] > WARN_GROWTH:
+        share = f"the calibration text becomes {cut['calibration_grows']:.0%} more tokens, which the model reads worse"
+        err.print(f"billhook: warning: {share}: give --vocab-from more text, or raise --vocab-size", soft_wrap=True)
