@@ -3,11 +3,12 @@ VENV ?= .venv
 PYTHON ?= python3
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-slow check clean
+.PHONY: help demo test test-slow bench-allocation check clean
 help:
 	@echo "make demo       prune a real model and see what it cost (first run fetches about 120 MB)"
 	@echo "make test       the fast test suite"
 	@echo "make test-slow  the tests on the real model"
+	@echo "make bench-allocation CALIBRATION=train.txt TEXTS='valid.txt demo'   the table of allocations and layouts (hours)"
 	@echo "make check      lint, format, types"
 	@echo "make clean      remove $(VENV)"
 
@@ -19,6 +20,9 @@ test: $(VENV)/.test
 
 test-slow: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -m slow
+
+bench-allocation: $(VENV)/.base
+	$(VENV)/bin/python benchmarks/allocation.py demo $(CALIBRATION) $(TEXTS) --evaluate-dtype bfloat16
 
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

@@ -25,10 +25,10 @@ METHODS: dict[str, Method] = {
         run=fasp,
         title="Fast and Accurate Structured Pruning of LLMs",
         paper="arXiv:2501.09412",
-        kinds=("ffn", "heads", "groups"),
+        kinds=("ffn", "heads", "groups", "value", "layers"),
         default_kinds=("ffn",),
         needs="calibration text; one forward pass, no gradients, no training",
-        note="--score wanda is the paper's own. Its V/O value channels (--axes value) need another attention shape than stock "
-        "classes have: they come with the per-layer layout.",
+        note="--score wanda --axes ffn,value --layout per_layer --stream dense is nearest to the paper. Value channels (its V/O) "
+        "need another attention shape than stock classes have. Layers go whole by --allocation auto or sensitivity.",
     ),
 }
