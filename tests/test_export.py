@@ -4,7 +4,6 @@ The tests that need llama.cpp run where BILLHOOK_LLAMA_PYTHON names a Python wit
 """
 
 import importlib.util
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -17,23 +16,17 @@ import pytest
 import tiny
 import torch
 import transformers as T
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 from billhook import checkpoint, demo, export, gguf_vocab, llamacpp
 from billhook.errors import BillhookError
 from billhook.export import write_gguf
 from billhook.families import axes, layers
-from billhook.gguf_archs import BYTE_LEVEL, PRE_TOKENIZERS, SENTENCEPIECE
 from billhook.surgery import remove
 
 LLAMA = os.environ.get("BILLHOOK_LLAMA_PYTHON") or (sys.executable if importlib.util.find_spec("llama_cpp") else "")
 in_llama = pytest.mark.skipif(not LLAMA, reason="BILLHOOK_LLAMA_PYTHON names no Python that has llama-cpp-python")
 
 IDS = tiny.tokens(1)[0].tolist()
-TEXT = (
-    "\n \n\n \t \t\t\n  \n   x 3 33 333 3333 33333 3.3 3..3  7\n\n2 and  12,345.67 'tis I'd CAN'T We'Ve \"told\" -----====\n"
-    ' naïve Привет អាច 我想在 apple工作1314天～ 🚀 (normal) 😶\u200d🌫️ `````"""" end.  \r\n\r\n AbcDEF fooBar/\n qzx'
-)
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -162,16 +155,6 @@ def test_the_architecture_and_every_value(case: str, out: Path) -> None:
         assert np.array_equal(written[at + "ffn_down.weight"], down if down.size else np.zeros((32, 1)))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])  # of qwen3 it does not read the head size (5.23)
-def test_transformers_reads_its_own_model_back(family: str, out: Path) -> None:
-    tokenizer = trained(Tokenizer(models.BPE()), "qwen2")
-    model = built(family, vocab_size=len(tokenizer))
-    write_gguf(model, tokenizer, out, "F32")
-    again = checkpoint.open_model(str(out), device="cpu")
-    assert torch.equal(again.model(torch.tensor([IDS])).logits, model(torch.tensor([IDS])).logits)
-    assert again.tokenizer(TEXT).input_ids == tokenizer(TEXT).input_ids
-
-
 def test_rope_that_is_scaled(out: Path) -> None:
     model = built("llama", rope_parameters=LLAMA3_ROPE)
     write_gguf(model, tiny.tokenizer(), out, "F16")
@@ -211,132 +194,6 @@ def test_a_bfloat16_model_is_written_as_it_is(out: Path) -> None:
     assert np.array_equal(tensors(out)["token_embd.weight"], model.model.embed_tokens.weight.float().numpy())
 
 
-def test_byte_level_metadata(out: Path) -> None:
-    tokenizer = trained(Tokenizer(models.BPE()), "smollm")
-    tokenizer.add_tokens(["<think>"])
-    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
-    model = built("llama", vocab_size=len(tokenizer) + 2)
-    write_gguf(model, tokenizer, out)
-    found = fields(out)
-    tokens, kinds = found["tokenizer.ggml.tokens"], found["tokenizer.ggml.token_type"]
-    assert (found["tokenizer.ggml.model"], found["tokenizer.ggml.pre"]) == (BYTE_LEVEL, "smollm")
-    assert tokens[: len(tokenizer)] == tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    assert tokens[-2:] == [f"[PAD{len(tokenizer)}]", f"[PAD{len(tokenizer) + 1}]"]
-    by_text = dict(zip(tokens, kinds, strict=True))
-    assert [by_text[token] for token in ("<s>", "</s>", "<think>", "a", tokens[-1])] == [3, 3, 4, 1, 5]
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    assert found["tokenizer.ggml.merges"] == [" ".join(pair) for pair in merges]
-    assert found["tokenizer.ggml.bos_token_id"] == tokenizer.bos_token_id
-    assert found["tokenizer.ggml.eos_token_id"] == found["tokenizer.ggml.padding_token_id"] == tokenizer.eos_token_id
-    assert (found["tokenizer.ggml.add_bos_token"], found["tokenizer.ggml.add_eos_token"]) == (False, False)
-    assert found["tokenizer.chat_template"] == "{{ messages }}"
-    assert found["tokenizer.chat_template.tool_use"] == "{{ tools }}"
-
-
-def test_sentencepiece_metadata(out: Path) -> None:
-    tokenizer = sentencepiece()
-    write_gguf(built("llama", vocab_size=len(tokenizer)), tokenizer, out)
-    found = fields(out)
-    by_text = dict(zip(found["tokenizer.ggml.tokens"], found["tokenizer.ggml.token_type"], strict=True))
-    assert (found["tokenizer.ggml.model"], found["tokenizer.ggml.pre"]) == (SENTENCEPIECE, "default")
-    assert [by_text[token] for token in ("<unk>", "<s>", "<0x0A>", "▁the")] == [2, 3, 6, 1]
-    score = dict(zip(found["tokenizer.ggml.tokens"], found["tokenizer.ggml.scores"], strict=True))
-    assert score["he"] > score["the"] > score["▁the"] > score["<s>"]
-    assert found["tokenizer.ggml.add_space_prefix"] is found["tokenizer.ggml.add_bos_token"] is True
-
-
-@pytest.mark.parametrize("name", PRE_TOKENIZERS)
-def test_splits_that_are_given_are_named_again(name: str) -> None:
-    tokenizer = tiny.tokenizer()
-    gguf_vocab.give_splits(tokenizer, name)
-    again = T.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>")
-    assert gguf_vocab.vocabulary(again, 258)["tokenizer.ggml.pre"] == name
-
-
-def test_the_splits_of_stock_tokenizers_are_known() -> None:
-    vocab = {symbol: n for n, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    stock = T.Qwen2Tokenizer(vocab=vocab, merges=[])
-    assert gguf_vocab.vocabulary(stock, len(stock))["tokenizer.ggml.pre"] == "qwen2"
-    smollm = tiny.tokenizer()
-    smollm.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    assert gguf_vocab.vocabulary(smollm, 258)["tokenizer.ggml.pre"] == "smollm"
-    before = smollm.backend_tokenizer.to_str()
-    gguf_vocab.give_splits(smollm, "unheard-of")
-    assert smollm.backend_tokenizer.to_str() == before
-
-
-def trained(backend: Tokenizer, name: str) -> Any:
-    """A byte-level tokenizer with splits `name`, merges learned from TEXT, and one token that no merges make."""
-    tokenizer = T.PreTrainedTokenizerFast(tokenizer_object=backend)
-    gguf_vocab.give_splits(tokenizer, name)
-    trainer = trainers.BpeTrainer(
-        vocab_size=700,
-        min_frequency=1,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<s>", "</s>"],
-        show_progress=False,
-    )
-    tokenizer.backend_tokenizer.train_from_iterator([TEXT.removesuffix(" qzx")], trainer)
-    content = json.loads(tokenizer.backend_tokenizer.to_str())
-    content["model"]["vocab"]["Ġqzx"] = len(content["model"]["vocab"])
-    content["model"]["ignore_merges"] = PRE_TOKENIZERS[name].ignore_merges
-    backend = Tokenizer.from_str(json.dumps(content))
-    return T.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>")
-
-
-def sentencepiece() -> Any:
-    """A tokenizer with SentencePiece's rules and a few merges."""
-    made = ["he", "th", "the", "▁the", "in", "▁▁", "an", "and", "▁and"]
-    letters = ["▁", *"abcdefghijklmnopqrstuvwxyz"]
-    names = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256)), *made, *letters]
-    known = {*made, *letters}
-    ways = [(token[:n], token[n:]) for token in made for n in range(1, len(token))]
-    merges = [pair for pair in ways if set(pair) <= known]
-    return T.LlamaTokenizer(vocab={token: n for n, token in enumerate(names)}, merges=merges, add_bos_token=True)
-
-
-def changed(edit: Callable[[Any], object]) -> Callable[[], Any]:
-    """A byte tokenizer whose tokenizer.json was edited."""
-
-    def make() -> Any:
-        content = json.loads(tiny.tokenizer().backend_tokenizer.to_str())
-        edit(content)
-        backend = Tokenizer.from_str(json.dumps(content))
-        return T.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
-
-    return make
-
-
-def without_eos() -> Any:
-    tokenizer = tiny.tokenizer()
-    tokenizer.eos_token = None
-    return tokenizer
-
-
-def with_class_token() -> Any:
-    tokenizer = tiny.tokenizer()
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="</s> $A", special_tokens=[("</s>", 257)]
-    )
-    return tokenizer
-
-
-def extra_merge() -> Any:
-    """SentencePiece in all but that one way to put a token together is no merge."""
-    tokenizer = sentencepiece()
-    content = json.loads(tokenizer.backend_tokenizer.to_str())
-    content["model"]["merges"].remove(["t", "he"])
-    backend = Tokenizer.from_str(json.dumps(content))
-    return T.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
-
-
-def word_level() -> Any:
-    backend = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
-    return T.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
-
-
 def huge() -> Any:
     model = built("llama")
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = 1e5
@@ -351,74 +208,40 @@ def narrow() -> Any:
 
 
 Q3 = lambda **config: built("qwen3", **config)  # noqa: E731
-REFUSED: dict[str, tuple[Callable[[], Any], Callable[[], Any], str, str]] = {  # model, tokenizer, type, message
-    "opt": (lambda: built("opt"), tiny.tokenizer, "F16", "llama.cpp has no architecture for opt: keep the folder"),
+REFUSED: dict[str, tuple[Callable[[], Any], str, str]] = {  # model, type, message
+    "opt": (lambda: built("opt"), "F16", "llama.cpp has no architecture for opt: keep the folder"),
     "untied": (
         lambda: uneven(Q3()),
-        tiny.tokenizer,
         "F16",
         "qwen3 wants equal layers; openelm has no place for output.weight; prune all layers alike, or keep the folder",
     ),
     "openelm rope": (
         lambda: uneven(tie(Q3(rope_parameters=LLAMA3_ROPE))),
-        tiny.tokenizer,
         "F16",
         "openelm knows no RoPE of type llama3; keep the folder",
     ),
     "qwen3 rope": (
         lambda: Q3(rope_parameters=LLAMA3_ROPE),
-        tiny.tokenizer,
         "F16",
         "qwen3 knows no RoPE of type llama3",
     ),
     "yarn": (
         lambda: built("llama", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}),
-        tiny.tokenizer,
         "F16",
         "llama knows no RoPE of type yarn; deci knows no RoPE of type yarn",
     ),
     "window": (
         lambda: built("mistral_sliding"),
-        tiny.tokenizer,
         "F16",
         "last 8 positions.*max_position_embeddings to 8",
     ),
-    "window of some layers": (lambda: built("qwen2_sliding"), tiny.tokenizer, "F16", "attends to its last 8 positions"),
-    "values": (narrow, tiny.tokenizer, "F16", "layer 1 has value heads of 7 channels beside key heads of 8"),
-    "activation": (lambda: built("llama", hidden_act="gelu"), tiny.tokenizer, "F16", "computes SiLU.*not gelu"),
-    "float16": (huge, tiny.tokenizer, "F16", "blk.1.ffn_up.weight holds values that float16 cannot.*F32 or BF16"),
-    "type": (lambda: built("llama"), tiny.tokenizer, "F18", "unknown quantize 'F18': did you mean 'F16'"),
-    "no quantizer": (lambda: built("llama"), tiny.tokenizer, "Q4_K_M", "llama-quantize, which is not on PATH"),
-    "splits": (
-        lambda: built("llama"),
-        changed(lambda content: content["pre_tokenizer"].update(add_prefix_space=True)),
-        "F16",
-        "could not follow this tokenizer: its pre_tokenizer .* is none of gpt-2, smollm",
-    ),
-    "normalizer": (
-        lambda: built("llama"),
-        changed(lambda content: content.update(normalizer=json.loads(LOWERCASE))),
-        "F16",
-        "it normalizes by Lowercase",
-    ),
-    "suffix": (
-        lambda: built("llama"),
-        changed(lambda content: content["model"].update(end_of_word_suffix="</w>")),
-        "F16",
-        "its BPE uses end_of_word_suffix",
-    ),
-    "rows": (
-        lambda: built("llama", vocab_size=200),
-        tiny.tokenizer,
-        "F16",
-        "'</s>' has id 257, and the embedding 200 rows",
-    ),
-    "eos": (lambda: built("llama"), without_eos, "F16", "has no eos_token.*set tokenizer.eos_token"),
-    "class token": (lambda: built("llama"), with_class_token, "F16", r"puts \[257\] before and \[\] after a text"),
-    "word level": (lambda: built("llama"), word_level, "F16", "its model is WordLevel, not BPE"),
-    "merges": (lambda: built("llama", vocab_size=300), extra_merge, "F16", "not those of a SentencePiece vocabulary"),
+    "window of some layers": (lambda: built("qwen2_sliding"), "F16", "attends to its last 8 positions"),
+    "values": (narrow, "F16", "layer 1 has value heads of 7 channels beside key heads of 8"),
+    "activation": (lambda: built("llama", hidden_act="gelu"), "F16", "computes SiLU.*not gelu"),
+    "float16": (huge, "F16", "blk.1.ffn_up.weight holds values that float16 cannot.*F32 or BF16"),
+    "type": (lambda: built("llama"), "F18", "unknown quantize 'F18': did you mean 'F16'"),
+    "no quantizer": (lambda: built("llama"), "Q4_K_M", "llama-quantize, which is not on PATH"),
 }
-LOWERCASE = '{"type": "Lowercase"}'
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -426,9 +249,9 @@ def test_what_llama_cpp_cannot_hold_is_refused_in_one_line(
     case: str, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(out.parent))
-    model, tokenizer, quantize, message = REFUSED[case]
+    model, quantize, message = REFUSED[case]
     with pytest.raises(BillhookError, match=message) as refused:
-        write_gguf(model(), tokenizer(), out, quantize)
+        write_gguf(model(), tiny.tokenizer(), out, quantize)
     assert "\n" not in str(refused.value)
     assert not list(out.parent.glob("*")) if out.parent.exists() else True
 
@@ -523,20 +346,6 @@ def test_llama_cpp_computes_the_same_logits(case: str, out: Path) -> None:
     found = llamacpp.run(LLAMA, out, {"logits": [IDS], "cache": "f32", "threads": 1})
     expected = model(torch.tensor([IDS])).logits[0].numpy()
     np.testing.assert_allclose(found["logits"][0], expected, atol=1e-5 * np.abs(expected).max())
-
-
-@in_llama
-@pytest.mark.parametrize("name", [*PRE_TOKENIZERS, "sentencepiece", "no merges"])
-def test_llama_cpp_cuts_text_the_same(name: str, out: Path) -> None:
-    special = {"sentencepiece": sentencepiece, "no merges": tiny.tokenizer}
-    tokenizer = special[name]() if name in special else trained(Tokenizer(models.BPE()), name)
-    text = (
-        TEXT if name not in ("tekken", "gpt-4o") else TEXT.replace("អាច", "")
-    )  # llama.cpp has no marks (\\p{M}) there
-    text = TEXT.strip() if name == "sentencepiece" else text  # see gguf_vocab.py on spaces
-    texts = [text, "the hen and  the ant", "2\n\n 2 x", "half way</s>"]
-    write_gguf(built("llama", vocab_size=len(tokenizer)), tokenizer, out)
-    assert llamacpp.run(LLAMA, out, {"tokenize": texts})["tokens"] == [tokenizer(text).input_ids for text in texts]
 
 
 @in_llama

@@ -36,8 +36,10 @@ def anatomy(model: PreTrainedModel) -> dict[str, Any]:
             check_kinds(model, (kind,))
             found = axes(model, (kind,))
             price = found[0].price(model)
-            share = sum(axis.units for axis in found) * price / decoder
-            row |= {"units": found[0].units, "parameters_per_unit": price, "share_of_decoder": share, "refused": None}
+            share = sum(axis.units * axis.price(model) for axis in found) / decoder
+            units = [axis.units for axis in found]
+            row |= {"units": units[0] if len(set(units)) == 1 else units, "parameters_per_unit": price}
+            row |= {"share_of_decoder": share, "refused": None}
         except BillhookError as error:
             row["refused"] = str(error)
         rows.append(row)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGUFReader
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -18,6 +19,7 @@ from billhook import demo
 from billhook.atomic import folder
 from billhook.errors import BillhookError, first_line, one_of
 from billhook.families import family_of
+from billhook.gguf_vocab import give_splits
 from billhook.progress import Tick, quiet
 from billhook.saving import quiet_transformers, save
 from billhook.surgery import cast
@@ -156,7 +158,7 @@ def check_config(config: dict[str, Any], name: str) -> None:
 
 def demo_folder(tick: Tick = quiet) -> Path:
     """The demo model as a Hugging Face folder in the cache, dequantised to float32 on the first call."""
-    out = demo.cache_folder() / "SmolLM2-135M-Instruct"
+    out = demo.cache_folder() / "SmolLM2-135M-Instruct-2"  # 2: its tokenizer splits as the GGUF says
     if not out.is_dir():
         gguf = demo.model_gguf(tick)
         tick("dequantising", 0, 1)
@@ -207,9 +209,12 @@ def _load_gguf(path: Path) -> tuple[Any, Any]:
         with quiet_transformers(), redirect_stderr(io.StringIO()):  # its own bar, which no setting turns off
             model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            splits = GGUFReader(path).get_field("tokenizer.ggml.pre")
     except Exception as error:  # gguf and transformers raise many kinds for a file they cannot read
         raise BillhookError(f"{path}: transformers could not read it as GGUF ({first_line(error)})") from error
     family_of(model.config.model_type)
+    if splits is not None:  # transformers 5.23 cuts every GGUF's text as its class does, whatever the file says
+        give_splits(tokenizer, splits.contents())
     model.config.__dict__.pop("quantization_config", None)
     model.config.architectures = [type(model).__name__]
     vars(model)["hf_quantizer"] = None

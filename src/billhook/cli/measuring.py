@@ -88,7 +88,7 @@ def inspect_command(model: Model, json: Json = False) -> None:
         table.add_column(column)
     for row in found["axes"]:
         cells = (
-            [f"{row['units']:,}", f"{row['parameters_per_unit']:,}", f"{row['share_of_decoder']:.1%}"]
+            [_span(row["units"]), f"{row['parameters_per_unit']:,}", f"{row['share_of_decoder']:.1%}"]
             if row["units"]
             else ["—"] * 3
         )
@@ -97,6 +97,11 @@ def inspect_command(model: Model, json: Json = False) -> None:
     for row in found["axes"]:
         if row["refused"]:
             out.print(f"[bold]{row['axis']}[/]: {row['refused']}")
+
+
+def _span(units: int | list[int]) -> str:
+    """Units a layer: one number, or from the least to the most where layers differ."""
+    return f"{units:,}" if isinstance(units, int) else f"{min(units):,}-{max(units):,}"
 
 
 @app.command(name="methods")
