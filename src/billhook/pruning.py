@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +31,10 @@ from billhook.surgery import cast
 SAMPLE = 2**20  # characters of the calibration text by which a cut vocabulary is judged
 VOCABULARY_STEP = 64  # rows of an embedding: what kernels and tensor parallelism like
 MEASURED = ("sensitivity", "auto")  # allocations that judge by windows which the calibration does not see
+
+
+def _unheard(line: str) -> None:
+    """Announce nothing."""
 
 
 @dataclass
@@ -84,6 +89,7 @@ def prune(
     tokenizer: Any = None,
     statistics: str | os.PathLike[str] | None = None,
     tick: Tick = quiet,
+    announce: Callable[[str], object] = _unheard,
     **settings: Any,
 ) -> Result:
     """Prune a model by a recipe.
@@ -93,6 +99,7 @@ def prune(
         tokenizer: needed with a model in memory.
         statistics: a folder that keeps what an allocation measured, for another ratio or allocation.
         tick: called with (stage, done, total) as the work proceeds.
+        announce: called with one line, what will be cut, before anything is.
         settings: the fields of `Recipe`: ratio=0.2, method="fasp", axes=("ffn",), calibration="demo", …
 
     Returns:
@@ -109,11 +116,15 @@ def prune(
             raise BillhookError("a model in memory needs its tokenizer: prune(model, tokenizer=…)")
         opened = Opened(model, tokenizer, model.config._name_or_path or type(model).__name__, None, model.dtype)
         checkpoint.check_config({**model.config.to_dict(), "architectures": [type(model).__name__]}, opened.name)
-    return prune_opened(opened, chosen, tick, statistics)
+    return prune_opened(opened, chosen, tick, statistics, announce)
 
 
 def prune_opened(
-    opened: Opened, chosen: Recipe, tick: Tick = quiet, statistics: str | os.PathLike[str] | None = None
+    opened: Opened,
+    chosen: Recipe,
+    tick: Tick = quiet,
+    statistics: str | os.PathLike[str] | None = None,
+    announce: Callable[[str], object] = _unheard,
 ) -> Result:
     """Prune a model that is already loaded, in place."""
     model, clock = opened.model, Clock()
@@ -129,6 +140,7 @@ def prune_opened(
         plan = planning.make_plan(
             model, chosen, texts, opened.dtype, Path(statistics) if statistics else None, clock, tick
         )
+        announce(report.plan_line(model, plan, chosen.budget))
         scores = planning.unit_scores(model, chosen, texts.calibration, tick)
         run, settings = METHODS[chosen.method].run, planning.settings_of(chosen)
         cuts = []

@@ -6,6 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
+from transformers import PreTrainedModel
+
+from billhook.budget import decoder_parameters, saved_by, total_parameters
+from billhook.families import axes
+from billhook.plan import Plan
+
+WANTS = {
+    "Q4_0, Q8_0": 32,
+    "Marlin": 128,
+    "K-quants": 256,
+}  # what FFN widths must be a multiple of; else llama.cpp and vLLM fall back
 
 
 def sizes(before: dict[str, int], after: dict[str, int], budget: str) -> dict[str, Any]:
@@ -17,6 +28,21 @@ def sizes(before: dict[str, int], after: dict[str, int], budget: str) -> dict[st
         "achieved_ratio": 1 - after["decoder_parameters"] / before["decoder_parameters"],
         "achieved_ratio_of_all": 1 - after["parameters"] / before["parameters"],
     }
+
+
+def plan_line(model: PreTrainedModel, plan: Plan, budget: str) -> str:
+    """What a plan will cut, before it does, in one line."""
+    whole, decoder, saved = total_parameters(model), decoder_parameters(model), saved_by(model, plan)
+    found = {axis.kind: [] for axis in axes(model, plan.kinds)}
+    for axis in axes(model, plan.kinds):
+        if axis.layer not in plan.layers:
+            found[axis.kind].append(axis.units - plan.drops.get((axis.layer, axis.kind), 0))
+    kept = [f"{kind} {min(n):,}" + (f"-{max(n):,}" if max(n) > min(n) else "") for kind, n in found.items()]
+    gone = [f"without layers {', '.join(map(str, plan.layers))}"] if plan.layers else []
+    return (
+        f"for {budget}: {whole:,} → {whole - saved:,} parameters, -{saved / decoder:.2%} of the decoder; "
+        f"left in each layer: {', '.join(kept + gone) or 'all'}"
+    )
 
 
 def to_json(report: dict[str, Any]) -> str:
@@ -56,6 +82,11 @@ def cut_summary(report: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(
             (f"{kind} error", f"{errors} by restoration" + (f", {_mean(held):.3f} on held-out windows" if held else ""))
         )
+    if widths := [cut["units"] - cut["dropped"] for cut in cuts if cut["kind"] == "ffn"]:
+        fit = [
+            f"{name} ({step}) in {sum(w % step == 0 for w in widths)} of {len(widths)}" for name, step in WANTS.items()
+        ]
+        lines.append(("widths fit", ", ".join(fit) + " layers"))
     text = report["calibration"]
     lines.append(("calibration", f"{text['windows']} windows of {text['seq_len']} tokens of {text['source']}"))
     lines.append(("seconds", ", ".join(f"{stage} {s:.1f}" for stage, s in seconds.items())))

@@ -257,7 +257,7 @@ def _prune_to(
         source = None
     check_out(output, source, overwrite)
     with progress() as tick, atomic.folder(output, overwrite) as work:
-        result = prune(model, tick=tick, statistics=statistics, **chosen.model_dump())
+        result = prune(model, tick=tick, statistics=statistics, announce=_say, **chosen.model_dump())
         result.write(work, tick)
     if cut := result.report["vocabulary"]:
         _warn_of_vocabulary(cut)
@@ -271,3 +271,8 @@ def _warn_of_vocabulary(cut: dict[str, Any]) -> None:
     elif cut["calibration_grows"] > WARN_GROWTH:
         share = f"the calibration text becomes {cut['calibration_grows']:.0%} more tokens, which the model reads worse"
         err.print(f"billhook: warning: {share}: give --vocab-from more text, or raise --vocab-size", soft_wrap=True)
+
+
+def _say(line: str) -> None:
+    if err.is_terminal:
+        err.print(line, soft_wrap=True)
