@@ -1,6 +1,6 @@
 """What allocations and layouts are worth at equal size: python benchmarks/allocation.py MODEL CALIBRATION TEXT... > table.md
 
-Every row is one `billhook.prune` with the default settings (64 windows of 512 tokens drawn by seed 0, float32) but for what
+Every row is one `billhook.prune` with the default settings (64 windows of 512 tokens drawn by seed 0) but for what
 it names; it prints parameters, the perplexity on every TEXT and its factor to the unpruned model's, and where the layers
 went.  What an allocation measures is kept in --statistics and serves every ratio.
 """
@@ -36,10 +36,11 @@ parser.add_argument(
     "--rows", default=",".join(n for n in ROWS if "," not in n), help="separated by commas, or ; where names hold some"
 )
 parser.add_argument("--statistics", default="statistics")
+parser.add_argument("--dtype", default="auto", help="to prune in: on a CPU auto is float32")
 parser.add_argument("--evaluate-dtype", choices=checkpoint.DTYPES, default="float32")
 args = parser.parse_args()
 
-opened = checkpoint.open_model(args.model)
+opened = checkpoint.open_model(args.model, dtype=args.dtype)
 texts = [data.windows(text, opened.tokenizer, 512) for text in data.evaluation_texts(args.texts)]
 
 
