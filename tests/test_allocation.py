@@ -191,7 +191,6 @@ def test_a_skip_that_says_no_two_numbers_is_refused(text: str) -> None:
         allocation.parse(text)
 
 
-@pytest.mark.xfail(strict=True, reason="allocation.parse takes a negative number of layers to spare")
 def test_a_negative_skip_is_refused() -> None:
     with pytest.raises(BillhookError, match="write skip:4,2"):
         allocation.parse("skip:-1,2")
@@ -214,10 +213,10 @@ def test_an_even_planner_takes_the_same_from_every_layer_that_may_give() -> None
     price = axes(model, ("ffn",))[0].price(model)
     planner = allocation.even_planner(model, ("ffn",), 4, "uniform", spared=[0], gone=[2])
     by_layer = budget.layer_parameters(model, 2)
-    plan = planner.make(by_layer + 2 * 12 * price)
+    plan = planner.make(by_layer + 2.0 * 12 * price)
     assert plan == Plan({(0, "ffn"): 0, (1, "ffn"): 12, (3, "ffn"): 12}, (2,))
     assert budget.saved_by(model, plan) == by_layer + 2 * 12 * price
-    assert budget.saved_by(model, planner.make(planner.most)) == planner.most == by_layer + 2 * 44 * price
+    assert budget.saved_by(model, planner.make(float(planner.most))) == planner.most == by_layer + 2 * 44 * price
 
 
 @pytest.mark.parametrize("kinds", [("ffn",), ("ffn", "groups"), ("ffn", "value")])
@@ -229,7 +228,7 @@ def test_a_planner_reaches_its_most_and_keeps_the_floor(name: str, kinds: tuple[
     planner = allocation.planner(
         model, kinds, allocation.parse(name), multiple_of=4, floor=0.5, layout="per_layer", curves=losses
     )
-    plan = planner.make(planner.most)
+    plan = planner.make(float(planner.most))
     assert budget.saved_by(model, plan) == planner.most
     for place, axis in found.items():
         assert axis.units - plan.drops[place] == axis.units / 2
@@ -413,7 +412,12 @@ def test_statistics_are_measured_once(
     settings = dict(allocation=name, layout="per_layer")
     planned(model, tmp_path / "kept", ratio=0.2, **settings)
     assert spy.calls == 1
-    for other in (dict(ratio=0.3), dict(params=28_000), dict(ratio=0.2, floor=0.5), dict(ratio=0.1, multiple_of=1)):
+    for other in (
+        dict(ratio=0.3),
+        dict(ratio=0.15, context=64),
+        dict(ratio=0.2, floor=0.5),
+        dict(ratio=0.1, multiple_of=1),
+    ):
         again = planned(model, tmp_path / "kept", **settings, **other)
         assert spy.calls == 1 and again == planned(model, **settings, **other)
         spy.calls = 1
@@ -429,7 +433,6 @@ def test_statistics_are_measured_once(
         assert spy.calls == n
 
 
-@pytest.mark.xfail(strict=True, reason="planning._key sees the first and last eight weights of a tensor alone")
 def test_any_changed_weight_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spy, model = Spy(monkeypatch, planning, "curves"), tiny.model("llama")
     for _ in range(2):
@@ -465,7 +468,6 @@ def test_auto_takes_the_best_of_what_it_tried(monkeypatch: pytest.MonkeyPatch) -
         assert abs(budget.saved_by(model, plan) - target) <= 4 * price * remain / 2
 
 
-@pytest.mark.xfail(strict=True, reason="even_planner refuses a budget that the dropped layers meet alone")
 def test_auto_tries_fewer_layers_of_full_width() -> None:
     model = deep(6)
     for param in layers(model)[3].parameters():
@@ -474,7 +476,6 @@ def test_auto_tries_fewer_layers_of_full_width() -> None:
     assert plan.layers == (3,) and plan.kinds == ()
 
 
-@pytest.mark.xfail(strict=True, reason="without another axis, nothing is solved: step and most leave whole layers out")
 @pytest.mark.parametrize("settings", [{"allocation": "sensitivity", "layout": "per_layer"}, {"allocation": "auto"}])
 def test_whole_layers_alone_can_meet_a_budget(settings: dict[str, Any]) -> None:
     model = deep(6)
@@ -482,7 +483,6 @@ def test_whole_layers_alone_can_meet_a_budget(settings: dict[str, Any]) -> None:
     assert len(plan.layers) == 1 and plan.kinds == ()
 
 
-@pytest.mark.xfail(strict=True, reason="the planner's most leaves whole layers out: reach refuses what they would give")
 def test_a_size_that_takes_whole_layers_is_reached() -> None:
     model = deep(6)
     goal = budget.total_parameters(model) - int(0.7 * budget.decoder_parameters(model))
@@ -491,7 +491,6 @@ def test_a_size_that_takes_whole_layers_is_reached() -> None:
     assert abs(budget.total_parameters(model) - budget.saved_by(model, plan) - goal) <= 4 * price
 
 
-@pytest.mark.xfail(strict=True, reason="solve may take every layer: fasp refuses that only after the work")
 def test_one_layer_always_stays() -> None:
     model = deep(6)
     settings = dict(allocation="sensitivity", layout="per_layer", axes=("ffn", "layers"))
@@ -553,9 +552,6 @@ def test_the_ffn_before_it_makes_up_for_a_dropped_layer(family: str, share: floa
     assert losses[0] < losses[1] and losses[0] < losses[2], losses
 
 
-@pytest.mark.xfail(
-    strict=True, reason="Plan.kinds is empty where only layers go: the walk has no reader to make up with"
-)
 def test_a_dropped_layer_is_made_up_for_where_nothing_else_goes() -> None:
     dense, tokens = deep(), words(40, seed=1)
     made_up, plain = copy.deepcopy(dense), copy.deepcopy(dense)

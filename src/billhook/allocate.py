@@ -20,8 +20,8 @@ class Choice:
 
     layer: int
     drops: Sequence[int]  # ascending, 0 first
-    savings: Sequence[float]
-    losses: Sequence[float]
+    savings: Sequence[float | int]
+    losses: Sequence[float | int]
 
 
 def interpolate(measured: Mapping[int, float], drops: Sequence[int]) -> list[float]:
@@ -35,8 +35,15 @@ def interpolate(measured: Mapping[int, float], drops: Sequence[int]) -> list[flo
     return (inside + slope * np.maximum(np.asarray(drops) - counts[-1], 0)).tolist()
 
 
+def most(choices: Sequence[Choice], whole: Mapping[int, tuple[float | int, float | int]]) -> float | int:
+    """The most that can be saved while one layer stays."""
+    own = {n: sum(max(c.savings) for c in choices if c.layer == n) for n in {c.layer for c in choices} | set(whole)}
+    gains = {n: max(saving - own[n], 0) for n, (saving, _) in whole.items()}
+    return sum(own.values()) + sum(gains.values()) - (min(gains.values()) if len(gains) == len(own) else 0)
+
+
 def solve(
-    choices: Sequence[Choice], target: float, whole: Mapping[int, tuple[float, float]] | None = None
+    choices: Sequence[Choice], target: float | int, whole: Mapping[int, tuple[float | int, float]] | None = None
 ) -> tuple[list[int], list[int]]:
     """The counts of least total loss that save `target`, to half of the smallest step: a multiple-choice knapsack.
 
@@ -64,8 +71,9 @@ def solve(
     for place, (saving, loss) in enumerate(whole.values()):
         savings[width + place], losses[width + place] = saving, loss
     steps = [b - a for choice in choices for a, b in zip(choice.savings, choice.savings[1:], strict=False)]
-    step = min((s for s in steps if s > 0), default=0.0)
-    most = sum(max(choice.savings) for choice in choices)
+    step = min((s for s in (*steps, *(saving for saving, _ in whole.values())) if s > 0), default=0.0)
+    stays = np.r_[np.zeros(width), np.ones(len(whole))][None]  # one layer, whatever the budget
+    rest = len({choice.layer for choice in choices} | set(whole)) - 1
     scale = max(target, 1.0)  # the solver's tolerances are absolute
     for slack in (step / 2, step, 4 * step):
         budget = LinearConstraint(savings[None] / scale, (target - slack) / scale, (target + slack) / scale)
@@ -73,14 +81,14 @@ def solve(
             losses,
             integrality=np.ones_like(losses),
             bounds=Bounds(0, 1),
-            constraints=[LinearConstraint(one_each.tocsr(), 1, 1), budget],
+            constraints=[LinearConstraint(one_each.tocsr(), 1, 1), LinearConstraint(stays, 0, rest), budget],
             options={"mip_rel_gap": GAP, "time_limit": SECONDS},
         )
         if found.x is not None:
             break
     else:
         raise BillhookError(
-            f"the budget asks to save {target:,.0f}, but the axes can save at most {most:,.0f} here, in steps of {step:,.0f}: "
+            f"the budget asks to save {target:,.0f}, but the axes can save at most {most(choices, whole):,.0f} here, in steps of {step:,.0f}: "
             "lower it, or name more axes"
         )
     chosen = found.x > 0.5

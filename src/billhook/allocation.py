@@ -53,6 +53,8 @@ def parse(text: str) -> Allocation:
     if name == "skip":
         try:
             first, last = (int(n) for n in rest.split(","))
+            if min(first, last) < 0:
+                raise ValueError
         except ValueError:
             raise BillhookError(
                 f"allocation {text!r}: write skip:4,2 to spare the first four and last two layers"
@@ -90,8 +92,7 @@ def planner(
         assert curves is not None
         choices, found = _choices(model, kinds, multiple_of, floor, curves), axes(model, kinds)
         whole = {n: (layer_parameters(model, n), loss[1]) for (n, kind), loss in curves.items() if kind == "layers"}
-        most = sum(max(choice.savings) for choice in choices)
-        return Planner(lambda saving: _weighed(choices, found, saving, whole), most)
+        return Planner(lambda saving: _weighed(choices, found, saving, whole), allocate.most(choices, whole))
     first, last = allocation.spared
     spared = [n for n in range(total) if n < first or n >= total - last]
     if len(spared) == total:
@@ -118,9 +119,17 @@ def even_planner(
             choose.Candidates(kind, narrowest.units, price, allowed(model, narrowest, multiple_of, layout))
         )
     by_layers = sum(layer_parameters(model, n) for n in gone)
+    steps = [c.price * c.drops[1] for c in candidates if len(c.drops) > 1]
 
-    def make(saving: float) -> Plan:
-        return even(len(layers(model)), choose.solve(candidates, saving - by_layers), spared, gone)
+    def make(saving: float | int) -> Plan:
+        rest = saving - by_layers
+        if gone and abs(rest) <= min(steps, default=by_layers / len(gone)) / 2:  # they alone are what is asked for
+            return even(len(layers(model)), dict.fromkeys(kinds, 0), spared, gone)
+        if not candidates:
+            raise BillhookError(
+                f"{len(gone)} whole layers save {by_layers:,} parameters, not the {saving:,.0f} asked for"
+            )
+        return even(len(layers(model)), choose.solve(candidates, rest), spared, gone)
 
     return Planner(make, by_layers + sum(c.drops[-1] * c.price for c in candidates))
 
@@ -200,9 +209,16 @@ def _choices(
 
 
 def _weighed(
-    choices: list[allocate.Choice], found: list[Axis], saving: float, whole: Mapping[int, tuple[float, float]]
+    choices: list[allocate.Choice],
+    found: list[Axis],
+    saving: float | int,
+    whole: Mapping[int, tuple[float | int, float]],
 ) -> Plan:
     counts, gone = allocate.solve(choices, saving, whole)
+    if not any(counts) and not gone:
+        raise BillhookError(
+            "the budget is less than half of the smallest step: raise the ratio, or lower --multiple-of"
+        )
     drops = {
         (axis.layer, axis.kind): count for axis, count in zip(found, counts, strict=True) if axis.layer not in gone
     }

@@ -130,15 +130,17 @@ def layer_parameters(model: PreTrainedModel, number: int) -> int:
 
 def kv_cache_entries(model: PreTrainedModel, plan: Plan, context: int, batch: int) -> int:
     """Numbers in the KV cache once `plan` is carried out: keys and values of every position in every layer that stays."""
-    total = 0
+    total, window = 0, getattr(model.config, "sliding_window", None)
+    types = getattr(model.config, "layer_types", None) or ["sliding_attention"] * len(layers(model))
     for n in range(len(layers(model))):
         if n not in plan.layers:
             heads, head_dim = kv_heads(model, n)
-            total += 2 * (heads - plan.drops.get((n, "groups"), 0)) * head_dim * context * batch
+            seen = min(context, window - 1) if window and types[n] == "sliding_attention" else context
+            total += 2 * (heads - plan.drops.get((n, "groups"), 0)) * head_dim * seen * batch
     return total
 
 
-def reach(planner: Planner, cost: Callable[[Plan], float], goal: float | int, what: str) -> Plan:
+def reach(planner: Planner, cost: Callable[[Plan], float], goal: float | int, say: Callable[[Any], str]) -> Plan:
     """The plan that brings `cost`, which falls as more is saved, down to `goal`: nearest to it.
 
     Raises:
@@ -146,12 +148,10 @@ def reach(planner: Planner, cost: Callable[[Plan], float], goal: float | int, wh
     """
     whole, least = cost(Plan()), cost(planner.make(planner.most))
     if goal >= whole:
-        raise BillhookError(
-            f"{what.format(goal)} is no less than the model's own {what.format(whole)}: nothing is left to cut"
-        )
+        raise BillhookError(f"{say(goal)} is no less than the model's own {say(whole)}: nothing is left to cut")
     if goal < least * (1 - TOLERANCE):
         raise BillhookError(
-            f"{what.format(goal)} is below the smallest possible here, {what.format(least)}: raise it, or name more axes"
+            f"{say(goal)} is below the smallest possible here, {say(least)}: ask for a smaller cut, or name more axes"
         )
     low, high, best = 0.0, planner.most, Plan()
     for _ in range(STEPS):
@@ -164,4 +164,8 @@ def reach(planner: Planner, cost: Callable[[Plan], float], goal: float | int, wh
         if abs(cost(plan) - goal) < abs(cost(best) - goal):
             best = plan
         low, high = (middle, high) if cost(plan) > goal else (low, middle)
+    if best == Plan():
+        raise BillhookError(
+            f"{say(goal)} is less than half of the smallest step below the model's own {say(whole)}: ask for a larger cut"
+        )
     return best

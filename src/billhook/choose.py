@@ -33,7 +33,7 @@ class Candidates:
     drops: Sequence[int]
 
 
-def solve(candidates: Sequence[Candidates], target: float) -> dict[str, int]:
+def solve(candidates: Sequence[Candidates], target: float | int) -> dict[str, int]:
     """Units of each kind to drop from every layer so that about `target` parameters go.
 
     Every axis is asked for the same share of itself.  The coarsest goes first and takes the allowed count nearest to

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from billhook import allocation, atomic, budget
 from billhook.budget import Planner
-from billhook.errors import BillhookError
-from billhook.families import layers
+from billhook.errors import BillhookError, first_line
+from billhook.families import axes, layers
 from billhook.gradients import gradient_sums
 from billhook.layout import layout_of
 from billhook.methods import METHODS
@@ -80,6 +80,7 @@ def make_plan(
         return _auto(model, chosen, kinds, texts, dtype, clock, tick)
     weighed = None
     if said.name in allocation.NEED_CURVES:
+        _check_possible(model, chosen, kinds, said, dtype)
         weighed = _kept(
             statistics,
             _key(model, chosen, said.name, texts),
@@ -89,6 +90,20 @@ def make_plan(
         model, kinds, said, multiple_of=chosen.width_step, floor=chosen.floor, layout=chosen.layout, curves=weighed
     )
     return _solved(model, chosen, planner, dtype, tick)
+
+
+def _check_possible(
+    model: PreTrainedModel, chosen: Recipe, kinds: tuple[str, ...], said: allocation.Allocation, dtype: torch.dtype
+) -> None:
+    """Refuse what no measurement could help: solved as if nothing cost anything.  A budget in speed must time first."""
+    free: Curves = {(axis.layer, axis.kind): {} for axis in axes(model, kinds)}
+    if "layers" in chosen.kinds:
+        free |= {(n, "layers"): {1: 0.0} for n in range(len(layers(model)))}
+    planner = allocation.planner(
+        model, kinds, said, multiple_of=chosen.width_step, floor=chosen.floor, layout=chosen.layout, curves=free
+    )
+    if chosen.speedup is None:
+        _solved(model, chosen, planner, dtype, quiet)
 
 
 def unit_scores(
@@ -106,18 +121,24 @@ def _solved(model: PreTrainedModel, chosen: Recipe, planner: Planner, dtype: tor
         return planner.make(chosen.ratio * budget.decoder_parameters(model))
     if chosen.params is not None:
         return budget.reach(
-            planner, lambda plan: total - budget.saved_by(model, plan), chosen.params, "{:,.0f} parameters"
+            planner, lambda plan: total - budget.saved_by(model, plan), chosen.params, "{:,.0f} parameters".format
         )
     if chosen.memory is not None:
 
-        def held(plan: Plan) -> float:
+        def held(plan: Plan) -> int:
             cached = budget.kv_cache_entries(model, plan, chosen.context, chosen.batch)
             return dtype.itemsize * (total - budget.saved_by(model, plan) + cached)
 
-        return budget.reach(planner, held, chosen.memory, "{:,.0f} bytes")
+        return budget.reach(planner, held, chosen.memory, "{:,.0f} bytes".format)
     assert chosen.speedup is not None
     seconds = layer_times(model, tuple(kind for kind in chosen.kinds if kind != "layers"), tick=tick)
-    return budget.reach(planner, seconds, seconds(Plan()) / chosen.speedup, "{:.3f} s for a prefill")
+    dense = seconds(Plan())
+    return budget.reach(
+        planner,
+        seconds,
+        dense / chosen.speedup,
+        lambda found: f"{found:.2g} s for a prefill ({dense / found:,.2f} times as fast)",
+    )
 
 
 def _curves(model: PreTrainedModel, chosen: Recipe, name: str, texts: Texts, clock: Clock, tick: Tick) -> Curves:
@@ -158,11 +179,15 @@ def _auto(
 ) -> Plan:
     """The best of the (layers dropped, common width) pairs on the budget line, each tried on a copy of the model."""
     settings, method = settings_of(chosen), METHODS[chosen.method]
+    if kinds:  # what equal widths cannot give is refused before anything is measured
+        whole = allocation.even_planner(model, kinds, chosen.width_step, chosen.layout)
+        if chosen.speedup is None:
+            _solved(model, chosen, whole, dtype, quiet)
     alone = curves(
         model, texts.calibration[:TRIAL_WINDOWS], texts.probe, (), settings, whole_layers=True, clock=clock, tick=tick
     )
     probe, best, since = Probe(model, texts.probe), (float("inf"), Plan()), 0
-    for depth in range(len(layers(model)) // 2):
+    for depth in range(0 if kinds else 1, len(layers(model)) // 2):
         gone = _apart({n: loss[1] for (n, _), loss in alone.items()}, depth)
         planner = allocation.even_planner(model, kinds, chosen.width_step, chosen.layout, gone=gone)
         try:
@@ -170,6 +195,8 @@ def _auto(
         except BillhookError:
             if not depth:
                 raise
+            if not kinds:
+                continue
             break  # these layers alone are more than the budget
         tick("trying depths", depth, depth + PATIENCE)
         with clock("trials"):
@@ -196,12 +223,13 @@ def _key(model: PreTrainedModel, chosen: Recipe, name: str, texts: Texts) -> dic
     """All that decides what is measured."""
     weights = hashlib.sha256()
     for tensor, param in model.named_parameters():
-        ends = torch.cat([param.detach().flatten()[:8], param.detach().flatten()[-8:]]).float().cpu()
-        weights.update(f"{tensor} {tuple(param.shape)}".encode() + ends.numpy().tobytes())
+        values = param.detach().cpu().contiguous().flatten().view(torch.uint8)
+        weights.update(f"{tensor} {tuple(param.shape)}".encode())
+        weights.update(values.numpy().tobytes())
     tokens = {
         part: hashlib.sha256(getattr(texts, part).numpy().tobytes()).hexdigest() for part in ("calibration", "probe")
     }
-    decides = ("axes", "score", "damping", "restoration", "dtype")
+    decides = ("kinds", "score", "damping", "restoration", "dtype")
     return {"curves": name, "weights": weights.hexdigest(), **tokens} | {k: getattr(chosen, k) for k in decides}
 
 
@@ -212,8 +240,11 @@ def _kept(folder: Path | None, key: dict[str, Any], measure: Any) -> Curves:
     said = json.dumps(key, sort_keys=True)
     file = folder / f"{key['curves']}-{hashlib.sha256(said.encode()).hexdigest()[:16]}.json"
     if file.exists():
-        stored = json.loads(file.read_text(encoding="utf-8"))["curves"]
-        return {(int(n), kind): {int(c): loss for c, loss in points.items()} for n, kind, points in stored}
+        try:
+            stored = json.loads(file.read_text(encoding="utf-8"))["curves"]
+            return {(int(n), kind): {int(c): loss for c, loss in points.items()} for n, kind, points in stored}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BillhookError(f"statistics {file} cannot be read ({first_line(error)}): delete it") from error
     found: Curves = measure()
     folder.mkdir(parents=True, exist_ok=True)
     listed = [[n, kind, points] for (n, kind), points in found.items()]

@@ -138,7 +138,7 @@ def amount(value: Any, units: dict[str, int], name: str) -> Any:
     found = re.fullmatch(
         r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([a-z]*)\s*", value.replace(",", "").replace("_", "").lower()
     )
-    if not found or (found[2] or min(units, key=len)) not in units:
+    if not found or (found[2] or min(units, key=len)) not in units or math.isinf(float(found[1])):
         raise BillhookError(
             f"--{name} {value!r} is no amount: write a number, with one of {', '.join(filter(None, units))}"
         )

@@ -16,7 +16,7 @@ from billhook.families import layers
 from billhook.methods.fasp import Settings, fit
 from billhook.observe import Layer, enter, run, walk
 from billhook.progress import Clock, Tick, quiet
-from billhook.tensors import Tokens
+from billhook.tensors import Probes, Tokens
 
 POINTS = (0.125, 0.25, 0.5, 0.75)  # shares of an axis that are tried
 REFERENCE_BYTES = 2**28  # of dense log-probabilities kept: positions are thinned out to fit
@@ -75,7 +75,7 @@ class Probe:
 def curves(
     model: PreTrainedModel,
     tokens: Tokens,
-    probe_tokens: Tokens,
+    probe_tokens: Probes,
     kinds: tuple[str, ...],
     settings: Settings,
     *,

@@ -41,6 +41,8 @@ def layer_times(model: PreTrainedModel, kinds: tuple[str, ...], tick: Tick = qui
     saves = {}
     for axis in first:
         points = [(count, layer - seconds) for (one, count), seconds in zip(tried, others, strict=True) if one is axis]
+        if not points:  # nothing of it can go
+            continue
         counts, gains = zip((0, 0.0), *points, strict=True)
         saves[axis.kind] = PchipInterpolator(counts, gains, extrapolate=True)
 

@@ -72,10 +72,11 @@ def fasp(
         scores: of the units of each axis, by (layer, kind), where they come from elsewhere (gradients) than step 2.
     """
     clock, scores = clock or Clock(), scores or {}
+    makes_up = plan.layers and stream == "dense_target" and settings.restoration  # by an FFN that loses nothing itself
     steps = walk(
         model,
         tokens,
-        plan.kinds,
+        plan.kinds if "ffn" in plan.kinds or not makes_up else (*plan.kinds, "ffn"),
         stream=stream,
         share=settings.correction if settings.restoration else 0.0,
         gone=plan.layers,
