@@ -36,6 +36,7 @@ parser.add_argument("texts", nargs="+")
 parser.add_argument(
     "--part", choices=("dense", "pruned", "all"), default="all", help="cells of the dense stream, or others"
 )
+parser.add_argument("--stream", help="of --part pruned, the cells of this stream alone")
 parser.add_argument("--windows", type=int, help="score at most this many windows of each text")
 parser.add_argument("--evaluate-dtype", choices=checkpoint.DTYPES, default="float32")
 args = parser.parse_args()
@@ -67,6 +68,8 @@ def dense_cells(layers: list[Layer]) -> Iterator[tuple[Cell, Any]]:
 
 def pruned_cells() -> Iterator[tuple[Cell, Any]]:
     for stream, settings, ratio in PRUNED:
+        if args.stream not in (None, stream):
+            continue
         model = copy.deepcopy(opened.model)
         fasp(model, tokens, equal(ratio), settings, stream=stream)
         yield (stream, settings, ratio), model

@@ -29,7 +29,6 @@ from billhook.timing import layer_times
 
 GRADIENT_LENGTH = 128  # tokens of each window that gradients see: more short windows tell more than few long ones
 GLOBAL_SCORE = "taylor2_element"  # where the recipe's own score does not compare across layers
-TRIAL_WINDOWS = 16  # of calibration, in each trial of `auto`
 PATIENCE = 2  # trials of `auto` without a gain before it stops
 
 
@@ -177,15 +176,17 @@ def _auto(
     clock: Clock,
     tick: Tick,
 ) -> Plan:
-    """The best of the (layers dropped, common width) pairs on the budget line, each tried on a copy of the model."""
+    """The best of the (layers dropped, common width) pairs on the budget line, each tried on a copy of the model.
+
+    A trial is the whole prune, on all calibration windows: with a quarter of them what makes up for a dropped layer is
+    fitted too loosely, and depth never wins (docs/LOG.md).
+    """
     settings, method = settings_of(chosen), METHODS[chosen.method]
     if kinds:  # what equal widths cannot give is refused before anything is measured
         whole = allocation.even_planner(model, kinds, chosen.width_step, chosen.layout)
         if chosen.speedup is None:
             _solved(model, chosen, whole, dtype, quiet)
-    alone = curves(
-        model, texts.calibration[:TRIAL_WINDOWS], texts.probe, (), settings, whole_layers=True, clock=clock, tick=tick
-    )
+    alone = curves(model, texts.calibration[:1], texts.probe, (), settings, whole_layers=True, clock=clock, tick=tick)
     probe, best, since = Probe(model, texts.probe), (float("inf"), Plan()), 0
     for depth in range(0 if kinds else 1, len(layers(model)) // 2):
         gone = _apart({n: loss[1] for (n, _), loss in alone.items()}, depth)
@@ -201,7 +202,7 @@ def _auto(
         tick("trying depths", depth, depth + PATIENCE)
         with clock("trials"):
             trial = copy.deepcopy(model)
-            method.run(trial, texts.calibration[:TRIAL_WINDOWS], plan, settings, stream=chosen.stream)
+            method.run(trial, texts.calibration, plan, settings, stream=chosen.stream)
             loss = probe.divergence_of(trial)
         best, since = ((loss, plan), 0) if loss < best[0] else (best, since + 1)
         if since == PATIENCE:
