@@ -16,7 +16,8 @@ from test_observe import activations, close, grams, spoil
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from billhook import allocate, allocation, budget, planning, sensitivity
+import billhook
+from billhook import allocate, allocation, budget, choose, planning, sensitivity
 from billhook.allocate import Choice, interpolate
 from billhook.axes import Axis
 from billhook.errors import BillhookError
@@ -368,7 +369,7 @@ def test_an_uneven_plan_is_believed_to_cost_no_more_than_equal_widths(name: str)
     model = deep()
     plain = planned(model, ratio=0.2)
     ratio = budget.saved_by(model, plain) / budget.decoder_parameters(model)
-    weighed = planning._curves(model, recipe(ratio=ratio), name, TEXTS, planning.Clock(), planning.quiet)
+    weighed = planning._curves(model, recipe(ratio=ratio), name, TEXTS, {}, planning.Clock(), planning.quiet)
     uneven = planned(model, ratio=ratio, allocation=name, layout="per_layer")
     costs = [
         sum(interpolate(weighed[place], [count])[0] for place, count in plan.drops.items()) for plan in (uneven, plain)
@@ -559,3 +560,30 @@ def test_a_dropped_layer_is_made_up_for_where_nothing_else_goes() -> None:
     drop_layers(plain, [2])
     probe = Probe(dense, tokens[:4])
     assert probe.divergence_of(made_up) < probe.divergence_of(plain)
+
+
+def test_a_gradient_score_serves_plans_with_whole_layers(text_file: Path) -> None:
+    """`layers` is no axis with units to score: naming it beside one must not reach the gradients."""
+    result = billhook.prune(
+        tiny.model("llama"),
+        tokenizer=tiny.tokenizer(),
+        **{"ratio": 0.3, "axes": ("ffn", "layers"), "allocation": "sensitivity", "layout": "per_layer"},
+        **{"score": "taylor2_element", "calibration": str(text_file), "samples": 8, "probes": 2, "seq_len": 32},
+        multiple_of=4,
+    )
+    assert result.report["seconds"]["gradients"] > 0
+    assert result.report["sizes"]["achieved_ratio"] == pytest.approx(0.3, abs=0.05)
+
+
+@pytest.mark.parametrize("allocation_name", ["sensitivity", "auto"])
+def test_what_is_measured_is_cut_by_the_score_that_will_cut(
+    allocation_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, seen = tiny.model("llama"), []
+    scores = {(n, "ffn"): torch.rand(48, dtype=torch.float64) for n in range(3)}
+    lowest = choose.lowest
+    monkeypatch.setattr("billhook.choose.lowest", lambda s, *rest: seen.append(s) or lowest(s, *rest))
+    layout = "uniform" if allocation_name == "auto" else "per_layer"
+    chosen = recipe(ratio=0.3, allocation=allocation_name, layout=layout, multiple_of=4)
+    planning.make_plan(model, chosen, TEXTS, torch.float32, scores)
+    assert seen and all(any(s is one for one in scores.values()) for s in seen)

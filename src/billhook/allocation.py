@@ -25,7 +25,6 @@ ALLOCATIONS = {
     "auto": "uniform layout: fewer layers or narrower ones, whichever does less harm on held-out windows",
     "FILE": "a YAML or JSON file: for each layer, the units of each axis to keep",
 }
-EVEN = ("equal", "skip", "auto")
 NEED_CURVES = ("global", "sensitivity")
 
 

@@ -66,23 +66,28 @@ def check_file(path: Path) -> None:
         raise BillhookError(f"cannot write {path}: {why}")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file through a temporary sibling."""
-    temporary: Path | None = None
+@contextmanager
+def file(out: Path) -> Iterator[Path]:
+    """A path in a temporary sibling folder; what is written there becomes `out` when the context ends well.
+
+    Raises:
+        BillhookError: nothing can be written there.
+    """
+    check_file(out)
+    out = out.resolve()  # a link stays a link
     try:
-        path.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.absolute().parent, prefix=f".{path.name}.", delete=False, encoding="utf-8"
-        ) as file:
-            temporary = Path(file.name)
-            file.write(text)
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".partial", dir=out.parent) as work:
+            yield Path(work) / out.name
+            (Path(work) / out.name).replace(out)
     except OSError as error:
-        raise BillhookError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        if temporary:
-            temporary.unlink(missing_ok=True)  # already gone where all went well
+        raise BillhookError(f"cannot write {out}: {error.strerror or error}; nothing was left behind") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that appears whole or not at all."""
+    with file(path) as work:
+        work.write_text(text, encoding="utf-8")
 
 
 def _put(work: Path, out: Path) -> None:

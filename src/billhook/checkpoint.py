@@ -80,6 +80,13 @@ def load(path: str | os.PathLike[str], *, dtype: str | torch.dtype = "auto", dev
     return _load(Path(name), name, dtype).to(resolve_device(device))
 
 
+def check_positions(opened: Opened, seq_len: int) -> None:
+    """Refuse windows longer than the positions that the model has."""
+    limit = getattr(opened.model.config, "max_position_embeddings", seq_len)
+    if seq_len > limit:
+        raise BillhookError(f"seq-len {seq_len} is beyond the {limit} positions of {opened.name}: lower --seq-len")
+
+
 def open_skeleton(name: str, tick: Tick = quiet) -> Any:
     """The model without its weights, on the meta device: shapes and config, whatever the model's size."""
     path = _locate(name, tick)

@@ -76,7 +76,9 @@ def check(path: Path, client: str, python: str | None = None) -> dict[str, Any]:
 
 def _check_transformers(path: Path, python: str) -> dict[str, Any]:
     model, prompts = load(path, dtype="float32"), _prompts(path)
-    answer = _ask(python, "transformers", path, {"prompts": prompts, "new_tokens": NEW_TOKENS})
+    # as many threads as here: sums in another order could tip a near tie, and the whole prune would be refused for it
+    request = {"prompts": prompts, "new_tokens": NEW_TOKENS, "threads": torch.get_num_threads()}
+    answer = _ask(python, "transformers", path, request)
     logits = torch.frombuffer(bytearray(base64.b64decode(answer["logits"]["float32"])), dtype=torch.float32)
     own = _logits(model, prompts)
     drift = float((logits.view(answer["logits"]["shape"]) - own).norm() / own.norm())

@@ -193,19 +193,20 @@ def _generate_timed(model: Any, prompt_tokens: int, new_tokens: int) -> tuple[fl
     ids = torch.randint(model.config.vocab_size, (1, prompt_tokens), generator=torch.Generator().manual_seed(0)).to(
         model.device
     )
-    _synchronise(model.device)
+    synchronise(model.device)
     start = time.perf_counter()
     step = model(ids, use_cache=True, logits_to_keep=1)
     token = step.logits[:, -1:].argmax(-1)
-    _synchronise(model.device)
+    synchronise(model.device)
     first = time.perf_counter()
     for _ in range(new_tokens):
         step = model(token, past_key_values=step.past_key_values, use_cache=True)
         token = step.logits[:, -1:].argmax(-1)
-    _synchronise(model.device)
+    synchronise(model.device)
     return first - start, time.perf_counter() - first
 
 
-def _synchronise(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
+    """Wait for what the device still has to do, so that a clock may be read."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

@@ -6,10 +6,9 @@ The architecture is chosen from what llama.cpp's own can hold (gguf_archs.py), b
 import math
 import shutil
 import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from billhook import families
-from billhook.atomic import check_file
+from billhook import atomic, families
 from billhook.errors import BillhookError, one_of
 from billhook.gguf_archs import ARCHITECTURES, CHOICES, COMMON, IN_LAYER, QUANTIZER, TOP, Architecture
 from billhook.gguf_vocab import vocabulary
@@ -105,7 +103,7 @@ def write_gguf(model: Any, tokenizer: Any, path: Path, quantize: str = "F16", ti
     words = vocabulary(tokenizer, shape.vocabulary, model.config.bos_token_id)
     metadata = describe(model.config, shape, arch) | words
     pieces = list(_pieces(model, shape, arch))
-    with _file(path) as work:
+    with atomic.file(path) as work:
         if quantizer:
             plain = work.with_name("plain.gguf")
             _write(plain, arch, metadata, pieces, "F16", tick)
@@ -339,17 +337,3 @@ def _requantize(quantizer: str, plain: Path, to: Path, quantize: str) -> None:
     if done.returncode or not to.exists():
         lines = (done.stderr or done.stdout).strip().splitlines()
         raise BillhookError(f"{quantizer} failed with code {done.returncode}: {lines[-1] if lines else 'no message'}")
-
-
-@contextmanager
-def _file(out: Path) -> Iterator[Path]:
-    """A path in a temporary sibling folder; what is written there becomes `out` when the context ends well."""
-    check_file(out)
-    out = out.resolve()  # a link stays a link
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".partial", dir=out.parent) as work:
-            yield Path(work) / out.name
-            (Path(work) / out.name).replace(out)
-    except OSError as error:
-        raise BillhookError(f"cannot write {out}: {error.strerror or error}; nothing was left behind") from error

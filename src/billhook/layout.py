@@ -13,16 +13,14 @@ from billhook.families import attention_parts, family_of, layers, sizes, stock_t
 
 LAYOUTS = {
     "uniform": "one width for all layers: a stock checkpoint, loaded by whatever loads the family",
-    "per_layer": "widths and heads differ by layer: transformers and vLLM load it with trust_remote_code, billhook.load "
-    "without, llama.cpp as GGUF",
+    "per_layer": "widths and heads differ by layer: transformers loads it with trust_remote_code, billhook.load without, "
+    "llama.cpp as GGUF",
 }
 CODE = Path(per_layer.__file__)
 AUTO = {"Config": "Config", "Model": "Model", "ModelForCausalLM": "ForCausalLM"}  # transformers' Auto… -> our class
 
-for _family, (
-    _name,
-    _,
-) in per_layer.FAMILIES.items():  # so that transformers' Auto classes load our own copy of the code
+# so that transformers' Auto classes load our own copy of the code, and never what came with a checkpoint
+for _name, _ in per_layer.FAMILIES.values():
     _config, _base, _causal = (getattr(per_layer, f"PerLayer{_name}{part}") for part in AUTO.values())
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModel.register(_config, _base, exist_ok=True)

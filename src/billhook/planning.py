@@ -27,6 +27,8 @@ from billhook.taylor import GRADIENT_SCORES, NEED_MEAN_GRADIENT
 from billhook.tensors import Probes, Scores, Tokens
 from billhook.timing import layer_times
 
+UnitScores = Mapping[tuple[int, str], Scores]  # by (layer, kind)
+
 GRADIENT_LENGTH = 128  # tokens of each window that gradients see: more short windows tell more than few long ones
 GLOBAL_SCORE = "taylor2_element"  # where the recipe's own score does not compare across layers
 PATIENCE = 2  # trials of `auto` without a gain before it stops
@@ -51,6 +53,7 @@ def make_plan(
     chosen: Recipe,
     texts: Texts,
     dtype: torch.dtype,
+    scores: UnitScores | None = None,
     statistics: Path | None = None,
     clock: Clock | None = None,
     tick: Tick = quiet,
@@ -59,13 +62,14 @@ def make_plan(
 
     Args:
         dtype: what the result will be stored in, for a budget in bytes.
+        scores: of `unit_scores`.
         statistics: a folder that keeps what was measured, for the next ratio.
 
     Raises:
         BillhookError: the budget cannot be met; says what can.
     """
-    clock, said = clock or Clock(), allocation.parse(chosen.allocation)
-    kinds = tuple(kind for kind in chosen.kinds if kind != "layers")
+    clock, scores, said = clock or Clock(), scores or {}, allocation.parse(chosen.allocation)
+    kinds = chosen.unit_kinds
     budget.check_kinds(model, chosen.kinds, chosen.layout)
     if chosen.layout == "uniform" and layout_of(model) == "per_layer":
         raise BillhookError("the layers of this model differ already: use --layout per_layer")
@@ -76,14 +80,14 @@ def make_plan(
     if said.keep is not None:
         return allocation.file_plan(model, kinds, said.keep)
     if said.name == "auto":
-        return _auto(model, chosen, kinds, texts, dtype, clock, tick)
+        return _auto(model, chosen, texts, dtype, scores, clock, tick)
     weighed = None
     if said.name in allocation.NEED_CURVES:
         _check_possible(model, chosen, kinds, said, dtype)
         weighed = _kept(
             statistics,
             _key(model, chosen, said.name, texts),
-            lambda: _curves(model, chosen, said.name, texts, clock, tick),
+            lambda: _curves(model, chosen, said.name, texts, scores, clock, tick),
         )
     planner = allocation.planner(
         model, kinds, said, multiple_of=chosen.width_step, floor=chosen.floor, layout=chosen.layout, curves=weighed
@@ -106,12 +110,12 @@ def _check_possible(
 
 
 def unit_scores(
-    model: PreTrainedModel, chosen: Recipe, tokens: Tokens, tick: Tick = quiet
-) -> dict[tuple[int, str], Scores]:
+    model: PreTrainedModel, chosen: Recipe, tokens: Tokens, clock: Clock | None = None, tick: Tick = quiet
+) -> UnitScores:
     """The gradient score that the recipe names, of every unit; nothing where it names one that needs no gradients."""
     if chosen.score not in GRADIENT_SCORES:
         return {}
-    return _gradient_scores(model, chosen.score, chosen.kinds, tokens, tick)
+    return _gradient_scores(model, chosen.score, chosen.unit_kinds, tokens, clock or Clock(), tick)
 
 
 def _solved(model: PreTrainedModel, chosen: Recipe, planner: Planner, dtype: torch.dtype, tick: Tick) -> Plan:
@@ -130,7 +134,7 @@ def _solved(model: PreTrainedModel, chosen: Recipe, planner: Planner, dtype: tor
 
         return budget.reach(planner, held, chosen.memory, "{:,.0f} bytes".format)
     assert chosen.speedup is not None
-    seconds = layer_times(model, tuple(kind for kind in chosen.kinds if kind != "layers"), tick=tick)
+    seconds = layer_times(model, chosen.unit_kinds, tick=tick)
     dense = seconds(Plan())
     return budget.reach(
         planner,
@@ -140,18 +144,19 @@ def _solved(model: PreTrainedModel, chosen: Recipe, planner: Planner, dtype: tor
     )
 
 
-def _curves(model: PreTrainedModel, chosen: Recipe, name: str, texts: Texts, clock: Clock, tick: Tick) -> Curves:
-    kinds = tuple(kind for kind in chosen.kinds if kind != "layers")
+def _curves(
+    model: PreTrainedModel, chosen: Recipe, name: str, texts: Texts, scores: UnitScores, clock: Clock, tick: Tick
+) -> Curves:
     if name == "global":
-        score = chosen.score if chosen.score in GRADIENT_SCORES else GLOBAL_SCORE
-        with clock("gradients"):
-            return allocation.score_curves(model, _gradient_scores(model, score, kinds, texts.calibration, tick))
+        found = scores or _gradient_scores(model, GLOBAL_SCORE, chosen.unit_kinds, texts.calibration, clock, tick)
+        return allocation.score_curves(model, found)
     return curves(
         model,
         texts.calibration,
         texts.probe,
-        kinds,
+        chosen.unit_kinds,
         settings_of(chosen),
+        scores=scores,
         whole_layers="layers" in chosen.kinds,
         clock=clock,
         tick=tick,
@@ -159,29 +164,30 @@ def _curves(model: PreTrainedModel, chosen: Recipe, name: str, texts: Texts, clo
 
 
 def _gradient_scores(
-    model: PreTrainedModel, score: str, kinds: tuple[str, ...], tokens: Tokens, tick: Tick
-) -> dict[tuple[int, str], Scores]:
-    sums = gradient_sums(
-        model, tokens[:, :GRADIENT_LENGTH], kinds, mean_gradient=score in NEED_MEAN_GRADIENT, tick=tick
-    )
-    return {place: GRADIENT_SCORES[score](found) for place, found in sums.items()}
+    model: PreTrainedModel, score: str, kinds: tuple[str, ...], tokens: Tokens, clock: Clock, tick: Tick
+) -> UnitScores:
+    with clock("gradients"):
+        sums = gradient_sums(
+            model, tokens[:, :GRADIENT_LENGTH], kinds, mean_gradient=score in NEED_MEAN_GRADIENT, tick=tick
+        )
+        return {place: GRADIENT_SCORES[score](found) for place, found in sums.items()}
 
 
 def _auto(
     model: PreTrainedModel,
     chosen: Recipe,
-    kinds: tuple[str, ...],
     texts: Texts,
     dtype: torch.dtype,
+    scores: UnitScores,
     clock: Clock,
     tick: Tick,
 ) -> Plan:
     """The best of the (layers dropped, common width) pairs on the budget line, each tried on a copy of the model.
 
     A trial is the whole prune, on all calibration windows: with a quarter of them what makes up for a dropped layer is
-    fitted too loosely, and depth never wins (docs/LOG.md).
+    fitted too loosely, and depth did not win (docs/LOG.md).
     """
-    settings, method = settings_of(chosen), METHODS[chosen.method]
+    settings, kinds = settings_of(chosen), chosen.unit_kinds
     if kinds:  # what equal widths cannot give is refused before anything is measured
         whole = allocation.even_planner(model, kinds, chosen.width_step, chosen.layout)
         if chosen.speedup is None:
@@ -202,8 +208,11 @@ def _auto(
         tick("trying depths", depth, depth + PATIENCE)
         with clock("trials"):
             trial = copy.deepcopy(model)
-            method.run(trial, texts.calibration, plan, settings, stream=chosen.stream)
+            METHODS[chosen.method].run(
+                trial, texts.calibration, plan, settings, scores=scores, stream=chosen.stream, tick=tick
+            )
             loss = probe.divergence_of(trial)
+            del trial  # before the next copy is made
         best, since = ((loss, plan), 0) if loss < best[0] else (best, since + 1)
         if since == PATIENCE:
             break

@@ -128,7 +128,7 @@ def prune_opened(
 ) -> Result:
     """Prune a model that is already loaded, in place."""
     model, clock = opened.model, Clock()
-    _check_positions(opened, chosen)
+    checkpoint.check_positions(opened, chosen.seq_len)
     before, calibration = evaluate.sizes(model), data.calibration_text(chosen.calibration, tick)
     vocabulary_cut = _trim(opened, chosen, calibration, tick)
     # windows are drawn in one order whatever their number: the first to calibrate on, further ones to judge by
@@ -137,11 +137,10 @@ def prune_opened(
     data.check_vocabulary(windows, model, opened.name)
     texts = planning.Texts(*windows.tokens.split([chosen.samples, probes]))
     with evaluate.peak_growth(model.device) as growth:
-        plan = planning.make_plan(
-            model, chosen, texts, opened.dtype, Path(statistics) if statistics else None, clock, tick
-        )
+        folder = Path(statistics) if statistics else None
+        scores = planning.unit_scores(model, chosen, texts.calibration, clock, tick)
+        plan = planning.make_plan(model, chosen, texts, opened.dtype, scores, folder, clock, tick)
         announce(report.plan_line(model, plan, chosen.budget))
-        scores = planning.unit_scores(model, chosen, texts.calibration, tick)
         run, settings = METHODS[chosen.method].run, planning.settings_of(chosen)
         cuts = []
         if plan.kinds or plan.layers:
@@ -195,14 +194,6 @@ def _trim(opened: Opened, chosen: Recipe, calibration: data.Text, tick: Tick) ->
         "calibration_grows": vocabulary.growth(original, opened.tokenizer, sample),
         "calibration_as_bytes": vocabulary.share_as_bytes(original, opened.tokenizer, sample),
     }
-
-
-def _check_positions(opened: Opened, chosen: Recipe) -> None:
-    limit = getattr(opened.model.config, "max_position_embeddings", chosen.seq_len)
-    if chosen.seq_len > limit:
-        raise BillhookError(
-            f"seq-len {chosen.seq_len} is beyond the {limit} positions of {opened.name}: lower --seq-len"
-        )
 
 
 def measure(path: Path, chosen: Recipe, tick: Tick = quiet) -> dict[str, float]:

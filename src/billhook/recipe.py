@@ -92,12 +92,13 @@ class Recipe(BaseModel):
             raise BillhookError(f"{' and '.join(given)} are two budgets: give one")
         if self.vocab_size and not self.vocab_from:
             raise BillhookError("--vocab-size says how many tokens --vocab-from keeps at least: give a text with it")
-        by_file = allocation.parse(self.allocation).name == "file"
+        said = allocation.parse(self.allocation)
+        by_file = said.name == "file"
         if by_file and given:
             raise BillhookError(f"{given[0]} and an allocation file both say how much goes: give one")
         if not given and not by_file and not self.vocab_from:
             raise BillhookError("no budget: give --ratio 0.2, --params 100M, --memory 250MB or --speedup 1.3")
-        if self.layout == "uniform" and allocation.parse(self.allocation).uneven:
+        if self.layout == "uniform" and said.uneven:
             raise BillhookError(
                 f"allocation {self.allocation} makes layers differ, which the uniform layout cannot hold: use --layout per_layer"
             )
@@ -112,6 +113,11 @@ class Recipe(BaseModel):
     def kinds(self) -> tuple[str, ...]:
         """The axes to prune."""
         return self.axes or METHODS[self.method].default_kinds
+
+    @property
+    def unit_kinds(self) -> tuple[str, ...]:
+        """Those of `kinds` that are axes of a layer, not layers themselves."""
+        return tuple(kind for kind in self.kinds if kind != "layers")
 
     @property
     def width_step(self) -> int:

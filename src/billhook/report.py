@@ -200,8 +200,8 @@ The licence is that of the parent model.
 
 CARD_LAYOUT = {
     "uniform": "A stock `{}` checkpoint",
-    "per_layer": "A `{}` checkpoint whose layers differ in size: load it with `billhook.load(path)`, or with transformers or "
-    "vLLM and `trust_remote_code=True`",
+    "per_layer": "A `{}` checkpoint whose layers differ in size: load it with `billhook.load(path)`, or with transformers "
+    "and `trust_remote_code=True`",
 }
 CARD_FLAGS = (
     *("method", "ratio", "params", "memory", "speedup", "layout", "allocation", "axes", "score", "stream", "damping"),

@@ -4,7 +4,7 @@ Each axis of each layer is cut alone, at a few counts, and restored in closed fo
 layers after it run on a few probe windows that the restoration never saw.  No gradients.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -16,14 +16,13 @@ from billhook.families import layers
 from billhook.methods.fasp import Settings, fit
 from billhook.observe import Layer, enter, run, walk
 from billhook.progress import Clock, Tick, quiet
-from billhook.tensors import Probes, Tokens
+from billhook.tensors import Probes, Scores, Tokens
 
 POINTS = (0.125, 0.25, 0.5, 0.75)  # shares of an axis that are tried
 REFERENCE_BYTES = 2**28  # of dense log-probabilities kept: positions are thinned out to fit
 
-Curves = dict[
-    tuple[int, str], dict[int, float]
-]  # (layer, kind) -> units dropped -> nats a token; kind `layers`: {1: ...}
+# (layer, kind) -> units dropped -> nats a token; of kind `layers`, {1: what the whole layer costs}
+Curves = dict[tuple[int, str], dict[int, float]]
 
 
 class Probe:
@@ -79,6 +78,7 @@ def curves(
     kinds: tuple[str, ...],
     settings: Settings,
     *,
+    scores: Mapping[tuple[int, str], Scores] | None = None,
     whole_layers: bool = False,
     clock: Clock | None = None,
     tick: Tick = quiet,
@@ -88,14 +88,16 @@ def curves(
     Args:
         tokens: calibration windows (windows, length), for the scores and the restoration.
         probe_tokens: other windows, for the divergence.
+        scores: of the units of each axis, by (layer, kind), where they come from elsewhere than `settings.score`.
         whole_layers: also what each whole layer costs, as kind `layers`.
     """
-    clock, probe, found = clock or Clock(), Probe(model, probe_tokens), Curves()
+    clock, probe, found, scores = clock or Clock(), Probe(model, probe_tokens), Curves(), scores or {}
     for layer in walk(model, tokens, kinds, stream="dense", held_out=0.0, clock=clock):
         tick("sensitivity", layer.number, len(layers(model)))
         with clock("sensitivity"):
             for axis in layer.axes:
-                found[axis.layer, axis.kind] = _axis_curve(model, axis, layer, probe, settings, clock)
+                place = (axis.layer, axis.kind)
+                found[place] = _axis_curve(model, axis, layer, probe, settings, scores.get(place), clock)
             if whole_layers:
                 found[layer.number, "layers"] = {1: probe.divergence(layer.number + 1)}
             probe.advance()
@@ -110,12 +112,18 @@ def counts(axis: Axis, points: Sequence[float] = POINTS) -> list[int]:
 
 
 def _axis_curve(
-    model: PreTrainedModel, axis: Axis, layer: Layer, probe: Probe, settings: Settings, clock: Clock
+    model: PreTrainedModel,
+    axis: Axis,
+    layer: Layer,
+    probe: Probe,
+    settings: Settings,
+    scores: Scores | None,
+    clock: Clock,
 ) -> dict[int, float]:
     W, evidence = reader_weight(model, axis), layer.fit[axis.reader_module]
     whole, found = W.clone(), {}
     for count in counts(axis):
-        fitted = fit(axis, whole.to(evidence.gram.device), evidence, count, settings, clock)
+        fitted = fit(axis, whole.to(evidence.gram.device), evidence, count, settings, clock, scores)
         W.zero_()
         W[:, fitted.kept.to(W.device)] = fitted.weight.to(W)
         found[count] = probe.divergence(axis.layer)

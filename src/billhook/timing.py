@@ -10,10 +10,12 @@ from scipy.interpolate import PchipInterpolator
 from transformers import PreTrainedModel
 
 from billhook.axes import Axis
+from billhook.evaluate import synchronise
 from billhook.families import axes, layers
 from billhook.observe import enter, run
 from billhook.plan import Plan
 from billhook.progress import Tick, quiet
+from billhook.sensitivity import counts
 from billhook.surgery import remove
 
 PROMPT = 512  # tokens of the prefill that is timed, one prompt at a time: as `billhook evaluate` measures it
@@ -32,7 +34,7 @@ def layer_times(model: PreTrainedModel, kinds: tuple[str, ...], tick: Tick = qui
         model.device
     )
     first = [axis for axis in axes(model, kinds) if axis.layer == 0]
-    tried = [(axis, count) for axis in first for count in _counts(axis)]
+    tried = [(axis, count) for axis in first for count in counts(axis, POINTS)]
     candidates = [layers(model)[0], *(_cut_copy(model, axis, count) for axis, count in tried)]
     (state,), (calls,) = enter(model, [tokens])
     tasks: list[Callable[[], object]] = [lambda: model(tokens, use_cache=False, logits_to_keep=1)]
@@ -43,19 +45,14 @@ def layer_times(model: PreTrainedModel, kinds: tuple[str, ...], tick: Tick = qui
         points = [(count, layer - seconds) for (one, count), seconds in zip(tried, others, strict=True) if one is axis]
         if not points:  # nothing of it can go
             continue
-        counts, gains = zip((0, 0.0), *points, strict=True)
-        saves[axis.kind] = PchipInterpolator(counts, gains, extrapolate=True)
+        gone, gains = zip((0, 0.0), *points, strict=True)
+        saves[axis.kind] = PchipInterpolator(gone, gains, extrapolate=True)
 
     def seconds(plan: Plan) -> float:
         cut = sum(float(saves[kind](count)) for (_, kind), count in plan.drops.items() if count)
         return whole - cut - layer * len(plan.layers)
 
     return seconds
-
-
-def _counts(axis: Axis) -> list[int]:
-    each = axis.units // axis.blocks
-    return sorted({axis.blocks * min(round(point * each), each - 1) for point in POINTS} - {0})
 
 
 def _cut_copy(model: PreTrainedModel, axis: Axis, count: int) -> torch.nn.Module:
@@ -78,15 +75,10 @@ def _in_turns(tasks: list[Callable[[], object]], device: torch.device, tick: Tic
     for turn in range(REPEATS + 1):
         tick("timing layers", turn, REPEATS + 1)
         for seconds, task in zip(found, tasks, strict=True):
-            _synchronise(device)
+            synchronise(device)
             start = time.perf_counter()
             task()
-            _synchronise(device)
+            synchronise(device)
             seconds.append(time.perf_counter() - start)
     tick("timing layers", REPEATS + 1, REPEATS + 1)
     return [statistics.median(seconds[1:]) for seconds in found]
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

@@ -2,7 +2,7 @@
 
     python transformers_client.py FOLDER < request.json
 
-`prompts` are lists of token ids of one length, `new_tokens` how many to add.  The answer holds the logits of the prompts
+`prompts` are lists of token ids of one length, `new_tokens` how many to add, `threads` how many to use.  The answer holds the logits of the prompts
 (float32, base64), the greedy continuations with and without a cache, the number of parameters, and the client's version.
 A checkpoint that names its own modelling file is one that billhook wrote: the file is run.
 """
@@ -22,6 +22,7 @@ def main():
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     folder, request = sys.argv[1], json.load(sys.stdin)
+    torch.set_num_threads(request["threads"])
     with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
         own_code = "auto_map" in json.load(file)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(

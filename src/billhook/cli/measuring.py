@@ -14,6 +14,7 @@ from billhook.families import FAMILIES, KINDS
 from billhook.methods import METHODS
 from billhook.observe import STREAMS
 from billhook.scores import SCORES
+from billhook.taylor import GRADIENT_SCORES
 
 
 @app.command(name="evaluate")
@@ -57,7 +58,7 @@ def evaluate_command(
                 f"{against} and {model} have different tokenizers: perplexities per token cannot be compared"
             )
         for one in opened:
-            _check_positions(one, seq_len)
+            checkpoint.check_positions(one, seq_len)
         subjects = [evaluate.Subject(one.name, one.model, one.tokenizer, disk_bytes(one)) for one in opened]
         found = evaluate.side_by_side(subjects, texts, seq_len, windows, tick)
     if json == Path("-"):
@@ -115,15 +116,9 @@ def methods_command(json: Json = False) -> None:
         out.print(f"[bold]{name}[/]  {method.title} ({method.paper})")
         out.print(f"  prunes: {', '.join(method.kinds)} (default {', '.join(method.default_kinds)})")
         out.print(
-            f"  needs:  {method.needs}\n  scores: {', '.join(SCORES)}; streams: {', '.join(STREAMS)}\n  note:   {method.note}"
+            f"  needs:  {method.needs}\n  scores: {', '.join((*SCORES, *GRADIENT_SCORES))}; streams: {', '.join(STREAMS)}\n  note:   {method.note}"
         )
     out.print(f"families: {', '.join(FAMILIES)}")
-
-
-def _check_positions(opened: checkpoint.Opened, seq_len: int) -> None:
-    limit = getattr(opened.model.config, "max_position_embeddings", seq_len)
-    if seq_len > limit:
-        raise BillhookError(f"seq-len {seq_len} is beyond the {limit} positions of {opened.name}: lower --seq-len")
 
 
 def _fingerprint(tokenizer: Any) -> int:
