@@ -124,11 +124,11 @@ def _classes(family: str, prefix: str, names: dict[str, Any]) -> dict[str, type]
     own = {"model_type": MODEL_TYPE.format(family), "validate_architecture": _no_check}
     config_class = type("Config", (stock["Config"],), own)
 
-    def build_base(self: Any, config: Any) -> None:
+    def build_base(self, config) -> None:  # vLLM 0.32 tests arguments by isinstance against their annotations
         stock["Model"].__init__(self, _uniform(config))
         _resize(self, config, names)
 
-    def build(self: Any, config: Any) -> None:
+    def build(self, config) -> None:
         stock["ForCausalLM"].__init__(self, _uniform(config))
         _resize(self.model, config, names)
         self.config = config
