@@ -10,7 +10,7 @@ import copy
 from typing import Any
 
 import billhook
-from billhook import checkpoint, data, evaluate
+from billhook import budget, checkpoint, data, quality
 from billhook.progress import quiet
 from billhook.surgery import cast
 
@@ -46,7 +46,7 @@ texts = [data.windows(text, opened.tokenizer, 512) for text in data.evaluation_t
 
 def perplexities(model: Any) -> list[float]:
     cast(model, checkpoint.DTYPES[args.evaluate_dtype])
-    return [evaluate.perplexity(model, one).perplexity for one in texts]
+    return [quality.perplexity(model, one).perplexity for one in texts]
 
 
 def said(report: dict[str, Any]) -> str:
@@ -61,7 +61,7 @@ print(f"| ratio | layout | allocation | parameters | {names} | FFN widths |")
 print("|---|---|---|---|" + "---|---|" * len(texts) + "---|")
 print(
     "| 0 | | unpruned | "
-    + f"{evaluate.sizes(opened.model)['parameters']:,} | "
+    + f"{budget.total_parameters(opened.model):,} | "
     + " | ".join(f"{p:.2f} | 1" for p in base)
     + " | |",
     flush=True,

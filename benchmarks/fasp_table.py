@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from billhook import checkpoint, data, evaluate
+from billhook import checkpoint, data, quality
 from billhook.allocation import even_planner
 from billhook.budget import decoder_parameters, total_parameters
 from billhook.methods.fasp import Settings, cut, fasp
@@ -50,7 +50,7 @@ windows = [dataclasses.replace(one, tokens=one.tokens[: args.windows]) for one i
 def perplexities(model: Any) -> list[float]:
     scored = copy.deepcopy(model)
     cast(scored, checkpoint.DTYPES[args.evaluate_dtype])
-    return [evaluate.perplexity(scored, one).perplexity for one in windows]
+    return [quality.perplexity(scored, one).perplexity for one in windows]
 
 
 def equal(ratio: float) -> Plan:

@@ -10,9 +10,10 @@ import copy
 import statistics
 import time
 
-from billhook import checkpoint, data, evaluate
+from billhook import checkpoint, data
 from billhook.allocation import even_planner
 from billhook.budget import decoder_parameters
+from billhook.memory import peak_growth
 from billhook.methods.fasp import Settings, fasp
 from billhook.observe import STREAMS, walk
 from billhook.progress import Clock
@@ -40,7 +41,7 @@ for _ in range(args.repeats):
         pass
     forward.append(time.perf_counter() - start)
     model, clock = copy.deepcopy(opened.model), Clock()
-    with evaluate.peak_growth(model.device) as growth:
+    with peak_growth(model.device) as growth:
         start = time.perf_counter()
         fasp(model, windows.tokens, plan, Settings(score=args.score), stream=args.stream, clock=clock)
         whole.append(time.perf_counter() - start)

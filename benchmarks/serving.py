@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from billhook import checkpoint, evaluate, llamacpp
+from billhook import budget, checkpoint, llamacpp, speed
 from billhook.export import write_gguf
 from billhook.layout import layout_of
 
@@ -26,7 +26,7 @@ parser.add_argument("--new-tokens", type=int, default=32)
 args = parser.parse_args()
 
 opened = [checkpoint.open_model(name, dtype="float32") for name in args.models]
-speeds = evaluate.speeds([one.model for one in opened], args.prompt, args.new_tokens)
+speeds = [one for (one,) in speed.speeds([one.model for one in opened], [(1, args.prompt)], args.new_tokens)]
 with tempfile.TemporaryDirectory() as work:
     files = [[Path(work) / f"{n}-{kind}.gguf" for kind in ("F16", "Q8_0")] for n in range(len(opened))]
     for one, (plain, packed) in zip(opened, files, strict=True):
@@ -34,7 +34,7 @@ with tempfile.TemporaryDirectory() as work:
         write_gguf(one.model, one.tokenizer, packed, "Q8_0")
     sizes = [[file.stat().st_size for file in pair] for pair in files]
     layouts = [layout_of(one.model) for one in opened]
-    counts = [evaluate.sizes(one.model)["parameters"] for one in opened]
+    counts = [budget.total_parameters(one.model) for one in opened]
     vocabulary = opened[0].model.config.vocab_size
     opened.clear()  # their memory, before llama.cpp is timed
     prompt = torch.randint(vocabulary, (args.prompt,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -53,11 +53,11 @@ print(
     "| model | layout | parameters | GGUF F16 | GGUF Q8_0 | prefill | decode | llama.cpp prefill | llama.cpp decode |"
 )
 print("|---|---|---|---|---|---|---|---|---|")
-for n, (name, speed) in enumerate(zip(args.models, speeds, strict=True)):
+for n, (name, seen) in enumerate(zip(args.models, speeds, strict=True)):
     mega = " | ".join(f"{size / 1e6:.1f} MB" for size in sizes[n])
     own = " | ".join(
         f"{middle:.0f} ({least:.0f}-{most:.0f})"
-        for middle, (least, most) in ((speed.prefill, speed.prefill_range), (speed.decode, speed.decode_range))
+        for middle, (least, most) in ((seen.prefill, seen.prefill_range), (seen.decode, seen.decode_range))
     )
     client = " | ".join(spread([turn[n][what] for turn in found]) for what in ("prefill", "decode"))
     print(f"| {Path(name).name} | {layouts[n]} | {counts[n]:,} | {mega} | {own} | {client} |")

@@ -14,9 +14,15 @@ import tiny
 import torch
 from torch import Tensor
 
-from billhook import evaluate, report
-from billhook.data import Windows
-from billhook.evaluate import continuations, memory, peak_growth, perplexity, sizes, speeds
+from billhook import budget, evaluate, quality, report, speed
+from billhook.data import Text, Windows
+from billhook.data import windows as cut_windows
+from billhook.errors import BillhookError
+from billhook.memory import peak_growth
+from billhook.plan import Plan
+from billhook.quality import perplexities, perplexity
+from billhook.speed import memory, speeds
+from billhook.writing import continuations, variety
 
 CPU = torch.device("cpu")
 MEGABYTE = 10**6
@@ -48,7 +54,7 @@ def test_perplexity_is_that_by_hand(family: str, monkeypatch: pytest.MonkeyPatch
     by_hand = losses_by_hand(model, given.tokens)
     expected = math.exp(statistics.fmean(by_hand))
     for batch_tokens in (1, 24, 10_000):
-        monkeypatch.setattr(evaluate, "BATCH_TOKENS", batch_tokens)
+        monkeypatch.setattr(quality, "BATCH_TOKENS", batch_tokens)
         found = perplexity(model, given)
         assert found.perplexity == pytest.approx(expected, rel=1e-5)
         spread = math.sqrt(sum((loss - statistics.fmean(by_hand)) ** 2 for loss in by_hand) / 4)
@@ -90,25 +96,26 @@ class Sleeper:
 
 def test_speeds_are_medians_of_turns_taken_by_all_models(monkeypatch: pytest.MonkeyPatch) -> None:
     now, order = [0.0], []
-    monkeypatch.setattr(evaluate, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     slow = Sleeper("slow", now, order, iter([100.0, 4.0, 2.0, 8.0]), 0.5)  # the first turn warms up
     fast = Sleeper("fast", now, order, iter([0.001, 1.0, 1.0, 1.0]), 0.25)
-    first, second = speeds([slow, fast], prompt_tokens=16, new_tokens=6, repeats=3)
+    (first,), (second,) = speeds([slow, fast], [(1, 16)], new_tokens=6, repeats=3)
     assert order == ["slow", "fast"] * 4
     assert slow.lengths == ([16] + [1] * 6) * 4
     assert (first.prefill, *first.prefill_range) == pytest.approx((4, 2, 8))
     assert (first.decode, *first.decode_range) == pytest.approx((2, 2, 2))
     assert (second.prefill, second.decode) == pytest.approx((16, 4))
-    assert (first.prompt_tokens, first.new_tokens, first.repeats) == (16, 6, 3)
+    assert (first.batch, first.context, first.new_tokens, first.repeats) == (1, 16, 6, 3)
+    assert (first.first_token_seconds, first.token_seconds) == pytest.approx((4, 0.5))
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_speeds_of_real_models_are_numbers(family: str) -> None:
-    found = speeds([tiny.model(family)] * 2, prompt_tokens=20, new_tokens=3, repeats=2)
-    assert len(found) == 2
-    for speed in found:
-        assert 0 < speed.prefill_range[0] <= speed.prefill <= speed.prefill_range[1] < math.inf
-        assert 0 < speed.decode_range[0] <= speed.decode <= speed.decode_range[1] < math.inf
+    found = speeds([tiny.model(family)] * 2, [(1, 20), (3, 7)], new_tokens=3, repeats=2)
+    assert [[(one.batch, one.context) for one in of_model] for of_model in found] == [[(1, 20), (3, 7)]] * 2
+    for one in (one for of_model in found for one in of_model):
+        assert 0 < one.prefill_range[0] <= one.prefill <= one.prefill_range[1] < math.inf
+        assert 0 < one.decode_range[0] <= one.decode <= one.decode_range[1] < math.inf
 
 
 def test_growth_is_what_was_touched_inside() -> None:
@@ -138,10 +145,10 @@ def test_memory_counts_tied_weights_once() -> None:
     model = tiny.model("llama")
     stored = sum(p.numel() for p in model.parameters()) * 4
     assert model.lm_head.weight is model.get_input_embeddings().weight
-    found = memory(model, 16)
+    found = memory(model, 1, 16)
     assert found["weights_bytes"] == stored <= found["peak_bytes"]
-    assert memory(model.bfloat16(), 16)["weights_bytes"] == stored // 2
-    assert sizes(model)["parameters"] * 4 == stored
+    assert memory(model.bfloat16(), 1, 16)["weights_bytes"] == stored // 2
+    assert budget.parameters(model)["parameters"] * 4 == stored
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2_sliding", "opt"])
@@ -154,5 +161,90 @@ def test_continuations_are_greedy_and_leave_out_the_prompt(family: str) -> None:
         while ids.shape[1] < start + 8 and ids[0, -1] != model.config.eos_token_id:
             ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
         expected.append(tokenizer.decode(ids[0, start:], skip_special_tokens=True))
-    found = continuations(model, tokenizer, prompts, new_tokens=8)
+    found, said = continuations(model, tokenizer, prompts, new_tokens=8)
     assert found == expected and all(len(text) > 0 for text in found)
+    assert 0 < said["distinct_1"] <= said["distinct_2"] <= 1
+
+
+def test_variety_by_hand() -> None:
+    said = variety([[1, 2, 3, 4, 1, 2, 3, 4], [5, 5, 5]])
+    assert said["repetition"] == pytest.approx(1 - 4 / 5)  # runs of four: 1234 2341 3412 4123 1234; the other has none
+    assert said["distinct_1"] == pytest.approx(5 / 11)
+    assert said["distinct_2"] == pytest.approx(5 / 9)
+    assert variety([[], [1]]) == {"repetition": None, "distinct_1": 1.0, "distinct_2": None, "distinct_3": None}
+
+
+def test_against_a_reference_by_hand() -> None:
+    dense, other, given = tiny.model("llama"), tiny.model("llama", seed=1), windows()
+    assert not torch.equal(dense.lm_head.weight, other.lm_head.weight)
+    of_dense, of_other = perplexities([dense, other], given, reference=True)
+    alone = perplexity(other, given)
+    assert of_dense.against is None and of_other.perplexity == alone.perplexity and alone.against is None
+    kl, same = [], []
+    for window in given.tokens:
+        p, q = (torch.log_softmax(m(window[None]).logits[0, :-1].double(), -1) for m in (dense, other))
+        kl.append((p.exp() * (p - q)).sum(-1).mean().item())
+        same.append((p.argmax(-1) == q.argmax(-1)).double().mean().item())
+    found = of_other.against
+    assert found is not None
+    assert found.kl == pytest.approx(statistics.fmean(kl), rel=1e-4)
+    assert found.kl_standard_error == pytest.approx(statistics.stdev(kl) / math.sqrt(5), rel=1e-3)
+    assert found.agreement == pytest.approx(statistics.fmean(same))
+    assert found.factor == pytest.approx(of_other.perplexity / of_dense.perplexity)
+
+
+def test_a_model_against_itself_loses_nothing() -> None:
+    model = tiny.model("llama")
+    _, again = perplexities([model, model], windows(), reference=True)
+    assert again.against is not None
+    found = again.against
+    assert (found.agreement, found.factor, found.factor_standard_error) == (1.0, 1.0, 0.0)
+    assert found.kl == pytest.approx(0, abs=1e-6)
+
+
+def test_bits_per_byte_count_the_text_behind_the_predicted_tokens() -> None:
+    plain = cut_windows(Text("plain", "so green is the heath. " * 40), tiny.tokenizer(), 16, spans=True)
+    assert plain.bytes == (15,) * plain.available  # one token a byte
+    cut = cut_windows(Text("mixed", "Grün ist die Heide, so weit. " * 40), tiny.tokenizer(), 16, spans=True)
+    assert all(abs(size - 15) <= 1 for size in cut.bytes)  # a letter of two bytes may lie on the edge
+    found = perplexity(tiny.model("llama"), cut)
+    assert found.bytes == sum(cut.bytes)
+    assert found.bits_per_byte == pytest.approx(math.log2(found.perplexity) * found.tokens / found.bytes)
+
+
+def test_macs_are_those_of_the_products() -> None:
+    """Two forwards of known length, counted by torch itself: a token costs the weights, and attention by its context."""
+    model = tiny.model("llama")
+    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    assert budget.macs_per_token(model, 0) == linear
+    config = model.config
+    attended = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    assert budget.macs_per_token(model, 10) == linear + 10 * attended
+
+
+def test_side_by_side_says_everything_twice_and_compares(folder: object) -> None:
+    models = [tiny.model("llama"), tiny.model("llama", seed=1)]
+    subjects = [evaluate.Subject(name, m, tiny.tokenizer()) for name, m in zip(("a", "b"), models, strict=True)]
+    asked = evaluate.Measures(
+        texts=[Text("words", tiny.text())],
+        seq_len=16,
+        max_windows=3,
+        contexts=(8,),
+        batch_sizes=(1, 2),
+        new_tokens=4,
+        repeats=1,
+    )
+    first, second = evaluate.side_by_side(subjects, asked, reference=True)
+    assert first["perplexities"][0]["against"] is None and second["perplexities"][0]["against"]["kl"] > 0
+    assert len(first["speeds"]) == 2 and len(first["continuations"]) == len(first["prompts"]) == 5
+    cached = budget.kv_cache_entries(models[0], Plan(), 8, 1) * 4
+    assert first["memory"]["kv_cache_bytes"] == cached
+    assert evaluate.same_tokenizer([first, second])
+
+
+def test_a_context_beyond_the_positions_is_refused() -> None:
+    model = tiny.model("llama")
+    subject = evaluate.Subject("tiny", model, tiny.tokenizer())
+    longest = model.config.max_position_embeddings
+    with pytest.raises(BillhookError, match=f"context {longest}: tiny has {longest} positions"):
+        evaluate.side_by_side([subject], evaluate.Measures(contexts=(longest,)))

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import billhook
-from billhook import checkpoint, cli, data, evaluate, saving
+from billhook import checkpoint, cli, data, quality, saving, speed
 
 pytestmark = pytest.mark.slow
 RECIPE = Path(__file__).parent.parent / "recipes" / "fasp-smollm2-20.yaml"
@@ -66,9 +66,9 @@ def test_memory_beyond_the_loaded_model(pruned: Path) -> None:
 def test_it_costs_at_most_1_6_in_perplexity_and_is_faster(pruned: Path) -> None:
     models = [checkpoint.open_model(name) for name in ("demo", str(pruned))]
     news = data.windows(data.evaluation_texts(["demo"])[0], models[0].tokenizer, 512)
-    dense, cut = (evaluate.perplexity(one.model, news).perplexity for one in models)
+    dense, cut = (quality.perplexity(one.model, news).perplexity for one in models)
     assert cut < 1.6 * dense
-    fast = evaluate.speeds([one.model for one in models], 512)
+    fast = [one for (one,) in speed.speeds([one.model for one in models])]
     assert fast[1].prefill > 1.15 * fast[0].prefill
 
 

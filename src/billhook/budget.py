@@ -4,11 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from billhook.axes import Axis
 from billhook.errors import BillhookError, one_of
-from billhook.families import KINDS, axes, family_of, kv_heads, layers, sizes
+from billhook.families import KINDS, attention, axes, family_of, layers, sizes
 from billhook.layout import stock_holder
 from billhook.plan import Plan
 
@@ -20,6 +21,24 @@ STEPS = 24  # of a bisection: 2^-24 of a decoder is less than one unit
 def decoder_parameters(model: PreTrainedModel) -> int:
     """Parameters of the decoder layers: embeddings, final norm and head excluded."""
     return sum(p.numel() for p in layers(model).parameters())
+
+
+def parameters(model: PreTrainedModel) -> dict[str, int]:
+    """All parameters, those of the decoder layers, and those of embeddings and head (a tied one counted once)."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    held = {id(p): p.numel() for end in ends for p in end.parameters()}
+    return {
+        "parameters": total_parameters(model),
+        "decoder_parameters": decoder_parameters(model),
+        "embedding_parameters": sum(held.values()),
+    }
+
+
+def macs_per_token(model: PreTrainedModel, context: int) -> int:
+    """Multiply-accumulates of one token that attends to `context` others: every linear weight once, scores and values."""
+    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    found = [attention(model, n) for n in range(len(layers(model)))]
+    return linear + context * sum(2 * one.heads * one.head_dim for one in found)
 
 
 def total_parameters(model: PreTrainedModel) -> int:
@@ -129,14 +148,18 @@ def layer_parameters(model: PreTrainedModel, number: int) -> int:
 
 
 def kv_cache_entries(model: PreTrainedModel, plan: Plan, context: int, batch: int) -> int:
-    """Numbers in the KV cache once `plan` is carried out: keys and values of every position in every layer that stays."""
+    """Numbers in the KV cache once `plan` is carried out: keys and values of every position in every layer that stays.
+
+    Value heads that lost channels are filled up with zeros before the cache (modeling_per_layer.NarrowValues).
+    """
     total, window = 0, getattr(model.config, "sliding_window", None)
     types = getattr(model.config, "layer_types", None) or ["sliding_attention"] * len(layers(model))
     for n in range(len(layers(model))):
         if n not in plan.layers:
-            heads, head_dim = kv_heads(model, n)
-            seen = min(context, window - 1) if window and types[n] == "sliding_attention" else context
-            total += 2 * (heads - plan.drops.get((n, "groups"), 0)) * head_dim * seen * batch
+            now, seen = attention(model, n), context
+            if window and types[n] == "sliding_attention":
+                seen = min(context, window - 1)
+            total += 2 * (now.kv_heads - plan.drops.get((n, "groups"), 0)) * now.head_dim * seen * batch
     return total
 
 

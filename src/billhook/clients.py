@@ -17,6 +17,8 @@ from billhook import llamacpp
 from billhook.checkpoint import load, load_tokenizer
 from billhook.errors import BillhookError, one_of
 from billhook.export import write_gguf
+from billhook.layout import layer_sizes
+from billhook.modeling_per_layer import V_HEAD_DIM
 from billhook.saving import stored_parameters
 
 NEW_TOKENS = 32
@@ -94,6 +96,10 @@ def _check_transformers(path: Path, python: str) -> dict[str, Any]:
 
 def _check_vllm(path: Path, python: str) -> dict[str, Any]:
     model, prompts = load(path, dtype="float32"), _prompts(path)
+    if any(V_HEAD_DIM in sizes for sizes in layer_sizes(model)):
+        raise BillhookError(
+            f"{path} has value heads narrower than its key heads (axis value), which vllm does not serve"
+        )
     answer = _ask(python, "vllm", path, {"prompts": prompts, "new_tokens": NEW_TOKENS})
     problems = {"it generates other tokens": answer["greedy"] != _greedy(model, prompts)}
     return _verdict("vllm", path, answer["version"], problems, {})

@@ -15,3 +15,4 @@ class Cut:
     error_without: float  # kept weights as they were
     error: float  # after the restoration
     error_held_out: float | None  # after the restoration, on windows that it did not see
+    score_dropped: float  # share of the sum of all scores that the dropped units held

@@ -40,6 +40,7 @@ class Windows:
     available: int  # full windows that the text holds
     text_sha256: str
     sha256: str  # of the token ids chosen, in order
+    bytes: tuple[int, ...] = ()  # of text that each window's tokens but the first stand for, where asked for
 
 
 def calibration_text(source: str, tick: Tick = quiet) -> Text:
@@ -55,13 +56,20 @@ def evaluation_texts(sources: Iterable[str], tick: Tick = quiet) -> list[Text]:
     return found
 
 
-def windows(text: Text, tokenizer: Any, length: int, samples: int | None = None, seed: int = 0) -> Windows:
+def windows(
+    text: Text, tokenizer: Any, length: int, samples: int | None = None, seed: int = 0, spans: bool = False
+) -> Windows:
     """Non-overlapping windows of `length` tokens, the remainder dropped; `samples` of them drawn by `seed`, or all in order.
+
+    Args:
+        spans: also count the bytes of text in each window, which takes some memory for a long text.
 
     Raises:
         BillhookError: the text is shorter than one window, or has fewer windows than `samples`.
     """
-    ids = torch.tensor(tokenizer(text.text, add_special_tokens=False, verbose=False).input_ids, dtype=torch.long)
+    located = spans and tokenizer.is_fast
+    encoded = tokenizer(text.text, add_special_tokens=False, verbose=False, return_offsets_mapping=located)
+    ids = torch.tensor(encoded.input_ids, dtype=torch.long)
     count = len(ids) // length
     if not count:
         raise BillhookError(
@@ -71,10 +79,29 @@ def windows(text: Text, tokenizer: Any, length: int, samples: int | None = None,
         raise BillhookError(
             f"text {text.name!r} has {count} windows of {length} tokens, fewer than the {samples} asked for: lower --samples"
         )
-    tokens = ids[: count * length].view(count, length)
+    tokens, sizes = ids[: count * length].view(count, length), ()
+    if spans:
+        ends = [end for _, end in encoded.offset_mapping] if located else None
+        sizes = _window_bytes(text.text, tokenizer, tokens, ends)
     if samples is not None:
-        tokens = tokens[torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples]]
-    return Windows(text.name, tokens, count, text.sha256, hashlib.sha256(tokens.numpy().tobytes()).hexdigest())
+        drawn = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples]
+        tokens, sizes = tokens[drawn], tuple(sizes[n] for n in drawn.tolist()) if sizes else ()
+    sha256 = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+    return Windows(text.name, tokens, count, text.sha256, sha256, sizes)
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """The same for tokenizers that give every token the same id: perplexities per token then compare."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
+
+
+def _window_bytes(text: str, tokenizer: Any, tokens: Tokens, ends: list[int] | None) -> tuple[int, ...]:
+    """UTF-8 bytes from the end of each window's first token to the end of its last; `ends` counts characters."""
+    length = tokens.shape[1]
+    if ends is None:  # a tokenizer in Python says no positions
+        return tuple(len(tokenizer.decode(row[1:]).encode()) for row in tokens)
+    firsts = range(0, len(tokens) * length, length)
+    return tuple(len(text[ends[n] : ends[n + length - 1]].encode()) for n in firsts)
 
 
 def check_vocabulary(windows: Windows, model: Any, name: str) -> None:
@@ -94,9 +121,9 @@ def _read(source: str) -> Text:
         files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl") and p.is_file())
         if not files:
             raise BillhookError(f"text folder {source} holds no .txt and no .jsonl file")
-        return Text(path.name, "\n\n".join(map(_read_file, files)))
+        return Text(path.name, "\n\n".join(map(read_text, files)))
     if path.exists():
-        return Text(path.stem, _read_file(path))
+        return Text(path.stem, read_text(path))
     if path.suffix in (".txt", ".jsonl") or source.startswith(("/", ".", "~")) or not HUB_NAME.fullmatch(source):
         raise BillhookError(
             f"text {source} does not exist: give a text file, a .jsonl, a folder of either, a hub data set or 'demo'"
@@ -104,7 +131,12 @@ def _read(source: str) -> Text:
     return Text(source, _hub(source))
 
 
-def _read_file(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, of a .jsonl its `text` fields.
+
+    Raises:
+        BillhookError: it cannot be read, or is empty.
+    """
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:

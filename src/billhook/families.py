@@ -121,7 +121,7 @@ def sizes(model: PreTrainedModel, layer: int) -> dict[str, int]:
 
     `v_head_dim` is there only where value heads are narrower than the others, which no stock config can say.
     """
-    row, now = _row(model), _attention(model, layer)
+    row, now = _row(model), attention(model, layer)
     found = {
         "width": _linear(model, layer, row.down).weight.shape[1],
         "heads": now.heads,
@@ -130,12 +130,6 @@ def sizes(model: PreTrainedModel, layer: int) -> dict[str, int]:
     }
     narrow = {V_HEAD_DIM: now.value_dim} if now.value_dim != now.head_dim else {}
     return {key: found[size] for size, key in row.keys.items()} | narrow
-
-
-def kv_heads(model: PreTrainedModel, layer: int) -> tuple[int, int]:
-    """KV heads of one layer, and the size of each."""
-    now = _attention(model, layer)
-    return now.kv_heads, now.head_dim
 
 
 def attention_parts(model: PreTrainedModel, layer: int) -> tuple[nn.Module, nn.Linear]:
@@ -166,7 +160,9 @@ def _linear(model: PreTrainedModel, layer: int, name: str) -> nn.Linear:
 
 
 @dataclass(frozen=True)
-class _Attention:
+class Attention:
+    """The sizes of one layer's attention."""
+
     head_dim: int
     heads: int
     kv_heads: int
@@ -178,12 +174,12 @@ class _Attention:
         return self.heads // self.kv_heads
 
 
-def _attention(model: PreTrainedModel, layer: int) -> _Attention:
+def attention(model: PreTrainedModel, layer: int) -> Attention:
     """The attention sizes of one layer, from its tensors."""
     row = _row(model)
     head_dim = cast(int, attention_parts(model, layer)[0].head_dim)
     heads, kv_heads = (_linear(model, layer, name).out_features // head_dim for name in (row.q, row.k))
-    return _Attention(head_dim, heads, kv_heads, _linear(model, layer, row.v).out_features // kv_heads)
+    return Attention(head_dim, heads, kv_heads, _linear(model, layer, row.v).out_features // kv_heads)
 
 
 def _ffn(model: PreTrainedModel, layer: int) -> Axis:
@@ -196,7 +192,7 @@ def _ffn(model: PreTrainedModel, layer: int) -> Axis:
 
 def _heads(model: PreTrainedModel, layer: int) -> Axis:
     """One unit is one query head; each KV group gives up the same number."""
-    row, now = _row(model), _attention(model, layer)
+    row, now = _row(model), attention(model, layer)
     per_unit = {"heads": Fraction(1), "entries": Fraction(now.head_dim), "per_group": Fraction(1, now.kv_heads)}
     return Axis(
         layer,
@@ -210,7 +206,7 @@ def _heads(model: PreTrainedModel, layer: int) -> Axis:
 
 def _groups(model: PreTrainedModel, layer: int) -> Axis:
     """One unit is a KV head with the query heads that share it: contiguous, as repeat_kv lays them out."""
-    row, now = _row(model), _attention(model, layer)
+    row, now = _row(model), attention(model, layer)
     writers = [
         *_rows(model, layer, row.q, blocks(now.kv_heads, now.group * now.head_dim)),
         *_rows(model, layer, row.k, blocks(now.kv_heads, now.head_dim)),
@@ -231,7 +227,7 @@ def _value(model: PreTrainedModel, layer: int) -> Axis:
 
     Each KV head gives up the same number, so that heads stay equally wide.
     """
-    row, now = _row(model), _attention(model, layer)
+    row, now = _row(model), attention(model, layer)
     columns = torch.arange(now.heads * now.value_dim).view(now.kv_heads, now.group, now.value_dim)
     return Axis(
         layer,

@@ -2,8 +2,7 @@
 
 import copy
 import hashlib
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from billhook import allocation, atomic, budget
+from billhook import allocation, budget, store
 from billhook.budget import Planner
 from billhook.errors import BillhookError, first_line
 from billhook.families import axes, layers
@@ -231,32 +230,20 @@ def _apart(losses: Mapping[int, float], count: int) -> list[int]:
 
 def _key(model: PreTrainedModel, chosen: Recipe, name: str, texts: Texts) -> dict[str, Any]:
     """All that decides what is measured."""
-    weights = hashlib.sha256()
-    for tensor, param in model.named_parameters():
-        values = param.detach().cpu().contiguous().flatten().view(torch.uint8)
-        weights.update(f"{tensor} {tuple(param.shape)}".encode())
-        weights.update(values.numpy().tobytes())
     tokens = {
         part: hashlib.sha256(getattr(texts, part).numpy().tobytes()).hexdigest() for part in ("calibration", "probe")
     }
     decides = ("kinds", "score", "damping", "restoration", "dtype")
-    return {"curves": name, "weights": weights.hexdigest(), **tokens} | {k: getattr(chosen, k) for k in decides}
+    weights = store.weights_sha256(model)
+    return {"curves": name, "weights": weights, **tokens} | {k: getattr(chosen, k) for k in decides}
 
 
-def _kept(folder: Path | None, key: dict[str, Any], measure: Any) -> Curves:
+def _kept(folder: Path | None, key: dict[str, Any], measure: Callable[[], Curves]) -> Curves:
     """`measure()`, or what it gave before where `folder` has it under the same key."""
-    if folder is None:
-        return measure()
-    said = json.dumps(key, sort_keys=True)
-    file = folder / f"{key['curves']}-{hashlib.sha256(said.encode()).hexdigest()[:16]}.json"
-    if file.exists():
-        try:
-            stored = json.loads(file.read_text(encoding="utf-8"))["curves"]
-            return {(int(n), kind): {int(c): loss for c, loss in points.items()} for n, kind, points in stored}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BillhookError(f"statistics {file} cannot be read ({first_line(error)}): delete it") from error
-    found: Curves = measure()
-    folder.mkdir(parents=True, exist_ok=True)
-    listed = [[n, kind, points] for (n, kind), points in found.items()]
-    atomic.write_text(file, json.dumps({"key": key, "curves": listed}) + "\n")
-    return found
+    stored = store.kept(
+        folder, key["curves"], key, lambda: [[n, kind, points] for (n, kind), points in measure().items()]
+    )
+    try:  # keys of JSON objects are text
+        return {(int(n), kind): {int(c): float(loss) for c, loss in points.items()} for n, kind, points in stored}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise BillhookError(f"statistics in {folder} cannot be read ({first_line(error)}): delete them") from error

@@ -1,29 +1,32 @@
 """Prune a model by a recipe, and prove what was written."""
 
 import os
-import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from billhook import (
     allocation,
     atomic,
+    budget,
     checkpoint,
     clients,
     data,
-    evaluate,
     layout,
     planning,
+    quality,
     report,
     saving,
     vocabulary,
 )
 from billhook.checkpoint import Opened
 from billhook.errors import BillhookError
+from billhook.memory import peak_growth
 from billhook.methods import METHODS
+from billhook.pages import page
 from billhook.progress import Clock, Tick, quiet
 from billhook.recipe import Recipe, recipe
 from billhook.surgery import cast
@@ -60,6 +63,14 @@ class Result:
             self.write(work)
         return out
 
+    def page(self, measured: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+        """The content of report.json; `measured`: the unpruned and the pruned model, of `evaluate.side_by_side`."""
+        found = self.report
+        title = f"{found['parent']}, {found['sizes']['achieved_ratio']:.0%} of its decoder pruned by {found['recipe']['method']}"
+        where = report.conditions(self.model, report.command(found), sum(found["seconds"].values()))
+        reference = measured[0]["name"] if measured else None
+        return report.assemble("prune", title, where, cut=found, models=measured, reference=reference)
+
     def write(self, work: Path, tick: Tick = quiet) -> None:
         """Fill the existing folder `work` and verify it."""
         tick("saving", 0, 2)
@@ -69,6 +80,7 @@ class Result:
         self.report["loads"] = [clients.check(work, "transformers")]
         atomic.write_text(work / atomic.MARK, report.to_json(self.report))
         atomic.write_text(work / "README.md", report.model_card(self.report))
+        page.save(work / "report.html", self.page())
         tick("saving", 2, 2)
 
 
@@ -129,14 +141,10 @@ def prune_opened(
     """Prune a model that is already loaded, in place."""
     model, clock = opened.model, Clock()
     checkpoint.check_positions(opened, chosen.seq_len)
-    before, calibration = evaluate.sizes(model), data.calibration_text(chosen.calibration, tick)
+    before, calibration = budget.parameters(model), data.calibration_text(chosen.calibration, tick)
     vocabulary_cut = _trim(opened, chosen, calibration, tick)
-    # windows are drawn in one order whatever their number: the first to calibrate on, further ones to judge by
-    probes = chosen.probes if allocation.parse(chosen.allocation).name in MEASURED else 0
-    windows = data.windows(calibration, opened.tokenizer, chosen.seq_len, chosen.samples + probes, chosen.seed)
-    data.check_vocabulary(windows, model, opened.name)
-    texts = planning.Texts(*windows.tokens.split([chosen.samples, probes]))
-    with evaluate.peak_growth(model.device) as growth:
+    windows, texts = draw(opened, chosen, calibration)
+    with peak_growth(model.device) as growth:
         folder = Path(statistics) if statistics else None
         scores = planning.unit_scores(model, chosen, texts.calibration, clock, tick)
         plan = planning.make_plan(model, chosen, texts, opened.dtype, scores, folder, clock, tick)
@@ -147,16 +155,14 @@ def prune_opened(
             cuts = run(
                 model, texts.calibration, plan, settings, scores=scores, stream=chosen.stream, clock=clock, tick=tick
             )
-    if chosen.layout == "uniform":
-        layout.update_config(model)
-    cast(model, opened.dtype)
+    finish(model, chosen, opened.dtype)
     written = {
         "recipe": chosen.model_dump(mode="json") | {"axes": list(chosen.kinds), "multiple_of": chosen.width_step},
         "parent": opened.name,
         "model_type": model.config.model_type,
         "layout": layout.layout_of(model),
         "paper": METHODS[chosen.method].paper,
-        "sizes": report.sizes(before, evaluate.sizes(model), chosen.budget),
+        "sizes": report.sizes(before, budget.parameters(model), chosen.budget),
         "calibration": {
             "source": windows.source,
             "windows": len(texts.calibration),
@@ -171,12 +177,27 @@ def prune_opened(
         "cuts": [asdict(cut) for cut in cuts],
         "seconds": {stage: round(s, 3) for stage, s in clock.seconds.items()},
         "peak_growth_bytes": growth(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("billhook", "torch", "transformers")},
-        },
+        "versions": report.versions(),
     }
     return Result(model, opened.tokenizer, written, opened.folder, trimmed=vocabulary_cut is not None)
+
+
+def draw(opened: Opened, chosen: Recipe, text: data.Text) -> tuple[data.Windows, planning.Texts]:
+    """The windows to calibrate on, and further ones to judge by where the allocation measures.
+
+    They are drawn in one order whatever their number.
+    """
+    probes = chosen.probes if allocation.parse(chosen.allocation).name in MEASURED else 0
+    windows = data.windows(text, opened.tokenizer, chosen.seq_len, chosen.samples + probes, chosen.seed)
+    data.check_vocabulary(windows, opened.model, opened.name)
+    return windows, planning.Texts(*windows.tokens.split([chosen.samples, probes]))
+
+
+def finish(model: Any, chosen: Recipe, dtype: torch.dtype) -> None:
+    """Make a cut model what will be stored: its config says its sizes, its numbers are of `dtype`."""
+    if chosen.layout == "uniform":
+        layout.update_config(model)
+    cast(model, dtype)
 
 
 def _trim(opened: Opened, chosen: Recipe, calibration: data.Text, tick: Tick) -> dict[str, Any] | None:
@@ -199,8 +220,8 @@ def _trim(opened: Opened, chosen: Recipe, calibration: data.Text, tick: Tick) ->
 def measure(path: Path, chosen: Recipe, tick: Tick = quiet) -> dict[str, float]:
     """The numbers a recipe file may expect: parameters, and perplexity on the demo's evaluation texts."""
     opened = checkpoint.open_model(str(path), device=chosen.device, dtype=chosen.dtype, tick=tick)
-    found: dict[str, float] = {"parameters": evaluate.sizes(opened.model)["parameters"]}
+    found: dict[str, float] = {"parameters": budget.total_parameters(opened.model)}
     for text in data.evaluation_texts(["demo"], tick):
         windows = data.windows(text, opened.tokenizer, chosen.seq_len)
-        found[f"perplexity on {text.name}"] = evaluate.perplexity(opened.model, windows, tick).perplexity
+        found[f"perplexity on {text.name}"] = quality.perplexity(opened.model, windows, tick).perplexity
     return found

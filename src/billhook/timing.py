@@ -10,12 +10,12 @@ from scipy.interpolate import PchipInterpolator
 from transformers import PreTrainedModel
 
 from billhook.axes import Axis
-from billhook.evaluate import synchronise
 from billhook.families import axes, layers
 from billhook.observe import enter, run
 from billhook.plan import Plan
 from billhook.progress import Tick, quiet
 from billhook.sensitivity import counts
+from billhook.speed import synchronise
 from billhook.surgery import remove
 
 PROMPT = 512  # tokens of the prefill that is timed, one prompt at a time: as `billhook evaluate` measures it

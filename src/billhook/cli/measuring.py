@@ -2,72 +2,145 @@
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from billhook import atomic, budget, checkpoint, data, evaluate, report
-from billhook.cli.shared import Device, Dtype, Json, Model, SeqLen, app, disk_bytes, out, print_measures, progress
+from billhook import atomic, budget, checkpoint, data, demo, evaluate, report, zeroshot
+from billhook.cli.shared import (
+    Device,
+    Dtype,
+    Json,
+    JsonFile,
+    Markdown,
+    Model,
+    Page,
+    SeqLen,
+    Texts,
+    Windows,
+    app,
+    check_outputs,
+    check_seq_len,
+    command_line,
+    counts,
+    err,
+    listed,
+    out,
+    print_measures,
+    progress,
+)
 from billhook.errors import BillhookError
 from billhook.families import FAMILIES, KINDS
 from billhook.methods import METHODS
 from billhook.observe import STREAMS
+from billhook.pages import page, tables
+from billhook.progress import Tick
 from billhook.scores import SCORES
 from billhook.taylor import GRADIENT_SCORES
+from billhook.writing import NEW_TOKENS, PROMPTS
 
 
 @app.command(name="evaluate")
 def evaluate_command(
-    model: Annotated[
-        str, typer.Argument(help="a folder, a hub id (owner/name), a .gguf file, or 'demo'", show_default=False)
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...", help="folders, hub ids (owner/name), .gguf files, or 'demo'", show_default=False
+        ),
     ],
     against: Annotated[
-        str | None, typer.Option(help="another model to measure beside it, in turns", show_default=False)
+        str | None,
+        typer.Option(help="the model that the others are compared with: the unpruned one", show_default=False),
     ] = None,
-    text: Annotated[
-        list[str] | None, typer.Option(help="text to score, as for --calibration; may be repeated", show_default="demo")
-    ] = None,
+    text: Texts = None,
     seq_len: SeqLen = 512,
-    windows: Annotated[
-        int | None, typer.Option(min=1, help="score at most this many windows of each text", show_default="all")
+    windows: Windows = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="zero-shot task of lm-eval, or a local YAML file of one; may be repeated, or with commas",
+            show_default=False,
+        ),
     ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="score at most this many documents of each task", show_default="all")
+    ] = None,
+    batch_sizes: Annotated[str, typer.Option(help="batch sizes to time, with commas")] = "1",
+    context_lengths: Annotated[str, typer.Option(help="prompt lengths to time, with commas")] = "512",
+    prompts: Annotated[
+        Path | None, typer.Option(help="file of prompts to continue, one a line", show_default="five of billhook's own")
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="tokens of each continuation")] = NEW_TOKENS,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    json: Annotated[
-        Path | None, typer.Option(help="write every number to this file ('-' for standard output)", show_default=False)
-    ] = None,
+    json: JsonFile = None,
+    html: Page = None,
+    markdown: Markdown = False,
 ) -> None:
-    """Measure MODEL: size, perplexity, speed, memory, and what it writes.
+    """Measure models side by side: size, perplexity, zero-shot tasks, speed, memory, and what they write.
 
-    Example: billhook evaluate smaller --against demo --text wiki.txt
+    Example: billhook evaluate smaller --against demo --text wiki.txt --report smaller.html
     """
-    if seq_len < 2:
-        raise BillhookError(f"seq-len {seq_len}: a window needs at least 2 tokens")
-    if json and json != Path("-"):
-        atomic.check_file(json)
-    started = time.perf_counter()
+    started, sizes = (
+        time.perf_counter(),
+        [counts(batch_sizes, "batch-sizes"), counts(context_lengths, "context-lengths")],
+    )
+    check_seq_len(seq_len)
+    check_outputs(json, html)
+    names = ([against] if against else []) + models
+    if len(set(names)) < len(names):
+        raise BillhookError(f"{next(n for n in names if names.count(n) > 1)} is named twice")
     with progress() as tick:
-        texts = data.evaluation_texts(text or ["demo"], tick)
-        opened = [
-            checkpoint.open_model(name, device=device, dtype=dtype, tick=tick)
-            for name in ([against] if against else []) + [model]
-        ]
-        if len({_fingerprint(one.tokenizer) for one in opened}) > 1:
-            raise BillhookError(
-                f"{against} and {model} have different tokenizers: perplexities per token cannot be compared"
-            )
+        named = [name for one in tasks or () for name in listed(one)]
+        scorer = _zero_shot(named, limit, max(sizes[0]), tick) if named else None
+        asked = evaluate.Measures(
+            texts=data.evaluation_texts(text or ["demo"], tick),
+            seq_len=seq_len,
+            max_windows=windows,
+            batch_sizes=sizes[0],
+            contexts=sizes[1],
+            prompts=evaluate.read_prompts(prompts) if prompts else PROMPTS,
+            new_tokens=new_tokens,
+            tasks=scorer,
+        )
+        opened = [checkpoint.open_model(name, device=device, dtype=dtype, tick=tick) for name in names]
         for one in opened:
             checkpoint.check_positions(one, seq_len)
-        subjects = [evaluate.Subject(one.name, one.model, one.tokenizer, disk_bytes(one)) for one in opened]
-        found = evaluate.side_by_side(subjects, texts, seq_len, windows, tick)
+        found = evaluate.side_by_side([evaluate.Subject.of(one) for one in opened], asked, bool(against), tick)
+    cuts = [cut for one in opened if (cut := report.stored_cut(one.folder)) and one.name != against]
+    written = report.assemble(
+        "evaluate",
+        " and ".join(models) + (f" against {against}" if against else ""),
+        report.conditions(opened[0].model, command_line(), time.perf_counter() - started),
+        models=found,
+        reference=against,
+        cut=cuts[0] if len(cuts) == 1 else None,
+    )
+    if not evaluate.same_tokenizer(found):
+        err.print(
+            "billhook: the tokenizers differ: perplexities per token do not compare, bits per byte do", soft_wrap=True
+        )
+    if json and json != Path("-"):
+        atomic.write_text(json, report.to_json(written))
+    if html:
+        page.save(html, written)
     if json == Path("-"):
-        typer.echo(report.to_json({"models": found}), nl=False)
+        typer.echo(report.to_json(written), nl=False)
         return
-    if json:
-        atomic.write_text(json, report.to_json({"models": found}))
+    if markdown:
+        typer.echo(tables.markdown(found), nl=False)
+        return
     print_measures(found)
-    out.print(f"{time.perf_counter() - started:.0f} s")
+    out.print(f"{time.perf_counter() - started:.0f} s" + (f"; {html}" if html else ""))
+
+
+def _zero_shot(names: list[str], limit: int | None, batch_size: int, tick: Tick) -> evaluate.Tasks:
+    """What scores a model on tasks, which are known before a model is loaded; finished ones are kept."""
+    tasks, kept = zeroshot.load_tasks(names, tick), demo.cache_folder() / "results"
+    return lambda subject, tick: zeroshot.evaluate(
+        subject.model, subject.tokenizer, tasks, limit=limit, batch_size=batch_size, kept=kept, tick=tick
+    )
 
 
 @app.command(name="inspect")
@@ -119,7 +192,3 @@ def methods_command(json: Json = False) -> None:
             f"  needs:  {method.needs}\n  scores: {', '.join((*SCORES, *GRADIENT_SCORES))}; streams: {', '.join(STREAMS)}\n  note:   {method.note}"
         )
     out.print(f"families: {', '.join(FAMILIES)}")
-
-
-def _fingerprint(tokenizer: Any) -> int:
-    return hash(frozenset(tokenizer.get_vocab().items()))

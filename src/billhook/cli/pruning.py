@@ -20,7 +20,6 @@ from billhook.cli.shared import (
     SeqLen,
     app,
     choice,
-    disk_bytes,
     err,
     out,
     print_measures,
@@ -30,7 +29,8 @@ from billhook.errors import BillhookError
 from billhook.layout import LAYOUTS
 from billhook.methods import METHODS
 from billhook.observe import STREAMS
-from billhook.pruning import check_out, measure, prune
+from billhook.pages import page
+from billhook.pruning import Result, check_out, measure, prune
 from billhook.recipe import CLIENTS, Recipe, read_recipe, recipe
 from billhook.scores import SCORES
 from billhook.taylor import GRADIENT_SCORES
@@ -175,7 +175,7 @@ def prune_command(
         device=device,
         dtype=dtype,
     )
-    found = _prune_to(model, chosen, output, overwrite, statistics)
+    found = _prune_to(model, chosen, output, overwrite, statistics).report
     if json:
         typer.echo(report.to_json(found), nl=False)
     else:
@@ -202,7 +202,7 @@ def run_command(
     Example: billhook run recipes/fasp-smollm2-20.yaml -o smaller --check
     """
     file = read_recipe(path)
-    found = _prune_to(file.model, file.recipe, output, overwrite)
+    found = _prune_to(file.model, file.recipe, output, overwrite).report
     out.print(report.summary_table(found, f"{file.model}, pruned by {path}"))
     if not check:
         return
@@ -230,27 +230,28 @@ def demo_command(json: Json = False) -> None:
     chosen = recipe(ratio=0.2, samples=32)
     found = _prune_to("demo", chosen, result_folder, overwrite=True)
     if not json:
-        out.print(report.summary_table(found, "SmolLM2-135M-Instruct, a fifth of its decoder pruned by FASP"))
+        out.print(report.summary_table(found.report, "SmolLM2-135M-Instruct, a fifth of its decoder pruned by FASP"))
     with progress() as tick:
         texts = data.evaluation_texts(["demo"], tick)
-        subjects = []
-        for name, where in (("dense", "demo"), ("pruned", str(result_folder))):
-            opened = checkpoint.open_model(where, tick=tick)
-            subjects.append(evaluate.Subject(name, opened.model, opened.tokenizer, disk_bytes(opened)))
-        measured = evaluate.side_by_side(subjects, texts, chosen.seq_len, max_windows=24, tick=tick)
+        asked = evaluate.Measures(texts=texts, seq_len=chosen.seq_len, max_windows=24)
+        subjects = [
+            evaluate.Subject.of(checkpoint.open_model(where, tick=tick), name)
+            for name, where in (("dense", "demo"), ("pruned", str(result_folder)))
+        ]
+        measured = evaluate.side_by_side(subjects, asked, reference=True, tick=tick)
+    page.save(result_folder / "report.html", found.page(measured))
     if json:
-        typer.echo(report.to_json({"prune": found, "models": measured}), nl=False)
+        typer.echo(report.to_json({"prune": found.report, "models": measured}), nl=False)
         return
     print_measures(measured)
     out.print(
-        f"{time.perf_counter() - started:.0f} s in all. The pruned model, a stock checkpoint: {result_folder}",
+        f"{time.perf_counter() - started:.0f} s in all. The pruned model, a stock checkpoint, with its report.html: "
+        f"{result_folder}",
         soft_wrap=True,
     )
 
 
-def _prune_to(
-    model: str, chosen: Recipe, output: Path, overwrite: bool, statistics: Path | None = None
-) -> dict[str, Any]:
+def _prune_to(model: str, chosen: Recipe, output: Path, overwrite: bool, statistics: Path | None = None) -> Result:
     """Prune into a folder that is reserved before the work starts, so that an unwritable place costs no time."""
     output, source = Path(os.path.expanduser(output)), Path(os.path.expanduser(model))
     if not source.exists():
@@ -261,7 +262,7 @@ def _prune_to(
         result.write(work, tick)
     if cut := result.report["vocabulary"]:
         _warn_of_vocabulary(cut)
-    return result.report
+    return result
 
 
 def _warn_of_vocabulary(cut: dict[str, Any]) -> None:

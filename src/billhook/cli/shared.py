@@ -1,7 +1,10 @@
 """What the commands share: the app, the consoles, common options, and the progress bar."""
 
+import shlex
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,7 +19,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from billhook import checkpoint, report
+from billhook import atomic, checkpoint, report
+from billhook.errors import BillhookError
+from billhook.pages import tables
 from billhook.progress import Tick
 
 app = typer.Typer(
@@ -47,16 +52,66 @@ Dtype = Annotated[
     ),
 ]
 SeqLen = Annotated[int, typer.Option(help="tokens in a window")]
+Texts = Annotated[
+    list[str] | None,
+    typer.Option("--text", help="text to score, as for --calibration; may be repeated", show_default="demo"),
+]
+Windows = Annotated[
+    int | None, typer.Option(min=1, help="score at most this many windows of each text", show_default="all")
+]
+Page = Annotated[
+    Path | None,
+    typer.Option(
+        "--report", help="write a page for people to this .html file, its numbers beside it", show_default=False
+    ),
+]
+JsonFile = Annotated[
+    Path | None, typer.Option(help="write every number to this file ('-' for standard output)", show_default=False)
+]
+Markdown = Annotated[bool, typer.Option("--markdown", help="print the table as Markdown, for a model card")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace OUT if billhook wrote it")]
 
 
 def print_measures(found: list[dict[str, Any]]) -> None:
-    out.print(report.measure_table(found, "dense and pruned" if len(found) > 1 else found[0]["name"]))
+    """The table of `evaluate`, and what each model writes."""
+    names = " and ".join(one["name"] for one in found)
+    out.print(report.table(names, tables.comparison_header(found), tables.comparison_rows(found)))
     out.print(report.text_table(found))
 
 
-def disk_bytes(opened: checkpoint.Opened) -> int | None:
-    return sum(f.stat().st_size for f in opened.folder.glob("*.safetensors")) if opened.folder else None
+def command_line() -> str:
+    """What the user typed."""
+    return shlex.join(["billhook", *sys.argv[1:]])
+
+
+def counts(text: str, name: str) -> tuple[int, ...]:
+    """`1,8` as numbers."""
+    try:
+        found = tuple(int(part) for part in listed(text))
+    except ValueError:
+        found = ()
+    if not found or min(found) < 1:
+        raise BillhookError(f"--{name} {text!r}: write whole numbers from 1 up, with commas")
+    return tuple(dict.fromkeys(found))
+
+
+def listed(text: str) -> list[str]:
+    """What stands between commas or blanks."""
+    return text.replace(",", " ").split()
+
+
+def check_seq_len(seq_len: int) -> None:
+    if seq_len < 2:
+        raise BillhookError(f"seq-len {seq_len}: a window needs at least 2 tokens")
+
+
+def check_outputs(json: Path | None, html: Path | None) -> None:
+    """Refuse, before the work, files that could not be written after it."""
+    if html and html.suffix not in (".html", ".htm"):
+        raise BillhookError(f"--report {html}: name a file that ends in .html")
+    for path in (json if json != Path("-") else None, html, html and html.with_suffix(".json")):
+        if path:
+            atomic.check_file(path)
 
 
 @contextmanager

@@ -1,10 +1,12 @@
 """Every method: an explicit table of what it is, where it comes from, what it prunes and what it needs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from transformers import PreTrainedModel
+
 from billhook.cuts import Cut
-from billhook.methods.fasp import fasp
+from billhook.methods.fasp import fasp, fasp_each
 
 
 @dataclass(frozen=True)
@@ -12,6 +14,9 @@ class Method:
     """One row of `billhook methods`."""
 
     run: Callable[..., list[Cut]]
+    run_each: (
+        Callable[..., Iterator[tuple[PreTrainedModel, list[Cut]]]] | None
+    )  # many plans from one pass, dense stream
     title: str
     paper: str
     kinds: tuple[str, ...]  # axes it can prune
@@ -23,6 +28,7 @@ class Method:
 METHODS: dict[str, Method] = {
     "fasp": Method(
         run=fasp,
+        run_each=fasp_each,
         title="Fast and Accurate Structured Pruning of LLMs",
         paper="arXiv:2501.09412",
         kinds=("ffn", "heads", "groups", "value", "layers"),

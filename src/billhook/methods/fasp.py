@@ -16,7 +16,8 @@ can hold; here whole query heads or KV groups go, where the user asks for them. 
 (abstract and reviews were): its damping, its stream and its tables are open, and nothing here claims to reproduce them.
 """
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +52,17 @@ class Fit:
     kept: Kept  # columns of the reader that stay
     weight: Narrowed  # of the reader, restored
     damping: float  # that it took
+    share: float  # of the sum of all scores that the dropped units hold
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One axis's fit, kept for later, with its record."""
+
+    axis: Axis
+    drop: Units
+    weight: Narrowed  # in the model's dtype
+    cut: Cut
 
 
 @torch.no_grad()
@@ -93,6 +105,41 @@ def fasp(
     return cuts
 
 
+@torch.no_grad()
+def fasp_each(
+    model: PreTrainedModel,
+    tokens: Tokens,
+    plans: Sequence[Plan],
+    settings: Settings = Settings(),
+    *,
+    scores: Mapping[tuple[int, str], Scores] | None = None,
+    clock: Clock | None = None,
+    tick: Tick = quiet,
+) -> Iterator[tuple[PreTrainedModel, list[Cut]]]:
+    """A cut copy of the model for every plan, from one walk: in the dense stream no cut sees another.
+
+    Bit by bit what `fasp(stream="dense")` makes of each plan alone.  What is kept meanwhile is every plan's narrowed readers.
+    """
+    clock, scores = clock or Clock(), scores or {}
+    kinds = tuple(dict.fromkeys(kind for plan in plans for kind in plan.kinds))
+    pieces: list[list[Piece]] = [[] for _ in plans]
+    for layer in walk(model, tokens, kinds, clock=clock, tick=tick):
+        for axis in layer.axes:
+            place = (axis.layer, axis.kind)
+            for plan, found in zip(plans, pieces, strict=True):
+                if axis.layer not in plan.layers and axis.kind in plan.kinds:
+                    found.append(
+                        _piece(model, axis, layer, plan.drops.get(place, 0), settings, clock, scores.get(place))
+                    )
+    for plan, found in zip(plans, pieces, strict=True):
+        smaller = copy.deepcopy(model)
+        for piece in found:
+            _carry_out(smaller, piece, clock)
+        drop_layers(smaller, plan.layers)
+        yield smaller, [piece.cut for piece in found]
+        found.clear()
+
+
 def cut(
     model: PreTrainedModel,
     axis: Axis,
@@ -102,19 +149,39 @@ def cut(
     clock: Clock,
     scores: Scores | None = None,
 ) -> Cut:
-    """Steps 1-3 on one axis.  The held-out windows first judge a fit on the others, then join it."""
+    """Steps 1-3 on one axis."""
+    piece = _piece(model, axis, layer, count, settings, clock, scores)
+    _carry_out(model, piece, clock)
+    return piece.cut
+
+
+def _piece(
+    model: PreTrainedModel,
+    axis: Axis,
+    layer: Layer,
+    count: int,
+    settings: Settings,
+    clock: Clock,
+    scores: Scores | None,
+) -> Piece:
+    """Steps 2 and 3 on one axis.  The held-out windows first judge a fit on the others, then join it."""
     fitted_on, held = layer.fit[axis.reader_module], layer.held_out.get(axis.reader_module)
     seen = fitted_on if held is None else fitted_on + held
-    W = reader_weight(model, axis).to(seen.gram.device)
+    reader = reader_weight(model, axis)
+    W = reader.to(seen.gram.device)
     found = fit(axis, W, seen, count, settings, clock, scores)
     with clock("errors"):
         kept, V = found.kept, found.weight
         before, after = _error(W, W[:, kept], seen, kept), _error(W, V, seen, kept)
         unseen = None if held is None else _error(W, _restored(W, fitted_on, kept, settings)[0], held, kept)
+    said = Cut(axis.layer, axis.kind, axis.units, len(found.drop), found.damping, before, after, unseen, found.share)
+    return Piece(axis, found.drop, V.to(reader), said)
+
+
+def _carry_out(model: PreTrainedModel, piece: Piece, clock: Clock) -> None:
     with clock("surgery"):
-        remove(model, axis, found.drop)
-        reader_weight(model, axis).copy_(V)
-    return Cut(axis.layer, axis.kind, axis.units, len(found.drop), found.damping, before, after, unseen)
+        remove(model, piece.axis, piece.drop)
+        reader_weight(model, piece.axis).copy_(piece.weight)
 
 
 def fit(
@@ -131,9 +198,10 @@ def fit(
         s = axis.pool(SCORES[settings.score](W, evidence.gram, settings.damping)) if scores is None else scores
         drop, keep = choose.lowest(s, count, axis.blocks)
         kept = axis.columns(keep)
+        share = (s[drop].sum() / s.sum()).item() if s.sum() > 0 else 0.0
     with clock("restoration"):
         V, used = _restored(W, evidence, kept, settings)
-    return Fit(drop, kept, V, used)
+    return Fit(drop, kept, V, used, share)
 
 
 def _restored(W: Weight, evidence: Evidence, kept: Kept, settings: Settings) -> tuple[Narrowed, float]:

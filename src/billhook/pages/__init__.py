@@ -1,0 +1,1 @@
+"""Reports as people read them: tables, charts, and one self-contained page."""

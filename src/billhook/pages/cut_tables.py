@@ -1,0 +1,90 @@
+"""The rows that say what a prune did: to the whole model, and layer by layer."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from billhook.pages.words import finite, mebibytes, number, percent, signed
+
+KINDS = {"ffn": "FFN channels", "heads": "query heads", "groups": "KV groups", "value": "value channels"}
+FITS = {"Q4_0, Q8_0": 32, "Marlin": 128, "K-quants": 256}  # what FFN widths must be multiples of
+
+
+def layer_header() -> list[str]:
+    return ["layer", "kept", "without restoration", "restored", "held out", "score gone"]
+
+
+def layer_rows(cuts: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """One row a layer, of cuts of one kind, under `layer_header`."""
+    return [
+        [
+            str(cut["layer"]),
+            f"{cut['units'] - cut['dropped']:,} of {cut['units']:,}",
+            *[number(cut.get(key), "{:.4f}") for key in ("error_without", "error", "error_held_out")],
+            percent(cut.get("score_dropped"), 2),
+        ]
+        for cut in cuts
+    ]
+
+
+def cut_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What was cut, of what, and what it took, as (name, value)."""
+    size, cuts = cut["sizes"], cut.get("cuts") or []
+    before, after = size["before"], size["after"]
+    rows: list[tuple[str, str]] = [
+        (name, f"{before[key]:,} → {after[key]:,} ({signed(size[share], digits)}{asked})")
+        for name, key, share, digits, asked in (
+            ("parameters", "parameters", "achieved_ratio_of_all", 1, ""),
+            ("decoder", "decoder_parameters", "achieved_ratio", 2, f", asked for {size['budget']}"),
+        )
+    ]
+    if words := cut.get("vocabulary"):
+        grows = f"the calibration text takes {percent(words['calibration_grows'])} more of them"
+        rows.append(("vocabulary", f"{words['before']:,} → {words['kept']:,} tokens; {grows}"))
+    if gone := cut.get("dropped_layers"):
+        rows.append(("layers", f"{', '.join(map(str, gone))} dropped (numbered from 0)"))
+    for kind in dict.fromkeys(c["kind"] for c in cuts):
+        of = [c for c in cuts if c["kind"] == kind]
+        name = str(KINDS.get(kind, kind))
+        rows.append((name, widths(of)))
+        if errors := _errors(of):
+            rows.append((f"{name}, error", errors))
+    if kept := [c["units"] - c["dropped"] for c in cuts if c["kind"] == "ffn"]:
+        fits = [f"{name} ({step}) in {sum(w % step == 0 for w in kept)}" for name, step in FITS.items()]
+        rows.append(("widths fit", f"{', '.join(fits)} of {len(kept)} layers"))
+    rows.append(("calibration", calibration_words(cut)))
+    rows.append(("seconds", ", ".join(f"{stage} {number(s, '{:,.1f}')}" for stage, s in cut["seconds"].items())))
+    rows.append(("peak memory", f"{mebibytes(cut.get('peak_growth_bytes'))} beyond the loaded model"))
+    for client in cut.get("loads") or ():
+        rows.append(("loads in", " ".join(str(client[key]) for key in ("client", "version") if client.get(key))))
+    return rows
+
+
+def calibration_words(cut: Mapping[str, Any]) -> str:
+    text = cut["calibration"]
+    seed = (cut.get("recipe") or {}).get("seed")
+    probes = f", {text['probes']} more to probe with" if text.get("probes") else ""
+    return f"{text['windows']:,} windows of {text['seq_len']:,} tokens of {text['source']}{probes}" + (
+        f", seed {seed}" if seed is not None else ""
+    )
+
+
+def widths(cuts: Sequence[Mapping[str, Any]]) -> str:
+    """What is left of one kind: once where all layers are equal, else the range."""
+    before, after = {c["units"] for c in cuts}, {c["units"] - c["dropped"] for c in cuts}
+    if len(before) == len(after) == 1:
+        return f"{before.pop():,} → {after.pop():,} in each of {len(cuts)} layers"
+    untouched = sum(c["dropped"] == 0 for c in cuts)
+    whole = f", {untouched} of {len(cuts)} layers whole" if untouched else f" in {len(cuts)} layers"
+    return f"{'/'.join(f'{n:,}' for n in sorted(before))} → {min(after):,} to {max(after):,}{whole}"
+
+
+def _errors(cuts: Sequence[Mapping[str, Any]]) -> str:
+    """Mean relative errors of one kind, over the layers that were cut or not."""
+    means = {}
+    for key in ("error_without", "error", "error_held_out"):
+        known = [c[key] for c in cuts if finite(c.get(key))]
+        means[key] = sum(known) / len(known) if known else None
+    if means["error"] is None:
+        return ""
+    held = f", {means['error_held_out']:.3f} on held-out windows" if means["error_held_out"] is not None else ""
+    return f"{number(means['error_without'], '{:.3f}')} → {means['error']:.3f} by restoration{held} (mean of layers)"

@@ -1,0 +1,63 @@
+"""Results kept on disk under all that decided them, so that long work goes on where it was cut off."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from billhook import atomic
+from billhook.errors import BillhookError, first_line
+
+
+def kept(folder: Path | None, name: str, key: dict[str, Any], measure: Callable[[], Any]) -> Any:
+    """`measure()`, or what it gave before where `folder` has it under the same key; plain data either way.
+
+    Raises:
+        BillhookError: what was kept cannot be read; names the file.
+    """
+    if folder is None:
+        return json.loads(json.dumps(measure()))
+    path = _path(folder, name, key)
+    if path.exists():
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))["found"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BillhookError(f"{path} cannot be read ({first_line(error)}): delete it") from error
+    text = json.dumps({"key": key, "found": measure()})
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic.write_text(path, text + "\n")
+    return json.loads(text)["found"]
+
+
+def has(folder: Path | None, name: str, key: dict[str, Any]) -> bool:
+    """Whether `kept` would measure nothing."""
+    return folder is not None and _path(folder, name, key).exists()
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Of every parameter's name, shape and values."""
+    found = hashlib.sha256()
+    for name, param in model.named_parameters():
+        values = param.detach().cpu().contiguous().flatten().view(torch.uint8)
+        found.update(f"{name} {tuple(param.shape)} {param.dtype}".encode())
+        found.update(values.numpy().tobytes())
+    return found.hexdigest()
+
+
+@cache
+def code_sha256() -> str:
+    """Of billhook's own source: a result of other code is not the same result."""
+    found = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def _path(folder: Path, name: str, key: dict[str, Any]) -> Path:
+    said = json.dumps(key, sort_keys=True)
+    return folder / f"{name}-{hashlib.sha256(said.encode()).hexdigest()[:16]}.json"

@@ -1,0 +1,194 @@
+"""Reports of the four kinds as tests and eyes need them: the shape is the contract's, the numbers are made up."""
+
+import math
+from typing import Any
+
+VERSIONS = {"python": "3.11.7", "billhook": "0.1.0", "torch": "2.13.0+cpu", "transformers": "5.23.0"}
+TEXTS = {"news": (28.34, 1.11, 12264, 52480), "lee": (31.43, 1.96, 5110, 23702)}
+PROMPTS = ["The capital of France is", "Water boils when", "Once upon a time, in a small village by the sea,"]
+WROTE = [
+    [
+        "Paris.\n\nThe capital of France is Paris.\n\nThe answer is: 2018-01-22 12:12:53.",
+        "the water is too hot, it will boil over and create steam. This can be a problem in certain industries.",
+        "there was a wise old wizard named Thorold. He lived in a tower surrounded by a beautiful garden.",
+    ],
+    [
+        "Paris.\n\nThe city of Paris is a place of great beauty, with many historic landmarks, including the Louvre.",
+        "the water is too hot.\n\nThe water is a critical component of the watercraft.",
+        "where the people of the city had been.\n\nThe people of the city had been.",
+    ],
+]
+
+
+def cut(layers: int = 30, kinds: tuple[str, ...] = ("ffn",), uneven: bool = False) -> dict[str, Any]:
+    """What a checkpoint's billhook.json holds."""
+    cuts = []
+    for kind, units in (("ffn", 1536), ("value", 64)):
+        for n in range(layers if kind in kinds else 0):
+            wave = 0.5 + 0.4 * math.sin(n * 1.7) * math.exp(-n / 40)
+            dropped = (
+                int(units * (0.45 * wave if uneven else 0.27)) // (units // 48) * (units // 48)
+                if n > 3 or not uneven
+                else 0
+            )
+            without = 0.55 * wave if dropped else 0.0
+            restored = without * (0.55 + 0.2 * math.cos(n))
+            cuts.append(
+                {
+                    **{"layer": n, "kind": kind, "units": units, "dropped": dropped, "damping": 0.001},
+                    **{"error_without": without, "error": restored, "error_held_out": restored * 1.12},
+                    "score_dropped": 0.11 * wave if dropped else 0.0,
+                }
+            )
+    return {
+        "recipe": {
+            **{"method": "fasp", "ratio": 0.2, "params": None, "layout": "per_layer" if uneven else "uniform"},
+            **{"allocation": "sensitivity" if uneven else "equal", "axes": list(kinds), "stream": "dense_target"},
+            **{"score": "obs", "damping": 0.001, "restoration": True, "calibration": "demo", "samples": 32},
+            **{"seq_len": 512, "seed": 0, "multiple_of": 32, "device": "auto", "dtype": "auto"},
+        },
+        "parent": "demo",
+        "layout": "per_layer" if uneven else "uniform",
+        "paper": "arXiv:2501.09412",
+        "sizes": {
+            "before": {"parameters": 134515008, "decoder_parameters": 106202880},
+            "after": {"parameters": 112949568, "decoder_parameters": 84637440},
+            **{"budget": "ratio 0.2", "achieved_ratio": 0.2030589, "achieved_ratio_of_all": 0.1603199},
+        },
+        "calibration": {
+            **{"source": "demo", "windows": 32, "probes": 8 if uneven else 0, "windows_available": 763},
+            **{"seq_len": 512, "text_sha256": "e87d64c238924e8051727519ff712f877b163ea7f997e98a776bcde45957b71a"},
+        },
+        **{"vocabulary": None, "dropped_layers": [], "cuts": cuts, "peak_growth_bytes": 508559360},
+        "seconds": {"forward": 65.9, "gram": 13.1, "score": 2.5, "restoration": 1.1, "errors": 5.9, "surgery": 0.02},
+        "versions": VERSIONS,
+        "loads": [{"client": "transformers", "version": "5.23.0", "tokens": "equal", "logits_drift": 0.0}],
+    }
+
+
+def model(name: str, size: float = 1.0, worse: float = 1.0, which: int = 0) -> dict[str, Any]:
+    """What was measured of one model."""
+    scores = []
+    for text, (value, error, tokens, size_bytes) in TEXTS.items():
+        found = value * worse ** (1.3 if text == "lee" else 1)
+        far = {"kl": 0.284 * worse, "kl_standard_error": 0.0093, "agreement": 0.713}
+        scores.append(
+            {
+                **{"text": text, "perplexity": found, "standard_error": error * worse, "seq_len": 512},
+                **{"bits_per_byte": math.log2(found) * tokens / size_bytes, "tokens": tokens, "bytes": size_bytes},
+                **{"text_sha256": f"{text}5f1c" * 8, "against": far if which else None},
+            }
+        )
+    speeds = []
+    for batch, context, prefill, decode in ((1, 512, 732.0, 23.2), (1, 2048, 655.0, 19.4), (8, 512, 811.0, 121.0)):
+        fast, quick = prefill / size**0.8, decode / size**0.6
+        speeds.append(
+            {
+                **{"batch": batch, "context": context, "prefill": fast, "prefill_range": [fast * 0.98, fast * 1.02]},
+                **{"decode": quick, "decode_range": [quick * 0.97, quick * 1.04], "new_tokens": 32, "repeats": 5},
+                **{"first_token_seconds": batch * context / fast, "token_seconds": batch / quick},
+            }
+        )
+    drop = 0.05 if which else 0.0
+    tasks = [
+        {
+            **{"task": task, "accuracy": accuracy - drop, "standard_error": 0.022, "samples": 500, "chance": chance},
+            **{"acc_norm": norm and norm - drop, "acc_norm_standard_error": norm and 0.0221},
+        }
+        for task, accuracy, norm, chance in (("logical_deduction", 0.412, 0.43, 0.25), ("boolean", 0.608, None, 0.5))
+    ]
+    return {
+        "name": name,
+        "sizes": {
+            "parameters": 28312128 + int(106202880 * size),
+            **{"decoder_parameters": int(106202880 * size), "embedding_parameters": 28311552},
+        },
+        **{"macs_per_token": 28311552 + 106202880 * size, "disk_bytes": 113248512 + int(424812160 * size)},
+        **{"perplexities": scores, "speeds": speeds, "prompts": PROMPTS, "continuations": WROTE[which]},
+        "memory": {
+            **{"weights_bytes": 113248512 + int(424812160 * size), "kv_cache_bytes": 11796480, "context": 512},
+            **{"peak_bytes": 172000000 + int(424812160 * size), "batch": 1},
+        },
+        "generation": {"repetition": 0.12 + drop, "distinct_1": 0.61, "distinct_2": 0.83 - drop, "distinct_3": 0.9},
+        "tasks": tasks,
+        "retention": {"above_chance": 0.74, "plain": 0.902} if which else None,
+    }
+
+
+def point(series: str, ratio: float, factor: float | None, error: str | None = None, **more: Any) -> dict[str, Any]:
+    """One run of a sweep or leaderboard."""
+    scores = [
+        {
+            **{"text": text, "perplexity": value * factor ** (1.25 if text == "lee" else 1), "seq_len": 512},
+            **{"standard_error": spread * factor, "factor": factor ** (1.25 if text == "lee" else 1), "tokens": tokens},
+        }
+        for text, (value, spread, tokens, _) in TEXTS.items()
+        if factor
+    ]
+    achieved = ratio + (0.0031 if ratio else 0)
+    decoder = int(106202880 * (1 - achieved))
+    return {
+        **{"series": series, "settings": series, "ratio": ratio, "achieved_ratio": achieved if factor else None},
+        **{"parameters": 28312128 + decoder if factor else None, "decoder_parameters": decoder if factor else None},
+        **{"perplexities": scores, "seconds": 51.3 if ratio else None, "error": error, "note": None, **more},
+    }
+
+
+def conditions(command: str) -> dict[str, Any]:
+    machine = {"device": "cpu", "dtype": "float32", "threads": 2, "machine": "x86_64, 2 cores", "seconds": 123.4}
+    return {"command": command, "versions": VERSIONS, **machine}
+
+
+def blank(title: str, kind: str, command: str) -> dict[str, Any]:
+    empty = {"cut": None, "models": [], "reference": None, "points": [], "knee": None, "healing": None}
+    return {"title": title, "kind": kind, **empty, "conditions": conditions(command)}
+
+
+def prune(uneven: bool = False) -> dict[str, Any]:
+    title = "SmolLM2-135M-Instruct, 20 % of its decoder pruned by FASP"
+    report = blank(title, "prune", "billhook prune demo --ratio 0.2 -o OUT")
+    return {**report, "cut": cut(uneven=uneven, kinds=("ffn", "value") if uneven else ("ffn",))}
+
+
+def evaluate() -> dict[str, Any]:
+    title = "SmolLM2-135M-Instruct, a fifth of its decoder pruned by FASP"
+    report = blank(title, "evaluate", "billhook evaluate out --against demo --tasks all --report report.html")
+    models = [model("demo"), model("demo-fasp-20", 0.797, 1.317, 1)]
+    return {**report, "cut": cut(uneven=True), "models": models, "reference": "demo"}
+
+
+def compare() -> dict[str, Any]:
+    command = "billhook compare demo --methods fasp,fasp:score=wanda,flap,layerchop,magnitude --ratios 0.2,0.4"
+    factors = {"fasp": (1.317, 2.61), "fasp-wanda": (1.384, 3.02), "flap": (1.462, 3.31), "magnitude": (4.1, 310.0)}
+    points = [point("unpruned", 0.0, 1.0)]
+    for series, costs in factors.items():
+        points += [point(series, ratio, cost) for ratio, cost in zip((0.2, 0.4), costs, strict=True)]
+    points[4]["settings"] = points[3]["settings"] = "fasp:score=wanda"
+    points.append(point("layerchop", 0.2, 2.31, note="off the common size by 1.1 %"))
+    points.append(point("layerchop", 0.4, None, "the budget asks for 12 of 30 layers: at most 10 may go"))
+    report = blank("Five ways to prune SmolLM2-135M-Instruct", "compare", command)
+    return {**report, "points": points, "reference": "demo"}
+
+
+def sweep() -> dict[str, Any]:
+    command = "billhook sweep demo --method fasp --ratios 0.1:0.6:0.1"
+    costs = {0.0: 1.0, 0.1: 1.12, 0.2: 1.317, 0.3: 1.71, 0.4: 2.61, 0.5: 5.2, 0.6: 14.3}
+    points = [point("fasp" if ratio else "unpruned", ratio, cost) for ratio, cost in costs.items()]
+    knee = {"ratio": 0.27, "low": 0.24, "high": 0.30, "text": "news", "below": 1.21, "above": 4.13}
+    report = blank("SmolLM2-135M-Instruct, swept from 10 to 60 % by FASP", "sweep", command)
+    return {**report, "points": points, "knee": {**knee, "verdict": "safe up to 27 ± 3 %"}, "reference": "demo"}
+
+
+def healed() -> dict[str, Any]:
+    steps = [
+        (0, 37.3, 45.8),
+        (250_000, 33.9, 42.0),
+        (500_000, 32.4, 40.9),
+        (1_000_000, 31.3, 40.6),
+        (2_000_000, 30.6, 41),
+    ]
+    report = evaluate()
+    return {**report, "healing": [{"tokens": n, "perplexities": [float(a), float(b)]} for n, a, b in steps]}
+
+
+ALL = {"prune": prune, "evaluate": evaluate, "compare": compare, "sweep": sweep, "healed": healed}
