@@ -440,7 +440,9 @@ def test_equal_commands_give_equal_weights_and_only_json_is_printed(bench: Bench
     code, out, err = bench.run("inspect", bench.tmp / "a", "--json")
     assert (code, err) == (0, "")
     seen, cut = json.loads(out), found[0]["cuts"][0]
-    assert {key: found[0]["sizes"]["after"][key] for key in ("parameters", "decoder_parameters")}.items() <= seen.items()
+    assert {
+        key: found[0]["sizes"]["after"][key] for key in ("parameters", "decoder_parameters")
+    }.items() <= seen.items()
     assert seen["axes"][0]["axis"] == "ffn" and seen["axes"][0]["units"] == cut["units"] - cut["dropped"] < 48
 
 

@@ -13,8 +13,8 @@ from billhook.families import attention_parts, family_of, layers, sizes, stock_t
 
 LAYOUTS = {
     "uniform": "one width for all layers: a stock checkpoint, loaded by whatever loads the family",
-    "per_layer": "widths and heads differ by layer: transformers loads it with trust_remote_code, billhook.load without, "
-    "llama.cpp as GGUF",
+    "per_layer": "widths and heads differ by layer: transformers and vLLM load it with trust_remote_code, billhook.load "
+    "without, llama.cpp as GGUF",
 }
 CODE = Path(per_layer.__file__)
 AUTO = {"Config": "Config", "Model": "Model", "ModelForCausalLM": "ForCausalLM"}  # transformers' Auto… -> our class

@@ -173,8 +173,8 @@ def command(report: dict[str, Any]) -> str:
 
 CARD_LAYOUT = {
     "uniform": "A stock `{}` checkpoint",
-    "per_layer": "A `{}` checkpoint whose layers differ in size: load it with `billhook.load(path)`, or with transformers "
-    "and `trust_remote_code=True`",
+    "per_layer": "A `{}` checkpoint whose layers differ in size: load it with `billhook.load(path)`, or with "
+    "transformers or vLLM and `trust_remote_code=True`",
 }
 CARD_FLAGS = (
     *("method", "ratio", "params", "memory", "speedup", "layout", "allocation", "axes", "score", "stream", "damping"),

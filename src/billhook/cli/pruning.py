@@ -37,7 +37,9 @@ from billhook.taylor import GRADIENT_SCORES
 
 DEFAULT = Recipe(ratio=0.2)
 WARN_AS_BYTES = 0.05  # share of the calibration text's characters
-WARN_GROWTH = 0.02  # share of its tokens: at 4.5 % SmolLM2 read other text 20 % worse per byte (docs/LOG.md)
+WARN_GROWTH = (
+    0.02  # share of its tokens: at 1, 3 and 9 % SmolLM2 read other text 2, 8 and 20 % worse per byte (docs/LOG.md)
+)
 
 
 @app.command(name="prune")
