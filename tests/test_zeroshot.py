@@ -16,6 +16,7 @@ import tiny
 import torch
 import yaml
 
+from billhook import data, quality, zeroshot
 from billhook.errors import BillhookError
 from billhook.zeroshot import evaluate, load_tasks, retention
 
@@ -422,3 +423,17 @@ def test_bigbench_archive(
         monkeypatch.setattr(sys, "argv", [*command, f"{name},sky/at_noon"])
         with pytest.raises(SystemExit, match=message):
             bigbench.main()
+
+
+def test_perplexity_is_the_rolling_likelihood_of_lm_eval() -> None:
+    """The same windows: lm-eval's rolling ones over a text whose first token is the prefix, all of them predicted but it."""
+    model, tokens = tiny.model("llama"), tiny.tokens(3, 24)
+    wrapped = zeroshot._wrap(model, tiny.tokenizer(), 1)
+    nats = 0.0
+    for window in tokens.tolist():
+        rolled = lm_eval.utils.get_rolling_token_windows(window[1:], window[0], max_seq_len=23, context_len=1)
+        ((context, continuation),) = map(lm_eval.utils.make_disjoint_window, rolled)
+        ((likelihood, _),) = wrapped._loglikelihood_tokens([(("", ""), context, continuation)], disable_tqdm=True)
+        nats -= likelihood
+    found = quality.perplexity(model, data.Windows("words", tokens, 3, "", ""))
+    assert found.perplexity == pytest.approx(math.exp(nats / found.tokens), rel=1e-5)
