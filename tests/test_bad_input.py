@@ -135,6 +135,7 @@ COMMANDS = {  # PRUNE and EVALUATE work, but for the MODEL or the option that fo
     "EVALUATE --report {text}/page.html": "cannot write .*words.txt/page",
     "EVALUATE --report {tmp}/page.txt": "page.txt: name a file that ends in .html",
     "EVALUATE --tasks {tmp}/no.yaml": "no.yaml",
+    "EVALUATE --tasks {tmp}": "--tasks .*: the folder holds no .yaml file",
     "EVALUATE --json {text}/a.json": "cannot write .*words.txt/a.json",
     "EVALUATE --json {tmp}/other": "cannot write .*other: Is a directory",
     "EVALUATE --json /proc/billhook/a.json": "cannot write /proc/billhook/a.json: No such file",

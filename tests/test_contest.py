@@ -282,6 +282,15 @@ def test_the_commands_write_pages_and_numbers(
     assert found["kind"] == "compare" and len(found["points"]) == 3
 
 
+def test_a_prune_leaves_a_page(folder: Path, text_file: Path, tmp_path: Path) -> None:
+    result = pruning.prune(str(folder), ratio=0.3, samples=6, seq_len=32, calibration=str(text_file))
+    out = result.save(tmp_path / "out")
+    told = json.loads((out / "report.json").read_text())
+    assert told["kind"] == "prune" and told["cut"]["sizes"] == json.loads((out / "billhook.json").read_text())["sizes"]
+    assert "billhook evaluate" in (out / "report.html").read_text()
+    assert all(0 <= cut["score_dropped"] < 1 for cut in told["cut"]["cuts"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -59,14 +59,16 @@ def evaluate_command(
     tasks: Annotated[
         list[str] | None,
         typer.Option(
-            help="zero-shot task of lm-eval, or a local YAML file of one; may be repeated, or with commas",
+            help="zero-shot task of lm-eval by name, a YAML file of one, or a folder of them; may be repeated, or with commas",
             show_default=False,
         ),
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="score at most this many documents of each task", show_default="all")
     ] = None,
-    batch_sizes: Annotated[str, typer.Option(help="batch sizes to time, with commas")] = "1",
+    batch_sizes: Annotated[
+        str, typer.Option(help="batch sizes to time, with commas; tasks are scored in the largest")
+    ] = "1",
     context_lengths: Annotated[str, typer.Option(help="prompt lengths to time, with commas")] = "512",
     prompts: Annotated[
         Path | None, typer.Option(help="file of prompts to continue, one a line", show_default="five of billhook's own")
@@ -107,14 +109,16 @@ def evaluate_command(
         opened = [checkpoint.open_model(name, device=device, dtype=dtype, tick=tick) for name in names]
         for one in opened:
             checkpoint.check_positions(one, seq_len)
-        found = evaluate.side_by_side([evaluate.Subject.of(one) for one in opened], asked, bool(against), tick)
+        subjects = [evaluate.Subject.of(one, label) for one, label in zip(opened, _labels(names), strict=True)]
+        found = evaluate.side_by_side(subjects, asked, bool(against), tick)
     cuts = [cut for one in opened if (cut := report.stored_cut(one.folder)) and one.name != against]
     written = report.assemble(
         "evaluate",
-        " and ".join(models) + (f" against {against}" if against else ""),
+        " and ".join(one["name"] for one in found[bool(against) :])
+        + (f" beside {found[0]['name']}" if against else ""),
         report.conditions(opened[0].model, command_line(), time.perf_counter() - started),
         models=found,
-        reference=against,
+        reference=found[0]["name"] if against else None,
         cut=cuts[0] if len(cuts) == 1 else None,
     )
     if not evaluate.same_tokenizer(found):
@@ -135,9 +139,19 @@ def evaluate_command(
     out.print(f"{time.perf_counter() - started:.0f} s" + (f"; {html}" if html else ""))
 
 
+def _labels(names: list[str]) -> list[str]:
+    """What tables call models: of folders the last part of the path, where that tells them apart."""
+    short = [Path(name).resolve().name if Path(name).is_dir() else name for name in names]
+    return short if len(set(short)) == len(names) else names
+
+
 def _zero_shot(names: list[str], limit: int | None, batch_size: int, tick: Tick) -> evaluate.Tasks:
     """What scores a model on tasks, which are known before a model is loaded; finished ones are kept."""
-    tasks, kept = zeroshot.load_tasks(names, tick), demo.cache_folder() / "results"
+    files = [str(file) for name in names if Path(name).is_dir() for file in sorted(Path(name).glob("*.yaml"))]
+    given = files + [name for name in names if not Path(name).is_dir()]
+    if not given:
+        raise BillhookError(f"--tasks {' '.join(names)}: the folder holds no .yaml file")
+    tasks, kept = zeroshot.load_tasks(given, tick), demo.cache_folder() / "results"
     return lambda subject, tick: zeroshot.evaluate(
         subject.model, subject.tokenizer, tasks, limit=limit, batch_size=batch_size, kept=kept, tick=tick
     )
