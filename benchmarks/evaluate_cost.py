@@ -70,6 +70,7 @@ ratios = [float(part) for part in args.ratios.split(",")]
 swept = timed(
     lambda: contest.sweep(
         opened,
+        "fasp",
         [recipe(ratio=one, calibration=args.calibration, samples=args.samples, stream="dense") for one in ratios],
         by,
     )

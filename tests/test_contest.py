@@ -131,7 +131,7 @@ def test_a_sweep_is_the_prunes_it_stands_for(
     stream: str, opened: checkpoint.Opened, by: contest.Judged, common: dict[str, Any], folder: Path
 ) -> None:
     chosen = [recipe(**common, ratio=ratio, stream=stream) for ratio in (0.2, 0.4)]
-    dense, *points = sweep(opened, chosen, by)
+    dense, *points = sweep(opened, "fasp", chosen, by)
     assert dense["achieved_ratio"] == 0
     for one, point in zip(chosen, points, strict=True):
         result = pruning.prune_opened(checkpoint.open_model(str(folder)), one)
@@ -143,7 +143,7 @@ def test_a_sweep_goes_on_where_it_was_cut_off(
     opened: checkpoint.Opened, by: contest.Judged, common: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = [recipe(**common, ratio=ratio, stream="dense") for ratio in (0.2, 0.3, 0.4)]
-    sweep(opened, [chosen[0], chosen[2]], by)
+    sweep(opened, "fasp", [chosen[0], chosen[2]], by)
     asked: list[list[float | None]] = []
     each = contest._each
     monkeypatch.setattr(
@@ -151,7 +151,7 @@ def test_a_sweep_goes_on_where_it_was_cut_off(
         "_each",
         lambda opened, missing, *rest: (asked.append([m.ratio for m in missing]), each(opened, missing, *rest))[1],
     )
-    assert [p["ratio"] for p in sweep(opened, chosen, by)] == [0, 0.2, 0.3, 0.4]
+    assert [p["ratio"] for p in sweep(opened, "fasp", chosen, by)] == [0, 0.2, 0.3, 0.4]
     assert asked == [[0.3]]
 
 
@@ -283,7 +283,7 @@ def test_the_commands_write_pages_and_numbers(
 
 
 def test_a_prune_leaves_a_page(folder: Path, text_file: Path, tmp_path: Path) -> None:
-    result = pruning.prune(str(folder), ratio=0.3, samples=6, seq_len=32, calibration=str(text_file))
+    result = pruning.prune(str(folder), ratio=0.3, samples=6, seq_len=32, multiple_of=8, calibration=str(text_file))
     out = result.save(tmp_path / "out")
     told = json.loads((out / "report.json").read_text())
     assert told["kind"] == "prune" and told["cut"]["sizes"] == json.loads((out / "billhook.json").read_text())["sizes"]

@@ -159,8 +159,8 @@ def compare(
     return [dense, *_with_factors(points, dense)]
 
 
-def sweep(opened: Opened, chosen: Sequence[Recipe], by: Judged, tick: Tick = quiet) -> list[dict[str, Any]]:
-    """A point for every recipe, which differ in their ratio alone.
+def sweep(opened: Opened, name: str, chosen: Sequence[Recipe], by: Judged, tick: Tick = quiet) -> list[dict[str, Any]]:
+    """A point for every recipe, which differ in their ratio alone; `name` is what charts call them.
 
     In the dense stream one pass over the calibration text serves all ratios; in the others each has its own.
     """
@@ -169,8 +169,8 @@ def sweep(opened: Opened, chosen: Sequence[Recipe], by: Judged, tick: Tick = qui
     fresh = _each(opened, missing, by, tick) if missing else iter(())
     points = []
     for one in chosen:
-        point = store.kept(by.kept, "point", by.key(one), lambda: next(fresh))
-        points.append(point | {"series": one.method, "settings": one.method, "ratio": one.ratio})
+        point = _kept(one, by, lambda: next(fresh))
+        points.append(point | {"series": name, "settings": name, "ratio": one.ratio})
     return [dense, *_with_factors(points, dense)]
 
 
@@ -199,14 +199,9 @@ def _each(opened: Opened, chosen: Sequence[Recipe], by: Judged, tick: Tick) -> I
         return
     _, texts = draw(opened, first, data.calibration_text(first.calibration, tick))
     scores = planning.unit_scores(opened.model, first, texts.calibration, tick=tick)
-    plans: list[Plan | BillhookError] = []
-    for one in chosen:
-        try:
-            plans.append(planning.make_plan(opened.model, one, texts, opened.dtype, scores, by.kept, tick=tick))
-        except BillhookError as error:
-            plans.append(error)
-    possible = [plan for plan in plans if isinstance(plan, Plan)]
+    plans = [_possible(opened, one, texts, scores, by, tick) for one in chosen]
     decoder, settings = budget.decoder_parameters(opened.model), planning.settings_of(first)
+    possible = [plan for plan in plans if isinstance(plan, Plan)]
     made = run_each(opened.model, texts.calibration, possible, settings, scores=scores, tick=tick)
     for one, plan in zip(chosen, plans, strict=True):
         if isinstance(plan, BillhookError):
@@ -215,6 +210,24 @@ def _each(opened: Opened, chosen: Sequence[Recipe], by: Judged, tick: Tick) -> I
         model, _ = next(made)
         finish(model, one, opened.dtype)
         yield _point(model, by, decoder, tick)
+
+
+def _possible(
+    opened: Opened, chosen: Recipe, texts: planning.Texts, scores: planning.UnitScores, by: Judged, tick: Tick
+) -> Plan | BillhookError:
+    try:
+        return planning.make_plan(opened.model, chosen, texts, opened.dtype, scores, by.kept, tick=tick)
+    except BillhookError as error:
+        return error
+
+
+def _kept(chosen: Recipe, by: Judged, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """`measure()`, or what it gave before; what went wrong is not kept."""
+    key = by.key(chosen)
+    if store.has(by.kept, "point", key):
+        return store.kept(by.kept, "point", key, measure)
+    point = measure()
+    return point if point["error"] else store.kept(by.kept, "point", key, lambda: point)
 
 
 def _cell(opened: Opened, chosen: Recipe, by: Judged, tick: Tick) -> dict[str, Any]:
@@ -279,9 +292,7 @@ def _workers(opened: Opened, by: Judged, jobs: int) -> Iterator[Callable[[list[R
     """Yield what runs recipes, each once: here, or in `jobs` processes that share the cores."""
 
     def here(chosen: list[Recipe], tick: Tick) -> list[dict[str, Any]]:
-        return [
-            store.kept(by.kept, "point", by.key(one), lambda one=one: _cell(opened, one, by, tick)) for one in chosen
-        ]
+        return [_kept(one, by, lambda one=one: _cell(opened, one, by, tick)) for one in chosen]
 
     if jobs == 1:
         yield here
@@ -307,4 +318,4 @@ def _open_worker(name: str, device: str, dtype: str, threads: int, by: Judged) -
 
 def _in_worker(chosen: Recipe) -> dict[str, Any]:
     by = _worker["by"]
-    return store.kept(by.kept, "point", by.key(chosen), lambda: _cell(_worker["opened"], chosen, by, quiet))
+    return _kept(chosen, by, lambda: _cell(_worker["opened"], chosen, by, quiet))

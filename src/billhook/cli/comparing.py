@@ -126,7 +126,7 @@ def sweep_command(
     started = time.perf_counter()
     with progress() as tick:
         opened, by = _opened(model, text, windows, common, tick)
-        points = contest.sweep(opened, chosen, by, tick)
+        points = contest.sweep(opened, one.name, chosen, by, tick)
     _show("sweep", f"{model} at {len(shares)} ratios by {one.name}", points, opened, started, json, html, markdown)
 
 

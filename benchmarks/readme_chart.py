@@ -1,0 +1,27 @@
+"""A chart of a report's page as a picture of its own: python benchmarks/readme_chart.py REPORT.html OUT.svg [--number N]"""
+
+import argparse
+import re
+from pathlib import Path
+
+from billhook import atomic
+from billhook.errors import BillhookError
+from billhook.pages.charts import STYLE
+
+INK = "svg{color:#1f2328;font-family:sans-serif}@media(prefers-color-scheme:dark){svg{color:#e6edf3}}"
+ALONE = ".wide.chart{display:block}"  # nothing else is there to show
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("page", type=Path)
+parser.add_argument("out", type=Path)
+parser.add_argument("--number", type=int, default=0)
+args = parser.parse_args()
+
+found = re.findall(
+    r"<svg[^>]*\bwide chart\b.*?</svg>|<svg[^>]*\bchart wide\b.*?</svg>", args.page.read_text(), re.DOTALL
+)
+if len(found) <= args.number:
+    raise BillhookError(f"{args.page} has {len(found)} charts")
+head, rest = found[args.number].split(">", 1)
+name = "" if "xmlns=" in head else ' xmlns="http://www.w3.org/2000/svg"'
+atomic.write_text(args.out, f"{head}{name}><style>{STYLE}{ALONE}{INK}</style>{rest}\n")
