@@ -21,6 +21,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "auto": UNIFORM | {"allocation": "auto"},
     "skip:4,2": PER_LAYER | {"allocation": "skip:4,2"},
     "global": PER_LAYER | {"allocation": "global"},
+    "standardised": PER_LAYER | {"allocation": "standardised"},
     "sensitivity": PER_LAYER | {"allocation": "sensitivity"},
     "sensitivity, ffn and groups": PER_LAYER | {"allocation": "sensitivity", "axes": ("ffn", "groups")},
     "sensitivity, ffn and layers": PER_LAYER | {"allocation": "sensitivity", "axes": ("ffn", "layers")},

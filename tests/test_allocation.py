@@ -175,9 +175,9 @@ def test_interpolation_lifts_what_falls_and_what_is_negative() -> None:
 
 
 def test_an_allocation_is_read_as_it_is_written(tmp_path: Path) -> None:
-    for name in ("equal", "global", "sensitivity", "auto"):
+    for name in ("equal", "global", "standardised", "sensitivity", "auto"):
         assert allocation.parse(name).name == name
-        assert allocation.parse(name).uneven == (name in ("global", "sensitivity"))
+        assert allocation.parse(name).uneven == (name in ("global", "standardised", "sensitivity"))
     assert allocation.parse("skip:4,2") == allocation.Allocation("skip", (4, 2))
     keep = {n: {"ffn": 48 - n, "groups": 2} for n in range(3)}
     for file, text in (("a.json", json.dumps(keep)), ("a.yaml", "".join(f"{n}: {said}\n" for n, said in keep.items()))):
@@ -221,7 +221,7 @@ def test_an_even_planner_takes_the_same_from_every_layer_that_may_give() -> None
 
 
 @pytest.mark.parametrize("kinds", [("ffn",), ("ffn", "groups"), ("ffn", "value")])
-@pytest.mark.parametrize("name", ["global", "sensitivity"])
+@pytest.mark.parametrize("name", ["global", "standardised", "sensitivity"])
 def test_a_planner_reaches_its_most_and_keeps_the_floor(name: str, kinds: tuple[str, ...]) -> None:
     model = tiny.model("llama")
     found = {(axis.layer, axis.kind): axis for axis in axes(model, kinds)}
@@ -340,6 +340,7 @@ ALLOCATIONS: Mapping[str, dict[str, Any]] = {
     "equal": {},
     "skip:1,0": {"layout": "per_layer"},
     "global": {"layout": "per_layer"},
+    "standardised": {"layout": "per_layer"},
     "sensitivity": {"layout": "per_layer"},
     "auto": {},
 }
@@ -356,15 +357,20 @@ def test_every_allocation_saves_what_the_ratio_says(family: str, name: str) -> N
     )
     assert all(torch.equal(param, before[key]) for key, param in model.named_parameters())
     cut = {axis.layer: plan.drops[axis.layer, "ffn"] for axis in found if axis.layer not in plan.layers}
-    slack = step_of(model, found[: len(cut) - name.startswith("skip")], 4, name in ("global", "sensitivity")) / 2
+    slack = (
+        step_of(
+            model, found[: len(cut) - name.startswith("skip")], 4, name in ("global", "standardised", "sensitivity")
+        )
+        / 2
+    )
     assert abs(budget.saved_by(model, plan) - target) <= slack
     assert all((48 - n) % 4 == 0 and n < 48 for n in cut.values())
-    assert (len(set(cut.values())) > 1) == (name in ("skip:1,0", "global", "sensitivity"))
+    assert (len(set(cut.values())) > 1) == (name in ("skip:1,0", "global", "standardised", "sensitivity"))
     assert name != "skip:1,0" or (cut[0] == 0 and len(set(cut.values())) == 2)
-    assert name not in ("global", "sensitivity") or min(48 - n for n in cut.values()) >= 0.3 * 48
+    assert name not in ("global", "standardised", "sensitivity") or min(48 - n for n in cut.values()) >= 0.3 * 48
 
 
-@pytest.mark.parametrize("name", ["global", "sensitivity"])
+@pytest.mark.parametrize("name", ["global", "standardised", "sensitivity"])
 def test_an_uneven_plan_is_believed_to_cost_no_more_than_equal_widths(name: str) -> None:
     model = deep()
     plain = planned(model, ratio=0.2)

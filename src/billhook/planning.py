@@ -11,18 +11,20 @@ import torch
 from transformers import PreTrainedModel
 
 from billhook import allocation, budget, store
+from billhook.axes import reader_weight
 from billhook.budget import Planner
 from billhook.errors import BillhookError, first_line
 from billhook.families import axes, layers
 from billhook.gradients import gradient_sums
 from billhook.layout import layout_of
 from billhook.methods import METHODS
-from billhook.methods.fasp import Settings
+from billhook.methods.fasp import Settings, axis_scores
+from billhook.observe import walk
 from billhook.plan import Plan
 from billhook.progress import Clock, Tick, quiet
 from billhook.recipe import BUDGETS, Recipe
 from billhook.sensitivity import Curves, Probe, curves
-from billhook.taylor import GRADIENT_SCORES, NEED_MEAN_GRADIENT
+from billhook.taylor import GRADIENT_SCORES, NEED_MEAN_GRADIENT, standardised
 from billhook.tensors import Probes, Scores, Tokens
 from billhook.timing import layer_times
 
@@ -149,6 +151,12 @@ def _curves(
     if name == "global":
         found = scores or _gradient_scores(model, GLOBAL_SCORE, chosen.unit_kinds, texts.calibration, clock, tick)
         return allocation.score_curves(model, found)
+    if name == "standardised":
+        found = standardised(scores or _forward_scores(model, chosen, texts.calibration, clock, tick))
+        least = min(
+            each.min() for each in found.values()
+        )  # losses are not negative; the same for all moves no threshold
+        return allocation.score_curves(model, {place: each - least for place, each in found.items()})
     return curves(
         model,
         texts.calibration,
@@ -170,6 +178,19 @@ def _gradient_scores(
             model, tokens[:, :GRADIENT_LENGTH], kinds, mean_gradient=score in NEED_MEAN_GRADIENT, tick=tick
         )
         return {place: GRADIENT_SCORES[score](found) for place, found in sums.items()}
+
+
+def _forward_scores(
+    model: PreTrainedModel, chosen: Recipe, tokens: Tokens, clock: Clock, tick: Tick
+) -> dict[tuple[int, str], Scores]:
+    settings, steps = settings_of(chosen), walk(model, tokens, chosen.unit_kinds, held_out=0.0, clock=clock, tick=tick)
+    return {
+        (axis.layer, axis.kind): axis_scores(
+            axis, reader_weight(model, axis), layer.fit[axis.reader_module].gram, settings
+        )
+        for layer in steps
+        for axis in layer.axes
+    }
 
 
 def _auto(

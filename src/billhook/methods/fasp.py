@@ -31,7 +31,7 @@ from billhook.plan import Plan
 from billhook.progress import Clock, Tick, quiet
 from billhook.scores import SCORES
 from billhook.surgery import drop_layers, remove
-from billhook.tensors import Kept, Narrowed, Scores, Tokens, Units, Weight
+from billhook.tensors import Gram, Kept, Narrowed, Scores, Tokens, Units, Weight
 
 
 @dataclass(frozen=True)
@@ -195,13 +195,18 @@ def fit(
 ) -> Fit:
     """Steps 2 and 3: which units go, and what the reader then should be; the model stays as it is."""
     with clock("score"):
-        s = axis.pool(SCORES[settings.score](W, evidence.gram, settings.damping)) if scores is None else scores
+        s = axis_scores(axis, W, evidence.gram, settings) if scores is None else scores
         drop, keep = choose.lowest(s, count, axis.blocks)
         kept = axis.columns(keep)
         share = (s[drop].sum() / s.sum()).item() if s.sum() > 0 else 0.0
     with clock("restoration"):
         V, used = _restored(W, evidence, kept, settings)
     return Fit(drop, kept, V, used, share)
+
+
+def axis_scores(axis: Axis, W: Weight, G: Gram, settings: Settings) -> Scores:
+    """Step 2: one number for each unit."""
+    return axis.pool(SCORES[settings.score](W.to(G.device), G, settings.damping))
 
 
 def _restored(W: Weight, evidence: Evidence, kept: Kept, settings: Settings) -> tuple[Narrowed, float]:
