@@ -37,6 +37,7 @@ parser.add_argument(
     "--rows", default=",".join(n for n in ROWS if "," not in n), help="separated by commas, or ; where names hold some"
 )
 parser.add_argument("--statistics", default="statistics")
+parser.add_argument("--probes", type=int, default=8, help="windows that sensitivity and auto judge by")
 parser.add_argument("--dtype", default="auto", help="to prune in: on a CPU auto is float32")
 parser.add_argument("--evaluate-dtype", choices=checkpoint.DTYPES, default="float32")
 args = parser.parse_args()
@@ -76,6 +77,7 @@ for ratio in map(float, args.ratios.split(",")):
             tick=quiet,
             ratio=ratio,
             calibration=args.calibration,
+            probes=args.probes,
             **ROWS[name],
         )
         found = " | ".join(

@@ -21,13 +21,13 @@ STANDALONE = {  # run where billhook is not: with checkpoints, or by a client's 
 FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do not import each other
     ("pages", "pages.scales", "pages.words"),
     ("errors", "tensors", "progress", "cuts", "plan", "memory", "writing", *STANDALONE, "gguf_archs"),
-    ("linalg", "atomic", "llamacpp", "gguf_vocab", "knee", "pages.charts", "pages.tables", "pages.cut_tables"),
+    ("linalg", "atomic", "llamacpp", "gguf_vocab", "knee", "depth", "pages.charts", "pages.tables", "pages.cut_tables"),
     ("store", "pages.headline", "pages.style", "scores", "taylor", "allocate", "choose", "restore", "axes", "demo"),
     ("families", "data"),
     ("surgery", "observe", "gradients", "layout", "quality"),
     ("budget", "saving", "export", "vocabulary"),
     ("methods.*", "checkpoint", "speed", "zeroshot", "report"),
-    ("methods", "clients", "sensitivity", "evaluate", "pages.page"),
+    ("methods", "clients", "sensitivity", "chopping", "evaluate", "pages.page"),
     ("allocation", "timing"),
     ("recipe",),
     ("planning",),
@@ -41,7 +41,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 NUMERIC = {"torch", "numpy", "scipy"}  # what mathematics may stand on
 WORDS = {"errors", "tensors"}
-MATHEMATICS = {"linalg", "scores", "taylor", "allocate", "choose", "restore", "knee"}
+MATHEMATICS = {"depth", "linalg", "scores", "taylor", "allocate", "choose", "restore", "knee"}
 STRUCTURE = {"axes", "families", "surgery", "layout"}
 NAME_FAMILIES = {"families", "modeling_per_layer", "gguf_archs"}
 ROOM = re.compile(r"\..*")  # methods.fasp -> methods.*

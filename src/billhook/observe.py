@@ -227,6 +227,16 @@ def enter(model: PreTrainedModel, batches: list[Tensor]) -> tuple[list[Tensor], 
 
 
 @torch.no_grad()
+def head(model: PreTrainedModel, tokens: Tokens, state: Tensor, keep: Tensor | int = 0) -> Tensor:
+    """The logits of `state`, what left the last layer for `tokens`; `keep` as transformers' `logits_to_keep`."""
+    with ExitStack() as undo:
+        for module in layers(model):
+            module.forward = lambda hidden_states, **_: state
+            undo.callback(delattr, module, "forward")
+        return model(tokens, use_cache=False, logits_to_keep=keep).logits
+
+
+@torch.no_grad()
 def run(module: nn.Module, state: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """One decoder layer on hidden states, with what the model passes to it."""
     out = module(state, **kwargs)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from billhook import allocation, budget, store
+from billhook import allocation, budget, chopping, depth, store
 from billhook.axes import reader_weight
 from billhook.budget import Planner
 from billhook.errors import BillhookError, first_line
@@ -41,6 +41,17 @@ class Texts:
 
     calibration: Tokens
     probe: Probes
+
+
+def needs_text(chosen: Recipe) -> bool:
+    """Whether anything is measured on text: positions and named layers need none."""
+    measures = chosen.method != "layerchop" or not (chosen.drop or chosen.keep or chosen.preset in depth.FREE)
+    return measures or bool(chosen.vocab_from)
+
+
+def judges(chosen: Recipe) -> bool:
+    """Whether the plan is judged by further windows, which the calibration does not see."""
+    return chosen.method == "layerchop" or allocation.parse(chosen.allocation).name in ("sensitivity", "auto")
 
 
 def settings_of(chosen: Recipe) -> Settings:
@@ -74,8 +85,11 @@ def make_plan(
     budget.check_kinds(model, chosen.kinds, chosen.layout)
     if chosen.layout == "uniform" and layout_of(model) == "per_layer":
         raise BillhookError("the layers of this model differ already: use --layout per_layer")
-    if "layers" in chosen.kinds and said.name not in ("sensitivity", "auto"):
+    if chosen.method != "layerchop" and "layers" in chosen.kinds and said.name not in ("sensitivity", "auto"):
         raise BillhookError("axis 'layers' is weighed against the others: use --allocation sensitivity, or auto")
+    if chosen.method == "layerchop":
+        with clock("layers"):
+            return _chop_plan(model, chosen, texts, dtype, statistics, tick)
     if said.name != "file" and all(getattr(chosen, name) is None for name in BUDGETS):
         return Plan()  # the vocabulary alone
     if said.keep is not None:
@@ -193,6 +207,59 @@ def _forward_scores(
     }
 
 
+def _chop_plan(
+    model: PreTrainedModel, chosen: Recipe, texts: Texts, dtype: torch.dtype, statistics: Path | None, tick: Tick
+) -> Plan:
+    """The layers that the recipe names, or as many as its budget asks for, by its preset."""
+    total = len(layers(model))
+    if chosen.drop or chosen.keep:
+        named = depth.numbered(chosen.drop or chosen.keep, total)
+        return Plan(layers=tuple(named if chosen.drop else [n for n in range(total) if n not in named]))
+    if chosen.layers is not None:
+        count = total - chosen.layers
+    elif all(getattr(chosen, name) is None for name in BUDGETS):
+        return Plan()  # the vocabulary alone
+    else:
+        count = len(_solved(model, chosen, _by_depth(model), dtype, tick).layers)
+    if not 0 < count <= total - 2:
+        raise BillhookError(
+            f"{count} of {total} layers would go: at least one goes, and the first and the last stay; name others with --drop"
+        )
+    key = {"weights": store.weights_sha256(model), "tokens": _hashes(texts)} if statistics else {}
+    return Plan(
+        layers=tuple(
+            chopping.chosen(
+                model,
+                chosen.preset,
+                count,
+                texts.calibration,
+                texts.probe,
+                seed=chosen.seed,
+                folder=statistics,
+                key=key,
+                tick=tick,
+            )
+        )
+    )
+
+
+def _by_depth(model: PreTrainedModel) -> Planner:
+    """Parameters to save -> that many layers from the middle, which stand for whichever will go."""
+    total = len(layers(model))
+    inner = sum(budget.layer_parameters(model, n) for n in range(1, total - 1))
+
+    def make(saving: float | int) -> Plan:
+        count = round(saving * max(total - 2, 1) / inner)
+        if not 0 < count <= total - 2:
+            raise BillhookError(
+                f"the budget asks for {saving:,.0f} parameters, {count} of {total} layers: at least one goes, and the first and "
+                "the last stay"
+            )
+        return Plan(layers=tuple(depth.middle(total, count)))
+
+    return Planner(make, inner)
+
+
 def _auto(
     model: PreTrainedModel,
     chosen: Recipe,
@@ -214,18 +281,18 @@ def _auto(
             _solved(model, chosen, whole, dtype, quiet)
     alone = curves(model, texts.calibration[:1], texts.probe, (), settings, whole_layers=True, clock=clock, tick=tick)
     probe, best, since = Probe(model, texts.probe), (float("inf"), Plan()), 0
-    for depth in range(0 if kinds else 1, len(layers(model)) // 2):
-        gone = _apart({n: loss[1] for (n, _), loss in alone.items()}, depth)
+    for count in range(0 if kinds else 1, len(layers(model)) // 2):
+        gone = _apart({n: loss[1] for (n, _), loss in alone.items()}, count)
         planner = allocation.even_planner(model, kinds, chosen.width_step, chosen.layout, gone=gone)
         try:
             plan = _solved(model, chosen, planner, dtype, tick)
         except BillhookError:
-            if not depth:
+            if not count:
                 raise
             if not kinds:
                 continue
             break  # these layers alone are more than the budget
-        tick("trying depths", depth, depth + PATIENCE)
+        tick("trying depths", count, count + PATIENCE)
         with clock("trials"):
             trial = copy.deepcopy(model)
             METHODS[chosen.method].run(
@@ -251,12 +318,15 @@ def _apart(losses: Mapping[int, float], count: int) -> list[int]:
 
 def _key(model: PreTrainedModel, chosen: Recipe, name: str, texts: Texts) -> dict[str, Any]:
     """All that decides what is measured."""
-    tokens = {
-        part: hashlib.sha256(getattr(texts, part).numpy().tobytes()).hexdigest() for part in ("calibration", "probe")
-    }
     decides = ("kinds", "score", "damping", "restoration", "dtype")
     weights = store.weights_sha256(model)
-    return {"curves": name, "weights": weights, **tokens} | {k: getattr(chosen, k) for k in decides}
+    return {"curves": name, "weights": weights, **_hashes(texts)} | {k: getattr(chosen, k) for k in decides}
+
+
+def _hashes(texts: Texts) -> dict[str, str]:
+    return {
+        part: hashlib.sha256(getattr(texts, part).numpy().tobytes()).hexdigest() for part in ("calibration", "probe")
+    }
 
 
 def _kept(folder: Path | None, key: dict[str, Any], measure: Callable[[], Curves]) -> Curves:

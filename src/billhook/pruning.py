@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from billhook import (
-    allocation,
     atomic,
     budget,
     checkpoint,
@@ -24,6 +23,7 @@ from billhook import (
 )
 from billhook.checkpoint import Opened
 from billhook.errors import BillhookError
+from billhook.families import layers
 from billhook.memory import peak_growth
 from billhook.methods import METHODS
 from billhook.pages import page
@@ -33,7 +33,6 @@ from billhook.surgery import cast
 
 SAMPLE = 2**20  # characters of the calibration text by which a cut vocabulary is judged
 VOCABULARY_STEP = 64  # rows of an embedding: what kernels and tensor parallelism like
-MEASURED = ("sensitivity", "auto")  # allocations that judge by windows which the calibration does not see
 
 
 def _unheard(line: str) -> None:
@@ -140,8 +139,11 @@ def prune_opened(
 ) -> Result:
     """Prune a model that is already loaded, in place."""
     model, clock = opened.model, Clock()
-    checkpoint.check_positions(opened, chosen.seq_len)
-    before, calibration = budget.parameters(model), data.calibration_text(chosen.calibration, tick)
+    before, total = budget.parameters(model), len(layers(model))
+    calibration = data.Text("", "")
+    if planning.needs_text(chosen):
+        checkpoint.check_positions(opened, chosen.seq_len)
+        calibration = data.calibration_text(chosen.calibration, tick)
     vocabulary_cut = _trim(opened, chosen, calibration, tick)
     windows, texts = draw(opened, chosen, calibration)
     with peak_growth(model.device) as growth:
@@ -174,6 +176,7 @@ def prune_opened(
         },
         "vocabulary": vocabulary_cut,
         "dropped_layers": list(plan.layers),
+        "kept_layers": [n for n in range(total) if n not in plan.layers],
         "cuts": [asdict(cut) for cut in cuts],
         "seconds": {stage: round(s, 3) for stage, s in clock.seconds.items()},
         "peak_growth_bytes": growth(),
@@ -187,7 +190,10 @@ def draw(opened: Opened, chosen: Recipe, text: data.Text) -> tuple[data.Windows,
 
     They are drawn in one order whatever their number.
     """
-    probes = chosen.probes if allocation.parse(chosen.allocation).name in MEASURED else 0
+    if not planning.needs_text(chosen):
+        nothing = torch.zeros(0, chosen.seq_len, dtype=torch.long)
+        return data.Windows("", nothing, 0, "", ""), planning.Texts(nothing, nothing)
+    probes = chosen.probes if planning.judges(chosen) else 0
     windows = data.windows(text, opened.tokenizer, chosen.seq_len, chosen.samples + probes, chosen.seed)
     data.check_vocabulary(windows, opened.model, opened.name)
     return windows, planning.Texts(*windows.tokens.split([chosen.samples, probes]))

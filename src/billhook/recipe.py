@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from billhook import allocation
 from billhook.budget import check_names
 from billhook.checkpoint import DTYPES
+from billhook.chopping import PRESETS
 from billhook.errors import BillhookError, one_of
 from billhook.layout import LAYOUTS
 from billhook.methods import METHODS
@@ -26,6 +27,7 @@ CLIENTS = {  # who will load it -> what FFN widths its kernels want, and why
     "llama.cpp": (256, "K-quants want rows of 256; multiples of 32 fall back to Q5_0 or Q8_0, others to F16"),
 }
 BUDGETS = ("ratio", "params", "memory", "speedup")
+EXPLICIT = ("drop", "keep", "layers")  # budgets of layerchop alone
 COUNT = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -42,6 +44,10 @@ class Recipe(BaseModel):
     speedup: float | None = Field(default=None, gt=1, allow_inf_nan=False)  # of a prefill on this machine
     context: int = Field(default=2048, ge=1)  # tokens in the KV cache that `memory` counts
     batch: int = Field(default=1, ge=1)
+    preset: str = "contiguous"  # of layerchop: which layers go
+    drop: str = ""  # of layerchop: the layers that go, "10-14,20"
+    keep: str = ""  # of layerchop: the layers that stay
+    layers: int | None = Field(default=None, ge=1)  # of layerchop: how many stay
     layout: str = "uniform"
     allocation: str = "equal"
     floor: float = Field(default=0.3, gt=0, le=1, allow_inf_nan=False)
@@ -63,7 +69,7 @@ class Recipe(BaseModel):
     device: str = "auto"
     dtype: str = "auto"
 
-    @field_validator("method", "score", "stream", "dtype", "layout")
+    @field_validator("method", "score", "stream", "dtype", "layout", "preset")
     @classmethod
     def _known(cls, value: str, info: Any) -> str:
         valid = {
@@ -72,6 +78,7 @@ class Recipe(BaseModel):
             "stream": STREAMS,
             "dtype": ("auto", *DTYPES),
             "layout": LAYOUTS,
+            "preset": PRESETS,
         }
         return one_of(info.field_name, value, valid[info.field_name])
 
@@ -87,7 +94,12 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Recipe":
-        given = [f"--{name}" for name in BUDGETS if getattr(self, name) is not None]
+        given = [f"--{name}" for name in (*BUDGETS, *EXPLICIT) if getattr(self, name) not in (None, "")]
+        explicit = [name for name in given if name.removeprefix("--") in EXPLICIT]
+        if self.method != "layerchop" and explicit:
+            raise BillhookError(f"{explicit[0]} names whole layers: use it with --method layerchop")
+        if self.method == "layerchop" and self.allocation != "equal":
+            raise BillhookError("layerchop has no allocation: its --preset says which layers go")
         if len(given) > 1:
             raise BillhookError(f"{' and '.join(given)} are two budgets: give one")
         if self.vocab_size and not self.vocab_from:
@@ -107,6 +119,9 @@ class Recipe(BaseModel):
                 "allocation auto chooses depth and one width, for the uniform layout: leave out --layout"
             )
         check_names(self.kinds, self.layout)
+        if alien := [kind for kind in self.kinds if kind not in METHODS[self.method].kinds]:
+            own = ", ".join(METHODS[self.method].kinds)
+            raise BillhookError(f"{self.method} does not prune {alien[0]!r}: leave out --axes, or name some of {own}")
         return self
 
     @property
@@ -127,8 +142,10 @@ class Recipe(BaseModel):
     @property
     def budget(self) -> str:
         """The budget as the user would say it."""
-        for name in BUDGETS:
-            if (value := getattr(self, name)) is not None:
+        for name in (*BUDGETS, *EXPLICIT):
+            if (value := getattr(self, name)) not in (None, ""):
+                if isinstance(value, str):
+                    return f"{name} {value}"
                 return f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:g}"
         return "an allocation file" if allocation.parse(self.allocation).name == "file" else "vocabulary alone"
 

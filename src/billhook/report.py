@@ -51,7 +51,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {n: version(n) for n in ("billhook", "torch", "transformers")}
 
 
-def conditions(model: PreTrainedModel, command: str, seconds: float) -> dict[str, Any]:
+def conditions(model: PreTrainedModel, command: str, seconds: float | int) -> dict[str, Any]:
     """Where and how numbers were measured."""
     return {
         "command": command,
@@ -163,10 +163,12 @@ The licence is that of the parent model.
 
 def command(report: dict[str, Any]) -> str:
     """The command line that makes the same cut."""
+    recipe = report["recipe"]
+    idle = UNIT_FLAGS if recipe["method"] == "layerchop" else LAYER_FLAGS
     settings = " ".join(
         f"--{key.replace('_', '-')} {_flag(value)}"
-        for key, value in report["recipe"].items()
-        if key in CARD_FLAGS and value is not None
+        for key, value in recipe.items()
+        if key in CARD_FLAGS and key not in idle and value not in (None, "")
     )
     return f"billhook prune {report['parent']} {settings} -o OUT"
 
@@ -176,9 +178,11 @@ CARD_LAYOUT = {
     "per_layer": "A `{}` checkpoint whose layers differ in size: load it with `billhook.load(path)`, or with "
     "transformers or vLLM and `trust_remote_code=True`",
 }
+LAYER_FLAGS = ("preset", "drop", "keep", "layers")
+UNIT_FLAGS = ("allocation", "axes", "score", "stream", "damping", "correction", "multiple_of")
 CARD_FLAGS = (
-    *("method", "ratio", "params", "memory", "speedup", "layout", "allocation", "axes", "score", "stream", "damping"),
-    *("correction", "calibration", "samples", "seq_len", "seed", "multiple_of"),
+    *("method", "ratio", "params", "memory", "speedup", *LAYER_FLAGS, "layout", *UNIT_FLAGS),
+    *("calibration", "samples", "seq_len", "seed"),
 )
 
 

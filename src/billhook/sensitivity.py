@@ -4,17 +4,16 @@ Each axis of each layer is cut alone, at a few counts, and restored in closed fo
 layers after it run on a few probe windows that the restoration never saw.  No gradients.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.axes import Axis, reader_weight
 from billhook.families import layers
 from billhook.methods.fasp import Settings, fit
-from billhook.observe import Layer, enter, run, walk
+from billhook.observe import Layer, enter, head, run, walk
 from billhook.progress import Clock, Tick, quiet
 from billhook.tensors import Probes, Scores, Tokens
 
@@ -64,11 +63,8 @@ class Probe:
             state = run(layers(self.model)[n], state, self.calls[n])
         return state
 
-    @torch.no_grad()
     def _log_probabilities(self, state: Tensor) -> Tensor:
-        with _replaced(layers(self.model), lambda hidden_states, **_: state):
-            logits = self.model(self.tokens, use_cache=False, logits_to_keep=self._kept).logits
-        return torch.log_softmax(logits.float(), -1)
+        return torch.log_softmax(head(self.model, self.tokens, state, self._kept).float(), -1)
 
 
 def curves(
@@ -129,15 +125,3 @@ def _axis_curve(
         found[count] = probe.divergence(axis.layer)
         W.copy_(whole)
     return found
-
-
-@contextmanager
-def _replaced(modules: nn.ModuleList, forward: object) -> Iterator[None]:
-    """Every module's forward is `forward` while the context is open."""
-    try:
-        for module in modules:
-            vars(module)["forward"] = forward
-        yield
-    finally:
-        for module in modules:
-            del vars(module)["forward"]

@@ -8,6 +8,7 @@ import typer
 from rich.table import Table
 
 from billhook import atomic, budget, checkpoint, data, demo, evaluate, report, zeroshot
+from billhook.chopping import PRESETS
 from billhook.cli.shared import (
     Device,
     Dtype,
@@ -202,7 +203,10 @@ def methods_command(json: Json = False) -> None:
     for name, method in METHODS.items():
         out.print(f"[bold]{name}[/]  {method.title} ({method.paper})")
         out.print(f"  prunes: {', '.join(method.kinds)} (default {', '.join(method.default_kinds)})")
-        out.print(
-            f"  needs:  {method.needs}\n  scores: {', '.join((*SCORES, *GRADIENT_SCORES))}; streams: {', '.join(STREAMS)}\n  note:   {method.note}"
-        )
+        out.print(f"  needs:  {method.needs}")
+        if method.scored:
+            out.print(f"  scores: {', '.join((*SCORES, *GRADIENT_SCORES))}; streams: {', '.join(STREAMS)}")
+        if "layers" in method.default_kinds:
+            out.print(f"  presets: {', '.join(PRESETS)}")
+        out.print(f"  note:   {method.note}")
     out.print(f"families: {', '.join(FAMILIES)}")

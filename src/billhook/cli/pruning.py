@@ -8,9 +8,10 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from billhook import atomic, checkpoint, data, demo, evaluate, report
+from billhook import atomic, checkpoint, data, demo, depth, evaluate, report
 from billhook.allocation import ALLOCATIONS
 from billhook.budget import AXES
+from billhook.chopping import MEASURED, PRESETS
 from billhook.cli.shared import (
     Device,
     Dtype,
@@ -71,6 +72,23 @@ def prune_command(
     method: Annotated[
         str, typer.Option(help=f"one of: {', '.join(METHODS)} (see 'billhook methods')")
     ] = DEFAULT.method,
+    preset: Annotated[
+        str,
+        choice(
+            PRESETS,
+            f"layerchop: which layers go. By position: {', '.join(depth.FREE)}. "
+            + "; ".join(f"{k}: {v}" for k, v in MEASURED.items()),
+        ),
+    ] = DEFAULT.preset,
+    drop: Annotated[
+        str, typer.Option(help="layerchop, instead of a ratio: the layers that go, like 10-14,20", show_default=False)
+    ] = "",
+    keep: Annotated[
+        str, typer.Option(help="layerchop, instead of a ratio: the layers that stay", show_default=False)
+    ] = "",
+    layers: Annotated[
+        int | None, typer.Option(help="layerchop, instead of a ratio: how many layers stay", show_default=False)
+    ] = None,
     axes: Annotated[
         str, choice(AXES, f"what to prune, comma-separated, of {', '.join(AXES)}; empty: the method's own")
     ] = "",
@@ -156,6 +174,10 @@ def prune_command(
         speedup=speedup,
         context=context,
         batch=batch,
+        preset=preset,
+        drop=drop,
+        keep=keep,
+        layers=layers,
         layout=layout,
         allocation=allocation,
         floor=floor,

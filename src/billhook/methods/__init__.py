@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from billhook.cuts import Cut
 from billhook.methods.fasp import fasp, fasp_each
+from billhook.methods.layerchop import layerchop
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Method:
     default_kinds: tuple[str, ...]
     needs: str
     note: str
+    scored: bool = True  # whether it scores units, by `SCORES` or gradients, in one of the streams
 
 
 METHODS: dict[str, Method] = {
@@ -36,5 +38,17 @@ METHODS: dict[str, Method] = {
         needs="calibration text; one forward pass, no gradients, no training",
         note="--score wanda --axes ffn,value --layout per_layer --stream dense is nearest to the paper. Value channels (its V/O) "
         "need another attention shape than stock classes have. Layers go whole by --allocation auto or sensitivity.",
+    ),
+    "layerchop": Method(
+        run=layerchop,
+        run_each=None,
+        title="Just CHOP: Embarrassingly Simple LLM Compression",
+        paper="arXiv:2305.14864",
+        kinds=("layers",),
+        default_kinds=("layers",),
+        needs="nothing for a preset by position; a few windows of calibration text for the others",
+        note="Which layers: --preset, or --drop 10-14,20, --keep, --layers N. The paper trains on afterwards; without that, presets by "
+        "position ruin small models, and contiguous, the default, costs least.",
+        scored=False,
     ),
 }

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from billhook.pages.words import finite, mebibytes, number, percent, signed
+from billhook.pages.words import finite, mebibytes, number, percent, ranges, signed
 
 KINDS = {"ffn": "FFN channels", "heads": "query heads", "groups": "KV groups", "value": "value channels"}
 FITS = {"Q4_0, Q8_0": 32, "Marlin": 128, "K-quants": 256}  # what FFN widths must be multiples of
@@ -41,7 +41,8 @@ def cut_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
         grows = f"the calibration text takes {percent(words['calibration_grows'])} more of them"
         rows.append(("vocabulary", f"{words['before']:,} → {words['kept']:,} tokens; {grows}"))
     if gone := cut.get("dropped_layers"):
-        rows.append(("layers", f"{', '.join(map(str, gone))} dropped (numbered from 0)"))
+        kept = f", {ranges(cut['kept_layers'])} kept" if cut.get("kept_layers") else ""
+        rows.append(("layers", f"{ranges(gone)} dropped{kept} (numbered from 0)"))
     for kind in dict.fromkeys(c["kind"] for c in cuts):
         of = [c for c in cuts if c["kind"] == kind]
         name = str(KINDS.get(kind, kind))
@@ -61,6 +62,8 @@ def cut_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def calibration_words(cut: Mapping[str, Any]) -> str:
     text = cut["calibration"]
+    if not text["windows"]:
+        return "none was needed"
     seed = (cut.get("recipe") or {}).get("seed")
     probes = f", {text['probes']} more to probe with" if text.get("probes") else ""
     return f"{text['windows']:,} windows of {text['seq_len']:,} tokens of {text['source']}{probes}" + (

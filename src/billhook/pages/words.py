@@ -1,6 +1,7 @@
 """Numbers as people read them; what is no number is a dash."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 NONE = "—"  # no number: not measured, or not finite
@@ -65,3 +66,14 @@ def megabytes(value: Any) -> str:
 
 def mebibytes(value: Any) -> str:
     return number(value, "{:,.0f} MiB" if finite(value) and value >= 2**24 else "{:,.1f} MiB", 2**-20)
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Ascending whole numbers, what follows on one another drawn together: 0-12, 19-29."""
+    found: list[list[int]] = []
+    for n in numbers:
+        if found and n == found[-1][1] + 1:
+            found[-1][1] = n
+        else:
+            found.append([n, n])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in found)

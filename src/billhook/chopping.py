@@ -1,0 +1,170 @@
+"""Which layers go, by what they do: their influence on the hidden state, or the loss without them.
+
+One pass over a few windows scores every layer; the losses are those of the model with the layers passed by, nothing is cut.
+"""
+
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from billhook import depth, store
+from billhook.families import layers
+from billhook.gradients import gradient_sums
+from billhook.observe import enter, head, run
+from billhook.progress import Tick, quiet
+from billhook.taylor import taylor1_element
+from billhook.tensors import Probes, Tokens
+
+MEASURED = {
+    "block-influence": "the least change of direction, 1 - cos(input, output), mean over tokens (ShortGPT, arXiv:2403.03853)",
+    "angular": "the block whose ends are nearest by angle, at the last token (Gromov et al., arXiv:2403.17887)",
+    "perplexity": "the least loss without each alone (Kim et al., arXiv:2402.02834)",
+    "contiguous": "the block with the least loss without it: what costs least without training (docs/LOG.md)",
+    "greedy": "one at a time, each time the one least missed (SLEB, arXiv:2402.09025)",
+    "taylor": "the least sum of |weight x gradient|, the first four and last two kept (Taylor+ of Kim et al.)",
+}
+PRESETS = (*depth.FREE, *MEASURED)
+GRADIENT_LENGTH = 128
+KEPT_BY_TAYLOR = (4, 2)
+
+
+def chosen(
+    model: PreTrainedModel,
+    preset: str,
+    count: int,
+    tokens: Tokens,
+    probe: Probes,
+    *,
+    seed: int = 0,
+    folder: Path | None = None,
+    key: dict[str, Any] | None = None,
+    tick: Tick = quiet,
+) -> list[int]:
+    """The `count` layers that go, ascending; the first and the last stay.
+
+    Args:
+        tokens: windows for what one pass measures.
+        probe: fewer windows, for losses: each layer or block that is tried takes a pass of its own over them.
+        folder: keeps what was measured under `key`, for other counts.
+    """
+    total = len(layers(model))
+    if preset in depth.POSITIONS:
+        return depth.POSITIONS[preset](total, count)
+    if preset == "random":
+        return depth.drawn(total, count, seed)
+
+    def kept(name: str, measure: Callable[[], Any], **more: int) -> Any:
+        return store.kept(folder, name, {**(key or {}), "criterion": name, **more}, measure)
+
+    if preset == "block-influence":
+        return depth.lowest(kept(preset, lambda: block_influence(model, tokens, tick)), count)
+    if preset == "angular":
+        found = kept(preset, lambda: angular_distances(model, tokens, tick))
+        starts = range(1, total - count)
+        return _block(min(starts, key=lambda n: found[n][n + count]), count)
+    if preset == "perplexity":
+        return depth.lowest(kept(preset, lambda: losses_without_each(model, probe, (), tick)), count)
+    if preset == "contiguous":
+        found = kept(preset, lambda: losses_without_blocks(model, probe, count, tick), count=count)
+        return _block(1 + min(range(len(found)), key=lambda n: found[n]), count)
+    if preset == "greedy":
+        gone: list[int] = []
+        for n in range(count):
+            left = [m for m in range(1, total - 1) if m not in gone]
+            found = kept(preset, lambda: losses_without_each(model, probe, gone, tick), step=n)
+            gone.append(min(left, key=lambda m: found[m]))
+        return sorted(gone)
+    scores = kept(preset, lambda: taylor_scores(model, tokens, tick))
+    first, last = KEPT_BY_TAYLOR
+    spared = [math.inf if n < first or n >= total - last else score for n, score in enumerate(scores)]
+    return depth.lowest(spared, count)
+
+
+def block_influence(model: PreTrainedModel, tokens: Tokens, tick: Tick = quiet) -> list[float]:
+    """BI_n = 1 - E cos(x_n, x_n+1) of every layer, x_n (tokens, hidden) what enters it.
+
+    Float32, and without each window's first token: an attention sink, whose state is like no other's.
+    """
+    sums = [0.0] * len(layers(model))
+    for states in _each_window(model, tokens, tick):
+        for n, (before, after) in enumerate(pairwise(states)):
+            cosine = torch.cosine_similarity(before[:, 1:].float(), after[:, 1:].float(), dim=-1)
+            sums[n] += cosine.sum(dtype=torch.float64).item()
+    return [1 - one / (tokens.numel() - len(tokens)) for one in sums]
+
+
+def angular_distances(model: PreTrainedModel, tokens: Tokens, tick: Tick = quiet) -> list[list[float]]:
+    """d[l][m] = arccos cos(x_l, x_m) / pi at the last token, mean over windows: what layers l to m - 1 turn."""
+    last = [torch.cat([state[:, -1] for state in states]) for states in _each_window(model, tokens, tick)]
+    x = torch.nn.functional.normalize(torch.stack(last, 1).double(), dim=-1)  # (states, windows, hidden)
+    cosine = torch.einsum("awh,bwh->abw", x, x).clamp(-1, 1)
+    return (cosine.arccos() / math.pi).mean(-1).tolist()
+
+
+def losses_without_each(
+    model: PreTrainedModel, probe: Probes, gone: Sequence[int] = (), tick: Tick = quiet
+) -> list[float]:
+    """The loss, in nats a token, without layer n and without those already `gone`, for every n."""
+    return _losses(model, probe, [{n, *gone} for n in range(len(layers(model)))], tick)
+
+
+def losses_without_blocks(model: PreTrainedModel, probe: Probes, count: int, tick: Tick = quiet) -> list[float]:
+    """The loss without layers n to n + count - 1, for n = 1, 2, … while the last layer stays."""
+    total = len(layers(model))
+    return _losses(model, probe, [set(_block(n, count)) for n in range(1, total - count)], tick)
+
+
+def taylor_scores(model: PreTrainedModel, tokens: Tokens, tick: Tick = quiet) -> list[float]:
+    """sum |w dL/dw| over the linear weights of each layer."""
+    sums, found = (
+        gradient_sums(model, tokens[:, :GRADIENT_LENGTH], ("groups", "ffn"), mean_gradient=True, tick=tick),
+        {},
+    )
+    for (layer, _), one in sums.items():
+        found[layer] = found.get(layer, 0.0) + taylor1_element(one).sum().item()
+    return [found[n] for n in range(len(layers(model)))]
+
+
+def _block(start: int, count: int) -> list[int]:
+    return list(range(start, start + count))
+
+
+@torch.no_grad()
+def _each_window(model: PreTrainedModel, tokens: Tokens, tick: Tick) -> Iterator[list[Tensor]]:
+    """Of one window at a time, the state (1, length, hidden) that enters each layer, and the one that leaves the last."""
+    for n, window in enumerate(tokens.split(1)):
+        tick("measuring layers", n, len(tokens))
+        (state,), (calls,) = enter(model, [window])
+        states = [state]
+        for module, call in zip(layers(model), calls, strict=True):
+            states.append(run(module, states[-1], call))
+        yield states
+    tick("measuring layers", len(tokens), len(tokens))
+
+
+@torch.no_grad()
+def _losses(model: PreTrainedModel, probe: Probes, without: Sequence[Collection[int]], tick: Tick) -> list[float]:
+    """Mean loss of the model without each of the sets of layers; what comes before a set is run once."""
+    sums = [0.0] * len(without)
+    for w, window in enumerate(probe.split(1)):
+        ids = window.to(model.device)
+        (state,), (calls,) = enter(model, [window])
+        states = [state]
+        for module, call in zip(layers(model), calls, strict=True):
+            states.append(run(module, states[-1], call))
+        for n, gone in enumerate(without):
+            tick("measuring layers", w * len(without) + n, len(probe) * len(without))
+            first = min(gone)
+            state = states[first]
+            for m in range(first, len(layers(model))):
+                state = state if m in gone else run(layers(model)[m], state, calls[m])
+            logits = head(model, ids, state)
+            sums[n] += torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:]).item()
+    tick("measuring layers", 1, 1)
+    return [one / len(probe) for one in sums]

@@ -1,0 +1,194 @@
+"""Which layers go: presets by position, what is measured against models that have lost the layers, and the command."""
+
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import transformers as T
+
+from billhook import chopping, depth, pruning
+from billhook.errors import BillhookError
+from billhook.families import layers
+from billhook.pages.words import ranges
+from billhook.surgery import drop_layers
+
+
+def deep(count: int = 6, seed: int = 0) -> T.PreTrainedModel:
+    torch.manual_seed(seed)
+    config = tiny.CONFIGS["llama"](num_hidden_layers=count)
+    model = T.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    for n, layer in enumerate(layers(model)):
+        for param in layer.parameters():
+            param.data *= 1 + (n * 7 % 5)  # layers that differ in what they do
+    return model
+
+
+def loss_of(model: T.PreTrainedModel, tokens: torch.Tensor) -> float:
+    logits = model(tokens, use_cache=False).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
+
+
+@pytest.mark.parametrize(
+    ("preset", "half", "few"),
+    [
+        ("input", [1, 2, 3, 4], [1]),
+        ("output", [3, 4, 5, 6], [6]),
+        ("reverse", [3, 4, 5, 6], [6]),
+        ("middle", [2, 3, 4, 5], [4]),
+        ("both", [1, 2, 5, 6], [1]),
+        ("max-gap", [1, 3, 4, 6], [4]),
+    ],
+)
+def test_presets_by_hand(preset: str, half: list[int], few: list[int]) -> None:
+    assert depth.POSITIONS[preset](8, 4) == half and depth.POSITIONS[preset](8, 1) == few
+
+
+@pytest.mark.parametrize("preset", depth.POSITIONS)
+@pytest.mark.parametrize("total", [3, 8, 30, 33])
+def test_presets_leave_the_first_and_the_last(preset: str, total: int) -> None:
+    for count in range(1, total - 1):
+        found = depth.POSITIONS[preset](total, count)
+        assert len(set(found)) == count and found == sorted(found) and found[0] > 0 and found[-1] < total - 1
+        assert set(depth.drawn(total, count, 3)) <= set(range(1, total - 1))
+
+
+def test_every_other_layer_goes_at_a_half() -> None:
+    found = depth.max_gap(32, 15)
+    assert all(b - a == 2 for a, b in pairwise(found))
+
+
+def test_layers_are_named_in_ranges() -> None:
+    assert depth.numbered("10-12, 20,3", 30) == [3, 10, 11, 12, 20]
+    assert ranges([3, 10, 11, 12, 20]) == "3, 10-12, 20"
+
+
+@pytest.mark.parametrize("text", ["12-10", "1,1", "1-3,2", "30", "-1", "a", "", "1-", "1--2"])
+def test_wrong_names_are_refused(text: str) -> None:
+    with pytest.raises(BillhookError, match="layers "):
+        depth.numbered(text, 30)
+
+
+def test_the_losses_are_those_of_models_without_the_layers() -> None:
+    model, tokens = deep(), tiny.tokens(3, 24)
+    each, blocks = chopping.losses_without_each(model, tokens, [2]), chopping.losses_without_blocks(model, tokens, 3)
+    assert len(each) == 6 and len(blocks) == 2
+    for gone, found in [({n, 2}, each[n]) for n in range(6)] + [({1, 2, 3}, blocks[0]), ({2, 3, 4}, blocks[1])]:
+        without = deep()
+        drop_layers(without, sorted(gone))
+        assert found == pytest.approx(loss_of(without, tokens), rel=1e-5)
+
+
+def test_block_influence_by_hand() -> None:
+    model, tokens = deep(), tiny.tokens(3, 24)
+    states = model(tokens, output_hidden_states=True).hidden_states[:-1]  # the last one is after the final norm
+    for n, (x, y) in enumerate(pairwise(states)):
+        cosine = torch.cosine_similarity(x[:, 1:].double(), y[:, 1:].double(), dim=-1).mean().item()
+        assert chopping.block_influence(model, tokens)[n] == pytest.approx(1 - cosine, abs=1e-5)
+
+
+def test_angles_by_hand() -> None:
+    model, tokens = deep(), tiny.tokens(3, 24)
+    states = model(tokens, output_hidden_states=True).hidden_states[:-1]
+    found = chopping.angular_distances(model, tokens)
+    cosine = torch.cosine_similarity(states[1][:, -1].double(), states[4][:, -1].double(), dim=-1)
+    assert found[1][4] == pytest.approx((cosine.arccos() / math.pi).mean().item(), abs=1e-4)
+    assert len(found) == 7 and all(found[n][n] == pytest.approx(0, abs=1e-4) for n in range(7))
+
+
+def test_a_layer_that_does_nothing_goes_first() -> None:
+    for quiet_one in (2, 4):
+        model, tokens = deep(), tiny.tokens(4, 24)
+        for param in (layers(model)[quiet_one].mlp.down_proj.weight, layers(model)[quiet_one].self_attn.o_proj.weight):
+            param.data *= 0
+        for preset in set(chopping.MEASURED) - {"taylor"}:
+            found = chopping.chosen(model, preset, 1, tokens, tokens)
+            assert found == [quiet_one] or preset in ("perplexity", "greedy", "contiguous"), preset
+        without = deep()
+        assert chopping.losses_without_each(model, tokens)[quiet_one] == pytest.approx(loss_of(model, tokens), rel=1e-5)
+        del without
+
+
+def test_greedy_is_a_search_of_models() -> None:
+    model, tokens = deep(), tiny.tokens(3, 24)
+    gone: list[int] = []
+    for _ in range(2):
+        losses = {}
+        for n in set(range(1, 5)) - set(gone):
+            without = deep()
+            drop_layers(without, sorted([*gone, n]))
+            losses[n] = loss_of(without, tokens)
+        gone.append(min(losses, key=lambda n: losses[n]))
+    assert chopping.chosen(model, "greedy", 2, tokens, tokens) == sorted(gone)
+
+
+def test_taylor_keeps_the_first_four_and_the_last_two() -> None:
+    tokens = tiny.tokens(2, 24)
+    assert set(chopping.chosen(deep(9), "taylor", 2, tokens, tokens)) <= {4, 5, 6}
+
+
+def test_what_was_measured_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = deep(), tiny.tokens(3, 24)
+    once = [chopping.chosen(model, p, 2, tokens, tokens, folder=tmp_path, key={}) for p in chopping.MEASURED]
+    monkeypatch.setattr(chopping, "run", None)
+    monkeypatch.setattr(chopping, "gradient_sums", None)
+    assert once == [chopping.chosen(model, p, 2, tokens, tokens, folder=tmp_path, key={}) for p in chopping.MEASURED]
+
+
+@pytest.mark.parametrize("preset", chopping.PRESETS)
+def test_a_chopped_model_is_written_whole(preset: str, tmp_path: Path, text_file: Path) -> None:
+    deep().save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    given = dict(method="layerchop", preset=preset, calibration=str(text_file), samples=4, seq_len=32, probes=2)
+    result = pruning.prune(str(tmp_path / "model"), ratio=0.34, **given)
+    out = result.save(tmp_path / "out")
+    told = json.loads((out / "billhook.json").read_text())
+    gone, kept = told["dropped_layers"], told["kept_layers"]
+    assert len(gone) == 2 and sorted(gone + kept) == list(range(6)) and {0, 5} <= set(kept)
+    again = T.AutoModelForCausalLM.from_pretrained(out)
+    assert again.config.num_hidden_layers == len(layers(again)) == 4
+    assert (told["calibration"]["windows"] == 0) == (preset in depth.FREE)
+
+
+def test_presets_by_position_need_no_text(tmp_path: Path) -> None:
+    deep().save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    for given in (
+        {"preset": "input", "ratio": 0.34},
+        {"drop": "0,2-3"},
+        {"keep": "0,4,5"},
+        {"preset": "both", "layers": 4},
+    ):
+        result = pruning.prune(
+            str(tmp_path / "model"), method="layerchop", calibration=str(tmp_path / "nowhere.txt"), **given
+        )
+        assert len(layers(result.model)) in (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"ratio": 0.9}, "the first and the last stay"),
+        ({"ratio": 0.01}, "at least one goes"),
+        ({"layers": 6}, "0 of 6 layers would go"),
+        ({"layers": 9}, "-3 of 6 layers would go"),
+        ({"drop": "0-5"}, "all 6 layers would go"),
+        ({"drop": "4-9"}, "there is no layer 9"),
+        ({"drop": "4-2"}, "the range 4-2 is reversed"),
+        ({"drop": "1-3,2"}, "layer 2 is named twice"),
+        ({"drop": "1", "ratio": 0.2}, "--ratio and --drop are two budgets"),
+        ({"ratio": 0.2, "preset": "inputs"}, "preset 'inputs'.*input"),
+        ({"ratio": 0.2, "allocation": "auto"}, "layerchop has no allocation"),
+        ({"ratio": 0.2, "axes": ("ffn",)}, "layerchop does not prune 'ffn'"),
+        ({"drop": "1", "method": "fasp"}, "use it with --method layerchop"),
+    ],
+)
+def test_bad_input(given: dict[str, object], said: str, tmp_path: Path, text_file: Path) -> None:
+    deep().save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    settings = {"method": "layerchop", "calibration": str(text_file), "samples": 4, "seq_len": 32, "probes": 2, **given}
+    with pytest.raises(BillhookError, match=said):
+        pruning.prune(str(tmp_path / "model"), **settings)
