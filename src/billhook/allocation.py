@@ -92,7 +92,8 @@ def planner(
         assert curves is not None
         choices, found = _choices(model, kinds, multiple_of, floor, curves), axes(model, kinds)
         whole = {n: (layer_parameters(model, n), loss[1]) for (n, kind), loss in curves.items() if kind == "layers"}
-        return Planner(lambda saving: _weighed(choices, found, saving, whole), allocate.most(choices, whole))
+        step = min((c.savings[1] for c in choices if len(c.savings) > 1), default=1)
+        return Planner(lambda saving: _weighed(choices, found, saving, whole), allocate.most(choices, whole), step)
     first, last = allocation.spared
     spared = [n for n in range(total) if n < first or n >= total - last]
     if len(spared) == total:
@@ -131,7 +132,8 @@ def even_planner(
             )
         return even(len(layers(model)), choose.solve(candidates, rest), spared, gone)
 
-    return Planner(make, by_layers + sum(c.drops[-1] * c.price for c in candidates))
+    most = by_layers + sum(c.drops[-1] * c.price for c in candidates)
+    return Planner(make, most, min(steps, default=by_layers))
 
 
 def score_curves(model: PreTrainedModel, scores: Mapping[tuple[int, str], Scores], steps: int = 48) -> Curves:

@@ -15,7 +15,6 @@ from billhook.plan import Plan
 
 AXES = {**KINDS, "layers": "whole decoder layers"}
 TOLERANCE = 0.005  # a goal so little below what can be had is met by it
-STEPS = 24  # of a bisection: 2^-24 of a decoder is less than one unit
 
 
 def decoder_parameters(model: PreTrainedModel) -> int:
@@ -128,10 +127,11 @@ def _heads_after(model: PreTrainedModel, axis: Axis, drop: int) -> dict[str, int
 
 @dataclass(frozen=True)
 class Planner:
-    """How an allocation turns parameters to save into a plan, and the most that it can save."""
+    """How an allocation turns parameters to save into a plan, the most that it can save, and the smallest difference."""
 
     make: Callable[[float], Plan]
     most: float | int
+    step: float | int
 
 
 def saved_by(model: PreTrainedModel, plan: Plan) -> int:
@@ -163,8 +163,17 @@ def kv_cache_entries(model: PreTrainedModel, plan: Plan, context: int, batch: in
     return total
 
 
-def reach(planner: Planner, cost: Callable[[Plan], float], goal: float | int, say: Callable[[Any], str]) -> Plan:
-    """The plan that brings `cost`, which falls as more is saved, down to `goal`: nearest to it.
+def reach(
+    planner: Planner,
+    cost: Callable[[Plan], float],
+    goal: float | int,
+    say: Callable[[Any], str],
+    parameters: bool = False,
+) -> Plan:
+    """The plan that brings `cost`, which falls as more is saved, down to `goal`: nearest to it, by bisection.
+
+    A plan can take the solver seconds: the search ends where it cannot tell two savings apart, and there is none where the
+    cost is counted in `parameters`.
 
     Raises:
         BillhookError: the model costs less already, or more than that whatever is cut; says what is possible.
@@ -176,17 +185,19 @@ def reach(planner: Planner, cost: Callable[[Plan], float], goal: float | int, sa
         raise BillhookError(
             f"{say(goal)} is below the smallest possible here, {say(least)}: ask for a smaller cut, or name more axes"
         )
-    low, high, best = 0.0, planner.most, Plan()
-    for _ in range(STEPS):
+    if parameters:
+        return planner.make(min(whole - goal, planner.most))
+    low, high, best, nearest = 0.0, planner.most, Plan(), whole - goal
+    while high - low > planner.step / 4:
         middle = (low + high) / 2
         try:
             plan = planner.make(middle)
         except BillhookError:  # less than half of a step
             low = middle
             continue
-        if abs(cost(plan) - goal) < abs(cost(best) - goal):
-            best = plan
-        low, high = (middle, high) if cost(plan) > goal else (low, middle)
+        if abs((found := cost(plan)) - goal) < nearest:
+            best, nearest = plan, abs(found - goal)
+        low, high = (middle, high) if found > goal else (low, middle)
     if best == Plan():
         raise BillhookError(
             f"{say(goal)} is less than half of the smallest step below the model's own {say(whole)}: ask for a larger cut"

@@ -138,9 +138,8 @@ def _solved(model: PreTrainedModel, chosen: Recipe, planner: Planner, dtype: tor
     if chosen.ratio is not None:
         return planner.make(chosen.ratio * budget.decoder_parameters(model))
     if chosen.params is not None:
-        return budget.reach(
-            planner, lambda plan: total - budget.saved_by(model, plan), chosen.params, "{:,.0f} parameters".format
-        )
+        kept, say = (lambda plan: total - budget.saved_by(model, plan)), "{:,.0f} parameters".format
+        return budget.reach(planner, kept, chosen.params, say, parameters=True)
     if chosen.memory is not None:
 
         def held(plan: Plan) -> int:
@@ -257,7 +256,7 @@ def _by_depth(model: PreTrainedModel) -> Planner:
             )
         return Plan(layers=tuple(depth.middle(total, count)))
 
-    return Planner(make, inner)
+    return Planner(make, inner, inner / max(total - 2, 1))
 
 
 def _auto(
