@@ -166,9 +166,8 @@ def _unknown(name: str, valid: Sequence[str]) -> str:
 
 def _read_file(name: str) -> dict[str, Any]:
     """A task file's settings, its includes and functions resolved by lm-eval."""
-    from lm_eval.tasks._yaml_loader import (
-        load_yaml,
-    )  # TaskManager reads files too, but data files from where one stands
+    # TaskManager reads files too, but looks for their data from where one stands
+    from lm_eval.tasks._yaml_loader import load_yaml
 
     path = Path(name).expanduser()
     if not path.is_file():
