@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -321,3 +322,16 @@ def test_bad_input(
     assert run([str(folder) if a == "MODEL" else a for a in arguments] + given, monkeypatch) == 2
     told = capsys.readouterr().err
     assert said in told and len(told.strip().splitlines()) == 1 and "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("below", "said"), [(1.0, "safe up to 30% ± 0%"), (4.0, "steep from 30% ± 0% on, .*×3.3 by then")]
+)
+def test_only_a_cheap_knee_is_called_safe(below: float, said: str) -> None:
+    ratios = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+    points = [
+        {"error": None, "achieved_ratio": x, "perplexities": [{"text": "words", "window_losses": [y, y]}]}
+        for x, y in zip(ratios, line(ratios, 0.3, below, 9.0), strict=True)
+    ]
+    found = contest.bend(points)
+    assert found is not None and re.match(said, found["verdict"])

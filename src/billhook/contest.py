@@ -1,6 +1,7 @@
 """Many prunes of one model, judged by the same texts: methods at one size, or one method at many."""
 
 import copy
+import math
 import multiprocessing
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from billhook.recipe import Recipe, recipe
 from billhook.surgery import cast
 
 SAME_SIZE = 0.005  # of the parameters: models nearer than this count as equal in size
+SAFE = 1.5  # times the unpruned model's perplexity: a knee beyond it is no recommendation
 UNPRUNED = "unpruned"
 
 
@@ -182,12 +184,13 @@ def bend(points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     found = knee([ratio for ratio, _ in curve], logs)
     if found is None:
         return None
-    half = (found.high - found.low) / 2
-    return {
-        **asdict(found),
-        "text": curve[0][1]["text"],
-        "verdict": f"safe up to {found.ratio:.0%} ± {half:.0%}",
-    }
+    factor, place = math.exp(found.below * found.ratio), f"{found.ratio:.0%} ± {(found.high - found.low) / 2:.0%}"
+    words = (
+        f"safe up to {place}"
+        if factor <= SAFE
+        else f"steep from {place} on, and no bargain before: ×{factor:.1f} by then"
+    )
+    return {**asdict(found), "text": curve[0][1]["text"], "factor": factor, "verdict": words}
 
 
 def _each(opened: Opened, chosen: Sequence[Recipe], by: Judged, tick: Tick) -> Iterator[dict[str, Any]]:

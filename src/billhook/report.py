@@ -120,7 +120,7 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> T
     """Rows of `tables` for a terminal."""
     found = Table(title=title, title_justify="left")
     for n, name in enumerate(header):
-        found.add_column(name, justify="right" if n else "left")
+        found.add_column(name, justify="right" if n else "left", overflow="fold")  # no name is cut short
     for row in rows:
         found.add_row(*row)
     return found
