@@ -59,7 +59,7 @@ COMMANDS = {  # PRUNE works but for a budget and what follows
     "PRUNE {uneven} --ratio 0.2": "the layers of this model differ already: use --layout per_layer",
     # allocations
     "PRUNE --ratio 0.2 --allocation globl": "unknown allocation 'globl': did you mean 'global'.*skip:4,2, FILE.yaml",
-    "PRUNE --ratio 0.2 --allocation nonsense": "unknown allocation 'nonsense': .*valid: equal, global, sensitivity, auto",
+    "PRUNE --ratio 0.2 --allocation nonsense": "unknown allocation 'nonsense': .*valid: equal, global, standardised, sensitivity, auto",
     f"PRUNE --ratio 0.2 {PER_LAYER} skip:4": "allocation 'skip:4': write skip:4,2 to spare the first four and last two",
     f"PRUNE --ratio 0.2 {PER_LAYER} skip:2,1": "allocation skip:2,1 spares all 3 layers: nothing is left to cut",
     f"PRUNE --ratio 0.5 {PER_LAYER} skip:1,1": "ffn can give up at most 4,224 .*lower the ratio or name more axes",

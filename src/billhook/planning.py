@@ -45,13 +45,13 @@ class Texts:
 
 def needs_text(chosen: Recipe) -> bool:
     """Whether anything is measured on text: positions and named layers need none."""
-    measures = chosen.method != "layerchop" or not (chosen.drop or chosen.keep or chosen.preset in depth.FREE)
+    measures = not chosen.chops or not (chosen.drop or chosen.keep or chosen.preset in depth.FREE)
     return measures or bool(chosen.vocab_from)
 
 
 def judges(chosen: Recipe) -> bool:
     """Whether the plan is judged by further windows, which the calibration does not see."""
-    return chosen.method == "layerchop" or allocation.parse(chosen.allocation).name in ("sensitivity", "auto")
+    return chosen.chops or allocation.parse(chosen.allocation).name in ("sensitivity", "auto")
 
 
 def settings_of(chosen: Recipe) -> Settings:
@@ -85,9 +85,9 @@ def make_plan(
     budget.check_kinds(model, chosen.kinds, chosen.layout)
     if chosen.layout == "uniform" and layout_of(model) == "per_layer":
         raise BillhookError("the layers of this model differ already: use --layout per_layer")
-    if chosen.method != "layerchop" and "layers" in chosen.kinds and said.name not in ("sensitivity", "auto"):
+    if not chosen.chops and "layers" in chosen.kinds and said.name not in ("sensitivity", "auto"):
         raise BillhookError("axis 'layers' is weighed against the others: use --allocation sensitivity, or auto")
-    if chosen.method == "layerchop":
+    if chosen.chops:
         with clock("layers"):
             return _chop_plan(model, chosen, texts, dtype, statistics, tick)
     if said.name != "file" and all(getattr(chosen, name) is None for name in BUDGETS):

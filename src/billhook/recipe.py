@@ -96,9 +96,9 @@ class Recipe(BaseModel):
     def _fits_together(self) -> "Recipe":
         given = [f"--{name}" for name in (*BUDGETS, *EXPLICIT) if getattr(self, name) not in (None, "")]
         explicit = [name for name in given if name.removeprefix("--") in EXPLICIT]
-        if self.method != "layerchop" and explicit:
+        if explicit and not self.chops:
             raise BillhookError(f"{explicit[0]} names whole layers: use it with --method layerchop")
-        if self.method == "layerchop" and self.allocation != "equal":
+        if self.chops and self.allocation != "equal":
             raise BillhookError("layerchop has no allocation: its --preset says which layers go")
         if len(given) > 1:
             raise BillhookError(f"{' and '.join(given)} are two budgets: give one")
@@ -123,6 +123,11 @@ class Recipe(BaseModel):
             own = ", ".join(METHODS[self.method].kinds)
             raise BillhookError(f"{self.method} does not prune {alien[0]!r}: leave out --axes, or name some of {own}")
         return self
+
+    @property
+    def chops(self) -> bool:
+        """Whether the method drops whole layers, chosen by preset or by name."""
+        return not METHODS[self.method].scored
 
     @property
     def kinds(self) -> tuple[str, ...]:
