@@ -364,7 +364,13 @@ def started(prologue: str, arguments: list[object]) -> subprocess.Popen[str]:
     code = f"import os, resource, time\nfrom billhook import checkpoint, cli, clients\n{prologue}\ncli.main()"
     entry = [sys.executable, "-c", code] if prologue else [str(Path(sys.executable).with_name("billhook"))]
     line = [*entry, *map(str, arguments)]
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        line,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite run with & in a script ignores it
+    )
 
 
 def stopped(process: subprocess.Popen[str], sent: signal.Signals) -> None:
