@@ -167,7 +167,7 @@ def test_every_floor_is_inhabited() -> None:
         ),  # data imports demo: the cycle's one edge up
         ("speed", "from billhook import checkpoint", "upward import of billhook.checkpoint"),  # same floor
         ("methods.fasp", "from billhook.methods import METHODS", "upward import of billhook.methods"),
-        ("methods.new", "from billhook.methods.fasp import cut", "upward import of billhook.methods.fasp"),
+        ("methods.new", "from billhook.methods.fasp import fit", "upward import of billhook.methods.fasp"),
         ("recipe", "from billhook import BillhookError", "upward import of billhook"),
         ("recipe", "from billhook.utils import helper", "utils has no floor"),
         ("choose", "import billhook.axes", "mathematics imports billhook.axes"),

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from billhook import depth, store
 from billhook.families import layers
-from billhook.gradients import gradient_sums
+from billhook.gradients import WINDOW, gradient_sums
 from billhook.observe import enter, head, run
 from billhook.progress import Tick, quiet
 from billhook.taylor import taylor1_element
@@ -30,8 +30,8 @@ MEASURED = {
     "taylor": "the least sum of |weight x gradient|, the first four and last two kept (Taylor+ of Kim et al.)",
 }
 PRESETS = (*depth.FREE, *MEASURED)
-GRADIENT_LENGTH = 128
-KEPT_BY_TAYLOR = (4, 2)
+KEPT_BY_TAYLOR = (4, 2)  # of the first and the last layers
+STAGE = "measuring layers"
 
 
 def chosen(
@@ -92,16 +92,22 @@ def block_influence(model: PreTrainedModel, tokens: Tokens, tick: Tick = quiet) 
     Float32, and without each window's first token: an attention sink, whose state is like no other's.
     """
     sums = [0.0] * len(layers(model))
-    for states in _each_window(model, tokens, tick):
+    for w, (_, states, _) in enumerate(_each_window(model, tokens)):
+        tick(STAGE, w, len(tokens))
         for n, (before, after) in enumerate(pairwise(states)):
             cosine = torch.cosine_similarity(before[:, 1:].float(), after[:, 1:].float(), dim=-1)
             sums[n] += cosine.sum(dtype=torch.float64).item()
+    tick(STAGE, len(tokens), len(tokens))
     return [1 - one / (tokens.numel() - len(tokens)) for one in sums]
 
 
 def angular_distances(model: PreTrainedModel, tokens: Tokens, tick: Tick = quiet) -> list[list[float]]:
     """d[l][m] = arccos cos(x_l, x_m) / pi at the last token, mean over windows: what layers l to m - 1 turn."""
-    last = [torch.cat([state[:, -1] for state in states]) for states in _each_window(model, tokens, tick)]
+    last = []
+    for w, (_, states, _) in enumerate(_each_window(model, tokens)):
+        tick(STAGE, w, len(tokens))
+        last.append(torch.cat([state[:, -1] for state in states]))
+    tick(STAGE, len(tokens), len(tokens))
     x = torch.nn.functional.normalize(torch.stack(last, 1).double(), dim=-1)  # (states, windows, hidden)
     cosine = torch.einsum("awh,bwh->abw", x, x).clamp(-1, 1)
     return (cosine.arccos() / math.pi).mean(-1).tolist()
@@ -122,13 +128,11 @@ def losses_without_blocks(model: PreTrainedModel, probe: Probes, count: int, tic
 
 def taylor_scores(model: PreTrainedModel, tokens: Tokens, tick: Tick = quiet) -> list[float]:
     """sum |w dL/dw| over the linear weights of each layer."""
-    sums, found = (
-        gradient_sums(model, tokens[:, :GRADIENT_LENGTH], ("groups", "ffn"), mean_gradient=True, tick=tick),
-        {},
-    )
+    sums = gradient_sums(model, tokens[:, :WINDOW], ("groups", "ffn"), mean_gradient=True, tick=tick)
+    found = [0.0] * len(layers(model))
     for (layer, _), one in sums.items():
-        found[layer] = found.get(layer, 0.0) + taylor1_element(one).sum().item()
-    return [found[n] for n in range(len(layers(model)))]
+        found[layer] += taylor1_element(one).sum().item()
+    return found
 
 
 def _block(start: int, count: int) -> list[int]:
@@ -136,35 +140,28 @@ def _block(start: int, count: int) -> list[int]:
 
 
 @torch.no_grad()
-def _each_window(model: PreTrainedModel, tokens: Tokens, tick: Tick) -> Iterator[list[Tensor]]:
-    """Of one window at a time, the state (1, length, hidden) that enters each layer, and the one that leaves the last."""
-    for n, window in enumerate(tokens.split(1)):
-        tick("measuring layers", n, len(tokens))
+def _each_window(model: PreTrainedModel, tokens: Tokens) -> Iterator[tuple[Tensor, list[Tensor], list[dict[str, Any]]]]:
+    """One window at a time: its ids, the states (1, length, hidden) that enter each layer and leave the last, and what the
+    model passes to each layer."""
+    for window in tokens.split(1):
         (state,), (calls,) = enter(model, [window])
         states = [state]
         for module, call in zip(layers(model), calls, strict=True):
             states.append(run(module, states[-1], call))
-        yield states
-    tick("measuring layers", len(tokens), len(tokens))
+        yield window.to(model.device), states, calls
 
 
 @torch.no_grad()
 def _losses(model: PreTrainedModel, probe: Probes, without: Sequence[Collection[int]], tick: Tick) -> list[float]:
     """Mean loss of the model without each of the sets of layers; what comes before a set is run once."""
-    sums = [0.0] * len(without)
-    for w, window in enumerate(probe.split(1)):
-        ids = window.to(model.device)
-        (state,), (calls,) = enter(model, [window])
-        states = [state]
-        for module, call in zip(layers(model), calls, strict=True):
-            states.append(run(module, states[-1], call))
+    sums, steps = [0.0] * len(without), len(probe) * len(without)
+    for w, (ids, states, calls) in enumerate(_each_window(model, probe)):
         for n, gone in enumerate(without):
-            tick("measuring layers", w * len(without) + n, len(probe) * len(without))
-            first = min(gone)
-            state = states[first]
-            for m in range(first, len(layers(model))):
+            tick(STAGE, w * len(without) + n, steps)
+            state = states[min(gone)]
+            for m in range(min(gone), len(layers(model))):
                 state = state if m in gone else run(layers(model)[m], state, calls[m])
             logits = head(model, ids, state)
             sums[n] += torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:]).item()
-    tick("measuring layers", 1, 1)
+    tick(STAGE, steps, steps)
     return [one / len(probe) for one in sums]

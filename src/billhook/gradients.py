@@ -22,6 +22,7 @@ from billhook.progress import Tick, quiet
 from billhook.taylor import GradientSums, UnitSums
 from billhook.tensors import Tokens
 
+WINDOW = 128  # tokens of each window that scores ask gradients of: more short windows tell more than few long ones
 CHUNK = {"cpu": 1 << 15}  # entries reduced at a time: in the cache ten times as fast as whole weights
 CHUNK_ELSEWHERE = 1 << 24
 

@@ -15,7 +15,7 @@ from billhook.axes import reader_weight
 from billhook.budget import Planner
 from billhook.errors import BillhookError, first_line
 from billhook.families import axes, layers
-from billhook.gradients import gradient_sums
+from billhook.gradients import WINDOW, gradient_sums
 from billhook.layout import layout_of
 from billhook.methods import METHODS
 from billhook.methods.fasp import Settings, axis_scores
@@ -30,7 +30,6 @@ from billhook.timing import layer_times
 
 UnitScores = Mapping[tuple[int, str], Scores]  # by (layer, kind)
 
-GRADIENT_LENGTH = 128  # tokens of each window that gradients see: more short windows tell more than few long ones
 GLOBAL_SCORE = "taylor2_element"  # where the recipe's own score does not compare across layers
 PATIENCE = 2  # trials of `auto` without a gain before it stops
 
@@ -128,7 +127,7 @@ def unit_scores(
     model: PreTrainedModel, chosen: Recipe, tokens: Tokens, clock: Clock | None = None, tick: Tick = quiet
 ) -> UnitScores:
     """The gradient score that the recipe names, of every unit; nothing where it names one that needs no gradients."""
-    if chosen.score not in GRADIENT_SCORES:
+    if chosen.score not in GRADIENT_SCORES or not chosen.unit_kinds:
         return {}
     return _gradient_scores(model, chosen.score, chosen.unit_kinds, tokens, clock or Clock(), tick)
 
@@ -166,9 +165,8 @@ def _curves(
         return allocation.score_curves(model, found)
     if name == "standardised":
         found = standardised(scores or _forward_scores(model, chosen, texts.calibration, clock, tick))
-        least = min(
-            each.min() for each in found.values()
-        )  # losses are not negative; the same for all moves no threshold
+        # losses are not negative; what is added to all alike moves no threshold
+        least = min(each.min() for each in found.values())
         return allocation.score_curves(model, {place: each - least for place, each in found.items()})
     return curves(
         model,
@@ -188,7 +186,7 @@ def _gradient_scores(
 ) -> UnitScores:
     with clock("gradients"):
         sums = gradient_sums(
-            model, tokens[:, :GRADIENT_LENGTH], kinds, mean_gradient=score in NEED_MEAN_GRADIENT, tick=tick
+            model, tokens[:, : gradients.WINDOW], kinds, mean_gradient=score in NEED_MEAN_GRADIENT, tick=tick
         )
         return {place: GRADIENT_SCORES[score](found) for place, found in sums.items()}
 
@@ -213,7 +211,10 @@ def _chop_plan(
     total = len(layers(model))
     if chosen.drop or chosen.keep:
         named = depth.numbered(chosen.drop or chosen.keep, total)
-        return Plan(layers=tuple(named if chosen.drop else [n for n in range(total) if n not in named]))
+        gone = named if chosen.drop else [n for n in range(total) if n not in named]
+        if not gone:
+            raise BillhookError(f"--keep {chosen.keep} names all {total} layers: none would go")
+        return Plan(layers=tuple(gone))
     if chosen.layers is not None:
         count = total - chosen.layers
     elif all(getattr(chosen, name) is None for name in BUDGETS):

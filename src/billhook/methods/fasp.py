@@ -95,12 +95,13 @@ def fasp(
         clock=clock,
         tick=tick,
     )
-    cuts = [
-        cut(model, axis, layer, plan.drops.get(place, 0), settings, clock, scores.get(place))
-        for layer in steps
-        for axis in layer.axes
-        for place in [(axis.layer, axis.kind)]
-    ]
+    cuts = []
+    for layer in steps:
+        for axis in layer.axes:
+            place = (axis.layer, axis.kind)
+            piece = _piece(model, axis, layer, plan.drops.get(place, 0), settings, clock, scores.get(place))
+            _carry_out(model, piece, clock)
+            cuts.append(piece.cut)
     drop_layers(model, plan.layers)
     return cuts
 
@@ -138,21 +139,6 @@ def fasp_each(
         drop_layers(smaller, plan.layers)
         yield smaller, [piece.cut for piece in found]
         found.clear()
-
-
-def cut(
-    model: PreTrainedModel,
-    axis: Axis,
-    layer: Layer,
-    count: int,
-    settings: Settings,
-    clock: Clock,
-    scores: Scores | None = None,
-) -> Cut:
-    """Steps 1-3 on one axis."""
-    piece = _piece(model, axis, layer, count, settings, clock, scores)
-    _carry_out(model, piece, clock)
-    return piece.cut
 
 
 def _piece(
