@@ -15,7 +15,7 @@ from billhook.axes import reader_weight
 from billhook.budget import Planner
 from billhook.errors import BillhookError, first_line
 from billhook.families import axes, layers
-from billhook.gradients import WINDOW, gradient_sums
+from billhook.gradients import gradient_sums
 from billhook.layout import layout_of
 from billhook.methods import METHODS
 from billhook.methods.fasp import Settings, axis_scores
@@ -185,9 +185,7 @@ def _gradient_scores(
     model: PreTrainedModel, score: str, kinds: tuple[str, ...], tokens: Tokens, clock: Clock, tick: Tick
 ) -> UnitScores:
     with clock("gradients"):
-        sums = gradient_sums(
-            model, tokens[:, : gradients.WINDOW], kinds, mean_gradient=score in NEED_MEAN_GRADIENT, tick=tick
-        )
+        sums = gradient_sums(model, tokens[:, :WINDOW], kinds, mean_gradient=score in NEED_MEAN_GRADIENT, tick=tick)
         return {place: GRADIENT_SCORES[score](found) for place, found in sums.items()}
 
 

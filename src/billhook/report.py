@@ -165,6 +165,7 @@ def command(report: dict[str, Any]) -> str:
     """The command line that makes the same cut."""
     recipe = report["recipe"]
     idle = UNIT_FLAGS if recipe["method"] == "layerchop" else LAYER_FLAGS
+    idle = (*idle, "preset") if recipe["drop"] or recipe["keep"] else idle
     settings = " ".join(
         f"--{key.replace('_', '-')} {_flag(value)}"
         for key, value in recipe.items()

@@ -41,8 +41,8 @@ def cut_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
         grows = f"the calibration text takes {percent(words['calibration_grows'])} more of them"
         rows.append(("vocabulary", f"{words['before']:,} → {words['kept']:,} tokens; {grows}"))
     if gone := cut.get("dropped_layers"):
-        kept = f", {ranges(cut['kept_layers'])} kept" if cut.get("kept_layers") else ""
-        rows.append(("layers", f"{ranges(gone)} dropped{kept} (numbered from 0)"))
+        kept = f"; kept: {ranges(cut['kept_layers'])}" if cut.get("kept_layers") else ""
+        rows.append(("layers", f"dropped: {ranges(gone)}{kept} (numbered from 0)"))
     for kind in dict.fromkeys(c["kind"] for c in cuts):
         of = [c for c in cuts if c["kind"] == kind]
         name = str(KINDS.get(kind, kind))
