@@ -15,7 +15,7 @@ from billhook.axes import reader_weight
 from billhook.budget import Planner
 from billhook.errors import BillhookError, first_line
 from billhook.families import axes, layers
-from billhook.gradients import gradient_sums
+from billhook.gradients import WINDOW, gradient_sums
 from billhook.layout import layout_of
 from billhook.methods import METHODS
 from billhook.methods.fasp import Settings, axis_scores
