@@ -1,4 +1,4 @@
-"""Reports of the four kinds as tests and eyes need them: the shape is the contract's, the numbers are made up."""
+"""Reports of the five kinds as tests and eyes need them: the shape is the contract's, the numbers are made up."""
 
 import math
 from typing import Any
@@ -46,6 +46,7 @@ def cut(layers: int = 30, kinds: tuple[str, ...] = ("ffn",), uneven: bool = Fals
             **{"allocation": "sensitivity" if uneven else "equal", "axes": list(kinds), "stream": "dense_target"},
             **{"score": "obs", "damping": 0.001, "restoration": True, "calibration": "demo", "samples": 32},
             **{"seq_len": 512, "seed": 0, "multiple_of": 32, "device": "auto", "dtype": "auto"},
+            **{"drop": "", "keep": ""},
         },
         "parent": "demo",
         "layout": "per_layer" if uneven else "uniform",
@@ -179,16 +180,90 @@ def sweep() -> dict[str, Any]:
     return {**report, "points": points, "knee": {**knee, "verdict": "safe up to 27 ± 3 %"}, "reference": "demo"}
 
 
-def healed() -> dict[str, Any]:
-    steps = [
-        (0, 37.3, 45.8),
-        (250_000, 33.9, 42.0),
-        (500_000, 32.4, 40.9),
-        (1_000_000, 31.3, 40.6),
-        (2_000_000, 30.6, 41),
+def recovery() -> dict[str, Any]:
+    """One record of a checkpoint's `recovery`: distillation that was stopped early, its model taken from before."""
+    losses = [1.3 + 1.9 * math.exp(-n / 40) + 0.18 * math.sin(n * 2.3) + 0.09 * math.cos(n * 5.1) for n in range(180)]
+    judged = [
+        (0, 200.1, 210.73, 307.02),
+        (30_720, 92.4, 99.81, 141.6),
+        (61_440, 66.02, 71.4, 104.34),
+        (92_160, 55.7, 60.19, 93.2),
+        (122_880, 50.3, 54.27, 88.91),
+        (153_600, 47.61, 52.3, 89.4),
+        (184_320, 45.12, 51.08, 95.77),
     ]
-    report = evaluate()
-    return {**report, "healing": [{"tokens": n, "perplexities": [float(a), float(b)]} for n, a, b in steps]}
+    texts = ("wiki_train, held out", "wiki_valid", "news")
+    by = {"wiki_train, held out": 4088, "wiki_valid": 4088, "news": 12264}
+    steps = [{"step": n // 1024, "tokens": n, "perplexities": dict(zip(texts, p, strict=True))} for n, *p in judged]
+    return {
+        **{"student": "demo-layerchop-3", "teacher": "demo", "objective": "distill", "states": True},
+        **{"trainable": "all", "trained_parameters": 123895872, "parameters": 123895872, "texts": ["wiki_train"]},
+        **{"text_sha256": ["9c21" * 16], "windows": 480, "windows_available": 763, "passes": 0.629, "tokens": 245760},
+        **{"seq_len": 512, "batch_tokens": 1024, "steps": 240, "lr": 0.0006, "warmup": 0.05, "precision": "bfloat16"},
+        "rates": [{"lr": 0.0003, "loss": 1.912}, {"lr": 0.0006, "loss": 1.794}, {"lr": 0.0012, "loss": 1.846}],
+        **{"top_k": 256, "processes": 1, "seed": 0, "losses": losses, "evaluations": steps},
+        "teacher_perplexities": {"wiki_valid": 22.27, "news": 27.18},
+        "judged_by": {text: {"windows": n // 511, "seq_len": 512, "tokens": n} for text, n in by.items()},
+        "stopped": "news got worse after 184,320 tokens: the model of 122,880 tokens is kept",
+        **{"kept_tokens": 122880, "tokens_per_second": 412.3, "peak_growth_bytes": 1900000000},
+        "seconds": {"teacher": 99.1, "rates": 42.0, "training": 447.2, "judging": 70.2},
+    }
 
 
-ALL = {"prune": prune, "evaluate": evaluate, "compare": compare, "sweep": sweep, "healed": healed}
+def selection() -> dict[str, Any]:
+    """Ways to drop three layers, judged after a little training each; in no order, one of them beyond repair."""
+    names = {
+        "greedy": ([5, 13, 20], (188.4, 290.12), (61.7, 91.3), 1, 2),
+        "contiguous": ([11, 12, 13], (210.73, 307.02), (54.31, 80.64), 2, 1),
+        "angular": ([26, 27, 28], (2140.6, 3877.0), (97.35, 160.02), 4, 4),
+        "block-influence": ([8, 22, 23], (406.1, 588.8), (66.83, 99.07), 3, 3),
+    }
+    texts = ("wiki_valid", "news")
+    candidates = [
+        {
+            **{"name": name, "dropped": gone, "before": dict(zip(texts, before, strict=True))},
+            **{"after": dict(zip(texts, after, strict=True)), "rank_before": first, "rank_after": last},
+        }
+        for name, (gone, before, after, first, last) in names.items()
+    ]
+    return {
+        **{"by": "wiki_valid", "heal_tokens": 10240, "seconds": 300.1, "chosen": "contiguous"},
+        "candidates": candidates,
+    }
+
+
+def recover() -> dict[str, Any]:
+    title = "demo-layerchop-3, distilled from SmolLM2-135M-Instruct"
+    report = blank(title, "recover", "billhook recover demo-layerchop-3 --teacher demo --tokens 245760 -o healed")
+    found = cut(kinds=())
+    found["recipe"] |= {"method": "layerchop", "preset": "contiguous", "layers": 27}
+    found |= {"dropped_layers": [11, 12, 13], "kept_layers": [n for n in range(30) if n not in (11, 12, 13)]}
+    found |= {"model_type": "llama", "selection": selection(), "recovery": [recovery()]}
+    return {**report, "cut": found, "healing": found["recovery"][-1]}
+
+
+def pretrained() -> dict[str, Any]:
+    """A model that billhook did not cut, trained on text alone to the end, part of it, at a rate that was given."""
+    report = blank("smaller, trained on two texts", "recover", "billhook recover smaller --objective ce -o healed")
+    steps = recovery()["evaluations"][:4]
+    for step in steps:
+        step["perplexities"].pop("news")
+        step["step"] = step["tokens"] // 2048
+    found = recovery() | {
+        **{"student": "smaller", "teacher": None, "objective": "ce", "states": False, "trainable": "head+last3"},
+        **{
+            "trained_parameters": 38979072,
+            "texts": ["wiki_train", "letters"],
+            "text_sha256": ["9c21" * 16, "77aa" * 16],
+        },
+        **{"tokens": 92160, "kept_tokens": 92160, "steps": 45, "batch_tokens": 2048, "passes": 1.31, "windows": 137},
+        **{"windows_available": 137, "lr": 0.00035, "rates": [], "losses": recovery()["losses"][:45], "stopped": None},
+        **{"evaluations": steps, "teacher_perplexities": None, "precision": "float32", "processes": 2},
+    }
+    return {**report, "healing": found}
+
+
+ALL = {
+    **{"prune": prune, "evaluate": evaluate, "compare": compare, "sweep": sweep},
+    **{"recover": recover, "pretrained": pretrained},
+}

@@ -19,20 +19,21 @@ STANDALONE = {  # run where billhook is not: with checkpoints, or by a client's 
     *("modeling_per_layer", "transformers_client", "vllm_client", "llamacpp_client"),
 }
 FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do not import each other
-    ("pages", "pages.scales", "pages.words"),
-    ("errors", "tensors", "progress", "cuts", "plan", "memory", "writing", *STANDALONE, "gguf_archs"),
-    ("linalg", "atomic", "llamacpp", "gguf_vocab", "knee", "depth", "pages.charts", "pages.tables", "pages.cut_tables"),
-    ("store", "pages.headline", "pages.style", "scores", "taylor", "allocate", "choose", "restore", "axes", "demo"),
-    ("families", "data"),
-    ("surgery", "observe", "gradients", "layout", "quality"),
+    ("pages", "pages.scales", "pages.words", "pages.markup"),
+    ("errors", "tensors", "progress", "cuts", "plan", "memory", "writing", *STANDALONE, "gguf_archs", "pages.tables"),
+    ("linalg", "losses", "atomic", "llamacpp", "gguf_vocab", "knee", "depth", "pages.charts", "pages.recovery_tables"),
+    ("store", "pages.cut_tables", "pages.healing", "pages.style", "pace", "demo"),
+    ("scores", "taylor", "allocate", "choose", "restore", "axes"),
+    ("families", "data", "teacher", "pages.headline"),
+    ("surgery", "observe", "gradients", "layout", "quality", "trainables"),
     ("budget", "saving", "export", "vocabulary"),
-    ("methods.*", "checkpoint", "speed", "zeroshot", "report"),
+    ("methods.*", "checkpoint", "speed", "zeroshot", "report", "training"),
     ("methods", "clients", "sensitivity", "chopping", "evaluate", "pages.page"),
-    ("allocation", "timing"),
+    ("allocation", "timing", "publish"),
     ("recipe",),
-    ("planning",),
-    ("pruning",),
-    ("contest",),
+    ("planning", "recovery"),
+    ("pruning", "runs"),
+    ("contest", "recovering"),
     ("cli.shared",),
     ("cli.*",),
     ("cli",),
@@ -41,12 +42,12 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 NUMERIC = {"torch", "numpy", "scipy"}  # what mathematics may stand on
 WORDS = {"errors", "tensors"}
-MATHEMATICS = {"depth", "linalg", "scores", "taylor", "allocate", "choose", "restore", "knee"}
+MATHEMATICS = {"depth", "linalg", "losses", "scores", "taylor", "allocate", "choose", "restore", "knee"}
 STRUCTURE = {"axes", "families", "surgery", "layout"}
 NAME_FAMILIES = {"families", "modeling_per_layer", "gguf_archs"}
 ROOM = re.compile(r"\..*")  # methods.fasp -> methods.*
 LAZY = {"", "__main__"}
-OPTIONAL = {"datasets", "huggingface_hub", "lm_eval", "tqdm"}  # may be imported inside a function
+OPTIONAL = {"datasets", "huggingface_hub", "lm_eval", "peft", "tqdm"}  # may be imported inside a function
 MAX_LINES = 400
 FAMILY = re.compile(rf"\b(?i:{'|'.join(FAMILIES)})(?!\.cpp)(\b|(?=[A-Z][a-z]))")  # opt, OPTForCausalLM; not option
 

@@ -2,6 +2,7 @@
 
 import copy
 import html
+import io
 import json
 import math
 import re
@@ -15,16 +16,21 @@ from xml.etree import ElementTree
 
 import example_reports as examples
 import pytest
+from rich.console import Console
 
-from billhook.pages import charts, page, tables
+from billhook import report as reports
+from billhook.pages import charts, page, recovery_tables, tables
 from billhook.pages.charts import NARROW, WIDE, Axis, Band, Point, Series
+from billhook.pages.cut_tables import cut_rows
 from billhook.pages.scales import fit, linear_ticks, log_ticks, written
+from billhook.pages.words import rate
 
 VOID = {"meta", "br", "wbr", "hr", "img", "link", "input"}
 SVG = re.compile(r"<svg .*?</svg>", re.DOTALL)
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 NASTY = '<script>alert("1")</script>&<b>\x00\ud800" onload="x'
 EVIL = {"long": "a_very-long.name/" * 12, "script": NASTY}
+LOG = Axis("y", log=True)
 Report = dict[str, Any]
 
 
@@ -75,6 +81,17 @@ def broken(report: Report) -> Report:
     for cut in (report["cut"] or {}).get("cuts", [])[::3]:
         cut |= {"error": math.nan, "error_held_out": None, "error_without": math.inf}
         cut.pop("score_dropped")
+    if healing := report["healing"]:
+        for n, step in enumerate(healing["evaluations"][1:]):
+            step["perplexities"] |= dict.fromkeys(step["perplexities"], [math.inf, None, math.nan][n % 3])
+        healing |= {"tokens_per_second": math.nan, "losses": [*healing["losses"][:-2], math.nan, None]}
+        healing["seconds"]["training"], healing["peak_growth_bytes"] = None, None
+        for tried in healing["rates"][:1]:
+            tried["loss"] = math.inf
+        if known := healing["teacher_perplexities"]:
+            known["news"] = math.nan
+    for one in ((report["cut"] or {}).get("selection") or {"candidates": []})["candidates"][:1]:
+        one |= {"after": {"wiki_valid": math.inf, "news": None}, "rank_after": None}
     return report
 
 
@@ -94,7 +111,24 @@ def named(report: Report, name: str) -> Report:
     if report["cut"]:
         report["cut"] |= {"parent": name, "paper": name}
         report["cut"]["recipe"]["calibration"] = report["cut"]["calibration"]["source"] = name
+    if healing := report["healing"]:
+        rename(healing, name)
+    if selection := (report["cut"] or {}).get("selection"):
+        selection |= {"by": f"{name}wiki_valid", "chosen": name}
+        for n, one in enumerate(selection["candidates"]):
+            one |= {key: {f"{name}{text}": value for text, value in one[key].items()} for key in ("before", "after")}
+            one["name"] = f"{name}{n or ''}"
     return report
+
+
+def rename(healing: Report, name: str) -> None:
+    """Every name in a recovery's record becomes one that a stranger chose."""
+    healing |= {"student": name, "teacher": healing["teacher"] and name, "texts": [name], "text_sha256": [name]}
+    healing["stopped"] = healing["stopped"] and f"{name} got worse"
+    for key in ("judged_by", "teacher_perplexities"):
+        healing[key] = healing[key] and {f"{name}{text}": value for text, value in healing[key].items()}
+    for step in healing["evaluations"]:
+        step["perplexities"] = {f"{name}{text}": value for text, value in step["perplexities"].items()}
 
 
 def every() -> Iterator[tuple[str, Report]]:
@@ -187,7 +221,8 @@ def test_sections_without_data_are_absent() -> None:
         "What each size costs",
         "Conditions",
     ]
-    assert "Healing" in shown["healed"] and "Healing" not in shown["evaluate"]
+    assert shown["recover"] == ["Healing", "Judged after a short heal", "What was cut", "Conditions"]
+    assert shown["pretrained"] == ["Healing", "Conditions"]
     assert headings(page.render({"title": "nothing", "kind": "evaluate"})) == []
     alone = {**examples.evaluate(), "cut": None, "models": [examples.model("demo")], "reference": None}
     assert headings(page.render(alone)) == ["Measured", "What they write", "Conditions"]
@@ -214,6 +249,21 @@ def test_the_headline_says_size_speed_and_loss_or_how_to_measure_them() -> None:
     )
     assert "27 %" in words(examples.sweep()) and "costs 1.2 % of perplexity" in words(examples.sweep())
     assert "not finite" in words(broken(examples.evaluate()))
+    for part in (
+        "perplexity on wiki_valid 54.27 before: 210.73; ×2.44 of demo's 22.27; 4,088 tokens, windows of 512",
+        "tokens of training 122,880 kept of 245,760 tokens of wiki_train, 0.629 passes over it; distillation from demo",
+        "all parameters (123.90 M)",
+        "training tokens/s 412 7 min in bfloat16; 1,812 MiB beyond the loaded model",
+        "Only perplexity has been measured.",
+        "billhook evaluate OUT2 --against demo --report report.html",
+    ):
+        assert part in words(examples.recover()), part
+    lost = words(broken(examples.recover()))
+    assert "perplexity on wiki_valid — not finite; before: 210.73; demo's 22.27; 4,088 tokens" in lost
+    alone = words(examples.pretrained())
+    assert "60.19 before: 210.73; 4,088 tokens" in alone and "billhook evaluate" not in alone
+    assert "92,160 of wiki_train and letters, 1.31 passes over them; continued pretraining" in alone
+    assert "the head and the last three layers (38.98 M of 123.90 M, 31.5 %)" in alone
 
 
 def test_perplexities_over_other_tokens_are_not_compared() -> None:
@@ -290,6 +340,167 @@ def test_a_chart_says_its_numbers_in_words() -> None:
     assert told.startswith("unpruned: 28.34 ± 1.11 at 0 %; fasp: 28.34 ± 1.11 at 0 %, 31.74 ± 1.243 at 10.3 %")
     shown = page.render(examples.prune())
     assert "restored: mean 0." in shown and "from 0.0" in shown
+
+
+def section(report: Report, title: str) -> str:
+    shown = page.render(report)
+    return Strict(
+        f"<section><h2>{title}{shown.partition(f'<h2>{title}')[2].partition('</section>')[0]}</section>"
+    ).text()
+
+
+def table_rows(report: Report, caption: str) -> list[tuple[bool, list[str]]]:
+    """The rows of a table, each with whether it is bold."""
+    body = page.render(report).partition(f"<caption><span>{caption}")[2].partition("</table>")[0]
+    rows = re.findall("<tr( class=.best.)?>(.*?)</tr>", body)
+    return [(bool(best), re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row.replace("\u00a0", " "))) for best, row in rows]
+
+
+def test_healing_says_how_the_training_went() -> None:
+    report = examples.recover()
+    words, healing = section(report, "Healing"), report["healing"]
+    for part in (
+        "Stopped early: news got worse after 184,320 tokens: the model of 122,880 tokens is kept.",
+        "Distillation from demo with hidden states and embeddings; the teacher's 256 likeliest tokens;",
+        "122,880 of 245,760 tokens of wiki_train (0.629 passes over it)",
+        "180 of 240 steps of 1,024 tokens, windows of 512, rate 6e-4, warmed up over 5 % of them, in bfloat16: 412 tokens/s",
+        "news: 12,264 tokens, windows of 512;",
+        "level dotted lines: demo, wiki_valid 22.27, news 27.18; shaded: training after the model that was kept",
+        "kept at 122,880",
+        "each point is the mean of 3 steps",
+    ):
+        assert part in words, part
+    rows = table_rows(report, "Perplexity after so many tokens")
+    assert rows[0][1] == ["tokens", "wiki_valid", "news", "wiki_train, held out"]
+    assert [row[0] for best, row in rows if best] == ["122,880"]
+    for row, step in zip(rows[1:], healing["evaluations"], strict=False):
+        assert row[1][0] == f"{step['tokens']:,}"
+        for text, shown in zip(rows[0][1][1:], row[1][1:], strict=True):
+            assert shown.startswith(f"{step['perplexities'][text]:,.2f}") and ("(×" in shown) == (
+                "held out" not in text
+            )
+    assert rows[-1] == (False, ["teacher", "22.27", "27.18", "—"]) and len(rows) == 2 + len(healing["evaluations"])
+    tried = table_rows(report, "Loss on held-out windows of the training text")
+    assert tried[1:] == [(False, ["3e-4", "1.912"]), (True, ["6e-4", "1.794"]), (False, ["1.2e-3", "1.846"])]
+    conditions = section(report, "Conditions")
+    assert f"480 of 763 windows of 512 tokens of wiki_train, seed 0, sha256 {'9c21' * 16}" in conditions
+    assert "teacher 99.1, rates 42.0, training 447.2, judging 70.2" in conditions and "exp of the mean" in conditions
+
+
+def test_the_teacher_and_what_was_in_vain_are_drawn() -> None:
+    shown = page.render(examples.recover())
+    drawing = next(one for one in SVG.findall(shown) if "Perplexity on held-out text" in one)
+    assert drawing.count('class="dense"') == 2 and drawing.count("<rect") == 1  # one a text that the teacher was asked
+    told = html.unescape(re.findall("<desc>(.*?)</desc>", drawing)[0])
+    assert told.startswith("wiki_valid: 210.7 at 0, 99.81 at 30,720,") and "51.08 at 184,320, dotted at 22.27;" in told
+    assert reports.assemble("recover", "", {}, healing={"steps": 1}).keys() == examples.recover().keys()
+    level = charts.curves("Levels", [Series("a", [Point(0, 5.0)], y) for y in (math.nan, None, -1.0)], Axis("x"), LOG)
+    assert "dense" not in level and "dotted" not in level
+    far = charts.curves("Level", [Series("a", [Point(0, 5.0)], 500.0)], Axis("x"), LOG)
+    check_drawing(far)
+    assert ">500<" in far
+
+
+def test_healing_without_a_teacher_or_an_early_end_says_nothing_of_them() -> None:
+    report = examples.pretrained()
+    words = section(report, "Healing")
+    for part in ("Stopped", "teacher", "dotted", "shaded", "kept at", "Rates tried", "mean of", "likeliest"):
+        assert part not in words, part
+    assert "Continued pretraining; trained: the head and the last three layers" in words and "at every step" in words
+    assert "training loss: 3.29 at 2,048," in page.render(report)
+    report["healing"]["batch_tokens"] = 2100  # asked for: a step has whole windows
+    shown = page.render(report)
+    assert "training loss: 3.29 at 2,048," in shown and "45 steps of 2,048 tokens" in shown
+    assert "45 steps of 2,048 tokens" in words and "in float32, 2 processes: 412 tokens/s." in words
+    report["healing"]["kept_tokens"] = 61_440
+    assert "The model of 61,440 tokens is kept." in section(report, "Healing")
+    report["healing"] |= {"evaluations": [], "losses": [], "judged_by": {}}
+    shown = page.render(report)
+    assert "<svg" not in shown and "All perplexities" not in shown and headings(shown) == ["Healing", "Conditions"]
+
+
+def test_the_loss_of_thousands_of_steps_is_some_means_that_say_so() -> None:
+    report = examples.recover()
+    report["healing"] |= {"losses": [2.0] * 3000 + [math.nan, None] + [1.0] * 2998, "steps": 6000}
+    shown = page.render(report)
+    assert "each point is the mean of 100 steps; 2 of 6,000 steps have no finite loss" in section(report, "Healing")
+    told = next(told for told in re.findall("<desc>(.*?)</desc>", shown) if told.startswith("training loss"))
+    assert told.count(" at ") == 60 and told.startswith("training loss: 2 at 51,712, 2 at 154,112")
+
+
+def test_candidates_are_shown_by_their_rank_after_the_heal() -> None:
+    rows = table_rows(examples.recover(), "Perplexity and rank before → after 10,240 tokens of training")
+    assert rows[0][1] == ["candidate", "layers dropped", "wiki_valid", "news", "rank"]
+    assert rows[1] == (True, ["contiguous", "11-13", "210.73 → 54.31", "307.02 → 80.64", "2 → 1"])
+    assert rows[2] == (False, ["greedy", "5, 13, 20", "188.40 → 61.70", "290.12 → 91.30", "1 → 2"])
+    words = section(examples.recover(), "Judged after a short heal")
+    assert "trained for 10,240 tokens; wiki_valid decided. 300 s for all of them." in words
+    lost = table_rows(broken(examples.recover()), "Perplexity and rank")[-1]
+    assert lost == (False, ["greedy", "5, 13, 20", "188.40 → —", "290.12 → —", "1 → —"])
+
+
+def test_rows_of_a_recovery() -> None:
+    found = examples.recover()["cut"]
+    rows = dict(cut_rows(found))
+    assert rows["recovered"] == (
+        "distillation from demo with hidden states and embeddings, 122,880 of 245,760 tokens of wiki_train at 6e-4, "
+        "all parameters"
+    )
+    assert rows["perplexity on news"] == "307.02 → 88.91; ×3.27 of demo's 27.18; 12,264 tokens, windows of 512"
+    assert rows["stopped early"].startswith("news got worse")
+    assert rows["training"] == "658 s in all, 412 tokens/s in bfloat16, 1,812 MiB beyond the loaded model"
+    assert rows["layers chosen"] == (
+        "contiguous, of 4 candidates, by perplexity on wiki_valid after 10,240 tokens of training each"
+    )
+    later = examples.pretrained()["healing"]
+    names = [name for name, _ in cut_rows({"recovery": [found["recovery"][0], later]})]
+    assert [name for name in names if "recovered" in name] == ["recovered, 1 of 2", "recovered, 2 of 2"]
+    assert "parameters" not in names and "recovered" not in dict(cut_rows(examples.cut()))
+    assert [rate(r) for r in (6e-4, 3.5e-4, 1e-5, 0.1, 1.0, math.nan)] == ["6e-4", "3.5e-4", "1e-5", "0.1", "1", "—"]
+    assert recovery_tables.dropped_after(later) is None
+
+
+def test_a_model_card_says_what_was_trained_and_how_to_do_it_again() -> None:
+    found = examples.recover()["cut"]
+    card = reports.model_card(found)
+    assert "# demo, pruned and recovered by billhook" in card and "without training" not in card
+    assert "pruned by layerchop (arXiv:2501.09412), then trained by distillation from demo" in card
+    assert "tags: [billhook, pruned, layerchop, recovered]" in card
+    assert f"Made by `{reports.command(found)}`, then `{reports.recover_command(found['recovery'][0])}` (python" in card
+    assert reports.recover_command(found["recovery"][0]) == (
+        "billhook recover OUT --teacher demo --objective distill --states on --trainable all --tokens 245760 "
+        "--text wiki_train --seq-len 512 --batch-tokens 1024 --lr 0.0006 --warmup 0.05 --top-k 256 "
+        "--precision bfloat16 --seed 0 -o OUT2"
+    )
+    later = examples.pretrained()["healing"]
+    twice = reports.model_card({**found, "recovery": [*found["recovery"], later]})
+    assert "-o OUT2`, then `accelerate launch --num_processes 2 -m billhook recover OUT2 --objective ce" in twice
+    assert "--text wiki_train --text letters" in twice and "-o OUT3`" in twice
+    untrained = reports.model_card({**examples.cut(), "model_type": "llama"})
+    assert "pruned without training by fasp" in untrained and "# demo, pruned by billhook" in untrained
+
+
+def test_a_model_card_of_a_model_that_was_not_cut() -> None:
+    record = {"recovery": [examples.pretrained()["healing"]], "versions": examples.VERSIONS}
+    card = reports.model_card(record)
+    assert "# smaller, recovered by billhook" in card and "tags: [billhook, recovered]" in card
+    assert "A `transformers` checkpoint, trained by continued pretraining, 92,160 tokens of wiki_train" in card
+    assert "pruned" not in card and "recover smaller --objective ce" in card and "-o OUT`" in card
+    assert "A `llama` checkpoint" in reports.model_card({**record, "model_type": "llama"})
+    rename(record["recovery"][0], "a|b\n<i>")
+    told = reports.model_card(record).partition("Made by")[0]
+    rows = [line for line in told.splitlines() if line.startswith("|")]
+    assert len(rows) == 2 + len(cut_rows(record)) and "<i>" not in told
+    assert all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows)
+
+
+def test_a_summary_shows_brackets_in_names() -> None:
+    found = examples.recover()["cut"]
+    found["recovery"][0]["texts"] = ["a[/b].txt"]
+    console = Console(width=200, file=io.StringIO())
+    with console.capture() as told:
+        console.print(reports.summary_table(found, "summary"))
+    assert "tokens of a[/b].txt at 6e-4" in told.get()
 
 
 def test_series_differ_in_more_than_colour() -> None:

@@ -100,6 +100,12 @@ def open_skeleton(name: str, tick: Tick = quiet) -> Any:
         raise BillhookError(f"{name}: transformers could not build it ({first_line(error)})") from error
 
 
+def open_tokenizer(name: str, tick: Tick = quiet) -> Any:
+    """The tokenizer of MODEL, without its weights where it is a folder."""
+    path = _locate(name, tick)
+    return _load_gguf(path)[1] if path.suffix == ".gguf" else load_tokenizer(path, name)
+
+
 def resolve_device(device: str) -> torch.device:
     """`auto` is the accelerator if there is one, else the CPU."""
     if device == "auto":

@@ -12,13 +12,11 @@ from billhook import (
     atomic,
     budget,
     checkpoint,
-    clients,
     data,
     layout,
     planning,
     quality,
     report,
-    saving,
     vocabulary,
 )
 from billhook.checkpoint import Opened
@@ -26,8 +24,8 @@ from billhook.errors import BillhookError
 from billhook.families import layers
 from billhook.memory import peak_growth
 from billhook.methods import METHODS
-from billhook.pages import page
 from billhook.progress import Clock, Tick, quiet
+from billhook.publish import publish
 from billhook.recipe import Recipe, recipe
 from billhook.surgery import cast
 
@@ -72,15 +70,8 @@ class Result:
 
     def write(self, work: Path, tick: Tick = quiet) -> None:
         """Fill the existing folder `work` and verify it."""
-        tick("saving", 0, 2)
-        saving.save(self.model, self.tokenizer, work, None if self.trimmed else self.source)
-        tick("saving", 1, 2)
-        self.report["verified"] = clients.verify(work, self.model)
-        self.report["loads"] = [clients.check(work, "transformers")]
-        atomic.write_text(work / atomic.MARK, report.to_json(self.report))
-        atomic.write_text(work / "README.md", report.model_card(self.report))
-        page.save(work / "report.html", self.page())
-        tick("saving", 2, 2)
+        source = None if self.trimmed else self.source
+        publish(self.model, self.tokenizer, source, self.report, self.page, work, tick)
 
 
 def check_out(out: Path, source: Path | None, overwrite: bool) -> None:

@@ -2,9 +2,10 @@
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -29,6 +30,7 @@ CLIENTS = {  # who will load it -> what FFN widths its kernels want, and why
 BUDGETS = ("ratio", "params", "memory", "speedup")
 EXPLICIT = ("drop", "keep", "layers")  # budgets of layerchop alone
 COUNT = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+Settled = TypeVar("Settled", bound=BaseModel)
 BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -179,10 +181,19 @@ def recipe(**settings: Any) -> Recipe:
     Raises:
         BillhookError: an unknown setting or an impossible value, the first one found.
     """
+    return checked(Recipe, settings)
+
+
+def checked(model: type[Settled], settings: Mapping[str, Any]) -> Settled:
+    """Settings as a `model` of them; what is wrong is said in one line.
+
+    Raises:
+        BillhookError: an unknown setting or an impossible value, the first one found.
+    """
     for name in settings:
-        one_of("setting", name, Recipe.model_fields)
+        one_of("setting", name, model.model_fields)
     try:
-        return Recipe(**settings)
+        return model(**settings)
     except ValidationError as error:
         first = error.errors()[0]
         if "ctx" in first and isinstance(inner := first["ctx"].get("error"), BillhookError):

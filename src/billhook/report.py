@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import shlex
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -11,12 +12,15 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from rich.text import Text
 from transformers import PreTrainedModel
 
 from billhook.atomic import MARK
 from billhook.budget import decoder_parameters, saved_by, total_parameters
 from billhook.families import axes
+from billhook.pages import tables
 from billhook.pages.cut_tables import cut_rows
+from billhook.pages.recovery_tables import recovered_words
 from billhook.plan import Plan
 
 
@@ -74,13 +78,15 @@ def assemble(
     reference: str | None = None,
     points: Sequence[dict[str, Any]] = (),
     knee: dict[str, Any] | None = None,
+    healing: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What report.json holds and `page.render` shows; `kind` is prune, evaluate, compare or sweep.
+    """What report.json holds and `page.render` shows; `kind` is prune, evaluate, compare, sweep or recover.
 
     Args:
         cut: the content of a pruned checkpoint's billhook.json.
         models: of `evaluate.side_by_side`; `reference` names the one that the others are compared with.
         points: of a leaderboard or a sweep, with its `knee`.
+        healing: the last record of `recovery` in a trained checkpoint's billhook.json.
     """
     return {
         "title": title,
@@ -90,6 +96,7 @@ def assemble(
         "reference": reference,
         "points": list(points),
         "knee": knee,
+        "healing": healing,
         "conditions": conditions,
     }
 
@@ -112,7 +119,7 @@ def summary_table(report: dict[str, Any], title: str) -> Table:
     """What was cut, for a terminal."""
     table = Table(title=title, show_header=False, title_justify="left")
     for name, value in cut_rows(report):
-        table.add_row(name, value)
+        table.add_row(Text(name), Text(value))  # of strangers: brackets in them are no markup
     return table
 
 
@@ -138,27 +145,55 @@ def text_table(models: Sequence[dict[str, Any]]) -> Table:
 
 
 def model_card(report: dict[str, Any]) -> str:
-    """README.md of an output folder."""
-    recipe = report["recipe"]
-    rows = "\n".join(f"| {name} | {value} |" for name, value in cut_rows(report))
+    """README.md of an output folder: of a pruned model, a pruned and trained one, or one that was only trained."""
+    recipe, recoveries = report.get("recipe"), report.get("recovery") or []
+    parent = tables.plain(str(report.get("parent") or recoveries[-1]["student"]))
+    rows = "\n".join(f"| {tables.plain(name)} | {tables.plain(value)} |" for name, value in cut_rows(report))
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    done, story, tags = [], [], ["billhook"]
+    if recipe:
+        training = "" if recoveries else " without training"
+        done, tags = ["pruned"], [*tags, "pruned", recipe["method"]]
+        story = [f"pruned{training} by {recipe['method']} ({report['paper']})"]
+    if recoveries:
+        done, tags = [*done, "recovered"], [*tags, "recovered"]
+        story += [f"trained by {tables.plain(recovered_words(one))}" for one in recoveries]
+    layout = CARD_LAYOUT[report.get("layout") or "unknown"].format(report.get("model_type") or "transformers")
+    made = "`, then `".join(commands(report))
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [billhook, pruned, {recipe["method"]}]
+tags: [{", ".join(tags)}]
 ---
-# {report["parent"]}, pruned by billhook
+# {parent}, {" and ".join(done)} by billhook
 
-{CARD_LAYOUT[report["layout"]].format(report["model_type"])}, pruned without training by {recipe["method"]} ({report["paper"]}).
+{layout}, {", then ".join(story)}.
 
 | | |
 |---|---|
 {rows}
 
-Made by `{command(report)}` ({versions}).
-`billhook.json` holds the whole recipe, hashes of the calibration text, and every layer's numbers.
+Made by `{made}` ({versions}).
+`billhook.json` holds {_holds(recipe, recoveries)}.
 The licence is that of the parent model.
 """
+
+
+def _holds(recipe: Any, recoveries: Sequence[Any]) -> str:
+    """What a reader finds in billhook.json."""
+    if not recoveries:
+        return "the whole recipe, hashes of the calibration text, and every layer's numbers"
+    recipes = "the whole recipe, every layer's numbers, " if recipe else ""
+    return f"{recipes}the settings of the training, hashes of the texts, and every judgement"
+
+
+def commands(report: dict[str, Any]) -> list[str]:
+    """The command lines that make the same model: the cut, if billhook made it, and every training after it."""
+    recoveries = report.get("recovery") or []
+    cuts = [command(report)] if report.get("recipe") else []
+    outs = ["OUT", *[f"OUT{n}" for n in range(2, len(recoveries) + 2)]]
+    outs = outs if cuts or not recoveries else [str(recoveries[0]["student"]), *outs]
+    return [*cuts, *[recover_command(one, *outs[n : n + 2]) for n, one in enumerate(recoveries)]]
 
 
 def command(report: dict[str, Any]) -> str:
@@ -174,7 +209,24 @@ def command(report: dict[str, Any]) -> str:
     return f"billhook prune {report['parent']} {settings} -o OUT"
 
 
+def recover_command(recovery: dict[str, Any], student: str = "OUT", out: str = "OUT2") -> str:
+    """The command line that trains a checkpoint `student` the same way."""
+    given = {**recovery, "text": recovery["texts"], "states": "on" if recovery["states"] else "off"}
+    distils = recovery["objective"] == "distill"
+    settings = [
+        f"--{key.replace('_', '-')} {shlex.quote(str(value))}"
+        for key in RECOVER_FLAGS
+        if distils or key not in TEACHER_FLAGS
+        for value in (given[key] if isinstance(given.get(key), list) else [given.get(key)])
+        if value is not None
+    ]
+    several = recovery.get("processes") or 1
+    start = f"accelerate launch --num_processes {several} -m billhook" if several > 1 else "billhook"
+    return f"{start} recover {shlex.quote(student)} {' '.join(settings)} -o {out}"
+
+
 CARD_LAYOUT = {
+    "unknown": "A `{}` checkpoint",
     "uniform": "A stock `{}` checkpoint",
     "per_layer": "A `{}` checkpoint whose layers differ in size: load it with `billhook.load(path)`, or with "
     "transformers or vLLM and `trust_remote_code=True`",
@@ -185,6 +237,12 @@ CARD_FLAGS = (
     *("method", "ratio", "params", "memory", "speedup", *LAYER_FLAGS, "layout", *UNIT_FLAGS),
     *("calibration", "samples", "seq_len", "seed"),
 )
+RECOVER_FLAGS = (
+    *("teacher", "objective", "states", "trainable", "rank", "tokens", "text", "held_out", "seq_len"),
+    *("batch_tokens", "lr"),
+    *("warmup", "top_k", "precision", "seed"),
+)
+TEACHER_FLAGS = ("teacher", "states", "top_k")  # idle without one
 
 
 def _jsonable(value: Any) -> Any:

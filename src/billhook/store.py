@@ -22,21 +22,21 @@ def kept(folder: Path | None, name: str, key: dict[str, Any], measure: Callable[
     """
     if folder is None:
         return json.loads(json.dumps(measure()))
-    path = _path(folder, name, key)
-    if path.exists():
+    file = path(folder, name, key)
+    if file.exists():
         try:
-            return json.loads(path.read_text(encoding="utf-8"))["found"]
+            return json.loads(file.read_text(encoding="utf-8"))["found"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BillhookError(f"{path} cannot be read ({first_line(error)}): delete it") from error
+            raise BillhookError(f"{file} cannot be read ({first_line(error)}): delete it") from error
     text = json.dumps({"key": key, "found": measure()})
     folder.mkdir(parents=True, exist_ok=True)
-    atomic.write_text(path, text + "\n")
+    atomic.write_text(file, text + "\n")
     return json.loads(text)["found"]
 
 
 def has(folder: Path | None, name: str, key: dict[str, Any]) -> bool:
     """Whether `kept` would measure nothing."""
-    return folder is not None and _path(folder, name, key).exists()
+    return folder is not None and path(folder, name, key).exists()
 
 
 def weights_sha256(model: nn.Module) -> str:
@@ -53,11 +53,16 @@ def weights_sha256(model: nn.Module) -> str:
 def code_sha256() -> str:
     """Of billhook's own source: a result of other code is not the same result."""
     found = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        found.update(path.read_bytes())
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        found.update(file.read_bytes())
     return found.hexdigest()[:16]
 
 
-def _path(folder: Path, name: str, key: dict[str, Any]) -> Path:
-    said = json.dumps(key, sort_keys=True)
-    return folder / f"{name}-{hashlib.sha256(said.encode()).hexdigest()[:16]}.json"
+def path(folder: Path, name: str, key: dict[str, Any], ending: str = "json") -> Path:
+    """The file in `folder` that belongs to `key`."""
+    return folder / f"{name}-{digest(key)}.{ending}"
+
+
+def digest(key: dict[str, Any]) -> str:
+    """Sixteen hexadecimal digits of a SHA-256."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]

@@ -7,7 +7,7 @@ has a marker or a dash of its own too.  Numbers that are None or not finite are 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 from billhook.pages.scales import Number, Scale, fit, written
@@ -19,6 +19,7 @@ LINE = 18
 LIGHT = ("#0072b2", "#c44e00", "#00795a", "#a8487e", "#8a6100", "#5a6572")  # told apart by the colour-blind,
 DARK = ("#5ab4e8", "#f58c4b", "#3cc79d", "#e59bc8", "#e3b53f", "#a9b4c0")  # and at least 4.5 : 1 on the page
 MARKS = ("circle", "square", "triangle", "diamond", "wedge", "plus", "cross")  # as many as have no divisor with LIGHT
+MARKED = 24  # points of a line that get a mark each; with more the line alone is clearer
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "12 4")
 SHAPES = {
     "circle": "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0Z",
@@ -52,8 +53,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
+    """A line; `level` is a height drawn right across, dotted in its colour: what it should come to."""
+
     name: str
     points: Sequence[Point]
+    level: Number | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Axis:
         return f"{written(float(f'{value * 100:.10g}'))} %" if self.percent else written(value)
 
     def exact(self, value: Number) -> str:
-        return f"{value * 100:.3g} %" if self.percent else f"{value:,.4g}"
+        return f"{value * 100:.3g} %" if self.percent else f"{value:,.0f}" if self.whole else f"{value:,.4g}"
 
 
 @dataclass(frozen=True)
@@ -118,13 +122,14 @@ def curves(
 
     An empty string where there is nothing to draw.
     """
-    drawn = [Series(s.name, sorted(filter(_drawable(y), s.points), key=lambda p: p.x)) for s in series]
+    drawn = [replace(s, points=sorted(filter(_drawable(y), s.points), key=lambda p: p.x)) for s in series]
     drawn = [s for s in drawn if s.points]
     mark = next(filter(_drawable(y), reference.points), None) if reference else None
     points = [p for s in drawn for p in s.points]
     if not points:
         return ""
-    everything = [*points, mark] if mark else points
+    levels = [p for s in drawn for p in _level(s, y)]
+    everything = [*points, *levels, *([mark] if mark else [])]
     heights = [float(p.y or 0) for p in everything]
     heights += [bound for p in everything for bound in _bar(p) if not y.log or bound > 0]
     heights = [min(h, y.most) for h in heights]
@@ -141,7 +146,7 @@ def curves(
         body.append(_band(frame, band, x))
     curve = [_curve(frame, n, s, x, y) for n, s in enumerate(drawn)]
     body += _reference(frame, mark, curve) if mark else curve
-    ends = [End(_short(s.name), s.points[-1], _colour(n), _swatch(n)) for n, s in enumerate(drawn)]
+    ends = [End(_short(s.name), s.points[-1], _colour(n), _swatch(n, _marked(s))) for n, s in enumerate(drawn)]
     ends += [End(_short(reference.name), mark, "currentColor", _dense_swatch())] if reference and mark else []
     if beside:
         body.append(_beside(frame, ends))
@@ -163,11 +168,8 @@ def layers(
         return ""
     count = max(map(len, kept.values()))
     highest = max(v for row in kept.values() for v in row if v is not None)
-    height, top, left = (
-        (120 if width < WIDE else 150),
-        30,
-        6 * LETTER + 6,
-    )  # one left edge: charts stand below one another
+    height, top = (120 if width < WIDE else 150), 30
+    left = 6 * LETTER + 6  # one left edge: charts stand below one another
     across = Scale(0, count, left, width - 14)
     up = Scale(0, highest * 1.06 if highest > 0 else 1.0, top + height, top)
     frame = Frame(across, up, width)
@@ -185,6 +187,15 @@ def layers(
 
 def _drawable(y: Axis) -> Callable[[Point], bool]:
     return lambda p: p.y is not None and math.isfinite(p.y) and math.isfinite(p.x) and (p.y > 0 or not y.log)
+
+
+def _level(series: Series, y: Axis) -> list[Point]:
+    """Where a series' level is to be drawn, if it has one."""
+    return [p for p in (Point(series.points[-1].x, series.level),) if _drawable(y)(p)]
+
+
+def _marked(series: Series) -> bool:
+    return len(series.points) <= MARKED
 
 
 def _bar(point: Point) -> tuple[float, float]:
@@ -226,7 +237,10 @@ def _curve(frame: Frame, n: int, series: Series, x: Axis, y: Axis) -> str:
     colour = _colour(n)
     places = [(frame.x.at(p.x), frame.y.at(p.y or 0)) for p in series.points]
     line = "M" + "L".join(f"{_n(a)} {_n(b)}" for a, b in places)
-    out = [f'<path d="{line}" {_stroke(n, 2)}/>']
+    out = [f'<path d="{line}" {_stroke(n, 2 if _marked(series) else 1.6)}/>']
+    for level in _level(series, y):
+        across = f"M{_n(frame.x.start)} {_n(frame.y.at(level.y or 0))}H{_n(frame.x.end)}"
+        out.append(f'<path class="dense" d="{across}" style="stroke:{colour}"/>')
     for point, (a, b) in zip(series.points, places, strict=True):
         if (point.y or 0) > y.most:
             out.append(f'<path d="M{_n(a)} {_n(b - 10)}v-11m-4 5l4-5l4 5" {_stroke(n, 1.6, solid=True)}/>')
@@ -234,7 +248,8 @@ def _curve(frame: Frame, n: int, series: Series, x: Axis, y: Axis) -> str:
         if low - high > 1:
             bar = f"M{_n(a)} {_n(low)}V{_n(high)}M{_n(a - 4)} {_n(low)}h8M{_n(a - 4)} {_n(high)}h8"
             out.append(f'<path d="{bar}" fill="none" style="stroke:{colour}" stroke-width="1.4"/>')
-        out.append(f"<g><title>{escape(f'{series.name}: {_said(point, x, y)}')}</title>{_mark(n, a, b)}</g>")
+        if _marked(series):
+            out.append(f"<g><title>{escape(f'{series.name}: {_said(point, x, y)}')}</title>{_mark(n, a, b)}</g>")
     return "".join(out)
 
 
@@ -317,8 +332,8 @@ def _stroke(n: int, width: Number, solid: bool = False) -> str:
     return f'fill="none" style="stroke:{_colour(n)}" stroke-width="{width}" stroke-linejoin="round"{dash}'
 
 
-def _swatch(n: int) -> str:
-    return f'<path d="M0 0H28" {_stroke(n, 2)}/>{_mark(n, 14, 0)}'
+def _swatch(n: int, marked: bool = True) -> str:
+    return f'<path d="M0 0H28" {_stroke(n, 2)}/>{_mark(n, 14, 0) if marked else ""}'
 
 
 def _step_swatch(n: int) -> str:
@@ -365,7 +380,8 @@ def _said(point: Point, x: Axis, y: Axis) -> str:
 
 
 def _told(series: Series, x: Axis, y: Axis) -> str:
-    return f"{series.name}: " + ", ".join(_said(p, x, y) for p in filter(_drawable(y), series.points))
+    level = "".join(f", dotted at {y.exact(p.y or 0)}" for p in _level(series, y))
+    return f"{series.name}: " + ", ".join(_said(p, x, y) for p in filter(_drawable(y), series.points)) + level
 
 
 def _told_layers(name: str, row: Sequence[Number | None], y: Axis) -> str:

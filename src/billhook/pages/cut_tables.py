@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from billhook.pages.recovery_tables import recovery_rows, selection_words
 from billhook.pages.words import finite, mebibytes, number, percent, ranges, signed
 
 KINDS = {"ffn": "FFN channels", "heads": "query heads", "groups": "KV groups", "value": "value channels"}
@@ -27,7 +28,15 @@ def layer_rows(cuts: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def cut_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What was cut, of what, and what it took, as (name, value)."""
+    """What was cut, of what, what it took, and what was trained after it, as (name, value); a cut may be missing."""
+    rows = _pruned_rows(cut) if "cuts" in cut else []
+    rows += recovery_rows(cut.get("recovery") or [])
+    for client in cut.get("loads") or ():
+        rows.append(("loads in", " ".join(str(client[key]) for key in ("client", "version") if client.get(key))))
+    return rows
+
+
+def _pruned_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
     size, cuts = cut["sizes"], cut.get("cuts") or []
     before, after = size["before"], size["after"]
     rows: list[tuple[str, str]] = [
@@ -43,6 +52,8 @@ def cut_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
     if gone := cut.get("dropped_layers"):
         kept = f"; kept: {ranges(cut['kept_layers'])}" if cut.get("kept_layers") else ""
         rows.append(("layers", f"dropped: {ranges(gone)}{kept} (numbered from 0)"))
+    if selection := cut.get("selection"):
+        rows.append(("layers chosen", selection_words(selection)))
     for kind in dict.fromkeys(c["kind"] for c in cuts):
         of = [c for c in cuts if c["kind"] == kind]
         name = str(KINDS.get(kind, kind))
@@ -55,8 +66,6 @@ def cut_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows.append(("calibration", calibration_words(cut)))
     rows.append(("seconds", ", ".join(f"{stage} {number(s, '{:,.1f}')}" for stage, s in cut["seconds"].items())))
     rows.append(("peak memory", f"{mebibytes(cut.get('peak_growth_bytes'))} beyond the loaded model"))
-    for client in cut.get("loads") or ():
-        rows.append(("loads in", " ".join(str(client[key]) for key in ("client", "version") if client.get(key))))
     return rows
 
 

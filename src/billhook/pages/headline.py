@@ -7,6 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from billhook.pages.cut_tables import calibration_words
+from billhook.pages.recovery_tables import (
+    factor_words,
+    judged,
+    objective_words,
+    passes_words,
+    texts_words,
+    trained_words,
+)
 from billhook.pages.tables import ordered, perplexity_of, same_tokens, score_of, texts_of, window_words
 from billhook.pages.words import (
     NONE,
@@ -42,15 +50,19 @@ def figures_of(report: Mapping[str, Any]) -> list[Figure]:
         return [*_size(models[0], models[-1]), *_speed(models), *lost[: 2 - len(kept)], *kept]
     if models:
         return _alone(models[0])
+    if report.get("healing"):
+        return _recovered(report["healing"])
     return _cut(report["cut"]) if report.get("cut") else []
 
 
 def how_to_measure(report: Mapping[str, Any]) -> str | None:
-    """The command that measures what a prune has not."""
-    cut = report.get("cut")
-    if not cut or report.get("models"):
+    """The command that measures what a prune or a recovery has not."""
+    cut, healing = report.get("cut") or {}, report.get("healing") or {}
+    dense = cut.get("parent") or healing.get("teacher")
+    if not dense or report.get("models"):
         return None
-    return f"billhook evaluate OUT --against {shlex.quote(str(cut['parent']))} --report report.html"
+    out = "OUT2" if cut and healing else "OUT"  # as `report.recover_command` names them
+    return f"billhook evaluate {out} --against {shlex.quote(str(dense))} --report report.html"
 
 
 def _size(first: Mapping[str, Any], last: Mapping[str, Any]) -> list[Figure]:
@@ -125,6 +137,34 @@ def _cut(cut: Mapping[str, Any]) -> list[Figure]:
         Figure("parameters", signed(size["achieved_ratio_of_all"]), sizes("parameters")),
         Figure("of the decoder", signed(size["achieved_ratio"]), f"{sizes('decoder_parameters')}; {size['budget']}"),
         Figure("pruning took", _duration(seconds), spent),
+    ]
+
+
+def _recovered(recovery: Mapping[str, Any]) -> list[Figure]:
+    """What two texts say, the training's own last, and what it took."""
+    found = []
+    for one in judged(recovery)[:2]:
+        before = f"before: {number(one.before, places(one.before))}"
+        why = "" if finite(one.after) else "not finite"
+        known = filter(None, (why, before, factor_words(one, recovery["teacher"]), one.conditions))
+        found.append(Figure(f"perplexity on {one.text}", number(one.after, places(one.after)), "; ".join(known)))
+    planned, kept = recovery["tokens"], recovery.get("kept_tokens")
+    tokens = planned if kept is None else kept
+    text = (
+        f"kept of {planned:,} tokens" * (tokens != planned) + f" of {texts_words(recovery)}, {passes_words(recovery)}"
+    )
+    trained = f"{text.strip()}; {objective_words(recovery)}"
+    seconds = (recovery.get("seconds") or {}).get("training", math.nan)
+    spent = f"{_duration(seconds)} in {recovery['precision']}" if finite(seconds) else f"in {recovery['precision']}"
+    memory = f"{mebibytes(recovery.get('peak_growth_bytes'))} beyond the loaded model"
+    return [
+        *found,
+        Figure(
+            "tokens of training",
+            f"{tokens:,}" if tokens < 1e6 else count(tokens),
+            f"{trained}; {trained_words(recovery)}",
+        ),
+        Figure("training tokens/s", number(recovery.get("tokens_per_second"), "{:,.0f}"), f"{spent}; {memory}"),
     ]
 
 

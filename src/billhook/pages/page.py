@@ -6,13 +6,12 @@ No script, no request: what is not in the report is not on the page.  Names and 
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from billhook.atomic import write_text
-from billhook.pages import charts, tables
+from billhook.pages import charts, healing, markup, recovery_tables, tables
 from billhook.pages.charts import Axis, Band, Point, Series
 from billhook.pages.cut_tables import KINDS, calibration_words, cut_rows, layer_header, layer_rows, widths
 from billhook.pages.headline import Figure, figures_of, how_to_measure
@@ -26,10 +25,14 @@ KIND = {
     "evaluate": "Models side by side",
     "compare": "Methods compared",
     "sweep": "Sizes swept",
+    "recover": "What training recovered",
+}
+UNMEASURED = {
+    "prune": "Speed and quality have not been measured. To measure both models on held-out text:",
+    "recover": "Only perplexity has been measured. To measure speed, memory and texts beside the unpruned model:",
 }
 SCALE = 20  # a chart of perplexities ends at so many times the lowest: models beyond are broken alike
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-TIGHT = re.compile(r"(?<=\d) (?=(?:[kMBT]|Mi?B|ms|s)\b|%)|(?<=[±→]) |(?<=batch|ntext|an of|ws of) (?=\d)")
 UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
@@ -38,13 +41,14 @@ def render(report: Mapping[str, Any]) -> str:
     sections = [
         _points(report),
         _measures(report),
-        _healing(report),
+        healing.training(report.get("healing")),
         _texts(report.get("models") or []),
+        healing.selection((report.get("cut") or {}).get("selection")),
         _cut(report.get("cut")),
         _layers(report.get("cut")),
         _conditions(report),
     ]
-    title, kind = _say(report["title"]), _say(KIND.get(report.get("kind", ""), ""))
+    title, kind = markup.say(report["title"]), markup.say(KIND.get(report.get("kind", ""), ""))
     body = (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -57,85 +61,21 @@ def render(report: Mapping[str, Any]) -> str:
     return UNPRINTABLE.sub("\ufffd", body)
 
 
-def _say(text: Any) -> str:
-    return escape(str(text))
-
-
-def _name(text: Any) -> str:
-    """A name that may break where programmers put no space."""
-    return re.sub("([_:=/,])", r"\1<wbr>", _say(text))
-
-
-def _tight(text: str) -> str:
-    """Signs and units that stay with their number when a line breaks."""
-    return _say(TIGHT.sub("\u00a0", text))
-
-
 def _headline(report: Mapping[str, Any]) -> str:
     out = _figures(figures_of(report))
     if command := how_to_measure(report):
-        out += (
-            '<p class="todo">Speed and quality have not been measured. To measure both models on held-out text:'
-            f"<code>{_say(command)}</code></p>\n"
-        )
+        known = UNMEASURED["recover" if report.get("healing") else "prune"]
+        out += f'<p class="todo">{known}<code>{markup.say(command)}</code></p>\n'
     return out
 
 
 def _figures(figures: Sequence[Figure]) -> str:
     shown = "".join(
-        f'<div><dt>{_say(f.name)}</dt>\n<dd class="value">{_say(f.value)}</dd>\n'
-        f'<dd class="conditions">{_tight(f.conditions)}</dd></div>\n'
+        f'<div><dt>{markup.say(f.name)}</dt>\n<dd class="value">{markup.say(f.value)}</dd>\n'
+        f'<dd class="conditions">{markup.tight(f.conditions)}</dd></div>\n'
         for f in figures
     )
     return f'<dl class="figures">\n{shown}</dl>\n' if shown else ""
-
-
-def _section(title: str, *parts: str) -> str:
-    return f"<section>\n<h2>{_say(title)}</h2>\n{''.join(parts)}</section>\n" if any(parts) else ""
-
-
-def _note(text: str) -> str:
-    return f'<p class="soft">{_say(text)}</p>\n' if text else ""
-
-
-def _details(summary: str, *parts: str) -> str:
-    return f"<details><summary>{_say(summary)}</summary>\n{''.join(parts)}</details>\n" if any(parts) else ""
-
-
-def _figure(title: str, words: str, drawing: str) -> str:
-    caption = f"<figcaption><b>{_say(title)}</b>{_tight(words)}</figcaption>"
-    return f"<figure>{caption}{drawing}</figure>\n" if drawing else ""
-
-
-def _cell(text: str) -> str:
-    """A cell; what stands in brackets goes small below the number."""
-    head, bracket, tail = text.partition(" (")
-    below = f" <small>({_tight(tail)}</small>" if bracket else ""
-    return f"<td>{_tight(head)}{below}</td>"
-
-
-def _head(cells: Iterable[str]) -> str:
-    names = "".join(f'<th scope="col">{_say(cell)}</th>' if cell else "<td></td>" for cell in cells)
-    return f"<thead><tr>{names}</tr></thead>\n"
-
-
-def _row(first: str, cells: Iterable[str], best: bool = False) -> str:
-    marked = ' class="best"' if best else ""
-    return f"<tr{marked}>{first}{''.join(cells)}</tr>\n"
-
-
-def _table(caption: str, head: str, bodies: str, kind: str = "") -> str:
-    """A table in a box of its own that scrolls where the page is narrow; the keyboard reaches it too."""
-    label, marked = f' aria-label="{_say(caption)}"', f' class="{kind}"' if kind else ""
-    return (
-        f'<div class="scroll" role="region" tabindex="0"{label}><table{marked}>\n'
-        f"<caption><span>{_say(caption)}</span></caption>\n{head}{bodies}</table></div>\n"
-    )
-
-
-def _pairs(caption: str, rows: Sequence[tuple[str, str]]) -> str:
-    body = "".join(_row(f'<th scope="row">{_say(a)}</th>', [f"<td>{_say(b)}</td>"]) for a, b in rows)
-    return _table(caption, "", f"<tbody>{body}</tbody>\n", "pairs") if rows else ""
 
 
 def _measures(report: Mapping[str, Any]) -> str:
@@ -146,7 +86,7 @@ def _measures(report: Mapping[str, Any]) -> str:
     header, bodies = tables.comparison_header(models), ""
     for group in dict.fromkeys(row.group for row in rows):
         of = [_measure_row(row, len(models)) for row in rows if row.group == group]
-        title = f'<tr class="group"><th scope="rowgroup" colspan="{len(header)}">{_say(group)}</th></tr>\n'
+        title = f'<tr class="group"><th scope="rowgroup" colspan="{len(header)}">{markup.say(group)}</th></tr>\n'
         bodies += f"<tbody>{title}{''.join(of)}</tbody>\n"
     caption = "All that was measured" if len(models) == 1 else "Measured side by side"
     notes = ["± is one standard error, of the windows or the questions."]
@@ -158,13 +98,13 @@ def _measures(report: Mapping[str, Any]) -> str:
     if any(NONE in (*row.cells, row.change) for row in rows):
         notes.append(f"{NONE}: not measured, not finite, or not over the same tokens.")
     name = "Against the unpruned model" if report.get("reference") and len(models) > 1 else "Measured"
-    return _section(name, _table(caption, _head(header), bodies), _note(" ".join(notes)))
+    return markup.section(name, markup.table(caption, markup.head(header), bodies), markup.note(" ".join(notes)))
 
 
 def _measure_row(row: Measure, models: int) -> str:
-    small = f" <small>{_tight(row.conditions)}</small>" if row.conditions else ""
-    first = f'<th scope="row">{_name(row.name)}{small}</th>'
-    return _row(first, [_cell(cell) for cell in (*row.cells, *([row.change] if models > 1 else []))])
+    small = f" <small>{markup.tight(row.conditions)}</small>" if row.conditions else ""
+    first = f'<th scope="row">{markup.name(row.name)}{small}</th>'
+    return markup.row(first, [markup.cell(cell) for cell in (*row.cells, *([row.change] if models > 1 else []))])
 
 
 def _points(report: Mapping[str, Any]) -> str:
@@ -174,7 +114,7 @@ def _points(report: Mapping[str, Any]) -> str:
     drawn = "".join(_curve(report, points, text) for text in texts_of(points))
     title = "What each size costs" if report.get("kind") == "sweep" else "Leaderboard"
     verdict = (report.get("knee") or {}).get("verdict") or ""
-    return _section(title, f"<p>{_say(verdict)}</p>\n" if verdict else "", drawn, _point_table(points))
+    return markup.section(title, f"<p>{markup.say(verdict)}</p>\n" if verdict else "", drawn, _point_table(points))
 
 
 def _curve(report: Mapping[str, Any], points: Sequence[Mapping[str, Any]], text: str) -> str:
@@ -214,7 +154,7 @@ def _curve(report: Mapping[str, Any], points: Sequence[Mapping[str, Any]], text:
         if (p.y or 0) > most
     ]
     words += [f"arrows, off the scale: {', '.join(far)}"] if far else []
-    return _figure(title, "; ".join(filter(None, words)), drawing)
+    return markup.figure(title, "; ".join(filter(None, words)), drawing)
 
 
 def _place(point: Mapping[str, Any], text: str) -> Point:
@@ -239,32 +179,12 @@ def _point_table(points: Sequence[Mapping[str, Any]]) -> str:
         ratio = point.get("ratio")
         best = contest and bool(ratio) and ratio not in seen and finite(score_of(point, first).get("perplexity"))
         seen.add(ratio)
-        small = f" <small>{_say(row[-1])}</small>" if noted and row[-1] else ""
+        small = f" <small>{markup.say(row[-1])}</small>" if noted and row[-1] else ""
         cells = row[1:-1] if noted else row[1:]
-        body += _row(f'<th scope="row">{_name(row[0])}{small}</th>', map(_cell, cells), best)
+        body += markup.row(f'<th scope="row">{markup.name(row[0])}{small}</th>', map(markup.cell, cells), best)
     caption = "Every run: perplexity ± one standard error, and as a factor of the unpruned model's"
     caption += f"; bold: the best on {first} at its size" if contest else ""
-    return _table(caption, _head(header[:-1] if noted else header), f"<tbody>{body}</tbody>\n")
-
-
-def _healing(report: Mapping[str, Any]) -> str:
-    steps = report.get("healing") or []
-    if not steps:
-        return ""
-    scores = (report.get("models") or [{}])[0].get("perplexities") or []
-    count = max(len(step["perplexities"]) for step in steps)
-    names = [scores[n]["text"] if n < len(scores) else f"text {n + 1}" for n in range(count)]
-    lines = [
-        Series(name, [Point(s["tokens"], s["perplexities"][n]) for s in steps if n < len(s["perplexities"])])
-        for n, name in enumerate(names)
-    ]
-    axes = Axis("tokens of training"), Axis("perplexity", log=True)
-    drawing = charts.both(charts.curves, "Perplexity while the model heals", lines, *axes)
-    rows = [_row(f'<th scope="row">{s["tokens"]:,}</th>', [_cell(number(v)) for v in s["perplexities"]]) for s in steps]
-    body = f"<tbody>{''.join(rows)}</tbody>\n"
-    table = _table("Perplexity after so many tokens", _head(["tokens", *names]), body, "numbers")
-    words = "; ".join(f"{score['text']}: {window_words(score)}" for score in scores[:count])
-    return _section("Healing", _figure("Perplexity while the model heals", words, drawing), _details("Numbers", table))
+    return markup.table(caption, markup.head(header[:-1] if noted else header), f"<tbody>{body}</tbody>\n")
 
 
 def _texts(models: Sequence[Mapping[str, Any]]) -> str:
@@ -272,12 +192,14 @@ def _texts(models: Sequence[Mapping[str, Any]]) -> str:
     out = ""
     for n, prompt in enumerate(prompts):
         shown = "".join(
-            f'<div><h4>{_say(m["name"])}</h4><blockquote dir="auto">{_say(m["continuations"][n].strip())}</blockquote></div>\n'
+            f'<div><h4>{markup.say(m["name"])}</h4><blockquote dir="auto">{markup.say(m["continuations"][n].strip())}</blockquote></div>\n'
             for m in models
             if n < len(m.get("continuations") or [])
         )
-        out += f'<article><h3 dir="auto">{_say(prompt)} …</h3><div class="texts">\n{shown}</div></article>\n'
-    return _section("What they write", _note("Greedy: always the likeliest next token."), out) if out else ""
+        out += f'<article><h3 dir="auto">{markup.say(prompt)} …</h3><div class="texts">\n{shown}</div></article>\n'
+    return (
+        markup.section("What they write", markup.note("Greedy: always the likeliest next token."), out) if out else ""
+    )
 
 
 def _cut(cut: Mapping[str, Any] | None) -> str:
@@ -286,10 +208,10 @@ def _cut(cut: Mapping[str, Any] | None) -> str:
     recipe = cut.get("recipe") or {}
     lines = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False, default=str)}" for key, value in recipe.items())
     caption = f"{cut['parent']}, pruned by {recipe.get('method', 'billhook')} ({cut.get('paper') or 'no paper'})"
-    return _section(
+    return markup.section(
         "What was cut",
-        _pairs(caption, cut_rows(cut)),
-        _details("The whole recipe", f"<pre>{_say(lines)}</pre>\n") if lines else "",
+        markup.pairs(caption, cut_rows(cut)),
+        markup.details("The whole recipe", f"<pre>{markup.say(lines)}</pre>\n") if lines else "",
     )
 
 
@@ -307,15 +229,15 @@ def _layers(cut: Mapping[str, Any] | None) -> str:
     for kind in dict.fromkeys(c["kind"] for c in cuts):
         of, name = [c for c in cuts if c["kind"] == kind], KINDS.get(kind, kind)
         out += _layer_charts(of, str(name), count, gone, calibration_words(cut))
-        rows = [_row(f'<th scope="row">{_say(r[0])}</th>', map(_cell, r[1:])) for r in layer_rows(of)]
-        table = _table(
+        rows = [markup.row(f'<th scope="row">{markup.say(r[0])}</th>', map(markup.cell, r[1:])) for r in layer_rows(of)]
+        table = markup.table(
             f"{name} by layer: units, relative errors",
-            _head(layer_header()),
+            markup.head(layer_header()),
             f"<tbody>{''.join(rows)}</tbody>\n",
             "numbers",
         )
-        out += _details(f"All numbers of the {name}", table)
-    return _section("Layer by layer", out)
+        out += markup.details(f"All numbers of the {name}", table)
+    return markup.section("Layer by layer", out)
 
 
 def _layer_charts(
@@ -326,7 +248,7 @@ def _layer_charts(
         return [by_layer.get(n) for n in range(count)]
 
     def drawn(title: str, words: str, rows: Mapping[str, Sequence[Any]], y: Axis) -> str:
-        return _figure(title, words, charts.both(charts.layers, f"{title}, layer by layer", rows, y, gone))
+        return markup.figure(title, words, charts.both(charts.layers, f"{title}, layer by layer", rows, y, gone))
 
     kept = [c["units"] - c["dropped"] for c in cuts]
     errors = {
@@ -356,15 +278,17 @@ def _conditions(report: Mapping[str, Any]) -> str:
         size = f" ({score['bytes']:,} bytes)" if score.get("bytes") else ""
         sums = f", sha256 {score['text_sha256']}" if score.get("text_sha256") else ""
         rows.append((f"text {score['text']}", f"{window_words(score)}{size}{sums}"))
+    trained = report.get("healing")
+    rows += recovery_tables.condition_rows(trained) if trained else []
     if cut:
         text = cut["calibration"]
         sums = f", sha256 {text['text_sha256']}" if text.get("text_sha256") else ""
         rows.append(("calibrated on", calibration_words(cut) + sums))
         if cut.get("versions") and cut["versions"] != given.get("versions"):
             rows.append(("pruned with", _versions(cut["versions"])))
-    if scores:
+    if scores or trained:
         rows.append(("perplexity", "exp of the mean token loss over windows that do not overlap"))
-    return _section("Conditions", _pairs("How these numbers came about", [(a, str(b)) for a, b in rows]))
+    return markup.section("Conditions", markup.pairs("How these numbers came about", [(a, str(b)) for a, b in rows]))
 
 
 def _versions(versions: Mapping[str, Any]) -> str:

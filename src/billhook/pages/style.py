@@ -50,7 +50,8 @@ tr.group th{font-weight:600;padding-top:1.1rem}
 tr.best td,tr.best th{font-weight:600}
 .pairs th{width:11rem;color:var(--soft)}
 .pairs td{text-align:left;white-space:normal;overflow-wrap:anywhere}
-.numbers th:first-child{min-width:3rem}
+.few{width:auto;min-width:16rem}
+.numbers th:first-child{min-width:3rem;white-space:nowrap}
 figure{margin:1rem 0 1.6rem}
 figcaption{margin-bottom:.6rem;max-width:44rem}
 figcaption b{display:block;color:var(--ink);font-weight:600;font-size:1rem}

@@ -77,11 +77,11 @@ def markdown(models: Sequence[Mapping[str, Any]]) -> str:
 
 def github(rows: Sequence[Sequence[str]]) -> str:
     """A header and rows as a GitHub table."""
-    lines = ["| " + " | ".join(map(_plain, row)) + " |" for row in rows]
+    lines = ["| " + " | ".join(map(plain, row)) + " |" for row in rows]
     return "\n".join([lines[0], "|---|" + "---:|" * (len(rows[0]) - 1), *lines[1:]]) + "\n"
 
 
-def _plain(cell: str) -> str:
+def plain(cell: str) -> str:
     """A cell that Markdown shows as it is: a name may hold anything."""
     for sign in "\\`*[]|":
         cell = cell.replace(sign, f"\\{sign}")

@@ -68,6 +68,14 @@ def mebibytes(value: Any) -> str:
     return number(value, "{:,.0f} MiB" if finite(value) and value >= 2**24 else "{:,.1f} MiB", 2**-20)
 
 
+def rate(value: Any) -> str:
+    """A learning rate as people type it: 6e-4."""
+    if not finite(value) or value == 0 or abs(value) >= 0.01:
+        return number(value, "{:.3g}")
+    digits, power = f"{value:.2e}".split("e")
+    return f"{float(digits):g}e{int(power)}"
+
+
 def ranges(numbers: Iterable[int]) -> str:
     """Ascending whole numbers, what follows on one another drawn together: 0-12, 19-29."""
     found: list[list[int]] = []

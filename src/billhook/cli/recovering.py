@@ -1,0 +1,140 @@
+"""Commands that train: recover."""
+
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from accelerate import PartialState
+
+from billhook import atomic, report
+from billhook.cli.shared import Device, Json, Model, Overwrite, SeqLen, app, choice, err, out, progress
+from billhook.pruning import check_out
+from billhook.recovering import recover
+from billhook.recovery import OBJECTIVES, PRECISIONS, STATES, STEPS, Recovery, recovery
+from billhook.trainables import WORDS
+
+DEFAULT = Recovery(teacher="demo", tokens=1)
+UNFINISHED = ".unfinished"  # what the folder of a run is called, beside its output
+
+
+@app.command(name="recover")
+def recover_command(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder to write", show_default=False)],
+    teacher: Annotated[
+        str, typer.Option(help="the unpruned model, as MODEL; it answers once, to disk, and leaves", show_default=False)
+    ] = "",
+    tokens: Annotated[
+        str | None, typer.Option(help="how much to train on, like 500k or 2M", show_default=False)
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="instead of tokens: how long all of it may take", show_default=False)
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="text to train on: file, .jsonl, folder, hub data set or demo; may be repeated: a broad mix harms least",
+            show_default="demo",
+        ),
+    ] = None,
+    held_out: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="text to judge by, better of another kind: if it gets worse, training stops; may be repeated",
+            show_default="demo",
+        ),
+    ] = None,
+    objective: Annotated[
+        str, choice(OBJECTIVES, "; ".join(f"{k}: {v}" for k, v in OBJECTIVES.items()))
+    ] = DEFAULT.objective,
+    trainable: Annotated[str, choice(WORDS, "; ".join(f"{k}: {v}" for k, v in WORDS.items()))] = DEFAULT.trainable,
+    states: Annotated[
+        str, choice(STATES, "distill: " + "; ".join(f"{k}: {v}" for k, v in STATES.items()))
+    ] = DEFAULT.states,
+    lr: Annotated[
+        str, typer.Option(help="peak learning rate; auto: the best of three, each tried for 2% of the steps")
+    ] = "auto",
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="tokens in a step, over all processes", show_default=f"{STEPS} steps in all")
+    ] = None,
+    micro_batch: Annotated[
+        int, typer.Option(help="windows in one forward; the rest accumulates")
+    ] = DEFAULT.micro_batch,
+    seq_len: SeqLen = DEFAULT.seq_len,
+    warmup: Annotated[float, typer.Option(help="share of the steps; a cosine to a tenth follows")] = DEFAULT.warmup,
+    top_k: Annotated[
+        int, typer.Option(help="tokens of which the teacher's probability is kept; the others count as one")
+    ] = DEFAULT.top_k,
+    rank: Annotated[int, typer.Option(help="of lora's adapters")] = DEFAULT.rank,
+    guard: Annotated[bool, typer.Option(help="stop when a held-out text gets worse")] = DEFAULT.guard,
+    lessons: Annotated[
+        Path | None,
+        typer.Option(
+            help="folder for the teacher's answers, which other runs may share (1 KB a token)",
+            show_default="beside OUT, deleted at the end",
+        ),
+    ] = None,
+    precision: Annotated[
+        str, choice(PRECISIONS, "; ".join(f"{k}: {v}" for k, v in PRECISIONS.items()))
+    ] = DEFAULT.precision,
+    device: Device = DEFAULT.device,
+    seed: Annotated[int, typer.Option(help="of the order of the windows")] = DEFAULT.seed,
+    fresh: Annotated[bool, typer.Option("--fresh", help="start over where a run was cut off")] = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Train a pruned MODEL back, by distillation or on text; write OUT, reload it and compare.
+
+    A run that was cut off goes on with the same command.  `accelerate launch -m billhook recover …` uses many processes.
+
+    Example: billhook recover smaller --teacher demo --tokens 500k --text wiki.txt -o healed
+    """
+    started = time.perf_counter()
+    chosen = recovery(
+        teacher=teacher,
+        tokens=tokens,
+        minutes=minutes,
+        text=tuple(text or DEFAULT.text),
+        held_out=tuple(held_out or DEFAULT.held_out),
+        objective=objective,
+        trainable=trainable,
+        states=states,
+        lr=lr,
+        batch_tokens=batch_tokens,
+        micro_batch=micro_batch,
+        seq_len=seq_len,
+        warmup=warmup,
+        top_k=top_k,
+        rank=rank,
+        guard=guard,
+        precision=precision,
+        device=device,
+        seed=seed,
+    )
+    output, source = Path(os.path.expanduser(output)), Path(os.path.expanduser(model))
+    check_out(output, source if source.exists() else None, overwrite)
+    work = output.with_name(output.name + UNFINISHED)
+    if fresh:
+        shutil.rmtree(work, ignore_errors=True)
+    with progress() as tick:
+        found = recover(model, chosen, work, lessons=lessons, tick=tick, announce=_say)
+        if not PartialState().is_main_process:
+            return
+        with atomic.folder(output, overwrite) as folder:
+            found.write(folder, tick)
+    shutil.rmtree(work)
+    if json:
+        typer.echo(report.to_json(found.report), nl=False)
+        return
+    if why := found.healing["stopped"]:
+        err.print(f"billhook: stopped early: {why}", soft_wrap=True)
+    out.print(report.summary_table(found.report, f"{model}, recovered"))
+    out.print(f"{time.perf_counter() - started:.0f} s; written and reload-verified: {output}", soft_wrap=True)
+
+
+def _say(line: str) -> None:
+    if err.is_terminal:
+        err.print(line, soft_wrap=True)

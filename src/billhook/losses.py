@@ -1,0 +1,47 @@
+"""What a model is trained on after a cut: distances to the teacher's predictions and states, and the text itself.
+
+Logits are (rows, length, vocabulary), states (rows, length, hidden); every loss is a mean over tokens, in nats where it is a
+divergence.  Float32 inside, whatever comes in.
+"""
+
+import torch
+from torch import Tensor
+
+from billhook.tensors import Chosen, LogChances, Logits, States, Tail, Tokens
+
+SMALLEST = 1e-12  # a share of probability that counts as none
+
+
+def most_likely(logits: Logits, k: int) -> tuple[Chosen, LogChances, Tail]:
+    """The teacher's `k` most likely tokens, their log-probabilities, and what is left for all the others."""
+    logits = logits.float()
+    top, ids = logits.topk(min(k, logits.shape[-1]), dim=-1)
+    chances = top - logits.logsumexp(-1, keepdim=True)
+    return ids, chances, (1 - chances.exp().sum(-1)).clamp(min=0)
+
+
+def divergence(logits: Logits, ids: Chosen, chances: LogChances, tail: Tail) -> Tensor:
+    """KL(teacher || student) where both count all tokens but the teacher's `ids` as one.
+
+        sum_k p_k (log p_k - log q_k) + p_tail (log p_tail - log q_tail)
+
+    A lower bound of the whole divergence, and equal to it where `ids` are the vocabulary.  The probabilities of `ids`, which
+    were rounded when they were stored, are scaled to sum to 1 - tail.
+    """
+    logits, chances = logits.float(), chances.float()
+    p = chances.exp()
+    p = p * ((1 - tail) / p.sum(-1)).unsqueeze(-1)
+    log_q = logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True)
+    rest = (1 - log_q.exp().sum(-1)).clamp(min=SMALLEST)
+    known = (p * (p.clamp(min=SMALLEST).log() - log_q)).sum(-1)
+    return (known + tail * (tail.clamp(min=SMALLEST) / rest).log()).mean()
+
+
+def next_token(logits: Logits, tokens: Tokens) -> Tensor:
+    """Cross-entropy of every token but a row's first, given those before it."""
+    return torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def misalignment(states: States, wanted: States) -> Tensor:
+    """Mean of 1 - cos between states: a norm between them and what reads them would scale away all else."""
+    return (1 - torch.cosine_similarity(states.float(), wanted.float(), dim=-1)).mean()

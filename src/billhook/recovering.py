@@ -1,0 +1,219 @@
+"""Train a pruned model back: from the unpruned model's predictions, or on text alone.
+
+The teacher answers once, to disk; then one model is in memory.  All that a killed run needs to go on lies in one folder.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from billhook import report, store, trainables
+from billhook.errors import BillhookError
+from billhook.memory import peak_growth
+from billhook.progress import Tick, quiet
+from billhook.publish import publish
+from billhook.recovery import Recovery
+from billhook.runs import TRIAL, TRIAL_STEPS, Run, on_cpu, perplexity, prepare, rates_of, shared, where
+from billhook.surgery import cast
+from billhook.training import Course, Diverged, Healer, Judge
+
+
+@dataclass
+class Recovered:
+    """A trained model, its tokenizer, and its record: what billhook.json will hold."""
+
+    model: Any
+    tokenizer: Any
+    report: dict[str, Any]
+    source: Path | None
+
+    @property
+    def healing(self) -> dict[str, Any]:
+        """What this recovery was and did."""
+        return self.report["recovery"][-1]
+
+    def page(self) -> dict[str, Any]:
+        """The content of report.json."""
+        found = self.healing
+        title = f"{found['student']}, trained on {found['kept_tokens']:,} tokens"
+        where = report.conditions(self.model, report.recover_command(found), sum(found["seconds"].values()))
+        cut = self.report if "cuts" in self.report else None
+        return report.assemble("recover", title, where, cut=cut, healing=found)
+
+    def write(self, work: Path, tick: Tick = quiet) -> None:
+        """Fill the existing folder `work` with a plain checkpoint and verify it."""
+        publish(self.model, self.tokenizer, self.source, self.report, self.page, work, tick)
+
+
+def _unheard(line: str) -> None:
+    """Announce nothing."""
+
+
+def recover(
+    model: str,
+    chosen: Recovery,
+    work: Path,
+    *,
+    lessons: Path | None = None,
+    tick: Tick = quiet,
+    announce: Callable[[str], object] = _unheard,
+) -> Recovered:
+    """Train the checkpoint `model`, on as many processes as `accelerate launch` has started.
+
+    Args:
+        work: a folder for all that the same call needs to go on after a kill; delete it afterwards.
+        lessons: a folder for the teacher's answers, which other runs may share; in `work` if not given.
+        announce: called with one line, what will be trained, before it is.
+
+    Returns:
+        the trained model in its checkpoint's dtype on the CPU, in every process.
+
+    Raises:
+        BillhookError: anything that cannot work, in one line; `work` holds another run; the loss is no longer finite.
+    """
+    process = PartialState(cpu=on_cpu(chosen.device))
+    with peak_growth(where(process)) as growth:
+        run = prepare(model, chosen, work, lessons, process, tick if process.is_main_process else quiet)
+        tried = [] if chosen.lr else _try_rates(run)
+        rate = chosen.lr or _best_rate(tried)
+        if process.is_main_process:
+            announce(_line(run, rate))
+        guards = run.texts.guards if chosen.guard else ()
+        judge = Judge(run.texts.judged, guards, run.course.autocast)
+        healer = run.healer(replace(run.course, lr=rate), judge, work, run.tick)
+        healer.heal()
+        run.clock.seconds |= {"training": healer.seconds, "judging": judge.seconds}
+        stopped = judge.verdict(healer.judged)
+        kept = judge.best(healer.judged)["step"] if stopped else healer.state.global_step
+        if kept != healer.state.global_step:
+            healer.restore(kept)
+        trained = trainables.trained(healer.model)
+        healed = trainables.merged(healer.gathered(run.start))
+    cast(healed.cpu(), run.student.dtype)
+    found = _outcome(run, healer, tried, stopped, kept)
+    found |= {"trained_parameters": trained, "parameters": sum(p.numel() for p in healed.parameters())}
+    found["peak_growth_bytes"] = growth()
+    record = run.student.record or {"parent": run.student.name, "model_type": healed.config.model_type}
+    record = {**record, "recovery": [*record.get("recovery", []), found], "versions": report.versions()}
+    return Recovered(healed.eval(), run.student.tokenizer, record, run.student.folder)
+
+
+def _try_rates(run: Run) -> list[dict[str, float]]:
+    """A few steps at each of three rates; the loss afterwards on windows of the training text that are never trained on."""
+    steps = max(TRIAL_STEPS, round(TRIAL * run.course.steps))
+    trial = replace(run.course, order=run.course.order[: steps * run.course.rows], points=())
+    rates, found = rates_of(run.chosen), []
+    with run.clock("rates"):
+        for n, rate in enumerate(rates):
+
+            def tick(stage: str, done: int, total: int, n: int = n) -> None:
+                run.tick("trying rates", n * steps + done, len(rates) * steps)
+
+            known = shared(run.process, lambda rate=rate: store.has(run.work, "rate", {"lr": rate}))
+            loss = None if known else _loss_after(run, replace(trial, lr=rate), tick)
+            found.append(
+                shared(
+                    run.process,
+                    lambda r=rate, x=loss: store.kept(run.work, "rate", {"lr": r}, lambda: {"lr": r, "loss": x}),
+                )
+            )
+    return found
+
+
+def _loss_after(run: Run, course: Course, tick: Tick) -> float | None:
+    """Of one trial; None if it diverged."""
+    judge, text = Judge((), (), course.autocast), run.texts.judged[0]
+    healer = run.healer(course, judge, run.work / "trial", tick)
+    try:
+        healer.heal()
+    except Diverged:
+        return None
+    judge.texts = (text,)
+    losses = judge(healer.gathered(run.start))[text.source]
+    return sum(losses) / len(losses)
+
+
+def _best_rate(tried: Sequence[dict[str, float]]) -> float:
+    lasting = [one for one in tried if one["loss"] is not None and math.isfinite(one["loss"])]
+    if not lasting:
+        rates = ", ".join(f"{one['lr']:g}" for one in tried)
+        raise BillhookError(
+            f"the loss is no longer finite after a few steps at any of the rates {rates}: give a lower --lr"
+        )
+    return min(lasting, key=lambda one: one["loss"])["lr"]
+
+
+def _line(run: Run, rate: float) -> str:
+    """What will be trained, in one line."""
+    course, chosen = run.course, run.chosen
+    how = f"distillation from {chosen.teacher}" if chosen.objective == "distill" else "continued pretraining"
+    passes = len(course.order) / len(course.windows)
+    return (
+        f"{how}, training {trainables.WORDS[chosen.trainable]}: {len(course.order) * chosen.seq_len:,} tokens of "
+        f"{' and '.join(run.texts.names)} ({passes:.2g} passes) in {course.steps:,} steps at {rate:g}"
+        + (f", on {run.process.num_processes} processes" if run.process.num_processes > 1 else "")
+    )
+
+
+def _outcome(run: Run, healer: Healer, tried: Sequence[dict[str, float]], stopped: str, kept: int) -> dict[str, Any]:
+    """The record of a recovery: plain data, which the report shows."""
+    course, chosen, judged = healer.course, run.chosen, healer.judged
+    done, step = len(healer.losses), course.step_tokens
+    why = (
+        f"{stopped} got worse after {done * step:,} tokens: the model of {kept * step:,} tokens is kept"
+        if stopped
+        else None
+    )
+    seconds = run.clock.seconds
+    return {
+        "student": run.student.name,
+        "teacher": chosen.teacher or None,
+        "objective": chosen.objective,
+        "states": course.states,
+        "trainable": chosen.trainable,
+        "rank": chosen.rank if chosen.trainable == "lora" else None,
+        "texts": list(chosen.text),
+        "text_sha256": list(run.texts.sha256),
+        "windows": len(set(course.order)),
+        "windows_available": len(course.windows),
+        "passes": done * course.rows / len(course.windows),
+        "tokens": len(course.order) * chosen.seq_len,
+        "seq_len": chosen.seq_len,
+        "batch_tokens": step,
+        "steps": course.steps,
+        "lr": course.lr,
+        "warmup": course.warmup,
+        "rates": list(tried),
+        "precision": str(course.autocast or torch.float32).removeprefix("torch."),
+        "top_k": chosen.top_k,
+        "processes": run.process.num_processes,
+        "seed": chosen.seed,
+        "held_out": list(chosen.held_out),
+        "losses": healer.losses,
+        "evaluations": [
+            {
+                "step": one["step"],
+                "tokens": one["step"] * step,
+                "perplexities": {text: perplexity(losses) for text, losses in one["losses"].items()},
+            }
+            for one in judged
+        ],
+        "teacher_perplexities": run.teacher_perplexities,
+        "judged_by": {
+            text.source: {
+                "windows": len(text.tokens),
+                "seq_len": chosen.seq_len,
+                "tokens": len(text.tokens) * (chosen.seq_len - 1),
+            }
+            for text in run.texts.judged
+        },
+        "stopped": why,
+        "kept_tokens": kept * step,
+        "tokens_per_second": done * step / seconds["training"] if seconds["training"] else None,
+        "seconds": {stage: round(s, 3) for stage, s in seconds.items()},
+    }

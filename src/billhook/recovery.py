@@ -1,0 +1,113 @@
+"""What a recovery may choose, and what its words mean."""
+
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from billhook.errors import BillhookError, one_of
+from billhook.recipe import COUNT, amount, checked
+from billhook.trainables import TRAINABLE
+
+OBJECTIVES = {
+    "distill": "the teacher's next-token probabilities, KL(teacher || student) and nothing else",
+    "ce": "the text itself: continued pretraining, which needs no teacher",
+}
+HALVED = 0.6  # of the layers left, at most: depth counts as halved
+STATES = {
+    "auto": f"where at most {HALVED:.0%} of the layers are left",
+    "on": "align embeddings and late hidden states with the teacher's, too",
+    "off": "predictions alone",
+}
+PRECISIONS = {
+    "auto": "bfloat16 where the device has instructions for it",
+    "float32": "all of it",
+    "bfloat16": "matrix products; weights and optimiser stay float32",
+}
+STEPS = 200  # into which a budget is cut: 10k tokens did better in 20 steps than in 10 (docs/LOG.md)
+MOST = 2**16  # tokens in a step, however large the budget
+FAST_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # torch's names of what CPUs have for it: x86's two, ARM's
+
+
+class Recovery(BaseModel):
+    """How to train after a cut: everything that decides the result but the two models."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    teacher: str = ""
+    tokens: int | None = Field(default=None, ge=1)  # to train on; "500k" is understood
+    minutes: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # instead: all of it may take
+    text: tuple[str, ...] = ("demo",)
+    held_out: tuple[str, ...] = ("demo",)  # texts to judge by
+    objective: str = "distill"
+    states: str = "auto"
+    trainable: str = "all"
+    lr: float | None = Field(default=None, gt=0, lt=1, allow_inf_nan=False)  # None: the best of three
+    batch_tokens: int | None = Field(default=None, ge=1)  # a step; None: `STEPS` of them, where the windows allow
+    micro_batch: int = Field(default=1, ge=1)  # windows in one forward
+    seq_len: int = Field(default=512, ge=2)
+    warmup: float = Field(default=0.05, ge=0, lt=1, allow_inf_nan=False)  # share of the steps
+    top_k: int = Field(default=256, ge=1)  # of the teacher's next tokens
+    rank: int = Field(default=32, ge=1)  # of lora
+    guard: bool = True
+    precision: str = "auto"
+    device: str = "auto"
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+    @field_validator("objective", "states", "trainable", "precision")
+    @classmethod
+    def _known(cls, value: str, info: Any) -> str:
+        valid = {"objective": OBJECTIVES, "states": STATES, "trainable": TRAINABLE, "precision": PRECISIONS}
+        return one_of(info.field_name, value, valid[info.field_name])
+
+    @field_validator("tokens", mode="before")
+    @classmethod
+    def _amount(cls, value: Any) -> Any:
+        return amount(value, COUNT, "tokens")
+
+    @field_validator("lr", mode="before")
+    @classmethod
+    def _rate(cls, value: Any) -> Any:
+        return None if value == "auto" else value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Recovery":
+        if self.tokens is None and self.minutes is None:
+            raise BillhookError("how long? give --tokens 500k, or --minutes 30")
+        if self.tokens is not None and self.minutes is not None:
+            raise BillhookError("--tokens and --minutes are two budgets: give one")
+        if self.objective == "distill" and not self.teacher:
+            raise BillhookError("--objective distill learns from the unpruned model: name it with --teacher, or use ce")
+        if self.objective == "ce" and self.states == "on":
+            raise BillhookError("--states on aligns with a teacher's hidden states: use it with --objective distill")
+        if not self.held_out and self.guard:
+            raise BillhookError(
+                "no --held-out text: nothing would show that training harms; name one, or pass --no-guard"
+            )
+        return self
+
+    def rows(self, tokens: int, processes: int = 1) -> int:
+        """Windows in a step, of a run over so many tokens."""
+        if self.batch_tokens is not None:
+            return max(1, round(self.batch_tokens / self.seq_len))
+        share = self.micro_batch * processes
+        return share * max(1, round(min(tokens // STEPS, MOST) / self.seq_len / share))
+
+
+def recovery(**settings: Any) -> Recovery:
+    """Settings of a recovery.
+
+    Raises:
+        BillhookError: an unknown setting or an impossible value, the first one found.
+    """
+    return checked(Recovery, settings)
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """What matrix products are computed in; None: in the weights' own float32."""
+    fast = {
+        "cpu": lambda: any(torch.cpu.get_capabilities().get(name) for name in FAST_BFLOAT16),
+        "cuda": torch.cuda.is_bf16_supported,
+    }
+    wanted = precision == "bfloat16" or (precision == "auto" and device.type in fast and fast[device.type]())
+    return torch.bfloat16 if wanted else None

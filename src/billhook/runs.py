@@ -1,0 +1,320 @@
+"""Before a recovery trains: what it reads, what the teacher says of it, and the folder that all of it is kept in."""
+
+import gc
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from billhook import atomic, checkpoint, data, pace, report, store, teacher
+from billhook.data import Windows
+from billhook.errors import BillhookError
+from billhook.memory import return_freed
+from billhook.progress import Clock, Tick
+from billhook.recovery import HALVED, Recovery, autocast_dtype
+from billhook.teacher import Lessons
+from billhook.tensors import Tokens
+from billhook.trainables import TRAINABLE, Cut
+from billhook.training import Course, Healer, Judge
+
+HELD_OUT = 8  # windows of each text to judge by; those of the training text are kept from training
+POINTS = (3, 10)  # judgements in a run, at least and at most
+JUDGING = 0.15  # of the training's cost, between those bounds
+FORWARD = 1 / 3  # of a training step's cost
+RATES = {"lora": (3e-4, 1e-3, 3e-3)}  # what --lr auto tries; adapters start at zero and bear more
+RATES_OTHERWISE = (3e-4, 6e-4, 1.2e-3)
+TRIAL = 0.02  # of the steps, for each rate
+TRIAL_STEPS = 5  # at least
+PACE_SECONDS = 10  # to find out how many tokens --minutes buys
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What is trained on and what is judged by."""
+
+    names: tuple[str, ...]
+    sha256: tuple[str, ...]
+    train: Tokens  # windows in the order drawn
+    judged: tuple[Windows, ...]  # of the training text held out, and of the others
+    guards: tuple[str, ...]  # names of those others
+
+
+@dataclass(frozen=True)
+class Student:
+    """What must be known of the pruned checkpoint, with no model in it."""
+
+    name: str
+    folder: Path | None
+    tokenizer: Any
+    dtype: torch.dtype
+    vocabulary: int
+    sha256: str
+    record: dict[str, Any] | None  # its billhook.json
+
+    @property
+    def cut(self) -> Cut | None:
+        """Where layers went, if any did and the record says so."""
+        record = self.record or {}
+        if not record.get("dropped_layers"):
+            return None
+        return Cut(record["kept_layers"], len(record["kept_layers"]) + len(record["dropped_layers"]))
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that training needs but a model."""
+
+    student: Student
+    chosen: Recovery
+    work: Path
+    process: PartialState
+    texts: Texts
+    course: Course
+    lessons: Lessons | None
+    teacher_perplexities: dict[str, float] | None
+    tick: Tick
+    clock: Clock
+
+    def start(self) -> Any:
+        """The student as it was pruned, ready to train."""
+        return _ready(self.student.name, self.chosen, self.student.cut)
+
+    def healer(self, course: Course, judge: Judge, work: Path, tick: Tick) -> Healer:
+        return Healer(self.start(), course, self.lessons, judge, work, tick)
+
+
+def on_cpu(device: str) -> bool:
+    """Whether training runs on the CPU; of several accelerators CUDA_VISIBLE_DEVICES names the one.
+
+    Raises:
+        BillhookError: there is no such device, or it has a number.
+    """
+    where = checkpoint.resolve_device(device)
+    if where.index:
+        raise BillhookError(f"device {device!r}: training takes the first it sees; choose with CUDA_VISIBLE_DEVICES")
+    return where.type == "cpu"
+
+
+def prepare(name: str, chosen: Recovery, work: Path, lessons: Path | None, process: PartialState, tick: Tick) -> Run:
+    """Look at the student, then let the teacher answer; neither stays in memory."""
+    clock = Clock()
+    autocast = autocast_dtype(chosen.precision, where(process))
+    student, texts, pace_of = _look(name, chosen, autocast, process, tick)
+    key = {"student": student.sha256, "precision": str(autocast), "settings": chosen.model_dump(mode="json")}
+    _claim(work, {**key, "text": hashlib.sha256(texts.train.numpy().tobytes()).hexdigest()}, process)
+    tokens = chosen.tokens or shared(process, lambda: store.kept(work, "tokens", {}, pace_of))
+    rows = chosen.rows(tokens, process.num_processes)
+    steps = max(1, round(tokens / (rows * chosen.seq_len)))
+    left = len(student.cut.kept) / student.cut.total if student.cut else 1.0
+    course = Course(
+        windows=texts.train,
+        order=_order(len(texts.train), steps * rows, chosen.seed),
+        rows=rows,
+        lr=chosen.lr or 0.0,
+        micro_batch=min(chosen.micro_batch, rows),
+        warmup=chosen.warmup,
+        states=chosen.states == "on" or (chosen.states == "auto" and chosen.objective == "distill" and left <= HALVED),
+        autocast=autocast,
+        cpu=where(process).type == "cpu",
+        seed=chosen.seed,
+        points=_points(steps * rows, steps, sum(len(text.tokens) for text in texts.judged)),
+    )
+    answers, perplexities = None, None
+    if chosen.teacher:
+        with clock("teacher"):
+            answers, perplexities = _ask(student, chosen, course, texts, work, lessons, process, tick)
+    return Run(student, chosen, work, process, texts, course, answers, perplexities, tick, clock)
+
+
+def _look(
+    name: str, chosen: Recovery, autocast: torch.dtype | None, process: PartialState, tick: Tick
+) -> tuple[Student, Texts, Callable[[], int]]:
+    """The student, what it will read, and a function that measures how many tokens the minutes buy."""
+    opened = checkpoint.open_model(name, device="cpu", dtype="float32", tick=tick)
+    checkpoint.check_positions(opened, chosen.seq_len)
+    student = Student(
+        name,
+        opened.folder,
+        opened.tokenizer,
+        opened.dtype,
+        opened.model.config.vocab_size,
+        store.weights_sha256(opened.model),
+        report.stored_cut(opened.folder),
+    )
+    if chosen.trainable == "seam" or chosen.trainable == "lora":
+        TRAINABLE[chosen.trainable](opened.model, student.cut, chosen.rank)  # refuse now what cannot be trained
+    texts = _texts(chosen, student, tick)
+    for text in texts.judged:
+        data.check_vocabulary(text, opened.model, name)
+    size = sum(param.numel() for param in opened.model.parameters())
+    return student, texts, lambda: _affordable(name, chosen, student.cut, size, autocast, process)
+
+
+def _texts(chosen: Recovery, student: Student, tick: Tick) -> Texts:
+    """Windows of all the training texts, shuffled together; a few of them are held out."""
+    sources = [data.calibration_text(source, tick) for source in chosen.text]
+    found = [data.windows(text, student.tokenizer, chosen.seq_len) for text in sources]
+    tokens = torch.cat([one.tokens for one in found])
+    tokens = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(chosen.seed))]
+    held = min(HELD_OUT, len(tokens) // 10)
+    own = Windows(f"{'+'.join(one.source for one in found)}, held out", tokens[:held], held, "", "")
+    others = []
+    for text in data.evaluation_texts(chosen.held_out, tick):
+        if text.sha256 in [one.text_sha256 for one in found]:
+            raise BillhookError(f"text {text.name!r} is trained on and held out: name another --held-out")
+        windows = data.windows(text, student.tokenizer, chosen.seq_len)
+        spread = torch.linspace(0, len(windows.tokens) - 1, min(HELD_OUT, len(windows.tokens))).long()
+        others.append(replace(windows, tokens=windows.tokens[spread]))
+    return Texts(
+        tuple(one.source for one in found),
+        tuple(one.text_sha256 for one in found),
+        tokens[held:],
+        (*([own] if held else []), *others),
+        tuple(one.source for one in others),
+    )
+
+
+def _affordable(
+    name: str, chosen: Recovery, cut: Cut | None, size: int, autocast: torch.dtype | None, process: PartialState
+) -> int:
+    """Tokens that `minutes` buy: the teacher's answers, the rates tried, training and judging."""
+    assert chosen.minutes is not None
+    model = _ready(name, chosen, cut).to(where(process))
+    trained = pace.training_pace(model, chosen.seq_len, chosen.micro_batch, autocast, PACE_SECONDS)
+    answered = pace.answering_pace(model, chosen.seq_len, chosen.micro_batch, autocast)
+    seconds = (1 + JUDGING + (0 if chosen.lr else len(rates_of(chosen)) * TRIAL)) / trained
+    if chosen.teacher:
+        skeleton = checkpoint.open_skeleton(chosen.teacher)
+        seconds += sum(param.numel() for param in skeleton.parameters()) / size / answered
+    left = 60 * chosen.minutes - PACE_SECONDS
+    if left < seconds * chosen.seq_len:
+        raise BillhookError(f"--minutes {chosen.minutes:g} is too short here for one window of {chosen.seq_len} tokens")
+    return int(left / seconds * process.num_processes)
+
+
+def _claim(work: Path, key: dict[str, Any], process: PartialState) -> None:
+    """Make `work` this run's folder, or find that it is.
+
+    Raises:
+        BillhookError: it is another's; says in what they differ.
+    """
+    if process.is_main_process:
+        path = work / "run.json"
+        if path.exists():
+            try:
+                known = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError:
+                known = {}
+            if differing := sorted(_differing(known, key)):
+                raise BillhookError(
+                    f"{work} holds an unfinished run that differs in {', '.join(differing)}: repeat its own command, or start "
+                    "over with --fresh"
+                )
+        elif work.exists() and any(work.iterdir()):
+            raise BillhookError(
+                f"{work} is not a run's folder, and would become one: remove it, or choose another output"
+            )
+        work.mkdir(parents=True, exist_ok=True)
+        atomic.write_text(path, json.dumps(key) + "\n")
+    process.wait_for_everyone()
+
+
+def _differing(known: dict[str, Any], key: dict[str, Any]) -> set[str]:
+    flat = [{**one, **one.get("settings", {}), "settings": None} for one in (known, key)]
+    return {name for name in flat[0].keys() | flat[1].keys() if flat[0].get(name) != flat[1].get(name)} - {"device"}
+
+
+def _order(count: int, wanted: int, seed: int) -> list[int]:
+    """Windows by number: all of them once, in the order drawn, then again in other orders."""
+    order = list(range(count))
+    draw = torch.Generator().manual_seed(seed)
+    while len(order) < wanted:
+        order += torch.randperm(count, generator=draw).tolist()
+    return order[:wanted]
+
+
+def _points(windows: int, steps: int, judged: int) -> tuple[int, ...]:
+    """After which steps to judge: evenly, as often as the budget bears, and at the end."""
+    fewest, most = POINTS
+    count = max(fewest, min(most, int(JUDGING * windows / (FORWARD * max(judged, 1)))))
+    return tuple(sorted({max(1, round(steps * n / count)) for n in range(1, count + 1)}))
+
+
+def _ask(
+    student: Student,
+    chosen: Recovery,
+    course: Course,
+    texts: Texts,
+    work: Path,
+    lessons: Path | None,
+    process: PartialState,
+    tick: Tick,
+) -> tuple[Lessons | None, dict[str, float]]:
+    """The teacher's answers on disk, and its own perplexities; the teacher is gone afterwards."""
+    name = chosen.teacher
+    if data.fingerprint(checkpoint.open_tokenizer(name, tick)) != data.fingerprint(student.tokenizer):
+        raise BillhookError(
+            f"teacher {name} has another tokenizer than {student.name}: name the model that was pruned, or use --objective ce"
+        )
+    opened = checkpoint.open_model(name, device=str(where(process)), tick=tick)
+    if (size := opened.model.config.vocab_size) != student.vocabulary:
+        raise BillhookError(
+            f"teacher {name} predicts {size:,} tokens, {student.name} {student.vocabulary:,}: name the model that was pruned, "
+            "or use --objective ce"
+        )
+    answers = None
+    if chosen.objective == "distill":
+        answers = teacher.lessons(
+            opened.model,
+            texts.train[: len(set(course.order))],
+            lessons or work / "lessons",
+            k=chosen.top_k,
+            states=course.states,
+            key={
+                "teacher": store.weights_sha256(opened.model),
+                "computed in": str(course.autocast or opened.model.dtype),
+            },
+            autocast=course.autocast,
+            share=(process.process_index, process.num_processes),
+            tick=tick,
+        )
+    judge = Judge(texts.judged, (), course.autocast)
+    found = shared(process, partial(store.kept, work, "teacher", {}, partial(judge, opened.model)))
+    process.wait_for_everyone()
+    del opened
+    gc.collect()
+    return_freed()
+    return answers, {text: perplexity(losses) for text, losses in found.items()}
+
+
+def rates_of(chosen: Recovery) -> tuple[float, ...]:
+    return RATES.get(chosen.trainable, RATES_OTHERWISE)
+
+
+def _ready(name: str, chosen: Recovery, cut: Cut | None) -> Any:
+    model = checkpoint.open_model(name, device="cpu", dtype="float32").model
+    return TRAINABLE[chosen.trainable](model, cut, chosen.rank)
+
+
+def perplexity(losses: Sequence[float]) -> float:
+    mean = sum(losses) / len(losses)
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def where(process: PartialState) -> torch.device:
+    assert process.device is not None
+    return process.device
+
+
+def shared(process: PartialState, make: Callable[[], Any]) -> Any:
+    """What the first process makes, in all of them."""
+    said = [make() if process.is_main_process else None]
+    return broadcast_object_list(said)[0] if process.num_processes > 1 else said[0]

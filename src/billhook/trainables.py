@@ -1,0 +1,119 @@
+"""Which parameters a recovery trains.
+
+Frozen parameters cost no gradient and no optimiser state, and where the first trained layer is a late one the backward pass
+ends there.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from billhook.errors import BillhookError
+from billhook.families import layers
+
+LAST = 3  # layers of head+last3, after "Reassessing Layer Pruning" (arXiv:2411.15558)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where layers went: the numbers, before the cut, of those that stayed, and how many there were."""
+
+    kept: Sequence[int]
+    total: int
+
+    @property
+    def beside(self) -> list[int]:
+        """The layers on either side of each gap, as the cut model numbers them."""
+        ends = [-1, *self.kept, self.total]  # what stands before the first layer and after the last
+        gaps = [n for n in range(len(ends) - 1) if ends[n + 1] != ends[n] + 1]
+        return sorted({n for gap in gaps for n in (gap - 1, gap) if 0 <= n < len(self.kept)})
+
+
+def train_all(model: PreTrainedModel, cut: Cut | None, rank: int) -> PreTrainedModel:
+    return model.requires_grad_(True)
+
+
+def train_adapters(model: PreTrainedModel, cut: Cut | None, rank: int) -> Any:
+    """Low-rank adapters (LoRA, arXiv:2106.09685) on every linear weight of the decoder layers; `merged` takes them in."""
+    try:
+        import peft
+    except ImportError as error:
+        raise BillhookError("--trainable lora needs the extra: pip install 'billhook[lora]'") from error
+    linear = {
+        name.rpartition(".")[2]
+        for layer in layers(model)
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules=sorted(linear))
+    return peft.get_peft_model(model.requires_grad_(False), config)
+
+
+def train_end(model: PreTrainedModel, cut: Cut | None, rank: int) -> PreTrainedModel:
+    """The last layers, the final norm and the head.
+
+    Where the head is tied to the embedding the shared weight learns from its use as the head alone: the embeddings that go
+    in are detached, or the backward pass would run through every frozen layer for them.
+    """
+    model.requires_grad_(False)
+    for layer in list(layers(model))[-LAST:]:
+        layer.requires_grad_(True)
+    inside = {id(param) for layer in layers(model) for param in layer.parameters()}
+    embedding = model.get_input_embeddings()
+    for param in model.parameters():
+        if id(param) not in inside and param.ndim == 1:  # the final norm
+            param.requires_grad_(True)
+    head: Any = model.get_output_embeddings()
+    head.requires_grad_(True)
+    if head.weight is embedding.weight:
+        embedding.register_forward_hook(_detached)
+    return model
+
+
+def train_seam(model: PreTrainedModel, cut: Cut | None, rank: int) -> PreTrainedModel:
+    """The layers beside the cut: what has to meet there did not before."""
+    if cut is None or not cut.beside:
+        raise BillhookError(
+            "--trainable seam trains the layers beside dropped ones, and this model records none: use all"
+        )
+    model.requires_grad_(False)
+    for n in cut.beside:
+        layers(model)[n].requires_grad_(True)
+    return model
+
+
+TRAINABLE: dict[str, Callable[[PreTrainedModel, Cut | None, int], Any]] = {
+    "all": train_all,
+    "lora": train_adapters,
+    "head+last3": train_end,
+    "seam": train_seam,
+}
+WORDS = {
+    "all": "every parameter",
+    "lora": "low-rank adapters on every linear weight of the decoder, merged at the end (extra: lora)",
+    "head+last3": "the head, the final norm and the last three layers",
+    "seam": "the layers beside dropped ones",
+}
+
+
+def merged(model: Any) -> PreTrainedModel:
+    """The plain model: adapters become part of the weights they sit on, hooks go."""
+    if hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+    hooks = model.get_input_embeddings()._forward_hooks
+    for key in [key for key, hook in hooks.items() if hook is _detached]:
+        del hooks[key]
+    return model.requires_grad_(False)
+
+
+def trained(model: nn.Module) -> int:
+    """How many parameters are trained."""
+    return sum(param.numel() for param in model.parameters() if param.requires_grad)
+
+
+def _detached(module: nn.Module, given: tuple[Tensor, ...], found: Tensor) -> torch.Tensor:
+    return found.detach()

@@ -1,0 +1,348 @@
+"""Training on transformers' Trainer and accelerate: what billhook adds is the loss, who watches, and checkpoints that are whole.
+
+Nothing here knows of processes: `accelerate launch` makes many of one, and each sees its share of every step's windows.
+"""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+
+from billhook import atomic
+from billhook.data import Windows
+from billhook.errors import BillhookError
+from billhook.losses import divergence, misalignment, next_token
+from billhook.progress import Tick, quiet
+from billhook.quality import paired, perplexity
+from billhook.saving import quiet_transformers
+from billhook.teacher import EMBEDDED, HIDDEN, Lessons
+from billhook.tensors import Tokens
+
+WHOLE = "whole.json"  # a checkpoint's last file: sizes of all others
+STATE = "trainer_state.json"
+SAVE_SECONDS = 300  # between checkpoints at most, where no evaluation asks for one earlier
+KEPT = 2  # checkpoints: the last, and the one before it should that be damaged; beyond them only the best judged
+WORSE = 0.01  # the least rise of a perplexity that counts as one
+FINAL_LR = 0.1  # of the peak, where the cosine ends: LayerChop's
+LONG = 30 * 24 * 3600  # seconds that processes wait for each other: one of them may be saving, or asking the teacher
+
+
+@dataclass(frozen=True)
+class Course:
+    """All that decides a training run but the model and its teacher."""
+
+    windows: Tokens
+    order: Sequence[int]  # windows by number, step by step, over all passes
+    rows: int  # windows in a step
+    lr: float
+    micro_batch: int = 1  # windows in one forward
+    warmup: float = 0.05  # share of the steps
+    states: bool = False
+    autocast: torch.dtype | None = None
+    cpu: bool = False
+    seed: int = 0
+    points: Sequence[int] = ()  # steps after which the model is judged
+    weight_decay: float = 0.0
+
+    @property
+    def steps(self) -> int:
+        return len(self.order) // self.rows
+
+    @property
+    def step_tokens(self) -> int:
+        return self.rows * self.windows.shape[1]
+
+
+@dataclass
+class Judge:
+    """Held-out texts, and the rule by which training stops before its time."""
+
+    texts: Sequence[Windows]
+    guards: Sequence[str] = ()  # texts whose getting worse stops the training
+    autocast: torch.dtype | None = None
+    seconds: float = field(default=0.0, init=False)
+
+    def __call__(self, model: Any) -> dict[str, list[float]]:
+        """Mean losses of every text's windows."""
+        started = time.perf_counter()
+        model.eval()
+        with torch.autocast(model.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
+            found = {text.source: list(perplexity(model, text).window_losses) for text in self.texts}
+        self.seconds += time.perf_counter() - started
+        return found
+
+    def verdict(self, judged: Sequence[dict[str, Any]]) -> str:
+        """Why training should stop: a text is worse than it was, by more than two paired standard errors; '' if none is."""
+        if len(judged) < 2:
+            return ""
+        for text in self.guards:
+            best = min(judged[:-1], key=lambda one: sum(one["losses"][text]))["losses"][text]
+            factor, error = paired(best, judged[-1]["losses"][text])
+            if not factor < 1 + max(WORSE, 2 * (error or 0.0)):  # written so that NaN is worse
+                return text
+        return ""
+
+    def best(self, judged: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The one with the least loss over the guards."""
+        return min(judged, key=lambda one: _finite_sum(one["losses"], self.guards))
+
+
+class Diverged(BillhookError):
+    """The loss, or its gradient, is no longer a number."""
+
+
+class Healer(Trainer):
+    """A Trainer that learns from lessons, or from the text alone where there are none."""
+
+    def __init__(
+        self, model: Any, course: Course, lessons: Lessons | None, judge: Judge, work: Path, tick: Tick = quiet
+    ):
+        self.course, self.lessons, self.judge, self.work = course, lessons, judge, work
+        self.watch = Watch(self, tick)
+        with quiet_transformers():
+            arguments = _arguments(course, work)
+            super().__init__(
+                model=model,
+                args=arguments,
+                train_dataset=_Steps(course, lessons),
+                data_collator=_stacked,
+                callbacks=[self.watch],
+            )
+        self.remove_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = False  # ours is a mean over a micro-batch: the Trainer divides by their number
+
+    model: Any
+
+    @property
+    def judged(self) -> list[dict[str, Any]]:
+        """Every judgement so far: {"step", "losses": {text: [of each window]}, "seconds"}."""
+        return [one for one in self.state.log_history if "losses" in one]
+
+    @property
+    def seconds(self) -> float:
+        """Of training, judging left out, up to the last judgement: what was lost to a kill does not count."""
+        return self.judged[-1]["seconds"] if self.judged else 0.0
+
+    @property
+    def losses(self) -> list[float]:
+        """The training loss of every step so far."""
+        return [one["loss"] for one in self.state.log_history if "loss" in one]
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        tokens = inputs["tokens"]
+        out = model(input_ids=tokens, use_cache=False, output_hidden_states=self.course.states)
+        if self.lessons is None:
+            loss = next_token(out.logits, tokens)
+        else:
+            loss = divergence(out.logits[:, :-1], inputs["ids"], inputs["chances"], inputs["tail"])
+        if self.course.states:
+            apart = misalignment(out.hidden_states[EMBEDDED], inputs["embedded"])
+            apart = apart + misalignment(out.hidden_states[HIDDEN], inputs["hidden"])
+            # as large as the divergence, whatever its own scale (Minitron, arXiv:2407.14679, section 3)
+            loss = loss + loss.detach() / apart.detach().clamp(min=1e-6) * apart
+        return (loss, out) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Called after every step, before a checkpoint is written: the place to stop a run that has gone wrong."""
+        if any(not math.isfinite(logs.get(name, 0.0)) for name in ("loss", "grad_norm")):
+            step = self.state.global_step
+            found = [one for one in checkpoints(self.work) if is_whole(one)]
+            kept = (
+                f"the checkpoint of step {step_of(found[-1])} is kept in {found[-1]}" if found else "none was saved yet"
+            )
+            raise Diverged(f"the loss is no longer finite at step {step} of {self.course.steps}: {kept}; lower --lr")
+        super().log(logs, start_time)
+
+    def heal(self) -> None:
+        """Train to the end, or from the last whole checkpoint to the end; the judge may end it earlier."""
+        last = self.resume_point()
+        if last and self._is_over(last):
+            self.state = TrainerState.load_from_json(str(last / STATE))
+            self.restore(step_of(last))
+            return
+        with quiet_transformers():
+            self.train(resume_from_checkpoint=str(last) if last else None)
+
+    def gathered(self, start: Callable[[], Any]) -> Any:
+        """The trained model, whole in every process; `start` gives one to fill where its parts lie in several."""
+        if not self.is_fsdp_enabled:
+            return self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # its forward without autocast
+        whole, model = self.accelerator.get_state_dict(self.model), start()
+        model.load_state_dict(whole)
+        return model
+
+    def _is_over(self, last: Path) -> bool:
+        """Whether a run that was killed had only its result to write."""
+        judged = [one for one in _history(last) if "losses" in one]
+        return step_of(last) == self.course.steps or bool(self.judge.verdict(judged))
+
+    def resume_point(self) -> Path | None:
+        """The last whole checkpoint; half-written ones after it are removed."""
+        found = checkpoints(self.work)
+        while found and not is_whole(found[-1]):
+            if self.is_world_process_zero():
+                shutil.rmtree(found[-1])
+            found.pop()
+        return found[-1] if found else None
+
+    def restore(self, step: int) -> None:
+        """Give the model the weights that it had after `step`."""
+        with quiet_transformers():
+            self._load_from_checkpoint(str(self.work / f"checkpoint-{step}"))
+
+
+class Watch(TrainerCallback):
+    """Shows progress, judges at the course's points, and has checkpoints written, marked whole and cleared away."""
+
+    def __init__(self, healer: Healer, tick: Tick):
+        self.healer, self.tick = healer, tick
+        self.saved = time.monotonic()
+        self.begun = 0.0  # when training would have begun had it never been cut off, judging left out
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.tick("training", state.global_step, state.max_steps)
+        if not self.healer.judged and self.healer.judge.texts:
+            self._judge(state)
+        self.begun = time.perf_counter() - self.healer.judge.seconds - self.healer.seconds
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.tick("training", state.global_step, state.max_steps)
+        if state.global_step in self.healer.course.points:
+            if self.healer.judge.texts:
+                self._judge(state)
+            control.should_training_stop |= bool(self.healer.judge.verdict(self.healer.judged))
+            control.should_save = True
+        elif _agreed(time.monotonic() - self.saved > SAVE_SECONDS, args):
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.saved = time.monotonic()
+        if not state.is_world_process_zero:
+            return
+        here = self.healer.work / f"checkpoint-{state.global_step}"
+        (here / "training_args.bin").unlink(missing_ok=True)  # a pickle of code, which nothing here reads
+        mark_whole(here)
+        judged = self.healer.judged
+        best = self.healer.judge.best(judged)["step"] if judged else None
+        for old in checkpoints(self.healer.work)[:-KEPT]:
+            if step_of(old) != best:
+                shutil.rmtree(old)
+
+    def _judge(self, state: Any) -> None:
+        model = self.healer.accelerator.unwrap_model(self.healer.model)
+        seconds = time.perf_counter() - self.healer.judge.seconds - self.begun if state.global_step else 0.0
+        state.log_history.append({"step": state.global_step, "losses": self.healer.judge(model), "seconds": seconds})
+
+
+def checkpoints(work: Path) -> list[Path]:
+    """The Trainer's checkpoint folders, by step."""
+    return sorted((path for path in work.glob("checkpoint-*") if path.is_dir()), key=step_of)
+
+
+def mark_whole(checkpoint: Path) -> None:
+    """Say that nothing is missing from a checkpoint: its last file lists the sizes of all others."""
+    sizes = {str(file.relative_to(checkpoint)): file.stat().st_size for file in checkpoint.rglob("*") if file.is_file()}
+    atomic.write_text(checkpoint / WHOLE, json.dumps(sizes) + "\n")
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint has all that it had when it was written."""
+    try:
+        sizes = json.loads((checkpoint / WHOLE).read_text(encoding="utf-8"))
+        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
+def _history(checkpoint: Path) -> list[dict[str, Any]]:
+    """What a checkpoint's run had logged."""
+    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["log_history"]
+
+
+class _Steps(Dataset):
+    """The windows of all steps, in order, each with its lesson."""
+
+    def __init__(self, course: Course, lessons: Lessons | None):
+        self.course, self.lessons = course, lessons
+
+    def __len__(self) -> int:
+        return len(self.course.order)
+
+    def __getitem__(self, place: int) -> dict[str, Tensor]:
+        window = self.course.order[place]
+        lesson = self.lessons.of(window) if self.lessons else {}
+        return {"tokens": self.course.windows[window], **lesson}
+
+
+def _stacked(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+
+
+def _arguments(course: Course, work: Path) -> TrainingArguments:
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        max_steps=course.steps,
+        per_device_train_batch_size=course.micro_batch,
+        learning_rate=course.lr,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": FINAL_LR},
+        warmup_steps=max(1, round(course.warmup * course.steps)),
+        weight_decay=course.weight_decay,
+        train_sampling_strategy="sequential",
+        bf16=course.autocast is torch.bfloat16,
+        use_cpu=course.cpu,
+        seed=course.seed,
+        save_strategy="no",  # Watch says when
+        eval_strategy="no",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=not course.cpu,
+        ddp_find_unused_parameters=False,
+        ddp_timeout=LONG,
+    )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs are for several processes: no threads over replicas
+    share, left = divmod(course.rows, course.micro_batch * arguments.world_size)
+    if left or not share:
+        raise BillhookError(
+            f"{course.rows} windows a step cannot be shared by {arguments.world_size} processes, {course.micro_batch} at a time: "
+            "change --batch-tokens or --micro-batch"
+        )
+    arguments.gradient_accumulation_steps = share
+    return arguments
+
+
+def _agreed(mine: bool, args: Any) -> bool:
+    """The first process's answer: clocks differ, and all must write a checkpoint or none."""
+    if args.world_size == 1:
+        return mine
+    said = torch.tensor([float(mine)], device=args.device)
+    torch.distributed.broadcast(said, 0)
+    return bool(said.item())
+
+
+def step_of(checkpoint: Path) -> int:
+    """After which step a checkpoint was written."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _finite_sum(losses: dict[str, list[float]], names: Sequence[str]) -> float:
+    found = sum(sum(losses[name]) / len(losses[name]) for name in names)
+    return found if math.isfinite(found) else math.inf
