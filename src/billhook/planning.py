@@ -45,7 +45,7 @@ class Texts:
 def needs_text(chosen: Recipe) -> bool:
     """Whether anything is measured on text: positions and named layers need none."""
     measures = not chosen.chops or not (chosen.drop or chosen.keep or chosen.preset in depth.FREE)
-    return measures or bool(chosen.vocab_from)
+    return measures or bool(chosen.vocab_from) or chosen.select == "healed"
 
 
 def judges(chosen: Recipe) -> bool:

@@ -24,9 +24,12 @@ from billhook.errors import BillhookError
 from billhook.families import layers
 from billhook.memory import peak_growth
 from billhook.methods import METHODS
+from billhook.plan import Plan
 from billhook.progress import Clock, Tick, quiet
 from billhook.publish import publish
+from billhook.reading import read
 from billhook.recipe import Recipe, recipe
+from billhook.selection import after_a_heal
 from billhook.surgery import cast
 
 SAMPLE = 2**20  # characters of the calibration text by which a cut vocabulary is judged
@@ -140,7 +143,9 @@ def prune_opened(
     with peak_growth(model.device) as growth:
         folder = Path(statistics) if statistics else None
         scores = planning.unit_scores(model, chosen, texts.calibration, clock, tick)
-        plan = planning.make_plan(model, chosen, texts, opened.dtype, scores, folder, clock, tick)
+        found = _selected(opened, chosen, texts, folder, clock, tick) if chosen.select == "healed" else None
+        wanted = chosen.model_copy(update={"preset": found["chosen"]}) if found else chosen
+        plan = planning.make_plan(model, wanted, texts, opened.dtype, scores, folder, clock, tick)
         announce(report.plan_line(model, plan, chosen.budget))
         run, settings = METHODS[chosen.method].run, planning.settings_of(chosen)
         cuts = []
@@ -166,6 +171,7 @@ def prune_opened(
             "tokens_sha256": windows.sha256,
         },
         "vocabulary": vocabulary_cut,
+        "selection": found,
         "dropped_layers": list(plan.layers),
         "kept_layers": [n for n in range(total) if n not in plan.layers],
         "cuts": [asdict(cut) for cut in cuts],
@@ -174,6 +180,33 @@ def prune_opened(
         "versions": report.versions(),
     }
     return Result(model, opened.tokenizer, written, opened.folder, trimmed=vocabulary_cut is not None)
+
+
+def _selected(
+    opened: Opened, chosen: Recipe, texts: planning.Texts, folder: Path | None, clock: Clock, tick: Tick
+) -> dict[str, Any]:
+    """The candidates, each cut and trained for a while, and which is best."""
+    learned = read((chosen.calibration,), chosen.held_out, opened.tokenizer, chosen.seq_len, chosen.seed, tick)
+    plans = {}
+    for name in chosen.candidates:
+        one = chosen.model_copy(update={"preset": name})
+        plans[name] = planning.make_plan(opened.model, one, texts, opened.dtype, statistics=folder, tick=tick)
+
+    def cut(model: Any, gone: Sequence[int]) -> None:
+        METHODS[chosen.method].run(model, texts.calibration, Plan(layers=tuple(gone)), planning.settings_of(chosen))
+
+    with clock("healing candidates"):
+        return after_a_heal(
+            opened.model,
+            {name: plan.layers for name, plan in plans.items()},
+            cut,
+            learned,
+            chosen.heal_tokens,
+            key={"method": chosen.method},
+            folder=folder,
+            seed=chosen.seed,
+            tick=tick,
+        )
 
 
 def draw(opened: Opened, chosen: Recipe, text: data.Text) -> tuple[data.Windows, planning.Texts]:

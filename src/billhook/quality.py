@@ -127,7 +127,9 @@ def _exp(nats: float) -> float:
 
 
 def _standard_error(values: Sequence[float]) -> float | None:
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    if len(values) < 2 or not all(map(math.isfinite, values)):
+        return None
+    return statistics.stdev(values) / math.sqrt(len(values))
 
 
 def _times(value: float, relative: float | None) -> float | None:

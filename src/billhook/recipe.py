@@ -28,6 +28,8 @@ CLIENTS = {  # who will load it -> what FFN widths its kernels want, and why
     "llama.cpp": (256, "K-quants want rows of 256; multiples of 32 fall back to Q5_0 or Q8_0, others to F16"),
 }
 BUDGETS = ("ratio", "params", "memory", "speedup")
+SELECT = {"preset": "by --preset", "healed": "the best of --candidates after a short training of each"}
+CANDIDATES = ("contiguous", "block-influence", "middle", "max-gap", "input")
 EXPLICIT = ("drop", "keep", "layers")  # budgets of layerchop alone
 COUNT = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 Settled = TypeVar("Settled", bound=BaseModel)
@@ -50,6 +52,10 @@ class Recipe(BaseModel):
     drop: str = ""  # of layerchop: the layers that go, "10-14,20"
     keep: str = ""  # of layerchop: the layers that stay
     layers: int | None = Field(default=None, ge=1)  # of layerchop: how many stay
+    select: str = "preset"  # of layerchop: how the layers are chosen
+    candidates: tuple[str, ...] = CANDIDATES  # presets to choose from after a heal
+    heal_tokens: int = Field(default=100_000, ge=1)  # that each is trained on
+    held_out: tuple[str, ...] = ("demo",)  # texts that judge them
     layout: str = "uniform"
     allocation: str = "equal"
     floor: float = Field(default=0.3, gt=0, le=1, allow_inf_nan=False)
@@ -71,7 +77,7 @@ class Recipe(BaseModel):
     device: str = "auto"
     dtype: str = "auto"
 
-    @field_validator("method", "score", "stream", "dtype", "layout", "preset")
+    @field_validator("method", "score", "stream", "dtype", "layout", "preset", "select")
     @classmethod
     def _known(cls, value: str, info: Any) -> str:
         valid = {
@@ -81,27 +87,45 @@ class Recipe(BaseModel):
             "dtype": ("auto", *DTYPES),
             "layout": LAYOUTS,
             "preset": PRESETS,
+            "select": SELECT,
         }
         return one_of(info.field_name, value, valid[info.field_name])
 
-    @field_validator("params", "memory", mode="before")
+    @field_validator("params", "memory", "heal_tokens", mode="before")
     @classmethod
     def _amount(cls, value: Any, info: Any) -> Any:
-        return amount(value, COUNT if info.field_name == "params" else BYTES, info.field_name)
+        return amount(value, BYTES if info.field_name == "memory" else COUNT, info.field_name.replace("_", "-"))
 
     @field_validator("clients")
     @classmethod
     def _clients(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(one_of("client", name, CLIENTS) for name in value)
 
+    @field_validator("candidates")
+    @classmethod
+    def _candidates(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(one_of("candidate", name, PRESETS) for name in dict.fromkeys(value))
+
+    @model_validator(mode="after")
+    def _layers_fit(self) -> "Recipe":
+        """What is of layerchop alone."""
+        explicit = [name for name in EXPLICIT if getattr(self, name) not in (None, "")]
+        if explicit and not self.chops:
+            raise BillhookError(f"--{explicit[0]} names whole layers: use it with --method layerchop")
+        if self.chops and self.allocation != "equal":
+            raise BillhookError("layerchop has no allocation: its --preset says which layers go")
+        if self.select == "healed":
+            if not self.chops:
+                raise BillhookError("--select healed chooses whole layers: use it with --method layerchop")
+            if self.drop or self.keep:
+                raise BillhookError("--select healed chooses the layers, and --drop or --keep names them: give one")
+            if len(self.candidates) < 2:
+                raise BillhookError("--select healed compares: name at least two --candidates")
+        return self
+
     @model_validator(mode="after")
     def _fits_together(self) -> "Recipe":
         given = [f"--{name}" for name in (*BUDGETS, *EXPLICIT) if getattr(self, name) not in (None, "")]
-        explicit = [name for name in given if name.removeprefix("--") in EXPLICIT]
-        if explicit and not self.chops:
-            raise BillhookError(f"{explicit[0]} names whole layers: use it with --method layerchop")
-        if self.chops and self.allocation != "equal":
-            raise BillhookError("layerchop has no allocation: its --preset says which layers go")
         if len(given) > 1:
             raise BillhookError(f"{' and '.join(given)} are two budgets: give one")
         if self.vocab_size and not self.vocab_from:

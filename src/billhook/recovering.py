@@ -4,7 +4,9 @@ The teacher answers once, to disk; then one model is in memory.  All that a kill
 """
 
 import math
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from billhook.publish import publish
 from billhook.recovery import Recovery
 from billhook.runs import TRIAL, TRIAL_STEPS, Run, on_cpu, perplexity, prepare, rates_of, shared, where
 from billhook.surgery import cast
-from billhook.training import Course, Diverged, Healer, Judge
+from billhook.training import Course, Diverged, Healer, Judge, checkpoints
 
 
 @dataclass
@@ -77,7 +79,7 @@ def recover(
         BillhookError: anything that cannot work, in one line; `work` holds another run; the loss is no longer finite.
     """
     process = PartialState(cpu=on_cpu(chosen.device))
-    with peak_growth(where(process)) as growth:
+    with peak_growth(where(process)) as growth, _kept_if_begun(work):
         run = prepare(model, chosen, work, lessons, process, tick if process.is_main_process else quiet)
         tried = [] if chosen.lr else _try_rates(run)
         rate = chosen.lr or _best_rate(tried)
@@ -86,14 +88,14 @@ def recover(
         guards = run.texts.guards if chosen.guard else ()
         judge = Judge(run.texts.judged, guards, run.course.autocast)
         healer = run.healer(replace(run.course, lr=rate), judge, work, run.tick)
-        healer.heal()
+        healer.heal(announce)
         run.clock.seconds |= {"training": healer.seconds, "judging": judge.seconds}
         stopped = judge.verdict(healer.judged)
         kept = judge.best(healer.judged)["step"] if stopped else healer.state.global_step
-        if kept != healer.state.global_step:
+        if kept and kept != healer.state.global_step:
             healer.restore(kept)
         trained = trainables.trained(healer.model)
-        healed = trainables.merged(healer.gathered(run.start))
+        healed = trainables.merged(healer.gathered(run.start) if kept else run.start())
     cast(healed.cpu(), run.student.dtype)
     found = _outcome(run, healer, tried, stopped, kept)
     found |= {"trained_parameters": trained, "parameters": sum(p.numel() for p in healed.parameters())}
@@ -101,6 +103,18 @@ def recover(
     record = run.student.record or {"parent": run.student.name, "model_type": healed.config.model_type}
     record = {**record, "recovery": [*record.get("recovery", []), found], "versions": report.versions()}
     return Recovered(healed.eval(), run.student.tokenizer, record, run.student.folder)
+
+
+@contextmanager
+def _kept_if_begun(work: Path) -> Iterator[None]:
+    """Of a run that is refused nothing stays, unless it has checkpoints."""
+    known = work.exists()
+    try:
+        yield
+    except BillhookError:
+        if not known and not checkpoints(work):
+            shutil.rmtree(work, ignore_errors=True)
+        raise
 
 
 def _try_rates(run: Run) -> list[dict[str, float]]:
@@ -130,7 +144,7 @@ def _loss_after(run: Run, course: Course, tick: Tick) -> float | None:
     judge, text = Judge((), (), course.autocast), run.texts.judged[0]
     healer = run.healer(course, judge, run.work / "trial", tick)
     try:
-        healer.heal()
+        healer.heal(_unheard)
     except Diverged:
         return None
     judge.texts = (text,)

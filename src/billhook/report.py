@@ -200,7 +200,9 @@ def command(report: dict[str, Any]) -> str:
     """The command line that makes the same cut."""
     recipe = report["recipe"]
     idle = UNIT_FLAGS if recipe["method"] == "layerchop" else LAYER_FLAGS
-    idle = (*idle, "preset") if recipe["drop"] or recipe["keep"] else idle
+    healed = recipe.get("select") == "healed"
+    idle = (*idle, "preset") if recipe["drop"] or recipe["keep"] or healed else idle
+    idle = idle if healed else (*idle, *HEAL_FLAGS)
     settings = " ".join(
         f"--{key.replace('_', '-')} {_flag(value)}"
         for key, value in recipe.items()
@@ -231,7 +233,8 @@ CARD_LAYOUT = {
     "per_layer": "A `{}` checkpoint whose layers differ in size: load it with `billhook.load(path)`, or with "
     "transformers or vLLM and `trust_remote_code=True`",
 }
-LAYER_FLAGS = ("preset", "drop", "keep", "layers")
+HEAL_FLAGS = ("select", "candidates", "heal_tokens", "held_out")
+LAYER_FLAGS = ("preset", "drop", "keep", "layers", *HEAL_FLAGS)
 UNIT_FLAGS = ("allocation", "axes", "score", "stream", "damping", "correction", "multiple_of")
 CARD_FLAGS = (
     *("method", "ratio", "params", "memory", "speedup", *LAYER_FLAGS, "layout", *UNIT_FLAGS),

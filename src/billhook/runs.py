@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,15 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from billhook import atomic, checkpoint, data, pace, report, store, teacher
-from billhook.data import Windows
 from billhook.errors import BillhookError
 from billhook.memory import return_freed
 from billhook.progress import Clock, Tick
+from billhook.reading import Texts, order_of, read
 from billhook.recovery import HALVED, Recovery, autocast_dtype
 from billhook.teacher import Lessons
-from billhook.tensors import Tokens
 from billhook.trainables import TRAINABLE, Cut
 from billhook.training import Course, Healer, Judge
 
-HELD_OUT = 8  # windows of each text to judge by; those of the training text are kept from training
 POINTS = (3, 10)  # judgements in a run, at least and at most
 JUDGING = 0.15  # of the training's cost, between those bounds
 FORWARD = 1 / 3  # of a training step's cost
@@ -34,17 +32,6 @@ RATES_OTHERWISE = (3e-4, 6e-4, 1.2e-3)
 TRIAL = 0.02  # of the steps, for each rate
 TRIAL_STEPS = 5  # at least
 PACE_SECONDS = 10  # to find out how many tokens --minutes buys
-
-
-@dataclass(frozen=True)
-class Texts:
-    """What is trained on and what is judged by."""
-
-    names: tuple[str, ...]
-    sha256: tuple[str, ...]
-    train: Tokens  # windows in the order drawn
-    judged: tuple[Windows, ...]  # of the training text held out, and of the others
-    guards: tuple[str, ...]  # names of those others
 
 
 @dataclass(frozen=True)
@@ -109,14 +96,14 @@ def prepare(name: str, chosen: Recovery, work: Path, lessons: Path | None, proce
     autocast = autocast_dtype(chosen.precision, where(process))
     student, texts, pace_of = _look(name, chosen, autocast, process, tick)
     key = {"student": student.sha256, "precision": str(autocast), "settings": chosen.model_dump(mode="json")}
-    _claim(work, {**key, "text": hashlib.sha256(texts.train.numpy().tobytes()).hexdigest()}, process)
+    _claim(work, {**key, "training text": hashlib.sha256(texts.train.numpy().tobytes()).hexdigest()}, process)
     tokens = chosen.tokens or shared(process, lambda: store.kept(work, "tokens", {}, pace_of))
     rows = chosen.rows(tokens, process.num_processes)
     steps = max(1, round(tokens / (rows * chosen.seq_len)))
     left = len(student.cut.kept) / student.cut.total if student.cut else 1.0
     course = Course(
         windows=texts.train,
-        order=_order(len(texts.train), steps * rows, chosen.seed),
+        order=order_of(len(texts.train), steps * rows, chosen.seed),
         rows=rows,
         lr=chosen.lr or 0.0,
         micro_batch=min(chosen.micro_batch, rows),
@@ -151,35 +138,11 @@ def _look(
     )
     if chosen.trainable == "seam" or chosen.trainable == "lora":
         TRAINABLE[chosen.trainable](opened.model, student.cut, chosen.rank)  # refuse now what cannot be trained
-    texts = _texts(chosen, student, tick)
+    texts = read(chosen.text, chosen.held_out, student.tokenizer, chosen.seq_len, chosen.seed, tick)
     for text in texts.judged:
         data.check_vocabulary(text, opened.model, name)
     size = sum(param.numel() for param in opened.model.parameters())
     return student, texts, lambda: _affordable(name, chosen, student.cut, size, autocast, process)
-
-
-def _texts(chosen: Recovery, student: Student, tick: Tick) -> Texts:
-    """Windows of all the training texts, shuffled together; a few of them are held out."""
-    sources = [data.calibration_text(source, tick) for source in chosen.text]
-    found = [data.windows(text, student.tokenizer, chosen.seq_len) for text in sources]
-    tokens = torch.cat([one.tokens for one in found])
-    tokens = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(chosen.seed))]
-    held = min(HELD_OUT, len(tokens) // 10)
-    own = Windows(f"{'+'.join(one.source for one in found)}, held out", tokens[:held], held, "", "")
-    others = []
-    for text in data.evaluation_texts(chosen.held_out, tick):
-        if text.sha256 in [one.text_sha256 for one in found]:
-            raise BillhookError(f"text {text.name!r} is trained on and held out: name another --held-out")
-        windows = data.windows(text, student.tokenizer, chosen.seq_len)
-        spread = torch.linspace(0, len(windows.tokens) - 1, min(HELD_OUT, len(windows.tokens))).long()
-        others.append(replace(windows, tokens=windows.tokens[spread]))
-    return Texts(
-        tuple(one.source for one in found),
-        tuple(one.text_sha256 for one in found),
-        tokens[held:],
-        (*([own] if held else []), *others),
-        tuple(one.source for one in others),
-    )
 
 
 def _affordable(
@@ -230,15 +193,6 @@ def _claim(work: Path, key: dict[str, Any], process: PartialState) -> None:
 def _differing(known: dict[str, Any], key: dict[str, Any]) -> set[str]:
     flat = [{**one, **one.get("settings", {}), "settings": None} for one in (known, key)]
     return {name for name in flat[0].keys() | flat[1].keys() if flat[0].get(name) != flat[1].get(name)} - {"device"}
-
-
-def _order(count: int, wanted: int, seed: int) -> list[int]:
-    """Windows by number: all of them once, in the order drawn, then again in other orders."""
-    order = list(range(count))
-    draw = torch.Generator().manual_seed(seed)
-    while len(order) < wanted:
-        order += torch.randperm(count, generator=draw).tolist()
-    return order[:wanted]
 
 
 def _points(windows: int, steps: int, judged: int) -> tuple[int, ...]:
@@ -301,7 +255,9 @@ def rates_of(chosen: Recovery) -> tuple[float, ...]:
 
 def _ready(name: str, chosen: Recovery, cut: Cut | None) -> Any:
     model = checkpoint.open_model(name, device="cpu", dtype="float32").model
-    return TRAINABLE[chosen.trainable](model, cut, chosen.rank)
+    with torch.random.fork_rng():  # adapters are drawn: the same in every process, and when a run goes on
+        torch.manual_seed(chosen.seed)
+        return TRAINABLE[chosen.trainable](model, cut, chosen.rank)
 
 
 def perplexity(losses: Sequence[float]) -> float:

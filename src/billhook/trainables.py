@@ -4,6 +4,7 @@ Frozen parameters cost no gradient and no optimiser state, and where the first t
 ends there.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,7 +51,9 @@ def train_adapters(model: PreTrainedModel, cut: Cut | None, rank: int) -> Any:
         if isinstance(module, nn.Linear)
     }
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules=sorted(linear))
-    return peft.get_peft_model(model.requires_grad_(False), config)
+    with warnings.catch_warnings():  # peft 0.21 asks for an attribute that transformers 5 has renamed
+        warnings.simplefilter("ignore", FutureWarning)
+        return peft.get_peft_model(model.requires_grad_(False), config)
 
 
 def train_end(model: PreTrainedModel, cut: Cut | None, rank: int) -> PreTrainedModel:

@@ -86,8 +86,11 @@ class Judge:
             return ""
         for text in self.guards:
             best = min(judged[:-1], key=lambda one: sum(one["losses"][text]))["losses"][text]
-            factor, error = paired(best, judged[-1]["losses"][text])
-            if not factor < 1 + max(WORSE, 2 * (error or 0.0)):  # written so that NaN is worse
+            now = judged[-1]["losses"][text]
+            if not all(map(math.isfinite, now)):
+                return text
+            factor, error = paired(best, now)
+            if factor > 1 + max(WORSE, 2 * (error or 0.0)):
                 return text
         return ""
 
@@ -168,9 +171,9 @@ class Healer(Trainer):
             raise Diverged(f"the loss is no longer finite at step {step} of {self.course.steps}: {kept}; lower --lr")
         super().log(logs, start_time)
 
-    def heal(self) -> None:
+    def heal(self, announce: Callable[[str], object]) -> None:
         """Train to the end, or from the last whole checkpoint to the end; the judge may end it earlier."""
-        last = self.resume_point()
+        last = self._resume_point(announce)
         if last and self._is_over(last):
             self.state = TrainerState.load_from_json(str(last / STATE))
             self.restore(step_of(last))
@@ -191,14 +194,19 @@ class Healer(Trainer):
         judged = [one for one in _history(last) if "losses" in one]
         return step_of(last) == self.course.steps or bool(self.judge.verdict(judged))
 
-    def resume_point(self) -> Path | None:
-        """The last whole checkpoint; half-written ones after it are removed."""
-        found = checkpoints(self.work)
+    def _resume_point(self, announce: Callable[[str], object]) -> Path | None:
+        """The last whole checkpoint; those after it, half-written or damaged since, are removed."""
+        found, broken = checkpoints(self.work), []
         while found and not is_whole(found[-1]):
-            if self.is_world_process_zero():
-                shutil.rmtree(found[-1])
-            found.pop()
-        return found[-1] if found else None
+            broken.append(found.pop())
+        last = found[-1] if found else None
+        if self.is_world_process_zero():
+            for one in broken:
+                announce(f"{one} is not whole: going on from {f'step {step_of(last)}' if last else 'the start'}")
+                shutil.rmtree(one)
+            if last and not broken:
+                announce(f"going on from step {step_of(last)} of {self.course.steps}")
+        return last
 
     def restore(self, step: int) -> None:
         """Give the model the weights that it had after `step`."""
@@ -343,6 +351,6 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def _finite_sum(losses: dict[str, list[float]], names: Sequence[str]) -> float:
+def _finite_sum(losses: dict[str, list[float]], names: Sequence[str]) -> float | int:
     found = sum(sum(losses[name]) / len(losses[name]) for name in names)
     return found if math.isfinite(found) else math.inf

@@ -22,6 +22,7 @@ from billhook.cli.shared import (
     app,
     choice,
     err,
+    listed,
     out,
     print_measures,
     progress,
@@ -32,7 +33,7 @@ from billhook.methods import METHODS
 from billhook.observe import STREAMS
 from billhook.pages import page
 from billhook.pruning import Result, check_out, measure, prune
-from billhook.recipe import CLIENTS, Recipe, read_recipe, recipe
+from billhook.recipe import CLIENTS, SELECT, Recipe, read_recipe, recipe
 from billhook.scores import SCORES
 from billhook.taylor import GRADIENT_SCORES
 
@@ -88,6 +89,20 @@ def prune_command(
     ] = "",
     layers: Annotated[
         int | None, typer.Option(help="layerchop, instead of a ratio: how many layers stay", show_default=False)
+    ] = None,
+    select: Annotated[
+        str,
+        choice(SELECT, "layerchop: how the layers are chosen. " + "; ".join(f"{k}: {v}" for k, v in SELECT.items())),
+    ] = DEFAULT.select,
+    candidates: Annotated[str, typer.Option(help="presets that --select healed compares, with commas")] = ",".join(
+        DEFAULT.candidates
+    ),
+    heal_tokens: Annotated[
+        str, typer.Option(help="tokens of --calibration that each candidate is trained on")
+    ] = f"{DEFAULT.heal_tokens // 1000}k",
+    held_out: Annotated[
+        list[str] | None,
+        typer.Option(help="text that judges the candidates; may be repeated", show_default="demo"),
     ] = None,
     axes: Annotated[
         str, choice(AXES, f"what to prune, comma-separated, of {', '.join(AXES)}; empty: the method's own")
@@ -178,6 +193,10 @@ def prune_command(
         drop=drop,
         keep=keep,
         layers=layers,
+        select=select,
+        candidates=tuple(listed(candidates)),
+        heal_tokens=heal_tokens,
+        held_out=tuple(held_out or DEFAULT.held_out),
         layout=layout,
         allocation=allocation,
         floor=floor,

@@ -3,6 +3,8 @@
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -119,7 +121,7 @@ def recover_command(
     work = output.with_name(output.name + UNFINISHED)
     if fresh:
         shutil.rmtree(work, ignore_errors=True)
-    with progress() as tick:
+    with progress() as tick, _going_on(work):
         found = recover(model, chosen, work, lessons=lessons, tick=tick, announce=_say)
         if not PartialState().is_main_process:
             return
@@ -135,6 +137,16 @@ def recover_command(
     out.print(f"{time.perf_counter() - started:.0f} s; written and reload-verified: {output}", soft_wrap=True)
 
 
+@contextmanager
+def _going_on(work: Path) -> Iterator[None]:
+    """Say what Ctrl-C leaves."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if work.exists():
+            _say(f"what was done is in {work}: the same command goes on, --fresh starts over")
+        raise
+
+
 def _say(line: str) -> None:
-    if err.is_terminal:
-        err.print(line, soft_wrap=True)
+    err.print(f"billhook: {line}", soft_wrap=True)

@@ -1,0 +1,295 @@
+"""`billhook recover` cut off, shared among processes, and given what it cannot use."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import transformers as T
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+
+from billhook import cli, pruning, recovering, training
+from billhook.errors import BillhookError
+from billhook.recovery import recovery
+
+LENGTH = 16
+STEPS = 60
+
+
+@pytest.fixture
+def bench(folder: Path, tmp_path: Path) -> Path:
+    """A folder with a teacher, a student, and two texts."""
+    pruning.prune(str(folder), method="layerchop", drop="1").save(tmp_path / "student")
+    words = tiny.text(1200)
+    (tmp_path / "train.txt").write_text(words[:3000])
+    (tmp_path / "held.txt").write_text(words[3000:])
+    return tmp_path
+
+
+def settings(bench: Path, **more: Any) -> dict[str, Any]:
+    found = {
+        "teacher": str(bench / "tiny-llama"),
+        "tokens": STEPS * 2 * LENGTH,
+        "batch_tokens": 2 * LENGTH,
+        "text": (str(bench / "train.txt"),),
+        "held_out": (str(bench / "held.txt"),),
+        "seq_len": LENGTH,
+        "lr": 1e-3,
+        "device": "cpu",
+        "precision": "float32",
+    }
+    return {**found, **more}
+
+
+def flags(bench: Path, **more: Any) -> list[str]:
+    said = [str(bench / "student"), "-o", str(bench / "out")]
+    for name, value in settings(bench, **more).items():
+        for one in value if isinstance(value, tuple) else (value,):
+            said += [f"--{name.replace('_', '-')}", str(one)]
+    return ["recover", *said]
+
+
+def run(bench: Path, work: str = "work", lines: list[str] | None = None, **more: Any) -> recovering.Recovered:
+    heard = lines if lines is not None else []
+    return recovering.recover(
+        str(bench / "student"), recovery(**settings(bench, **more)), bench / work, announce=heard.append
+    )
+
+
+def same(a: recovering.Recovered, b: recovering.Recovered) -> bool:
+    ours, theirs = a.model.state_dict(), b.model.state_dict()
+    return all(torch.equal(ours[name], theirs[name]) for name in ours) and ours.keys() == theirs.keys()
+
+
+# ---- cut off
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from billhook import recovering, training
+from billhook.recovery import recovery
+training.SAVE_SECONDS = 0.02  # a checkpoint every few steps
+recovering.recover(sys.argv[1], recovery(**eval(sys.argv[2])), Path(sys.argv[3]))
+print("done")
+"""
+
+
+def killed(bench: Path, after: float, wanted: int, **more: Any) -> bool:
+    """Run in another process, killed `after` seconds from its first checkpoint beyond step `wanted`; whether it was in time."""
+    work = bench / "work"
+    line = [sys.executable, "-c", SCRIPT, str(bench / "student"), repr(settings(bench, **more)), str(work)]
+    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    until = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < until:
+        if any(training.step_of(one) > wanted for one in training.checkpoints(work)):
+            time.sleep(after)
+            break
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    _, err = process.communicate()
+    assert process.returncode in (0, -signal.SIGKILL), err
+    return process.returncode != 0
+
+
+@pytest.mark.parametrize(
+    ("trainable", "after"), [("all", 0.0), ("all", 0.011), ("lora", 0.03)], ids=["at once", "amid a save", "lora"]
+)
+def test_a_killed_run_ends_as_if_it_had_not_been(trainable: str, after: float, bench: Path) -> None:
+    more = {"trainable": trainable, "rank": 4}
+    whole = run(bench, "whole", **more)
+    assert killed(bench, after, 0, **more), "it was done before it could be killed"
+    assert not list((bench / "work").glob("*.partial"))
+    lines: list[str] = []
+    again = run(bench, lines=lines, **more)
+    assert any("going on from" in line for line in lines)
+    assert same(whole, again)
+    assert whole.healing["losses"] == again.healing["losses"]
+    assert whole.healing["evaluations"] == again.healing["evaluations"]
+
+
+def test_a_run_that_had_only_to_write_trains_no_more(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run(bench)
+    monkeypatch.setattr(training.Healer, "train", None)
+    assert same(first, run(bench))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "unmarked"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage: str, bench: Path) -> None:
+    whole, lines = run(bench), []
+    *_, before, last = training.checkpoints(bench / "work")
+    file = last / "optimizer.pt"
+    if damage == "truncated":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif damage == "missing":
+        file.unlink()
+    else:
+        (last / training.WHOLE).unlink()
+    again = run(bench, lines=lines)
+    assert f"{last} is not whole: going on from step {training.step_of(before)}" in lines
+    assert same(whole, again)
+
+
+def test_another_run_is_not_gone_on_with(bench: Path) -> None:
+    run(bench)
+    with pytest.raises(
+        BillhookError, match=r"holds an unfinished run that differs in lr, seed, training text: .*--fresh"
+    ):
+        run(bench, lr=2e-3, seed=1)
+    (bench / "train.txt").write_text(tiny.text(1300)[500:])
+    with pytest.raises(BillhookError, match="differs in training text"):
+        run(bench)
+
+
+def test_the_rate_trials_are_kept(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run(bench, lr="auto", tokens=320)
+    monkeypatch.setattr(recovering, "_loss_after", None)
+    for one in training.checkpoints(bench / "work"):
+        shutil.rmtree(one)
+    assert same(first, run(bench, lr="auto", tokens=320))
+
+
+# ---- shared
+
+
+def test_two_processes_train_as_one(bench: Path) -> None:
+    one = run(bench).healing
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    done = subprocess.run([*launch, "-m", "billhook", *flags(bench), "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    two = json.loads(done.stdout)["recovery"][0]
+    assert two["processes"] == 2 and two["losses"] == pytest.approx(one["losses"], rel=1e-4, abs=1e-6)
+    assert (bench / "out" / "model.safetensors").exists() and not (bench / "out.unfinished").exists()
+
+
+def test_windows_that_processes_cannot_share(bench: Path) -> None:
+    with pytest.raises(BillhookError, match="3 windows a step cannot be shared by 1 processes, 2 at a time"):
+        run(bench, batch_tokens=3 * LENGTH, micro_batch=2)
+
+
+# ---- bad input
+
+
+def command(bench: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, line: list[str]) -> str:
+    """The one line that a refused command says; it must leave everything as it was."""
+    before = sorted(bench.rglob("*"))
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["billhook", *line])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    said = capsys.readouterr()
+    assert left.value.code == 2 and not said.out
+    (*_, last) = said.err.strip().splitlines()
+    assert last.startswith("billhook: error: ")
+    assert sorted(bench.rglob("*")) == before
+    return last
+
+
+def another_tokenizer(path: Path) -> None:
+    vocab = {letter: n for n, letter in enumerate("abcdefgh")} | {"<unk>": 8}
+    T.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))).save_pretrained(
+        path
+    )
+
+
+def another_vocabulary(path: Path) -> None:
+    config = tiny.CONFIGS["llama"](vocab_size=300)
+    T.AutoModelForCausalLM.from_config(config).save_pretrained(path)
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"tokens": 0}, "tokens 0: input should be greater than or equal to 1"),
+    ({"tokens": "-5"}, "--tokens '-5' is no amount"),
+    ({"tokens": "many"}, "--tokens 'many' is no amount"),
+    ({"minutes": 5}, "--tokens and --minutes are two budgets: give one"),
+    ({"teacher": ""}, "--objective distill learns from the unpruned model: name it with --teacher"),
+    ({"teacher": "nowhere"}, "model nowhere does not exist"),
+    ({"objective": "distil"}, "did you mean 'distill'?"),
+    ({"trainable": "everything"}, "trainable 'everything'"),
+    ({"lr": "fast"}, "lr 'fast'"),
+    ({"lr": "-1"}, "lr '-1': input should be greater than 0"),
+    ({"seq_len": 4096}, "seq-len 4096"),
+    ({"seq_len": 1}, "seq-len 1"),
+    ({"batch_tokens": 0}, "batch-tokens 0"),
+    ({"objective": "ce", "states": "on"}, "--states on aligns with a teacher's hidden states"),
+    ({"device": "cuda:1"}, "device 'cuda:1'"),
+    ({"precision": "float16"}, "precision 'float16'"),
+    ({"text": ("nowhere.txt",)}, "text nowhere.txt does not exist"),
+    ({"held_out": ("nowhere.txt",)}, "text nowhere.txt does not exist"),
+]
+
+
+@pytest.mark.parametrize(("more", "said"), REFUSED, ids=[str(next(iter(more.items()))) for more, _ in REFUSED])
+def test_what_is_refused(
+    more: dict[str, Any],
+    said: str,
+    bench: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert said in command(bench, capsys, monkeypatch, flags(bench, **more))
+
+
+def test_texts_and_models_that_do_not_fit(
+    bench: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def said(**more: Any) -> str:
+        return command(bench, capsys, monkeypatch, flags(bench, **more))
+
+    (bench / "short.txt").write_text("too short")
+    assert "text 'short' has 9 tokens, less than one window of 16" in said(text=(str(bench / "short.txt"),))
+    assert "text 'short' has 9 tokens" in said(held_out=(str(bench / "short.txt"),))
+    assert "is trained on and held out" in said(held_out=(str(bench / "train.txt"),))
+    shutil.copytree(bench / "tiny-llama", bench / "other")
+    another_vocabulary(bench / "other")
+    assert "predicts 300 tokens" in said(teacher=str(bench / "other"))
+    another_tokenizer(bench / "other")
+    assert "has another tokenizer than" in said(teacher=str(bench / "other"))
+    line = flags(bench, trainable="seam")
+    line[line.index(str(bench / "student"))] = str(bench / "tiny-llama")
+    assert "--trainable seam trains the layers beside dropped ones" in command(bench, capsys, monkeypatch, line)
+    (bench / "out").mkdir()
+    (bench / "out" / "precious").write_text("")
+    assert "exists and is not empty" in said()
+    shutil.rmtree(bench / "out")
+    (bench / "out.unfinished").mkdir()
+    (bench / "out.unfinished" / "precious").write_text("")
+    assert "is not a run's folder" in said()
+
+
+def test_a_loss_that_is_no_number(
+    bench: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = bench / "student" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"] *= 1e38
+    save_file(tensors, file, metadata={"format": "pt"})
+    said = command(bench, capsys, monkeypatch, [*flags(bench), "--no-guard", "--objective", "ce"])
+    assert "the loss is no longer finite at step 1 of 60: none was saved yet; lower --lr" in said
+
+
+def test_a_loss_that_becomes_none_keeps_the_last_good_checkpoint(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    true, seen = training.divergence, []
+
+    def breaking(*args: Any) -> torch.Tensor:
+        seen.append(1)
+        return true(*args) * (float("nan") if len(seen) > 2 * 45 else 1.0)
+
+    monkeypatch.setattr(training, "divergence", breaking)
+    with pytest.raises(
+        BillhookError, match=r"finite at step 46 of 60: the checkpoint of step 4\d is kept in .*checkpoint-4\d"
+    ):
+        run(bench)
+    last = training.checkpoints(bench / "work")[-1]
+    assert training.is_whole(last)
+    assert all(value.isfinite().all() for value in load_file(last / "model.safetensors").values())
+    monkeypatch.setattr(training, "divergence", true)
+    assert len(run(bench).healing["losses"]) == STEPS
