@@ -34,7 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
     ("planning", "recovery"),
     ("runs", "selection"),
     ("pruning",),
-    ("contest", "recovering"),
+    ("contest", "recovering", "forecast"),
     ("cli.shared",),
     ("cli.*",),
     ("cli",),

@@ -153,14 +153,20 @@ def _affordable(
     model = _ready(name, chosen, cut).to(where(process))
     trained = pace.training_pace(model, chosen.seq_len, chosen.micro_batch, autocast, PACE_SECONDS)
     answered = pace.answering_pace(model, chosen.seq_len, chosen.micro_batch, autocast)
-    seconds = (1 + JUDGING + (0 if chosen.lr else len(rates_of(chosen)) * TRIAL)) / trained
     if chosen.teacher:
         skeleton = checkpoint.open_skeleton(chosen.teacher)
-        seconds += sum(param.numel() for param in skeleton.parameters()) / size / answered
-    left = 60 * chosen.minutes - PACE_SECONDS
-    if left < seconds * chosen.seq_len:
+        answered *= size / sum(param.numel() for param in skeleton.parameters())
+    trials = 0 if chosen.lr else len(rates_of(chosen))
+    tokens = bought(60 * chosen.minutes - PACE_SECONDS, trained, answered if chosen.teacher else None, trials)
+    if tokens < chosen.seq_len:
         raise BillhookError(f"--minutes {chosen.minutes:g} is too short here for one window of {chosen.seq_len} tokens")
-    return int(left / seconds * process.num_processes)
+    return tokens * process.num_processes
+
+
+def bought(seconds: float | int, trained: float, answered: float | None, trials: int) -> int:
+    """Tokens that `seconds` buy at `trained` tokens a second: training, judging, rates tried, and a teacher's answers."""
+    each = (1 + JUDGING + trials * TRIAL) / trained + (1 / answered if answered else 0.0)
+    return max(0, int(seconds / each))
 
 
 def _claim(work: Path, key: dict[str, Any], process: PartialState) -> None:

@@ -1,4 +1,4 @@
-"""Commands that train: recover."""
+"""Commands that train, and say beforehand what training buys: recover, plan."""
 
 import os
 import shutil
@@ -13,6 +13,7 @@ from accelerate import PartialState
 
 from billhook import atomic, report
 from billhook.cli.shared import Device, Json, Model, Overwrite, SeqLen, app, choice, err, out, progress
+from billhook.forecast import SECONDS, forecast
 from billhook.pruning import check_out
 from billhook.recovering import recover
 from billhook.recovery import OBJECTIVES, PRECISIONS, STATES, STEPS, Recovery, recovery
@@ -135,6 +136,44 @@ def recover_command(
         err.print(f"billhook: stopped early: {why}", soft_wrap=True)
     out.print(report.summary_table(found.report, f"{model}, recovered"))
     out.print(f"{time.perf_counter() - started:.0f} s; written and reload-verified: {output}", soft_wrap=True)
+
+
+@app.command(name="plan")
+def plan_command(
+    model: Model,
+    ratio: Annotated[float, typer.Option(help="share of the decoder to remove", show_default=False)],
+    minutes: Annotated[float, typer.Option(min=0.1, help="to train in", show_default=False)],
+    seq_len: SeqLen = DEFAULT.seq_len,
+    seconds: Annotated[float, typer.Option(min=1, help="to measure this machine for")] = SECONDS,
+    device: Device = DEFAULT.device,
+    json: Json = False,
+) -> None:
+    """Measure how fast this machine trains, say how many tokens the minutes buy, and print the commands that it calls for.
+
+    Example: billhook plan demo --ratio 0.3 --minutes 60
+    """
+    with progress() as tick:
+        found = forecast(model, ratio, minutes, seq_len=seq_len, seconds=seconds, device=device, tick=tick)
+    if json:
+        typer.echo(report.to_json(found), nl=False)
+        return
+    speed, taught = found["training_tokens_per_second"], found["teacher_tokens_per_second"]
+    out.print(
+        f"{model} cut by {ratio:.0%} has {found['parameters']:,} parameters. On {found['device']}, in {found['precision']}, it "
+        f"trains {speed:,.0f} tokens a second and its teacher answers {taught:,.0f}: {minutes:g} minutes buy "
+        f"[bold]{found['tokens']:,} tokens[/], {found['tokens_per_parameter']:.2g} for each parameter, with the trials of three "
+        "rates and the judging on held-out text.",
+        soft_wrap=True,
+    )
+    fits = "every parameter" if found["trainable"] == "all" else "adapters (lora), since all parameters would not fit"
+    out.print(
+        f"Training every parameter takes about {found['training_bytes'] / 2**30:,.1f} GiB besides activations, "
+        f"{found['free_bytes'] / 2**30:,.1f} GiB are free: train {fits}.",
+        soft_wrap=True,
+    )
+    out.print(f"{found['why'][:1].upper()}{found['why'][1:]}:\n", soft_wrap=True)
+    for line in found["commands"]:
+        out.print(f"  {line}", soft_wrap=True, highlight=False)
 
 
 @contextmanager

@@ -1,0 +1,83 @@
+"""What the training loop costs beside a bare one: python benchmarks/recover_cost.py STUDENT TEACHER TRAIN > table.md
+
+In turns, on the same windows and lessons: a bare loop of forward, loss, backward, clipping and AdamW step, and the same steps by
+billhook's Trainer with its checks, logging and progress, judging and checkpoints left out.  Run it on an idle machine.
+"""
+
+import argparse
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from billhook import checkpoint, reading, store, teacher
+from billhook.losses import divergence
+from billhook.recovery import autocast_dtype
+from billhook.training import Course, Healer, Judge, _stacked, _Steps
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("student")
+parser.add_argument("teacher")
+parser.add_argument("train")
+parser.add_argument("--steps", type=int, default=8)
+parser.add_argument("--rows", type=int, default=1, help="windows of 512 tokens in a step")
+parser.add_argument("--repeats", type=int, default=5)
+parser.add_argument("--precision", default="auto")
+args = parser.parse_args()
+
+opened = checkpoint.open_model(args.student, device="cpu", dtype="float32")
+model, autocast = opened.model.requires_grad_(True), autocast_dtype(args.precision, torch.device("cpu"))
+texts = reading.read((args.train,), (), opened.tokenizer, 512, 0)
+course = Course(texts.train, list(range(args.steps * args.rows)), args.rows, 1e-6, autocast=autocast, cpu=True)
+scratch = Path(tempfile.mkdtemp())
+dense = checkpoint.open_model(args.teacher, device="cpu", dtype="float32").model
+key = {"teacher": store.weights_sha256(dense)}
+lessons = teacher.lessons(
+    dense, texts.train[: len(course.order)], scratch / "lessons", k=256, states=False, key=key, autocast=autocast
+)
+del dense
+
+
+def bare() -> float:
+    """Seconds of all steps but the first, which allocates."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=course.lr, weight_decay=0.0, fused=True)
+    items, started = _Steps(course, lessons), 0.0
+    model.train()
+    for step in range(args.steps):
+        if step == 1:
+            started = time.perf_counter()
+        for row in range(args.rows):
+            batch = _stacked([items[step * args.rows + row]])
+            with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+                logits = model(batch["tokens"], use_cache=False).logits
+            loss = divergence(logits[:, :-1], batch["ids"], batch["chances"], batch["tail"])
+            (loss / args.rows).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return time.perf_counter() - started
+
+
+def ours() -> float:
+    ticks: list[float] = []
+    healer = Healer(model, course, lessons, Judge(()), scratch / "work", lambda *_: ticks.append(time.perf_counter()))
+    healer.heal(lambda line: None)
+    healer.gathered(lambda: None)  # takes the autocast off the model again
+    return ticks[-1] - ticks[1]
+
+
+found = []
+for turn in range(args.repeats + 1):
+    pair = bare(), ours()
+    if turn:
+        found.append(pair)
+shutil.rmtree(scratch)
+tokens = (args.steps - 1) * args.rows * 512
+print("| loop | tokens a second, median (range) | beside |\n|---|---|---|")
+for name, times in zip(("bare", "billhook recover"), zip(*found, strict=True), strict=True):
+    rates = sorted(tokens / one for one in times)
+    print(f"| {name} | {statistics.median(rates):.0f} ({rates[0]:.0f}-{rates[-1]:.0f}) | |")
+print(f"| share of the bare loop's speed, median of pairs | | {statistics.median(a / b for a, b in found):.3f} |")

@@ -1,0 +1,119 @@
+"""What heals a cut best: python benchmarks/recovery.py STUDENT TEACHER TRAIN VALID... --results DIR > table.md
+
+Every row trains STUDENT for --tokens of TRAIN by one objective and one set of parameters, `--lr auto` unless given, and is judged
+on every VALID text, over the first --windows windows of 512 tokens in --precision; × is of TEACHER, ± one standard error over pairs
+of windows.  Rows are kept in DIR: the same command goes on where it was cut off.
+"""
+
+import argparse
+import gc
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from billhook import checkpoint, data, quality, store
+from billhook.progress import quiet
+from billhook.recovering import recover
+from billhook.recovery import autocast_dtype, recovery
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("student")
+parser.add_argument("teacher")
+parser.add_argument("train")
+parser.add_argument("valid", nargs="+")
+parser.add_argument("--results", type=Path, default=Path("recovery-results"))
+parser.add_argument("--rows", default="distill:all,ce:all,distill:lora,distill:head+last3,distill:seam")
+parser.add_argument("--tokens", default="50k")
+parser.add_argument("--lr", default="auto")
+parser.add_argument("--states", default="off")
+parser.add_argument("--batch-tokens", type=int)
+parser.add_argument("--windows", type=int, default=24)
+parser.add_argument("--precision", default="auto")
+parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--save", type=Path, help="also write the last row's checkpoint here")
+args = parser.parse_args()
+
+TEXTS = data.evaluation_texts(args.valid)
+AUTOCAST = autocast_dtype(args.precision, torch.device("cpu"))
+
+
+def judged(model: Any, tokenizer: Any) -> dict[str, list[float]]:
+    """Mean losses of every window of every text."""
+    found = {}
+    with torch.autocast("cpu", AUTOCAST or torch.bfloat16, enabled=AUTOCAST is not None):
+        for text in TEXTS:
+            windows = data.windows(text, tokenizer, 512)
+            windows = replace(windows, tokens=windows.tokens[: args.windows])
+            found[text.name] = list(quality.perplexity(model, windows).window_losses)
+    return found
+
+
+def of(name: str) -> dict[str, list[float]]:
+    opened = checkpoint.open_model(name, device="cpu", dtype="float32")
+    return judged(opened.model, opened.tokenizer)
+
+
+def row(name: str) -> dict[str, Any]:
+    objective, trainable = name.split(":")
+    chosen = recovery(
+        teacher=args.teacher,
+        tokens=args.tokens,
+        text=(args.train,),
+        held_out=(),
+        objective=objective,
+        trainable=trainable,
+        states=args.states if objective == "distill" else "off",
+        lr=args.lr,
+        batch_tokens=args.batch_tokens,
+        precision=args.precision,
+        guard=False,
+        seed=args.seed,
+    )
+    work = args.results / f"work-{name.replace('+', '')}"
+    found = recover(args.student, chosen, work, lessons=args.results / "lessons", tick=quiet)
+    if args.save:
+        shutil.rmtree(args.save, ignore_errors=True)
+        args.save.mkdir(parents=True)
+        found.write(args.save)
+    losses = judged(found.model.float(), found.tokenizer)
+    shutil.rmtree(work)
+    gc.collect()
+    return {"losses": losses, "recovery": found.healing}
+
+
+def cells(losses: dict[str, list[float]]) -> str:
+    said = []
+    for text in dense:
+        factor, error = quality.paired(dense[text], losses[text])
+        mean = quality.paired([0.0] * len(losses[text]), losses[text])[0]
+        said.append(f"{mean:.4g} (×{factor:.3f} ± {error:.3f})")
+    return " | ".join(said)
+
+
+args.results.mkdir(parents=True, exist_ok=True)
+common = {
+    "student": args.student,
+    "teacher": args.teacher,
+    "windows": [args.windows, args.precision, *[text.sha256 for text in TEXTS]],
+}
+dense = store.kept(args.results, "teacher", common, lambda: of(args.teacher))
+cut = store.kept(args.results, "student", common, lambda: of(args.student))
+print(
+    "| trained | tokens | rate | "
+    + " | ".join(text.name for text in TEXTS)
+    + " | trained parameters | tokens/s | peak MiB |"
+)
+print("|---|---|---|" + "---|" * len(TEXTS) + "---|---|---|")
+print(f"| unpruned | | | {cells(dense)} | | | |\n| right after the cut | 0 | | {cells(cut)} | | | |", flush=True)
+for name in args.rows.split(","):
+    key = {**common, "row": name} | {k: getattr(args, k) for k in ("tokens", "lr", "states", "batch_tokens", "seed")}
+    found = store.kept(args.results, "row", key, lambda name=name: row(name))
+    healing = found["recovery"]
+    print(
+        f"| {name} | {healing['tokens']:,} | {healing['lr']:g} | {cells(found['losses'])} | {healing['trained_parameters']:,} | "
+        f"{healing['tokens_per_second']:.0f} | {healing['peak_growth_bytes'] / 2**20:,.0f} |",
+        flush=True,
+    )

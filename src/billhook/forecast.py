@@ -1,0 +1,112 @@
+"""What minutes of training buy on this machine, and what that calls for."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from billhook import checkpoint, depth, pace, trainables
+from billhook.errors import BillhookError
+from billhook.families import layers
+from billhook.progress import Tick, quiet
+from billhook.recovery import autocast_dtype
+from billhook.runs import RATES_OTHERWISE, bought
+from billhook.surgery import drop_layers
+
+SECONDS = 60  # of measuring; two seconds of each side say little on a machine that others use
+STATE_BYTES = 16  # of a trained parameter in float32: itself, its gradient, Adam's two moments
+FROZEN_BYTES = 4
+ROOM = 0.8  # of free memory that these may take; activations need some, too
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What a budget calls for: the first row whose limits hold."""
+
+    tokens: int  # at least
+    ratio: float  # at most
+    prune: str  # what `billhook prune MODEL --ratio R` gets besides
+    why: str
+
+
+ADVICE = (
+    Advice(
+        0,
+        1.0,
+        "--layout per_layer --allocation sensitivity",
+        "no training to speak of: the cut that costs least without",
+    ),
+)
+
+
+def forecast(
+    name: str,
+    ratio: float,
+    minutes: float,
+    *,
+    seq_len: int = 512,
+    device: str = "auto",
+    seconds: float = SECONDS,
+    tick: Tick = quiet,
+) -> dict[str, Any]:
+    """How fast a model of the size asked for trains here, how many tokens the minutes buy, and the commands to run.
+
+    For training speed it stands in that the layers in the middle are dropped; nothing is written.
+
+    Raises:
+        BillhookError: a ratio that leaves nothing, or minutes too short for one window.
+    """
+    if not 0 < ratio < 1:
+        raise BillhookError(f"ratio {ratio:g}: give a share between 0 and 1")
+    opened = checkpoint.open_model(name, device=device, dtype="float32", tick=tick)
+    checkpoint.check_positions(opened, seq_len)
+    model, autocast = opened.model, autocast_dtype("auto", opened.model.device)
+    tick("measuring", 0, 2)
+    answered = pace.answering_pace(model, seq_len, 1, autocast)
+    total = len(layers(model))
+    count = min(round(ratio * total), total - 2)
+    if count > 0:
+        drop_layers(model, depth.middle(total, count))
+    size = sum(param.numel() for param in model.parameters())
+    free = ROOM * _free_bytes(model.device)
+    trainable = "all" if size * (STATE_BYTES - FROZEN_BYTES) < free else "lora"
+    cut = trainables.Cut([n for n in range(total) if n not in depth.middle(total, count)], total)
+    trained_model = trainables.TRAINABLE[trainable](model, cut, 32)
+    tick("measuring", 1, 2)
+    trained = pace.training_pace(trained_model, seq_len, 1, autocast, seconds)
+    tick("measuring", 2, 2)
+    tokens = bought(60 * minutes, trained, answered, len(RATES_OTHERWISE))
+    if tokens < seq_len:
+        raise BillhookError(
+            f"minutes {minutes:g}: at {trained:,.0f} tokens a second that is no window of {seq_len}: give more time"
+        )
+    advice = next(one for one in ADVICE if tokens >= one.tokens and ratio <= one.ratio)
+    tokens = tokens // 1000 * 1000 or tokens
+    commands = [f"billhook prune {name} --ratio {ratio:g} {advice.prune} -o smaller"]
+    commands.append(
+        f"billhook recover smaller --teacher {name} --tokens {tokens} --trainable {trainable} --seq-len {seq_len} -o healed"
+    )
+    return {
+        "model": name,
+        "ratio": ratio,
+        "minutes": minutes,
+        "parameters": size,
+        "training_tokens_per_second": trained,
+        "teacher_tokens_per_second": answered,
+        "precision": str(autocast or torch.float32).removeprefix("torch."),
+        "device": str(model.device),
+        "tokens": tokens,
+        "tokens_per_parameter": tokens / size,
+        "training_bytes": size * STATE_BYTES,
+        "free_bytes": int(free / ROOM),
+        "trainable": trainable,
+        "why": advice.why,
+        "commands": commands,
+    }
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
