@@ -3,12 +3,14 @@ VENV ?= .venv
 PYTHON ?= python3
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-slow bench-allocation check clean
+.PHONY: help demo test test-slow bench-allocation bench-depth bench-recovery check clean
 help:
 	@echo "make demo       prune a real model and see what it cost (first run fetches about 120 MB)"
 	@echo "make test       the fast test suite"
 	@echo "make test-slow  the tests on the real model"
 	@echo "make bench-allocation CALIBRATION=train.txt TEXTS='valid.txt demo'   the table of allocations and layouts (hours)"
+	@echo "make bench-depth TRAIN=train.txt TEXTS='valid.txt demo'   which layers to drop, for which training budget (hours; goes on)"
+	@echo "make bench-recovery STUDENT=smaller TRAIN=train.txt TEXTS='valid.txt demo'   what heals a cut best (goes on)"
 	@echo "make check      lint, format, types"
 	@echo "make clean      remove $(VENV)"
 
@@ -23,6 +25,12 @@ test-slow: $(VENV)/.test
 
 bench-allocation: $(VENV)/.base
 	$(VENV)/bin/python benchmarks/allocation.py demo $(CALIBRATION) $(TEXTS) --evaluate-dtype bfloat16
+
+bench-depth: $(VENV)/.base
+	$(VENV)/bin/python benchmarks/depth.py demo $(TRAIN) $(TEXTS)
+
+bench-recovery: $(VENV)/.test
+	$(VENV)/bin/python benchmarks/recovery.py $(STUDENT) demo $(TRAIN) $(TEXTS)
 
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

@@ -18,9 +18,7 @@ import torch
 
 import billhook
 from billhook import checkpoint, data, quality, store
-from billhook.progress import quiet
-from billhook.recovering import recover
-from billhook.recovery import autocast_dtype, recovery
+from billhook.recovery import autocast_dtype
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("model")
@@ -73,7 +71,7 @@ def cell(preset: str, ratio: float, tokens: str) -> dict[str, Any]:
     dropped = json.loads((folder / "billhook.json").read_text())["dropped_layers"]
     if tokens == "0":
         return {"dropped": dropped, "losses": judged(str(folder)), "recovery": None}
-    chosen = recovery(
+    chosen: dict[str, Any] = dict(
         teacher=args.model,
         tokens=tokens,
         text=(args.train,),
@@ -89,7 +87,7 @@ def cell(preset: str, ratio: float, tokens: str) -> dict[str, Any]:
     if (work / "run.json").exists() and (args.results / "at.json").read_text() != f"{preset} {ratio} {tokens}":
         shutil.rmtree(work)
     (args.results / "at.json").write_text(f"{preset} {ratio} {tokens}")
-    found = recover(str(folder), chosen, work, lessons=args.results / "lessons", tick=quiet)
+    found = billhook.recover(folder, work=work, lessons=args.results / "lessons", **chosen)
     shutil.rmtree(out, ignore_errors=True)
     found.model.save_pretrained(out)
     found.tokenizer.save_pretrained(out)

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 
+import billhook
 from billhook import checkpoint, data, quality, store
-from billhook.progress import quiet
-from billhook.recovering import recover
-from billhook.recovery import autocast_dtype, recovery
+from billhook.recovery import autocast_dtype
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("student")
@@ -58,7 +57,7 @@ def of(name: str) -> dict[str, list[float]]:
 
 def row(name: str) -> dict[str, Any]:
     objective, trainable = name.split(":")
-    chosen = recovery(
+    chosen: dict[str, Any] = dict(
         teacher=args.teacher,
         tokens=args.tokens,
         text=(args.train,),
@@ -73,7 +72,7 @@ def row(name: str) -> dict[str, Any]:
         seed=args.seed,
     )
     work = args.results / f"work-{name.replace('+', '')}"
-    found = recover(args.student, chosen, work, lessons=args.results / "lessons", tick=quiet)
+    found = billhook.recover(args.student, work=work, lessons=args.results / "lessons", **chosen)
     if args.save:
         shutil.rmtree(args.save, ignore_errors=True)
         args.save.mkdir(parents=True)

@@ -18,7 +18,6 @@ from tokenizers import Tokenizer, models
 
 from billhook import cli, pruning, recovering, training
 from billhook.errors import BillhookError
-from billhook.recovery import recovery
 
 LENGTH = 16
 STEPS = 60
@@ -59,9 +58,7 @@ def flags(bench: Path, **more: Any) -> list[str]:
 
 def run(bench: Path, work: str = "work", lines: list[str] | None = None, **more: Any) -> recovering.Recovered:
     heard = lines if lines is not None else []
-    return recovering.recover(
-        str(bench / "student"), recovery(**settings(bench, **more)), bench / work, announce=heard.append
-    )
+    return recovering.recover(bench / "student", work=bench / work, announce=heard.append, **settings(bench, **more))
 
 
 def same(a: recovering.Recovered, b: recovering.Recovered) -> bool:
@@ -73,11 +70,9 @@ def same(a: recovering.Recovered, b: recovering.Recovered) -> bool:
 
 SCRIPT = """
 import sys
-from pathlib import Path
 from billhook import recovering, training
-from billhook.recovery import recovery
 training.SAVE_SECONDS = 0.02  # a checkpoint every few steps
-recovering.recover(sys.argv[1], recovery(**eval(sys.argv[2])), Path(sys.argv[3]))
+recovering.recover(sys.argv[1], work=sys.argv[3], **eval(sys.argv[2]))
 print("done")
 """
 

@@ -25,7 +25,7 @@ SETTINGS: dict[str, Any] = {"seq_len": LENGTH, "device": "cpu", "precision": "fl
 
 
 def recover(model: Path, work: Path, **settings: Any) -> recovering.Recovered:
-    return recovering.recover(str(model), recovery(**{**SETTINGS, **settings}), work)
+    return recovering.recover(model, work=work, **{**SETTINGS, **settings})
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import billhook
 result = billhook.prune("demo", method="fasp", ratio=0.2)
 result.model; result.report; result.save("out")
+billhook.recover("out", teacher="demo", tokens="500k").save("healed")
 """
 
 from typing import TYPE_CHECKING, Any
@@ -11,14 +12,16 @@ if TYPE_CHECKING:
     from billhook.checkpoint import load
     from billhook.errors import BillhookError
     from billhook.pruning import Recipe, Result, prune
+    from billhook.recovering import Recovered, recover
 
-__all__ = ["BillhookError", "Recipe", "Result", "load", "prune"]
+__all__ = ["BillhookError", "Recipe", "Recovered", "Result", "load", "prune", "recover"]
 
 
 def __getattr__(name: str) -> Any:
     """Load on first use: torch and transformers take seconds, and Ctrl-C must be clean meanwhile (__main__.py)."""
     if name not in __all__:
         raise AttributeError(f"module 'billhook' has no attribute {name!r}")
-    from billhook import checkpoint, pruning
+    from billhook import checkpoint, pruning, recovering
 
-    return getattr(checkpoint if name == "load" else pruning, name)
+    rooms = {"load": checkpoint, "recover": recovering, "Recovered": recovering}
+    return getattr(rooms.get(name, pruning), name)

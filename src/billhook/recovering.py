@@ -4,7 +4,9 @@ The teacher answers once, to disk; then one model is in memory.  All that a kill
 """
 
 import math
+import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,12 +16,13 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from billhook import report, store, trainables
+from billhook import atomic, report, store, trainables
 from billhook.errors import BillhookError
 from billhook.memory import peak_growth
 from billhook.progress import Tick, quiet
+from billhook.pruning import check_out
 from billhook.publish import publish
-from billhook.recovery import Recovery
+from billhook.recovery import recovery
 from billhook.runs import TRIAL, TRIAL_STEPS, Run, on_cpu, perplexity, prepare, rates_of, shared, where
 from billhook.surgery import cast
 from billhook.training import Course, Diverged, Healer, Judge, checkpoints
@@ -47,6 +50,18 @@ class Recovered:
         cut = self.report if "cuts" in self.report else None
         return report.assemble("recover", title, where, cut=cut, healing=found)
 
+    def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> Path:
+        """Write a plain checkpoint with report and model card, reload it with stock transformers and compare.
+
+        Raises:
+            BillhookError: `path` is taken, cannot be written, or what was written does not come back equal.
+        """
+        out = Path(path)
+        check_out(out, self.source, overwrite)
+        with atomic.folder(out, overwrite) as work:
+            self.write(work)
+        return out
+
     def write(self, work: Path, tick: Tick = quiet) -> None:
         """Fill the existing folder `work` with a plain checkpoint and verify it."""
         publish(self.model, self.tokenizer, self.source, self.report, self.page, work, tick)
@@ -57,30 +72,39 @@ def _unheard(line: str) -> None:
 
 
 def recover(
-    model: str,
-    chosen: Recovery,
-    work: Path,
+    model: str | os.PathLike[str],
     *,
-    lessons: Path | None = None,
+    work: str | os.PathLike[str] | None = None,
+    lessons: str | os.PathLike[str] | None = None,
     tick: Tick = quiet,
     announce: Callable[[str], object] = _unheard,
+    **settings: Any,
 ) -> Recovered:
-    """Train the checkpoint `model`, on as many processes as `accelerate launch` has started.
+    """Train a checkpoint, on as many processes as `accelerate launch` has started.
 
     Args:
-        work: a folder for all that the same call needs to go on after a kill; delete it afterwards.
+        model: a folder, a hub id, a .gguf file, or `demo`.
+        work: a folder for all that the same call needs to go on after a kill; delete it afterwards.  Not given: nothing stays.
         lessons: a folder for the teacher's answers, which other runs may share; in `work` if not given.
+        tick: called with (stage, done, total) as the work proceeds.
         announce: called with one line, what will be trained, before it is.
+        settings: the fields of `Recovery`: teacher="demo", tokens="500k", text=("wiki.txt",), …
 
     Returns:
-        the trained model in its checkpoint's dtype on the CPU, in every process.
+        the trained model in its checkpoint's dtype on the CPU, in every process, with its report.
 
     Raises:
         BillhookError: anything that cannot work, in one line; `work` holds another run; the loss is no longer finite.
     """
+    chosen = recovery(**settings)
+    if work is None:
+        with tempfile.TemporaryDirectory() as scratch:
+            return recover(model, work=scratch, lessons=lessons, tick=tick, announce=announce, **chosen.model_dump())
+    work = Path(work)
     process = PartialState(cpu=on_cpu(chosen.device))
     with peak_growth(where(process)) as growth, _kept_if_begun(work):
-        run = prepare(model, chosen, work, lessons, process, tick if process.is_main_process else quiet)
+        answers = Path(lessons) if lessons else work / "lessons"
+        run = prepare(os.fspath(model), chosen, work, answers, process, tick if process.is_main_process else quiet)
         tried = [] if chosen.lr else _try_rates(run)
         rate = chosen.lr or _best_rate(tried)
         if process.is_main_process:
@@ -99,9 +123,10 @@ def recover(
     cast(healed.cpu(), run.student.dtype)
     found = _outcome(run, healer, tried, stopped, kept)
     found |= {"trained_parameters": trained, "parameters": sum(p.numel() for p in healed.parameters())}
-    found["peak_growth_bytes"] = growth()
-    record = run.student.record or {"parent": run.student.name, "model_type": healed.config.model_type}
-    record = {**record, "recovery": [*record.get("recovery", []), found], "versions": report.versions()}
+    found |= {"peak_growth_bytes": growth(), "versions": report.versions()}
+    blank = {"parent": run.student.name, "model_type": healed.config.model_type, "versions": report.versions()}
+    record = run.student.record or blank
+    record = {**record, "recovery": [*record.get("recovery", []), found]}
     return Recovered(healed.eval(), run.student.tokenizer, record, run.student.folder)
 
 

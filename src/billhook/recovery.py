@@ -60,10 +60,10 @@ class Recovery(BaseModel):
         valid = {"objective": OBJECTIVES, "states": STATES, "trainable": TRAINABLE, "precision": PRECISIONS}
         return one_of(info.field_name, value, valid[info.field_name])
 
-    @field_validator("tokens", mode="before")
+    @field_validator("tokens", "batch_tokens", mode="before")
     @classmethod
-    def _amount(cls, value: Any) -> Any:
-        return amount(value, COUNT, "tokens")
+    def _amount(cls, value: Any, info: Any) -> Any:
+        return amount(value, COUNT, info.field_name.replace("_", "-"))
 
     @field_validator("lr", mode="before")
     @classmethod

@@ -90,7 +90,7 @@ def on_cpu(device: str) -> bool:
     return where.type == "cpu"
 
 
-def prepare(name: str, chosen: Recovery, work: Path, lessons: Path | None, process: PartialState, tick: Tick) -> Run:
+def prepare(name: str, chosen: Recovery, work: Path, lessons: Path, process: PartialState, tick: Tick) -> Run:
     """Look at the student, then let the teacher answer; neither stays in memory."""
     clock = Clock()
     autocast = autocast_dtype(chosen.precision, where(process))
@@ -214,7 +214,7 @@ def _ask(
     course: Course,
     texts: Texts,
     work: Path,
-    lessons: Path | None,
+    lessons: Path,
     process: PartialState,
     tick: Tick,
 ) -> tuple[Lessons | None, dict[str, float]]:
@@ -235,7 +235,7 @@ def _ask(
         answers = teacher.lessons(
             opened.model,
             texts.train[: len(set(course.order))],
-            lessons or work / "lessons",
+            lessons,
             k=chosen.top_k,
             states=course.states,
             key={

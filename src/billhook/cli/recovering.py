@@ -61,7 +61,7 @@ def recover_command(
         str, typer.Option(help="peak learning rate; auto: the best of three, each tried for 2% of the steps")
     ] = "auto",
     batch_tokens: Annotated[
-        int | None, typer.Option(help="tokens in a step, over all processes", show_default=f"{STEPS} steps in all")
+        str | None, typer.Option(help="tokens in a step, over all processes", show_default=f"{STEPS} steps in all")
     ] = None,
     micro_batch: Annotated[
         int, typer.Option(help="windows in one forward; the rest accumulates")
@@ -123,7 +123,7 @@ def recover_command(
     if fresh:
         shutil.rmtree(work, ignore_errors=True)
     with progress() as tick, _going_on(work):
-        found = recover(model, chosen, work, lessons=lessons, tick=tick, announce=_say)
+        found = recover(model, work=work, lessons=lessons, tick=tick, announce=_say, **chosen.model_dump())
         if not PartialState().is_main_process:
             return
         with atomic.folder(output, overwrite) as folder:
