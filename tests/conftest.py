@@ -1,5 +1,6 @@
 """Folders that the tests share: a tiny checkpoint, a text, and a cache that nothing is fetched into."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from billhook import clients
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the subprocesses: on tiny tensors threads only wait for one another
 torch.set_num_threads(1)
+gc.freeze()  # collections in the code under test take 0.4 s each where they walk all that was imported
 
 
 @pytest.fixture(autouse=True)

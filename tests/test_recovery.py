@@ -13,7 +13,7 @@ import torch
 import transformers as T
 from safetensors.torch import load_file
 
-from billhook import checkpoint, losses, pace, pruning, recovering, runs, surgery, teacher, trainables
+from billhook import checkpoint, losses, pace, pruning, reading, recovering, runs, surgery, teacher, trainables
 from billhook.errors import BillhookError
 from billhook.families import layers
 from billhook.recovery import autocast_dtype, recovery
@@ -229,9 +229,9 @@ def test_a_seam_needs_a_cut() -> None:
 
 
 def test_every_pass_sees_every_window_once() -> None:
-    order = runs._order(7, 20, 0)
+    order = reading.order_of(7, 20, 0)
     assert order[:7] == list(range(7)) and sorted(order[7:14]) == list(range(7)) != order[7:14] and len(order) == 20
-    assert runs._order(7, 10, 0) == order[:10]
+    assert reading.order_of(7, 10, 0) == order[:10]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 50, 1000])
