@@ -99,7 +99,7 @@ def perplexities(losses: dict[str, list[float]], dense: dict[str, list[float]]) 
     cells = []
     for text in dense:
         factor, error = quality.paired(dense[text], losses[text])
-        mean = quality.paired([0.0] * len(losses[text]), losses[text])[0]
+        mean = quality.of_losses(losses[text])
         cells.append(f"{mean:.4g} (×{factor:.3g} ± {error:.2g})")
     return " | ".join(cells)
 

@@ -11,6 +11,10 @@ def quiet(stage: str, done: int, total: int) -> None:
     """Report nothing."""
 
 
+def unheard(line: str) -> None:
+    """Announce nothing."""
+
+
 class Clock:
     """Wall seconds by stage.  A stage inside another is charged to itself alone."""
 

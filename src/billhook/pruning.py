@@ -25,7 +25,7 @@ from billhook.families import layers
 from billhook.memory import peak_growth
 from billhook.methods import METHODS
 from billhook.plan import Plan
-from billhook.progress import Clock, Tick, quiet
+from billhook.progress import Clock, Tick, quiet, unheard
 from billhook.publish import publish
 from billhook.reading import read
 from billhook.recipe import Recipe, recipe
@@ -34,10 +34,6 @@ from billhook.surgery import cast
 
 SAMPLE = 2**20  # characters of the calibration text by which a cut vocabulary is judged
 VOCABULARY_STEP = 64  # rows of an embedding: what kernels and tensor parallelism like
-
-
-def _unheard(line: str) -> None:
-    """Announce nothing."""
 
 
 @dataclass
@@ -94,7 +90,7 @@ def prune(
     tokenizer: Any = None,
     statistics: str | os.PathLike[str] | None = None,
     tick: Tick = quiet,
-    announce: Callable[[str], object] = _unheard,
+    announce: Callable[[str], object] = unheard,
     **settings: Any,
 ) -> Result:
     """Prune a model by a recipe.
@@ -129,7 +125,7 @@ def prune_opened(
     chosen: Recipe,
     tick: Tick = quiet,
     statistics: str | os.PathLike[str] | None = None,
-    announce: Callable[[str], object] = _unheard,
+    announce: Callable[[str], object] = unheard,
 ) -> Result:
     """Prune a model that is already loaded, in place."""
     model, clock = opened.model, Clock()

@@ -122,6 +122,11 @@ def paired(reference: Sequence[float], own: Sequence[float]) -> tuple[float, flo
     return factor, _times(factor, _standard_error(more))
 
 
+def of_losses(losses: Sequence[float]) -> float:
+    """Perplexity from the mean losses of windows of one length."""
+    return _exp(statistics.fmean(losses))
+
+
 def _exp(nats: float) -> float:
     return math.exp(nats) if nats < 700 else math.inf  # past the largest float64, or not a number: a broken model
 

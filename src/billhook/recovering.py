@@ -19,11 +19,12 @@ from accelerate import PartialState
 from billhook import atomic, report, store, trainables
 from billhook.errors import BillhookError
 from billhook.memory import peak_growth
-from billhook.progress import Tick, quiet
+from billhook.progress import Tick, quiet, unheard
 from billhook.pruning import check_out
 from billhook.publish import publish
+from billhook.quality import of_losses
 from billhook.recovery import recovery
-from billhook.runs import TRIAL, TRIAL_STEPS, Run, on_cpu, perplexity, prepare, rates_of, shared, where
+from billhook.runs import TRIAL, TRIAL_STEPS, Run, on_cpu, prepare, rates_of, shared, where
 from billhook.surgery import cast
 from billhook.training import Course, Diverged, Healer, Judge, checkpoints
 
@@ -67,17 +68,13 @@ class Recovered:
         publish(self.model, self.tokenizer, self.source, self.report, self.page, work, tick)
 
 
-def _unheard(line: str) -> None:
-    """Announce nothing."""
-
-
 def recover(
     model: str | os.PathLike[str],
     *,
     work: str | os.PathLike[str] | None = None,
     lessons: str | os.PathLike[str] | None = None,
     tick: Tick = quiet,
-    announce: Callable[[str], object] = _unheard,
+    announce: Callable[[str], object] = unheard,
     **settings: Any,
 ) -> Recovered:
     """Train a checkpoint, on as many processes as `accelerate launch` has started.
@@ -169,7 +166,7 @@ def _loss_after(run: Run, course: Course, tick: Tick) -> float | None:
     judge, text = Judge((), (), course.autocast), run.texts.judged[0]
     healer = run.healer(course, judge, run.work / "trial", tick)
     try:
-        healer.heal(_unheard)
+        healer.heal(unheard)
     except Diverged:
         return None
     judge.texts = (text,)
@@ -238,7 +235,7 @@ def _outcome(run: Run, healer: Healer, tried: Sequence[dict[str, float]], stoppe
             {
                 "step": one["step"],
                 "tokens": one["step"] * step,
-                "perplexities": {text: perplexity(losses) for text, losses in one["losses"].items()},
+                "perplexities": {text: of_losses(losses) for text, losses in one["losses"].items()},
             }
             for one in judged
         ],

@@ -3,8 +3,7 @@
 import gc
 import hashlib
 import json
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from billhook import atomic, checkpoint, data, pace, report, store, teacher
 from billhook.errors import BillhookError
 from billhook.memory import return_freed
 from billhook.progress import Clock, Tick
+from billhook.quality import of_losses
 from billhook.reading import Texts, order_of, read
 from billhook.recovery import HALVED, Recovery, autocast_dtype
 from billhook.teacher import Lessons
@@ -136,7 +136,7 @@ def _look(
         store.weights_sha256(opened.model),
         report.stored_cut(opened.folder),
     )
-    if chosen.trainable == "seam" or chosen.trainable == "lora":
+    if chosen.trainable in ("seam", "lora"):
         TRAINABLE[chosen.trainable](opened.model, student.cut, chosen.rank)  # refuse now what cannot be trained
     texts = read(chosen.text, chosen.held_out, student.tokenizer, chosen.seq_len, chosen.seed, tick)
     for text in texts.judged:
@@ -252,7 +252,7 @@ def _ask(
     del opened
     gc.collect()
     return_freed()
-    return answers, {text: perplexity(losses) for text, losses in found.items()}
+    return answers, {text: of_losses(losses) for text, losses in found.items()}
 
 
 def rates_of(chosen: Recovery) -> tuple[float, ...]:
@@ -264,11 +264,6 @@ def _ready(name: str, chosen: Recovery, cut: Cut | None) -> Any:
     with torch.random.fork_rng():  # adapters are drawn: the same in every process, and when a run goes on
         torch.manual_seed(chosen.seed)
         return TRAINABLE[chosen.trainable](model, cut, chosen.rank)
-
-
-def perplexity(losses: Sequence[float]) -> float:
-    mean = sum(losses) / len(losses)
-    return math.exp(mean) if mean < 700 else math.inf
 
 
 def where(process: PartialState) -> torch.device:

@@ -16,6 +16,7 @@ from typing import Any
 from billhook import store, teacher
 from billhook.memory import return_freed
 from billhook.progress import Tick, quiet
+from billhook.quality import of_losses
 from billhook.reading import Texts, order_of
 from billhook.recovery import STEPS, autocast_dtype
 from billhook.training import Course, Healer, Judge
@@ -122,8 +123,7 @@ def after_a_heal(
 
 
 def _perplexities(losses: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    means = {text: sum(found) / len(found) for text, found in losses.items()}
-    return {text: math.exp(mean) if mean < 700 else math.inf for text, mean in means.items()}
+    return {text: of_losses(found) for text, found in losses.items()}
 
 
 def _mean_log(perplexities: Mapping[str, float], texts: Sequence[str]) -> float:
