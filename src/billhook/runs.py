@@ -28,7 +28,11 @@ POINTS = (3, 10)  # judgements in a run, at least and at most
 JUDGING = 0.15  # of the training's cost, between those bounds
 FORWARD = 1 / 3  # of a training step's cost
 RATES = {"lora": (3e-4, 1e-3, 3e-3)}  # what --lr auto tries; adapters start at zero and bear more
-RATES_OTHERWISE = (3e-4, 6e-4, 1.2e-3)
+RATES_OTHERWISE = (
+    1e-4,
+    3e-4,
+    1e-3,
+)  # a fifth cut by FASP bears the first, a quarter of the layers gone the second (docs/LOG.md)
 TRIAL = 0.02  # of the steps, for each rate
 TRIAL_STEPS = 5  # at least
 PACE_SECONDS = 10  # to find out how many tokens --minutes buys
