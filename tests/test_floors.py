@@ -26,7 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
     ("scores", "taylor", "allocate", "choose", "restore", "axes"),
     ("families", "data", "teacher", "pages.headline"),
     ("surgery", "observe", "gradients", "layout", "quality", "trainables"),
-    ("budget", "saving", "export", "vocabulary"),
+    ("budget", "saving", "export", "vocabulary", "refit"),
     ("methods.*", "checkpoint", "speed", "zeroshot", "report", "training", "reading"),
     ("methods", "clients", "sensitivity", "chopping", "evaluate", "pages.page"),
     ("allocation", "timing", "publish"),

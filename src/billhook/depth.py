@@ -5,7 +5,7 @@ here are what its text says of them.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from billhook.errors import BillhookError
 
@@ -82,3 +82,19 @@ def numbered(text: str, total: int) -> list[int]:
     if twice := sorted(n for n in set(found) if found.count(n) > 1):
         raise BillhookError(f"layers {text!r}: layer {twice[0]} is named twice")
     return sorted(found)
+
+
+def cuts(gone: Collection[int]) -> list[list[int]]:
+    """The layers that go, those that follow one another together, ascending."""
+    found: list[list[int]] = []
+    for n in sorted(gone):
+        if found and n == found[-1][-1] + 1:
+            found[-1].append(n)
+        else:
+            found.append([n])
+    return found
+
+
+def patched(gone: Collection[int]) -> list[int]:
+    """The layers that stand before a cut; before layer 0 stands none."""
+    return [cut[0] - 1 for cut in cuts(gone) if cut[0]]

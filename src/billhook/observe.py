@@ -61,7 +61,7 @@ class Layer:
     held_out: dict[str, Evidence]
 
 
-def walk(
+def walk(  # noqa: PLR0913
     model: PreTrainedModel,
     tokens: Tokens,
     kinds: tuple[str, ...],
@@ -69,6 +69,7 @@ def walk(
     stream: str = "dense",
     share: float = 1.0,
     gone: Collection[int] = (),
+    at: Collection[int] | None = None,
     held_out: float = 0.1,
     clock: Clock | None = None,
     tick: Tick = quiet,
@@ -79,6 +80,7 @@ def walk(
         tokens: calibration windows (windows, length).
         share: how much of the difference to the unpruned model a `dense_target` asks for.
         gone: layers that will go as a whole: not yielded, and passed by but in the dense stream.
+        at: the layers to gather evidence on, the others are not yielded and the walk ends with the last; None: all.
         held_out: share of the windows, the last ones, whose evidence is kept apart.
 
     Raises:
@@ -90,42 +92,47 @@ def walk(
     batches = [(batch, False) for batch in tokens[:count].split(rows)]
     batches += [(batch, True) for batch in tokens[count:].split(rows) if len(batch)]
     by_layer = [[axis for axis in axes(model, kinds) if axis.layer == n] for n in range(len(layers(model)))]
+    end = len(by_layer) if at is None else max(at, default=-1) + 1
     with clock("forward"):
         states, calls = enter(model, [batch for batch, _ in batches])
         leading = _gone_from(0, gone)
         unpruned = [_through(model, leading, state, calls[b]) for b, state in enumerate(states)]
     targets = unpruned if stream == "dense_target" else []
     states = unpruned if stream == "dense" else states
-    for n, module in enumerate(layers(model)):
+    for n, module in enumerate(layers(model)[:end]):
         if n in gone:
             continue
-        tick("statistics", n, len(by_layer))
+        tick("statistics", n, end)
+        wanted = at is None or n in at
+        here = by_layer[n] if wanted else []
         after_it = _gone_from(n + 1, gone)
         sums: tuple[dict[str, Evidence], dict[str, Evidence]] = ({}, {})
         for b, state in enumerate(states):
-            with clock("forward"), _tapped(model, by_layer[n]) as inputs:
+            with clock("forward"), _tapped(model, here) as inputs:
                 after = run(module, state, calls[b][n])
             lack = None
             if targets:
                 with clock("forward"):
-                    dense = run(module, targets[b], calls[b][n])
+                    dense = after if targets[b] is state else run(module, targets[b], calls[b][n])  # nothing cut so far
                     targets[b] = _through(model, after_it, dense, calls[b])
                 lack = share * (dense - after) + (targets[b] - dense)
             with clock("gram"):
-                _add(sums[batches[b][1]], by_layer[n], inputs, lack)
+                _add(sums[batches[b][1]], here, inputs, lack)
             if stream == "dense":
                 states[b] = _through(model, after_it, after, calls[b])
+            elif not wanted:
+                states[b] = after
+        if not wanted:
+            continue
         with clock("gram"):
-            for name, evidence in (*sums[0].items(), *sums[1].items()):
-                evidence.gram = _mirrored(evidence.gram)
-                _check_finite(name, evidence)
+            _complete(sums)
         yield Layer(n, by_layer[n], *sums)
         return_freed()  # or the holes that the cuts leave pile up (docs/LOG.md)
-        if stream != "dense":
+        if stream != "dense" and n + 1 < end:
             with clock("forward"):
                 for b, state in enumerate(states):
                     states[b] = run(module, state, calls[b][n])
-    tick("statistics", len(by_layer), len(by_layer))
+    tick("statistics", end, end)
 
 
 def gram_of(x: Tensor) -> Gram:
@@ -175,6 +182,12 @@ def _tapped(model: PreTrainedModel, found: list[Axis]) -> Iterator[dict[str, Ten
         for name in {axis.reader_module for axis in found}:
             hooks.callback(model.get_submodule(name).register_forward_pre_hook(tap(name)).remove)
         yield inputs
+
+
+def _complete(sums: tuple[dict[str, Evidence], dict[str, Evidence]]) -> None:
+    for name, evidence in (*sums[0].items(), *sums[1].items()):
+        evidence.gram = _mirrored(evidence.gram)
+        _check_finite(name, evidence)
 
 
 def _check_finite(name: str, evidence: Evidence) -> None:

@@ -19,6 +19,8 @@ from billhook.gradients import WINDOW, gradient_sums
 from billhook.layout import layout_of
 from billhook.methods import METHODS
 from billhook.methods.fasp import Settings, axis_scores
+from billhook.methods.layerchop import Settings as Patching
+from billhook.methods.layerchop import check_patch
 from billhook.observe import walk
 from billhook.plan import Plan
 from billhook.progress import Clock, Tick, quiet
@@ -43,20 +45,32 @@ class Texts:
 
 
 def needs_text(chosen: Recipe) -> bool:
-    """Whether anything is measured on text: positions and named layers need none."""
-    measures = not chosen.chops or not (chosen.drop or chosen.keep or chosen.preset in depth.FREE)
-    return measures or bool(chosen.vocab_from) or chosen.select == "healed"
+    """Whether anything is measured on text: positions and named layers need none, unless they are patched or trained."""
+    reads = chosen.patches or chosen.select == "healed" or bool(chosen.vocab_from)
+    return reads or not chosen.chops or _weighs_layers(chosen)
 
 
 def judges(chosen: Recipe) -> bool:
     """Whether the plan is judged by further windows, which the calibration does not see."""
-    return chosen.chops or allocation.parse(chosen.allocation).name in ("sensitivity", "auto")
+    return (
+        _weighs_layers(chosen) if chosen.chops else allocation.parse(chosen.allocation).name in ("sensitivity", "auto")
+    )
+
+
+def _weighs_layers(chosen: Recipe) -> bool:
+    presets = chosen.candidates if chosen.select == "healed" else (chosen.preset,)
+    return chosen.chops and not (chosen.drop or chosen.keep or all(name in depth.FREE for name in presets))
 
 
 def settings_of(chosen: Recipe) -> Settings:
-    """What the method may choose, from the recipe."""
+    """What a method that scores units may choose, from the recipe."""
     score = chosen.score if chosen.score not in GRADIENT_SCORES else Settings.score
-    return Settings(score, chosen.damping, chosen.restoration, chosen.correction)
+    return Settings(score, chosen.ridge, chosen.restoration, chosen.correction)
+
+
+def method_settings(chosen: Recipe) -> Settings | Patching:
+    """What the recipe's method may choose, whichever it is."""
+    return Patching(chosen.patch, chosen.ridge, chosen.correction) if chosen.chops else settings_of(chosen)
 
 
 def make_plan(
@@ -207,6 +221,8 @@ def _chop_plan(
 ) -> Plan:
     """The layers that the recipe names, or as many as its budget asks for, by its preset."""
     total = len(layers(model))
+    if chosen.patches:
+        check_patch(model)
     if chosen.drop or chosen.keep:
         named = depth.numbered(chosen.drop or chosen.keep, total)
         gone = named if chosen.drop else [n for n in range(total) if n not in named]
@@ -316,7 +332,7 @@ def _apart(losses: Mapping[int, float], count: int) -> list[int]:
 
 def _key(model: PreTrainedModel, chosen: Recipe, name: str, texts: Texts) -> dict[str, Any]:
     """All that decides what is measured."""
-    decides = ("kinds", "score", "damping", "restoration", "dtype")
+    decides = ("kinds", "score", "ridge", "restoration", "dtype")
     weights = store.weights_sha256(model)
     return {"curves": name, "weights": weights, **_hashes(texts)} | {k: getattr(chosen, k) for k in decides}
 

@@ -139,11 +139,11 @@ def prune_opened(
     with peak_growth(model.device) as growth:
         folder = Path(statistics) if statistics else None
         scores = planning.unit_scores(model, chosen, texts.calibration, clock, tick)
-        found = _selected(opened, chosen, texts, folder, clock, tick) if chosen.select == "healed" else None
+        found = _selected(opened, chosen, windows, texts, folder, clock, tick) if chosen.select == "healed" else None
         wanted = chosen.model_copy(update={"preset": found["chosen"]}) if found else chosen
         plan = planning.make_plan(model, wanted, texts, opened.dtype, scores, folder, clock, tick)
-        announce(report.plan_line(model, plan, chosen.budget))
-        run, settings = METHODS[chosen.method].run, planning.settings_of(chosen)
+        announce(report.plan_line(model, plan, chosen.budget, chosen.patches))
+        run, settings = METHODS[chosen.method].run, planning.method_settings(chosen)
         cuts = []
         if plan.kinds or plan.layers:
             cuts = run(
@@ -151,7 +151,8 @@ def prune_opened(
             )
     finish(model, chosen, opened.dtype)
     written = {
-        "recipe": chosen.model_dump(mode="json") | {"axes": list(chosen.kinds), "multiple_of": chosen.width_step},
+        "recipe": chosen.model_dump(mode="json")
+        | {"axes": list(chosen.kinds), "multiple_of": chosen.width_step, "damping": chosen.ridge},
         "parent": opened.name,
         "model_type": model.config.model_type,
         "layout": layout.layout_of(model),
@@ -179,7 +180,13 @@ def prune_opened(
 
 
 def _selected(
-    opened: Opened, chosen: Recipe, texts: planning.Texts, folder: Path | None, clock: Clock, tick: Tick
+    opened: Opened,
+    chosen: Recipe,
+    windows: data.Windows,
+    texts: planning.Texts,
+    folder: Path | None,
+    clock: Clock,
+    tick: Tick,
 ) -> dict[str, Any]:
     """The candidates, each cut and trained for a while, and which is best."""
     learned = read((chosen.calibration,), chosen.held_out, opened.tokenizer, chosen.seq_len, chosen.seed, tick)
@@ -188,8 +195,10 @@ def _selected(
         one = chosen.model_copy(update={"preset": name})
         plans[name] = planning.make_plan(opened.model, one, texts, opened.dtype, statistics=folder, tick=tick)
 
+    settings = planning.method_settings(chosen)
+
     def cut(model: Any, gone: Sequence[int]) -> None:
-        METHODS[chosen.method].run(model, texts.calibration, Plan(layers=tuple(gone)), planning.settings_of(chosen))
+        METHODS[chosen.method].run(model, texts.calibration, Plan(layers=tuple(gone)), settings)
 
     with clock("healing candidates"):
         return after_a_heal(
@@ -198,7 +207,7 @@ def _selected(
             cut,
             learned,
             chosen.heal_tokens,
-            key={"method": chosen.method},
+            key={"method": chosen.method, **asdict(settings), "calibrated on": windows.sha256},
             folder=folder,
             seed=chosen.seed,
             tick=tick,

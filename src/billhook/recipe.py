@@ -18,6 +18,8 @@ from billhook.errors import BillhookError, one_of
 from billhook.layout import LAYOUTS
 from billhook.methods import METHODS
 from billhook.methods.fasp import Settings
+from billhook.methods.layerchop import PATCHES
+from billhook.methods.layerchop import Settings as Patching
 from billhook.observe import STREAMS
 from billhook.scores import SCORES
 from billhook.taylor import GRADIENT_SCORES
@@ -56,6 +58,7 @@ class Recipe(BaseModel):
     candidates: tuple[str, ...] = CANDIDATES  # presets to choose from after a heal
     heal_tokens: int = Field(default=100_000, ge=1)  # that each is trained on
     held_out: tuple[str, ...] = ("demo",)  # texts that judge them
+    patch: str = "none"  # of layerchop: what makes up for the layers that go
     layout: str = "uniform"
     allocation: str = "equal"
     floor: float = Field(default=0.3, gt=0, le=1, allow_inf_nan=False)
@@ -64,7 +67,7 @@ class Recipe(BaseModel):
     vocab_size: int = Field(default=0, ge=0)  # with vocab_from: keep at least so many tokens, the most frequent first
     stream: str = "dense_target"
     score: str = Settings.score
-    damping: float = Field(default=Settings.damping, gt=0, le=1, allow_inf_nan=False)
+    damping: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)  # None: what the method likes best
     restoration: bool = Settings.restoration
     correction: float = Field(default=Settings.correction, ge=0, le=1, allow_inf_nan=False)
     calibration: str = "demo"
@@ -77,7 +80,7 @@ class Recipe(BaseModel):
     device: str = "auto"
     dtype: str = "auto"
 
-    @field_validator("method", "score", "stream", "dtype", "layout", "preset", "select")
+    @field_validator("method", "score", "stream", "dtype", "layout", "preset", "select", "patch")
     @classmethod
     def _known(cls, value: str, info: Any) -> str:
         valid = {
@@ -88,6 +91,7 @@ class Recipe(BaseModel):
             "layout": LAYOUTS,
             "preset": PRESETS,
             "select": SELECT,
+            "patch": PATCHES,
         }
         return one_of(info.field_name, value, valid[info.field_name])
 
@@ -110,18 +114,25 @@ class Recipe(BaseModel):
     def _layers_fit(self) -> "Recipe":
         """What is of layerchop alone."""
         explicit = [name for name in EXPLICIT if getattr(self, name) not in (None, "")]
-        if explicit and not self.chops:
+        if self.chops:
+            self._check_layers()
+        elif explicit:
             raise BillhookError(f"--{explicit[0]} names whole layers: use it with --method layerchop")
-        if self.chops and self.allocation != "equal":
-            raise BillhookError("layerchop has no allocation: its --preset says which layers go")
-        if self.select == "healed":
-            if not self.chops:
-                raise BillhookError("--select healed chooses whole layers: use it with --method layerchop")
-            if self.drop or self.keep:
-                raise BillhookError("--select healed chooses the layers, and --drop or --keep names them: give one")
-            if len(self.candidates) < 2:
-                raise BillhookError("--select healed compares: name at least two --candidates")
+        elif self.select == "healed":
+            raise BillhookError("--select healed chooses whole layers: use it with --method layerchop")
+        elif self.patches:
+            raise BillhookError("--patch makes up for whole layers that go: use it with --method layerchop")
         return self
+
+    def _check_layers(self) -> None:
+        if self.allocation != "equal":
+            raise BillhookError("layerchop has no allocation: its --preset says which layers go")
+        if self.patches and not any(getattr(self, name) for name in (*BUDGETS, *EXPLICIT)):
+            raise BillhookError("--patch makes up for layers that go: name them, or give a budget")
+        if self.select == "healed" and (self.drop or self.keep):
+            raise BillhookError("--select healed chooses the layers, and --drop or --keep names them: give one")
+        if self.select == "healed" and len(self.candidates) < 2:
+            raise BillhookError("--select healed compares: name at least two --candidates")
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Recipe":
@@ -156,6 +167,11 @@ class Recipe(BaseModel):
         return not METHODS[self.method].scored
 
     @property
+    def patches(self) -> bool:
+        """Whether what stands before a cut in depth is refitted."""
+        return self.patch != "none"
+
+    @property
     def kinds(self) -> tuple[str, ...]:
         """The axes to prune."""
         return self.axes or METHODS[self.method].default_kinds
@@ -164,6 +180,11 @@ class Recipe(BaseModel):
     def unit_kinds(self) -> tuple[str, ...]:
         """Those of `kinds` that are axes of a layer, not layers themselves."""
         return tuple(kind for kind in self.kinds if kind != "layers")
+
+    @property
+    def ridge(self) -> float:
+        """The damping, of a patch or else of a restoration."""
+        return self.damping or (Patching.damping if self.chops else Settings.damping)
 
     @property
     def width_step(self) -> int:

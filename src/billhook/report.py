@@ -15,12 +15,14 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel
 
+from billhook import depth
 from billhook.atomic import MARK
 from billhook.budget import decoder_parameters, saved_by, total_parameters
 from billhook.families import axes
 from billhook.pages import tables
 from billhook.pages.cut_tables import cut_rows
 from billhook.pages.recovery_tables import recovered_words
+from billhook.pages.words import ranges
 from billhook.plan import Plan
 
 
@@ -35,8 +37,8 @@ def sizes(before: dict[str, int], after: dict[str, int], budget: str) -> dict[st
     }
 
 
-def plan_line(model: PreTrainedModel, plan: Plan, budget: str) -> str:
-    """What a plan will cut, before it does, in one line."""
+def plan_line(model: PreTrainedModel, plan: Plan, budget: str, patches: bool = False) -> str:
+    """What a plan will cut, before it does, in one line; `patches`: also what will make up for the layers that go."""
     whole, decoder, saved = total_parameters(model), decoder_parameters(model), saved_by(model, plan)
     found = {axis.kind: [] for axis in axes(model, plan.kinds)}
     for axis in axes(model, plan.kinds):
@@ -46,8 +48,18 @@ def plan_line(model: PreTrainedModel, plan: Plan, budget: str) -> str:
     gone = [f"without layers {', '.join(map(str, plan.layers))}"] if plan.layers else []
     return (
         f"for {budget}: {whole:,} → {whole - saved:,} parameters, -{saved / decoder:.2%} of the decoder; "
-        f"left in each layer: {', '.join(kept + gone) or 'all'}"
+        f"left in each layer: {', '.join(kept + gone) or 'all'}{_patch_words(plan.layers) if patches else ''}"
     )
+
+
+def _patch_words(gone: Sequence[int]) -> str:
+    found = [
+        f"the FFN of layer {cut[0] - 1} makes up for {ranges(cut)}"
+        if cut[0]
+        else f"nothing stands before {ranges(cut)}"
+        for cut in depth.cuts(gone)
+    ]
+    return f"; {', '.join(found)}"
 
 
 def versions() -> dict[str, str]:
@@ -203,6 +215,9 @@ def command(report: dict[str, Any]) -> str:
     healed = recipe.get("select") == "healed"
     idle = (*idle, "preset") if recipe["drop"] or recipe["keep"] or healed else idle
     idle = idle if healed else (*idle, *HEAL_FLAGS)
+    idle = idle if report["calibration"].get("probes") else (*idle, "probes")
+    patched = recipe.get("patch", "none") != "none"
+    idle = tuple(key for key in idle if key not in PATCH_FLAGS) if patched else (*idle, "patch")
     settings = " ".join(
         f"--{key.replace('_', '-')} {_flag(value)}"
         for key, value in recipe.items()
@@ -234,11 +249,12 @@ CARD_LAYOUT = {
     "transformers or vLLM and `trust_remote_code=True`",
 }
 HEAL_FLAGS = ("select", "candidates", "heal_tokens", "held_out")
-LAYER_FLAGS = ("preset", "drop", "keep", "layers", *HEAL_FLAGS)
+LAYER_FLAGS = ("preset", "drop", "keep", "layers", "patch", *HEAL_FLAGS)
+PATCH_FLAGS = ("damping", "correction")
 UNIT_FLAGS = ("allocation", "axes", "score", "stream", "damping", "correction", "multiple_of")
 CARD_FLAGS = (
     *("method", "ratio", "params", "memory", "speedup", *LAYER_FLAGS, "layout", *UNIT_FLAGS),
-    *("calibration", "samples", "seq_len", "seed"),
+    *("calibration", "samples", "probes", "seq_len", "seed"),
 )
 RECOVER_FLAGS = (
     *("teacher", "objective", "states", "trainable", "rank", "tokens", "text", "held_out", "seq_len"),

@@ -30,6 +30,9 @@ from billhook.cli.shared import (
 from billhook.errors import BillhookError
 from billhook.layout import LAYOUTS
 from billhook.methods import METHODS
+from billhook.methods.fasp import Settings
+from billhook.methods.layerchop import PATCHES
+from billhook.methods.layerchop import Settings as Patching
 from billhook.observe import STREAMS
 from billhook.pages import page
 from billhook.pruning import Result, check_out, measure, prune
@@ -104,6 +107,17 @@ def prune_command(
         list[str] | None,
         typer.Option(help="text that judges the candidates; may be repeated", show_default="demo"),
     ] = None,
+    patch: Annotated[
+        str,
+        choice(
+            PATCHES,
+            "layerchop: what makes up for the layers that go. "
+            + "; ".join(f"{k}: {v}" for k, v in PATCHES.items())
+            + ". "
+            "The idea of LinearPatch (arXiv:2505.24680), whose matrix would be new parameters: this one is folded into weights "
+            "that are there",
+        ),
+    ] = DEFAULT.patch,
     axes: Annotated[
         str, choice(AXES, f"what to prune, comma-separated, of {', '.join(AXES)}; empty: the method's own")
     ] = "",
@@ -139,10 +153,19 @@ def prune_command(
         ),
     ] = DEFAULT.score,
     stream: Annotated[str, choice(STREAMS, f"whose activations a layer sees: {', '.join(STREAMS)}")] = DEFAULT.stream,
-    damping: Annotated[float, typer.Option(help="ridge, as a share of the Gram's mean diagonal")] = DEFAULT.damping,
+    damping: Annotated[
+        float | None,
+        typer.Option(
+            help="ridge of a restoration or a patch, as a share of the Gram's mean diagonal",
+            show_default=f"{Settings.damping:g}; of a patch {Patching.damping:g}",
+        ),
+    ] = None,
     restoration: Annotated[bool, typer.Option(help="repair the kept weights by least squares")] = DEFAULT.restoration,
     correction: Annotated[
-        float, typer.Option(help="share of the error of the layers before that a restoration makes up (dense_target)")
+        float,
+        typer.Option(
+            help="share of the error of the layers before that a restoration (dense_target) or a patch makes up"
+        ),
     ] = DEFAULT.correction,
     calibration: Annotated[
         str,
@@ -197,6 +220,7 @@ def prune_command(
         candidates=tuple(listed(candidates)),
         heal_tokens=heal_tokens,
         held_out=tuple(held_out or DEFAULT.held_out),
+        patch=patch,
         layout=layout,
         allocation=allocation,
         floor=floor,

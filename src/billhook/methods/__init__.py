@@ -46,9 +46,9 @@ METHODS: dict[str, Method] = {
         paper="arXiv:2305.14864",
         kinds=("layers",),
         default_kinds=("layers",),
-        needs="nothing for a preset by position; a few windows of calibration text for the others",
+        needs="nothing for a preset by position; a few windows of calibration text for the others, and for --patch linear",
         note="Which layers: --preset, or --drop 10-14,20, --keep, --layers N. The paper trains on afterwards; without that, presets by "
-        "position ruin small models, and contiguous, the default, costs least.",
+        "position ruin small models, and contiguous, the default, costs least. --patch linear makes up for much of it, without training.",
         scored=False,
     ),
 }

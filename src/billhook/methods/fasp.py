@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from billhook import choose, restore
+from billhook import choose, refit
 from billhook.axes import Axis, reader_weight
 from billhook.cuts import Cut
 from billhook.observe import Evidence, Layer, walk
@@ -158,9 +158,8 @@ def _piece(
     found = fit(axis, W, seen, count, settings, clock, scores)
     with clock("errors"):
         kept, V = found.kept, found.weight
-        before, after = _error(W, W[:, kept], seen, kept), _error(W, V, seen, kept)
-        unseen = None if held is None else _error(W, _restored(W, fitted_on, kept, settings)[0], held, kept)
-    said = Cut(axis.layer, axis.kind, axis.units, len(found.drop), found.damping, before, after, unseen, found.share)
+        off = refit.errors(W, V, kept, fitted_on, held, lambda on: _restored(W, on, kept, settings)[0])
+    said = Cut(axis.layer, axis.kind, axis.units, len(found.drop), found.damping, *off, found.share)
     return Piece(axis, found.drop, V.to(reader), said)
 
 
@@ -198,8 +197,4 @@ def axis_scores(axis: Axis, W: Weight, G: Gram, settings: Settings) -> Scores:
 def _restored(W: Weight, evidence: Evidence, kept: Kept, settings: Settings) -> tuple[Narrowed, float]:
     if not settings.restoration:
         return W[:, kept], 0.0
-    return restore.least_squares(W, evidence.gram, kept, settings.damping, evidence.cross)
-
-
-def _error(W: Weight, V: Narrowed, evidence: Evidence, kept: Kept) -> float:
-    return restore.relative_error(W, V, evidence.gram, kept, evidence.cross, evidence.energy)
+    return refit.fitted(W, evidence, kept, settings.damping)

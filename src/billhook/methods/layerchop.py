@@ -5,23 +5,123 @@
 2. Recover   training goes on as before, at the learning rate of pretraining.
 
 Step 1 is here; which layers the plan names, by LayerChop's presets or by what others measure, is `chopping`'s business.
-Nothing is restored: what a closed form can make up for, FASP does (`--method fasp --allocation auto --axes layers`).
+Between the two steps billhook may patch the cut, which the paper does not (`patch="linear"`):
+
+   x_n (tokens, hidden) enters layer n;  layers a to b-1 go;  X (tokens, ffn) enters the FFN's last projection W of layer a-1.
+   V = argmin_V ||V X^T - (W X^T + E^T)||_F^2,  E = x_b - x_a: what the layers that go would have added
+
+LinearPatch (Chen et al. 2025, arXiv:2505.24680) puts a matrix (hidden, hidden) where the layers were, which no stock
+checkpoint can hold: the residual stream passes a pre-norm layer by, so the matrix folds into none.  What can be had without
+a new parameter is a linear map of what the layer before computes anyway.  V has W's shape and takes its place.
 """
 
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
+from billhook import depth, refit
+from billhook.axes import Axis, reader_weight
 from billhook.cuts import Cut
+from billhook.errors import BillhookError
+from billhook.families import axes
+from billhook.observe import Evidence, walk
 from billhook.plan import Plan
+from billhook.progress import Clock, Tick, quiet
 from billhook.surgery import drop_layers
+from billhook.tensors import Tokens
+
+PATCHES = {
+    "none": "the layers go, the others stay as they are",
+    "linear": "the FFN before each cut learns in closed form to add what the layers that go would have added",
+}
 
 
-def layerchop(model: PreTrainedModel, tokens: Any, plan: Plan, settings: Any = None, **_: Any) -> list[Cut]:
-    """Drop the plan's layers, in place; there are no cuts to report but the layers themselves.
+@dataclass(frozen=True)
+class Settings:
+    """How a cut is patched; why these defaults: docs/LOG.md."""
+
+    patch: str = "none"
+    damping: float = 0.1  # ridge toward W, as a share of the mean diagonal of X^T X
+    correction: float = 0.3  # share of what the cuts before have cost that a patch also makes up for
+
+
+@torch.no_grad()
+def layerchop(
+    model: PreTrainedModel,
+    tokens: Tokens,
+    plan: Plan,
+    settings: Settings = Settings(),
+    *,
+    clock: Clock | None = None,
+    tick: Tick = quiet,
+    **_: Any,
+) -> list[Cut]:
+    """Drop the plan's layers, in place, and patch the cuts if the settings say so.
+
+    Args:
+        tokens: calibration windows (windows, length), which only a patch needs.
+
+    Returns:
+        what each patch achieved; nothing without one.
 
     Raises:
-        BillhookError: no layer would be left, or there is no such layer.
+        BillhookError: no layer would be left, there is no such layer, or none of the cuts can be patched.
     """
+    cuts = []
+    if settings.patch != "none":
+        check_patch(model, plan.layers)
+        cuts = _patch(model, tokens, plan.layers, settings, clock or Clock(), tick)
     drop_layers(model, plan.layers)
-    return []
+    return cuts
+
+
+def check_patch(model: PreTrainedModel, gone: Collection[int] = ()) -> None:
+    """Refuse a patch that nothing could carry."""
+    if not all(axis.ends_layer for axis in axes(model, ("ffn",))):
+        raise BillhookError(
+            "the norms of this model follow the sums, so no FFN can stand in for a layer: use --patch none"
+        )
+    if gone and not depth.patched(gone):
+        raise BillhookError("nothing stands before layer 0 that could make up for it: use --patch none")
+
+
+def _patch(
+    model: PreTrainedModel, tokens: Tokens, gone: Collection[int], settings: Settings, clock: Clock, tick: Tick
+) -> list[Cut]:
+    """Refit what stands before each cut, from the input to the output; each sees what those before it have become."""
+    at = depth.patched(gone)
+    steps = walk(
+        model,
+        tokens,
+        ("ffn",),
+        stream="dense_target",
+        share=settings.correction,
+        gone=gone,
+        at=at,
+        clock=clock,
+        tick=tick,
+    )
+    return [
+        _refit(model, axis, layer.fit[name], layer.held_out.get(name), settings.damping, clock)
+        for layer in steps
+        for axis in layer.axes
+        for name in [axis.reader_module]
+    ]
+
+
+def _refit(
+    model: PreTrainedModel, axis: Axis, fitted_on: Evidence, held: Evidence | None, damping: float, clock: Clock
+) -> Cut:
+    """V in W's place.  The held-out windows first judge a fit on the others, then join it."""
+    seen = fitted_on if held is None else fitted_on + held
+    reader, every = reader_weight(model, axis), torch.arange(len(seen.gram), device=seen.gram.device)
+    W = reader.to(seen.gram.device)
+    with clock("patch"):
+        V, used = refit.fitted(W, seen, every, damping)
+    with clock("errors"):
+        off = refit.errors(W, V, every, fitted_on, held, lambda on: refit.fitted(W, on, every, damping)[0])
+    reader.copy_(V)
+    return Cut(axis.layer, axis.kind, axis.units, 0, used, *off, 0.0)

@@ -7,6 +7,7 @@ from billhook.pages.recovery_tables import recovery_rows, selection_words
 from billhook.pages.words import finite, mebibytes, number, percent, ranges, signed
 
 KINDS = {"ffn": "FFN channels", "heads": "query heads", "groups": "KV groups", "value": "value channels"}
+MANY = 8  # layers: more are not named one by one
 FITS = {"Q4_0, Q8_0": 32, "Marlin": 128, "K-quants": 256}  # what FFN widths must be multiples of
 
 
@@ -54,13 +55,16 @@ def _pruned_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("layers", f"dropped: {ranges(gone)}{kept} (numbered from 0)"))
     if selection := cut.get("selection"):
         rows.append(("layers chosen", selection_words(selection)))
-    for kind in dict.fromkeys(c["kind"] for c in cuts):
+    touched = dict.fromkeys(c["kind"] for c in cuts if c["dropped"])
+    for kind in touched:
         of = [c for c in cuts if c["kind"] == kind]
         name = str(KINDS.get(kind, kind))
         rows.append((name, widths(of)))
         if errors := _errors(of):
             rows.append((f"{name}, error", errors))
-    if kept := [c["units"] - c["dropped"] for c in cuts if c["kind"] == "ffn"]:
+    if patched := _patched([c for c in cuts if c["kind"] not in touched], gone or ()):
+        rows.append(("patched", patched))
+    if kept := [c["units"] - c["dropped"] for c in cuts if c["kind"] == "ffn" and "ffn" in touched]:
         fits = [f"{name} ({step}) in {sum(w % step == 0 for w in kept)}" for name, step in FITS.items()]
         rows.append(("widths fit", f"{', '.join(fits)} of {len(kept)} layers"))
     rows.append(("calibration", calibration_words(cut)))
@@ -88,6 +92,21 @@ def widths(cuts: Sequence[Mapping[str, Any]]) -> str:
     untouched = sum(c["dropped"] == 0 for c in cuts)
     whole = f", {untouched} of {len(cuts)} layers whole" if untouched else f" in {len(cuts)} layers"
     return f"{'/'.join(f'{n:,}' for n in sorted(before))} → {min(after):,} to {max(after):,}{whole}"
+
+
+def _patched(cuts: Sequence[Mapping[str, Any]], gone: Sequence[int]) -> str:
+    """Layers that lost nothing themselves and were refitted to make up for those that went: each, or where many, the mean."""
+    if not cuts:
+        return ""
+    if len(cuts) > MANY:
+        return f"layers {ranges(c['layer'] for c in cuts)}: error {_errors(cuts)}"
+    each = []
+    for c in cuts:
+        held = f", {c['error_held_out']:.2f} held out" if finite(c.get("error_held_out")) else ""
+        each.append(f"layer {c['layer']}: error {number(c['error_without'])} → {number(c['error'])}{held}")
+    if 0 in gone:
+        each.append("nothing stands before layer 0 to patch")
+    return "; ".join(each)
 
 
 def _errors(cuts: Sequence[Mapping[str, Any]]) -> str:
