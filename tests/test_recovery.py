@@ -13,7 +13,7 @@ import torch
 import transformers as T
 from safetensors.torch import load_file
 
-from billhook import checkpoint, losses, pace, pruning, reading, recovering, runs, surgery, teacher, trainables
+from billhook import checkpoint, data, losses, pace, pruning, reading, recovering, runs, surgery, teacher, trainables
 from billhook.errors import BillhookError
 from billhook.families import layers
 from billhook.recovery import autocast_dtype, recovery
@@ -232,6 +232,16 @@ def test_every_pass_sees_every_window_once() -> None:
     order = reading.order_of(7, 20, 0)
     assert order[:7] == list(range(7)) and sorted(order[7:14]) == list(range(7)) != order[7:14] and len(order) == 20
     assert reading.order_of(7, 10, 0) == order[:10]
+
+
+def test_what_a_prune_was_calibrated_on_is_not_held_out(texts: tuple[Path, Path]) -> None:
+    drawn = data.windows(data.calibration_text(str(texts[0])), tiny.tokenizer(), LENGTH, 64, seed=3).tokens
+    found = reading.read((str(texts[0]),), (str(texts[1]),), tiny.tokenizer(), LENGTH, 3)
+    held, other = found.judged
+    assert len(held.tokens) == len(other.tokens) == reading.HELD_OUT and found.guards == ("held",)
+    calibrated, first = {tuple(row) for row in drawn.tolist()}, found.train[:64].tolist()
+    assert not calibrated & {tuple(row) for row in held.tokens.tolist()} and tuple(first[0]) not in calibrated
+    assert not {tuple(row) for row in found.train.tolist()} & {tuple(row) for row in held.tokens.tolist()}
 
 
 @pytest.mark.parametrize("steps", [1, 2, 50, 1000])

@@ -37,7 +37,8 @@ def read(
     sources = [data.calibration_text(source, tick) for source in training]
     found = [data.windows(text, tokenizer, seq_len) for text in sources]
     tokens = torch.cat([one.tokens for one in found])
-    tokens = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))]
+    # from the end of the order in which a prune draws: its calibration windows, which it fits, come last and are never held out
+    tokens = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed)).flip(0)]
     held = min(HELD_OUT, len(tokens) // 10)
     own = Windows(f"{'+'.join(one.source for one in found)}, held out", tokens[:held], held, "", "")
     others = []
