@@ -13,7 +13,20 @@ import torch
 import transformers as T
 from safetensors.torch import load_file
 
-from billhook import checkpoint, data, losses, pace, pruning, reading, recovering, runs, surgery, teacher, trainables
+from billhook import (
+    checkpoint,
+    data,
+    losses,
+    pace,
+    pruning,
+    reading,
+    recovering,
+    runs,
+    surgery,
+    teacher,
+    trainables,
+    training,
+)
 from billhook.errors import BillhookError
 from billhook.families import layers
 from billhook.recovery import autocast_dtype, recovery
@@ -423,6 +436,29 @@ def test_a_rate_is_found_by_trial(student: Path, folder: Path, texts: tuple[Path
     assert [one["lr"] for one in healing["rates"]] == list(runs.RATES_OTHERWISE)
     assert healing["lr"] == min(healing["rates"], key=lambda one: one["loss"])["lr"]
     assert healing["steps"] == 20  # trials are beyond the budget
+
+
+def test_checkpoints_of_one_trial_are_not_anothers(
+    student: Path, folder: Path, texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for seconds in (300.0, 0.0):  # a long trial writes some
+        monkeypatch.setattr(training, "SAVE_SECONDS", seconds)
+        found.append(recover(student, tmp_path / f"work{seconds}", **given(texts, folder, lr="auto")).healing["rates"])
+    assert found[0] == found[1]
+
+
+def test_rates_need_something_to_judge_them(student: Path, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text(tiny.text(20))
+    asked = {
+        "text": (str(tmp_path / "short.txt"),),
+        "held_out": (),
+        "guard": False,
+        "teacher": str(folder),
+        "lr": "auto",
+    }
+    with pytest.raises(BillhookError, match="judges rates by held-out text, and there is none"):
+        recover(student, tmp_path / "work", tokens=64, **asked)
 
 
 def test_minutes_buy_tokens(

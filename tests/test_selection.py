@@ -9,7 +9,7 @@ import tiny
 import torch
 import transformers as T
 
-from billhook import pruning, selection
+from billhook import pruning, selection, training
 from billhook.errors import BillhookError
 from billhook.recipe import recipe
 
@@ -34,7 +34,7 @@ def prune(bench: Path, **more: Any) -> dict[str, Any]:
         **{"heal_tokens": 320, "calibration": str(bench / "train.txt"), "held_out": (str(bench / "held.txt"),)},
         **{"seq_len": LENGTH, "samples": 4, "probes": 2},
     }
-    return pruning.prune(str(bench / "deep"), statistics=bench / "kept", **{**given, **more}).report
+    return pruning.prune(str(bench / "deep"), **{"statistics": bench / "kept", **given, **more}).report
 
 
 def test_every_candidate_is_trained_and_the_best_wins(bench: Path) -> None:
@@ -71,6 +71,12 @@ def test_what_was_trained_is_kept_and_the_same_layers_are_trained_once(
     assert len(list((bench / "kept").glob("candidate-*"))) == 2
     again = prune(bench, candidates=("input", "output", "reverse"))
     assert not healed and again["selection"]["candidates"] == first["selection"]["candidates"]
+
+
+def test_checkpoints_of_one_candidate_are_not_anothers(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = prune(bench)["selection"]["candidates"]
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)  # a long heal writes some
+    assert prune(bench, seed=0, statistics=bench / "other")["selection"]["candidates"] == first
 
 
 def test_the_record_and_the_command_tell_it(bench: Path) -> None:

@@ -141,6 +141,10 @@ def _kept_if_begun(work: Path) -> Iterator[None]:
 
 def _try_rates(run: Run) -> list[dict[str, float]]:
     """A few steps at each of three rates; the loss afterwards on windows of the training text that are never trained on."""
+    if not run.texts.judged:
+        raise BillhookError(
+            "--lr auto judges rates by held-out text, and there is none: name a --held-out, or give a rate"
+        )
     steps = max(TRIAL_STEPS, round(TRIAL * run.course.steps))
     trial = replace(run.course, order=run.course.order[: steps * run.course.rows], points=())
     rates, found = rates_of(run.chosen), []
@@ -164,7 +168,7 @@ def _try_rates(run: Run) -> list[dict[str, float]]:
 def _loss_after(run: Run, course: Course, tick: Tick) -> float | None:
     """Of one trial; None if it diverged."""
     judge, text = Judge((), (), course.autocast), run.texts.judged[0]
-    healer = run.healer(course, judge, run.work / "trial", tick)
+    healer = run.healer(course, judge, run.work / f"trial-{course.lr:g}", tick)
     try:
         healer.heal(unheard)
     except Diverged:

@@ -89,7 +89,9 @@ def after_a_heal(
             student = copy.deepcopy(model).float()
             cut(student, gone)
             before = judge(student)
-            healer = Healer(student.requires_grad_(True), course, lessons, Judge(()), Path(scratch) / "heal", of_all)
+            healer = Healer(
+                student.requires_grad_(True), course, lessons, Judge(()), Path(scratch) / f"heal-{nth}", of_all
+            )
             healer.heal(lambda line: None)
             after = judge(healer.gathered(lambda: student))
             return {"before": _perplexities(before), "after": _perplexities(after)}
