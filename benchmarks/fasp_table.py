@@ -1,8 +1,8 @@
 """Which score, stream and damping keep the most: python benchmarks/fasp_table.py MODEL CALIBRATION TEXT... > table.md
 
 Calibrates on 64 windows of 512 tokens drawn by seed 0, prunes in float32, and prints as a Markdown table the perplexity
-of every cell on the first --windows windows of every TEXT, and the factor to the dense model's.  The dense stream's Grams
-do not depend on score, damping or ratio: one walk serves all of its cells.
+of every cell on the first --windows windows of every TEXT, and the factor to the dense model's.  In the dense stream one walk serves
+all ratios of the same settings.
 """
 
 import argparse
@@ -14,10 +14,8 @@ from typing import Any
 from billhook import checkpoint, data, quality
 from billhook.allocation import even_planner
 from billhook.budget import decoder_parameters, total_parameters
-from billhook.methods.fasp import Settings, cut, fasp
-from billhook.observe import Layer, walk
+from billhook.methods.fasp import Settings, fasp, fasp_each
 from billhook.plan import Plan
-from billhook.progress import Clock
 from billhook.surgery import cast
 
 RATIOS = (0.1, 0.2, 0.3, 0.5)
@@ -57,13 +55,12 @@ def equal(ratio: float) -> Plan:
     return even_planner(opened.model, ("ffn",), 32, "uniform").make(ratio * decoder_parameters(opened.model))
 
 
-def dense_cells(layers: list[Layer]) -> Iterator[tuple[Cell, Any]]:
-    for settings, ratio in DENSE:
-        model, plan = copy.deepcopy(opened.model), equal(ratio)
-        for layer in layers:
-            for axis in layer.axes:
-                cut(model, axis, layer, plan.drops[axis.layer, axis.kind], settings, Clock())
-        yield ("dense", settings, ratio), model
+def dense_cells() -> Iterator[tuple[Cell, Any]]:
+    for settings in dict.fromkeys(one for one, _ in DENSE):
+        ratios = [ratio for one, ratio in DENSE if one == settings]
+        models = fasp_each(opened.model, tokens, [equal(ratio) for ratio in ratios], settings)
+        for ratio, (model, _) in zip(ratios, models, strict=True):
+            yield ("dense", settings, ratio), model
 
 
 def pruned_cells() -> Iterator[tuple[Cell, Any]]:
@@ -82,7 +79,7 @@ print("|---|---|---|---|---|---|---|" + "---|---|" * len(windows))
 print(f"| unpruned | | | | | 0 | {size:,} | " + " | ".join(f"{p:.2f} | 1" for p in base) + " |", flush=True)
 parts = []
 if args.part != "pruned":
-    parts.append(dense_cells(list(walk(opened.model, tokens, ("ffn",)))))
+    parts.append(dense_cells())
 if args.part != "dense":
     parts.append(pruned_cells())
 for cells in parts:

@@ -105,6 +105,14 @@ def test_a_patch_brings_its_layer_nearer_by_what_it_says(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", PRE_NORM)
+def test_a_patch_in_bfloat16_helps_too(family: str) -> None:
+    model = tiny.model(family)
+    cast(model, torch.bfloat16)
+    _, (cut,) = without(model, (1,), linear())
+    assert cut.error < cut.error_without  # of the weights as they were rounded
+
+
+@pytest.mark.parametrize("family", PRE_NORM)
 def test_the_held_out_error_is_that_of_a_fit_which_did_not_see_them(family: str) -> None:
     dense, held = tiny.model(family), IDS[-1:]  # a tenth of 16 windows
     fitted, (cut,) = copy.deepcopy(dense), without(dense, (1,), linear())[1]
