@@ -51,7 +51,6 @@ class Course:
     cpu: bool = False
     seed: int = 0
     points: Sequence[int] = ()  # steps after which the model is judged
-    weight_decay: float = 0.0
 
     @property
     def steps(self) -> int:
@@ -311,7 +310,6 @@ def _arguments(course: Course, work: Path) -> TrainingArguments:
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": FINAL_LR},
         warmup_steps=max(1, round(course.warmup * course.steps)),
-        weight_decay=course.weight_decay,
         train_sampling_strategy="sequential",
         bf16=course.autocast is torch.bfloat16,
         use_cpu=course.cpu,
