@@ -16,7 +16,7 @@ import transformers as T
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
-from billhook import cli, pruning, recovering, training
+from billhook import cli, pruning, recovering, teacher, training
 from billhook.errors import BillhookError
 
 LENGTH = 16
@@ -141,6 +141,31 @@ def test_another_run_is_not_gone_on_with(bench: Path) -> None:
     (bench / "train.txt").write_text(tiny.text(1300)[500:])
     with pytest.raises(BillhookError, match="differs in training text"):
         run(bench)
+
+
+def test_fresh_starts_over_and_keeps_what_the_teacher_said(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(bench)
+    (bench / "work" / "mine.txt").touch()
+    asked: list[object] = []
+    monkeypatch.setattr(teacher, "_answers", lambda *_: asked.append(1))
+    assert run(bench, fresh=True, lr=2e-3).healing["lr"] == 2e-3 and not asked
+    assert not (bench / "work" / "mine.txt").exists()
+
+
+def test_fresh_empties_no_folder_that_is_not_a_runs(
+    bench: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (bench / "out.unfinished").mkdir()
+    (bench / "out.unfinished" / "precious").write_text("")
+    assert "is not a run's folder" in command(bench, capsys, monkeypatch, [*flags(bench), "--fresh"])
+
+
+def test_fresh_loses_nothing_to_bad_input(
+    bench: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(bench, "out.unfinished")
+    line = [*flags(bench, text=("nowhere.txt",)), "--fresh"]
+    assert "does not exist" in command(bench, capsys, monkeypatch, line)
 
 
 def test_the_rate_trials_are_kept(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:

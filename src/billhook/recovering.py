@@ -73,6 +73,7 @@ def recover(
     *,
     work: str | os.PathLike[str] | None = None,
     lessons: str | os.PathLike[str] | None = None,
+    fresh: bool = False,
     tick: Tick = quiet,
     announce: Callable[[str], object] = unheard,
     **settings: Any,
@@ -83,6 +84,7 @@ def recover(
         model: a folder, a hub id, a .gguf file, or `demo`.
         work: a folder for all that the same call needs to go on after a kill; delete it afterwards.  Not given: nothing stays.
         lessons: a folder for the teacher's answers, which other runs may share; in `work` if not given.
+        fresh: start over where `work` holds an unfinished run; what the teacher answered stays.
         tick: called with (stage, done, total) as the work proceeds.
         announce: called with one line, what will be trained, before it is.
         settings: the fields of `Recovery`: teacher="demo", tokens="500k", text=("wiki.txt",), …
@@ -101,7 +103,8 @@ def recover(
     process = PartialState(cpu=on_cpu(chosen.device))
     with peak_growth(where(process)) as growth, _kept_if_begun(work):
         answers = Path(lessons) if lessons else work / "lessons"
-        run = prepare(os.fspath(model), chosen, work, answers, process, tick if process.is_main_process else quiet)
+        heard = tick if process.is_main_process else quiet
+        run = prepare(os.fspath(model), chosen, work, answers, process, heard, fresh=fresh)
         tried = [] if chosen.lr else _try_rates(run)
         rate = chosen.lr or _best_rate(tried)
         if process.is_main_process:
@@ -129,12 +132,12 @@ def recover(
 
 @contextmanager
 def _kept_if_begun(work: Path) -> Iterator[None]:
-    """Of a run that is refused nothing stays, unless it has checkpoints."""
+    """Of a run that is refused nothing stays, unless it has checkpoints or has asked the teacher."""
     known = work.exists()
     try:
         yield
     except BillhookError:
-        if not known and not checkpoints(work):
+        if not known and not checkpoints(work) and not any(work.glob("lessons/*")):
             shutil.rmtree(work, ignore_errors=True)
         raise
 

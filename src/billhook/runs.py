@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -94,13 +95,22 @@ def on_cpu(device: str) -> bool:
     return where.type == "cpu"
 
 
-def prepare(name: str, chosen: Recovery, work: Path, lessons: Path, process: PartialState, tick: Tick) -> Run:
+def prepare(
+    name: str,
+    chosen: Recovery,
+    work: Path,
+    lessons: Path,
+    process: PartialState,
+    tick: Tick,
+    *,
+    fresh: bool = False,
+) -> Run:
     """Look at the student, then let the teacher answer; neither stays in memory."""
     clock = Clock()
     autocast = autocast_dtype(chosen.precision, where(process))
     student, texts, pace_of = _look(name, chosen, autocast, process, tick)
     key = {"student": student.sha256, "precision": str(autocast), "settings": chosen.model_dump(mode="json")}
-    _claim(work, {**key, "training text": hashlib.sha256(texts.train.numpy().tobytes()).hexdigest()}, process)
+    _claim(work, {**key, "training text": hashlib.sha256(texts.train.numpy().tobytes()).hexdigest()}, process, fresh)
     tokens = chosen.tokens or shared(process, lambda: store.kept(work, "tokens", {}, pace_of))
     rows = chosen.rows(tokens, process.num_processes)
     steps = max(1, round(tokens / (rows * chosen.seq_len)))
@@ -173,15 +183,19 @@ def bought(seconds: float | int, trained: float, answered: float | None, trials:
     return max(0, int(seconds / each))
 
 
-def _claim(work: Path, key: dict[str, Any], process: PartialState) -> None:
-    """Make `work` this run's folder, or find that it is.
+def _claim(work: Path, key: dict[str, Any], process: PartialState, fresh: bool) -> None:
+    """Make `work` this run's folder, or find that it is; `fresh` empties it of another's, but for the teacher's answers.
 
     Raises:
         BillhookError: it is another's; says in what they differ.
     """
     if process.is_main_process:
         path = work / "run.json"
-        if path.exists():
+        if fresh and path.exists():  # a folder without one is not ours to empty
+            for one in work.iterdir():
+                if one.name != "lessons":
+                    shutil.rmtree(one) if one.is_dir() else one.unlink()
+        elif path.exists():
             try:
                 known = json.loads(path.read_text(encoding="utf-8"))
             except ValueError:

@@ -85,7 +85,9 @@ def recover_command(
     ] = DEFAULT.precision,
     device: Device = DEFAULT.device,
     seed: Annotated[int, typer.Option(help="of the order of the windows")] = DEFAULT.seed,
-    fresh: Annotated[bool, typer.Option("--fresh", help="start over where a run was cut off")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="start over where a run was cut off; the teacher's answers stay")
+    ] = False,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
@@ -120,10 +122,8 @@ def recover_command(
     output, source = Path(os.path.expanduser(output)), Path(os.path.expanduser(model))
     check_out(output, source if source.exists() else None, overwrite)
     work = output.with_name(output.name + UNFINISHED)
-    if fresh:
-        shutil.rmtree(work, ignore_errors=True)
     with progress() as tick, _going_on(work):
-        found = recover(model, work=work, lessons=lessons, tick=tick, announce=_say, **chosen.model_dump())
+        found = recover(model, work=work, lessons=lessons, fresh=fresh, tick=tick, announce=_say, **chosen.model_dump())
         if not PartialState().is_main_process:
             return
         with atomic.folder(output, overwrite) as folder:
