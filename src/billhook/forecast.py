@@ -95,7 +95,7 @@ def forecast(
     tick("measuring", 1, 2)
     trained = pace.training_pace(trained_model, seq_len, 1, autocast, seconds)
     tick("measuring", 2, 2)
-    tokens = bought(60 * minutes, trained, answered, len(RATES_OTHERWISE))
+    tokens = bought(60 * minutes, trained, answered, len(RATES_OTHERWISE), seq_len)
     if tokens < seq_len:
         raise BillhookError(
             f"minutes {minutes:g}: at {trained:,.0f} tokens a second that is no window of {seq_len}: give more time"

@@ -19,7 +19,7 @@ from billhook.errors import BillhookError
 from billhook.memory import return_freed
 from billhook.progress import Clock, Tick
 from billhook.quality import of_losses
-from billhook.reading import Texts, order_of, read
+from billhook.reading import HELD_OUT, Texts, order_of, read
 from billhook.recovery import HALVED, Recovery, autocast_dtype
 from billhook.teacher import Lessons
 from billhook.trainables import TRAINABLE, Cut
@@ -36,6 +36,7 @@ RATES_OTHERWISE = (
 )  # a fifth cut by FASP bears the first, a quarter of the layers gone the second (docs/LOG.md)
 TRIAL = 0.02  # of the steps, for each rate
 TRIAL_STEPS = 5  # at least
+TEXTS = 3  # judged by default: of the training text, and the demo's two
 PACE_SECONDS = 10  # to find out how many tokens --minutes buys
 
 
@@ -171,16 +172,24 @@ def _affordable(
         skeleton = checkpoint.open_skeleton(chosen.teacher)
         answered *= size / sum(param.numel() for param in skeleton.parameters())
     trials = 0 if chosen.lr else len(rates_of(chosen))
-    tokens = bought(60 * chosen.minutes - PACE_SECONDS, trained, answered if chosen.teacher else None, trials)
+    tokens = bought(
+        60 * chosen.minutes - PACE_SECONDS, trained, answered if chosen.teacher else None, trials, chosen.seq_len
+    )
     if tokens < chosen.seq_len:
         raise BillhookError(f"--minutes {chosen.minutes:g} is too short here for one window of {chosen.seq_len} tokens")
     return tokens * process.num_processes
 
 
-def bought(seconds: float | int, trained: float, answered: float | None, trials: int) -> int:
-    """Tokens that `seconds` buy at `trained` tokens a second: training, judging, rates tried, and a teacher's answers."""
-    each = (1 + JUDGING + trials * TRIAL) / trained + (1 / answered if answered else 0.0)
-    return max(0, int(seconds / each))
+def bought(seconds: float | int, trained: float, answered: float | None, trials: int, seq_len: int) -> int:
+    """Tokens that `seconds` buy at `trained` tokens a second: training, judging, rates tried, and a teacher's answers.
+
+    Trials and judgements have a least cost, of `TRIAL_STEPS` windows each and of `POINTS`, whatever the budget.
+    """
+    answers = 1 / answered if answered else 0.0
+    least = trials * TRIAL_STEPS * seq_len + (POINTS[0] + 2) * TEXTS * HELD_OUT * seq_len * FORWARD
+    long = seconds / ((1 + JUDGING + trials * TRIAL) / trained + answers)
+    short = (seconds - least / trained) / (1 / trained + answers)
+    return max(0, int(min(long, short)))
 
 
 def _claim(work: Path, key: dict[str, Any], process: PartialState, fresh: bool) -> None:
