@@ -7,18 +7,15 @@ one cell's longer budget is a run of its own, with a schedule of its own.
 """
 
 import argparse
-import gc
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
+from scoring import Scoring, cells
 
 import billhook
-from billhook import checkpoint, data, quality, store
-from billhook.recovery import autocast_dtype
+from billhook import store
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("model")
@@ -37,23 +34,7 @@ parser.add_argument("--windows", type=int, default=24)
 parser.add_argument("--precision", default="auto")
 args = parser.parse_args()
 
-TEXTS = data.evaluation_texts(args.valid)
-WHERE = torch.device("cpu")
-AUTOCAST = autocast_dtype(args.precision, WHERE)
-
-
-def judged(folder: str) -> dict[str, Any]:
-    """Mean losses of every window of every text."""
-    opened = checkpoint.open_model(folder, device="cpu", dtype="float32")
-    found = {}
-    with torch.autocast("cpu", AUTOCAST or torch.bfloat16, enabled=AUTOCAST is not None):
-        for text in TEXTS:
-            windows = data.windows(text, opened.tokenizer, 512)
-            windows = replace(windows, tokens=windows.tokens[: args.windows])
-            found[text.name] = list(quality.perplexity(opened.model, windows).window_losses)
-    del opened
-    gc.collect()
-    return found
+scoring = Scoring(args.valid, args.windows, args.precision)
 
 
 def pruned(preset: str, ratio: float) -> Path:
@@ -70,7 +51,7 @@ def cell(preset: str, ratio: float, tokens: str) -> dict[str, Any]:
     folder = pruned(preset, ratio)
     dropped = json.loads((folder / "billhook.json").read_text())["dropped_layers"]
     if tokens == "0":
-        return {"dropped": dropped, "losses": judged(str(folder)), "recovery": None}
+        return {"dropped": dropped, "losses": scoring.of(str(folder)), "recovery": None}
     chosen: dict[str, Any] = dict(
         teacher=args.model,
         tokens=tokens,
@@ -92,25 +73,20 @@ def cell(preset: str, ratio: float, tokens: str) -> dict[str, Any]:
     found.model.save_pretrained(out)
     found.tokenizer.save_pretrained(out)
     shutil.rmtree(work)
-    return {"dropped": dropped, "losses": judged(str(out)), "recovery": found.healing}
-
-
-def perplexities(losses: dict[str, list[float]], dense: dict[str, list[float]]) -> str:
-    cells = []
-    for text in dense:
-        factor, error = quality.paired(dense[text], losses[text])
-        mean = quality.of_losses(losses[text])
-        cells.append(f"{mean:.4g} (×{factor:.3g} ± {error:.2g})")
-    return " | ".join(cells)
+    return {"dropped": dropped, "losses": scoring.of(str(out)), "recovery": found.healing}
 
 
 args.results.mkdir(parents=True, exist_ok=True)
-common = {"model": args.model, "windows": args.windows, "precision": args.precision, "texts": [t.sha256 for t in TEXTS]}
-dense = store.kept(args.results, "dense", common, lambda: judged(args.model))
-names = " | ".join(text.name for text in TEXTS)
-print(f"| ratio | preset | layers dropped | tokens | {names} | training tokens/s | seconds |")
-print("|---|---|---|---|" + "---|" * len(TEXTS) + "---|---|")
-print(f"| 0 | unpruned | | | {perplexities(dense, dense)} | | |", flush=True)
+common = {
+    "model": args.model,
+    "windows": args.windows,
+    "precision": args.precision,
+    "texts": [t.sha256 for t in scoring.texts],
+}
+dense = store.kept(args.results, "dense", common, lambda: scoring.of(args.model))
+print(f"| ratio | preset | layers dropped | tokens | {scoring.heads} | training tokens/s | seconds |")
+print("|---|---|---|---|" + "---|" * len(scoring.texts) + "---|---|")
+print(f"| 0 | unpruned | | | {cells(dense, dense)} | | |", flush=True)
 for ratio in map(float, args.ratios.split(",")):
     for tokens in args.tokens.split(","):
         for preset in args.presets.split(","):
@@ -121,6 +97,6 @@ for ratio in map(float, args.ratios.split(",")):
             took = f"{healing['tokens_per_second']:.0f} | {sum(healing['seconds'].values()):.0f}" if healing else " | "
             print(
                 f"| {ratio:.0%} | {preset} | {','.join(map(str, found['dropped']))} | {tokens} | "
-                f"{perplexities(found['losses'], dense)} | {took} |",
+                f"{cells(found['losses'], dense)} | {took} |",
                 flush=True,
             )

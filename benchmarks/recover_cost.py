@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from billhook import checkpoint, reading, store, teacher
+from billhook import checkpoint, reading, teacher
 from billhook.losses import divergence
 from billhook.recovery import autocast_dtype
 from billhook.training import Course, Healer, Judge, _stacked, _Steps
@@ -36,9 +36,8 @@ texts = reading.read((args.train,), (), opened.tokenizer, 512, 0)
 course = Course(texts.train, list(range(args.steps * args.rows)), args.rows, 1e-6, autocast=autocast, cpu=True)
 scratch = Path(tempfile.mkdtemp())
 dense = checkpoint.open_model(args.teacher, device="cpu", dtype="float32").model
-key = {"teacher": store.weights_sha256(dense)}
 lessons = teacher.lessons(
-    dense, texts.train[: len(course.order)], scratch / "lessons", k=256, states=False, key=key, autocast=autocast
+    dense, texts.train[: len(course.order)], scratch / "lessons", k=256, states=False, autocast=autocast
 )
 del dense
 

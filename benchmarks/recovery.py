@@ -8,15 +8,13 @@ of windows.  Rows are kept in DIR: the same command goes on where it was cut off
 import argparse
 import gc
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
+from scoring import Scoring, cells
 
 import billhook
-from billhook import checkpoint, data, quality, store
-from billhook.recovery import autocast_dtype
+from billhook import store
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("student")
@@ -35,24 +33,7 @@ parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--save", type=Path, help="also write the last row's checkpoint here")
 args = parser.parse_args()
 
-TEXTS = data.evaluation_texts(args.valid)
-AUTOCAST = autocast_dtype(args.precision, torch.device("cpu"))
-
-
-def judged(model: Any, tokenizer: Any) -> dict[str, list[float]]:
-    """Mean losses of every window of every text."""
-    found = {}
-    with torch.autocast("cpu", AUTOCAST or torch.bfloat16, enabled=AUTOCAST is not None):
-        for text in TEXTS:
-            windows = data.windows(text, tokenizer, 512)
-            windows = replace(windows, tokens=windows.tokens[: args.windows])
-            found[text.name] = list(quality.perplexity(model, windows).window_losses)
-    return found
-
-
-def of(name: str) -> dict[str, list[float]]:
-    opened = checkpoint.open_model(name, device="cpu", dtype="float32")
-    return judged(opened.model, opened.tokenizer)
+scoring = Scoring(args.valid, args.windows, args.precision)
 
 
 def row(name: str) -> dict[str, Any]:
@@ -77,42 +58,32 @@ def row(name: str) -> dict[str, Any]:
         shutil.rmtree(args.save, ignore_errors=True)
         args.save.mkdir(parents=True)
         found.write(args.save)
-    losses = judged(found.model.float(), found.tokenizer)
+    losses = scoring(found.model.float(), found.tokenizer)
     shutil.rmtree(work)
     gc.collect()
     return {"losses": losses, "recovery": found.healing}
-
-
-def cells(losses: dict[str, list[float]]) -> str:
-    said = []
-    for text in dense:
-        factor, error = quality.paired(dense[text], losses[text])
-        mean = quality.of_losses(losses[text])
-        said.append(f"{mean:.4g} (×{factor:.3f} ± {error:.3f})")
-    return " | ".join(said)
 
 
 args.results.mkdir(parents=True, exist_ok=True)
 common = {
     "student": args.student,
     "teacher": args.teacher,
-    "windows": [args.windows, args.precision, *[text.sha256 for text in TEXTS]],
+    "windows": [args.windows, args.precision, *[text.sha256 for text in scoring.texts]],
 }
-dense = store.kept(args.results, "teacher", common, lambda: of(args.teacher))
-cut = store.kept(args.results, "student", common, lambda: of(args.student))
+dense = store.kept(args.results, "teacher", common, lambda: scoring.of(args.teacher))
+cut = store.kept(args.results, "student", common, lambda: scoring.of(args.student))
+print(f"| trained | tokens | rate | {scoring.heads} | trained parameters | tokens/s | peak MiB |")
+print("|---|---|---|" + "---|" * len(scoring.texts) + "---|---|---|")
 print(
-    "| trained | tokens | rate | "
-    + " | ".join(text.name for text in TEXTS)
-    + " | trained parameters | tokens/s | peak MiB |"
+    f"| unpruned | | | {cells(dense, dense)} | | | |\n| right after the cut | 0 | | {cells(cut, dense)} | | | |",
+    flush=True,
 )
-print("|---|---|---|" + "---|" * len(TEXTS) + "---|---|---|")
-print(f"| unpruned | | | {cells(dense)} | | | |\n| right after the cut | 0 | | {cells(cut)} | | | |", flush=True)
 for name in args.rows.split(","):
     key = {**common, "row": name} | {k: getattr(args, k) for k in ("tokens", "lr", "states", "batch_tokens", "seed")}
     found = store.kept(args.results, "row", key, lambda name=name: row(name))
     healing = found["recovery"]
     print(
-        f"| {name} | {healing['tokens']:,} | {healing['lr']:g} | {cells(found['losses'])} | {healing['trained_parameters']:,} | "
+        f"| {name} | {healing['tokens']:,} | {healing['lr']:g} | {cells(found['losses'], dense)} | {healing['trained_parameters']:,} | "
         f"{healing['tokens_per_second']:.0f} | {healing['peak_growth_bytes'] / 2**20:,.0f} |",
         flush=True,
     )

@@ -57,6 +57,18 @@ def read(
     )
 
 
+def judged_by(texts: Texts) -> dict[str, dict[str, int]]:
+    """What a reader of a perplexity must know, by text."""
+    return {
+        text.source: {
+            "windows": len(text.tokens),
+            "seq_len": text.tokens.shape[1],
+            "tokens": text.tokens[:, 1:].numel(),
+        }
+        for text in texts.judged
+    }
+
+
 def order_of(count: int, wanted: int, seed: int) -> list[int]:
     """Windows by number: all of them once, in the order drawn, then again in other orders."""
     order = list(range(count))

@@ -23,6 +23,7 @@ from billhook.progress import Tick, quiet, unheard
 from billhook.pruning import check_out
 from billhook.publish import publish
 from billhook.quality import of_losses
+from billhook.reading import judged_by
 from billhook.recovery import recovery
 from billhook.runs import TRIAL, TRIAL_STEPS, Run, on_cpu, prepare, rates_of, shared, where
 from billhook.surgery import cast
@@ -247,14 +248,7 @@ def _outcome(run: Run, healer: Healer, tried: Sequence[dict[str, float]], stoppe
             for one in judged
         ],
         "teacher_perplexities": run.teacher_perplexities,
-        "judged_by": {
-            text.source: {
-                "windows": len(text.tokens),
-                "seq_len": chosen.seq_len,
-                "tokens": len(text.tokens) * (chosen.seq_len - 1),
-            }
-            for text in run.texts.judged
-        },
+        "judged_by": judged_by(run.texts),
         "stopped": why,
         "kept_tokens": kept * step,
         "tokens_per_second": done * step / seconds["training"] if seconds["training"] else None,

@@ -90,8 +90,12 @@ class Recovery(BaseModel):
         """Windows in a step, of a run over so many tokens."""
         if self.batch_tokens is not None:
             return max(1, round(self.batch_tokens / self.seq_len))
-        share = self.micro_batch * processes
-        return share * max(1, round(min(tokens // STEPS, MOST) / self.seq_len / share))
+        return rows_for(tokens, self.seq_len, self.micro_batch * processes)
+
+
+def rows_for(tokens: int, seq_len: int, share: int = 1) -> int:
+    """Windows in a step, a multiple of `share`: `STEPS` steps in a budget, where windows allow."""
+    return share * max(1, round(min(tokens // STEPS, MOST) / seq_len / share))
 
 
 def recovery(**settings: Any) -> Recovery:

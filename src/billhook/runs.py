@@ -29,11 +29,7 @@ POINTS = (3, 10)  # judgements in a run, at least and at most
 JUDGING = 0.15  # of the training's cost, between those bounds
 FORWARD = 1 / 3  # of a training step's cost
 RATES = {"lora": (3e-4, 1e-3, 3e-3)}  # what --lr auto tries; adapters start at zero and bear more
-RATES_OTHERWISE = (
-    1e-4,
-    3e-4,
-    1e-3,
-)  # a fifth cut by FASP bears the first, a quarter of the layers gone the second (docs/LOG.md)
+RATES_OTHERWISE = (1e-4, 3e-4, 1e-3)  # a quarter of the layers gone bears the second (docs/LOG.md)
 TRIAL = 0.02  # of the steps, for each rate
 TRIAL_STEPS = 5  # at least
 TEXTS = 3  # judged by default: of the training text, and the demo's two
@@ -265,10 +261,6 @@ def _ask(
             lessons,
             k=chosen.top_k,
             states=course.states,
-            key={
-                "teacher": store.weights_sha256(opened.model),
-                "computed in": str(course.autocast or opened.model.dtype),
-            },
             autocast=course.autocast,
             share=(process.process_index, process.num_processes),
             tick=tick,

@@ -17,8 +17,8 @@ from billhook import store, teacher
 from billhook.memory import return_freed
 from billhook.progress import Tick, quiet
 from billhook.quality import of_losses
-from billhook.reading import Texts, order_of
-from billhook.recovery import STEPS, autocast_dtype
+from billhook.reading import Texts, judged_by, order_of
+from billhook.recovery import autocast_dtype, rows_for
 from billhook.training import Course, Healer, Judge
 
 RATE = 3e-4  # for all alike; it left 1.66 times the perplexity where 5e-4 left 1.73 (docs/LOG.md)
@@ -50,7 +50,7 @@ def after_a_heal(
         perplexities by text; the ranks are of their geometric mean over the held-out texts.
     """
     started, autocast = time.perf_counter(), autocast_dtype("auto", model.device)
-    rows = max(1, round(tokens / STEPS / texts.train.shape[1]))
+    rows = rows_for(tokens, texts.train.shape[1])
     steps = max(1, round(tokens / (rows * texts.train.shape[1])))
     course = Course(
         windows=texts.train,
@@ -77,7 +77,6 @@ def after_a_heal(
             kept / "lessons",
             k=TOP_K,
             states=False,
-            key={"teacher": key["weights"], "computed in": str(autocast or model.dtype)},
             autocast=autocast,
             tick=tick,
         )
@@ -112,14 +111,7 @@ def after_a_heal(
         "heal_tokens": steps * course.step_tokens,
         "lr": RATE,
         "seconds": round(time.perf_counter() - started, 1),
-        "judged_by": {
-            text.source: {
-                "windows": len(text.tokens),
-                "seq_len": text.tokens.shape[1],
-                "tokens": text.tokens[:, 1:].numel(),
-            }
-            for text in texts.judged
-        },
+        "judged_by": judged_by(texts),
         "candidates": found,
     }
 

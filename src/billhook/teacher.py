@@ -25,10 +25,8 @@ from billhook.tensors import Tokens
 SHARD = 32  # windows in a file: 12 MB of 512 tokens at k = 256
 BATCH_TOKENS = 2048
 STAGE = "asking the teacher"
-HIDDEN = (
-    -3
-)  # of hidden_states: what enters the last layer but one, where Minitron (arXiv:2407.14679) ties a halved student
-EMBEDDED = 0  # of hidden_states: the embeddings
+# of hidden_states: the embeddings, and what enters the last layer but one, where Minitron (arXiv:2407.14679) ties a student
+EMBEDDED, HIDDEN = 0, -3
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,6 @@ def lessons(
     *,
     k: int,
     states: bool,
-    key: dict[str, Any],
     autocast: torch.dtype | None = None,
     share: tuple[int, int] = (0, 1),
     tick: Tick = quiet,
@@ -71,12 +68,17 @@ def lessons(
     Args:
         k: how many of its most likely tokens are kept at each position.
         states: keep also its embeddings and the states that enter the last layer but one.
-        key: what else decides the answers: the teacher's weights, first of all.
         autocast: what matrix products are computed in; None: in the model's own dtype.
         share: (n, of): this process makes every of-th file from the n-th on; the others are made elsewhere.
     """
     shards = windows.split(SHARD)
-    files = _files(shards, folder, k, states, key)
+    key = {
+        "teacher": store.weights_sha256(teacher),
+        "computed in": str(autocast or teacher.dtype),
+        "k": k,
+        "states": states,
+    }
+    files = _files(shards, folder, key)
     for n, (path, shard) in enumerate(zip(files, shards, strict=True)):
         tick(STAGE, n, len(files))
         if n % share[1] == share[0] and not path.exists():
@@ -87,14 +89,9 @@ def lessons(
     return Lessons(files, states)
 
 
-def _files(shards: Sequence[Tensor], folder: Path, k: int, states: bool, key: dict[str, Any]) -> list[Path]:
-    said = {**key, "k": k, "states": states}
-    return [
-        store.path(
-            folder, "teacher", {**said, "tokens": hashlib.sha256(one.numpy().tobytes()).hexdigest()}, "safetensors"
-        )
-        for one in shards
-    ]
+def _files(shards: Sequence[Tensor], folder: Path, key: dict[str, Any]) -> list[Path]:
+    said = [{**key, "tokens": hashlib.sha256(one.numpy().tobytes()).hexdigest()} for one in shards]
+    return [store.path(folder, "teacher", one, "safetensors") for one in said]
 
 
 @torch.no_grad()
