@@ -1,0 +1,48 @@
+"""What the recovery benchmarks share: a model's losses on several texts, and how a table says them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from billhook import checkpoint, data, quality
+from billhook.recovery import autocast_dtype
+
+Losses = Mapping[str, Sequence[float]]  # mean nats a token of every window, by text
+
+
+class Scoring:
+    """The first `windows` windows of 512 tokens of every text, on the CPU, matrix products in `precision`."""
+
+    def __init__(self, texts: Sequence[str], windows: int, precision: str) -> None:
+        self.texts, self.windows = data.evaluation_texts(texts), windows
+        self.autocast = autocast_dtype(precision, torch.device("cpu"))
+
+    @property
+    def heads(self) -> str:
+        return " | ".join(text.name for text in self.texts)
+
+    def of(self, name: str) -> dict[str, list[float]]:
+        """A checkpoint's losses."""
+        opened = checkpoint.open_model(name, device="cpu", dtype="float32")
+        return self(opened.model, opened.tokenizer)
+
+    def __call__(self, model: Any, tokenizer: Any) -> dict[str, list[float]]:
+        found = {}
+        with torch.autocast("cpu", self.autocast or torch.bfloat16, enabled=self.autocast is not None):
+            for text in self.texts:
+                windows = data.windows(text, tokenizer, 512)
+                windows = replace(windows, tokens=windows.tokens[: self.windows])
+                found[text.name] = list(quality.perplexity(model, windows).window_losses)
+        return found
+
+
+def cells(losses: Losses, dense: Losses) -> str:
+    """Perplexities with their factor to the unpruned model's, ± one standard error over pairs of windows."""
+    said = []
+    for text, before in dense.items():
+        factor, error = quality.paired(before, losses[text])
+        mean = quality.of_losses(losses[text])
+        said.append(f"{mean:.4g} (×{factor:.4g} ± {error:.2g})")
+    return " | ".join(said)
