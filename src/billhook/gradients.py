@@ -7,7 +7,7 @@ As soon as the backward pass has the gradient of a parameter, it is reduced to s
 gradients are held at once.  What takes memory is one window's activations.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -26,7 +26,8 @@ WINDOW = 128  # tokens of each window that scores ask gradients of: more short w
 CHUNK = {"cpu": 1 << 15}  # entries reduced at a time: in the cache ten times as fast as whole weights
 CHUNK_ELSEWHERE = 1 << 24
 
-Uses = list[tuple[Slot, UnitSums]]  # who asks for the gradient of one parameter
+# (window, parameter, its gradient, sums of S, |S| and S^2 for each entry of a dimension: (3, entries) by dimension)
+Take = Callable[[int, nn.Parameter, Tensor, Mapping[int, Tensor]], None]
 
 
 def gradient_sums(
@@ -53,37 +54,52 @@ def gradient_sums(
     """
     for kind in kinds:
         one_of("kind of axis", kind, KINDS)
+    sums: dict[tuple[int, str], GradientSums] = {}
+    uses: dict[nn.Parameter, list[tuple[Slot, UnitSums]]] = {}  # by identity: a tied parameter has one gradient
+    for axis in axes(model, kinds):
+        fresh = {slot: _zeros(model, axis, slot) for slot in axis.slots}
+        for slot, found in fresh.items():
+            uses.setdefault(model.get_parameter(slot.param), []).append((slot, found))
+        writers = {slot.param: fresh[slot] for slot in axis.writers}
+        sums[axis.layer, axis.kind] = GradientSums(len(tokens), writers, fresh[axis.reader])
+    totals = {param: torch.zeros_like(param, dtype=torch.float32) for param in uses} if mean_gradient else {}
+
+    def take(n: int, param: nn.Parameter, grad: Tensor, entries: Mapping[int, Tensor]) -> None:
+        if mean_gradient:
+            totals[param].add_(grad)
+        for slot, found in uses[param]:
+            _add(found, pooled(entries[slot.dim], slot))
+
+    each_window(model, tokens, [slot for found in uses.values() for slot, _ in found], take, tick)
+    for param, total in totals.items():
+        for slot, found in uses[param]:
+            found.mean_absolute = pooled(_entries(param, total, slot.dim), slot)[1]
+    return sums
+
+
+def each_window(model: PreTrainedModel, tokens: Tokens, slots: Iterable[Slot], take: Take, tick: Tick = quiet) -> None:
+    """One backward pass for each window: `take` sees the gradient of every parameter of `slots`, once, and then it is gone.
+
+    Raises:
+        BillhookError: as `gradient_sums`.
+    """
     if not tokens.shape[0] or tokens.shape[1] < 2:
         raise BillhookError(
             f"gradients need windows of two tokens or more: these are {' x '.join(map(str, tokens.shape))}"
         )
-    sums: dict[tuple[int, str], GradientSums] = {}
-    uses: dict[nn.Parameter, Uses] = {}  # by identity: a tied parameter has one gradient
-    for axis in axes(model, kinds):
-        sums[axis.layer, axis.kind] = _enlist(model, axis, len(tokens), uses)
-    totals = {param: torch.zeros_like(param, dtype=torch.float32) for param in uses} if mean_gradient else {}
-    with _reducing(model, uses, totals):
-        for n, window in enumerate(tokens):
-            tick("gradients", n, len(tokens))
-            _loss(model, window, n).backward()
-    for param, total in totals.items():
-        for slot, found in uses[param]:
-            found.mean_absolute = _pool(_entries(param, total, slot.dim), slot)[1]
+    dims: dict[nn.Parameter, set[int]] = {}
+    for slot in slots:
+        dims.setdefault(model.get_parameter(slot.param), set()).add(slot.dim)
+    with _reducing(model, dims, lambda *seen: take(at, *seen)):
+        for at, window in enumerate(tokens):  # the hooks read `at`
+            tick("gradients", at, len(tokens))
+            _loss(model, window, at).backward()
     tick("gradients", len(tokens), len(tokens))
-    return sums
 
 
-def _enlist(model: PreTrainedModel, axis: Axis, windows: int, uses: dict[nn.Parameter, Uses]) -> GradientSums:
-    """Sums of zero for every slot of an axis, entered under the parameters that are to add to them."""
-
-    def enter(slot: Slot) -> UnitSums:
-        param = model.get_parameter(slot.param)
-        zeros = torch.zeros(5, axis.units, dtype=torch.float64, device=_exact(param.device))
-        sums = UnitSums(*zeros)
-        uses.setdefault(param, []).append((slot, sums))
-        return sums
-
-    return GradientSums(windows, {slot.param: enter(slot) for slot in axis.writers}, enter(axis.reader))
+def _zeros(model: PreTrainedModel, axis: Axis, slot: Slot) -> UnitSums:
+    where = _exact(model.get_parameter(slot.param).device)
+    return UnitSums(*torch.zeros(5, axis.units, dtype=torch.float64, device=where))
 
 
 def _loss(model: PreTrainedModel, window: Tensor, number: int) -> Tensor:
@@ -100,16 +116,16 @@ def _loss(model: PreTrainedModel, window: Tensor, number: int) -> Tensor:
 
 @contextmanager
 def _reducing(
-    model: PreTrainedModel, uses: Mapping[nn.Parameter, Uses], totals: Mapping[nn.Parameter, Tensor]
+    model: PreTrainedModel, dims: Mapping[nn.Parameter, Collection[int]], take: Callable[..., None]
 ) -> Iterator[None]:
-    """While open, a backward pass adds to the sums of the parameters in `uses`, and to nothing else."""
+    """While open, a backward pass reduces the gradients of the parameters in `dims`, and makes no others."""
     with ExitStack() as undo:
         for name, param in model.named_parameters():
             undo.callback(_put_back, param, param.requires_grad, param.grad)
             param.grad = None
-            param.requires_grad_(param in uses)
-            if param in uses:
-                reduce = _reducer(name, uses[param], totals.get(param))
+            param.requires_grad_(param in dims)
+            if param in dims:
+                reduce = _reducer(name, dims[param], take)
                 undo.callback(param.register_post_accumulate_grad_hook(reduce).remove)
         yield
 
@@ -119,18 +135,15 @@ def _put_back(param: nn.Parameter, requires_grad: bool, grad: Tensor | None) -> 
     param.grad = grad
 
 
-def _reducer(name: str, uses: Uses, total: Tensor | None) -> Callable[[Tensor], None]:
+def _reducer(name: str, dims: Collection[int], take: Callable[..., None]) -> Callable[[Tensor], None]:
     @torch.no_grad()
     def reduce(param: Tensor) -> None:
         grad, param.grad = param.grad, None
         assert grad is not None
-        entries = {dim: _entries(param, grad, dim) for dim in {slot.dim for slot, _ in uses}}
+        entries = {dim: _entries(param, grad, dim) for dim in dims}
         if not all(found.isfinite().all() for found in entries.values()):
             raise BillhookError(f"the gradient of {name} is not finite: weights or dtype overflow; try --dtype float32")
-        if total is not None:
-            total.add_(grad)
-        for slot, sums in uses:
-            _add(sums, _pool(entries[slot.dim], slot))
+        take(param, grad, entries)
 
     return reduce
 
@@ -155,7 +168,7 @@ def _entries(weight: Tensor, grad: Tensor, dim: int) -> Tensor:
     return torch.cat(found, 1)
 
 
-def _pool(entries: Tensor, slot: Slot) -> Tensor:
+def pooled(entries: Tensor, slot: Slot) -> Tensor:
     """Sums over the entries of a dimension (3, entries) added up by unit: (3, units)."""
     return entries[:, slot.index.to(entries.device)].sum(2)
 
