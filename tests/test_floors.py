@@ -23,10 +23,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
     ("errors", "tensors", "progress", "cuts", "plan", "memory", "writing", *STANDALONE, "gguf_archs", "pages.tables"),
     ("linalg", "losses", "atomic", "llamacpp", "gguf_vocab", "knee", "depth", "pages.charts", "pages.recovery_tables"),
     ("store", "pages.cut_tables", "pages.healing", "pages.style", "pace", "demo"),
-    ("scores", "taylor", "allocate", "choose", "restore", "axes"),
+    ("scores", "taylor", "solution", "allocate", "choose", "restore", "axes"),
     ("families", "data", "teacher", "pages.headline"),
     ("surgery", "observe", "gradients", "layout", "quality", "trainables"),
-    ("budget", "saving", "export", "vocabulary", "refit"),
+    ("budget", "saving", "export", "vocabulary", "refit", "evidence"),
     ("methods.*", "checkpoint", "speed", "zeroshot", "report", "training", "reading"),
     ("methods", "clients", "sensitivity", "chopping", "evaluate", "pages.page"),
     ("allocation", "timing", "publish"),
@@ -43,7 +43,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 NUMERIC = {"torch", "numpy", "scipy"}  # what mathematics may stand on
 WORDS = {"errors", "tensors"}
-MATHEMATICS = {"depth", "linalg", "losses", "scores", "taylor", "allocate", "choose", "restore", "knee"}
+MATHEMATICS = {"depth", "linalg", "losses", "scores", "taylor", "solution", "allocate", "choose", "restore", "knee"}
 STRUCTURE = {"axes", "families", "surgery", "layout"}
 NAME_FAMILIES = {"families", "modeling_per_layer", "gguf_archs"}
 ROOM = re.compile(r"\..*")  # methods.fasp -> methods.*
