@@ -27,7 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
     ("families", "data", "teacher", "pages.headline"),
     ("surgery", "observe", "gradients", "layout", "quality", "trainables"),
     ("budget", "saving", "export", "vocabulary", "refit", "evidence"),
-    ("methods.*", "checkpoint", "speed", "zeroshot", "report", "training", "reading"),
+    ("methods.*", "checkpoint", "speed", "zeroshot", "report", "training", "reading", "pool"),
     ("methods", "clients", "sensitivity", "chopping", "evaluate", "pages.page"),
     ("allocation", "timing", "publish"),
     ("recipe",),

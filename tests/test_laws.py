@@ -17,7 +17,7 @@ from billhook.axes import Axis
 from billhook.budget import check_kinds, decoder_parameters, total_parameters
 from billhook.errors import BillhookError
 from billhook.families import attention_parts, axes, layers
-from billhook.surgery import drop_layers, remove, zero
+from billhook.surgery import drop_layers, remove, without, zero
 
 FAMILIES = list(tiny.CONFIGS)
 KINDS = ("ffn", "heads", "groups", "value")
@@ -75,6 +75,21 @@ def uneven(family: str, kind: str) -> PreTrainedModel:
         if axis.layer:
             remove(model, axis, some_units(axis) if axis.layer == 1 else one_a_block)
     return model
+
+
+@pytest.mark.parametrize("kind", ("ffn", "heads", "groups"))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_cut_that_is_tried_leaves_no_trace(family: str, kind: str) -> None:
+    model, cut = tiny.model(family), tiny.model(family)
+    before = {name: (id(param), param._version) for name, param in model.named_parameters()}
+    dropped = [(axis, some_units(axis)) for axis in cuttable(model, kind)]
+    for axis, units in dropped:
+        remove(cut, axis, units)
+    dense = model(IDS).logits
+    with without(model, dropped):
+        assert torch.equal(model(IDS).logits, cut(IDS).logits)
+    assert torch.equal(model(IDS).logits, dense)
+    assert before == {name: (id(param), param._version) for name, param in model.named_parameters()}
 
 
 @pytest.mark.parametrize("kind", KINDS)

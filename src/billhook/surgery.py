@@ -1,6 +1,7 @@
 """Cutting: remove units or layers for good, or silence units in place.  Cached sizes follow the tensors."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -29,6 +30,24 @@ def remove(model: PreTrainedModel, axis: Axis, drop: Units) -> None:
         setattr(owner, leaf, int(getattr(owner, leaf) - per_unit * len(drop)))
     if axis.kind == "value" and len(drop):
         narrow_values(*attention_parts(model, axis.layer))
+
+
+@contextmanager
+def without(model: PreTrainedModel, dropped: Iterable[tuple[Axis, Units]]) -> Iterator[None]:
+    """The model without these units, physically, while open; afterwards every tensor and size is the very one it was.
+
+    No weight is written to and none but the narrowed ones is copied: to try a cut costs less than what it saves a forward pass.
+    """
+    with ExitStack() as undo:
+        for axis, units in dropped:
+            for _, owner, leaf in owners(model, axis):
+                for name in (leaf, *(size for size in ("in_features", "out_features") if hasattr(owner, size))):
+                    undo.callback(setattr, owner, name, getattr(owner, name))
+            for path, _ in axis.counters:
+                owner, leaf = model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
+                undo.callback(setattr, owner, leaf, getattr(owner, leaf))
+            remove(model, axis, units)
+        yield
 
 
 def drop_layers(model: PreTrainedModel, numbers: Collection[int]) -> None:

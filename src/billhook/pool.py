@@ -1,0 +1,91 @@
+"""The pool that a search for calibration samples draws from: short windows of several texts, sorted by what they are about."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.cluster.vq import kmeans2
+from torch import Tensor
+
+from billhook import data
+from billhook.data import Text
+from billhook.errors import BillhookError
+from billhook.tensors import Clusters, Probes, Tokens
+
+UNINFORMATIVE = 0.1  # share of each text's windows that are left out: those whose tokens are the most usual ones
+RUN = 32  # tokens: what two texts share of at least this length, and somewhat more, is the same text
+STRIDE = 16
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Windows, where each comes from, and which cluster it belongs to."""
+
+    tokens: Tokens
+    sources: tuple[str, ...]  # of the texts
+    source: tuple[int, ...]  # of each window, by number
+    clusters: Clusters
+    left_out: int  # windows of little information, and repeated ones
+
+
+def draw(
+    texts: Sequence[Text], tokenizer: object, embedding: Tensor, count: int, length: int, clusters: int, seed: int
+) -> Pool:
+    """`count` windows, as many of each text as of any other, in `clusters` groups by their mean embedding.
+
+    AdaPruner filters out samples of low information; how is not public.  Here a window's information is the mean of -log2 of
+    its tokens' frequency in its own text, and the lowest tenth goes, with every repeated window.
+
+    Raises:
+        BillhookError: a text has too few windows.
+    """
+    parts, source, left_out = [], [], 0
+    for n, text in enumerate(texts):
+        wanted = count // len(texts) + (n < count % len(texts))
+        every = data.windows(text, tokenizer, length).tokens
+        telling = informative(every)
+        left_out += len(every) - len(telling)
+        if len(telling) < wanted:
+            raise BillhookError(
+                f"text {text.name!r} has {len(telling)} windows of {length} tokens for the pool, fewer than {wanted}: use more text, or "
+                "a smaller --pool"
+            )
+        order = torch.randperm(len(telling), generator=torch.Generator().manual_seed(seed))
+        parts.append(telling[order[:wanted]])
+        source += [n] * wanted
+    tokens = torch.cat(parts)
+    return Pool(
+        tokens, tuple(text.name for text in texts), tuple(source), grouped(tokens, embedding, clusters, seed), left_out
+    )
+
+
+def informative(windows: Tokens) -> Tensor:
+    """The windows, each once, without those that say the least."""
+    _, first = np.unique(windows.numpy(), axis=0, return_index=True)
+    windows = windows[np.sort(first)]
+    counts = torch.bincount(windows.flatten()).double()
+    bits = -(counts / counts.sum()).log2()[windows].mean(1)
+    return windows[bits.argsort(stable=True)[int(UNINFORMATIVE * len(windows)) :].sort().values]
+
+
+def grouped(windows: Tokens, embedding: Tensor, clusters: int, seed: int) -> Clusters:
+    """k-means of the windows' mean embeddings, centred; clusters are numbered by size, and may turn out fewer."""
+    means = embedding[windows.to(embedding.device)].double().mean(1).cpu()
+    _, found = kmeans2((means - means.mean(0)).numpy(), clusters, minit="++", rng=np.random.default_rng(seed))
+    sizes = np.bincount(found, minlength=clusters)
+    rank = {int(old): new for new, old in enumerate(np.argsort(-sizes, kind="stable"))}
+    return torch.tensor([rank[int(one)] for one in found])
+
+
+def overlapping(windows: Tokens, others: Probes) -> int:
+    """How many of `windows` share a run of about `RUN` tokens or more with one of `others`."""
+    known = set(_runs(others, 1).flatten().tolist())
+    return sum(any(run in known for run in each) for each in _runs(windows, STRIDE).tolist())
+
+
+def _runs(windows: Tensor, stride: int) -> Tensor:
+    """A number for every run of `RUN` tokens of each window (or of the whole window, if it is shorter)."""
+    length = min(RUN, windows.shape[1])
+    weights = torch.randint(2**62, (length,), generator=torch.Generator().manual_seed(0))
+    return (windows.unfold(1, length, stride) * weights).sum(-1)  # int64 wraps around: a hash
