@@ -22,17 +22,18 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
     ("pages", "pages.scales", "pages.words", "pages.markup"),
     ("errors", "tensors", "progress", "cuts", "plan", "memory", "writing", *STANDALONE, "gguf_archs", "pages.tables"),
     ("linalg", "losses", "atomic", "llamacpp", "gguf_vocab", "knee", "depth", "pages.charts", "pages.recovery_tables"),
-    ("store", "pages.cut_tables", "pages.healing", "pages.style", "pace", "demo"),
+    ("store", "claim", "pages.cut_tables", "pages.healing", "pages.style", "pace", "demo"),
     ("scores", "taylor", "solution", "allocate", "choose", "restore", "axes"),
     ("families", "data", "teacher", "pages.headline"),
     ("surgery", "observe", "gradients", "layout", "quality", "trainables"),
     ("budget", "saving", "export", "vocabulary", "refit", "evidence"),
     ("methods.*", "checkpoint", "speed", "zeroshot", "report", "training", "reading", "pool"),
     ("methods", "clients", "sensitivity", "chopping", "evaluate", "pages.page"),
-    ("allocation", "timing", "publish"),
+    ("allocation", "timing", "publish", "space", "trials"),
+    ("samplers",),
     ("recipe",),
-    ("planning", "recovery"),
-    ("runs", "selection"),
+    ("planning", "recovery", "rounds"),
+    ("runs", "selection", "searching"),
     ("pruning",),
     ("contest", "recovering", "forecast"),
     ("cli.shared",),
@@ -48,7 +49,7 @@ STRUCTURE = {"axes", "families", "surgery", "layout"}
 NAME_FAMILIES = {"families", "modeling_per_layer", "gguf_archs"}
 ROOM = re.compile(r"\..*")  # methods.fasp -> methods.*
 LAZY = {"", "__main__"}
-OPTIONAL = {"datasets", "huggingface_hub", "lm_eval", "peft", "tqdm"}  # may be imported inside a function
+OPTIONAL = {"datasets", "huggingface_hub", "lm_eval", "peft", "optuna", "tqdm"}  # may be imported inside a function
 MAX_LINES = 400
 FAMILY = re.compile(rf"\b(?i:{'|'.join(FAMILIES)})(?!\.cpp)(\b|(?=[A-Z][a-z]))")  # opt, OPTForCausalLM; not option
 

@@ -205,7 +205,7 @@ def _each(opened: Opened, chosen: Sequence[Recipe], by: Judged, tick: Tick) -> I
     plans = [_possible(opened, one, texts, scores, by, tick) for one in chosen]
     decoder, settings = budget.decoder_parameters(opened.model), planning.settings_of(first)
     possible = [plan for plan in plans if isinstance(plan, Plan)]
-    made = run_each(opened.model, texts.calibration, possible, settings, scores=scores, tick=tick)
+    made = run_each(opened.model, texts.calibration, possible, settings, scores=[scores] * len(possible), tick=tick)
     for one, plan in zip(chosen, plans, strict=True):
         if isinstance(plan, BillhookError):
             yield _NOTHING | {"error": str(plan)}

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,20 @@ class Windows:
 
 
 def calibration_text(source: str, tick: Tick = quiet) -> Text:
-    """The text to calibrate on; `demo` gives the articles that the demo does not evaluate on."""
-    return Text("demo", demo.calibration_text(tick)) if source == "demo" else _read(source)
+    """The text to calibrate on, several joined by +; `demo` gives the articles that the demo does not evaluate on."""
+    return joined(texts(source, tick))
+
+
+def texts(source: str, tick: Tick = quiet) -> list[Text]:
+    """The texts to calibrate on that `source` names, one or, with + between them, several."""
+    single = "+" not in source or Path(os.path.expanduser(source)).exists()
+    names = [source] if single else [name.strip() for name in source.split("+")]
+    return [Text("demo", demo.calibration_text(tick)) if name == "demo" else _read(name) for name in names]
+
+
+def joined(parts: Sequence[Text]) -> Text:
+    """Several texts as one."""
+    return Text("+".join(text.name for text in parts), "\n\n".join(text.text for text in parts))
 
 
 def evaluation_texts(sources: Iterable[str], tick: Tick = quiet) -> list[Text]:

@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,9 +16,10 @@ from billhook import atomic, store
 from billhook.axes import Axis, Slot, reader_weight
 from billhook.errors import BillhookError, first_line
 from billhook.families import axes
-from billhook.gradients import each_window, pooled
+from billhook.gradients import each_window, gradient_sums, pooled
 from billhook.progress import Tick, quiet
 from billhook.solution import Evidence, Place, UnitEvidence, mixtures
+from billhook.taylor import gate_fisher
 from billhook.tensors import Scores, Tokens
 
 CHUNK = 1 << 16  # entries of a weight that are mixed at a time: in the cache
@@ -40,36 +42,66 @@ def evidence(
     Raises:
         BillhookError: as `gradients.gradient_sums`; what was kept cannot be read.
     """
-    if folder is None:
-        return _gathered(model, tokens, clusters, kinds, tick)
     key = {
         "weights": store.weights_sha256(model),
         "windows": store.digest({"tokens": tokens.tolist(), "clusters": clusters.tolist()}),
         "kinds": list(kinds),
     }
-    path = store.path(folder, "pool", key, "safetensors")
-    if path.exists():
-        return _read(path, clusters)
-    found = _gathered(model, tokens, clusters, kinds, tick)
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic.file(path) as work:
-        parts = {f"{n}.{kind}": vars(one) for (n, kind), one in found.units.items()}
-        save_file({f"{place}.{name}": value for place, one in parts.items() for name, value in one.items()}, work)
-    return found
 
+    def gathered() -> dict[str, Tensor]:
+        units = _gathered(model, tokens, clusters, kinds, tick)
+        parts = {f"{n}.{kind}": vars(one) for (n, kind), one in units.items()}
+        return {f"{place}.{name}": value for place, one in parts.items() for name, value in one.items()}
 
-def _read(path: Path, clusters: Tensor) -> Evidence:
     fields: dict[Place, dict[str, Tensor]] = {}
+    for name, value in _kept(folder, "pool", key, gathered).items():
+        n, kind, field = name.split(".")
+        fields.setdefault((int(n), kind), {})[field] = value
+    return Evidence({place: UnitEvidence(**each) for place, each in sorted(fields.items())}, clusters)
+
+
+def gate_fishers(
+    model: PreTrainedModel, tokens: Tokens, kinds: tuple[str, ...], *, folder: Path | None = None, tick: Tick = quiet
+) -> dict[Place, Scores]:
+    """The mean over windows of the squared gradient of a gate on each unit; kept in `folder`, if there is one.
+
+    Raises:
+        BillhookError: as `evidence`.
+    """
+    key = {
+        "weights": store.weights_sha256(model),
+        "windows": store.digest({"tokens": tokens.tolist()}),
+        "kinds": list(kinds),
+    }
+
+    def gathered() -> dict[str, Tensor]:
+        sums = gradient_sums(model, tokens, kinds, tick=tick)
+        return {f"{n}.{kind}": gate_fisher(each).cpu() / len(tokens) for (n, kind), each in sums.items()}
+
+    found = _kept(folder, "gates", key, gathered)
+    return {(int(n), kind): value for name, value in found.items() for n, kind in [name.split(".")]}
+
+
+def _kept(
+    folder: Path | None, name: str, key: dict[str, Any], make: Callable[[], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """`make()`, or what it gave before where `folder` has it under the same key."""
+    if folder is None:
+        return make()
+    path = store.path(folder, name, key, "safetensors")
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic.file(path) as work:
+            save_file(make(), work)
     try:
-        for name, value in load_file(path).items():
-            n, kind, field = name.split(".")
-            fields.setdefault((int(n), kind), {})[field] = value
-        return Evidence({place: UnitEvidence(**each) for place, each in sorted(fields.items())}, clusters)
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
         raise BillhookError(f"{path} cannot be read ({first_line(error)}): delete it, it will be made again") from error
 
 
-def _gathered(model: PreTrainedModel, tokens: Tokens, clusters: Tensor, kinds: tuple[str, ...], tick: Tick) -> Evidence:
+def _gathered(
+    model: PreTrainedModel, tokens: Tokens, clusters: Tensor, kinds: tuple[str, ...], tick: Tick
+) -> dict[Place, UnitEvidence]:
     found = axes(model, kinds)
     uses: dict[nn.Parameter, list[tuple[Slot, Tensor]]] = {}  # by identity: a tied parameter has one gradient
     sums = [torch.zeros(3, len(axis.slots), len(tokens), axis.units) for axis in found]
@@ -105,7 +137,7 @@ def _gathered(model: PreTrainedModel, tokens: Tokens, clusters: Tensor, kinds: t
         units[axis.layer, axis.kind] = UnitEvidence(
             signed.clone(), absolute.clone(), squared.clone(), first.clone(), mixed.clone(), energy, magnitude
         )
-    return Evidence(units, clusters)
+    return units
 
 
 class _Gradients:

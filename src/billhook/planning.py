@@ -65,7 +65,7 @@ def _weighs_layers(chosen: Recipe) -> bool:
 def settings_of(chosen: Recipe) -> Settings:
     """What a method that scores units may choose, from the recipe."""
     score = chosen.score if chosen.score not in GRADIENT_SCORES else Settings.score
-    return Settings(score, chosen.ridge, chosen.restoration, chosen.correction)
+    return Settings(score, chosen.ridge, chosen.restores, chosen.correction)
 
 
 def method_settings(chosen: Recipe) -> Settings | Patching:

@@ -17,6 +17,7 @@ from billhook import (
     planning,
     quality,
     report,
+    searching,
     vocabulary,
 )
 from billhook.checkpoint import Opened
@@ -31,6 +32,7 @@ from billhook.reading import read
 from billhook.recipe import Recipe, recipe
 from billhook.selection import after_a_heal
 from billhook.surgery import cast
+from billhook.trials import Means
 
 SAMPLE = 2**20  # characters of the calibration text by which a cut vocabulary is judged
 VOCABULARY_STEP = 64  # rows of an embedding: what kernels and tensor parallelism like
@@ -91,6 +93,9 @@ def prune(
     statistics: str | os.PathLike[str] | None = None,
     tick: Tick = quiet,
     announce: Callable[[str], object] = unheard,
+    study: str | os.PathLike[str] | None = None,
+    fresh: bool = False,
+    jobs: int = 1,
     **settings: Any,
 ) -> Result:
     """Prune a model by a recipe.
@@ -101,6 +106,9 @@ def prune(
         statistics: a folder that keeps what an allocation measured, for another ratio or allocation.
         tick: called with (stage, done, total) as the work proceeds.
         announce: called with one line, what will be cut, before anything is.
+        study: a folder of this search alone, where the method searches: after a kill the same call goes on.
+        fresh: start over in that folder.
+        jobs: processes that try candidates, where the method searches; each opens the model for itself.
         settings: the fields of `Recipe`: ratio=0.2, method="fasp", axes=("ffn",), calibration="demo", …
 
     Returns:
@@ -113,11 +121,14 @@ def prune(
     if isinstance(model, str | os.PathLike):
         opened = checkpoint.open_model(os.fspath(model), device=chosen.device, dtype=chosen.dtype, tick=tick)
     else:
+        if jobs > 1:
+            raise BillhookError("jobs: other processes cannot see a model in memory: prune from a folder, or use one")
         if tokenizer is None:
             raise BillhookError("a model in memory needs its tokenizer: prune(model, tokenizer=…)")
         opened = Opened(model, tokenizer, model.config._name_or_path or type(model).__name__, None, model.dtype)
         checkpoint.check_config({**model.config.to_dict(), "architectures": [type(model).__name__]}, opened.name)
-    return prune_opened(opened, chosen, tick, statistics, announce)
+    means = Means(Path(study) if study else None, fresh, jobs, opened.name, chosen.dtype)
+    return prune_opened(opened, chosen, tick, statistics, announce, means)
 
 
 def prune_opened(
@@ -126,12 +137,17 @@ def prune_opened(
     tick: Tick = quiet,
     statistics: str | os.PathLike[str] | None = None,
     announce: Callable[[str], object] = unheard,
+    means: Means = searching.HERE,
 ) -> Result:
     """Prune a model that is already loaded, in place."""
     model, clock = opened.model, Clock()
     before, total = budget.parameters(model), len(layers(model))
-    calibration = data.Text("", "")
-    if planning.needs_text(chosen):
+    calibration, material = data.Text("", ""), None
+    if chosen.searches:
+        checkpoint.check_positions(opened, chosen.seq_len)
+        material = searching.read(opened, chosen, tick)
+        calibration = material.calibration
+    elif planning.needs_text(chosen):
         checkpoint.check_positions(opened, chosen.seq_len)
         calibration = data.calibration_text(chosen.calibration, tick)
     vocabulary_cut = _trim(opened, chosen, calibration, tick)
@@ -142,6 +158,22 @@ def prune_opened(
         found = _selected(opened, chosen, windows, texts, folder, clock, tick) if chosen.select == "healed" else None
         wanted = chosen.model_copy(update={"preset": found["chosen"]}) if found else chosen
         plan = planning.make_plan(model, wanted, texts, opened.dtype, scores, folder, clock, tick)
+        hunt = None
+        if material:
+            fit = planning.settings_of(chosen)
+            hunt = searching.search(
+                model,
+                chosen,
+                plan,
+                material,
+                texts.calibration,
+                fit,
+                folder=folder,
+                means=means,
+                clock=clock,
+                tick=tick,
+            )
+            scores, plan = hunt.scores, hunt.plan
         announce(report.plan_line(model, plan, chosen.budget, chosen.patches))
         run, settings = METHODS[chosen.method].run, planning.method_settings(chosen)
         cuts = []
@@ -169,6 +201,7 @@ def prune_opened(
         },
         "vocabulary": vocabulary_cut,
         "selection": found,
+        "search": hunt and hunt.record,
         "dropped_layers": list(plan.layers),
         "kept_layers": [n for n in range(total) if n not in plan.layers],
         "cuts": [asdict(cut) for cut in cuts],

@@ -21,8 +21,10 @@ from billhook.methods.fasp import Settings
 from billhook.methods.layerchop import PATCHES
 from billhook.methods.layerchop import Settings as Patching
 from billhook.observe import STREAMS
+from billhook.samplers import SAMPLERS
 from billhook.scores import SCORES
 from billhook.taylor import GRADIENT_SCORES
+from billhook.trials import OBJECTIVES
 
 CLIENTS = {  # who will load it -> what FFN widths its kernels want, and why
     "transformers": (32, "matrix products like it"),
@@ -59,6 +61,15 @@ class Recipe(BaseModel):
     heal_tokens: int = Field(default=100_000, ge=1)  # that each is trained on
     held_out: tuple[str, ...] = ("demo",)  # texts that judge them
     patch: str = "none"  # of layerchop: what makes up for the layers that go
+    trials: int = Field(default=64, ge=1)  # of adapruner: candidates
+    minutes: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # of adapruner: all of the search may take
+    pool: int = Field(default=64, ge=1)  # of adapruner: windows to choose calibration samples from
+    pool_len: int = Field(default=128, ge=2)  # tokens of each
+    clusters: int = Field(default=4, ge=1, le=8)  # of the pool
+    space: str = "full"
+    sampler: str = "tpe"
+    objective: str = "nll"
+    validation: tuple[str, ...] = ()  # texts that try candidates; none: the last fifth of the calibration text
     layout: str = "uniform"
     allocation: str = "equal"
     floor: float = Field(default=0.3, gt=0, le=1, allow_inf_nan=False)
@@ -80,7 +91,9 @@ class Recipe(BaseModel):
     device: str = "auto"
     dtype: str = "auto"
 
-    @field_validator("method", "score", "stream", "dtype", "layout", "preset", "select", "patch")
+    @field_validator(
+        "method", "score", "stream", "dtype", "layout", "preset", "select", "patch", "sampler", "objective"
+    )
     @classmethod
     def _known(cls, value: str, info: Any) -> str:
         valid = {
@@ -92,6 +105,8 @@ class Recipe(BaseModel):
             "preset": PRESETS,
             "select": SELECT,
             "patch": PATCHES,
+            "sampler": SAMPLERS,
+            "objective": OBJECTIVES,
         }
         return one_of(info.field_name, value, valid[info.field_name])
 
@@ -165,6 +180,16 @@ class Recipe(BaseModel):
     def chops(self) -> bool:
         """Whether the method drops whole layers, chosen by preset or by name."""
         return not METHODS[self.method].scored
+
+    @property
+    def searches(self) -> bool:
+        """Whether the scores are searched for."""
+        return self.method == "adapruner"
+
+    @property
+    def restores(self) -> bool:
+        """Whether kept weights are repaired: not in the paper's own space."""
+        return self.restoration and not (self.searches and self.space == "paper")
 
     @property
     def patches(self) -> bool:

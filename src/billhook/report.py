@@ -5,6 +5,7 @@ import math
 import os
 import platform
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -125,6 +126,21 @@ def stored_cut(folder: Path | None) -> dict[str, Any] | None:
 def to_json(report: dict[str, Any]) -> str:
     """The report as JSON: what billhook.json holds and --json prints."""
     return json.dumps(_jsonable(report), indent=2, allow_nan=False, default=str) + "\n"
+
+
+def search_line(found: dict[str, Any]) -> str:
+    """What a search has found, in a sentence or two."""
+    standard = next(one["metric"] for one in found["known"] if one["standard"])
+    states = Counter(trial["state"] for trial in found["trials"])
+    tried = f"{len(found['trials'])} trials by {found['sampler']} ({', '.join(f'{n} {state}' for state, n in states.items())})"
+    if found["chosen"] is None:
+        return f"{tried}: none is better than {standard} on the whole pool, which is taken."
+    gain = f"{found['gain']:.4f} ± {found['standard_error'] or 0:.4f} nats a token on windows that no trial saw"
+    if found["accepted"]:
+        return (
+            f"{tried}: number {found['chosen']} beats the best fixed metric, {standard} on the whole pool, by {gain}."
+        )
+    return f"{tried}: the best, number {found['chosen']}, gains {gain}, no more than its standard error: {standard} on the whole pool is taken."
 
 
 def summary_table(report: dict[str, Any], title: str) -> Table:

@@ -2,8 +2,6 @@
 
 import gc
 import hashlib
-import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +12,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from billhook import atomic, checkpoint, data, pace, report, store, teacher
+from billhook import checkpoint, claim, data, pace, report, store, teacher
 from billhook.errors import BillhookError
 from billhook.memory import return_freed
 from billhook.progress import Clock, Tick
@@ -107,7 +105,10 @@ def prepare(
     autocast = autocast_dtype(chosen.precision, where(process))
     student, texts, pace_of = _look(name, chosen, autocast, process, tick)
     key = {"student": student.sha256, "precision": str(autocast), "settings": chosen.model_dump(mode="json")}
-    _claim(work, {**key, "training text": hashlib.sha256(texts.train.numpy().tobytes()).hexdigest()}, process, fresh)
+    if process.is_main_process:
+        read_by = hashlib.sha256(texts.train.numpy().tobytes()).hexdigest()
+        claim.claim(work, {**key, "training text": read_by}, fresh, keep=("lessons",))
+    process.wait_for_everyone()
     tokens = chosen.tokens or shared(process, lambda: store.kept(work, "tokens", {}, pace_of))
     rows = chosen.rows(tokens, process.num_processes)
     steps = max(1, round(tokens / (rows * chosen.seq_len)))
@@ -186,42 +187,6 @@ def bought(seconds: float | int, trained: float, answered: float | None, trials:
     long = seconds / ((1 + JUDGING + trials * TRIAL) / trained + answers)
     short = (seconds - least / trained) / (1 / trained + answers)
     return max(0, int(min(long, short)))
-
-
-def _claim(work: Path, key: dict[str, Any], process: PartialState, fresh: bool) -> None:
-    """Make `work` this run's folder, or find that it is; `fresh` empties it of another's, but for the teacher's answers.
-
-    Raises:
-        BillhookError: it is another's; says in what they differ.
-    """
-    if process.is_main_process:
-        path = work / "run.json"
-        if fresh and path.exists():  # a folder without one is not ours to empty
-            for one in work.iterdir():
-                if one.name != "lessons":
-                    shutil.rmtree(one) if one.is_dir() else one.unlink()
-        elif path.exists():
-            try:
-                known = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError:
-                known = {}
-            if differing := sorted(_differing(known, key)):
-                raise BillhookError(
-                    f"{work} holds an unfinished run that differs in {', '.join(differing)}: repeat its own command, or start "
-                    "over with --fresh"
-                )
-        elif work.exists() and any(work.iterdir()):
-            raise BillhookError(
-                f"{work} is not a run's folder, and would become one: remove it, or choose another output"
-            )
-        work.mkdir(parents=True, exist_ok=True)
-        atomic.write_text(path, json.dumps(key) + "\n")
-    process.wait_for_everyone()
-
-
-def _differing(known: dict[str, Any], key: dict[str, Any]) -> set[str]:
-    flat = [{**one, **one.get("settings", {}), "settings": None} for one in (known, key)]
-    return {name for name in flat[0].keys() | flat[1].keys() if flat[0].get(name) != flat[1].get(name)} - {"device"}
 
 
 def _points(windows: int, steps: int, judged: int) -> tuple[int, ...]:

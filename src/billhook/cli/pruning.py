@@ -1,14 +1,13 @@
 """Commands that prune: prune, run, demo."""
 
-import os
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from billhook import atomic, checkpoint, data, demo, depth, evaluate, report
+from billhook import checkpoint, data, demo, depth, evaluate, report
 from billhook.allocation import ALLOCATIONS
 from billhook.budget import AXES
 from billhook.chopping import MEASURED, PRESETS
@@ -21,11 +20,11 @@ from billhook.cli.shared import (
     SeqLen,
     app,
     choice,
-    err,
     listed,
     out,
     print_measures,
     progress,
+    prune_to,
 )
 from billhook.errors import BillhookError
 from billhook.layout import LAYOUTS
@@ -35,16 +34,12 @@ from billhook.methods.layerchop import PATCHES
 from billhook.methods.layerchop import Settings as Patching
 from billhook.observe import STREAMS
 from billhook.pages import page
-from billhook.pruning import Result, check_out, measure, prune
+from billhook.pruning import measure
 from billhook.recipe import CLIENTS, SELECT, Recipe, read_recipe, recipe
 from billhook.scores import SCORES
 from billhook.taylor import GRADIENT_SCORES
 
 DEFAULT = Recipe(ratio=0.2)
-WARN_AS_BYTES = 0.05  # share of the calibration text's characters
-WARN_GROWTH = (
-    0.02  # share of its tokens: at 1, 3 and 9 % SmolLM2 read other text 2, 8 and 20 % worse per byte (docs/LOG.md)
-)
 
 
 @app.command(name="prune")
@@ -242,7 +237,7 @@ def prune_command(
         device=device,
         dtype=dtype,
     )
-    found = _prune_to(model, chosen, output, overwrite, statistics).report
+    found = prune_to(model, chosen, output, overwrite, statistics=statistics).report
     if json:
         typer.echo(report.to_json(found), nl=False)
     else:
@@ -269,7 +264,7 @@ def run_command(
     Example: billhook run recipes/fasp-smollm2-20.yaml -o smaller --check
     """
     file = read_recipe(path)
-    found = _prune_to(file.model, file.recipe, output, overwrite).report
+    found = prune_to(file.model, file.recipe, output, overwrite).report
     out.print(report.summary_table(found, f"{file.model}, pruned by {path}"))
     if not check:
         return
@@ -295,7 +290,7 @@ def demo_command(json: Json = False) -> None:
     started = time.perf_counter()
     result_folder = demo.cache_folder() / "demo-fasp-20"
     chosen = recipe(ratio=0.2, samples=32)
-    found = _prune_to("demo", chosen, result_folder, overwrite=True)
+    found = prune_to("demo", chosen, result_folder, overwrite=True)
     if not json:
         out.print(report.summary_table(found.report, "SmolLM2-135M-Instruct, a fifth of its decoder pruned by FASP"))
     with progress() as tick:
@@ -316,31 +311,3 @@ def demo_command(json: Json = False) -> None:
         f"{result_folder}",
         soft_wrap=True,
     )
-
-
-def _prune_to(model: str, chosen: Recipe, output: Path, overwrite: bool, statistics: Path | None = None) -> Result:
-    """Prune into a folder that is reserved before the work starts, so that an unwritable place costs no time."""
-    output, source = Path(os.path.expanduser(output)), Path(os.path.expanduser(model))
-    if not source.exists():
-        source = None
-    check_out(output, source, overwrite)
-    with progress() as tick, atomic.folder(output, overwrite) as work:
-        result = prune(model, tick=tick, statistics=statistics, announce=_say, **chosen.model_dump())
-        result.write(work, tick)
-    if cut := result.report["vocabulary"]:
-        _warn_of_vocabulary(cut)
-    return result
-
-
-def _warn_of_vocabulary(cut: dict[str, Any]) -> None:
-    if cut["calibration_as_bytes"] > WARN_AS_BYTES:
-        share = f"{cut['calibration_as_bytes']:.0%} of the calibration text becomes single bytes"
-        err.print(f"billhook: warning: {share}: --vocab-from is of another script", soft_wrap=True)
-    elif cut["calibration_grows"] > WARN_GROWTH:
-        share = f"the calibration text becomes {cut['calibration_grows']:.0%} more tokens, which the model reads worse"
-        err.print(f"billhook: warning: {share}: give --vocab-from more text, or raise --vocab-size", soft_wrap=True)
-
-
-def _say(line: str) -> None:
-    if err.is_terminal:
-        err.print(line, soft_wrap=True)

@@ -12,7 +12,7 @@ import typer
 from accelerate import PartialState
 
 from billhook import atomic, report
-from billhook.cli.shared import Device, Json, Model, Overwrite, SeqLen, app, choice, err, out, progress
+from billhook.cli.shared import Device, Json, Model, Overwrite, SeqLen, app, choice, err, out, progress, unfinished
 from billhook.forecast import SECONDS, forecast
 from billhook.pruning import check_out
 from billhook.recovering import recover
@@ -20,7 +20,6 @@ from billhook.recovery import OBJECTIVES, PRECISIONS, STATES, STEPS, Recovery, r
 from billhook.trainables import WORDS
 
 DEFAULT = Recovery(teacher="demo", tokens=1)
-UNFINISHED = ".unfinished"  # what the folder of a run is called, beside its output
 
 
 @app.command(name="recover")
@@ -121,7 +120,7 @@ def recover_command(
     )
     output, source = Path(os.path.expanduser(output)), Path(os.path.expanduser(model))
     check_out(output, source if source.exists() else None, overwrite)
-    work = output.with_name(output.name + UNFINISHED)
+    work = unfinished(output)
     with progress() as tick, _going_on(work):
         found = recover(model, work=work, lessons=lessons, fresh=fresh, tick=tick, announce=_say, **chosen.model_dump())
         if not PartialState().is_main_process:

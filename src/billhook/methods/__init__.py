@@ -39,6 +39,17 @@ METHODS: dict[str, Method] = {
         note="--score wanda --axes ffn,value --layout per_layer --stream dense is nearest to the paper. Value channels (its V/O) "
         "need another attention shape than stock classes have. Layers go whole by --allocation auto or sensitivity.",
     ),
+    "adapruner": Method(
+        run=fasp,
+        run_each=None,
+        title="Adaptive Pruning by Bayesian optimisation of calibration samples and importance metric",
+        paper="arXiv:2503.06184",
+        kinds=("ffn", "heads", "groups"),
+        default_kinds=("ffn",),
+        needs="calibration and validation text; one backward pass over a pool of short windows, then forward passes (extra: search)",
+        note="`billhook search` has its options. What wins is restored by FASP's least squares; --space paper keeps to what the paper's "
+        "abstract names, without. Of the paper no more than the outline is public.",
+    ),
     "layerchop": Method(
         run=layerchop,
         run_each=None,

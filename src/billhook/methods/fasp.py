@@ -113,25 +113,25 @@ def fasp_each(
     plans: Sequence[Plan],
     settings: Settings = Settings(),
     *,
-    scores: Mapping[tuple[int, str], Scores] | None = None,
+    scores: Sequence[Mapping[tuple[int, str], Scores]] | None = None,
     clock: Clock | None = None,
     tick: Tick = quiet,
 ) -> Iterator[tuple[PreTrainedModel, list[Cut]]]:
-    """A cut copy of the model for every plan, from one walk: in the dense stream no cut sees another.
+    """A cut copy of the model for every plan, by `scores` of its own if there are any, from one walk: in the dense stream no cut
+    sees another.
 
     Bit by bit what `fasp(stream="dense")` makes of each plan alone.  What is kept meanwhile is every plan's narrowed readers.
     """
-    clock, scores = clock or Clock(), scores or {}
+    clock, scores = clock or Clock(), scores or [{}] * len(plans)
     kinds = tuple(dict.fromkeys(kind for plan in plans for kind in plan.kinds))
     pieces: list[list[Piece]] = [[] for _ in plans]
     for layer in walk(model, tokens, kinds, clock=clock, tick=tick):
         for axis in layer.axes:
             place = (axis.layer, axis.kind)
-            for plan, found in zip(plans, pieces, strict=True):
+            for plan, own, found in zip(plans, scores, pieces, strict=True):
                 if axis.layer not in plan.layers and axis.kind in plan.kinds:
-                    found.append(
-                        _piece(model, axis, layer, plan.drops.get(place, 0), settings, clock, scores.get(place))
-                    )
+                    count = plan.drops.get(place, 0)
+                    found.append(_piece(model, axis, layer, count, settings, clock, own.get(place)))
     for plan, found in zip(plans, pieces, strict=True):
         smaller = copy.deepcopy(model)
         for piece in found:

@@ -1,0 +1,155 @@
+"""The command that searches for calibration samples and metric before it prunes: search."""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from billhook import report
+from billhook.budget import AXES
+from billhook.cli.shared import (
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Overwrite,
+    SeqLen,
+    app,
+    choice,
+    err,
+    listed,
+    out,
+    prune_to,
+    unfinished,
+)
+from billhook.layout import LAYOUTS
+from billhook.recipe import Recipe, recipe
+from billhook.samplers import SAMPLERS
+from billhook.space import GROUPS, SPACES
+from billhook.trials import OBJECTIVES
+
+DEFAULT = Recipe(method="adapruner", ratio=0.2)
+
+
+@app.command(name="search")
+def search_command(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder to write", show_default=False)],
+    ratio: Annotated[
+        float | None,
+        typer.Option(help="share of the decoder layers' parameters to remove, between 0 and 1", show_default=False),
+    ] = None,
+    params: Annotated[
+        str | None,
+        typer.Option(help="instead of a ratio: parameters the whole model may have, like 100M", show_default=False),
+    ] = None,
+    trials: Annotated[int, typer.Option(help="candidates, the known metrics among them")] = DEFAULT.trials,
+    minutes: Annotated[
+        float | None, typer.Option(help="end with the round after which no other fits in", show_default=False)
+    ] = None,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="text that samples are chosen from: file, .jsonl, folder, hub data set or demo; may be repeated: two kinds or more are best",
+            show_default="demo",
+        ),
+    ] = None,
+    validation: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="text that candidates are tried on; may be repeated",
+            show_default="the last fifth of the calibration text, which then never calibrates",
+        ),
+    ] = None,
+    pool: Annotated[int, typer.Option(help="windows of calibration text to choose from")] = DEFAULT.pool,
+    pool_len: Annotated[int, typer.Option(help="tokens in each of them")] = DEFAULT.pool_len,
+    clusters: Annotated[int, typer.Option(help="groups of such windows, by subject")] = DEFAULT.clusters,
+    space: Annotated[
+        str,
+        choice(
+            (*SPACES, *GROUPS),
+            "what is searched. "
+            + "; ".join(f"{k}: {v}" for k, v in SPACES.items())
+            + ". Or some of these, with commas. "
+            + "; ".join(f"{k}: {v}" for k, v in GROUPS.items()),
+        ),
+    ] = DEFAULT.space,
+    sampler: Annotated[str, choice(SAMPLERS, "; ".join(f"{k}: {v}" for k, v in SAMPLERS.items()))] = DEFAULT.sampler,
+    objective: Annotated[
+        str, choice(OBJECTIVES, "; ".join(f"{k}: {v}" for k, v in OBJECTIVES.items()))
+    ] = DEFAULT.objective,
+    axes: Annotated[str, choice(AXES, "what to prune, comma-separated, of ffn, heads, groups; empty: ffn")] = "",
+    layout: Annotated[str, choice(LAYOUTS, "; ".join(f"{k}: {v}" for k, v in LAYOUTS.items()))] = DEFAULT.layout,
+    multiple_of: Annotated[
+        int | None, typer.Option(help="round FFN widths to multiples of this", show_default="32")
+    ] = None,
+    restoration: Annotated[
+        bool, typer.Option(help="repair the kept weights of finalists by least squares (not in the space 'paper')")
+    ] = DEFAULT.restoration,
+    samples: Annotated[int, typer.Option(help="windows that the restoration is fitted on")] = DEFAULT.samples,
+    seq_len: SeqLen = DEFAULT.seq_len,
+    seed: Annotated[int, typer.Option(help="of the pool, the sampler and all draws")] = DEFAULT.seed,
+    jobs: Annotated[int, typer.Option(min=1, help="processes that try candidates, each with a model of its own")] = 1,
+    study: Annotated[
+        Path | None,
+        typer.Option(
+            help="folder that keeps the evidence and every trial", show_default="beside OUT, deleted at the end"
+        ),
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="start over where a search was cut off")] = False,
+    device: Device = DEFAULT.device,
+    dtype: Dtype = DEFAULT.dtype,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Search which calibration samples and which importance metric prune MODEL best (AdaPruner), then prune; write OUT.
+
+    One backward pass, then a trial costs a forward pass of a few windows.  What comes out is never worse than the best fixed
+    metric, as far as text that no trial saw can tell.  A search that was cut off goes on with the same command.
+
+    Example: billhook search demo --ratio 0.2 --calibration wiki.txt --calibration news.txt -o smaller
+    """
+    started = time.perf_counter()
+    chosen = recipe(
+        method="adapruner",
+        ratio=ratio,
+        params=params,
+        trials=trials,
+        minutes=minutes,
+        calibration="+".join(calibration or [DEFAULT.calibration]),
+        validation=tuple(validation or ()),
+        pool=pool,
+        pool_len=pool_len,
+        clusters=clusters,
+        space=space,
+        sampler=sampler,
+        objective=objective,
+        axes=tuple(listed(axes)),
+        layout=layout,
+        multiple_of=multiple_of,
+        restoration=restoration,
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+    )
+    folder = study or unfinished(output)
+    try:
+        found = prune_to(model, chosen, output, overwrite, study=folder, fresh=fresh, jobs=jobs).report
+    except KeyboardInterrupt:
+        if folder.exists():
+            err.print(
+                f"billhook: what was done is in {folder}: the same command goes on, --fresh starts over", soft_wrap=True
+            )
+        raise
+    if not study:
+        shutil.rmtree(folder)
+    if json:
+        typer.echo(report.to_json(found), nl=False)
+        return
+    out.print(report.summary_table(found, f"{model}, pruned by adapruner"))
+    out.print(report.search_line(found["search"]), soft_wrap=True)
+    out.print(f"{time.perf_counter() - started:.0f} s; written and reload-verified: {output}", soft_wrap=True)

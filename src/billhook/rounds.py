@@ -1,0 +1,244 @@
+"""The rounds of a search: known metrics, then batches of candidates, dropped by a proxy or tried in place (billhook.searching)."""
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from billhook import choose
+from billhook.errors import BillhookError
+from billhook.evidence import evidence, gate_fishers
+from billhook.families import axes
+from billhook.plan import Plan
+from billhook.pool import Pool
+from billhook.progress import Tick
+from billhook.recipe import Recipe
+from billhook.samplers import Study
+from billhook.solution import Solution, digest, scores
+from billhook.space import Candidate, Space, shaped, space
+from billhook.tensors import Tokens
+from billhook.trials import Bench, Mask
+
+BATCH = 8  # candidates of a round
+SHORT = 128  # tokens of a window of the first rungs
+RUNGS = (4, 16)  # short windows of a round, and of a promotion
+FINAL = 16  # windows of full length that decide in the end; a third of the text where it is short
+PROXY = 32  # short windows whose gates' Fisher drops candidates untried; a third of what is left where that is short
+LEAST = 12  # windows of full length
+PROMOTED = 12
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Windows that candidates are tried on, none of them in the pool or in another part."""
+
+    proxy: Tokens
+    rungs: Tokens  # short ones, in the order of use
+    final: Tokens
+
+
+@dataclass
+class Trial:
+    """One candidate and what became of it."""
+
+    number: int
+    candidate: Candidate
+    mask: str  # digest of what it drops
+    state: str = ""  # tried, repeated, dropped, failed
+    proxy: float | None = None
+    worse: float | None = None  # nats a token more than the standard, on the same windows
+    losses: dict[str, list[float]] = field(default_factory=dict)  # of each rung
+
+
+def validation(windows: Tokens, seed: int) -> Validation:
+    """Split windows of full length, in an order drawn by `seed`: the last ones decide, the others are cut into short ones.
+
+    Raises:
+        BillhookError: they are too few.
+    """
+    if len(windows) < LEAST:
+        raise BillhookError(
+            f"the validation text has {len(windows)} windows of {windows.shape[1]} tokens, and a search needs {LEAST}: name a longer "
+            "--validation, or lower --seq-len"
+        )
+    final, short = min(FINAL, len(windows) // 3), min(SHORT, windows.shape[1])
+    order = torch.Generator().manual_seed(seed)
+    windows = windows[torch.randperm(len(windows), generator=order)]
+    pieces = windows[final:, : windows.shape[1] // short * short].reshape(-1, short)
+    pieces = pieces[torch.randperm(len(pieces), generator=order)]
+    proxy = min(PROXY, len(pieces) // 3)
+    return Validation(pieces[:proxy], pieces[proxy:], windows[:final])
+
+
+class Search:
+    """One search: what it knows before the first trial, and what it does then."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        chosen: Recipe,
+        base: Plan,
+        pool: Pool,
+        texts: Validation,
+        bench: Bench,
+        tick: Tick,
+    ) -> None:
+        self.model, self.chosen, self.base, self.texts, self.bench, self.tick = model, chosen, base, texts, bench, tick
+        self.axes = [axis for axis in axes(model, base.kinds) if base.drops.get((axis.layer, axis.kind))]
+        self.evidence = evidence(model, pool.tokens, pool.clusters, base.kinds, folder=bench.folder, tick=tick)
+        self.fishers = gate_fishers(model, texts.proxy, base.kinds, folder=bench.folder, tick=tick)
+        slots = max(len(each.magnitude) for each in self.evidence.units.values())
+        self.space: Space = space(chosen.space, chosen.layout, self.evidence.count, len(pool.tokens), slots)
+        self.standard = Solution((1,) * self.evidence.count)
+        self.used = 0  # rung windows so far
+        self.masks: dict[str, Mask] = {}
+        self.known: dict[str, float] = {}  # how much worse than the standard, by mask
+
+    def plan(self, candidate: Candidate) -> Plan:
+        if candidate.shape is None:
+            return self.base
+        return shaped(self.model, self.base, candidate.shape, self.chosen.width_step, self.chosen.floor)
+
+    def mask(self, candidate: Candidate) -> str:
+        """The digest of what a candidate drops; `masks` has the units."""
+        plan, found = self.plan(candidate), scores(self.evidence, candidate.solution)
+        dropped = {}
+        for axis in self.axes:
+            place = axis.layer, axis.kind
+            if count := plan.drops.get(place, 0):
+                dropped[place] = choose.lowest(found[place], count, axis.blocks)[0]
+        self.masks[key := digest(dropped)] = dropped
+        return key
+
+    def proxy(self, mask: str) -> float:
+        """1/2 sum over dropped units of the mean squared gate gradient: the loss's second order, gates taken one by one."""
+        return sum(float(self.fishers[place][units].sum()) for place, units in self.masks[mask].items()) / 2
+
+    def windows(self, count: int) -> Tokens:
+        """The next windows of the rungs; from the start again when all were used."""
+        order = [n % len(self.texts.rungs) for n in range(self.used, self.used + count)]
+        self.used += count
+        return self.texts.rungs[order]
+
+    def try_known(self) -> list[dict[str, Any]]:
+        """Step 2: every fixed metric of the space; `standard` is the best."""
+        every = self.space.known
+        masks = {name: self.mask(Candidate(one)) for name, one in every.items()}
+        found = self.bench.losses(
+            [self.masks[m] for m in masks.values()], self.windows(RUNGS[1]), self.tick, "known metrics"
+        )
+        losses = dict(zip(masks, found, strict=True))
+        usable = {name: mean for name, each in losses.items() if math.isfinite(mean := statistics.fmean(each))}
+        if not usable:
+            raise BillhookError("no known metric gives a model with a finite loss here: lower the ratio")
+        best = min(usable, key=lambda name: usable[name])
+        self.standard, own = every[best], losses[best]
+        for name, mask in masks.items():
+            self.known[mask] = statistics.fmean(losses[name]) - statistics.fmean(own)
+        return [
+            {
+                "metric": name,
+                "mask": masks[name],
+                "loss": statistics.fmean(each),
+                "standard": name == best,
+                **gained(own, each),
+            }
+            for name, each in losses.items()
+        ]
+
+    def rounds(self, study: Study, deadline: Callable[[], bool]) -> list[Trial]:
+        """Step 3, until the trials are used up or time is."""
+        trials: list[Trial] = []
+        warm = [given for one in self.space.known.values() if self._says(given := self.space.encode(one), one)]
+        while len(trials) < self.chosen.trials and not (trials and deadline()):
+            first = warm if not trials else []
+            count = min(max(BATCH, len(first)), self.chosen.trials - len(trials))
+            self.tick("trials", len(trials), self.chosen.trials)
+            trials += self._round(study, study.ask(count, first[:count]))
+        self.tick("trials", self.chosen.trials, self.chosen.trials)
+        return trials
+
+    def _says(self, given: Mapping[str, Any], solution: Solution) -> bool:
+        """Whether values of the dimensions can stand for a solution."""
+        return self.space.decode(given, self.standard).solution == solution
+
+    def _round(self, study: Study, asked: Sequence[tuple[int, Mapping[str, Any]]]) -> list[Trial]:
+        trials = [self._trial(number, given) for number, given in asked]
+        fresh = {t.mask: t for t in reversed(trials) if t.mask and t.mask not in self.known}
+        passed = sorted(fresh, key=lambda mask: self.proxy(mask))[: math.ceil(len(fresh) / 2)]
+        if passed:
+            yard = self.mask(Candidate(self.standard))
+            found = self.bench.losses([self.masks[m] for m in (yard, *passed)], self.windows(RUNGS[0]))
+            for mask, losses in zip(passed, found[1:], strict=True):
+                self.known[mask] = statistics.fmean(losses) - statistics.fmean(found[0])
+                fresh[mask].losses["round"] = losses
+        for trial in trials:
+            trial.proxy = self.proxy(trial.mask) if trial.mask else None
+            trial.worse = self.known.get(trial.mask)
+            if not trial.mask or (trial.worse is not None and not math.isfinite(trial.worse)):
+                trial.state, trial.worse = "failed", None
+                study.tell(trial.number, None)
+            elif trial.worse is None:
+                assert trial.proxy is not None
+                trial.state = "dropped"
+                study.drop(trial.number, trial.proxy)
+            else:
+                trial.state = "tried" if "round" in trial.losses else "repeated"
+                study.tell(trial.number, trial.worse)
+        return trials
+
+    def _trial(self, number: int, given: Mapping[str, Any]) -> Trial:
+        candidate = self.space.decode(given, self.standard)
+        try:
+            return Trial(number, candidate, self.mask(candidate))
+        except BillhookError:  # a shape that cannot save that much
+            return Trial(number, candidate, "")
+
+    def promote(self, trials: Sequence[Trial]) -> list[Trial]:
+        """Step 4, first half: the best of all, on more windows; in the order of the front of gain and steadiness."""
+        yard = self.mask(Candidate(self.standard))
+        best: dict[str, Trial] = {}
+        for trial in sorted((t for t in trials if t.worse is not None), key=lambda t: (t.worse, t.number)):
+            if trial.mask != yard:
+                best.setdefault(trial.mask, trial)
+        up = list(best.values())[:PROMOTED]
+        if not up:
+            return []
+        found = self.bench.losses(
+            [self.masks[m] for m in (yard, *(t.mask for t in up))], self.windows(RUNGS[1]), self.tick, "promoted"
+        )
+        for trial, losses in zip(up, found[1:], strict=True):
+            trial.losses |= {"promoted": losses, "standard": found[0]}
+        return fronts(up)
+
+
+def fronts(trials: Sequence[Trial]) -> list[Trial]:
+    """Those that no other beats in both mean and spread over two halves of the windows; then those that only these beat; …"""
+    sides = {t.number: _sides(t) for t in trials}
+    left, ordered = list(trials), []
+    while left:
+        front = [t for t in left if not any(_beats(sides[o.number], sides[t.number]) for o in left)]
+        ordered += sorted(front, key=lambda t: sides[t.number][0])
+        left = [t for t in left if t not in front]
+    return ordered
+
+
+def _sides(trial: Trial) -> tuple[float, float]:
+    more = [a - b for a, b in zip(trial.losses["promoted"], trial.losses["standard"], strict=True)]
+    half = len(more) // 2
+    return statistics.fmean(more), abs(statistics.fmean(more[:half]) - statistics.fmean(more[half:]))
+
+
+def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    return one != other and one[0] <= other[0] and one[1] <= other[1]
+
+
+def gained(standard: Sequence[float], own: Sequence[float]) -> dict[str, float | None]:
+    """Nats a token that `own` is better by, with its standard error, from the same windows."""
+    less = [a - b for a, b in zip(standard, own, strict=True)]
+    error = statistics.stdev(less) / math.sqrt(len(less)) if len(less) > 1 and all(map(math.isfinite, less)) else None
+    return {"gain": statistics.fmean(less), "standard_error": error}

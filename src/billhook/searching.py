@@ -1,0 +1,301 @@
+"""AdaPruner (Kong et al. 2025, arXiv:2503.06184): search the calibration samples and the importance metric, together.
+
+1. Evidence     one backward pass over a pool of windows; after it a candidate's mask costs no data (billhook.solution).
+2. Known ones   every fixed metric on the whole pool is tried; the best is the standard, which the search may not fall behind.
+3. Rounds       a sampler asks for a few candidates; a proxy without a forward pass, 1/2 sum of the dropped gates' Fisher on
+                validation windows, drops the worse half; the others are tried, mask in place, on a few windows that the next round
+                does not see again, and the sampler is told by how much each is worse than the standard on these very windows.
+4. Ladder       the best go on to more windows, those on the front of gain and steadiness to restoration, and one is left.
+5. Acceptance   it is taken if windows that nothing has seen say, paired, that it beats the standard by more than a standard error.
+
+Steps 3 to 5 are billhook's: of the paper the outline is public (a joint space of data and metrics, candidates scored by the pruned
+model, TPE).  A search that trusts a few hundred tokens lowers its own loss and raises everyone else's (docs/LOG.md).
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from billhook import data, pool, store
+from billhook.checkpoint import Opened
+from billhook.claim import claim
+from billhook.data import Text
+from billhook.errors import BillhookError
+from billhook.methods.fasp import Settings, fasp_each
+from billhook.plan import Plan
+from billhook.pool import Pool
+from billhook.progress import Clock, Tick, quiet
+from billhook.recipe import Recipe
+from billhook.recovery import autocast_dtype
+from billhook.rounds import PROMOTED, RUNGS, Search, Trial, Validation, gained, validation
+from billhook.samplers import Study
+from billhook.solution import Evidence, Place, scores, shares
+from billhook.space import Candidate
+from billhook.tensors import Scores, Tokens
+from billhook.trials import Bench, Means, tried, workers
+
+FINALISTS = 3
+HERE = Means()
+KEPT = 0.2  # of a calibration text, at its end, for validation where there is no other
+
+
+@dataclass(frozen=True)
+class Found:
+    """What to cut, and how that came about."""
+
+    scores: Mapping[Place, Scores]
+    plan: Plan
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a search reads."""
+
+    calibration: Text  # what finalists and the winner are restored on
+    pool: Pool
+    validation: Validation
+    judges: tuple[str, ...]  # names of the validation texts
+
+
+def read(opened: Opened, chosen: Recipe, tick: Tick = quiet) -> Material:
+    """The pool and the windows that candidates are tried on, from the recipe's texts.
+
+    Raises:
+        BillhookError: a text is too short, or validation and calibration share windows (says how many).
+    """
+    texts = data.texts(chosen.calibration, tick)
+    if chosen.validation:
+        judges = data.evaluation_texts(chosen.validation, tick)
+    else:
+        texts, judges = zip(*(_split(text) for text in texts), strict=True)
+    embedding = opened.model.get_input_embeddings().weight.detach()
+    found = pool.draw(texts, opened.tokenizer, embedding, chosen.pool, chosen.pool_len, chosen.clusters, chosen.seed)
+    windows = torch.cat([data.windows(text, opened.tokenizer, chosen.seq_len).tokens for text in judges])
+    split = validation(windows, chosen.seed)
+    known = torch.cat([data.windows(text, opened.tokenizer, chosen.pool_len).tokens for text in texts])
+    if shared := pool.overlapping(windows, known):
+        raise BillhookError(
+            f"{shared} of the {len(windows)} windows of --validation are also in the calibration text, and would judge what they "
+            "have calibrated: name another"
+        )
+    return Material(data.joined(texts), found, split, tuple(text.name for text in judges))
+
+
+def _split(text: Text) -> tuple[Text, Text]:
+    """A text without its last fifth, and that."""
+    at = int(len(text.text) * (1 - KEPT))
+    return replace(text, text=text.text[:at]), Text(f"the last fifth of {text.name}", text.text[at:])
+
+
+def search(  # noqa: PLR0913
+    model: PreTrainedModel,
+    chosen: Recipe,
+    base: Plan,
+    material: Material,
+    calibration: Tokens,
+    settings: Settings,
+    *,
+    folder: Path | None = None,
+    means: Means = HERE,
+    clock: Clock | None = None,
+    tick: Tick = quiet,
+) -> Found:
+    """Search, and return the scores and the plan of what won, or of the best fixed metric.
+
+    Args:
+        base: how much goes from every axis; candidates with a shape of their own save as much.
+        calibration: windows that finalists are restored on.
+        settings: of the restoration, if there is one.
+        folder: keeps the evidence and every loss where there is no study's own.
+
+    Raises:
+        BillhookError: nothing is open to choose; no known metric works; the time is too short for one round; the study's folder
+            is another search's.
+    """
+    clock, started = clock or Clock(), time.perf_counter()
+    autocast = autocast_dtype("auto", model.device)
+    key = {"weights": store.weights_sha256(model), "computed in": str(autocast or model.dtype)}
+    texts = material.validation
+    if means.study:
+        settled = chosen.model_dump(mode="json", exclude={"trials", "minutes"})
+        claim(
+            means.study,
+            {**key, "settings": settled, "pool": store.digest({"tokens": material.pool.tokens.tolist()})},
+            means.fresh,
+        )
+        folder = means.study
+    with workers(Bench(model, chosen.objective, autocast, folder, key), means) as bench:
+        with clock("evidence"):
+            at = Search(model, chosen, base, material.pool, texts, bench, tick)
+        with clock("known metrics"):
+            before = time.perf_counter()
+            known = at.try_known()
+            tokens = len(known) * RUNGS[1] * texts.rungs.shape[1]
+            pace = tokens / max(time.perf_counter() - before, 1e-6)
+        deadline = _deadline(
+            chosen.minutes, started, _end_tokens(texts, settings, len(calibration) * calibration.shape[1]) / pace
+        )
+        study = Study(at.space.dimensions(), chosen.sampler, chosen.seed)
+        with clock("trials"):
+            trials = at.rounds(study, deadline)
+        with clock("promotion"):
+            promoted = at.promote(trials)
+        finals = Finals(at, calibration, settings)
+        with clock("finals"):
+            decided = finals.decide(promoted[:FINALISTS])
+        parts = finals.parts(decided["candidate"])
+    winner: Candidate = decided.pop("candidate")
+    record = {
+        "space": chosen.space,
+        "dimensions": list(at.space.dimensions()),
+        "sampler": chosen.sampler,
+        "objective": chosen.objective,
+        "seed": chosen.seed,
+        "trials": [_said(trial) for trial in trials],
+        "known": known,
+        "promoted": [trial.number for trial in promoted],
+        "importance": study.importance(),
+        "winner": _said_candidate(winner),
+        "parts": parts,
+        **decided,
+        "pool": _said_pool(material.pool, at.evidence, winner),
+        "judges": list(material.judges),
+        "validation": {part: list(getattr(texts, part).shape) for part in ("proxy", "rungs", "final")},
+    }
+    return Found(scores(at.evidence, winner.solution), at.plan(winner), record)
+
+
+def _end_tokens(texts: Validation, settings: Settings, calibration: int) -> int:
+    """Tokens of the forward passes that follow the trials."""
+    promoted = (PROMOTED + 1) * RUNGS[1] * texts.rungs.shape[1]
+    finals = (FINALISTS + 3) * texts.final.numel()
+    return promoted + finals + (3 * calibration if settings.restoration else 0)
+
+
+def _deadline(minutes: float | None, started: float, end: float) -> Callable[[], bool]:
+    """Whether trials must end for the rest to be done in time."""
+    if minutes is None:
+        return lambda: False
+    if time.perf_counter() - started + end > 60 * minutes:
+        least = (time.perf_counter() - started + end) / 60
+        raise BillhookError(
+            f"--minutes {minutes:g} is too short for one trial: the pool, the known metrics and the end take {least:.1f} here"
+        )
+    return lambda: time.perf_counter() - started + end > 60 * minutes
+
+
+class Finals:
+    """Steps 4 and 5: finalists as they will be, restored or not, first on rung windows, then on those that decide."""
+
+    def __init__(self, at: Search, calibration: Tokens, settings: Settings) -> None:
+        self.at, self.calibration, self.settings = at, calibration, settings
+
+    def decide(self, finalists: Sequence[Trial]) -> dict[str, Any]:
+        """The winner: the best finalist if it beats the standard on windows that nothing has seen, else the standard."""
+        candidates = [Candidate(self.at.standard), *(trial.candidate for trial in finalists)]
+        rung = self.at.windows(RUNGS[1])
+        losses = self._restored(candidates, rung) if self.settings.restoration else self._cut(candidates, rung)
+        best = min(range(1, len(candidates)), key=lambda n: statistics.fmean(losses[n][0]), default=0)
+        gain = gained(losses[0][1], losses[best][1])
+        accepted = bool(best) and (gain["gain"] or 0.0) > (gain["standard_error"] or 0.0)
+        rows = [
+            {
+                "number": None if not n else finalists[n - 1].number,
+                "rung": statistics.fmean(r),
+                "final": statistics.fmean(f),
+                **gained(losses[0][1], f),
+            }
+            for n, (r, f) in enumerate(losses)
+        ]
+        return {
+            "candidate": candidates[best] if accepted else candidates[0],
+            "accepted": accepted,
+            "finalists": rows,
+            "chosen": rows[best]["number"],
+            **gain,
+            "restoration": self.settings.restoration,
+        }
+
+    def parts(self, winner: Candidate) -> list[dict[str, Any]]:
+        """What samples, metric and budgets each bring, on the windows that decided, without restoration."""
+        standard, own = self.at.standard, winner.solution
+        metric = {name: getattr(own, name) for name in ("coefficients", "power", "reduction", "within")}
+        steps = {
+            "the best fixed metric on the whole pool": Candidate(standard),
+            "its samples changed": Candidate(replace(standard, levels=own.levels, count=own.count, draw=own.draw)),
+            "its metric changed": Candidate(replace(standard, **metric)),
+            "both": Candidate(own),
+            "and its budgets": winner,
+        }
+        masks = {name: self.at.mask(one) for name, one in steps.items()}
+        found = self.at.bench.losses(
+            [self.at.masks[m] for m in masks.values()], self.at.texts.final, self.at.tick, "parts"
+        )
+        return [
+            {"what": name, "loss": statistics.fmean(losses), **gained(found[0], losses)}
+            for name, losses in zip(steps, found, strict=True)
+            if winner.shape is not None or name != "and its budgets"
+        ]
+
+    def _cut(self, candidates: Sequence[Candidate], rung: Tokens) -> list[tuple[list[float], list[float]]]:
+        masks, bench = [self.at.masks[self.at.mask(one)] for one in candidates], self.at.bench
+        both = [bench.losses(masks, windows, self.at.tick, "finals") for windows in (rung, self.at.texts.final)]
+        return list(zip(*both, strict=True))
+
+    def _restored(self, candidates: Sequence[Candidate], rung: Tokens) -> list[tuple[list[float], list[float]]]:
+        """Restored in the dense stream: one pass over the calibration windows for all of them."""
+        at, bench = self.at, self.at.bench
+        key = {
+            **bench.key,
+            "masks": [at.mask(one) for one in candidates],
+            "calibration": store.digest({"tokens": self.calibration.tolist()}),
+            "settings": asdict(self.settings),
+            "windows": store.digest({"rung": rung.tolist(), "final": at.texts.final.tolist()}),
+        }
+
+        def measured() -> list[list[list[float]]]:
+            each = [scores(at.evidence, one.solution) for one in candidates]
+            plans = [at.plan(one) for one in candidates]
+            made = fasp_each(at.model, self.calibration, plans, self.settings, scores=each, tick=at.tick)
+            return [
+                [tried(smaller, {}, windows, None, bench.autocast) for windows in (rung, at.texts.final)]
+                for smaller, _ in made
+            ]
+
+        return [(rungs, finals) for rungs, finals in store.kept(bench.folder, "finals", key, measured)]
+
+
+def _said(trial: Trial) -> dict[str, Any]:
+    return {
+        "number": trial.number,
+        "mask": trial.mask,
+        "state": trial.state,
+        "proxy": trial.proxy,
+        "worse": trial.worse,
+        **_said_candidate(trial.candidate),
+        **({"gain": gained(trial.losses["standard"], trial.losses["promoted"])} if "promoted" in trial.losses else {}),
+    }
+
+
+def _said_candidate(candidate: Candidate) -> dict[str, Any]:
+    return {"solution": candidate.solution.describe(), "shape": candidate.shape and asdict(candidate.shape)}
+
+
+def _said_pool(pool: Pool, evidence: Evidence, winner: Candidate) -> dict[str, Any]:
+    """Of every window: its text's number, its cluster, and what it weighs in the winner's mixture."""
+    weights = shares(evidence.clusters, winner.solution)
+    return {
+        "sources": list(pool.sources),
+        "seq_len": pool.tokens.shape[1],
+        "left_out": pool.left_out,
+        "source": list(pool.source),
+        "clusters": pool.clusters.tolist(),
+        "shares": [round(float(one), 6) for one in weights],
+    }

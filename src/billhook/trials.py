@@ -1,0 +1,149 @@
+"""Try cuts of a model on windows of text: in place, one after the other or in several processes, each on disk once and for all."""
+
+import hashlib
+import multiprocessing
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from billhook import checkpoint, store
+from billhook.families import axes
+from billhook.losses import divergence, most_likely, next_token
+from billhook.progress import Tick, quiet
+from billhook.solution import Place, digest
+from billhook.surgery import without
+from billhook.tensors import Tokens, Units
+
+OBJECTIVES = {
+    "nll": "the cut model's loss on the next token",
+    "kl": "its divergence from the unpruned model's predictions",
+}
+TOP_K = 256  # predictions of the unpruned model that are kept of each token, for kl
+BATCH_TOKENS = 2048
+
+Mask = Mapping[Place, Units]  # units that go
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A model, and how cuts of it are tried."""
+
+    model: PreTrainedModel
+    objective: str
+    autocast: torch.dtype | None
+    folder: Path | None  # keeps every loss
+    key: Mapping[str, Any]  # what decides them besides mask and windows
+    pool: ProcessPoolExecutor | None = None  # of workers that have the same model
+
+    def losses(
+        self, masks: Sequence[Mask], windows: Tokens, tick: Tick = quiet, stage: str = "trials"
+    ) -> list[list[float]]:
+        """The mean loss of every window (windows, length) under every mask; no mask is ever tried on the same windows twice."""
+        seen = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+        keys = [{**self.key, "objective": self.objective, "windows": seen, "mask": digest(mask)} for mask in masks]
+        missing = {
+            k["mask"]: mask for k, mask in zip(keys, masks, strict=True) if not store.has(self.folder, "trial", k)
+        }
+        fresh = dict(zip(missing, self._tried(list(missing.values()), windows, tick, stage), strict=True))
+        return [store.kept(self.folder, "trial", key, lambda key=key: fresh[key["mask"]]) for key in keys]
+
+    def _tried(self, masks: Sequence[Mask], windows: Tokens, tick: Tick, stage: str) -> Iterator[list[float]]:
+        taught = self._taught(windows) if masks and self.objective == "kl" else None
+        if self.pool is not None:
+            given = [(dict(mask), windows, taught) for mask in masks]
+            for n, found in enumerate(self.pool.map(_in_worker, given)):
+                tick(stage, n + 1, len(masks))
+                yield found
+            return
+        for n, mask in enumerate(masks):
+            tick(stage, n, len(masks))
+            yield tried(self.model, mask, windows, taught, self.autocast)
+
+    @torch.inference_mode()
+    def _taught(self, windows: Tokens) -> list[tuple[Tensor, ...]]:
+        """The unpruned model's predictions, batch by batch."""
+        with _computing(self.model, self.autocast):
+            return [
+                most_likely(self.model(b.to(self.model.device), use_cache=False).logits[:, :-1], TOP_K)
+                for b in _batches(windows)
+            ]
+
+
+@torch.inference_mode()
+def tried(
+    model: PreTrainedModel,
+    mask: Mask,
+    windows: Tokens,
+    taught: Sequence[tuple[Tensor, ...]] | None,
+    autocast: torch.dtype | None,
+) -> list[float]:
+    """Of every window, the loss of the model without the units of `mask`; the model is as it was afterwards."""
+    kinds = tuple(dict.fromkeys(kind for _, kind in mask))
+    dropped = [(axis, mask[axis.layer, axis.kind]) for axis in axes(model, kinds) if (axis.layer, axis.kind) in mask]
+    found: list[float] = []
+    with without(model, dropped), _computing(model, autocast):
+        for n, batch in enumerate(_batches(windows)):
+            batch = batch.to(model.device)
+            logits = model(batch, use_cache=False).logits
+            for row in range(len(batch)):
+                own = logits[row : row + 1]
+                if taught is None:
+                    loss = next_token(own, batch[row : row + 1])
+                else:
+                    loss = divergence(own[:, :-1], *(each[row : row + 1] for each in taught[n]))
+                found.append(loss.item())
+    return found
+
+
+def _batches(windows: Tokens) -> Sequence[Tensor]:
+    return windows.split(max(1, BATCH_TOKENS // windows.shape[1]))
+
+
+def _computing(model: PreTrainedModel, autocast: torch.dtype | None) -> torch.autocast:
+    return torch.autocast(model.device.type, autocast or torch.bfloat16, enabled=autocast is not None)
+
+
+@dataclass(frozen=True)
+class Means:
+    """By what means a search is carried out; none of it decides the result.
+
+    `study` is a folder that belongs to one search: it goes on there after a kill, and another one is refused unless `fresh`.
+    With `jobs` above 1 so many processes try candidates, and each opens the model for itself by `name` and `dtype`.
+    """
+
+    study: Path | None = None
+    fresh: bool = False
+    jobs: int = 1
+    name: str = ""
+    dtype: str = "auto"
+
+
+@contextmanager
+def workers(bench: Bench, means: Means) -> Iterator[Bench]:
+    """The same bench with all its processes at work, which share the cores."""
+    if means.jobs == 1:
+        yield bench
+        return
+    threads = max(1, torch.get_num_threads() // means.jobs)
+    given = (means.name, str(bench.model.device), means.dtype, threads, bench.autocast)
+    with ProcessPoolExecutor(means.jobs, multiprocessing.get_context("spawn"), _open_worker, given) as pool:
+        yield replace(bench, pool=pool)
+
+
+_worker: dict[str, Any] = {}  # of a process of its own: the model it has opened
+
+
+def _open_worker(name: str, device: str, dtype: str, threads: int, autocast: torch.dtype | None) -> None:
+    torch.set_num_threads(threads)
+    _worker.update(model=checkpoint.open_model(name, device=device, dtype=dtype).model, autocast=autocast)
+
+
+def _in_worker(given: tuple[Mask, Tokens, Any]) -> list[float]:
+    return tried(_worker["model"], *given, _worker["autocast"])
