@@ -55,11 +55,12 @@ def tokenizer() -> T.PreTrainedTokenizerFast:
     return T.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>")
 
 
-def text(words: int = 600) -> str:
+def text(words: int = 600, lexicon: int = 20) -> str:
     """Words of random letters, some far more frequent than others."""
     draw = torch.Generator().manual_seed(3)
-    lexicon = [
-        "".join(string.ascii_lowercase[i] for i in torch.randint(26, (4,), generator=draw).tolist()) for _ in range(20)
+    known = [
+        "".join(string.ascii_lowercase[i] for i in torch.randint(26, (4,), generator=draw).tolist())
+        for _ in range(lexicon)
     ]
-    chosen = torch.multinomial(torch.arange(1.0, 21.0), words, replacement=True, generator=draw).tolist()
-    return " ".join(lexicon[i] for i in chosen)
+    chosen = torch.multinomial(torch.arange(1.0, lexicon + 1.0), words, replacement=True, generator=draw).tolist()
+    return " ".join(known[i] for i in chosen)

@@ -11,7 +11,7 @@ from torch import Tensor
 from billhook import data
 from billhook.data import Text
 from billhook.errors import BillhookError
-from billhook.tensors import Clusters, Probes, Tokens
+from billhook.tensors import Clusters, Tokens
 
 UNINFORMATIVE = 0.1  # share of each text's windows that are left out: those whose tokens are the most usual ones
 RUN = 32  # tokens: what two texts share of at least this length, and somewhat more, is the same text
@@ -78,7 +78,7 @@ def grouped(windows: Tokens, embedding: Tensor, clusters: int, seed: int) -> Clu
     return torch.tensor([rank[int(one)] for one in found])
 
 
-def overlapping(windows: Tokens, others: Probes) -> int:
+def overlapping(windows: Tokens, others: Tensor) -> int:
     """How many of `windows` share a run of about `RUN` tokens or more with one of `others`."""
     known = set(_runs(others, 1).flatten().tolist())
     return sum(any(run in known for run in each) for each in _runs(windows, STRIDE).tolist())

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook import choose
@@ -34,11 +35,11 @@ PROMOTED = 12
 
 @dataclass(frozen=True)
 class Validation:
-    """Windows that candidates are tried on, none of them in the pool or in another part."""
+    """Windows (windows, length) that candidates are tried on, none of them in the pool or in another part."""
 
-    proxy: Tokens
-    rungs: Tokens  # short ones, in the order of use
-    final: Tokens
+    proxy: Tensor
+    rungs: Tensor  # short ones, in the order of use
+    final: Tensor
 
 
 @dataclass

@@ -79,8 +79,8 @@ def read(opened: Opened, chosen: Recipe, tick: Tick = quiet) -> Material:
     found = pool.draw(texts, opened.tokenizer, embedding, chosen.pool, chosen.pool_len, chosen.clusters, chosen.seed)
     windows = torch.cat([data.windows(text, opened.tokenizer, chosen.seq_len).tokens for text in judges])
     split = validation(windows, chosen.seed)
-    known = torch.cat([data.windows(text, opened.tokenizer, chosen.pool_len).tokens for text in texts])
-    if shared := pool.overlapping(windows, known):
+    known = torch.cat([data.windows(text, opened.tokenizer, chosen.pool_len).tokens.flatten() for text in texts])
+    if shared := pool.overlapping(windows, known[None]):
         raise BillhookError(
             f"{shared} of the {len(windows)} windows of --validation are also in the calibration text, and would judge what they "
             "have calibrated: name another"

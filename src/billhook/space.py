@@ -179,7 +179,7 @@ def shaped(model: PreTrainedModel, base: Plan, shape: Shape, multiple_of: int, f
     wish = {axis.layer: axis.units * _share(axis.layer, total, shape) for axis in ffn}
 
     def saving(scale: float) -> float:
-        return sum(prices[n] * min(scale * wish[n], counts[n][-1]) for n in counts)
+        return float(sum(prices[n] * min(scale * wish[n], counts[n][-1]) for n in counts))
 
     if saving(math.inf) < target * (1 - 1e-9) or not counts:
         raise BillhookError("a shape that spares too many layers cannot save that much")
@@ -200,7 +200,7 @@ def _share(layer: int, total: int, shape: Shape) -> float:
 
 def _settle(
     drops: dict[int, int],
-    wish: Mapping[int, float],
+    wish: Mapping[int, float | int],
     counts: Mapping[int, Sequence[int]],
     prices: Mapping[int, int],
     target: int,

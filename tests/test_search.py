@@ -1,0 +1,322 @@
+"""A search for samples and metric: the same whenever it is asked, wherever it was cut off, and never behind what was known."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+import billhook
+from billhook import data, rounds, searching, trials
+from billhook.errors import BillhookError
+from billhook.families import axes
+from billhook.plan import even
+from billhook.recipe import recipe
+from billhook.rounds import Trial, fronts, gained, validation
+from billhook.samplers import SAMPLERS, Study
+from billhook.solution import Solution, digest, fixed, mixtures
+from billhook.space import Candidate, Dimension, Shape, lowest, shaped, space
+from billhook.surgery import zero
+
+SMALL: dict[str, Any] = dict(
+    method="adapruner", ratio=0.3, seq_len=64, pool=24, pool_len=32, samples=4, trials=20, multiple_of=4
+)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(tiny.text(6000, 400))
+    return str(path)
+
+
+def found(text: str, **other: Any) -> dict[str, Any]:
+    given = {"calibration": text, **SMALL, **other}
+    return billhook.prune(tiny.model("llama"), tokenizer=tiny.tokenizer(), **given).report["search"]
+
+
+@pytest.fixture(scope="module")
+def whole(text: str) -> dict[str, Any]:
+    return found(text)
+
+
+def test_the_same_seed_gives_the_same_search(text: str, whole: dict[str, Any]) -> None:
+    assert json.dumps(found(text)) == json.dumps(whole)
+    assert json.dumps(found(text, seed=1)) != json.dumps(whole)
+
+
+def test_a_search_that_was_cut_off_goes_on_to_the_same_end(
+    text: str, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, count = trials.tried, 0
+
+    def counted(limit: float) -> Callable[..., list[float]]:
+        def tried(*args: Any) -> list[float]:
+            nonlocal count
+            count += 1
+            if count > limit:
+                raise KeyboardInterrupt
+            return real(*args)
+
+        return tried
+
+    monkeypatch.setattr(trials, "tried", counted(13))
+    with pytest.raises(KeyboardInterrupt):
+        found(text, study=tmp_path / "study")
+    before, count = count - 1, 0
+    monkeypatch.setattr(trials, "tried", counted(math.inf))
+    assert json.dumps(found(text, study=tmp_path / "study")) == json.dumps(whole)
+    resumed, count = count, 0
+    found(text)
+    assert before == 13 and resumed == count - 13  # nothing was tried twice
+
+
+def test_a_finished_study_asks_nothing_again_and_goes_further(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = found(text, study=tmp_path / "study", restoration=False)
+    longer = found(text, study=tmp_path / "study", restoration=False, trials=28)
+    assert [one["mask"] for one in longer["trials"][:20]] == [one["mask"] for one in first["trials"]]
+    monkeypatch.setattr(trials, "tried", None)
+    assert json.dumps(found(text, study=tmp_path / "study", restoration=False)) == json.dumps(first)
+
+
+def test_another_search_does_not_take_up_a_study(text: str, tmp_path: Path) -> None:
+    study = tmp_path / "study"
+    found(text, study=study)
+    with pytest.raises(BillhookError, match=r"holds an unfinished run that differs in ratio"):
+        found(text, study=study, ratio=0.4)
+    with pytest.raises(BillhookError, match=r"differs in weights"):
+        billhook.prune(tiny.model("llama", 1), tokenizer=tiny.tokenizer(), study=study, calibration=text, **SMALL)
+    found(text, study=study, ratio=0.4, fresh=True)
+
+
+def test_two_processes_find_what_one_does(text: str, whole: dict[str, Any], tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    tiny.model("llama").save_pretrained(source)
+    tiny.tokenizer().save_pretrained(source)
+    given = {"calibration": text, **SMALL}
+    one = billhook.prune(source, **given).report["search"]
+    two = billhook.prune(source, jobs=2, **given).report["search"]
+    assert [t["mask"] for t in one["trials"]] == [t["mask"] for t in two["trials"]]
+    assert one["winner"] == two["winner"]
+    with pytest.raises(BillhookError, match="jobs: other processes cannot see a model in memory"):
+        found(text, jobs=2)
+
+
+def test_equal_masks_are_tried_once(text: str, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, bytes]] = []
+    real = trials.tried
+
+    def watched(model: Any, mask: Any, windows: torch.Tensor, *rest: Any) -> list[float]:
+        seen.append((digest(mask), windows.numpy().tobytes()))
+        return real(model, mask, windows, *rest)
+
+    monkeypatch.setattr(trials, "tried", watched)
+    found(text, restoration=False)
+    assert len(set(seen)) == len(seen)
+    states = [one["state"] for one in whole["trials"]]
+    assert states[:8] == ["repeated"] * 8  # the known metrics, tried before
+    assert {"tried", "dropped"} <= set(states)
+    for one in whole["trials"]:
+        assert (one["worse"] is None) == (one["state"] == "dropped")
+
+
+def test_no_window_serves_two_ends(text: str) -> None:
+    windows = tiny.tokens(40, 64)
+    split = validation(windows, 0)
+    pieces = [tuple(row.tolist()) for row in torch.cat([split.proxy, split.rungs])]
+    finals = {tuple(row.tolist()) for row in split.final}
+    assert len(set(pieces)) == len(pieces) == 40 - len(split.final) and not finals & set(pieces)
+    with pytest.raises(BillhookError, match="has 11 windows of 64 tokens, and a search needs 12"):
+        validation(windows[:11], 0)
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_what_does_not_beat_the_standard_on_unseen_windows_is_not_taken(
+    text: str, better: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every candidate is a tenth of a nat better than it is on the windows of the search, and as good or worse at the end."""
+    real = searching.Finals._cut
+
+    def cut(self: searching.Finals, candidates: Any, rung: Any) -> Any:
+        (own, final), *others = real(self, candidates, rung)
+        off = torch.linspace(-0.01, 0.01, len(final)).tolist()
+        gain = 0.05 if better else 0.0
+        return [(own, final)] + [
+            ([x - 0.1 for x in r], [x - gain + o for x, o in zip(final, off, strict=True)]) for r, _ in others
+        ]
+
+    monkeypatch.setattr(searching.Finals, "_cut", cut)
+    end = found(text, restoration=False)
+    assert end["accepted"] is better and end["chosen"] is not None
+    standard = next(one["metric"] for one in end["known"] if one["standard"])
+    assert (end["winner"]["solution"]["coefficients"] == {standard: 1.0} and not better) or better
+
+
+def test_what_the_winner_drops_is_gone_and_nothing_else_has_changed(text: str) -> None:
+    given = {**SMALL, "space": "paper", "calibration": text}
+    result = billhook.prune(tiny.model("llama"), tokenizer=tiny.tokenizer(), **given)
+    masked = tiny.model("llama")
+    for axis, cut in zip(axes(masked, ("ffn",)), result.report["cuts"], strict=True):
+        stayed, rows = (m.model.layers[axis.layer].mlp.gate_proj.weight for m in (result.model, masked))
+        gone = [n for n, row in enumerate(rows) if not (stayed == row).all(1).any()]
+        assert len(gone) == cut["dropped"]
+        zero(masked, axis, torch.tensor(gone))
+    ids = tiny.tokens()
+    assert torch.allclose(result.model(ids).logits, masked(ids).logits, atol=1e-5)
+    assert not result.report["search"]["restoration"]
+
+
+def test_a_loss_that_is_no_number_fails_its_trial_alone(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = trials.tried, 0
+
+    def broken(*args: Any) -> list[float]:
+        nonlocal calls
+        calls += 1
+        return [math.nan] * len(args[2]) if calls % 5 == 0 and len(args[2]) == 4 else real(*args)
+
+    monkeypatch.setattr(trials, "tried", broken)
+    states = [one["state"] for one in found(text)["trials"]]
+    assert "failed" in states and "tried" in states
+
+
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_every_sampler_learns_or_at_least_asks(sampler: str) -> None:
+    dimensions = {"x": Dimension(0.0, 1.0, 0.1), "n": Dimension(0, 9, 1), "c": Dimension(choices=("a", "b"))}
+
+    def run() -> list[float]:
+        study, losses = Study(dimensions, sampler, 3), []
+        for batch in range(12):
+            first = [{"x": 1.0, "n": 9, "c": "a"}] if not batch else []
+            for number, given in study.ask(4, first):
+                losses.append(given["x"] + given["n"] / 9 + (given["c"] == "a"))
+                if number % 7 == 6:
+                    study.drop(number, 1.0)
+                else:
+                    study.tell(number, None if number % 7 == 5 else losses[-1])
+        assert set(study.importance()) == set(dimensions)
+        return losses
+
+    losses = run()
+    assert losses[0] == 3.0 and losses == run()
+    if sampler != "random":
+        assert sum(losses[-16:]) < sum(losses[:16])
+
+
+def test_a_study_without_differences_has_no_importance() -> None:
+    study = Study({"x": Dimension()}, "random", 0)
+    for number, _ in study.ask(3):
+        study.tell(number, 1.0)
+    assert study.importance() in ({}, {"x": 0.0})
+
+
+@pytest.mark.parametrize("name", ["full", "paper", "samples", "metric", "samples,metric,budgets"])
+def test_known_metrics_are_points_of_their_space(name: str) -> None:
+    open_ = space(name, "per_layer", 3, 24, 3)
+    standard = fixed(3)["param_second"]
+    for solution in open_.known.values() if "metric" in open_.groups else [standard]:
+        decoded = open_.decode(open_.encode(solution), standard)
+        assert decoded.solution == solution
+        assert decoded.shape == (Shape() if "budgets" in open_.groups else None)
+
+
+def test_a_point_says_what_it_chose() -> None:
+    open_ = space("full", "uniform", 3, 24, 3)
+    given = open_.encode(fixed(3)["energy"]) | {"cluster 0": 0, "cluster 1": 2, "cluster 2": 2, "windows": 9, "draw": 4}
+    own = open_.decode(given, Solution((1, 1, 1))).solution
+    assert own.levels == (0, 1, 1) and (own.count, own.draw) == (9, 4) and own.coefficients == {"energy": 1.0}
+    nothing = open_.decode(given | {name: 0 for name in given if name in ("energy",)}, fixed(3)["energy"]).solution
+    assert nothing.coefficients == {"energy": 1.0}
+    assert lowest((0, 0)) == (1, 1) and lowest((2, 0)) == (1, 0) and lowest((2, 1)) == (2, 1)
+    assert all(lowest(each) in mixtures(3) for each in [(0, 0, 0), (2, 2, 0), (1, 2, 0)])
+
+
+@pytest.mark.parametrize("shape", [Shape(), Shape(1, 1), Shape(0, 0, 0.8, -0.4), Shape(1, 0, -0.8, 0.8)])
+def test_a_shape_saves_as_much_and_spares_what_it_says(shape: Shape) -> None:
+    model = tiny.model("llama_bias")
+    base = even(3, {"ffn": 12})
+    plan = shaped(model, base, shape, 1, 0.1)
+    drops = [plan.drops[n, "ffn"] for n in range(3)]
+    assert sum(drops) == 36
+    assert all(drops[n] == 0 for n in range(shape.first)) and all(drops[2 - n] == 0 for n in range(shape.last))
+    if shape == Shape(0, 0, 0.8, -0.4):
+        assert drops[0] < drops[2]
+
+
+def test_a_shape_that_spares_too_much_is_refused() -> None:
+    with pytest.raises(BillhookError, match="spares too many layers"):
+        shaped(tiny.model("llama"), even(3, {"ffn": 32}), Shape(2, 1), 1, 0.3)
+
+
+def test_the_front_comes_first() -> None:
+    def trial(number: int, first: float, second: float) -> Trial:
+        losses = {"promoted": [first, second], "standard": [0.0, 0.0]}
+        return Trial(number, Candidate(Solution((1,))), str(number), losses=losses)
+
+    steady, best, worse = trial(0, -0.2, -0.2), trial(1, -0.6, 0.0), trial(2, 0.1, 0.3)
+    assert [t.number for t in fronts([worse, steady, best])] == [1, 0, 2]
+
+
+def test_gains_are_paired() -> None:
+    assert gained([1.0, 3.0], [0.5, 2.5]) == {"gain": 0.5, "standard_error": 0.0}
+    assert gained([1.0], [0.5])["standard_error"] is None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"trials": 0}, "trials 0"),
+        ({"pool": 9999}, r"text 'words' has \d+ windows of 32 tokens for the pool, fewer than 9999"),
+        ({"space": "everything"}, "unknown space 'everything'"),
+        ({"space": "budgets"}, "leaves nothing to choose here: budgets need --layout per_layer"),
+        ({"space": "samples", "pool": 8, "clusters": 1}, "leaves nothing to choose here"),
+        ({"sampler": "tpee"}, "unknown sampler 'tpee': did you mean 'tpe'"),
+        ({"objective": "ppl"}, "unknown objective 'ppl'"),
+        ({"minutes": 1e-4}, r"--minutes 0.0001 is too short for one trial"),
+        ({"clusters": 9}, "clusters 9"),
+        ({"axes": ("value",), "layout": "per_layer"}, "adapruner does not prune 'value'"),
+    ],
+)
+def test_bad_input_is_refused(text: str, wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(BillhookError, match=message):
+        found(text, **wrong)
+
+
+def test_validation_that_shares_windows_with_calibration_is_refused(text: str, tmp_path: Path) -> None:
+    own = tmp_path / "valid.txt"
+    own.write_text(tiny.text(6000, 400)[3000:9000])
+    with pytest.raises(BillhookError, match=r"\d+ of the \d+ windows of --validation are also in the calibration text"):
+        found(text, validation=(str(own),))
+
+
+def test_without_optuna_the_extra_is_named(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "optuna", None)
+    with pytest.raises(BillhookError, match=r"billhook\[search\]"):
+        found(text)
+
+
+def test_a_search_reads_several_texts(text: str, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text(tiny.text(9000, 500)[30000:].upper())
+    record = found(f"{text}+{other}")
+    assert record["pool"]["sources"] == ["words", "other"] and record["judges"] == [
+        "the last fifth of words",
+        "the last fifth of other",
+    ]
+    assert data.calibration_text(f"{text}+{other}").name == "words+other"
+    assert math.isclose(sum(record["pool"]["shares"]), 1, abs_tol=1e-4)
+
+
+def test_trials_end_when_time_does(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(searching, "_deadline", lambda *_: lambda: True)
+    assert len(found(text)["trials"]) == rounds.BATCH
+
+
+def test_no_restoration_in_the_papers_own_space() -> None:
+    assert not recipe(method="adapruner", ratio=0.2, space="paper").restores
+    assert recipe(method="adapruner", ratio=0.2).restores and recipe(ratio=0.2).restores
