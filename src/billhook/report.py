@@ -227,6 +227,8 @@ def commands(report: dict[str, Any]) -> list[str]:
 def command(report: dict[str, Any]) -> str:
     """The command line that makes the same cut."""
     recipe = report["recipe"]
+    if recipe["method"] == "adapruner":
+        return _search_command(report["parent"], recipe)
     idle = UNIT_FLAGS if recipe["method"] == "layerchop" else LAYER_FLAGS
     healed = recipe.get("select") == "healed"
     idle = (*idle, "preset") if recipe["drop"] or recipe["keep"] or healed else idle
@@ -240,6 +242,17 @@ def command(report: dict[str, Any]) -> str:
         if key in CARD_FLAGS and key not in idle and value not in (None, "")
     )
     return f"billhook prune {report['parent']} {settings} -o OUT"
+
+
+def _search_command(parent: str, recipe: dict[str, Any]) -> str:
+    given = {**recipe, "calibration": recipe["calibration"].split("+"), "axes": ",".join(recipe["axes"])}
+    settings = " ".join(
+        f"--{key.replace('_', '-')} {shlex.quote(str(value))}"
+        for key in SEARCH_FLAGS
+        for value in (given[key] if isinstance(given[key], list) else [given[key]])
+        if value not in (None, "")
+    )
+    return f"billhook search {parent} {settings}{'' if recipe['restoration'] else ' --no-restoration'} -o OUT"
 
 
 def recover_command(recovery: dict[str, Any], student: str = "OUT", out: str = "OUT2") -> str:
@@ -271,6 +284,22 @@ UNIT_FLAGS = ("allocation", "axes", "score", "stream", "damping", "correction", 
 CARD_FLAGS = (
     *("method", "ratio", "params", "memory", "speedup", *LAYER_FLAGS, "layout", *UNIT_FLAGS),
     *("calibration", "samples", "probes", "seq_len", "seed"),
+)
+SEARCH_FLAGS = (
+    *(
+        "ratio",
+        "params",
+        "trials",
+        "minutes",
+        "space",
+        "sampler",
+        "objective",
+        "calibration",
+        "validation",
+        "pool",
+        "pool_len",
+    ),
+    *("clusters", "axes", "layout", "multiple_of", "samples", "seq_len", "seed"),
 )
 RECOVER_FLAGS = (
     *("teacher", "objective", "states", "trainable", "rank", "tokens", "text", "held_out", "seq_len"),

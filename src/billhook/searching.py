@@ -62,6 +62,7 @@ class Material:
     pool: Pool
     validation: Validation
     judges: tuple[str, ...]  # names of the validation texts
+    samples: tuple[str, ...]  # the pool's windows, as text
 
 
 def read(opened: Opened, chosen: Recipe, tick: Tick = quiet) -> Material:
@@ -85,7 +86,8 @@ def read(opened: Opened, chosen: Recipe, tick: Tick = quiet) -> Material:
             f"{shared} of the {len(windows)} windows of --validation are also in the calibration text, and would judge what they "
             "have calibrated: name another"
         )
-    return Material(data.joined(texts), found, split, tuple(text.name for text in judges))
+    names, samples = tuple(text.name for text in judges), tuple(map(opened.tokenizer.decode, found.tokens))
+    return Material(data.joined(texts), found, split, names, samples)
 
 
 def _split(text: Text) -> tuple[Text, Text]:
@@ -165,7 +167,7 @@ def search(  # noqa: PLR0913
         "winner": _said_candidate(winner),
         "parts": parts,
         **decided,
-        "pool": _said_pool(material.pool, at.evidence, winner),
+        "pool": _said_pool(material, at.evidence, winner),
         "judges": list(material.judges),
         "validation": {part: list(getattr(texts, part).shape) for part in ("proxy", "rungs", "final")},
     }
@@ -288,9 +290,9 @@ def _said_candidate(candidate: Candidate) -> dict[str, Any]:
     return {"solution": candidate.solution.describe(), "shape": candidate.shape and asdict(candidate.shape)}
 
 
-def _said_pool(pool: Pool, evidence: Evidence, winner: Candidate) -> dict[str, Any]:
-    """Of every window: its text's number, its cluster, and what it weighs in the winner's mixture."""
-    weights = shares(evidence.clusters, winner.solution)
+def _said_pool(material: Material, evidence: Evidence, winner: Candidate) -> dict[str, Any]:
+    """Of every window: its text's number, its cluster, what it weighs in the winner's mixture, and what it says."""
+    pool, weights = material.pool, shares(evidence.clusters, winner.solution)
     return {
         "sources": list(pool.sources),
         "seq_len": pool.tokens.shape[1],
@@ -298,4 +300,5 @@ def _said_pool(pool: Pool, evidence: Evidence, winner: Candidate) -> dict[str, A
         "source": list(pool.source),
         "clusters": pool.clusters.tolist(),
         "shares": [round(float(one), 6) for one in weights],
+        "samples": list(material.samples),
     }
