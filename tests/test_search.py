@@ -217,7 +217,7 @@ def test_a_study_without_differences_has_no_importance() -> None:
 
 @pytest.mark.parametrize("name", ["full", "paper", "samples", "metric", "samples,metric,budgets"])
 def test_known_metrics_are_points_of_their_space(name: str) -> None:
-    open_ = space(name, "per_layer", 3, 24, 3)
+    open_ = space(name, "per_layer", 3, 24, 3, 30)
     standard = fixed(3)["param_second"]
     for solution in open_.known.values() if "metric" in open_.groups else [standard]:
         decoded = open_.decode(open_.encode(solution), standard)
@@ -226,7 +226,7 @@ def test_known_metrics_are_points_of_their_space(name: str) -> None:
 
 
 def test_a_point_says_what_it_chose() -> None:
-    open_ = space("full", "uniform", 3, 24, 3)
+    open_ = space("full", "uniform", 3, 24, 3, 30)
     given = open_.encode(fixed(3)["energy"]) | {"cluster 0": 0, "cluster 1": 2, "cluster 2": 2, "windows": 9, "draw": 4}
     own = open_.decode(given, Solution((1, 1, 1))).solution
     assert own.levels == (0, 1, 1) and (own.count, own.draw) == (9, 4) and own.coefficients == {"energy": 1.0}

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from billhook import choose
 from billhook.errors import BillhookError
 from billhook.evidence import evidence, gate_fishers
-from billhook.families import axes
+from billhook.families import axes, layers
 from billhook.plan import Plan
 from billhook.pool import Pool
 from billhook.progress import Tick
@@ -93,7 +93,9 @@ class Search:
         self.evidence = evidence(model, pool.tokens, pool.clusters, base.kinds, folder=bench.folder, tick=tick)
         self.fishers = gate_fishers(model, texts.proxy, base.kinds, folder=bench.folder, tick=tick)
         slots = max(len(each.magnitude) for each in self.evidence.units.values())
-        self.space: Space = space(chosen.space, chosen.layout, self.evidence.count, len(pool.tokens), slots)
+        self.space: Space = space(
+            chosen.space, chosen.layout, self.evidence.count, len(pool.tokens), slots, len(layers(model))
+        )
         self.standard = Solution((1,) * self.evidence.count)
         self.used = 0  # rung windows so far
         self.masks: dict[str, Mask] = {}

@@ -24,7 +24,10 @@ SPACES = {
 }
 DRAWS = 8
 FEWEST = 8  # windows of a draw
-SPARED = (4, 2)  # layers at the start and at the end, at most: LLM-Pruner spares four and two or so
+SPARED = (
+    4,
+    2,
+)  # layers at the start and at the end, at most, as LLM-Pruner spares them; and no more than an eighth of all
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Space:
     clusters: int
     windows: int
     reductions: tuple[str, ...]
+    spared: tuple[int, int]  # layers at either end that may stay whole
 
     @property
     def known(self) -> dict[str, Solution]:
@@ -89,7 +93,7 @@ class Space:
             if len(self.reductions) > 1:
                 found["reduction"] = Dimension(choices=self.reductions)
         if "budgets" in self.groups:
-            found |= {"first": Dimension(0, SPARED[0], 1), "last": Dimension(0, SPARED[1], 1)}
+            found |= {"first": Dimension(0, self.spared[0], 1), "last": Dimension(0, self.spared[1], 1)}
             found |= {"slope": Dimension(-0.8, 0.8, 0.1), "bend": Dimension(-0.8, 0.8, 0.1)}
         return found
 
@@ -139,7 +143,7 @@ def lowest(levels: Sequence[int]) -> tuple[int, ...]:
     return tuple(levels) if 1 in levels else tuple(level // 2 for level in levels)
 
 
-def space(text: str, layout: str, clusters: int, windows: int, slots: int) -> Space:
+def space(text: str, layout: str, clusters: int, windows: int, slots: int, layers: int) -> Space:
     """`full`, `paper`, or names of groups with commas.
 
     Args:
@@ -154,7 +158,8 @@ def space(text: str, layout: str, clusters: int, windows: int, slots: int) -> Sp
     groups = tuple(GROUPS) if text == "full" else ("samples", "metric") if text == "paper" else tuple(names)
     if layout == "uniform":
         groups = tuple(name for name in groups if name != "budgets")
-    found = Space(groups, text == "paper", clusters, windows, tuple(REDUCTIONS) if slots > 1 else ("sum",))
+    spared = min(SPARED[0], layers // 8), min(SPARED[1], layers // 8)
+    found = Space(groups, text == "paper", clusters, windows, tuple(REDUCTIONS) if slots > 1 else ("sum",), spared)
     if not found.dimensions():
         raise BillhookError(
             f"--space {text} leaves nothing to choose here: budgets need --layout per_layer, samples a pool of several clusters or "
