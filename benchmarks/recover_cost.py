@@ -17,7 +17,7 @@ import torch
 
 from billhook import checkpoint, reading, teacher
 from billhook.losses import divergence
-from billhook.recovery import autocast_dtype
+from billhook.precision import autocast_dtype, computing
 from billhook.training import Course, Healer, Judge, _stacked, _Steps
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -53,7 +53,7 @@ def bare() -> float:
             started = time.perf_counter()
         for row in range(args.rows):
             batch = _stacked([items[step * args.rows + row]])
-            with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+            with computing(torch.device("cpu"), autocast):
                 logits = fresh(batch["tokens"], use_cache=False).logits
             loss = divergence(logits[:, :-1], batch["ids"], batch["chances"], batch["tail"])
             (loss / args.rows).backward()

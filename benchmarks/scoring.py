@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from billhook import checkpoint, data, quality
-from billhook.recovery import autocast_dtype
+from billhook.precision import autocast_dtype, computing
 
 Losses = Mapping[str, Sequence[float]]  # mean nats a token of every window, by text
 
@@ -30,7 +30,7 @@ class Scoring:
 
     def __call__(self, model: Any, tokenizer: Any) -> dict[str, list[float]]:
         found = {}
-        with torch.autocast("cpu", self.autocast or torch.bfloat16, enabled=self.autocast is not None):
+        with computing(torch.device("cpu"), self.autocast):
             for text in self.texts:
                 windows = data.windows(text, tokenizer, 512)
                 windows = replace(windows, tokens=windows.tokens[: self.windows])

@@ -20,7 +20,19 @@ STANDALONE = {  # run where billhook is not: with checkpoints, or by a client's 
 }
 FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do not import each other
     ("pages", "pages.scales", "pages.words", "pages.markup"),
-    ("errors", "tensors", "progress", "cuts", "plan", "memory", "writing", *STANDALONE, "gguf_archs", "pages.tables"),
+    (
+        "errors",
+        "tensors",
+        "precision",
+        "progress",
+        "cuts",
+        "plan",
+        "memory",
+        "writing",
+        *STANDALONE,
+        "gguf_archs",
+        "pages.tables",
+    ),
     ("linalg", "losses", "atomic", "llamacpp", "gguf_vocab", "knee", "depth", "pages.charts", "pages.recovery_tables"),
     ("store", "claim", "pages.cut_tables", "pages.healing", "pages.style", "pace", "demo"),
     ("scores", "taylor", "solution", "allocate", "choose", "restore", "axes"),

@@ -29,7 +29,8 @@ from billhook import (
 )
 from billhook.errors import BillhookError
 from billhook.families import layers
-from billhook.recovery import autocast_dtype, recovery
+from billhook.precision import autocast_dtype
+from billhook.recovery import recovery
 from billhook.trainables import Cut
 from billhook.training import Judge
 

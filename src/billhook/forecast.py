@@ -9,8 +9,8 @@ import torch
 from billhook import checkpoint, depth, pace, trainables
 from billhook.errors import BillhookError
 from billhook.families import axes, layers
+from billhook.precision import autocast_dtype
 from billhook.progress import Tick, quiet
-from billhook.recovery import autocast_dtype
 from billhook.runs import RATES_OTHERWISE, bought
 from billhook.surgery import drop_layers
 

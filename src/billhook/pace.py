@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from billhook.losses import most_likely, next_token
+from billhook.precision import computing
 
 TOP_K = 256  # what a recovery keeps by default
 WARM_UP = 1  # steps that are not counted: they allocate gradients and optimiser state
@@ -18,7 +19,7 @@ def training_pace(model: Any, seq_len: int, rows: int, autocast: torch.dtype | N
     tokens = _any_tokens(model, rows, seq_len)
     steps, started, ended = -WARM_UP, time.perf_counter(), 0.0
     while steps < 1 or ended - started < seconds:
-        with torch.autocast(model.device.type, autocast or torch.bfloat16, enabled=autocast is not None):
+        with computing(model.device, autocast):
             logits = model(tokens, use_cache=False).logits
         next_token(logits, tokens).backward()
         optimizer.step()
@@ -36,7 +37,7 @@ def answering_pace(model: Any, seq_len: int, rows: int, autocast: torch.dtype | 
     tokens, started = _any_tokens(model, rows, seq_len), 0.0
     for _ in range(2):  # the first warms up
         started = time.perf_counter()
-        with torch.autocast(model.device.type, autocast or torch.bfloat16, enabled=autocast is not None):
+        with computing(model.device, autocast):
             most_likely(model(tokens, use_cache=False).logits, TOP_K)
         _wait(model.device)
     return tokens.numel() / (time.perf_counter() - started)

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from billhook.errors import BillhookError, one_of
+from billhook.precision import PRECISIONS
 from billhook.recipe import COUNT, amount, checked
 from billhook.trainables import TRAINABLE
 
@@ -19,14 +19,8 @@ STATES = {
     "on": "align embeddings and late hidden states with the teacher's, too",
     "off": "predictions alone",
 }
-PRECISIONS = {
-    "auto": "bfloat16 where the device has instructions for it",
-    "float32": "all of it",
-    "bfloat16": "matrix products; weights and optimiser stay float32",
-}
 STEPS = 200  # into which a budget is cut: 10k tokens did better in 20 steps than in 10 (docs/LOG.md)
 MOST = 2**16  # tokens in a step, however large the budget
-FAST_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # torch's names of what CPUs have for it: x86's two, ARM's
 
 
 class Recovery(BaseModel):
@@ -105,13 +99,3 @@ def recovery(**settings: Any) -> Recovery:
         BillhookError: an unknown setting or an impossible value, the first one found.
     """
     return checked(Recovery, settings)
-
-
-def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """What matrix products are computed in; None: in the weights' own float32."""
-    fast = {
-        "cpu": lambda: any(torch.cpu.get_capabilities().get(name) for name in FAST_BFLOAT16),
-        "cuda": torch.cuda.is_bf16_supported,
-    }
-    wanted = precision == "bfloat16" or (precision == "auto" and device.type in fast and fast[device.type]())
-    return torch.bfloat16 if wanted else None

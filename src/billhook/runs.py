@@ -15,10 +15,11 @@ from accelerate.utils import broadcast_object_list
 from billhook import checkpoint, claim, data, pace, report, store, teacher
 from billhook.errors import BillhookError
 from billhook.memory import return_freed
+from billhook.precision import autocast_dtype
 from billhook.progress import Clock, Tick
 from billhook.quality import of_losses
 from billhook.reading import HELD_OUT, Texts, order_of, read
-from billhook.recovery import HALVED, Recovery, autocast_dtype
+from billhook.recovery import HALVED, Recovery
 from billhook.teacher import Lessons
 from billhook.trainables import TRAINABLE, Cut
 from billhook.training import Course, Healer, Judge

@@ -32,13 +32,12 @@ from billhook.plan import Plan
 from billhook.pool import Pool
 from billhook.progress import Clock, Tick, quiet
 from billhook.recipe import Recipe
-from billhook.recovery import autocast_dtype
 from billhook.rounds import PROMOTED, RUNGS, Search, Trial, Validation, gained, validation
 from billhook.samplers import Study
 from billhook.solution import Evidence, Place, scores, shares
 from billhook.space import Candidate
 from billhook.tensors import Scores, Tokens
-from billhook.trials import Bench, Means, tried, workers
+from billhook.trials import Means, bench_of, tried, workers
 
 FINALISTS = 3
 HERE = Means()
@@ -122,18 +121,12 @@ def search(  # noqa: PLR0913
             is another search's.
     """
     clock, started = clock or Clock(), time.perf_counter()
-    autocast = autocast_dtype("auto", model.device)
-    key = {"weights": store.weights_sha256(model), "computed in": str(autocast or model.dtype)}
-    texts = material.validation
+    texts, here = material.validation, bench_of(model, chosen.objective, means.study or folder)
     if means.study:
         settled = chosen.model_dump(mode="json", exclude={"trials", "minutes"})
-        claim(
-            means.study,
-            {**key, "settings": settled, "pool": store.digest({"tokens": material.pool.tokens.tolist()})},
-            means.fresh,
-        )
-        folder = means.study
-    with workers(Bench(model, chosen.objective, autocast, folder, key), means) as bench:
+        seen = store.digest({"tokens": material.pool.tokens.tolist()})
+        claim(means.study, {**here.key, "settings": settled, "pool": seen}, means.fresh)
+    with workers(here, means) as bench:
         with clock("evidence"):
             at = Search(model, chosen, base, material.pool, texts, bench, tick)
         with clock("known metrics"):

@@ -15,10 +15,11 @@ from typing import Any
 
 from billhook import store, teacher
 from billhook.memory import return_freed
+from billhook.precision import autocast_dtype
 from billhook.progress import Tick, quiet
 from billhook.quality import of_losses
 from billhook.reading import Texts, judged_by, order_of
-from billhook.recovery import autocast_dtype, rows_for
+from billhook.recovery import rows_for
 from billhook.training import Course, Healer, Judge
 
 RATE = 3e-4  # for all alike; it left 1.66 times the perplexity where 5e-4 left 1.73 (docs/LOG.md)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from billhook import atomic, store
 from billhook.errors import BillhookError, first_line
 from billhook.losses import most_likely
+from billhook.precision import computing
 from billhook.progress import Tick, quiet
 from billhook.tensors import Tokens
 
@@ -101,7 +102,7 @@ def _answers(
     found: dict[str, list[Tensor]] = {}
     small = torch.uint16 if teacher.config.vocab_size <= 2**16 else torch.int32
     for batch in shard.split(max(1, BATCH_TOKENS // shard.shape[1])):
-        with torch.autocast(teacher.device.type, autocast or torch.bfloat16, enabled=autocast is not None):
+        with computing(teacher.device, autocast):
             out = teacher(batch.to(teacher.device), use_cache=False, output_hidden_states=states)
         ids, chances, tail = most_likely(out.logits[:, :-1], k)
         # half precision spaces log-probabilities by 0.8 % at e^-8 to e^-16; the tail keeps what they sum to exact

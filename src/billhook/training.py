@@ -21,6 +21,7 @@ from billhook import atomic
 from billhook.data import Windows
 from billhook.errors import BillhookError
 from billhook.losses import divergence, misalignment, next_token
+from billhook.precision import computing
 from billhook.progress import Tick, quiet
 from billhook.quality import paired, perplexity
 from billhook.saving import quiet_transformers
@@ -74,7 +75,7 @@ class Judge:
         """Mean losses of every text's windows."""
         started = time.perf_counter()
         model.eval()
-        with torch.autocast(model.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
+        with computing(model.device, self.autocast):
             found = {text.source: list(perplexity(model, text).window_losses) for text in self.texts}
         self.seconds += time.perf_counter() - started
         return found

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from billhook import checkpoint, store
 from billhook.families import axes
 from billhook.losses import divergence, most_likely, next_token
+from billhook.precision import autocast_dtype, computing
 from billhook.progress import Tick, quiet
 from billhook.solution import Place, digest
 from billhook.surgery import without
@@ -75,11 +76,18 @@ class Bench:
     @torch.inference_mode()
     def _taught(self, windows: Tokens) -> list[tuple[Tensor, ...]]:
         """The unpruned model's predictions, batch by batch."""
-        with _computing(self.model, self.autocast):
+        with computing(self.model.device, self.autocast):
             return [
                 most_likely(self.model(b.to(self.model.device), use_cache=False).logits[:, :-1], TOP_K)
                 for b in _batches(windows)
             ]
+
+
+def bench_of(model: PreTrainedModel, objective: str, folder: Path | None) -> Bench:
+    """A bench without workers, which computes as fast as the device can."""
+    autocast = autocast_dtype("auto", model.device)
+    key = {"weights": store.weights_sha256(model), "computed in": str(autocast or model.dtype)}
+    return Bench(model, objective, autocast, folder, key)
 
 
 @torch.inference_mode()
@@ -94,7 +102,7 @@ def tried(
     kinds = tuple(dict.fromkeys(kind for _, kind in mask))
     dropped = [(axis, mask[axis.layer, axis.kind]) for axis in axes(model, kinds) if (axis.layer, axis.kind) in mask]
     found: list[float] = []
-    with without(model, dropped), _computing(model, autocast):
+    with without(model, dropped), computing(model.device, autocast):
         for n, batch in enumerate(_batches(windows)):
             batch = batch.to(model.device)
             logits = model(batch, use_cache=False).logits
@@ -110,10 +118,6 @@ def tried(
 
 def _batches(windows: Tokens) -> Sequence[Tensor]:
     return windows.split(max(1, BATCH_TOKENS // windows.shape[1]))
-
-
-def _computing(model: PreTrainedModel, autocast: torch.dtype | None) -> torch.autocast:
-    return torch.autocast(model.device.type, autocast or torch.bfloat16, enabled=autocast is not None)
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ from accelerate import PartialState
 from billhook import atomic, report
 from billhook.cli.shared import Device, Json, Model, Overwrite, SeqLen, app, choice, err, out, progress, unfinished
 from billhook.forecast import SECONDS, forecast
+from billhook.precision import PRECISIONS
 from billhook.pruning import check_out
 from billhook.recovering import recover
-from billhook.recovery import OBJECTIVES, PRECISIONS, STATES, STEPS, Recovery, recovery
+from billhook.recovery import OBJECTIVES, STATES, STEPS, Recovery, recovery
 from billhook.trainables import WORDS
 
 DEFAULT = Recovery(teacher="demo", tokens=1)
