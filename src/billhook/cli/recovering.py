@@ -67,7 +67,7 @@ def recover_command(
         int, typer.Option(help="windows in one forward; the rest accumulates")
     ] = DEFAULT.micro_batch,
     seq_len: SeqLen = DEFAULT.seq_len,
-    warmup: Annotated[float, typer.Option(help="share of the steps; a cosine to a tenth follows")] = DEFAULT.warmup,
+    warmup: Annotated[float, typer.Option(help="share of the steps; a cosine to zero follows")] = DEFAULT.warmup,
     top_k: Annotated[
         int, typer.Option(help="tokens of which the teacher's probability is kept; the others count as one")
     ] = DEFAULT.top_k,
