@@ -68,7 +68,7 @@ def test_it_measures_and_prints(
 
 
 def test_what_does_not_fit_is_not_all_trained(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forecast, "_free_bytes", lambda _: 1000)
+    monkeypatch.setattr(forecast, "free_bytes", lambda _: 1000)
     assert forecast.forecast(str(folder), 0.3, 5, **ASKED)["trainable"] == "lora"
 
 

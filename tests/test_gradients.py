@@ -341,3 +341,45 @@ def test_standardised_scores_have_mean_zero_and_deviation_one() -> None:
         assert float(found[n].mean()) == pytest.approx(0, abs=1e-12) and float(found[n].std()) == pytest.approx(1)
     assert torch.equal(found[0].argsort(), draw.argsort())
     assert not found[2].any() and not found[3].any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_that_run_again_on_the_way_back_give_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model(family)
+    plain = gradient_sums(model, IDS, ("ffn",))
+    calls = 0
+
+    def counted(*args: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    handle = layers(model)[0].register_forward_pre_hook(counted)
+    monkeypatch.setattr(gradients, "_short_of_memory", lambda *_: True)
+    again = gradient_sums(model, IDS, ("ffn",))
+    handle.remove()
+    assert calls >= len(IDS) and left_behind(model) == [] and "forward" not in layers(model)[0].__dict__
+    for place, sums in plain.items():
+        assert all(
+            torch.equal(vars(a)["signed"], vars(b)["signed"])
+            for a, b in zip(sums.slots, again[place].slots, strict=True)
+        )
+
+
+def test_gradients_that_do_not_fit_are_refused_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model("llama")
+    assert not gradients._short_of_memory(model, 12, 0)
+    most = next(free for free in range(0, 10**8, 10**4) if _fits(model, free, monkeypatch))
+    monkeypatch.setattr(gradients, "free_bytes", lambda device: most)
+    assert gradients._short_of_memory(model, 12, 0)  # just enough for one layer at a time
+    monkeypatch.setattr(gradients, "free_bytes", lambda device: 1000)
+    with pytest.raises(BillhookError, match=r"gradients need about 0.0 GiB beside the model, and 0.0 GiB are free"):
+        gradient_sums(model, IDS, ("ffn",))
+
+
+def _fits(model: PreTrainedModel, free: int, monkeypatch: pytest.MonkeyPatch) -> bool:
+    monkeypatch.setattr(gradients, "free_bytes", lambda device: free)
+    try:
+        gradients._short_of_memory(model, 12, 0)
+    except BillhookError:
+        return False
+    return True

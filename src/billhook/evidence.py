@@ -105,13 +105,13 @@ def _gathered(
     found = axes(model, kinds)
     uses: dict[nn.Parameter, list[tuple[Slot, Tensor]]] = {}  # by identity: a tied parameter has one gradient
     sums = [torch.zeros(3, len(axis.slots), len(tokens), axis.units) for axis in found]
-    energies = [torch.zeros(len(tokens), axis.units) for axis in found]
     for axis, into in zip(found, sums, strict=True):
         for s, slot in enumerate(axis.slots):
             uses.setdefault(model.get_parameter(slot.param), []).append((slot, into[:, s]))
     slots, done = [slot for axis in found for slot in axis.slots], 0
     with tempfile.TemporaryDirectory() as scratch:
         gradients = _Gradients(Path(scratch), list(uses))
+        energies = _Energies(model, found, len(tokens))
         for cluster in range(int(clusters.max()) + 1):
             own = (clusters == cluster).nonzero().flatten()
 
@@ -125,13 +125,13 @@ def _gathered(
             def heard(stage: str, n: int, total: int, before: int = done) -> None:
                 tick(stage, before + n, len(tokens))
 
-            with _energies(model, found, energies, own):
-                each_window(model, tokens[own], slots, take, heard)
+            with energies.watched(own) as begin:
+                each_window(model, tokens[own], slots, take, held=gradients.bytes, begin=begin, tick=heard)
             gradients.close(cluster)
             done += len(own)
         weighed = _mixed(model, slots, gradients, clusters, tick)
     units = {}
-    for axis, (signed, absolute, squared), energy in zip(found, sums, energies, strict=True):
+    for axis, (signed, absolute, squared), energy in zip(found, sums, energies.found, strict=True):
         first, mixed = torch.stack([weighed[slot] for slot in axis.slots], 2)
         magnitude = torch.stack([_magnitude(model, slot) for slot in axis.slots])
         units[axis.layer, axis.kind] = UnitEvidence(
@@ -146,6 +146,7 @@ class _Gradients:
     def __init__(self, folder: Path, params: Sequence[nn.Parameter]) -> None:
         self.folder, self.names = folder, {param: str(n) for n, param in enumerate(params)}
         self.open: dict[nn.Parameter, Tensor] = {}
+        self.bytes = sum(2 * 4 * param.numel() for param in params)
 
     def add(self, param: nn.Parameter, grad: Tensor) -> None:
         if param not in self.open:
@@ -195,24 +196,34 @@ def _mixed(
     return found
 
 
-@contextmanager
-def _energies(model: PreTrainedModel, found: Sequence[Axis], into: Sequence[Tensor], own: Tensor) -> Iterator[None]:
-    """While open, forward passes over the windows `own`, one by one, leave the energy of what enters each reader."""
-    with ExitStack() as undo:
-        for axis, energy in zip(found, into, strict=True):
-            module = model.get_submodule(axis.reader_module)
-            undo.callback(module.register_forward_pre_hook(_watcher(model, axis, energy, own)).remove)
-        yield
+class _Energies:
+    """The energy of what enters each reader, by window and unit."""
 
+    def __init__(self, model: PreTrainedModel, axes: Sequence[Axis], windows: int) -> None:
+        self.model, self.axes, self.window = model, axes, 0
+        self.found = [torch.zeros(windows, axis.units) for axis in axes]
 
-def _watcher(model: PreTrainedModel, axis: Axis, energy: Tensor, own: Tensor) -> Callable[..., None]:
-    norms, windows = reader_weight(model, axis).detach().float().square().sum(0), iter(own.tolist())
+    @contextmanager
+    def watched(self, own: Tensor) -> Iterator[Callable[[int], None]]:
+        """While open, forward passes are seen; yields what must be told which of the windows `own` comes next."""
 
-    @torch.no_grad()
-    def watch(module: nn.Module, given: tuple[Tensor, ...]) -> None:
-        energy[next(windows)] = axis.pool(given[0].float().flatten(0, -2).square().sum(0) * norms).cpu()
+        def begin(n: int) -> None:
+            self.window = int(own[n])
 
-    return watch
+        with ExitStack() as undo:
+            for axis, into in zip(self.axes, self.found, strict=True):
+                module = self.model.get_submodule(axis.reader_module)
+                undo.callback(module.register_forward_pre_hook(self._watcher(axis, into)).remove)
+            yield begin
+
+    def _watcher(self, axis: Axis, into: Tensor) -> Callable[..., None]:
+        norms = reader_weight(self.model, axis).detach().float().square().sum(0)
+
+        @torch.no_grad()
+        def watch(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+            into[self.window] = axis.pool(given[0].float().flatten(0, -2).square().sum(0) * norms).cpu()
+
+        return watch
 
 
 def _magnitude(model: PreTrainedModel, slot: Slot) -> Scores:

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 
 from billhook import checkpoint, depth, pace, trainables
 from billhook.errors import BillhookError
 from billhook.families import axes, layers
+from billhook.memory import free_bytes
 from billhook.precision import autocast_dtype
 from billhook.progress import Tick, quiet
 from billhook.runs import RATES_OTHERWISE, bought
@@ -89,7 +89,7 @@ def forecast(
     if count > 0:
         drop_layers(model, depth.middle(total, count))
     size = sum(param.numel() for param in model.parameters())
-    free = ROOM * _free_bytes(model.device)
+    free = ROOM * free_bytes(model.device)
     trainable = "all" if size * (STATE_BYTES - FROZEN_BYTES) < free else "lora"
     trained_model = trainables.TRAINABLE[trainable](model, None, 32)
     tick("measuring", 1, 2)
@@ -124,9 +124,3 @@ def forecast(
         "why": advice.why,
         "commands": commands,
     }
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available

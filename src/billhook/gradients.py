@@ -8,16 +8,19 @@ gradients are held at once.  What takes memory is one window's activations.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from billhook.axes import Axis, Slot
 from billhook.errors import BillhookError, one_of
-from billhook.families import KINDS, axes
+from billhook.families import KINDS, axes, layers
+from billhook.memory import free_bytes
 from billhook.progress import Tick, quiet
 from billhook.taylor import GradientSums, UnitSums
 from billhook.tensors import Tokens
@@ -25,6 +28,8 @@ from billhook.tensors import Tokens
 WINDOW = 128  # tokens of each window that scores ask gradients of: more short windows tell more than few long ones
 CHUNK = {"cpu": 1 << 15}  # entries reduced at a time: in the cache ten times as fast as whole weights
 CHUNK_ELSEWHERE = 1 << 24
+KEPT = 2  # float32 copies, about, of what enters and leaves each projection that a backward pass needs
+LOGITS = 3  # of them, their softmax, their gradient
 
 # (window, parameter, its gradient, sums of S, |S| and S^2 for each entry of a dimension: (3, entries) by dimension)
 Take = Callable[[int, nn.Parameter, Tensor, Mapping[int, Tensor]], None]
@@ -70,18 +75,34 @@ def gradient_sums(
         for slot, found in uses[param]:
             _add(found, pooled(entries[slot.dim], slot))
 
-    each_window(model, tokens, [slot for found in uses.values() for slot, _ in found], take, tick)
+    slots, held = [slot for found in uses.values() for slot, _ in found], sum(4 * t.numel() for t in totals.values())
+    each_window(model, tokens, slots, take, held=held, tick=tick)
     for param, total in totals.items():
         for slot, found in uses[param]:
             found.mean_absolute = pooled(_entries(param, total, slot.dim), slot)[1]
     return sums
 
 
-def each_window(model: PreTrainedModel, tokens: Tokens, slots: Iterable[Slot], take: Take, tick: Tick = quiet) -> None:
+def each_window(
+    model: PreTrainedModel,
+    tokens: Tokens,
+    slots: Iterable[Slot],
+    take: Take,
+    *,
+    held: int = 0,
+    begin: Callable[[int], object] = int,
+    tick: Tick = quiet,
+) -> None:
     """One backward pass for each window: `take` sees the gradient of every parameter of `slots`, once, and then it is gone.
 
+    Where activations do not fit beside what is held they are computed again, layer by layer, on the way back.
+
+    Args:
+        held: bytes that the caller will keep of what it takes.
+        begin: called with the number of each window before its pass.
+
     Raises:
-        BillhookError: as `gradient_sums`.
+        BillhookError: as `gradient_sums`; it needs more memory than there is.
     """
     if not tokens.shape[0] or tokens.shape[1] < 2:
         raise BillhookError(
@@ -90,11 +111,41 @@ def each_window(model: PreTrainedModel, tokens: Tokens, slots: Iterable[Slot], t
     dims: dict[nn.Parameter, set[int]] = {}
     for slot in slots:
         dims.setdefault(model.get_parameter(slot.param), set()).add(slot.dim)
-    with _reducing(model, dims, lambda *seen: take(at, *seen)):
+    again = _short_of_memory(model, tokens.shape[1], held + 4 * max(param.numel() for param in dims))
+    with _by_layer(model) if again else nullcontext(), _reducing(model, dims, lambda *seen: take(at, *seen)):
         for at, window in enumerate(tokens):  # the hooks read `at`
             tick("gradients", at, len(tokens))
+            begin(at)
             _loss(model, window, at).backward()
     tick("gradients", len(tokens), len(tokens))
+
+
+def _short_of_memory(model: PreTrainedModel, length: int, held: int) -> bool:
+    """Whether activations of a window must be computed twice.
+
+    Raises:
+        BillhookError: even then they do not fit; says what is needed.
+    """
+    inner = [[m for m in layer.modules() if isinstance(m, nn.Linear)] for layer in layers(model)]
+    kept = [KEPT * 4 * length * sum(m.in_features + m.out_features for m in each) for each in inner]
+    ends = 4 * length * (LOGITS * model.config.vocab_size + len(kept) * model.config.hidden_size)
+    free, least = free_bytes(model.device), held + ends + max(kept, default=0)
+    if least > free:
+        raise BillhookError(
+            f"gradients need about {least / 2**30:,.1f} GiB beside the model, and {free / 2**30:,.1f} GiB are free: use shorter windows, fewer "
+            "--axes, or a score without gradients"
+        )
+    return held + ends + sum(kept) > free
+
+
+@contextmanager
+def _by_layer(model: PreTrainedModel) -> Iterator[None]:
+    """While open, every decoder layer keeps its input alone for the backward pass, and runs again there."""
+    with ExitStack() as undo:
+        for layer in layers(model):
+            undo.callback(layer.__dict__.pop, "forward")
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        yield
 
 
 def _zeros(model: PreTrainedModel, axis: Axis, slot: Slot) -> UnitSums:

@@ -17,6 +17,13 @@ def return_freed() -> None:
         libc.malloc_trim(0)
 
 
+def free_bytes(device: torch.device) -> int:
+    """Memory that a new tensor could have."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
 @contextmanager
 def peak_growth(device: torch.device) -> Iterator[Callable[[], int]]:
     """Yield a function that tells, afterwards, by how many bytes memory rose at most while the context was open.
