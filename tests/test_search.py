@@ -12,6 +12,7 @@ import torch
 
 import billhook
 from billhook import data, rounds, searching, trials
+from billhook import report as billhook_report
 from billhook.errors import BillhookError
 from billhook.families import axes
 from billhook.plan import even
@@ -144,18 +145,18 @@ def test_what_does_not_beat_the_standard_on_unseen_windows_is_not_taken(
     real = searching.Finals._cut
 
     def cut(self: searching.Finals, candidates: Any, rung: Any) -> Any:
-        (own, final), *others = real(self, candidates, rung)
-        off = torch.linspace(-0.01, 0.01, len(final)).tolist()
-        gain = 0.05 if better else 0.0
-        return [(own, final)] + [
-            ([x - 0.1 for x in r], [x - gain + o for x, o in zip(final, off, strict=True)]) for r, _ in others
-        ]
+        standards, others = (lambda both: (both[: searching.STANDARDS], both[searching.STANDARDS :]))(
+            real(self, candidates, rung)
+        )
+        gain, off = 0.05 if better else 0.0, torch.linspace(-0.01, 0.01, len(standards[0][1])).tolist()
+        final = [x - gain + o for x, o in zip(standards[0][1], off, strict=True)]
+        return [standards[0]] * len(standards) + [([x - 0.1 for x in rung], final) for rung, _ in others]
 
     monkeypatch.setattr(searching.Finals, "_cut", cut)
     end = found(text, restoration=False)
     assert end["accepted"] is better and end["chosen"] is not None
-    standard = next(one["metric"] for one in end["known"] if one["standard"])
-    assert (end["winner"]["solution"]["coefficients"] == {standard: 1.0} and not better) or better
+    if not better:
+        assert end["winner"]["solution"]["coefficients"] == {end["standard"]: 1.0}
 
 
 def test_what_the_winner_drops_is_gone_and_nothing_else_has_changed(text: str) -> None:
@@ -315,6 +316,28 @@ def test_a_search_reads_several_texts(text: str, tmp_path: Path) -> None:
 def test_trials_end_when_time_does(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(searching, "_deadline", lambda *_: lambda: True)
     assert len(found(text)["trials"]) == rounds.BATCH
+
+
+def test_fasps_own_score_is_among_the_standards_of_a_repair(whole: dict[str, Any]) -> None:
+    names = [one["name"] for one in whole["finalists"]]
+    assert names[3] == "obs (FASP)" and all(isinstance(name, int) for name in names[4:])
+
+
+def test_where_fasps_own_score_is_best_it_is_what_prunes(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = searching.Finals._restored
+
+    def restored(self: searching.Finals, candidates: Any, rung: Any) -> Any:
+        return [
+            (rungs, finals) if one else ([0.0], [0.0] * len(finals))
+            for one, (rungs, finals) in zip(candidates, real(self, candidates, rung), strict=True)
+        ]
+
+    monkeypatch.setattr(searching.Finals, "_restored", restored)
+    given = {**SMALL, "calibration": text, "seed": 5}
+    result = billhook.prune(tiny.model("llama"), tokenizer=tiny.tokenizer(), **given)
+    assert result.report["search"]["winner"] is None and result.report["search"]["standard"] == "obs (FASP)"
+    assert "beats" not in billhook_report.search_line(result.report["search"])
+    assert sum(result.report["search"]["pool"]["shares"]) == 0
 
 
 def test_no_restoration_in_the_papers_own_space() -> None:

@@ -130,17 +130,15 @@ def to_json(report: dict[str, Any]) -> str:
 
 def search_line(found: dict[str, Any]) -> str:
     """What a search has found, in a sentence or two."""
-    standard = next(one["metric"] for one in found["known"] if one["standard"])
     states = Counter(trial["state"] for trial in found["trials"])
     tried = f"{len(found['trials'])} trials by {found['sampler']} ({', '.join(f'{n} {state}' for state, n in states.items())})"
+    standard = f"{found['standard']} on the whole pool"
     if found["chosen"] is None:
-        return f"{tried}: none is better than {standard} on the whole pool, which is taken."
+        return f"{tried}: none differs from what was known, and the best of that, {standard}, is taken."
     gain = f"{found['gain']:.4f} ± {found['standard_error'] or 0:.4f} nats a token on windows that no trial saw"
     if found["accepted"]:
-        return (
-            f"{tried}: number {found['chosen']} beats the best fixed metric, {standard} on the whole pool, by {gain}."
-        )
-    return f"{tried}: the best, number {found['chosen']}, gains {gain}, no more than its standard error: {standard} on the whole pool is taken."
+        return f"{tried}: number {found['chosen']} beats the best fixed metric, {standard}, by {gain}."
+    return f"{tried}: the best, number {found['chosen']}, gains {gain}, no more than its standard error: {standard} is taken."
 
 
 def summary_table(report: dict[str, Any], title: str) -> Table:

@@ -6,12 +6,14 @@
                 validation windows, drops the worse half; the others are tried, mask in place, on a few windows that the next round
                 does not see again, and the sampler is told by how much each is worse than the standard on these very windows.
 4. Ladder       the best go on to more windows, those on the front of gain and steadiness to restoration, and one is left.
-5. Acceptance   it is taken if windows that nothing has seen say, paired, that it beats the standard by more than a standard error.
+5. Acceptance   it is taken if windows that nothing has seen say, paired, that it beats the best of the standards, restored like it
+                and FASP's own score among them, by more than a standard error.
 
 Steps 3 to 5 are billhook's: of the paper the outline is public (a joint space of data and metrics, candidates scored by the pruned
 model, TPE).  A search that trusts a few hundred tokens lowers its own loss and raises everyone else's (docs/LOG.md).
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -40,6 +42,7 @@ from billhook.tensors import Scores, Tokens
 from billhook.trials import Means, bench_of, tried, workers
 
 FINALISTS = 3
+STANDARDS = 3  # known metrics that finalists are measured against
 HERE = Means()
 KEPT = 0.2  # of a calibration text, at its end, for validation where there is no other
 
@@ -144,9 +147,9 @@ def search(  # noqa: PLR0913
             promoted = at.promote(trials)
         finals = Finals(at, calibration, settings)
         with clock("finals"):
-            decided = finals.decide(promoted[:FINALISTS])
-        parts = finals.parts(decided["candidate"])
-    winner: Candidate = decided.pop("candidate")
+            decided = finals.decide(known, promoted[:FINALISTS])
+            winner: Candidate | None = decided.pop("candidate")
+            parts = finals.parts(winner) if winner else []
     record = {
         "space": chosen.space,
         "dimensions": list(at.space.dimensions()),
@@ -157,20 +160,20 @@ def search(  # noqa: PLR0913
         "known": known,
         "promoted": [trial.number for trial in promoted],
         "importance": study.importance(),
-        "winner": _said_candidate(winner),
+        "winner": winner and _said_candidate(winner),
         "parts": parts,
         **decided,
         "pool": _said_pool(material, at.evidence, winner),
         "judges": list(material.judges),
         "validation": {part: list(getattr(texts, part).shape) for part in ("proxy", "rungs", "final")},
     }
-    return Found(scores(at.evidence, winner.solution), at.plan(winner), record)
+    return Found(scores(at.evidence, winner.solution) if winner else {}, at.plan(winner) if winner else base, record)
 
 
 def _end_tokens(texts: Validation, settings: Settings, calibration: int) -> int:
     """Tokens of the forward passes that follow the trials."""
     promoted = (PROMOTED + 1) * RUNGS[1] * texts.rungs.shape[1]
-    finals = (FINALISTS + 3) * texts.final.numel()
+    finals = (FINALISTS + STANDARDS + 4) * texts.final.numel()
     return promoted + finals + (3 * calibration if settings.restoration else 0)
 
 
@@ -192,28 +195,40 @@ class Finals:
     def __init__(self, at: Search, calibration: Tokens, settings: Settings) -> None:
         self.at, self.calibration, self.settings = at, calibration, settings
 
-    def decide(self, finalists: Sequence[Trial]) -> dict[str, Any]:
-        """The winner: the best finalist if it beats the standard on windows that nothing has seen, else the standard."""
-        candidates = [Candidate(self.at.standard), *(trial.candidate for trial in finalists)]
+    def decide(self, known: Sequence[Mapping[str, Any]], finalists: Sequence[Trial]) -> dict[str, Any]:
+        """The winner: the best finalist if it beats the best standard on windows that nothing has seen, else that standard.
+
+        Standards are the best of the known metrics and, where kept weights are repaired, FASP's own score: what is best before a
+        repair need not be best after it.
+        """
+        metrics = [one["metric"] for one in sorted(known, key=lambda one: _or_worst(one["loss"]))[:STANDARDS]]
+        standards: dict[str, Candidate | None] = {name: Candidate(self.at.space.known[name]) for name in metrics}
+        if self.settings.restoration:
+            standards[f"{self.settings.score} (FASP)"] = None
+        every = [*standards.values(), *(trial.candidate for trial in finalists)]
         rung = self.at.windows(RUNGS[1])
-        losses = self._restored(candidates, rung) if self.settings.restoration else self._cut(candidates, rung)
-        best = min(range(1, len(candidates)), key=lambda n: statistics.fmean(losses[n][0]), default=0)
-        gain = gained(losses[0][1], losses[best][1])
-        accepted = bool(best) and (gain["gain"] or 0.0) > (gain["standard_error"] or 0.0)
+        losses = self._restored(every, rung) if self.settings.restoration else self._cut(every, rung)
+        order = sorted(range(len(every)), key=lambda n: _or_worst(statistics.fmean(losses[n][0])))
+        standard = next(n for n in order if n < len(standards))
+        best = next((n for n in order if n >= len(standards)), None)
+        gain = gained(losses[standard][1], losses[standard if best is None else best][1])
+        accepted = best is not None and (gain["gain"] or 0.0) > (gain["standard_error"] or 0.0)
+        names = [*standards, *(trial.number for trial in finalists)]
         rows = [
             {
-                "number": None if not n else finalists[n - 1].number,
-                "rung": statistics.fmean(r),
-                "final": statistics.fmean(f),
-                **gained(losses[0][1], f),
+                "name": name,
+                "rung": statistics.fmean(on_rung),
+                "final": statistics.fmean(on_final),
+                **gained(losses[standard][1], on_final),
             }
-            for n, (r, f) in enumerate(losses)
+            for name, (on_rung, on_final) in zip(names, losses, strict=True)
         ]
         return {
-            "candidate": candidates[best] if accepted else candidates[0],
+            "candidate": every[best] if accepted and best is not None else every[standard],
             "accepted": accepted,
+            "standard": names[standard],
+            "chosen": None if best is None else names[best],
             "finalists": rows,
-            "chosen": rows[best]["number"],
             **gain,
             "restoration": self.settings.restoration,
         }
@@ -239,25 +254,25 @@ class Finals:
             if winner.shape is not None or name != "and its budgets"
         ]
 
-    def _cut(self, candidates: Sequence[Candidate], rung: Tokens) -> list[tuple[list[float], list[float]]]:
-        masks, bench = [self.at.masks[self.at.mask(one)] for one in candidates], self.at.bench
+    def _cut(self, candidates: Sequence[Candidate | None], rung: Tokens) -> list[tuple[list[float], list[float]]]:
+        masks, bench = [self.at.masks[self.at.mask(one)] for one in candidates if one], self.at.bench
         both = [bench.losses(masks, windows, self.at.tick, "finals") for windows in (rung, self.at.texts.final)]
         return list(zip(*both, strict=True))
 
-    def _restored(self, candidates: Sequence[Candidate], rung: Tokens) -> list[tuple[list[float], list[float]]]:
+    def _restored(self, candidates: Sequence[Candidate | None], rung: Tokens) -> list[tuple[list[float], list[float]]]:
         """Restored in the dense stream: one pass over the calibration windows for all of them."""
         at, bench = self.at, self.at.bench
         key = {
             **bench.key,
-            "masks": [at.mask(one) for one in candidates],
+            "masks": [one and at.mask(one) for one in candidates],
             "calibration": store.digest({"tokens": self.calibration.tolist()}),
             "settings": asdict(self.settings),
             "windows": store.digest({"rung": rung.tolist(), "final": at.texts.final.tolist()}),
         }
 
         def measured() -> list[list[list[float]]]:
-            each = [scores(at.evidence, one.solution) for one in candidates]
-            plans = [at.plan(one) for one in candidates]
+            each = [scores(at.evidence, one.solution) if one else {} for one in candidates]
+            plans = [at.plan(one) if one else at.base for one in candidates]
             made = fasp_each(at.model, self.calibration, plans, self.settings, scores=each, tick=at.tick)
             return [
                 [tried(smaller, {}, windows, None, bench.autocast) for windows in (rung, at.texts.final)]
@@ -265,6 +280,10 @@ class Finals:
             ]
 
         return [(rungs, finals) for rungs, finals in store.kept(bench.folder, "finals", key, measured)]
+
+
+def _or_worst(loss: float) -> float:
+    return loss if math.isfinite(loss) else math.inf
 
 
 def _said(trial: Trial) -> dict[str, Any]:
@@ -283,9 +302,10 @@ def _said_candidate(candidate: Candidate) -> dict[str, Any]:
     return {"solution": candidate.solution.describe(), "shape": candidate.shape and asdict(candidate.shape)}
 
 
-def _said_pool(material: Material, evidence: Evidence, winner: Candidate) -> dict[str, Any]:
+def _said_pool(material: Material, evidence: Evidence, winner: Candidate | None) -> dict[str, Any]:
     """Of every window: its text's number, its cluster, what it weighs in the winner's mixture, and what it says."""
-    pool, weights = material.pool, shares(evidence.clusters, winner.solution)
+    pool = material.pool
+    weights = shares(evidence.clusters, winner.solution) if winner else torch.zeros(len(pool.tokens))
     return {
         "sources": list(pool.sources),
         "seq_len": pool.tokens.shape[1],
