@@ -11,7 +11,7 @@ import tiny
 import torch
 
 import billhook
-from billhook import data, rounds, searching, trials
+from billhook import checkpoint, contest, data, rounds, searching, trials
 from billhook import report as billhook_report
 from billhook.errors import BillhookError
 from billhook.families import axes
@@ -311,6 +311,18 @@ def test_a_search_reads_several_texts(text: str, tmp_path: Path) -> None:
     ]
     assert data.calibration_text(f"{text}+{other}").name == "words+other"
     assert math.isclose(sum(record["pool"]["shares"]), 1, abs_tol=1e-4)
+
+
+def test_it_competes_like_any_method(text: str, tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    tiny.model("llama").save_pretrained(source)
+    tiny.tokenizer().save_pretrained(source)
+    opened = checkpoint.open_model(str(source))
+    by = contest.judged(opened, [data.Text("words", tiny.text(300))], 32, 4, tmp_path / "kept")
+    contenders = [contest.contender(one) for one in ("adapruner:trials=10,pool=24,pool_len=32", "fasp")]
+    common = {"samples": 4, "seq_len": 64, "multiple_of": 4, "calibration": text}
+    _, searched, fasp = contest.compare(opened, contenders, [0.3], by, common)
+    assert searched["error"] is None and searched["parameters"] == fasp["parameters"]
 
 
 def test_trials_end_when_time_does(text: str, monkeypatch: pytest.MonkeyPatch) -> None:

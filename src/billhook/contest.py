@@ -57,7 +57,11 @@ class Judged:
     def key(self, chosen: Recipe | None) -> dict[str, Any]:
         """All that decides a point."""
         seen = [[one.sha256, len(one.tokens)] for one in self.windows]
-        read = [_text_sha256(source) for source in (chosen.calibration, *chosen.vocab_from)] if chosen else []
+        read = (
+            [_text_sha256(source) for source in (chosen.calibration, *chosen.vocab_from, *chosen.validation)]
+            if chosen
+            else []
+        )
         settings = chosen and chosen.model_dump(mode="json")
         return {"code": store.code_sha256(), "weights": self.weights, "texts": seen, "read": read, "recipe": settings}
 
@@ -75,7 +79,9 @@ def contender(text: str) -> Contender:
         key = one_of("setting", key.strip().replace("-", "_"), Recipe.model_fields)
         if not given or key in ("method", "ratio", "params", "memory", "speedup"):
             raise BillhookError(f"contender {text!r}: write method:setting=value,… without a budget; lists with +")
-        settings[key] = tuple(value.split("+")) if key in ("axes", "clients", "vocab_from") else value.strip()
+        settings[key] = (
+            tuple(value.split("+")) if key in ("axes", "clients", "vocab_from", "validation") else value.strip()
+        )
     return Contender(text.strip(), settings)
 
 
