@@ -5,7 +5,6 @@ import math
 import os
 import platform
 import shlex
-from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +22,7 @@ from billhook.families import axes
 from billhook.pages import tables
 from billhook.pages.cut_tables import cut_rows
 from billhook.pages.recovery_tables import recovered_words
+from billhook.pages.search_tables import outcome_words
 from billhook.pages.words import ranges
 from billhook.plan import Plan
 
@@ -130,17 +130,7 @@ def to_json(report: dict[str, Any]) -> str:
 
 def search_line(found: dict[str, Any]) -> str:
     """What a search has found, in a sentence or two."""
-    standard = next(one["metric"] for one in found["known"] if one["standard"])
-    states = Counter(trial["state"] for trial in found["trials"])
-    tried = f"{len(found['trials'])} trials by {found['sampler']} ({', '.join(f'{n} {state}' for state, n in states.items())})"
-    if found["chosen"] is None:
-        return f"{tried}: none is better than {standard} on the whole pool, which is taken."
-    gain = f"{found['gain']:.4f} ± {found['standard_error'] or 0:.4f} nats a token on windows that no trial saw"
-    if found["accepted"]:
-        return (
-            f"{tried}: number {found['chosen']} beats the best fixed metric, {standard} on the whole pool, by {gain}."
-        )
-    return f"{tried}: the best, number {found['chosen']}, gains {gain}, no more than its standard error: {standard} on the whole pool is taken."
+    return outcome_words(found)
 
 
 def summary_table(report: dict[str, Any], title: str) -> Table:
