@@ -242,6 +242,105 @@ def recover() -> dict[str, Any]:
     return {**report, "cut": found, "healing": found["recovery"][-1]}
 
 
+TERMS = {  # what each metric costs on the whole pool, in nats a token more than the best, and what it is
+    "vectorize": (0.0118, "|sum_n pi_n A_n|: LLM-Pruner's vector-wise first order"),
+    "param_first": (0.0169, "sum |w g|, g the mixture's gradient: LLM-Pruner's Element1"),
+    "param_second": (0.0156, "sum_n pi_n D_n: LLM-Pruner's Element2, a diagonal Fisher"),
+    "param_mix": (0.0171, "both orders: LLM-Pruner's param_mix"),
+    "window_first": (0.0252, "sum_n pi_n B_n: first order, window by window"),
+    "gate_fisher": (0.0158, "sum_n pi_n A_n^2 of the reader (arXiv:2204.09656)"),
+    "magnitude": (0.2207, "sum w^2: no data"),
+    "energy": (0.0, "squared output error of zeroing what reads the unit"),
+}
+
+
+def hunt() -> dict[str, Any]:
+    """The record of a search: 64 trials, one of them worth taking; two of its samples are from no friend."""
+    clusters = [(n * 7) % 11 % 4 for n in range(64)]
+    levels = [1, 2, 0, 1]
+    weights = [levels[cluster] * (n % 3 < 2) for n, cluster in enumerate(clusters)]
+    even = {"levels": [1] * 4, "count": 0, "draw": 0, "power": 1.0, "reduction": "sum", "within": True}
+    flat = {"first": 0, "last": 0, "slope": 0.0, "bend": 0.0}
+    trials = []
+    for n in range(64):
+        state = "repeated" if n < 8 else "failed" if n in (30, 41) else ("tried", "dropped", "tried")[n % 3]
+        worse = list(TERMS.values())[n][0] if n < 8 else 0.03 * math.exp(-n / 20) + 0.012 * math.sin(n * 1.9) - 0.006
+        chosen = {
+            **even,
+            "levels": levels,
+            "count": sum(weight > 0 for weight in weights),
+            "draw": 3,
+            "power": 0.5,
+            "reduction": "max",
+            "within": False,
+        }
+        chosen |= {"coefficients": {"energy": 0.9, "gate_fisher": 0.7000000000000001, "param_mix": 0.2}}
+        known = {**even, "coefficients": {list(TERMS)[n % 8]: 1.0}}
+        trials.append(
+            {
+                **{"number": n, "mask": f"{n:016x}", "state": state, "proxy": 0.0002 if state != "failed" else None},
+                "worse": {"tried": 1.83 if n == 12 else worse, "repeated": worse}.get(state),
+                **{"solution": known if n < 8 else chosen, "shape": flat if n < 8 else {**flat, "slope": n / 100}},
+            }
+        )
+    shares = {"windows": 0.19, "magnitude": 0.181, "bend": 0.119, "vectorize": 0.0959, "param_second": 0.0953}
+    shares |= {"gate_fisher": 0.0903, "window_first": 0.0729, "draw": 0.0602, "cluster 3": 0.0357, "slope": 0.0247}
+    shares |= {"cluster 0": 0.0165, "reduction": 0.0141, "within": 0.0044, "first": 0.0}
+    steps = {"the best fixed metric on the whole pool": 0.0, "its samples changed": 0.0031}
+    steps |= {"its metric changed": 0.0052, "both": 0.0079, "and its budgets": 0.0142}
+    finalists = {
+        "energy": (5.5951, 0.0),
+        "obs (FASP)": (5.5973, -0.0021),
+        17: (5.5907, 0.0053),
+        44: (5.5812, 0.0167),
+        26: (5.5898, -0.0018),
+    }
+    names = ["wiki_train", "<script>letters"]
+    samples = [f"Window {n} of the pool, as it was cut: mid" for n in range(64)]
+    samples[1] = "<script>alert('a sample')</script> & more"
+    return {
+        **{"space": "full", "dimensions": list(shares), "sampler": "tpe", "objective": "nll", "seed": 0},
+        **{"trials": trials, "promoted": [44, 17, 26, 53], "importance": shares},
+        "known": [
+            {
+                **{"metric": name, "meaning": meaning, "mask": f"{n:016x}", "loss": 5.5814 + more},
+                **{"standard": not more, "gain": -more, "standard_error": 0.0046 if more else 0.0},
+            }
+            for n, (name, (more, meaning)) in enumerate(TERMS.items())
+        ],
+        "winner": {"solution": chosen, "shape": {"first": 3, "last": 0, "slope": 0.7, "bend": -0.19999999999999996}},
+        "parts": [
+            {"what": what, "loss": 5.584 - gain, "gain": gain, "standard_error": 0.0059 if gain else 0.0}
+            for what, gain in steps.items()
+        ],
+        "finalists": [
+            {"name": n, "rung": rung, "final": 5.605 - gain, "gain": gain, "standard_error": 0.0044 if gain else 0.0}
+            for n, (rung, gain) in finalists.items()
+        ],
+        **{
+            "accepted": True,
+            "standard": "energy",
+            "chosen": 44,
+            "gain": 0.0167,
+            "standard_error": 0.0044,
+            "restoration": True,
+        },
+        "pool": {
+            **{"sources": names, "seq_len": 128, "left_out": 99, "source": [n % 2 for n in range(64)]},
+            "shares": [round(weight / sum(weights), 6) for weight in weights],
+            **{"clusters": clusters, "samples": samples},
+        },
+        "judges": ["wiki_valid"],
+        "validation": {"proxy": [32, 128], "rungs": [77, 128], "final": [16, 512]},
+    }
+
+
+def search() -> dict[str, Any]:
+    title = "SmolLM2-135M-Instruct, 20 % of its decoder pruned by AdaPruner"
+    report = blank(title, "prune", "billhook search demo --ratio 0.2 --trials 64 -o OUT")
+    return {**report, "cut": {**cut(uneven=True), "search": hunt()}}
+
+
 def pretrained() -> dict[str, Any]:
     """A model that billhook did not cut, trained on text alone to the end, part of it, at a rate that was given."""
     report = blank("smaller, trained on two texts", "recover", "billhook recover smaller --objective ce -o healed")
@@ -265,5 +364,5 @@ def pretrained() -> dict[str, Any]:
 
 ALL = {
     **{"prune": prune, "evaluate": evaluate, "compare": compare, "sweep": sweep},
-    **{"recover": recover, "pretrained": pretrained},
+    **{"recover": recover, "pretrained": pretrained, "search": search},
 }

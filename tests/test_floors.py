@@ -33,8 +33,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
         "gguf_archs",
         "pages.tables",
     ),
-    ("linalg", "losses", "atomic", "llamacpp", "gguf_vocab", "knee", "depth", "pages.charts", "pages.recovery_tables"),
-    ("store", "claim", "pages.cut_tables", "pages.healing", "pages.style", "pace", "demo"),
+    (
+        *("linalg", "losses", "atomic", "llamacpp", "gguf_vocab", "knee", "depth"),
+        *("pages.charts", "pages.recovery_tables", "pages.search_tables"),
+    ),
+    ("store", "claim", "pages.cut_tables", "pages.healing", "pages.searched", "pages.style", "pace", "demo"),
     ("scores", "taylor", "solution", "allocate", "choose", "restore", "axes"),
     ("families", "data", "teacher", "pages.headline"),
     ("surgery", "observe", "gradients", "layout", "quality", "trainables"),

@@ -23,6 +23,7 @@ from billhook.pages import charts, page, recovery_tables, tables
 from billhook.pages.charts import NARROW, WIDE, Axis, Band, Point, Series
 from billhook.pages.cut_tables import cut_rows
 from billhook.pages.scales import fit, linear_ticks, log_ticks, written
+from billhook.pages.search_tables import outcome_words
 from billhook.pages.words import rate
 
 VOID = {"meta", "br", "wbr", "hr", "img", "link", "input"}
@@ -31,6 +32,7 @@ NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 NASTY = '<script>alert("1")</script>&<b>\x00\ud800" onload="x'
 EVIL = {"long": "a_very-long.name/" * 12, "script": NASTY}
 LOG = Axis("y", log=True)
+SEARCH = "How the samples and the metric were found"
 Report = dict[str, Any]
 
 
@@ -92,7 +94,27 @@ def broken(report: Report) -> Report:
             known["news"] = math.nan
     for one in ((report["cut"] or {}).get("selection") or {"candidates": []})["candidates"][:1]:
         one |= {"after": {"wiki_valid": math.inf, "news": None}, "rank_after": None}
+    if search := (report["cut"] or {}).get("search"):
+        lose(search)
     return report
+
+
+def lose(search: Report) -> None:
+    """Every third number of a search's record is none."""
+    search |= {"gain": math.nan, "standard_error": None}
+    for key, numbers in (
+        ("trials", ("worse", "proxy")),
+        ("known", ("loss", "gain", "standard_error")),
+        ("parts", ("loss", "gain", "standard_error")),
+        ("finalists", ("rung", "final", "gain", "standard_error")),
+    ):
+        for n, one in enumerate(search[key][::3]):
+            one |= dict.fromkeys(numbers, [None, math.nan, math.inf][n % 3])
+    search["importance"] |= {"windows": math.nan, "draw": None}
+    search["pool"]["shares"][::3] = [None] * len(search["pool"]["shares"][::3])
+    own, shape = search["winner"]["solution"], search["winner"]["shape"]
+    own |= {"power": math.nan, "coefficients": {"energy": None}}
+    shape |= {"slope": None, "bend": math.nan}
 
 
 def named(report: Report, name: str) -> Report:
@@ -118,7 +140,22 @@ def named(report: Report, name: str) -> Report:
         for n, one in enumerate(selection["candidates"]):
             one |= {key: {f"{name}{text}": value for text, value in one[key].items()} for key in ("before", "after")}
             one["name"] = f"{name}{n or ''}"
+    if search := (report["cut"] or {}).get("search"):
+        rename_search(search, name)
     return report
+
+
+def rename_search(search: Report, name: str) -> None:
+    """Every name and text in a search's record becomes one that a stranger chose."""
+    search |= {"sampler": name, "judges": [name]}
+    search["importance"] = {f"{name}{dimension}": share for dimension, share in search["importance"].items()}
+    search["pool"]["sources"] = [name for _ in search["pool"]["sources"]]
+    search["pool"]["samples"] = [name for _ in search["pool"]["samples"]]
+    search["winner"]["solution"] |= {"reduction": name, "coefficients": {name: 0.5, f"{name}2": 0.5}}
+    for one in search["known"]:
+        one |= {"metric": f"{name}{one['metric']}", "meaning": name}
+    for one in search["parts"]:
+        one["what"] = f"{name}{one['what']}"
 
 
 def rename(healing: Report, name: str) -> None:
@@ -223,6 +260,7 @@ def test_sections_without_data_are_absent() -> None:
     ]
     assert shown["recover"] == ["Healing", "Judged after a short heal", "What was cut", "Conditions"]
     assert shown["pretrained"] == ["Healing", "Conditions"]
+    assert shown["search"] == [SEARCH, "What was cut", "Layer by layer", "Conditions"]
     assert headings(page.render({"title": "nothing", "kind": "evaluate"})) == []
     alone = {**examples.evaluate(), "cut": None, "models": [examples.model("demo")], "reference": None}
     assert headings(page.render(alone)) == ["Measured", "What they write", "Conditions"]
@@ -437,6 +475,156 @@ def test_candidates_are_shown_by_their_rank_after_the_heal() -> None:
     assert "trained for 10,240 tokens; wiki_valid decided. 300 s for all of them." in words
     lost = table_rows(broken(examples.recover()), "Perplexity and rank")[-1]
     assert lost == (False, ["greedy", "5, 13, 20", "188.40 → —", "290.12 → —", "1 → —"])
+
+
+def parts(report: Report) -> list[str]:
+    """The headings inside the section about the search."""
+    return re.findall("<h3>(.*?)</h3>", page.render(report).partition(SEARCH)[2].partition("</section>")[0])
+
+
+def test_a_search_says_what_it_found_and_how() -> None:
+    report = examples.search()
+    words, found = section(report, SEARCH), report["cut"]["search"]
+    for part in (
+        "64 trials by tpe (8 repeated, 36 tried, 18 dropped, 2 failed): number 44 beats the best fixed metric, energy on the "
+        "whole pool, by 0.0167 ± 0.0044 nats a token (1.66 % of perplexity) on windows that no trial saw.",
+        "A pool of 64 windows of 128 tokens of wiki_train and <script>letters, sorted into 4 clusters; 99 more left out,",
+        "Judged on wiki_valid: 32 windows of 128 tokens for the proxy, 77 windows of 128 tokens in turn for trials, "
+        "16 windows of 512 tokens to decide in the end.",
+        "dotted at 0: energy on the whole pool;",
+        "star: number 44, the best of the finalists on more windows; arrows: 1 off the scale, up to 1.83; "
+        "not drawn: 18 dropped untried by the proxy, 8 repeated what was known, 2 failed",
+    ):
+        assert part in words, part
+    assert outcome_words(found) in words
+    assert parts(report) == [
+        *("What decided", "Where the gain comes from", "Known metrics on the whole pool", "Finalists"),
+        "What was chosen",
+    ]
+    shares = table_rows(report, "Share of the losses' variance".replace("'", "&#x27;"))
+    assert shares[1] == (False, ["how many windows", "19.0 %"]) and shares[2][1][1] == "18.1 %"
+    assert len(shares) == 12 and shares[-1][1] == ["4 others together", "3.5 %"]
+    steps = table_rows(report, "Nats a token on the windows that decided, without the restoration that finalists have")
+    assert steps[1:3] == [
+        (False, ["the best fixed metric on the whole pool", "5.5840", ""]),
+        (False, ["its samples changed", "5.5809", "+0.0031 ± 0.0059"]),
+    ]
+    known = table_rows(report, "Nats a token, tried before the first trial")
+    assert [row[1] for best, row in known if best] == ["5.5814"] and len(known) == 9
+    assert known[7][1][1:] == ["5.8021", "−0.2207 ± 0.0046"] and "squared output error" in known[8][1][0]
+    last = table_rows(report, "Nats a token, restored as the result is")
+    assert [row[1:] for row in last[1:]] == [
+        (["energy", "5.5951", "5.6050", ""],),
+        (["obs (FASP)", "5.5973", "5.6071", "−0.0021 ± 0.0044"],),
+        (["number 17", "5.5907", "5.5997", "+0.0053 ± 0.0044"],),
+        (["number 44", "5.5812", "5.5883", "+0.0167 ± 0.0044"],),
+        (["number 26", "5.5898", "5.6068", "−0.0018 ± 0.0044"],),
+    ]
+    assert [row[0] for best, row in last if best] == ["number 44"]
+
+
+def test_what_a_search_chose_is_on_the_page_and_in_a_row() -> None:
+    report = examples.search()
+    assert [row for _, row in table_rows(report, "The solution of number 44")] == [
+        ["clusters", "cluster 1 ×2; clusters 0, 3 ×1; cluster 2 left out"],
+        ["windows", "31 of 64 windows of the pool, draw 3"],
+        ["metric", "0.9 energy + 0.7 gate_fisher + 0.2 param_mix"],
+        ["power of each term", "0.5"],
+        ["over a unit&#x27;s slots", "max"],
+        ["terms are scaled", "over the whole model"],
+        ["layers spared", "3 at the start, 0 at the end"],
+        ["slope over depth", "+0.7 (above 0 the last layers give more than the first)"],
+        ["bend over depth", "−0.2 (above 0 both ends give more than the middle)"],
+    ]
+    assert dict(cut_rows(report["cut"]))["samples and metric"] == (
+        "31 of 64 windows of the pool, draw 3 (cluster 1 ×2; clusters 0, 3 ×1; cluster 2 left out); 0.9 energy + 0.7 gate_fisher "
+        "+ 0.2 param_mix, power 0.5, max over slots, scaled over the model; 3 + 0 layers spared, slope +0.7, bend −0.2"
+    )
+    assert "samples and metric" not in dict(cut_rows(examples.cut()))
+
+
+def test_the_samples_of_a_search_are_shown_by_what_they_weigh() -> None:
+    report = examples.search()
+    pool = report["cut"]["search"]["pool"]
+    shown = page.render(report).partition("The samples, as text")[2].partition("</details>")[0].replace("\u00a0", " ")
+    texts = [html.unescape(text) for text in re.findall('<blockquote dir="auto">(.*?)</blockquote>', shown)]
+    used = sorted((n for n, share in enumerate(pool["shares"]) if share), key=lambda n: (-pool["shares"][n], n))
+    assert texts == [pool["samples"][n] for n in used] and len(texts) == 31
+    assert "<h4>&lt;script&gt;letters, cluster 3, 2.3 %</h4><blockquote" in shown and "heaviest" not in shown
+    pool |= {key: pool[key] * 2 for key in ("source", "clusters", "samples")} | {"shares": [1 / 128] * 128}
+    shown = page.render(report).partition("The samples, as text")[2].partition("</details>")[0]
+    assert shown.count("<blockquote") == 64 and "The 64 heaviest of 128 windows." in shown
+
+
+def test_the_trace_of_a_search_draws_what_was_tried() -> None:
+    drawing = next(one for one in SVG.findall(page.render(examples.search())) if "Trace of the search" in one)
+    assert drawing.count("<g><title>tried: ") == 36 and drawing.count("<g><title>best so far") == 0
+    told = html.unescape(re.findall("<desc>(.*?)</desc>", drawing)[0]).split("; ")
+    assert [one.partition(":")[0] for one in told] == ["number 44", "tried", "best so far"]
+    assert told[1].startswith("tried: 0.01995 at 8, ") and told[1].endswith(", dotted at 0") and "1.83 at 12" in told[1]
+    heights = [float(one.split(" at ")[0]) for one in told[2].removeprefix("best so far: ").split(", ")]
+    assert heights == sorted(heights, reverse=True) and len(heights) == 36
+
+
+def test_a_search_that_found_nothing_better_says_so() -> None:
+    report = examples.search()
+    found = report["cut"]["search"]
+    found |= {"accepted": False, "gain": -0.0018, "standard_error": 0.0044, "restoration": False, "objective": "kl"}
+    found["winner"] = {"solution": found["trials"][7]["solution"], "shape": None}
+    words = section(report, SEARCH)
+    for part in (
+        "the best, number 44, gains −0.0018 ± 0.0044 nats a token on windows that no trial saw, no more than its standard error: "
+        "energy on the whole pool is taken.",
+        "Objective of the trials: kl.",
+    ):
+        assert part in words, part
+    assert "of perplexity" not in words and "layers spared" not in words
+    chosen = dict(row for _, row in table_rows(report, "The solution of energy"))
+    assert (chosen["clusters"], chosen["metric"]) == ("all alike", "energy alone")
+    last = table_rows(report, "Nats a token, without restoration")
+    assert [row[0] for best, row in last if best] == ["energy"]
+    assert dict(cut_rows(report["cut"]))["samples and metric"].endswith(
+        "energy alone, power 1, sum over slots, scaled in each layer; the best fixed metric: no trial was better beyond its "
+        "standard error"
+    )
+    found |= {"chosen": None, "gain": 0.0, "standard_error": 0.0}
+    words = section(report, SEARCH)
+    assert (
+        "2 failed): none differs from what was known, and the best of that, energy on the whole pool, is taken."
+        in words
+        and "star:" not in words
+    )
+
+
+def test_a_search_without_numbers_leaves_out_what_has_none() -> None:
+    report = examples.search()
+    found = report["cut"]["search"]
+    found |= {"trials": [], "known": [], "importance": {}, "parts": [], "finalists": [], "winner": {}, "pool": {}}
+    found |= {"chosen": None, "accepted": False, "validation": {}}
+    assert parts(report) == [] and "Trace" not in section(report, SEARCH)
+    assert "0 trials by tpe: none differs from what was known" in section(report, SEARCH)
+    assert SEARCH not in page.render({**report, "cut": {**report["cut"], "search": None}})
+    assert SEARCH not in page.render(examples.prune())
+    lost = broken(examples.search())
+    words, chosen = section(lost, SEARCH), dict(row for _, row in table_rows(lost, "The solution of number 44"))
+    assert "number 44 beats the best fixed metric, energy on the whole pool, by — nats a token on windows" in words
+    assert chosen["power of each term"] == chosen["metric"] == "—" and chosen["bend over depth"].startswith("— (")
+    assert not re.search(r"\b(nan|inf|None)\b", words)
+
+
+def test_points_and_steps_are_drawn_as_such() -> None:
+    places = [Point(n, y) for n, y in enumerate((3.0, 1.0, 2.0))]
+    drawings = {
+        kind: charts.curves("Kinds", [Series("a", places, drawn=kind)], Axis("x", whole=True), Axis("y"))
+        for kind in ("line", "points", "steps")
+    }
+    for drawing in drawings.values():
+        check_drawing(drawing)
+    path = {kind: re.findall('<path d="(M[^"]*)" fill="none"', drawing) for kind, drawing in drawings.items()}
+    assert re.fullmatch(r"M[\d. ]+L[\d. ]+L[\d. ]+", path["line"][0]) and path["points"] == []
+    assert re.fullmatch(r"M[\d. ]+H[\d.]+V[\d.]+H[\d.]+V[\d.]+", path["steps"][0])
+    assert [drawing.count("<g><title>") for drawing in drawings.values()] == [3, 3, 0]
+    assert ">0.5<" not in drawings["line"] and ">1<" in drawings["line"]
 
 
 def test_rows_of_a_recovery() -> None:

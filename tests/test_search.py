@@ -12,9 +12,9 @@ import torch
 
 import billhook
 from billhook import checkpoint, contest, data, rounds, searching, trials
-from billhook import report as billhook_report
 from billhook.errors import BillhookError
 from billhook.families import axes
+from billhook.pages.search_tables import outcome_words
 from billhook.plan import even
 from billhook.recipe import recipe
 from billhook.rounds import Trial, fronts, gained, validation
@@ -348,7 +348,7 @@ def test_where_fasps_own_score_is_best_it_is_what_prunes(text: str, monkeypatch:
     given = {**SMALL, "calibration": text, "seed": 5}
     result = billhook.prune(tiny.model("llama"), tokenizer=tiny.tokenizer(), **given)
     assert result.report["search"]["winner"] is None and result.report["search"]["standard"] == "obs (FASP)"
-    assert "beats" not in billhook_report.search_line(result.report["search"])
+    assert "beats" not in outcome_words(result.report["search"])
     assert sum(result.report["search"]["pool"]["shares"]) == 0
 
 

@@ -5,7 +5,6 @@ import math
 import os
 import platform
 import shlex
-from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -126,19 +125,6 @@ def stored_cut(folder: Path | None) -> dict[str, Any] | None:
 def to_json(report: dict[str, Any]) -> str:
     """The report as JSON: what billhook.json holds and --json prints."""
     return json.dumps(_jsonable(report), indent=2, allow_nan=False, default=str) + "\n"
-
-
-def search_line(found: dict[str, Any]) -> str:
-    """What a search has found, in a sentence or two."""
-    states = Counter(trial["state"] for trial in found["trials"])
-    tried = f"{len(found['trials'])} trials by {found['sampler']} ({', '.join(f'{n} {state}' for state, n in states.items())})"
-    standard = f"{found['standard']} on the whole pool"
-    if found["chosen"] is None:
-        return f"{tried}: none differs from what was known, and the best of that, {standard}, is taken."
-    gain = f"{found['gain']:.4f} ± {found['standard_error'] or 0:.4f} nats a token on windows that no trial saw"
-    if found["accepted"]:
-        return f"{tried}: number {found['chosen']} beats the best fixed metric, {standard}, by {gain}."
-    return f"{tried}: the best, number {found['chosen']}, gains {gain}, no more than its standard error: {standard} is taken."
 
 
 def summary_table(report: dict[str, Any], title: str) -> Table:

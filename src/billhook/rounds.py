@@ -19,7 +19,7 @@ from billhook.pool import Pool
 from billhook.progress import Tick
 from billhook.recipe import Recipe
 from billhook.samplers import Study
-from billhook.solution import Solution, digest, scores
+from billhook.solution import TERMS, Solution, digest, scores
 from billhook.space import Candidate, Space, shaped, space
 from billhook.tensors import Tokens
 from billhook.trials import Bench, Mask
@@ -145,6 +145,7 @@ class Search:
         return [
             {
                 "metric": name,
+                "meaning": TERMS[name][1],
                 "mask": masks[name],
                 "loss": statistics.fmean(each),
                 "standard": name == best,

@@ -25,6 +25,7 @@ from billhook.cli.shared import (
     unfinished,
 )
 from billhook.layout import LAYOUTS
+from billhook.pages.search_tables import outcome_words
 from billhook.recipe import Recipe, recipe
 from billhook.samplers import SAMPLERS
 from billhook.space import GROUPS, SPACES
@@ -151,5 +152,5 @@ def search_command(
         typer.echo(report.to_json(found), nl=False)
         return
     out.print(report.summary_table(found, f"{model}, pruned by adapruner"))
-    out.print(report.search_line(found["search"]), soft_wrap=True)
+    out.print(outcome_words(found["search"]), soft_wrap=True)
     out.print(f"{time.perf_counter() - started:.0f} s; written and reload-verified: {output}", soft_wrap=True)

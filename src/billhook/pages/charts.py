@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 
-from billhook.pages.scales import Number, Scale, fit, written
+from billhook.pages.scales import Axis, Number, Scale, fit
 
 NARROW, WIDE = 340, 760
 FONT = 12.5
@@ -53,31 +53,15 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """A line; `level` is a height drawn right across, dotted in its colour: what it should come to."""
+    """A line; `level` is a height drawn right across, dotted in its colour: what it should come to.
+
+    `drawn` as a line from point to point, as `steps` that hold a value until the next, or as `points` alone.
+    """
 
     name: str
     points: Sequence[Point]
     level: Number | None = None
-
-
-@dataclass(frozen=True)
-class Axis:
-    """What an axis is called, whether it is logarithmic, whether its numbers are shares to be written in percent.
-
-    What lies above `most` is put at the upper edge with an arrow: one broken model would press all others together.
-    """
-
-    label: str
-    log: bool = False
-    percent: bool = False
-    most: Number = math.inf
-    whole: bool = False  # counts: no ticks between
-
-    def tick(self, value: Number) -> str:
-        return f"{written(float(f'{value * 100:.10g}'))} %" if self.percent else written(value)
-
-    def exact(self, value: Number) -> str:
-        return f"{value * 100:.3g} %" if self.percent else f"{value:,.0f}" if self.whole else f"{value:,.4g}"
+    drawn: str = "line"
 
 
 @dataclass(frozen=True)
@@ -132,10 +116,11 @@ def curves(
     everything = [*points, *levels, *([mark] if mark else [])]
     heights = [float(p.y or 0) for p in everything]
     heights += [bound for p in everything for bound in _bar(p) if not y.log or bound > 0]
+    far = max(heights) > y.most
     heights = [min(h, y.most) for h in heights]
     across = [float(p.x) for p in everything] + ([band.low, band.high] if band else [])
     names = [s.name for s in drawn] + ([reference.name] if reference and mark else [])
-    height, top = (230 if width < WIDE else 320), 30 + LINE * (band is not None)
+    height, top = (230 if width < WIDE else 320), 30 + LINE * (far or band is not None)  # room for arrows or a label
     beside = width >= WIDE and len(names) * LINE < height
     right = width - (min(max(map(len, names)), 26) * LETTER + 30 if beside else 14)
     up = fit(heights, top + height, top, y.log)
@@ -146,7 +131,7 @@ def curves(
         body.append(_band(frame, band, x))
     curve = [_curve(frame, n, s, x, y) for n, s in enumerate(drawn)]
     body += _reference(frame, mark, curve) if mark else curve
-    ends = [End(_short(s.name), s.points[-1], _colour(n), _swatch(n, _marked(s))) for n, s in enumerate(drawn)]
+    ends = [End(_short(s.name), s.points[-1], _colour(n), _swatch(n, s)) for n, s in enumerate(drawn)]
     ends += [End(_short(reference.name), mark, "currentColor", _dense_swatch())] if reference and mark else []
     if beside:
         body.append(_beside(frame, ends))
@@ -195,7 +180,7 @@ def _level(series: Series, y: Axis) -> list[Point]:
 
 
 def _marked(series: Series) -> bool:
-    return len(series.points) <= MARKED
+    return series.drawn == "points" or (series.drawn == "line" and len(series.points) <= MARKED)
 
 
 def _bar(point: Point) -> tuple[float, float]:
@@ -228,6 +213,8 @@ def _grid(frame: Frame, x: Axis, y: Axis, x_ticks: Sequence[Number] | None = Non
     out.append(f'<path class="base" d="M{_n(left)} {_n(bottom)}H{_n(right)}"/>')
     half = 0.5 if x_ticks is not None else 0  # a layer's number stands below the middle of its step
     for tick in frame.x.ticks(9 if frame.width >= WIDE else 5) if x_ticks is None else x_ticks:
+        if x.whole and tick % 1:
+            continue
         out.append(_text(frame.x.at(tick + half), bottom + LINE, x.tick(tick), "middle", "soft"))
     out.append(_text(right, bottom + 2 * LINE + 4, _short(x.label, int((right - left) / LETTER)), "end", "soft"))
     return "".join(out)
@@ -236,8 +223,9 @@ def _grid(frame: Frame, x: Axis, y: Axis, x_ticks: Sequence[Number] | None = Non
 def _curve(frame: Frame, n: int, series: Series, x: Axis, y: Axis) -> str:
     colour = _colour(n)
     places = [(frame.x.at(p.x), frame.y.at(p.y or 0)) for p in series.points]
-    line = "M" + "L".join(f"{_n(a)} {_n(b)}" for a, b in places)
-    out = [f'<path d="{line}" {_stroke(n, 2 if _marked(series) else 1.6)}/>']
+    move = "H{}V{}" if series.drawn == "steps" else "L{} {}"
+    line = "M{} {}".format(*map(_n, places[0])) + "".join(move.format(_n(a), _n(b)) for a, b in places[1:])
+    out = [f'<path d="{line}" {_stroke(n, 2 if _marked(series) else 1.6)}/>'] * (series.drawn != "points")
     for level in _level(series, y):
         across = f"M{_n(frame.x.start)} {_n(frame.y.at(level.y or 0))}H{_n(frame.x.end)}"
         out.append(f'<path class="dense" d="{across}" style="stroke:{colour}"/>')
@@ -332,8 +320,9 @@ def _stroke(n: int, width: Number, solid: bool = False) -> str:
     return f'fill="none" style="stroke:{_colour(n)}" stroke-width="{width}" stroke-linejoin="round"{dash}'
 
 
-def _swatch(n: int, marked: bool = True) -> str:
-    return f'<path d="M0 0H28" {_stroke(n, 2)}/>{_mark(n, 14, 0) if marked else ""}'
+def _swatch(n: int, series: Series) -> str:
+    line = f'<path d="M0 0H28" {_stroke(n, 2)}/>' if series.drawn != "points" else ""
+    return f"{line}{_mark(n, 14, 0) if _marked(series) else ''}"
 
 
 def _step_swatch(n: int) -> str:

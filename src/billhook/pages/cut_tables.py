@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from billhook.pages.recovery_tables import recovery_rows, selection_words
+from billhook.pages.search_tables import choice_words
 from billhook.pages.words import finite, mebibytes, number, percent, ranges, signed
 
 KINDS = {"ffn": "FFN channels", "heads": "query heads", "groups": "KV groups", "value": "value channels"}
@@ -55,6 +56,8 @@ def _pruned_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("layers", f"dropped: {ranges(gone)}{kept} (numbered from 0)"))
     if selection := cut.get("selection"):
         rows.append(("layers chosen", selection_words(selection)))
+    if search := cut.get("search"):
+        rows.append(("samples and metric", choice_words(search)))
     touched = dict.fromkeys(c["kind"] for c in cuts if c["dropped"])
     for kind in touched:
         of = [c for c in cuts if c["kind"] == kind]

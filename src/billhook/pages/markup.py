@@ -29,6 +29,11 @@ def section(title: str, *parts: str) -> str:
     return f"<section>\n<h2>{say(title)}</h2>\n{''.join(parts)}</section>\n" if any(parts) else ""
 
 
+def part(title: str, *parts: str) -> str:
+    """A part of a section under a heading of its own."""
+    return f"<h3>{say(title)}</h3>\n{''.join(parts)}" if any(parts) else ""
+
+
 def note(text: str) -> str:
     return f'<p class="soft">{say(text)}</p>\n' if text else ""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from billhook.atomic import write_text
-from billhook.pages import charts, healing, markup, recovery_tables, tables
+from billhook.pages import charts, healing, markup, recovery_tables, searched, tables
 from billhook.pages.charts import Axis, Band, Point, Series
 from billhook.pages.cut_tables import KINDS, calibration_words, cut_rows, layer_header, layer_rows, widths
 from billhook.pages.headline import Figure, figures_of, how_to_measure
@@ -44,6 +44,7 @@ def render(report: Mapping[str, Any]) -> str:
         healing.training(report.get("healing")),
         _texts(report.get("models") or []),
         healing.selection((report.get("cut") or {}).get("selection")),
+        searched.search((report.get("cut") or {}).get("search")),
         _cut(report.get("cut")),
         _layers(report.get("cut")),
         _conditions(report),

@@ -10,6 +10,26 @@ SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 @dataclass(frozen=True)
+class Axis:
+    """What an axis is called, whether it is logarithmic, whether its numbers are shares to be written in percent.
+
+    What lies above `most` is put at the upper edge with an arrow: one broken model would press all others together.
+    """
+
+    label: str
+    log: bool = False
+    percent: bool = False
+    most: Number = math.inf
+    whole: bool = False  # counts: no ticks between
+
+    def tick(self, value: Number) -> str:
+        return f"{written(float(f'{value * 100:.10g}'))} %" if self.percent else written(value)
+
+    def exact(self, value: Number) -> str:
+        return f"{value * 100:.3g} %" if self.percent else f"{value:,.0f}" if self.whole else f"{value:,.4g}"
+
+
+@dataclass(frozen=True)
 class Scale:
     """A linear or logarithmic map of [low, high] to [start, end] on the page."""
 
