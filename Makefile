@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-slow bench-allocation bench-depth bench-recovery check clean
+.PHONY: help demo test test-slow bench-allocation bench-depth bench-recovery bench-search check clean
 help:
 	@echo "make demo       prune a real model and see what it cost (first run fetches about 120 MB)"
 	@echo "make test       the fast test suite"
@@ -11,6 +11,7 @@ help:
 	@echo "make bench-allocation CALIBRATION=train.txt TEXTS='valid.txt demo'   the table of allocations and layouts (hours)"
 	@echo "make bench-depth TRAIN=train.txt TEXTS='valid.txt demo'   which layers to drop, for which training budget (hours; goes on)"
 	@echo "make bench-recovery STUDENT=smaller TRAIN=train.txt TEXTS='valid.txt demo'   what heals a cut best (goes on)"
+	@echo "make bench-search TRAIN=train.txt VALID=valid.txt TEXTS=demo   what a search for samples and metric is worth (hours; goes on)"
 	@echo "make check      lint, format, types"
 	@echo "make clean      remove $(VENV)"
 
@@ -31,6 +32,9 @@ bench-depth: $(VENV)/.base
 
 bench-recovery: $(VENV)/.test
 	$(VENV)/bin/python benchmarks/recovery.py $(STUDENT) demo $(TRAIN) $(TEXTS)
+
+bench-search: $(VENV)/.test
+	$(VENV)/bin/python benchmarks/search.py demo $(TRAIN) $(VALID) $(TEXTS)
 
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

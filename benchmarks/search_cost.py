@@ -1,0 +1,89 @@
+"""What a trial of a search costs: python benchmarks/search_cost.py MODEL TRAIN VALID > table.md
+
+In turns, on the same four windows of 128 tokens: a forward pass of the unpruned model, a trial as a search makes it (scores from the
+pool's evidence, a mask, the cut in place, a forward pass, everything back), and a trial in the paper's way (gradients of ten windows of
+64 tokens for the candidate's metric, a copy of the model that is cut, a forward pass).  Run it on an idle machine.
+"""
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from billhook import choose, planning, searching
+from billhook.checkpoint import open_model
+from billhook.data import calibration_text, windows
+from billhook.families import axes
+from billhook.gradients import gradient_sums
+from billhook.progress import quiet
+from billhook.recipe import recipe
+from billhook.rounds import RUNGS, Search
+from billhook.solution import Solution
+from billhook.space import Candidate
+from billhook.surgery import remove
+from billhook.taylor import taylor1_element
+from billhook.trials import bench_of, tried
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("model")
+parser.add_argument("train")
+parser.add_argument("valid")
+parser.add_argument("--ratio", type=float, default=0.2)
+parser.add_argument("--repeats", type=int, default=9)
+args = parser.parse_args()
+
+opened = open_model(args.model, device="cpu", dtype="float32")
+model = opened.model
+chosen = recipe(method="adapruner", ratio=args.ratio, calibration=args.train, validation=(args.valid,))
+material, nothing = searching.read(opened, chosen), torch.zeros(0, 512, dtype=torch.long)
+plan = planning.make_plan(model, chosen, planning.Texts(nothing, nothing), opened.dtype)
+bench = bench_of(model, "nll", None)
+started = time.perf_counter()
+at = Search(model, chosen, plan, material.pool, material.validation, bench, quiet)
+print(f"evidence: {time.perf_counter() - started:.0f} s, once", flush=True)
+rung = at.windows(RUNGS[0])
+few = windows(calibration_text(args.train), opened.tokenizer, 64, 10).tokens
+numbers = iter(range(10**6))
+
+
+def forward() -> None:
+    tried(model, {}, rung, None, bench.autocast)
+
+
+def trial() -> None:
+    n = next(numbers)  # another mixture each time: nothing is found in a cache
+    terms = {"param_second": 1.0, "gate_fisher": 0.1 + n % 10 / 10, "energy": 0.5, "param_first": 0.3}
+    solution = Solution((1,) * at.evidence.count, 8 + n % 50, n, terms)
+    tried(model, at.masks[at.mask(Candidate(solution))], rung, None, bench.autocast)
+
+
+def papers_way() -> None:
+    sums = gradient_sums(model, few, ("ffn",), mean_gradient=True)
+    smaller = copy.deepcopy(model)
+    for axis in axes(smaller, ("ffn",)):
+        place = axis.layer, axis.kind
+        remove(smaller, axis, choose.lowest(taylor1_element(sums[place]), plan.drops[place], axis.blocks)[0])
+    tried(smaller, {}, rung, None, bench.autocast)
+
+
+def timed(what: Callable[[], None]) -> float:
+    before = time.perf_counter()
+    what()
+    return time.perf_counter() - before
+
+
+ways = {"a forward pass, unpruned": forward, "a trial": trial, "a trial in the paper's way": papers_way}
+found: dict[str, list[float]] = {name: [] for name in ways}
+for turn in range(args.repeats + 1):
+    for name, way in ways.items():
+        seconds = timed(way)
+        if turn:
+            found[name].append(seconds)
+print("| | seconds, median (range) | of a forward pass |\n|---|---|---|")
+base = next(iter(found.values()))
+for name, times in found.items():
+    share = statistics.median(a / b for a, b in zip(times, base, strict=True))
+    print(f"| {name} | {statistics.median(times):.3f} ({min(times):.3f}-{max(times):.3f}) | {share:.2f} |")
