@@ -12,6 +12,7 @@ import torch
 
 import billhook
 from billhook import checkpoint, contest, data, rounds, searching, trials
+from billhook.budget import saved_by, total_parameters
 from billhook.errors import BillhookError
 from billhook.families import axes
 from billhook.pages.search_tables import outcome_words
@@ -20,7 +21,16 @@ from billhook.recipe import recipe
 from billhook.rounds import Trial, fronts, gained, validation
 from billhook.samplers import SAMPLERS, Study
 from billhook.solution import Solution, digest, fixed, mixtures
-from billhook.space import Candidate, Dimension, Shape, lowest, shaped, space
+from billhook.space import (
+    Candidate,
+    Dimension,
+    Shape,
+    attention_counts,
+    lowest,
+    shaped,
+    space,
+    with_attention,
+)
 from billhook.surgery import zero
 
 SMALL: dict[str, Any] = dict(
@@ -218,16 +228,17 @@ def test_a_study_without_differences_has_no_importance() -> None:
 
 @pytest.mark.parametrize("name", ["full", "paper", "samples", "metric", "samples,metric,budgets"])
 def test_known_metrics_are_points_of_their_space(name: str) -> None:
-    open_ = space(name, "per_layer", 3, 24, 3, 30)
+    open_ = space(name, "per_layer", 3, 24, tiny.model("llama"), even(3, {"ffn": 8, "groups": 1}), 1)
     standard = fixed(3)["param_second"]
     for solution in open_.known.values() if "metric" in open_.groups else [standard]:
         decoded = open_.decode(open_.encode(solution), standard)
         assert decoded.solution == solution
         assert decoded.shape == (Shape() if "budgets" in open_.groups else None)
+        assert decoded.attention == (1 if "attention" in open_.dimensions() else None)
 
 
 def test_a_point_says_what_it_chose() -> None:
-    open_ = space("full", "uniform", 3, 24, 3, 30)
+    open_ = space("full", "uniform", 3, 24, tiny.model("llama"), even(3, {"ffn": 8}), 1)
     given = open_.encode(fixed(3)["energy"]) | {"cluster 0": 0, "cluster 1": 2, "cluster 2": 2, "windows": 9, "draw": 4}
     own = open_.decode(given, Solution((1, 1, 1))).solution
     assert own.levels == (0, 1, 1) and (own.count, own.draw) == (9, 4) and own.coefficients == {"energy": 1.0}
@@ -235,6 +246,28 @@ def test_a_point_says_what_it_chose() -> None:
     assert nothing.coefficients == {"energy": 1.0}
     assert lowest((0, 0)) == (1, 1) and lowest((2, 0)) == (1, 0) and lowest((2, 1)) == (2, 1)
     assert all(lowest(each) in mixtures(3) for each in [(0, 0, 0), (2, 2, 0), (1, 2, 0)])
+
+
+@pytest.mark.parametrize("layout", ["uniform", "per_layer"])
+def test_attention_and_channels_make_up_for_each_other(layout: str) -> None:
+    model = tiny.model("llama_bias")
+    base = even(3, {"ffn": 20, "groups": 0})
+    counts = attention_counts(model, base, 1, layout)
+    assert counts[0] == 0 and set(counts) == {0, 1}
+    other = with_attention(model, base, 1, 1, layout)
+    assert {count for (_, kind), count in other.drops.items() if kind == "groups"} == {1}
+    assert abs(saved_by(model, base) - saved_by(model, other)) <= 0.005 * total_parameters(model)
+    assert attention_counts(model, even(3, {"ffn": 4}), 1, layout) == ()
+    with pytest.raises(BillhookError, match="makes up for that"):
+        with_attention(model, even(3, {"ffn": 1, "groups": 0}), 1, 1, layout)
+
+
+def test_a_search_over_attention_keeps_the_size(text: str) -> None:
+    given = {**SMALL, "space": "full", "axes": ("ffn", "groups"), "multiple_of": 1, "calibration": text}
+    result = billhook.prune(tiny.model("llama"), tokenizer=tiny.tokenizer(), **given)
+    record = result.report["search"]
+    assert "attention" in record["dimensions"] and {one["attention"] for one in record["trials"]} == {0, 1}
+    assert result.report["sizes"]["achieved_ratio"] == pytest.approx(0.3, abs=0.02)
 
 
 @pytest.mark.parametrize("shape", [Shape(), Shape(1, 1), Shape(0, 0, 0.8, -0.4), Shape(1, 0, -0.8, 0.8)])

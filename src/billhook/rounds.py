@@ -13,14 +13,14 @@ from transformers import PreTrainedModel
 from billhook import choose
 from billhook.errors import BillhookError
 from billhook.evidence import evidence, gate_fishers
-from billhook.families import axes, layers
+from billhook.families import axes
 from billhook.plan import Plan
 from billhook.pool import Pool
 from billhook.progress import Tick
 from billhook.recipe import Recipe
 from billhook.samplers import Study
 from billhook.solution import TERMS, Solution, digest, scores
-from billhook.space import Candidate, Space, shaped, space
+from billhook.space import Candidate, Space, shaped, space, with_attention
 from billhook.tensors import Tokens
 from billhook.trials import Bench, Mask
 
@@ -89,12 +89,12 @@ class Search:
         tick: Tick,
     ) -> None:
         self.model, self.chosen, self.base, self.texts, self.bench, self.tick = model, chosen, base, texts, bench, tick
-        self.axes = [axis for axis in axes(model, base.kinds) if base.drops.get((axis.layer, axis.kind))]
-        self.evidence = evidence(model, pool.tokens, pool.clusters, base.kinds, folder=bench.folder, tick=tick)
-        self.fishers = gate_fishers(model, texts.proxy, base.kinds, folder=bench.folder, tick=tick)
-        slots = max(len(each.magnitude) for each in self.evidence.units.values())
+        kinds = tuple(dict.fromkeys(kind for _, kind in base.drops))
+        self.axes = [axis for axis in axes(model, kinds) if (axis.layer, axis.kind) in base.drops]
+        self.evidence = evidence(model, pool.tokens, pool.clusters, kinds, folder=bench.folder, tick=tick)
+        self.fishers = gate_fishers(model, texts.proxy, kinds, folder=bench.folder, tick=tick)
         self.space: Space = space(
-            chosen.space, chosen.layout, self.evidence.count, len(pool.tokens), slots, len(layers(model))
+            chosen.space, chosen.layout, self.evidence.count, len(pool.tokens), model, base, chosen.width_step
         )
         self.standard = Solution((1,) * self.evidence.count)
         self.used = 0  # rung windows so far
@@ -102,9 +102,12 @@ class Search:
         self.known: dict[str, float] = {}  # how much worse than the standard, by mask
 
     def plan(self, candidate: Candidate) -> Plan:
+        base, step = self.base, self.chosen.width_step
+        if candidate.attention is not None and candidate.attention != self.space.attention[0]:
+            base = with_attention(self.model, base, candidate.attention, step, self.chosen.layout)
         if candidate.shape is None:
-            return self.base
-        return shaped(self.model, self.base, candidate.shape, self.chosen.width_step, self.chosen.floor)
+            return base
+        return shaped(self.model, base, candidate.shape, step, self.chosen.floor)
 
     def mask(self, candidate: Candidate) -> str:
         """The digest of what a candidate drops; `masks` has the units."""

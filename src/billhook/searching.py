@@ -42,6 +42,7 @@ from billhook.tensors import Scores, Tokens
 from billhook.trials import Means, bench_of, tried, workers
 
 FINALISTS = 3
+BUDGETS = "and its budgets"
 STANDARDS = 3  # known metrics that finalists are measured against
 HERE = Means()
 KEPT = 0.2  # of a calibration text, at its end, for validation where there is no other
@@ -242,7 +243,7 @@ class Finals:
             "its samples changed": Candidate(replace(standard, levels=own.levels, count=own.count, draw=own.draw)),
             "its metric changed": Candidate(replace(standard, **metric)),
             "both": Candidate(own),
-            "and its budgets": winner,
+            BUDGETS: winner,
         }
         masks = {name: self.at.mask(one) for name, one in steps.items()}
         found = self.at.bench.losses(
@@ -251,7 +252,7 @@ class Finals:
         return [
             {"what": name, "loss": statistics.fmean(losses), **gained(found[0], losses)}
             for name, losses in zip(steps, found, strict=True)
-            if winner.shape is not None or name != "and its budgets"
+            if name != BUDGETS or (winner.shape, winner.attention) != (None, None)
         ]
 
     def _cut(self, candidates: Sequence[Candidate | None], rung: Tokens) -> list[tuple[list[float], list[float]]]:
@@ -299,7 +300,11 @@ def _said(trial: Trial) -> dict[str, Any]:
 
 
 def _said_candidate(candidate: Candidate) -> dict[str, Any]:
-    return {"solution": candidate.solution.describe(), "shape": candidate.shape and asdict(candidate.shape)}
+    return {
+        "solution": candidate.solution.describe(),
+        "shape": candidate.shape and asdict(candidate.shape),
+        "attention": candidate.attention,
+    }
 
 
 def _said_pool(material: Material, evidence: Evidence, winner: Candidate | None) -> dict[str, Any]:

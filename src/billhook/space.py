@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from billhook.budget import allowed, saved_by
+from billhook.budget import allowed, saved_by, total_parameters
 from billhook.errors import BillhookError, one_of
 from billhook.families import axes, layers
 from billhook.plan import Plan
@@ -17,17 +17,17 @@ GROUPS = {
     "samples": "which clusters of the pool weigh how much, how many of their windows, which draw",
     "metric": "a coefficient for each importance metric, a power, the reduction over a unit's slots, how terms are scaled",
     "budgets": "how much each layer gives, a smooth profile over depth, and how many at either end stay whole (per_layer layout)",
+    "attention": "how many KV groups or query heads go, of what the budget takes (where --axes names them beside ffn)",
 }
 SPACES = {
-    "full": "samples and metric, and budgets where the layout lets layers differ",
+    "full": "samples and metric, budgets where the layout lets layers differ, attention where the axes have it",
     "paper": "samples, and one of LLM-Pruner's metrics: what AdaPruner's abstract names; nothing is restored",
 }
 DRAWS = 8
 FEWEST = 8  # windows of a draw
-SPARED = (
-    4,
-    2,
-)  # layers at the start and at the end, at most, as LLM-Pruner spares them; and no more than an eighth of all
+# layers at the start and at the end, at most, as LLM-Pruner spares them; and no more than an eighth of all
+SPARED = (4, 2)
+SAME_SIZE = 0.005  # of the parameters: candidates nearer than this to each other count as equal in size
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class Candidate:
 
     solution: Solution
     shape: Shape | None = None  # None: as the allocation says
+    attention: int | None = None  # units of the attention axis that go from every layer; None: likewise
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Space:
     windows: int
     reductions: tuple[str, ...]
     spared: tuple[int, int]  # layers at either end that may stay whole
+    attention: tuple[int, ...]  # counts that may go; the first is what the allocation says
 
     @property
     def known(self) -> dict[str, Solution]:
@@ -95,6 +97,8 @@ class Space:
         if "budgets" in self.groups:
             found |= {"first": Dimension(0, self.spared[0], 1), "last": Dimension(0, self.spared[1], 1)}
             found |= {"slope": Dimension(-0.8, 0.8, 0.1), "bend": Dimension(-0.8, 0.8, 0.1)}
+        if "attention" in self.groups and len(self.attention) > 1:
+            found["attention"] = Dimension(choices=self.attention)
         return found
 
     def decode(self, given: Mapping[str, Any], standard: Solution) -> Candidate:
@@ -120,6 +124,7 @@ class Space:
                 given.get("within", standard.within),
             ),
             shape,
+            given.get("attention"),
         )
 
     def encode(self, solution: Solution) -> dict[str, Any]:
@@ -132,7 +137,7 @@ class Space:
             "draw": solution.draw,
         }
         every |= {name: getattr(solution, name) for name in ("power", "reduction", "within")}
-        every |= {"first": 0, "last": 0, "slope": 0.0, "bend": 0.0}
+        every |= {"first": 0, "last": 0, "slope": 0.0, "bend": 0.0, "attention": next(iter(self.attention), 0)}
         return {name: every[name] for name in self.dimensions()}
 
 
@@ -143,11 +148,10 @@ def lowest(levels: Sequence[int]) -> tuple[int, ...]:
     return tuple(levels) if 1 in levels else tuple(level // 2 for level in levels)
 
 
-def space(text: str, layout: str, clusters: int, windows: int, slots: int, layers: int) -> Space:
-    """`full`, `paper`, or names of groups with commas.
-
-    Args:
-        slots: of the axis that has most: with one, a reduction over them is no choice.
+def space(
+    text: str, layout: str, clusters: int, windows: int, model: PreTrainedModel, base: Plan, multiple_of: int
+) -> Space:
+    """`full`, `paper`, or names of groups with commas, for a cut that saves what `base` does.
 
     Raises:
         BillhookError: an unknown name, or nothing is open.
@@ -156,16 +160,63 @@ def space(text: str, layout: str, clusters: int, windows: int, slots: int, layer
     for name in names:
         one_of("space", name, (*SPACES, *GROUPS))
     groups = tuple(GROUPS) if text == "full" else ("samples", "metric") if text == "paper" else tuple(names)
-    if layout == "uniform":
+    if layout == "uniform" or "ffn" not in base.kinds:
         groups = tuple(name for name in groups if name != "budgets")
-    spared = min(SPARED[0], layers // 8), min(SPARED[1], layers // 8)
-    found = Space(groups, text == "paper", clusters, windows, tuple(REDUCTIONS) if slots > 1 else ("sum",), spared)
+    total = len(layers(model))
+    slots = max(len(axis.slots) for axis in axes(model, base.kinds))
+    found = Space(
+        groups,
+        text == "paper",
+        clusters,
+        windows,
+        tuple(REDUCTIONS) if slots > 1 else ("sum",),  # of one slot there is nothing to reduce
+        (min(SPARED[0], total // 8), min(SPARED[1], total // 8)),
+        attention_counts(model, base, multiple_of, layout),
+    )
     if not found.dimensions():
         raise BillhookError(
             f"--space {text} leaves nothing to choose here: budgets need --layout per_layer, samples a pool of several clusters or "
-            f"more than {FEWEST} windows"
+            f"more than {FEWEST} windows, attention --axes like ffn,groups"
         )
     return found
+
+
+def attention_kind(base: Plan) -> str | None:
+    """The kind of attention axis that a plan cuts beside FFN channels."""
+    found = [kind for _, kind in base.drops if kind != "ffn"]
+    return found[0] if found and "ffn" in {kind for _, kind in base.drops} else None
+
+
+def attention_counts(model: PreTrainedModel, base: Plan, multiple_of: int, layout: str) -> tuple[int, ...]:
+    """How many units of the attention axis may go where FFN channels make up for it; what `base` says comes first."""
+    if (kind := attention_kind(base)) is None:
+        return ()
+    own, found = max(count for (_, k), count in base.drops.items() if k == kind), []
+    for count in allowed(model, axes(model, (kind,))[0], multiple_of, layout):
+        try:
+            with_attention(model, base, count, multiple_of, layout)
+        except BillhookError:
+            continue
+        found.append(count)
+    return tuple(sorted(found, key=lambda count: (count != own, count)))
+
+
+def with_attention(model: PreTrainedModel, base: Plan, count: int, multiple_of: int, layout: str) -> Plan:
+    """`base` with `count` units of its attention axis gone from every layer, and as many FFN channels as make it equal in size.
+
+    Raises:
+        BillhookError: no number of channels does.
+    """
+    places = {(n, kind) for n, kind in base.drops}
+    every = [axis for axis in axes(model, tuple({kind for _, kind in places})) if (axis.layer, axis.kind) in places]
+    ffn = [axis for axis in every if axis.kind == "ffn"]
+    drops = {(axis.layer, axis.kind): count for axis in every if axis.kind != "ffn"}
+    rest, price = saved_by(model, base) - saved_by(model, Plan(drops)), sum(axis.price(model) for axis in ffn)
+    narrowest = min(ffn, key=lambda axis: axis.units)
+    each = min(allowed(model, narrowest, multiple_of, layout), key=lambda drop: abs(drop * price - rest))
+    if abs(each * price - rest) > SAME_SIZE * total_parameters(model):
+        raise BillhookError("no number of FFN channels makes up for that")
+    return Plan({**drops, **{(axis.layer, "ffn"): each for axis in ffn}}, base.layers)
 
 
 def shaped(model: PreTrainedModel, base: Plan, shape: Shape, multiple_of: int, floor: float) -> Plan:

@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from billhook.axes import Axis, owners
@@ -33,8 +33,8 @@ def remove(model: PreTrainedModel, axis: Axis, drop: Units) -> None:
 
 
 @contextmanager
-def without(model: PreTrainedModel, dropped: Iterable[tuple[Axis, Units]]) -> Iterator[None]:
-    """The model without these units, physically, while open; afterwards every tensor and size is the very one it was.
+def without(model: PreTrainedModel, dropped: Iterable[tuple[Axis, Tensor]]) -> Iterator[None]:
+    """The model without these units (by number), physically, while open; afterwards every tensor and size is the very one it was.
 
     No weight is written to and none but the narrowed ones is copied: to try a cut costs less than what it saves a forward pass.
     """

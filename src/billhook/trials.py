@@ -20,7 +20,7 @@ from billhook.precision import autocast_dtype, computing
 from billhook.progress import Tick, quiet
 from billhook.solution import Place, digest
 from billhook.surgery import without
-from billhook.tensors import Tokens, Units
+from billhook.tensors import Tokens
 
 OBJECTIVES = {
     "nll": "the cut model's loss on the next token",
@@ -29,7 +29,7 @@ OBJECTIVES = {
 TOP_K = 256  # predictions of the unpruned model that are kept of each token, for kl
 BATCH_TOKENS = 2048
 
-Mask = Mapping[Place, Units]  # units that go
+Mask = Mapping[Place, Tensor]  # units that go
 
 
 @dataclass(frozen=True)

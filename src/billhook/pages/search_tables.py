@@ -24,6 +24,7 @@ DIMENSIONS = {  # those whose names do not say what they are; the others are clu
     "last": "layers spared at the end",
     "slope": "slope over depth",
     "bend": "bend over depth",
+    "attention": "attention units that go",
 }
 STATES = {
     "dropped": "dropped untried by the proxy",
@@ -159,6 +160,8 @@ def choice_rows(search: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("power of each term", number(own["power"], "{:g}")))
         rows.append(("over a unit's slots", str(own["reduction"])))
         rows.append(("terms are scaled", "in each layer" if own["within"] else "over the whole model"))
+    if winner.get("attention") is not None:
+        rows.append(("attention units that go from each layer", str(winner["attention"])))
     if shape:
         rows.append(("layers spared", f"{shape['first']} at the start, {shape['last']} at the end"))
         rows.append(
