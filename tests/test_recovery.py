@@ -200,6 +200,9 @@ def test_what_each_set_trains(family: str) -> None:
     end, seam = (make(tiny.model(family), cut, 4) for make in (trainables.train_end, trainables.train_seam))
     inside = {name for name in everything if ".layers." in name}
     assert named(seam) == {name for name in inside if ".layers.0." in name or ".layers.1." in name}
+    decoder = trainables.train_decoder(tiny.model(family), cut, 4)
+    assert inside <= named(decoder) and not decoder.get_input_embeddings().weight.requires_grad
+    assert not decoder.get_output_embeddings().weight.requires_grad
     assert inside <= named(end)  # three layers are all it has
     assert end.get_output_embeddings().weight.requires_grad
     adapters = named(trainables.train_adapters(tiny.model(family), cut, 4))
@@ -357,6 +360,7 @@ def test_only_what_is_trained_changes(
     inside = {name for name in before if ".layers." in name}
     expected = {
         "all": set(before),
+        "decoder": {name for name in before if "embed_tokens" not in name and "lm_head" not in name},
         "lora": {name for name in inside if "proj" in name},
         "head+last3": set(before),  # two layers are left
         "seam": inside,

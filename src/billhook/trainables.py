@@ -38,6 +38,14 @@ def train_all(model: PreTrainedModel, cut: Cut | None, rank: int) -> PreTrainedM
     return model.requires_grad_(True)
 
 
+def train_decoder(model: PreTrainedModel, cut: Cut | None, rank: int) -> PreTrainedModel:
+    """All but embeddings and head: of the tokens that a short training sees once or twice these learn noise (docs/LOG.md)."""
+    model.requires_grad_(True)
+    for end in (model.get_input_embeddings(), model.get_output_embeddings()):
+        end.requires_grad_(False)
+    return model
+
+
 def train_adapters(model: PreTrainedModel, cut: Cut | None, rank: int) -> Any:
     """Low-rank adapters (LoRA, arXiv:2106.09685) on every linear weight of the decoder layers; `merged` takes them in."""
     try:
@@ -91,12 +99,14 @@ def train_seam(model: PreTrainedModel, cut: Cut | None, rank: int) -> PreTrained
 
 TRAINABLE: dict[str, Callable[[PreTrainedModel, Cut | None, int], Any]] = {
     "all": train_all,
+    "decoder": train_decoder,
     "lora": train_adapters,
     "head+last3": train_end,
     "seam": train_seam,
 }
 WORDS = {
     "all": "every parameter",
+    "decoder": "all but embeddings and head",
     "lora": "low-rank adapters on every linear weight of the decoder, merged at the end (extra: lora)",
     "head+last3": "the head, the final norm and the last three layers",
     "seam": "the layers beside dropped ones",

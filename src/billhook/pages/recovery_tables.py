@@ -13,6 +13,7 @@ from billhook.pages.words import count, finite, mebibytes, number, percent, plac
 
 TRAINED = {
     "all": "all parameters",
+    "decoder": "all parameters but embeddings and head",
     "lora": "low-rank adapters",
     "head+last3": "the head and the last three layers",
     "seam": "the layers beside the cut",
