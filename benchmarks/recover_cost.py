@@ -2,7 +2,8 @@
 
 In turns, on the same windows and lessons, each on a copy of the model (where buffers lie in memory makes a quarter of a difference, and a
 model that accelerate wrapped before is slower): a bare loop of forward, loss, backward, clipping and AdamW step, and the same steps by
-billhook's Trainer with its checks, logging and progress, judging and checkpoints left out.  Run it on an idle machine.
+billhook's Trainer with its checks, logging and progress, judging and checkpoints left out.  Then the bare pace of every set of parameters,
+on random tokens without lessons.  Run it on an idle machine.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from billhook import checkpoint, reading, teacher
+from billhook import checkpoint, pace, reading, teacher, trainables
 from billhook.losses import divergence
 from billhook.precision import autocast_dtype, computing
 from billhook.training import Course, Healer, Judge, _stacked, _Steps
@@ -27,6 +28,7 @@ parser.add_argument("train")
 parser.add_argument("--steps", type=int, default=8)
 parser.add_argument("--rows", type=int, default=1, help="windows of 512 tokens in a step")
 parser.add_argument("--repeats", type=int, default=5)
+parser.add_argument("--seconds", type=float, default=15.0, help="for the pace of each set of parameters")
 parser.add_argument("--precision", default="auto")
 args = parser.parse_args()
 
@@ -83,3 +85,10 @@ for name, times in zip(("bare", "billhook recover"), zip(*found, strict=True), s
     rates = sorted(tokens / one for one in times)
     print(f"| {name} | {statistics.median(rates):.0f} ({rates[0]:.0f}-{rates[-1]:.0f}) | |")
 print(f"| share of the bare loop's speed, median of pairs | | {statistics.median(a / b for a, b in found):.3f} |")
+print("\n| trained | parameters | tokens a second |\n|---|---|---|")
+for name, make in trainables.TRAINABLE.items():
+    kept = list(range(12)) + list(range(20, 30))  # a seam in the middle, for the set that needs one
+    trained = make(copy.deepcopy(opened.model), trainables.Cut(kept, 30), 32)
+    rate = pace.training_pace(trained, 512, args.rows, autocast, args.seconds)
+    print(f"| {name} | {trainables.trained(trained):,} | {rate:.0f} |", flush=True)
+    del trained
