@@ -64,7 +64,7 @@ def test_it_measures_and_prints(
         cli.main()
     assert left.value.code == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["training_tokens_per_second"] > 0 and found["trainable"] == "all" and found["minutes"] == 5
+    assert found["training_tokens_per_second"] > 0 and found["trainable"] == "decoder" and found["minutes"] == 5
 
 
 def test_what_does_not_fit_is_not_all_trained(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

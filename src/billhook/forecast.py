@@ -90,7 +90,7 @@ def forecast(
         drop_layers(model, depth.middle(total, count))
     size = sum(param.numel() for param in model.parameters())
     free = ROOM * free_bytes(model.device)
-    trainable = "all" if size * (STATE_BYTES - FROZEN_BYTES) < free else "lora"
+    trainable = "decoder" if size * (STATE_BYTES - FROZEN_BYTES) < free else "lora"
     trained_model = trainables.TRAINABLE[trainable](model, None, 32)
     tick("measuring", 1, 2)
     trained = pace.training_pace(trained_model, seq_len, 1, autocast, seconds)

@@ -20,6 +20,7 @@ from billhook.progress import Tick, quiet
 from billhook.quality import of_losses
 from billhook.reading import Texts, judged_by, order_of
 from billhook.recovery import rows_for
+from billhook.trainables import train_decoder
 from billhook.training import Course, Healer, Judge
 
 RATE = 3e-4  # for all alike; it left 1.66 times the perplexity where 5e-4 left 1.73 (docs/LOG.md)
@@ -90,7 +91,7 @@ def after_a_heal(
             cut(student, gone)
             before = judge(student)
             healer = Healer(
-                student.requires_grad_(True), course, lessons, Judge(()), Path(scratch) / f"heal-{nth}", of_all
+                train_decoder(student, None, 0), course, lessons, Judge(()), Path(scratch) / f"heal-{nth}", of_all
             )
             healer.heal(lambda line: None)
             after = judge(healer.gathered(lambda: student))

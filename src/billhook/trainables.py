@@ -41,7 +41,8 @@ def train_all(model: PreTrainedModel, cut: Cut | None, rank: int) -> PreTrainedM
 def train_decoder(model: PreTrainedModel, cut: Cut | None, rank: int) -> PreTrainedModel:
     """All but embeddings and head: of the tokens that a short training sees once or twice these learn noise (docs/LOG.md)."""
     model.requires_grad_(True)
-    for end in (model.get_input_embeddings(), model.get_output_embeddings()):
+    ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    for end in ends:
         end.requires_grad_(False)
     return model
 

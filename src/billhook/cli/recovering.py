@@ -165,9 +165,13 @@ def plan_command(
         "rates and the judging on held-out text.",
         soft_wrap=True,
     )
-    fits = "every parameter" if found["trainable"] == "all" else "adapters (lora), since all parameters would not fit"
+    fits = (
+        "all but embeddings and head"
+        if found["trainable"] == "decoder"
+        else "adapters (lora), since that would not fit"
+    )
     out.print(
-        f"Training every parameter takes about {found['training_bytes'] / 2**30:,.1f} GiB besides activations, "
+        f"Training every parameter would take about {found['training_bytes'] / 2**30:,.1f} GiB besides activations, "
         f"{found['free_bytes'] / 2**30:,.1f} GiB are free: train {fits}.",
         soft_wrap=True,
     )
