@@ -78,10 +78,10 @@ def grouped(windows: Tokens, embedding: Tensor, clusters: int, seed: int) -> Clu
     return torch.tensor([rank[int(one)] for one in found])
 
 
-def overlapping(windows: Tokens, others: Tensor) -> int:
-    """How many of `windows` share a run of about `RUN` tokens or more with one of `others`."""
+def overlapping(windows: Tokens, others: Tensor) -> Tensor:
+    """Which of `windows` share a run of about `RUN` tokens or more with one of `others`, as a mask."""
     known = set(_runs(others, 1).flatten().tolist())
-    return sum(any(run in known for run in each) for each in _runs(windows, STRIDE).tolist())
+    return torch.tensor([any(run in known for run in each) for each in _runs(windows, STRIDE).tolist()])
 
 
 def _runs(windows: Tensor, stride: int) -> Tensor:

@@ -82,13 +82,14 @@ def read(opened: Opened, chosen: Recipe, tick: Tick = quiet) -> Material:
     embedding = opened.model.get_input_embeddings().weight.detach()
     found = pool.draw(texts, opened.tokenizer, embedding, chosen.pool, chosen.pool_len, chosen.clusters, chosen.seed)
     windows = torch.cat([data.windows(text, opened.tokenizer, chosen.seq_len).tokens for text in judges])
-    split = validation(windows, chosen.seed)
     known = torch.cat([data.windows(text, opened.tokenizer, chosen.pool_len).tokens.flatten() for text in texts])
-    if shared := pool.overlapping(windows, known[None]):
+    twice = pool.overlapping(windows, known[None])
+    if chosen.validation and twice.any():
         raise BillhookError(
-            f"{shared} of the {len(windows)} windows of --validation are also in the calibration text, and would judge what they "
+            f"{int(twice.sum())} of the {len(windows)} windows of --validation are also in the calibration text, and would judge what they "
             "have calibrated: name another"
         )
+    split = validation(windows[~twice], chosen.seed)  # a text repeats itself here and there
     names, samples = tuple(text.name for text in judges), tuple(map(opened.tokenizer.decode, found.tokens))
     return Material(data.joined(texts), found, split, names, samples)
 
