@@ -57,6 +57,16 @@ def test_what_writes_and_what_reads_a_unit_say_the_same(name: str) -> None:
             assert close(own[linear].sum(0), own[-1], 1e-4)
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_queries_and_keys_say_the_same(name: str) -> None:
+    """A score is linear in both, so scaling a group's queries is scaling its keys: A_q = A_k, where neither has a bias or a norm."""
+    model, seen = tiny.model(name), found(name)
+    for axis in axes(model, ("groups",)):
+        own = seen.units[axis.layer, "groups"].signed
+        q, k = (next(s for s, slot in enumerate(axis.slots) if part in slot.param) for part in ("q_proj", "k_proj"))
+        assert own[q].abs().max() > 0 and close(own[q], own[k], 1e-3)
+
+
 @pytest.mark.parametrize("levels", mixtures(2))
 def test_a_mixture_of_clusters_is_the_gradient_of_their_batch(levels: tuple[int, ...]) -> None:
     """Windows weigh what their cluster does: first order after summing, and both orders, as LLM-Pruner has them."""

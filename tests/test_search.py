@@ -169,6 +169,16 @@ def test_what_does_not_beat_the_standard_on_unseen_windows_is_not_taken(
         assert end["winner"]["solution"]["coefficients"] == {end["standard"]: 1.0}
 
 
+def test_a_cut_vocabulary_is_searched_with_what_is_left_of_it(text: str) -> None:
+    given = {**SMALL, "calibration": text, "vocab_from": (text,)}
+    result = billhook.prune(tiny.model("llama"), tokenizer=tiny.tokenizer(), **given)
+    assert result.report["vocabulary"] and result.report["search"]["pool"]["samples"][0] in Path(text).read_text()
+
+
+def test_a_pool_smaller_than_its_clusters_has_fewer(text: str) -> None:
+    assert max(found(text, pool=3, restoration=False)["pool"]["clusters"]) <= 2
+
+
 def test_what_the_winner_drops_is_gone_and_nothing_else_has_changed(text: str) -> None:
     given = {**SMALL, "space": "paper", "calibration": text}
     result = billhook.prune(tiny.model("llama"), tokenizer=tiny.tokenizer(), **given)
@@ -313,6 +323,8 @@ def test_gains_are_paired() -> None:
         ({"objective": "ppl"}, "unknown objective 'ppl'"),
         ({"minutes": 1e-4}, r"--minutes 0.0001 is too short for one trial"),
         ({"clusters": 9}, "clusters 9"),
+        ({"allocation": "auto"}, "adapruner searches for one budget"),
+        ({"ratio": None, "vocab_from": ("demo",)}, "adapruner searches for one budget"),
         ({"axes": ("value",), "layout": "per_layer"}, "adapruner does not prune 'value'"),
     ],
 )

@@ -72,6 +72,7 @@ def informative(windows: Tokens) -> Tensor:
 def grouped(windows: Tokens, embedding: Tensor, clusters: int, seed: int) -> Clusters:
     """k-means of the windows' mean embeddings, centred; clusters are numbered by size, and may turn out fewer."""
     means = embedding[windows.to(embedding.device)].double().mean(1).cpu()
+    clusters = min(clusters, len(windows))
     _, found = kmeans2((means - means.mean(0)).numpy(), clusters, minit="++", rng=np.random.default_rng(seed))
     sizes = np.bincount(found, minlength=clusters)
     rank = {int(old): new for new, old in enumerate(np.argsort(-sizes, kind="stable"))}

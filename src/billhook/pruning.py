@@ -118,6 +118,10 @@ def prune(
         BillhookError: anything that cannot work, in one line; a model on disk is never changed.
     """
     chosen = recipe(**settings)
+    if jobs > 1 and chosen.vocab_from:
+        raise BillhookError(
+            "jobs: other processes would open the model with its whole vocabulary: use one with --vocab-from"
+        )
     if isinstance(model, str | os.PathLike):
         opened = checkpoint.open_model(os.fspath(model), device=chosen.device, dtype=chosen.dtype, tick=tick)
     else:
@@ -142,16 +146,13 @@ def prune_opened(
     """Prune a model that is already loaded, in place."""
     model, clock = opened.model, Clock()
     before, total = budget.parameters(model), len(layers(model))
-    calibration, material = data.Text("", ""), None
-    if chosen.searches:
-        checkpoint.check_positions(opened, chosen.seq_len)
-        material = searching.read(opened, chosen, tick)
-        calibration = material.calibration
-    elif planning.needs_text(chosen):
+    calibration = data.Text("", "")
+    if planning.needs_text(chosen):
         checkpoint.check_positions(opened, chosen.seq_len)
         calibration = data.calibration_text(chosen.calibration, tick)
     vocabulary_cut = _trim(opened, chosen, calibration, tick)
-    windows, texts = draw(opened, chosen, calibration)
+    material = searching.read(opened, chosen, tick) if chosen.searches else None  # by the tokenizer that is left
+    windows, texts = draw(opened, chosen, material.calibration if material else calibration)
     with peak_growth(model.device) as growth:
         folder = Path(statistics) if statistics else None
         scores = planning.unit_scores(model, chosen, texts.calibration, clock, tick)

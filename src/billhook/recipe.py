@@ -162,6 +162,10 @@ class Recipe(BaseModel):
             raise BillhookError(f"{given[0]} and an allocation file both say how much goes: give one")
         if not given and not by_file and not self.vocab_from:
             raise BillhookError("no budget: give --ratio 0.2, --params 100M, --memory 250MB or --speedup 1.3")
+        if self.searches and (not given or said.name != "equal"):
+            raise BillhookError(
+                "adapruner searches for one budget, spread evenly or by its own --space: give a ratio, and no allocation"
+            )
         if self.layout == "uniform" and said.uneven:
             raise BillhookError(
                 f"allocation {self.allocation} makes layers differ, which the uniform layout cannot hold: use --layout per_layer"
