@@ -16,7 +16,10 @@ from billhook.cli.shared import (
     Dtype,
     Json,
     Model,
+    Output,
     Overwrite,
+    Params,
+    Ratio,
     SeqLen,
     app,
     choice,
@@ -45,15 +48,9 @@ DEFAULT = Recipe(ratio=0.2)
 @app.command(name="prune")
 def prune_command(
     model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", help="folder to write", show_default=False)],
-    ratio: Annotated[
-        float | None,
-        typer.Option(help="share of the decoder layers' parameters to remove, between 0 and 1", show_default=False),
-    ] = None,
-    params: Annotated[
-        str | None,
-        typer.Option(help="instead of a ratio: parameters the whole model may have, like 100M", show_default=False),
-    ] = None,
+    output: Output,
+    ratio: Ratio = None,
+    params: Params = None,
     memory: Annotated[
         str | None,
         typer.Option(
@@ -253,7 +250,7 @@ def run_command(
             metavar="RECIPE", help="a YAML recipe: model, settings, and expected numbers", show_default=False
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="folder to write", show_default=False)],
+    output: Output,
     check: Annotated[
         bool, typer.Option("--check", help="evaluate the result and compare with the recipe's expected numbers")
     ] = False,

@@ -12,7 +12,20 @@ import typer
 from accelerate import PartialState
 
 from billhook import atomic, report
-from billhook.cli.shared import Device, Json, Model, Overwrite, SeqLen, app, choice, err, out, progress, unfinished
+from billhook.cli.shared import (
+    Device,
+    Json,
+    Model,
+    Output,
+    Overwrite,
+    SeqLen,
+    app,
+    choice,
+    err,
+    out,
+    progress,
+    unfinished,
+)
 from billhook.forecast import SECONDS, forecast
 from billhook.precision import PRECISIONS
 from billhook.pruning import check_out
@@ -26,7 +39,7 @@ DEFAULT = Recovery(teacher="demo", tokens=1)
 @app.command(name="recover")
 def recover_command(
     model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", help="folder to write", show_default=False)],
+    output: Output,
     teacher: Annotated[
         str, typer.Option(help="the unpruned model, as MODEL; it answers once, to disk, and leaves", show_default=False)
     ] = "",

@@ -14,7 +14,10 @@ from billhook.cli.shared import (
     Dtype,
     Json,
     Model,
+    Output,
     Overwrite,
+    Params,
+    Ratio,
     SeqLen,
     app,
     choice,
@@ -37,15 +40,9 @@ DEFAULT = Recipe(method="adapruner", ratio=0.2)
 @app.command(name="search")
 def search_command(
     model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", help="folder to write", show_default=False)],
-    ratio: Annotated[
-        float | None,
-        typer.Option(help="share of the decoder layers' parameters to remove, between 0 and 1", show_default=False),
-    ] = None,
-    params: Annotated[
-        str | None,
-        typer.Option(help="instead of a ratio: parameters the whole model may have, like 100M", show_default=False),
-    ] = None,
+    output: Output,
+    ratio: Ratio = None,
+    params: Params = None,
     trials: Annotated[int, typer.Option(help="candidates, the known metrics among them")] = DEFAULT.trials,
     minutes: Annotated[
         float | None, typer.Option(help="end with the round after which no other fits in", show_default=False)

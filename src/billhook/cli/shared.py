@@ -49,6 +49,15 @@ def choice(names: Iterable[str], text: str) -> Any:
 Model = Annotated[
     str, typer.Argument(help="a folder, a hub id (owner/name), a .gguf file, or 'demo'", show_default=False)
 ]
+Output = Annotated[Path, typer.Option("--output", "-o", help="folder to write", show_default=False)]
+Ratio = Annotated[
+    float | None,
+    typer.Option(help="share of the decoder layers' parameters to remove, between 0 and 1", show_default=False),
+]
+Params = Annotated[
+    str | None,
+    typer.Option(help="instead of a ratio: parameters the whole model may have, like 100M", show_default=False),
+]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 Device = Annotated[str, typer.Option(help="auto (an accelerator if there is one), cpu, cuda, mps, …")]
 Dtype = Annotated[
