@@ -14,7 +14,7 @@ from billhook.errors import BillhookError
 from billhook.evidence import evidence
 from billhook.families import axes
 from billhook.gradients import gradient_sums
-from billhook.solution import LLM_PRUNER, REDUCTIONS, TERMS, Evidence, Solution, fixed, mixtures, scores, shares
+from billhook.solution import LLM_PRUNER, REDUCTIONS, TERMS, PoolEvidence, Solution, fixed, mixtures, scores, shares
 from billhook.taylor import GRADIENT_SCORES, GradientSums
 
 IDS = tiny.tokens(windows=5, length=12)
@@ -23,7 +23,7 @@ KINDS = ("ffn", "groups")
 ROUNDED = 5e-3  # of what was summed from bfloat16
 
 
-def found(name: str = "llama") -> Evidence:
+def found(name: str = "llama") -> PoolEvidence:
     return evidence(tiny.model(name), IDS, CLUSTERS, KINDS)
 
 

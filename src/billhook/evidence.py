@@ -18,7 +18,7 @@ from billhook.errors import BillhookError, first_line
 from billhook.families import axes
 from billhook.gradients import each_window, gradient_sums, pooled
 from billhook.progress import Tick, quiet
-from billhook.solution import Evidence, Place, UnitEvidence, mixtures
+from billhook.solution import Place, PoolEvidence, UnitEvidence, mixtures
 from billhook.taylor import gate_fisher
 from billhook.tensors import Scores, Tokens
 
@@ -33,7 +33,7 @@ def evidence(
     *,
     folder: Path | None = None,
     tick: Tick = quiet,
-) -> Evidence:
+) -> PoolEvidence:
     """What `tokens` (windows, length) say of every unit of the axes of `kinds`; kept in `folder`, if there is one.
 
     Args:
@@ -57,7 +57,7 @@ def evidence(
     for name, value in _kept(folder, "pool", key, gathered).items():
         n, kind, field = name.split(".")
         fields.setdefault((int(n), kind), {})[field] = value
-    return Evidence({place: UnitEvidence(**each) for place, each in sorted(fields.items())}, clusters)
+    return PoolEvidence({place: UnitEvidence(**each) for place, each in sorted(fields.items())}, clusters)
 
 
 def gate_fishers(

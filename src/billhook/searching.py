@@ -1,6 +1,6 @@
 """AdaPruner (Kong et al. 2025, arXiv:2503.06184): search the calibration samples and the importance metric, together.
 
-1. Evidence     one backward pass over a pool of windows; after it a candidate's mask costs no data (billhook.solution).
+1. PoolEvidence     one backward pass over a pool of windows; after it a candidate's mask costs no data (billhook.solution).
 2. Known ones   every fixed metric on the whole pool is tried; the best is the standard, which the search may not fall behind.
 3. Rounds       a sampler asks for a few candidates; a proxy without a forward pass, 1/2 sum of the dropped gates' Fisher on
                 validation windows, drops the worse half; the others are tried, mask in place, on a few windows that the next round
@@ -36,7 +36,7 @@ from billhook.progress import Clock, Tick, quiet
 from billhook.recipe import Recipe
 from billhook.rounds import PROMOTED, RUNGS, Search, Trial, Validation, gained, validation
 from billhook.samplers import Study
-from billhook.solution import Evidence, Place, scores, shares
+from billhook.solution import Place, PoolEvidence, scores, shares
 from billhook.space import Candidate
 from billhook.tensors import Scores, Tokens
 from billhook.trials import Means, bench_of, tried, workers
@@ -308,7 +308,7 @@ def _said_candidate(candidate: Candidate) -> dict[str, Any]:
     }
 
 
-def _said_pool(material: Material, evidence: Evidence, winner: Candidate | None) -> dict[str, Any]:
+def _said_pool(material: Material, evidence: PoolEvidence, winner: Candidate | None) -> dict[str, Any]:
     """Of every window: its text's number, its cluster, what it weighs in the winner's mixture, and what it says."""
     pool = material.pool
     weights = shares(evidence.clusters, winner.solution) if winner else torch.zeros(len(pool.tokens))

@@ -40,7 +40,7 @@ class UnitEvidence:
 
 
 @dataclass(frozen=True)
-class Evidence:
+class PoolEvidence:
     """The evidence of every axis, and which cluster each window of the pool belongs to."""
 
     units: Mapping[Place, UnitEvidence]
@@ -109,7 +109,7 @@ def shares(clusters: Clusters, solution: Solution) -> Shares:
     return weights / weights.sum()
 
 
-def scores(evidence: Evidence, solution: Solution) -> dict[Place, Scores]:
+def scores(evidence: PoolEvidence, solution: Solution) -> dict[Place, Scores]:
     """The importance of every unit at one point of the space.
 
         s_u = sum_t c_t (R_t,u / mean R_t)^p,   R_t = the reduction of term t over the unit's slots
