@@ -1,6 +1,6 @@
 """AdaPruner (Kong et al. 2025, arXiv:2503.06184): search the calibration samples and the importance metric, together.
 
-1. PoolEvidence     one backward pass over a pool of windows; after it a candidate's mask costs no data (billhook.solution).
+1. Evidence     one backward pass over a pool of windows; after it a candidate's mask costs no data (billhook.solution).
 2. Known ones   every fixed metric on the whole pool is tried; the best is the standard, which the search may not fall behind.
 3. Rounds       a sampler asks for a few candidates; a proxy without a forward pass, 1/2 sum of the dropped gates' Fisher on
                 validation windows, drops the worse half; the others are tried, mask in place, on a few windows that the next round
