@@ -2,8 +2,12 @@
 
 The pool and the calibration windows come from TRAIN, candidates are tried on the first half of VALID, and everything is judged on its
 second half and on every OTHER text: perplexity and its factor to the unpruned model's over the first --windows windows of 512
-tokens, matrix products in --precision, ± one standard error over pairs of windows.  Every row has one size.  "Without" and "with" are
-without and with restoration (FASP's default).  Each row is kept in DIR: the same command goes on where it was cut off.
+tokens, ± one standard error over pairs of windows.  No row has more parameters than another by a percent.  "Without" and "with" are
+without and with restoration (FASP's default, on --samples windows); cuts are restored and judged in --precision, as finalists of a
+search are.  Each row is kept in DIR: the same command goes on where it was cut off.
+
+Every promoted trial of a search is judged too, as it was tried, without restoration: overfit.svg in DIR has what it gained on
+validation windows against what it gains on the judged ones.
 """
 
 import argparse
@@ -11,22 +15,27 @@ import copy
 import gc
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from scoring import Scoring, cells
 
-from billhook import checkpoint, data, planning, quality, searching, store
+from billhook import atomic, checkpoint, choose, data, planning, quality, searching, store
+from billhook.families import axes
 from billhook.gradients import gradient_sums
 from billhook.methods.fasp import Settings, fasp
+from billhook.pages import charts
+from billhook.pages.charts import Axis, Point, Series
 from billhook.plan import Plan
 from billhook.progress import quiet
 from billhook.pruning import draw
 from billhook.recipe import Recipe, recipe
-from billhook.rounds import Search
+from billhook.rounds import Search, gained
+from billhook.samplers import Study
 from billhook.solution import scores
+from billhook.space import Candidate
+from billhook.surgery import cast, drop_layers, remove
 from billhook.taylor import taylor1_element
 from billhook.trials import Means, bench_of
 
@@ -39,11 +48,13 @@ parser.add_argument("--results", type=Path, default=Path("search-results"))
 parser.add_argument("--ratios", default="0.2,0.5")
 parser.add_argument("--trials", type=int, default=64)
 parser.add_argument("--seeds", type=int, default=3)
-parser.add_argument("--rows", default="llm-pruner,fixed,fasp,paper,random,tpe")
+parser.add_argument("--rows", default="fixed,fasp,tpe,random,llm-pruner,paper")
 parser.add_argument("--layout", default="uniform")
-parser.add_argument("--windows", type=int, default=48)
+parser.add_argument("--windows", type=int, default=32)
+parser.add_argument("--samples", type=int, default=32)
 parser.add_argument("--precision", default="auto")
 parser.add_argument("--jobs", type=int, default=1)
+parser.add_argument("--promoted", type=int, default=8, help="windows of each text that promoted trials are judged on")
 args = parser.parse_args()
 
 LLM_PRUNER_SEEDS, LLM_PRUNER_WINDOWS, LLM_PRUNER_LENGTH = 5, 10, 64  # its defaults: ten samples of 64 tokens
@@ -61,6 +72,7 @@ WEIGHTS = store.weights_sha256(opened.model)
 
 def settled(ratio: float, seed: int, **other: Any) -> Recipe:
     given = {"calibration": args.train, "validation": (VALIDATION,), "layout": args.layout, "trials": args.trials}
+    given["samples"] = args.samples
     return recipe(method="adapruner", ratio=ratio, seed=seed, **{**given, **other})
 
 
@@ -73,8 +85,31 @@ def searched(ratio: float, seed: int, **other: Any) -> Callable[[], tuple[Scores
         means = Means(jobs=args.jobs, name=args.model)
         fit, folder = planning.settings_of(chosen), args.results / "evidence"
         end = searching.search(opened.model, chosen, plan, material, texts.calibration, fit, folder=folder, means=means)
-        return end.scores, end.plan, end.record
+        trials = {} if chosen.space == "paper" else {"judged": judged_trials(chosen, plan, material, folder)}
+        return end.scores, end.plan, {**end.record, **trials}
 
+    return found
+
+
+def judged_trials(
+    chosen: Recipe, plan: Plan, material: searching.Material, folder: Path
+) -> dict[str, list[list[float]]]:
+    """Of every promoted trial, by text, what it gains over the standard: on validation windows, and on windows of the text."""
+    bench = bench_of(
+        opened.model, chosen.objective, folder
+    )  # which has all the answers: the search is asked its way again
+    at = Search(opened.model, chosen, plan, material.pool, material.validation, bench, quiet)
+    at.try_known()
+    promoted = at.promote(at.rounds(Study(at.space.dimensions(), chosen.sampler, chosen.seed), lambda: False))
+    masks = [at.masks[at.mask(Candidate(at.standard))], *(at.masks[trial.mask] for trial in promoted)]
+    found = {}
+    for text in scoring.texts:
+        windows = data.windows(text, opened.tokenizer, 512).tokens[: args.promoted]
+        standard, *others = bench.losses(masks, windows)
+        found[text.name] = [
+            [gained(trial.losses["standard"], trial.losses["promoted"])["gain"], gained(standard, losses)["gain"]]
+            for trial, losses in zip(promoted, others, strict=True)
+        ]
     return found
 
 
@@ -115,13 +150,24 @@ def judged(ratio: float, find: Callable[[], tuple[Scores | None, Plan, dict[str,
     unit_scores, plan, record = find()
     windows = draw(opened, settled(ratio, 0), data.calibration_text(args.train))[1].calibration
     ends = {}
-    for name, settings in (("without", replace(Settings(), restoration=False)), ("with", Settings())):
+    for name in ("without", "with"):
         smaller = copy.deepcopy(opened.model)
-        fasp(smaller, windows, plan, settings, scores=unit_scores)
+        cast(smaller, scoring.autocast or smaller.dtype)
+        if name == "with" or unit_scores is None:
+            fasp(smaller, windows, plan, Settings(restoration=name == "with"), scores=unit_scores)
+        else:
+            cut(smaller, plan, unit_scores)
         ends[name] = scoring(smaller, opened.tokenizer)
         del smaller
         gc.collect()
     return {"losses": ends, "record": record}
+
+
+def cut(model: Any, plan: Plan, unit_scores: Scores) -> None:
+    for axis in axes(model, plan.kinds):
+        if count := plan.drops.get((axis.layer, axis.kind), 0):
+            remove(model, axis, choose.lowest(unit_scores[axis.layer, axis.kind], count, axis.blocks)[0])
+    drop_layers(model, plan.layers)
 
 
 ROWS: dict[str, Callable[[float], dict[str, Callable[[], Any]]]] = {
@@ -143,12 +189,16 @@ common = {"weights": WEIGHTS, "texts": [one.sha256 for one in scoring.texts], "w
 dense = store.kept(args.results, "dense", common, lambda: scoring(opened.model, opened.tokenizer))
 print(f"| ratio | scores from | restoration | {scoring.heads} |\n|---|---|---|{'---|' * len(dense)}")
 print(f"| 0 | unpruned | | {cells(dense, dense)} |", flush=True)
+overfit: dict[str, dict[str, list[list[float]]]] = {}  # by what sampled and by text
 for ratio in map(float, args.ratios.split(",")):
     for kind in args.rows.split(","):
         rows = {}
         for name, find in ROWS[kind](ratio).items():
             key = {**common, "row": name, "ratio": ratio, "trials": args.trials, "layout": args.layout}
+            key["samples"] = args.samples
             rows[name] = store.kept(args.results, "row", key, lambda find=find: judged(ratio, find))  # noqa: B023
+            for text, pairs in rows[name]["record"].get("judged", {}).items():
+                overfit.setdefault(f"{kind}, {ratio:.0%}", {}).setdefault(text, []).extend(pairs)
             for end, losses in rows[name]["losses"].items():
                 print(f"| {ratio:.0%} | {name} | {end} | {cells(losses, dense)} |", flush=True)
         if len(rows) > 1:
@@ -162,3 +212,25 @@ for ratio in map(float, args.ratios.split(",")):
                     f"| {ratio:.0%} | **{kind}**, mean and range of {len(rows)} seeds | {end} | {' | '.join(spread)} |",
                     flush=True,
                 )
+if overfit:
+    print(
+        "\n| promoted trials | judged on | trials | gain, validation | gain, judged | share that lasts | rank correlation |"
+    )
+    print("|---|---|---|---|---|---|---|")
+series = []
+for kind, by_text in overfit.items():
+    for text, pairs in by_text.items():
+        seen, lasting = zip(*pairs, strict=True)
+        before, after = statistics.fmean(seen), statistics.fmean(lasting)
+        ranks = statistics.correlation(seen, lasting, method="ranked") if len(set(seen)) > 1 < len(set(lasting)) else 0
+        print(f"| {kind} | {text} | {len(pairs)} | {before:.3f} | {after:.3f} | {after / before:.0%} | {ranks:.2f} |")
+        series.append(Series(f"{kind}, {text}", [Point(x, y) for x, y in pairs], drawn="points"))
+if series:
+    ends = [f([float(p.x) for one in series for p in one.points]) for f in (min, max)]
+    series.append(Series("as much", [Point(x, x) for x in ends]))
+    x, y = (Axis(f"gain over the standard on {what} windows, nats a token") for what in ("validation", "judged"))
+    drawing = charts.curves("Does the search overfit?", series, x, y)
+    head, rest = drawing.split(">", 1)
+    style = f"{charts.STYLE}.wide.chart{{display:block}}svg{{font-family:sans-serif}}"
+    name = "" if "xmlns=" in head else ' xmlns="http://www.w3.org/2000/svg"'
+    atomic.write_text(args.results / "overfit.svg", f"{head}{name}><style>{style}</style>{rest}\n")

@@ -28,10 +28,10 @@ CONFIGS: dict[str, Any] = {
 }
 
 
-def model(name: str, seed: int = 0) -> T.PreTrainedModel:
+def model(name: str, seed: int = 0, **other: Any) -> T.PreTrainedModel:
     """A random model; its biases and norms are random too, so that a forgotten one shows."""
     torch.manual_seed(seed)
-    built = T.AutoModelForCausalLM.from_config(CONFIGS[name]()).eval().requires_grad_(False)
+    built = T.AutoModelForCausalLM.from_config(CONFIGS[name](**other)).eval().requires_grad_(False)
     for key, param in built.named_parameters():
         if param.ndim == 1:
             param.data = torch.randn_like(param) * 0.2 + (1.0 if "norm" in key and key.endswith("weight") else 0.0)

@@ -20,9 +20,9 @@ from billhook.progress import Tick
 from billhook.recipe import Recipe
 from billhook.samplers import Study
 from billhook.solution import TERMS, Solution, digest, scores
-from billhook.space import Candidate, Space, shaped, space, with_attention
+from billhook.space import Candidate, Space, exchanged, shaped, space
 from billhook.tensors import Tokens
-from billhook.trials import Bench, Mask
+from billhook.trials import WHOLE, Bench, Mask, gone_in
 
 BATCH = 8  # candidates of a round
 SHORT = 128  # tokens of a window of the first rungs
@@ -102,9 +102,10 @@ class Search:
         self.known: dict[str, float] = {}  # how much worse than the standard, by mask
 
     def plan(self, candidate: Candidate) -> Plan:
-        base, step = self.base, self.chosen.width_step
-        if candidate.attention is not None and candidate.attention != self.space.attention[0]:
-            base = with_attention(self.model, base, candidate.attention, step, self.chosen.layout)
+        base, step, own = self.base, self.chosen.width_step, next(iter(self.space.attention), None)
+        if candidate.block or candidate.attention not in (None, own):
+            other = {"attention": candidate.attention, "block": candidate.block}
+            base = exchanged(self.model, base, step, self.chosen.layout, **other)
         if candidate.shape is None:
             return base
         return shaped(self.model, base, candidate.shape, step, self.chosen.floor)
@@ -112,7 +113,7 @@ class Search:
     def mask(self, candidate: Candidate) -> str:
         """The digest of what a candidate drops; `masks` has the units."""
         plan, found = self.plan(candidate), scores(self.evidence, candidate.solution)
-        dropped = {}
+        dropped = {(n, WHOLE): torch.empty(0, dtype=torch.long) for n in plan.layers}
         for axis in self.axes:
             place = axis.layer, axis.kind
             if count := plan.drops.get(place, 0):
@@ -122,7 +123,15 @@ class Search:
 
     def proxy(self, mask: str) -> float:
         """1/2 sum over dropped units of the mean squared gate gradient: the loss's second order, gates taken one by one."""
-        return sum(float(self.fishers[place][units].sum()) for place, units in self.masks[mask].items()) / 2
+        dropped = {place: units for place, units in self.masks[mask].items() if place[1] != WHOLE}
+        return sum(float(self.fishers[place][units].sum()) for place, units in dropped.items()) / 2
+
+    def pass_on(self, masks: Sequence[str]) -> list[str]:
+        """The better half by the proxy; of those with the same layers gone, since it says nothing of whole layers."""
+        alike: dict[tuple[int, ...], list[str]] = {}
+        for mask in sorted(masks, key=self.proxy):
+            alike.setdefault(gone_in(self.masks[mask]), []).append(mask)
+        return [mask for some in alike.values() for mask in some[: math.ceil(len(some) / 2)]]
 
     def windows(self, count: int) -> Tokens:
         """The next windows of the rungs; from the start again when all were used."""
@@ -176,7 +185,7 @@ class Search:
     def _round(self, study: Study, asked: Sequence[tuple[int, Mapping[str, Any]]]) -> list[Trial]:
         trials = [self._trial(number, given) for number, given in asked]
         fresh = {t.mask: t for t in reversed(trials) if t.mask and t.mask not in self.known}
-        passed = sorted(fresh, key=lambda mask: self.proxy(mask))[: math.ceil(len(fresh) / 2)]
+        passed = self.pass_on(list(fresh))
         if passed:
             yard = self.mask(Candidate(self.standard))
             found = self.bench.losses([self.masks[m] for m in (yard, *passed)], self.windows(RUNGS[0]))

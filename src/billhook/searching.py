@@ -13,6 +13,7 @@ Steps 3 to 5 are billhook's: of the paper the outline is public (a joint space o
 model, TPE).  A search that trusts a few hundred tokens lowers its own loss and raises everyone else's (docs/LOG.md).
 """
 
+import copy
 import math
 import statistics
 import time
@@ -29,7 +30,7 @@ from billhook.checkpoint import Opened
 from billhook.claim import claim
 from billhook.data import Text
 from billhook.errors import BillhookError
-from billhook.methods.fasp import Settings, fasp_each
+from billhook.methods.fasp import Settings, fasp
 from billhook.plan import Plan
 from billhook.pool import Pool
 from billhook.progress import Clock, Tick, quiet
@@ -38,12 +39,16 @@ from billhook.rounds import PROMOTED, RUNGS, Search, Trial, Validation, gained, 
 from billhook.samplers import Study
 from billhook.solution import Place, PoolEvidence, scores, shares
 from billhook.space import Candidate
+from billhook.surgery import cast
 from billhook.tensors import Scores, Tokens
 from billhook.trials import Means, bench_of, tried, workers
 
 FINALISTS = 3
+PARTS = 5  # steps from the standard to the winner
 BUDGETS = "and its budgets"
-STANDARDS = 3  # known metrics that finalists are measured against
+STANDARDS = 1  # known metrics, the best first, that finalists are measured against
+RESTORED_ON = 16  # calibration windows that finalists are restored on; the winner has all of them
+RESTORING = 4  # forward passes that it takes of them
 HERE = Means()
 KEPT = 0.2  # of a calibration text, at its end, for validation where there is no other
 
@@ -140,7 +145,7 @@ def search(  # noqa: PLR0913
             tokens = len(known) * RUNGS[1] * texts.rungs.shape[1]
             pace = tokens / max(time.perf_counter() - before, 1e-6)
         deadline = _deadline(
-            chosen.minutes, started, _end_tokens(texts, settings, len(calibration) * calibration.shape[1]) / pace
+            chosen.minutes, started, _end_tokens(texts, settings, calibration[:RESTORED_ON].numel()) / pace
         )
         study = Study(at.space.dimensions(), chosen.sampler, chosen.seed)
         with clock("trials"):
@@ -175,8 +180,10 @@ def search(  # noqa: PLR0913
 def _end_tokens(texts: Validation, settings: Settings, calibration: int) -> int:
     """Tokens of the forward passes that follow the trials."""
     promoted = (PROMOTED + 1) * RUNGS[1] * texts.rungs.shape[1]
-    finals = (FINALISTS + STANDARDS + 4) * texts.final.numel()
-    return promoted + finals + (3 * calibration if settings.restoration else 0)
+    finals = (FINALISTS + STANDARDS + 1) * (
+        texts.final.numel() + (RESTORING * calibration if settings.restoration else 0)
+    )
+    return promoted + finals + PARTS * texts.final.numel()
 
 
 def _deadline(minutes: float | None, started: float, end: float) -> Callable[[], bool]:
@@ -195,7 +202,7 @@ class Finals:
     """Steps 4 and 5: finalists as they will be, restored or not, first on rung windows, then on those that decide."""
 
     def __init__(self, at: Search, calibration: Tokens, settings: Settings) -> None:
-        self.at, self.calibration, self.settings = at, calibration, settings
+        self.at, self.calibration, self.settings = at, calibration[:RESTORED_ON], settings
 
     def decide(self, known: Sequence[Mapping[str, Any]], finalists: Sequence[Trial]) -> dict[str, Any]:
         """The winner: the best finalist if it beats the best standard on windows that nothing has seen, else that standard.
@@ -253,7 +260,7 @@ class Finals:
         return [
             {"what": name, "loss": statistics.fmean(losses), **gained(found[0], losses)}
             for name, losses in zip(steps, found, strict=True)
-            if name != BUDGETS or (winner.shape, winner.attention) != (None, None)
+            if name != BUDGETS or (winner.shape, winner.attention, winner.block) != (None, None, None)
         ]
 
     def _cut(self, candidates: Sequence[Candidate | None], rung: Tokens) -> list[tuple[list[float], list[float]]]:
@@ -262,26 +269,29 @@ class Finals:
         return list(zip(*both, strict=True))
 
     def _restored(self, candidates: Sequence[Candidate | None], rung: Tokens) -> list[tuple[list[float], list[float]]]:
-        """Restored in the dense stream: one pass over the calibration windows for all of them."""
-        at, bench = self.at, self.at.bench
-        key = {
+        """As the result will be, by the recipe's own stream, on fewer calibration windows."""
+        at, bench, found = self.at, self.at.bench, []
+        both = rung, at.texts.final
+        shared = {
             **bench.key,
-            "masks": [one and at.mask(one) for one in candidates],
             "calibration": store.digest({"tokens": self.calibration.tolist()}),
-            "settings": asdict(self.settings),
-            "windows": store.digest({"rung": rung.tolist(), "final": at.texts.final.tolist()}),
+            "settings": {**asdict(self.settings), "stream": at.chosen.stream},
+            "windows": [store.digest({"tokens": each.tolist()}) for each in both],
         }
 
-        def measured() -> list[list[list[float]]]:
-            each = [scores(at.evidence, one.solution) if one else {} for one in candidates]
-            plans = [at.plan(one) if one else at.base for one in candidates]
-            made = fasp_each(at.model, self.calibration, plans, self.settings, scores=each, tick=at.tick)
-            return [
-                [tried(smaller, {}, windows, None, bench.autocast) for windows in (rung, at.texts.final)]
-                for smaller, _ in made
-            ]
+        def measured(candidate: Candidate | None) -> list[list[float]]:
+            own = scores(at.evidence, candidate.solution) if candidate else {}
+            plan, smaller = at.plan(candidate) if candidate else at.base, copy.deepcopy(at.model)
+            cast(smaller, bench.autocast or smaller.dtype)  # as good, and three times as fast (docs/LOG.md)
+            fasp(smaller, self.calibration, plan, self.settings, scores=own, stream=at.chosen.stream)
+            return [tried(smaller, {}, windows, None, bench.autocast) for windows in both]
 
-        return [(rungs, finals) for rungs, finals in store.kept(bench.folder, "finals", key, measured)]
+        for n, one in enumerate(candidates):
+            at.tick("restoring finalists", n, len(candidates))
+            key = {**shared, "mask": one and at.mask(one)}
+            found.append(tuple(store.kept(bench.folder, "final", key, lambda one=one: measured(one))))
+        at.tick("restoring finalists", len(candidates), len(candidates))
+        return found
 
 
 def _or_worst(loss: float) -> float:
@@ -305,6 +315,7 @@ def _said_candidate(candidate: Candidate) -> dict[str, Any]:
         "solution": candidate.solution.describe(),
         "shape": candidate.shape and asdict(candidate.shape),
         "attention": candidate.attention,
+        "block": candidate.block,
     }
 
 

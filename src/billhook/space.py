@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from billhook.budget import allowed, saved_by, total_parameters
+from billhook.budget import allowed, layer_parameters, saved_by
 from billhook.errors import BillhookError, one_of
 from billhook.families import axes, layers
 from billhook.plan import Plan
@@ -16,18 +16,19 @@ from billhook.solution import FEW, LLM_PRUNER, REDUCTIONS, TERMS, Solution, fixe
 GROUPS = {
     "samples": "which clusters of the pool weigh how much, how many of their windows, which draw",
     "metric": "a coefficient for each importance metric, a power, the reduction over a unit's slots, how terms are scaled",
-    "budgets": "how much each layer gives, a smooth profile over depth, and how many at either end stay whole (per_layer layout)",
+    "budgets": "how much each layer gives: a smooth profile over depth, and how many at either end stay whole (per_layer layout); a "
+    "block of layers that goes whole (uniform layout)",
     "attention": "how many KV groups or query heads go, of what the budget takes (where --axes names them beside ffn)",
 }
 SPACES = {
-    "full": "samples and metric, budgets where the layout lets layers differ, attention where the axes have it",
+    "full": "samples, metric and budgets, attention where the axes have it",
     "paper": "samples, and one of LLM-Pruner's metrics: what AdaPruner's abstract names; nothing is restored",
 }
 DRAWS = 8
 FEWEST = 8  # windows of a draw
 # layers at the start and at the end, at most, as LLM-Pruner spares them; and no more than an eighth of all
 SPARED = (4, 2)
-SAME_SIZE = 0.005  # of the parameters: candidates nearer than this to each other count as equal in size
+Block = tuple[int, int]  # the first of the layers that go whole, and how many
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Candidate:
     solution: Solution
     shape: Shape | None = None  # None: as the allocation says
     attention: int | None = None  # units of the attention axis that go from every layer; None: likewise
+    block: Block | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,9 @@ class Space:
     clusters: int
     windows: int
     reductions: tuple[str, ...]
-    spared: tuple[int, int]  # layers at either end that may stay whole
+    layers: int
+    spared: tuple[int, int]  # of them at either end may stay whole, in the per_layer layout
+    block: int  # so many may go whole, one after the other, in the uniform layout
     attention: tuple[int, ...]  # counts that may go; the first is what the allocation says
 
     @property
@@ -94,7 +98,9 @@ class Space:
                 found |= {"power": Dimension(choices=(0.5, 1.0, 2.0)), "within": Dimension(choices=(True, False))}
             if len(self.reductions) > 1:
                 found["reduction"] = Dimension(choices=self.reductions)
-        if "budgets" in self.groups:
+        if "budgets" in self.groups and self.block:
+            found |= {"block": Dimension(0, self.block, 1), "block start": Dimension(1, self.layers - 2, 1)}
+        elif "budgets" in self.groups:
             found |= {"first": Dimension(0, self.spared[0], 1), "last": Dimension(0, self.spared[1], 1)}
             found |= {"slope": Dimension(-0.8, 0.8, 0.1), "bend": Dimension(-0.8, 0.8, 0.1)}
         if "attention" in self.groups and len(self.attention) > 1:
@@ -104,8 +110,10 @@ class Space:
     def decode(self, given: Mapping[str, Any], standard: Solution) -> Candidate:
         """The candidate that values of the dimensions stand for; what is not open is as in `standard`."""
         levels = tuple(int(given.get(f"cluster {n}", standard.levels[n])) for n in range(self.clusters))
-        shape = None
-        if "budgets" in self.groups:
+        shape, block = None, None
+        if given.get("block"):
+            block = min(given["block start"], self.layers - 1 - given["block"]), given["block"]
+        if "slope" in given:
             shape = Shape(given["first"], given["last"], given["slope"], given["bend"])
         count = int(given.get("windows", standard.count))
         coefficients: Mapping[str, float] = standard.coefficients
@@ -125,6 +133,7 @@ class Space:
             ),
             shape,
             given.get("attention"),
+            block,
         )
 
     def encode(self, solution: Solution) -> dict[str, Any]:
@@ -138,6 +147,7 @@ class Space:
         }
         every |= {name: getattr(solution, name) for name in ("power", "reduction", "within")}
         every |= {"first": 0, "last": 0, "slope": 0.0, "bend": 0.0, "attention": next(iter(self.attention), 0)}
+        every |= {"block": 0, "block start": 1}
         return {name: every[name] for name in self.dimensions()}
 
 
@@ -160,9 +170,10 @@ def space(
     for name in names:
         one_of("space", name, (*SPACES, *GROUPS))
     groups = tuple(GROUPS) if text == "full" else ("samples", "metric") if text == "paper" else tuple(names)
-    if layout == "uniform" or "ffn" not in base.kinds:
-        groups = tuple(name for name in groups if name != "budgets")
     total = len(layers(model))
+    block = longest_block(model, base) if layout == "uniform" else 0
+    if "ffn" not in base.kinds or (layout == "uniform" and not block):
+        groups = tuple(name for name in groups if name != "budgets")
     slots = max(len(axis.slots) for axis in axes(model, base.kinds))
     found = Space(
         groups,
@@ -170,12 +181,14 @@ def space(
         clusters,
         windows,
         tuple(REDUCTIONS) if slots > 1 else ("sum",),  # of one slot there is nothing to reduce
+        total,
         (min(SPARED[0], total // 8), min(SPARED[1], total // 8)),
+        block,
         attention_counts(model, base, multiple_of, layout),
     )
     if not found.dimensions():
         raise BillhookError(
-            f"--space {text} leaves nothing to choose here: budgets need --layout per_layer, samples a pool of several clusters or "
+            f"--space {text} leaves nothing to choose here: budgets need a cut as large as a layer, or --layout per_layer, samples a pool of several clusters or "
             f"more than {FEWEST} windows, attention --axes like ffn,groups"
         )
     return found
@@ -194,29 +207,51 @@ def attention_counts(model: PreTrainedModel, base: Plan, multiple_of: int, layou
     own, found = max(count for (_, k), count in base.drops.items() if k == kind), []
     for count in allowed(model, axes(model, (kind,))[0], multiple_of, layout):
         try:
-            with_attention(model, base, count, multiple_of, layout)
+            exchanged(model, base, multiple_of, layout, attention=count)
         except BillhookError:
             continue
         found.append(count)
     return tuple(sorted(found, key=lambda count: (count != own, count)))
 
 
-def with_attention(model: PreTrainedModel, base: Plan, count: int, multiple_of: int, layout: str) -> Plan:
-    """`base` with `count` units of its attention axis gone from every layer, and as many FFN channels as make it equal in size.
+def longest_block(model: PreTrainedModel, base: Plan) -> int:
+    """How many layers may go whole where FFN channels make up for them: no more than save what `base` does, never the first or last."""
+    if base.layers or "ffn" not in base.kinds:
+        return 0
+    whole = max(layer_parameters(model, n) for n in range(len(layers(model))))
+    return max(min(saved_by(model, base) // whole, len(layers(model)) - 2), 0)
+
+
+def exchanged(
+    model: PreTrainedModel,
+    base: Plan,
+    multiple_of: int,
+    layout: str,
+    *,
+    attention: int | None = None,
+    block: Block | None = None,
+) -> Plan:
+    """`base` with other things gone: `attention` units of its attention axis from every layer, a block of whole layers.  The FFN
+    channels that go with them leave a model that is no larger than by `base`, and smaller by less than one step of their width.
 
     Raises:
         BillhookError: no number of channels does.
     """
-    places = {(n, kind) for n, kind in base.drops}
+    gone = tuple(range(block[0], sum(block))) if block else base.layers
+    places = [place for place in base.drops if place[0] not in gone]
     every = [axis for axis in axes(model, tuple({kind for _, kind in places})) if (axis.layer, axis.kind) in places]
     ffn = [axis for axis in every if axis.kind == "ffn"]
-    drops = {(axis.layer, axis.kind): count for axis in every if axis.kind != "ffn"}
-    rest, price = saved_by(model, base) - saved_by(model, Plan(drops)), sum(axis.price(model) for axis in ffn)
+    drops = {
+        (axis.layer, axis.kind): base.drops[axis.layer, axis.kind] if attention is None else attention
+        for axis in every
+        if axis.kind != "ffn"
+    }
+    rest, price = saved_by(model, base) - saved_by(model, Plan(drops, gone)), sum(axis.price(model) for axis in ffn)
     narrowest = min(ffn, key=lambda axis: axis.units)
-    each = min(allowed(model, narrowest, multiple_of, layout), key=lambda drop: abs(drop * price - rest))
-    if abs(each * price - rest) > SAME_SIZE * total_parameters(model):
+    each = next((drop for drop in allowed(model, narrowest, multiple_of, layout) if drop * price >= rest), None)
+    if rest < 0 or each is None:
         raise BillhookError("no number of FFN channels makes up for that")
-    return Plan({**drops, **{(axis.layer, "ffn"): each for axis in ffn}}, base.layers)
+    return Plan({**drops, **{(axis.layer, "ffn"): each for axis in ffn}}, gone)
 
 
 def shaped(model: PreTrainedModel, base: Plan, shape: Shape, multiple_of: int, floor: float) -> Plan:

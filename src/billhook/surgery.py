@@ -33,12 +33,17 @@ def remove(model: PreTrainedModel, axis: Axis, drop: Units) -> None:
 
 
 @contextmanager
-def without(model: PreTrainedModel, dropped: Iterable[tuple[Axis, Tensor]]) -> Iterator[None]:
-    """The model without these units (by number), physically, while open; afterwards every tensor and size is the very one it was.
+def without(model: PreTrainedModel, dropped: Iterable[tuple[Axis, Tensor]], gone: Iterable[int] = ()) -> Iterator[None]:
+    """The model without these units (by number), physically, and passing by the layers `gone`, while open; afterwards every
+    tensor and size is the very one it was.
 
     No weight is written to and none but the narrowed ones is copied: to try a cut costs less than what it saves a forward pass.
     """
     with ExitStack() as undo:
+        for n in gone:
+            module = layers(model)[n]
+            module.forward = lambda hidden_states, *_, **__: hidden_states
+            undo.callback(delattr, module, "forward")
         for axis, units in dropped:
             for _, owner, leaf in owners(model, axis):
                 for name in (leaf, *(size for size in ("in_features", "out_features") if hasattr(owner, size))):

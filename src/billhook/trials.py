@@ -29,7 +29,8 @@ OBJECTIVES = {
 TOP_K = 256  # predictions of the unpruned model that are kept of each token, for kl
 BATCH_TOKENS = 2048
 
-Mask = Mapping[Place, Tensor]  # units that go
+WHOLE = "layers"
+Mask = Mapping[Place, Tensor]  # units that go; an empty one at (n, "layers"): layer n goes whole
 
 
 @dataclass(frozen=True)
@@ -99,10 +100,11 @@ def tried(
     autocast: torch.dtype | None,
 ) -> list[float]:
     """Of every window, the loss of the model without the units of `mask`; the model is as it was afterwards."""
-    kinds = tuple(dict.fromkeys(kind for _, kind in mask))
+    gone = gone_in(mask)
+    kinds = tuple(dict.fromkeys(kind for _, kind in mask if kind != WHOLE))
     dropped = [(axis, mask[axis.layer, axis.kind]) for axis in axes(model, kinds) if (axis.layer, axis.kind) in mask]
     found: list[float] = []
-    with without(model, dropped), computing(model.device, autocast):
+    with without(model, dropped, gone), computing(model.device, autocast):
         for n, batch in enumerate(_batches(windows)):
             batch = batch.to(model.device)
             logits = model(batch, use_cache=False).logits
@@ -114,6 +116,11 @@ def tried(
                     loss = divergence(own[:, :-1], *(each[row : row + 1] for each in taught[n]))
                 found.append(loss.item())
     return found
+
+
+def gone_in(mask: Mask) -> tuple[int, ...]:
+    """The layers that go whole."""
+    return tuple(n for n, kind in mask if kind == WHOLE)
 
 
 def _batches(windows: Tokens) -> Sequence[Tensor]:

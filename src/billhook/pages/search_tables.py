@@ -25,6 +25,8 @@ DIMENSIONS = {  # those whose names do not say what they are; the others are clu
     "slope": "slope over depth",
     "bend": "bend over depth",
     "attention": "attention units that go",
+    "block": "layers that go whole",
+    "block start": "the first of them",
 }
 STATES = {
     "dropped": "dropped untried by the proxy",
@@ -162,6 +164,8 @@ def choice_rows(search: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("terms are scaled", "in each layer" if own["within"] else "over the whole model"))
     if winner.get("attention") is not None:
         rows.append(("attention units that go from each layer", str(winner["attention"])))
+    if block := winner.get("block"):
+        rows.append(("layers that go whole", ranges(range(block[0], sum(block)))))
     if shape:
         rows.append(("layers spared", f"{shape['first']} at the start, {shape['last']} at the end"))
         rows.append(
@@ -183,6 +187,8 @@ def choice_words(search: Mapping[str, Any]) -> str:
         f"{drawn_words(search)}{clusters}",
         f"{metric}, scaled {'in each layer' if own['within'] else 'over the model'}",
     ]
+    if block := winner.get("block"):
+        said.append(f"without layers {ranges(range(block[0], sum(block)))}")
     if shape and any(shape.values()):
         said.append(
             f"{shape['first']} + {shape['last']} layers spared, slope {_shift(shape['slope'])}, bend {_shift(shape['bend'])}"
