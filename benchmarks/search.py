@@ -1,10 +1,10 @@
 """What a search for samples and metric is worth: python benchmarks/search.py MODEL TRAIN VALID OTHER... --results DIR > table.md
 
-The pool and the calibration windows come from TRAIN, candidates are tried on the first half of VALID, and everything is judged on its
-second half and on every OTHER text: perplexity and its factor to the unpruned model's over the first --windows windows of 512
-tokens, ± one standard error over pairs of windows.  No row has more parameters than another by a percent.  "Without" and "with" are
-without and with restoration (FASP's default, on --samples windows); cuts are restored and judged in --precision, as finalists of a
-search are.  Each row is kept in DIR: the same command goes on where it was cut off.
+The pool and the calibration windows come from TRAIN, candidates are tried on the first half of VALID (without paragraphs that quote
+TRAIN), and everything is judged on its second half and on every OTHER text: perplexity and its factor to the unpruned model's over the
+first --windows windows of 512 tokens, ± one standard error over pairs of windows.  No row has more parameters than FASP's.  "Without" and
+"with" are without and with restoration (FASP's default, on --samples windows); cuts are restored and judged in --precision, as finalists
+of a search are.  Each row is kept in DIR: the same command goes on where it was cut off.
 
 Every promoted trial of a search is judged too, as it was tried, without restoration: overfit.svg in DIR has what it gained on
 validation windows against what it gains on the judged ones.
@@ -60,8 +60,21 @@ args = parser.parse_args()
 LLM_PRUNER_SEEDS, LLM_PRUNER_WINDOWS, LLM_PRUNER_LENGTH = 5, 10, 64  # its defaults: ten samples of 64 tokens
 Scores = Mapping[tuple[int, str], Any]
 
+RUN = 80  # characters: a search refuses a validation text that shares passages with the calibration text
+
+
+def unseen(text: str, other: str) -> str:
+    """The paragraphs that share no run of characters with another text."""
+    runs = {other[n : n + RUN] for n in range(len(other) - RUN + 1)}
+    return "\n".join(
+        part
+        for part in text.split("\n")
+        if not any(part[n : n + RUN] in runs for n in range(max(1, len(part) - RUN + 1)))
+    )
+
+
 args.results.mkdir(parents=True, exist_ok=True)
-text = data.evaluation_texts([args.valid])[0].text
+text = unseen(data.evaluation_texts([args.valid])[0].text, data.calibration_text(args.train).text)
 for name, half in (("validation", text[: len(text) // 2]), ("judged", text[len(text) // 2 :])):
     (args.results / f"{Path(args.valid).stem}-{name}.txt").write_text(half)
 VALIDATION, JUDGED = (str(args.results / f"{Path(args.valid).stem}-{name}.txt") for name in ("validation", "judged"))
