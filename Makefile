@@ -19,7 +19,7 @@ demo: $(VENV)/.base
 	$(VENV)/bin/billhook demo
 
 test: $(VENV)/.test
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -m slow
