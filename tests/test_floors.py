@@ -38,13 +38,24 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
         *("pages.charts", "pages.recovery_tables", "pages.search_tables"),
     ),
     ("store", "claim", "pages.cut_tables", "pages.healing", "pages.searched", "pages.style", "pace", "demo"),
-    ("scores", "taylor", "solution", "allocate", "choose", "restore", "axes"),
-    ("families", "data", "teacher", "pages.headline"),
-    ("surgery", "observe", "gradients", "layout", "quality", "trainables"),
-    ("budget", "saving", "export", "vocabulary", "refit", "evidence"),
+    ("scores", "taylor", "solution", "allocate", "choose", "restore", "sparsity", "axes"),
+    ("families", "support", "data", "teacher", "pages.headline"),
+    ("surgery", "observe", "gradients", "layout", "quality", "trainables", "zeros"),
+    (
+        "budget",
+        "saving",
+        "export",
+        "vocabulary",
+        "refit",
+        "evidence",
+        "operators",
+        "methods.magnitude",
+        "methods.wanda",
+        "methods.sparsegpt",
+    ),
     ("methods.*", "checkpoint", "speed", "zeroshot", "report", "training", "reading", "pool"),
     ("methods", "clients", "sensitivity", "chopping", "evaluate", "pages.page"),
-    ("allocation", "timing", "publish", "space", "trials"),
+    ("allocation", "timing", "publish", "space", "trials", "masking"),
     ("samplers",),
     ("recipe",),
     ("planning", "recovery", "rounds"),
@@ -59,7 +70,20 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 NUMERIC = {"torch", "numpy", "scipy"}  # what mathematics may stand on
 WORDS = {"errors", "tensors"}
-MATHEMATICS = {"depth", "linalg", "losses", "scores", "taylor", "solution", "allocate", "choose", "restore", "knee"}
+MATHEMATICS = {
+    "depth",
+    "linalg",
+    "losses",
+    "scores",
+    "taylor",
+    "solution",
+    "allocate",
+    "choose",
+    "restore",
+    "sparsity",
+    "support",
+    "knee",
+}
 STRUCTURE = {"axes", "families", "surgery", "layout"}
 NAME_FAMILIES = {"families", "modeling_per_layer", "gguf_archs"}
 ROOM = re.compile(r"\..*")  # methods.fasp -> methods.*

@@ -362,6 +362,7 @@ def test_only_what_is_trained_changes(
         "all": set(before),
         "decoder": {name for name in before if "embed_tokens" not in name and "lm_head" not in name},
         "lora": {name for name in inside if "proj" in name},
+        "spp": {name for name in inside if "proj" in name},
         "head+last3": set(before),  # two layers are left
         "seam": inside,
     }[trainable]

@@ -116,6 +116,19 @@ def axes(model: PreTrainedModel, kinds: tuple[str, ...] = tuple(KINDS)) -> list[
     return [make(model, n) for n in range(len(layers(model))) for kind, make in makers.items() if kind in kinds]
 
 
+ROLES = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+def linears(model: PreTrainedModel, layer: int) -> list[dict[str, str]]:
+    """The linear modules of one layer: path by role, those that share an input together, in the order in which they compute."""
+    row = _row(model)
+    ffn = dict(zip(("gate", "up")[-len(row.up) :], row.up, strict=True))
+    groups = [{"q": row.q, "k": row.k, "v": row.v}, {"o": row.o}, ffn, {"down": row.down}]
+    for name in (name for one in groups for name in one.values()):
+        _linear(model, layer, name)
+    return [{role: _at(model, layer, name) for role, name in one.items()} for one in groups]
+
+
 def sizes(model: PreTrainedModel, layer: int) -> dict[str, int]:
     """The sizes of one layer as its tensors have them, under the config's own keys.
 

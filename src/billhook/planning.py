@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from billhook import allocation, budget, chopping, depth, store
+from billhook import allocation, budget, chopping, depth, sparsity, store, support
 from billhook.axes import reader_weight
 from billhook.budget import Planner
 from billhook.errors import BillhookError, first_line
-from billhook.families import axes, layers
+from billhook.families import ROLES, axes, layers
 from billhook.gradients import WINDOW, gradient_sums
 from billhook.layout import layout_of
-from billhook.methods import METHODS
+from billhook.masking import Masking
+from billhook.methods import carry_out
 from billhook.methods.fasp import Settings, axis_scores
 from billhook.methods.layerchop import Settings as Patching
 from billhook.methods.layerchop import check_patch
@@ -26,6 +27,7 @@ from billhook.plan import Plan
 from billhook.progress import Clock, Tick, quiet
 from billhook.recipe import BUDGETS, Recipe
 from billhook.sensitivity import Curves, Probe, curves
+from billhook.sparsity import Pattern
 from billhook.taylor import GRADIENT_SCORES, NEED_MEAN_GRADIENT, standardised
 from billhook.tensors import Probes, Scores, Tokens
 from billhook.timing import layer_times
@@ -71,6 +73,16 @@ def settings_of(chosen: Recipe) -> Settings:
 def method_settings(chosen: Recipe) -> Settings | Patching:
     """What the recipe's method may choose, whichever it is."""
     return Patching(chosen.patch, chosen.ridge, chosen.correction) if chosen.chops else settings_of(chosen)
+
+
+def masking_of(chosen: Recipe) -> Masking:
+    """What a method that makes zeros is asked for."""
+    pattern = sparsity.parse(chosen.pattern) if chosen.pattern else Pattern(chosen.sparsity)
+    settings = support.Settings(
+        damping=chosen.ridge, refit=chosen.refit, init=chosen.init or None, normalised=chosen.normalised
+    )
+    targets = chosen.targets or ROLES
+    return Masking(chosen.method, pattern, targets, chosen.stream, settings, chosen.layer_sparsity, chosen.keep_zeros)
 
 
 def make_plan(
@@ -309,7 +321,7 @@ def _auto(
         tick("trying depths", count, count + PATIENCE)
         with clock("trials"):
             trial = copy.deepcopy(model)
-            METHODS[chosen.method].run(
+            carry_out(chosen.method)(
                 trial, texts.calibration, plan, settings, scores=scores, stream=chosen.stream, tick=tick
             )
             loss = probe.divergence_of(trial)

@@ -14,6 +14,7 @@ from billhook import (
     checkpoint,
     data,
     layout,
+    masking,
     planning,
     quality,
     report,
@@ -24,7 +25,7 @@ from billhook.checkpoint import Opened
 from billhook.errors import BillhookError
 from billhook.families import layers
 from billhook.memory import peak_growth
-from billhook.methods import METHODS
+from billhook.methods import METHODS, carry_out
 from billhook.plan import Plan
 from billhook.progress import Clock, Tick, quiet, unheard
 from billhook.publish import publish
@@ -32,6 +33,7 @@ from billhook.reading import read
 from billhook.recipe import Recipe, recipe
 from billhook.selection import after_a_heal
 from billhook.surgery import cast
+from billhook.tensors import Tokens
 from billhook.trials import Means
 
 SAMPLE = 2**20  # characters of the calibration text by which a cut vocabulary is judged
@@ -64,7 +66,12 @@ class Result:
     def page(self, measured: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
         """The content of report.json; `measured`: the unpruned and the pruned model, of `evaluate.side_by_side`."""
         found = self.report
-        title = f"{found['parent']}, {found['sizes']['achieved_ratio']:.0%} of its decoder pruned by {found['recipe']['method']}"
+        share = (
+            f"{zeros['sparsity']:.0%} zeros"
+            if (zeros := found.get("zeros"))
+            else f"{found['sizes']['achieved_ratio']:.0%} of its decoder pruned"
+        )
+        title = f"{found['parent']}, {share} by {found['recipe']['method']}"
         where = report.conditions(self.model, report.command(found), sum(found["seconds"].values()))
         reference = measured[0]["name"] if measured else None
         return report.assemble("prune", title, where, cut=found, models=measured, reference=reference)
@@ -158,8 +165,11 @@ def prune_opened(
         scores = planning.unit_scores(model, chosen, texts.calibration, clock, tick)
         found = _selected(opened, chosen, windows, texts, folder, clock, tick) if chosen.select == "healed" else None
         wanted = chosen.model_copy(update={"preset": found["chosen"]}) if found else chosen
-        plan = planning.make_plan(model, wanted, texts, opened.dtype, scores, folder, clock, tick)
-        hunt = None
+        hunt, zeros, cuts = None, None, []
+        if chosen.masks:
+            plan, zeros = Plan(), _masked(model, chosen, texts.calibration, announce, clock, tick)
+        else:
+            plan = planning.make_plan(model, wanted, texts, opened.dtype, scores, folder, clock, tick)
         if material:
             fit = planning.settings_of(chosen)
             hunt = searching.search(
@@ -175,10 +185,10 @@ def prune_opened(
                 tick=tick,
             )
             scores, plan = hunt.scores, hunt.plan
-        announce(report.plan_line(model, plan, chosen.budget, chosen.patches))
-        run, settings = METHODS[chosen.method].run, planning.method_settings(chosen)
-        cuts = []
+        if not chosen.masks:
+            announce(report.plan_line(model, plan, chosen.budget, chosen.patches))
         if plan.kinds or plan.layers:
+            run, settings = carry_out(chosen.method), planning.method_settings(chosen)
             cuts = run(
                 model, texts.calibration, plan, settings, scores=scores, stream=chosen.stream, clock=clock, tick=tick
             )
@@ -203,6 +213,7 @@ def prune_opened(
         "vocabulary": vocabulary_cut,
         "selection": found,
         "search": hunt and hunt.record,
+        "zeros": zeros,
         "dropped_layers": list(plan.layers),
         "kept_layers": [n for n in range(total) if n not in plan.layers],
         "cuts": [asdict(cut) for cut in cuts],
@@ -211,6 +222,17 @@ def prune_opened(
         "versions": report.versions(),
     }
     return Result(model, opened.tokenizer, written, opened.folder, trimmed=vocabulary_cut is not None)
+
+
+def _masked(
+    model: Any, chosen: Recipe, tokens: Tokens, announce: Callable[[str], object], clock: Clock, tick: Tick
+) -> dict[str, Any]:
+    """Make zeros in place; what was asked for and what came of it."""
+    how = planning.masking_of(chosen)
+    masking.check(model, how)
+    zeros, weights = masking.zeros_in(model, how.targets)
+    announce(masking.words(how, zeros, weights, tokens.numel(), model))
+    return masking.record(how, masking.mask(model, tokens, how, clock, tick), zeros / weights)
 
 
 def _selected(
@@ -232,7 +254,7 @@ def _selected(
     settings = planning.method_settings(chosen)
 
     def cut(model: Any, gone: Sequence[int]) -> None:
-        METHODS[chosen.method].run(model, texts.calibration, Plan(layers=tuple(gone)), settings)
+        carry_out(chosen.method)(model, texts.calibration, Plan(layers=tuple(gone)), settings)
 
     with clock("healing candidates"):
         return after_a_heal(

@@ -10,17 +10,19 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from billhook import allocation
+from billhook import allocation, sparsity, support
 from billhook.budget import check_names
 from billhook.checkpoint import DTYPES
 from billhook.chopping import PRESETS
 from billhook.errors import BillhookError, one_of
+from billhook.families import ROLES
 from billhook.layout import LAYOUTS
-from billhook.methods import METHODS
+from billhook.methods import MASKING, METHODS
 from billhook.methods.fasp import Settings
 from billhook.methods.layerchop import PATCHES
 from billhook.methods.layerchop import Settings as Patching
 from billhook.observe import STREAMS
+from billhook.operators import STREAMS as MASK_STREAMS
 from billhook.samplers import SAMPLERS
 from billhook.scores import SCORES
 from billhook.taylor import GRADIENT_SCORES
@@ -35,6 +37,10 @@ BUDGETS = ("ratio", "params", "memory", "speedup")
 SELECT = {"preset": "by --preset", "healed": "the best of --candidates after a short training of each"}
 CANDIDATES = ("contiguous", "block-influence", "middle", "max-gap", "input")
 EXPLICIT = ("drop", "keep", "layers")  # budgets of layerchop alone
+ZEROS = ("sparsity", "pattern")  # budgets of methods that make zeros
+MASKED = (*ZEROS, "targets", "init", "refit", "normalised", "layer_sparsity")  # what they alone have
+INITIALISED = ("fistapruner", "admm")
+INITS = ("dense", "magnitude", "wanda", "sparsegpt")
 COUNT = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 Settled = TypeVar("Settled", bound=BaseModel)
 BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -61,6 +67,14 @@ class Recipe(BaseModel):
     heal_tokens: int = Field(default=100_000, ge=1)  # that each is trained on
     held_out: tuple[str, ...] = ("demo",)  # texts that judge them
     patch: str = "none"  # of layerchop: what makes up for the layers that go
+    sparsity: float | None = Field(default=None, gt=0, lt=1, allow_inf_nan=False)  # share of zeros in targeted weights
+    pattern: str = ""  # or N zeros in every M of them: "2:4"
+    targets: tuple[str, ...] = ()  # roles of the weights that get zeros; none: all
+    layer_sparsity: dict[int, float] = Field(default_factory=dict)  # of some layers, in place of `sparsity`
+    init: str = ""  # of fistapruner and admm: whose weights they start from; empty: their own choice
+    refit: bool = False  # the weights that stay, by least squares
+    normalised: bool = False  # of fistapruner: inputs of unit energy
+    keep_zeros: bool = True  # of a model that was sparse before
     trials: int = Field(default=64, ge=1)  # of adapruner: candidates
     minutes: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # of adapruner: all of the search may take
     pool: int = Field(default=64, ge=1)  # of adapruner: windows to choose calibration samples from
@@ -92,14 +106,14 @@ class Recipe(BaseModel):
     dtype: str = "auto"
 
     @field_validator(
-        "method", "score", "stream", "dtype", "layout", "preset", "select", "patch", "sampler", "objective"
+        *("method", "score", "stream", "dtype", "layout", "preset", "select", "patch", "sampler", "objective", "init")
     )
     @classmethod
     def _known(cls, value: str, info: Any) -> str:
         valid = {
             "method": METHODS,
             "score": (*SCORES, *GRADIENT_SCORES),
-            "stream": STREAMS,
+            "stream": {**STREAMS, **MASK_STREAMS},
             "dtype": ("auto", *DTYPES),
             "layout": LAYOUTS,
             "preset": PRESETS,
@@ -107,8 +121,28 @@ class Recipe(BaseModel):
             "patch": PATCHES,
             "sampler": SAMPLERS,
             "objective": OBJECTIVES,
+            "init": ("", *INITS),
         }
         return one_of(info.field_name, value, valid[info.field_name])
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_stream(cls, given: Any) -> Any:
+        """Every method has the stream of its paper, unless told otherwise."""
+        if isinstance(given, dict) and not given.get("stream"):
+            method = METHODS.get(given.get("method", "fasp"))
+            return {**given, "stream": method.stream} if method else given
+        return given
+
+    @field_validator("targets")
+    @classmethod
+    def _targets(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(one_of("target", name, ROLES) for name in dict.fromkeys(value))
+
+    @field_validator("layer_sparsity", mode="before")
+    @classmethod
+    def _by_layer(cls, value: Any) -> Any:
+        return sparsity.by_layer(value) if isinstance(value, str) else value
 
     @field_validator("params", "memory", "heal_tokens", mode="before")
     @classmethod
@@ -129,6 +163,11 @@ class Recipe(BaseModel):
     def _layers_fit(self) -> "Recipe":
         """What is of layerchop alone."""
         explicit = [name for name in EXPLICIT if getattr(self, name) not in (None, "")]
+        if self.masks:
+            self._check_masks()
+        elif alien := [name for name in MASKED if getattr(self, name) not in (None, "", (), {}, False)]:
+            flag = alien[0].replace("_", "-")
+            raise BillhookError(f"--{flag} is of methods that make zeros: use it with --method {' or '.join(MASKING)}")
         if self.chops:
             self._check_layers()
         elif explicit:
@@ -138,6 +177,39 @@ class Recipe(BaseModel):
         elif self.patches:
             raise BillhookError("--patch makes up for whole layers that go: use it with --method layerchop")
         return self
+
+    def _check_masks(self) -> None:
+        alien = [name for name in (*BUDGETS, *EXPLICIT) if getattr(self, name) not in (None, "")]
+        if alien:
+            raise BillhookError(
+                f"--{alien[0]} is a budget of structured cuts; {self.method} makes zeros: give --sparsity 0.5 or --pattern 2:4"
+            )
+        if self.sparsity is not None and self.pattern:
+            raise BillhookError("--sparsity and --pattern both say which weights become zeros: give one")
+        if self.sparsity is None and not self.pattern:
+            raise BillhookError(f"{self.method} makes zeros: say how many, --sparsity 0.5 or --pattern 2:4")
+        if self.axes or self.allocation != "equal" or self.layout != "uniform":
+            raise BillhookError(
+                f"{self.method} makes zeros and cuts no axis: leave out --axes, --allocation and --layout; --targets and "
+                "--layer-sparsity say where the zeros are"
+            )
+        if self.init and self.method not in INITIALISED:
+            raise BillhookError(
+                f"--init is of {' and '.join(INITIALISED)}: {self.method} has no start of another method"
+            )
+        if self.normalised and self.method != "fistapruner":
+            raise BillhookError(f"--normalised is of fistapruner: {self.method} has one scale of its own")
+        one_of("stream", self.stream, MASK_STREAMS)
+        self._check_shares()
+
+    def _check_shares(self) -> None:
+        if self.pattern:
+            sparsity.parse(self.pattern)
+        if self.layer_sparsity and self.pattern:
+            raise BillhookError("--layer-sparsity are shares of zeros, and --pattern has none: give --sparsity")
+        for n, share in self.layer_sparsity.items():
+            if not 0 <= share < 1:
+                raise BillhookError(f"--layer-sparsity: {share:g} of layer {n} is no share from 0 to below 1")
 
     def _check_layers(self) -> None:
         if self.allocation != "equal":
@@ -151,6 +223,9 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Recipe":
+        if self.masks:
+            return self
+        one_of("stream", self.stream, STREAMS)
         given = [f"--{name}" for name in (*BUDGETS, *EXPLICIT) if getattr(self, name) not in (None, "")]
         if len(given) > 1:
             raise BillhookError(f"{' and '.join(given)} are two budgets: give one")
@@ -183,7 +258,12 @@ class Recipe(BaseModel):
     @property
     def chops(self) -> bool:
         """Whether the method drops whole layers, chosen by preset or by name."""
-        return not METHODS[self.method].scored
+        return METHODS[self.method].default_kinds == ("layers",)
+
+    @property
+    def masks(self) -> bool:
+        """Whether the method makes zeros, and cuts nothing."""
+        return self.method in MASKING
 
     @property
     def searches(self) -> bool:
@@ -213,7 +293,8 @@ class Recipe(BaseModel):
     @property
     def ridge(self) -> float:
         """The damping, of a patch or else of a restoration."""
-        return self.damping or (Patching.damping if self.chops else Settings.damping)
+        own = Patching.damping if self.chops else support.Settings.damping if self.masks else Settings.damping
+        return self.damping or own
 
     @property
     def width_step(self) -> int:
@@ -223,7 +304,7 @@ class Recipe(BaseModel):
     @property
     def budget(self) -> str:
         """The budget as the user would say it."""
-        for name in (*BUDGETS, *EXPLICIT):
+        for name in (*BUDGETS, *EXPLICIT, *ZEROS):
             if (value := getattr(self, name)) not in (None, ""):
                 if isinstance(value, str):
                     return f"{name} {value}"

@@ -25,7 +25,7 @@ from billhook.publish import publish
 from billhook.quality import of_losses
 from billhook.reading import judged_by
 from billhook.recovery import recovery
-from billhook.runs import TRIAL, TRIAL_STEPS, Run, on_cpu, prepare, rates_of, shared, where
+from billhook.runs import BY_FORM, TRIAL, TRIAL_STEPS, Run, on_cpu, prepare, rates_of, shared, where
 from billhook.surgery import cast
 from billhook.training import Course, Diverged, Healer, Judge, checkpoints
 
@@ -122,6 +122,7 @@ def recover(
         trained = trainables.trained(healer.model)
         healed = trainables.merged(healer.gathered(run.start) if kept else run.start())
     cast(healed.cpu(), run.student.dtype)
+    _check_zeros(run, healed)
     found = _outcome(run, healer, tried, stopped, kept)
     found |= {"trained_parameters": trained, "parameters": sum(p.numel() for p in healed.parameters())}
     found |= {"peak_growth_bytes": growth(), "versions": report.versions()}
@@ -197,11 +198,19 @@ def _line(run: Run, rate: float) -> str:
     course, chosen = run.course, run.chosen
     how = f"distillation from {chosen.teacher}" if chosen.objective == "distill" else "continued pretraining"
     passes = len(course.order) / len(course.windows)
+    zeros = run.student.census
     return (
         f"{how}, training {trainables.WORDS[chosen.trainable]}: {len(course.order) * chosen.seq_len:,} tokens of "
         f"{' and '.join(run.texts.names)} ({passes:.2g} passes) in {course.steps:,} steps at {rate:g}"
         + (f", on {run.process.num_processes} processes" if run.process.num_processes > 1 else "")
+        + (f", keeping all {zeros.total:,} zeros ({zeros.share:.0%})" if run.chosen.keeps_zeros and zeros.total else "")
     )
+
+
+def _check_zeros(run: Run, healed: Any) -> None:
+    """Nothing should be able to fail here: what it says would be an error of ours, and better said than written."""
+    if run.chosen.keeps_zeros and (filled := run.student.census.filled(healed)):
+        raise BillhookError(f"{filled:,} zeros of {run.student.name} were filled in training: nothing is written")
 
 
 def _outcome(run: Run, healer: Healer, tried: Sequence[dict[str, float]], stopped: str, kept: int) -> dict[str, Any]:
@@ -220,7 +229,9 @@ def _outcome(run: Run, healer: Healer, tried: Sequence[dict[str, float]], stoppe
         "objective": chosen.objective,
         "states": course.states,
         "trainable": chosen.trainable,
-        "rank": chosen.rank if chosen.trainable == "lora" else None,
+        "rank": chosen.rank if chosen.trainable in BY_FORM else None,
+        "keep_zeros": chosen.keep_zeros,
+        "zeros": run.student.census.total if run.chosen.keeps_zeros else None,
         "texts": list(chosen.text),
         "text_sha256": list(run.texts.sha256),
         "windows": len(set(course.order)),

@@ -42,7 +42,8 @@ class Recovery(BaseModel):
     seq_len: int = Field(default=512, ge=2)
     warmup: float = Field(default=0.05, ge=0, lt=1, allow_inf_nan=False)  # share of the steps
     top_k: int = Field(default=256, ge=1)  # of the teacher's next tokens
-    rank: int = Field(default=32, ge=1)  # of lora
+    rank: int = Field(default=32, ge=1)  # of lora; of spp, blocks of rows
+    keep_zeros: bool | None = None  # of a sparse model; None: refuse to train one, unless it is by spp
     guard: bool = True
     precision: str = "auto"
     device: str = "auto"
@@ -79,6 +80,11 @@ class Recovery(BaseModel):
                 "no --held-out text: nothing would show that training harms; name one, or pass --no-guard"
             )
         return self
+
+    @property
+    def keeps_zeros(self) -> bool:
+        """Whether no zero of a weight is filled: asked for, or by the form of what is trained."""
+        return bool(self.keep_zeros) or self.trainable == "spp"
 
     def rows(self, tokens: int, processes: int = 1) -> int:
         """Windows in a step, of a run over so many tokens."""

@@ -213,6 +213,8 @@ def command(report: dict[str, Any]) -> str:
     recipe = report["recipe"]
     if recipe["method"] == "adapruner":
         return _search_command(report["parent"], recipe)
+    if report.get("zeros"):
+        return _zeros_command(report["parent"], recipe)
     idle = UNIT_FLAGS if recipe["method"] == "layerchop" else LAYER_FLAGS
     healed = recipe.get("select") == "healed"
     idle = (*idle, "preset") if recipe["drop"] or recipe["keep"] or healed else idle
@@ -226,6 +228,16 @@ def command(report: dict[str, Any]) -> str:
         if key in CARD_FLAGS and key not in idle and value not in (None, "")
     )
     return f"billhook prune {report['parent']} {settings} -o OUT"
+
+
+def _zeros_command(parent: str, recipe: dict[str, Any]) -> str:
+    given = {**recipe, "layer_sparsity": ",".join(f"{n}:{share:g}" for n, share in recipe["layer_sparsity"].items())}
+    settings = [
+        f"--{key.replace('_', '-')} {_flag(given[key])}" for key in ZEROS_FLAGS if given[key] not in (None, "", [])
+    ]
+    switches = [f"--{key}" for key in ("refit", "normalised") if recipe[key]]
+    switches += [] if recipe["keep_zeros"] else ["--no-keep-zeros"]
+    return f"billhook prune {parent} {' '.join([*settings, *switches])} -o OUT"
 
 
 def _search_command(parent: str, recipe: dict[str, Any]) -> str:
@@ -250,6 +262,8 @@ def recover_command(recovery: dict[str, Any], student: str = "OUT", out: str = "
         for value in (given[key] if isinstance(given.get(key), list) else [given.get(key)])
         if value is not None
     ]
+    if (keep := recovery.get("keep_zeros")) is not None:
+        settings.append("--keep-zeros" if keep else "--no-keep-zeros")
     several = recovery.get("processes") or 1
     start = f"accelerate launch --num_processes {several} -m billhook" if several > 1 else "billhook"
     return f"{start} recover {shlex.quote(student)} {' '.join(settings)} -o {out}"
@@ -268,6 +282,10 @@ UNIT_FLAGS = ("allocation", "axes", "score", "stream", "damping", "correction", 
 CARD_FLAGS = (
     *("method", "ratio", "params", "memory", "speedup", *LAYER_FLAGS, "layout", *UNIT_FLAGS),
     *("calibration", "samples", "probes", "seq_len", "seed"),
+)
+ZEROS_FLAGS = (
+    *("method", "sparsity", "pattern", "targets", "layer_sparsity", "init", "stream", "damping"),
+    *("calibration", "samples", "seq_len", "seed"),
 )
 SEARCH_FLAGS = (
     *(

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
-from billhook import checkpoint, claim, data, pace, report, store, teacher
+from billhook import checkpoint, claim, data, pace, report, store, teacher, zeros
 from billhook.errors import BillhookError
 from billhook.memory import return_freed
 from billhook.precision import autocast_dtype
@@ -21,17 +21,21 @@ from billhook.quality import of_losses
 from billhook.reading import HELD_OUT, Texts, order_of, read
 from billhook.recovery import HALVED, Recovery
 from billhook.teacher import Lessons
-from billhook.trainables import TRAINABLE, Cut
+from billhook.trainables import KEEPING_ZEROS, TRAINABLE, Cut
 from billhook.training import Course, Healer, Judge
 
 POINTS = (3, 10)  # judgements in a run, at least and at most
 JUDGING = 0.15  # of the training's cost, between those bounds
 FORWARD = 1 / 3  # of a training step's cost
-RATES = {"lora": (3e-4, 1e-3, 3e-3)}  # what --lr auto tries; adapters start at zero and bear more
+RATES = {  # what --lr auto tries; adapters start at zero and bear more
+    "lora": (3e-4, 1e-3, 3e-3),
+    "spp": (1e-3, 3e-3, 1e-2),  # about the 4e-3 of arXiv:2405.16057
+}
 RATES_OTHERWISE = (3e-5, 1e-4, 3e-4)  # short trials favour the highest: it is one that lasts (docs/LOG.md)
 TRIAL = 0.02  # of the steps, for each rate
 TRIAL_STEPS = 5  # at least
 TEXTS = 3  # judged by default: of the training text, and the demo's two
+BY_FORM = {"lora", "spp"}  # sets that are trained in a form which fills no zero; of the others the steps are masked
 PACE_SECONDS = 10  # to find out how many tokens --minutes buys
 
 
@@ -46,6 +50,7 @@ class Student:
     vocabulary: int
     sha256: str
     record: dict[str, Any] | None  # its billhook.json
+    census: zeros.Census
 
     @property
     def cut(self) -> Cut | None:
@@ -76,7 +81,11 @@ class Run:
         return _ready(self.student.name, self.chosen, self.student.cut)
 
     def healer(self, course: Course, judge: Judge, work: Path, tick: Tick) -> Healer:
-        return Healer(self.start(), course, self.lessons, judge, work, tick)
+        model = self.start()
+        healer = Healer(model, course, self.lessons, judge, work, tick)
+        if self.chosen.keep_zeros and self.chosen.trainable not in BY_FORM:
+            healer.add_callback(zeros.Keeper(model))
+        return healer
 
 
 def on_cpu(device: str) -> bool:
@@ -148,14 +157,33 @@ def _look(
         opened.model.config.vocab_size,
         store.weights_sha256(opened.model),
         report.stored_cut(opened.folder),
+        zeros.census(opened.model),
     )
+    _check_zeros(student, chosen)
     if chosen.trainable in ("seam", "lora"):
-        TRAINABLE[chosen.trainable](opened.model, student.cut, chosen.rank)  # refuse now what cannot be trained
+        _makers(chosen)[chosen.trainable](opened.model, student.cut, chosen.rank)  # refuse now what cannot be trained
     texts = read(chosen.text, chosen.held_out, student.tokenizer, chosen.seq_len, chosen.seed, tick)
     for text in texts.judged:
         data.check_vocabulary(text, opened.model, name)
     size = sum(param.numel() for param in opened.model.parameters())
     return student, texts, lambda: _affordable(name, chosen, student.cut, size, autocast, process)
+
+
+def _check_zeros(student: Student, chosen: Recovery) -> None:
+    """Refuse to fill the zeros of a sparse model unasked, and to keep those of a dense one."""
+    found = student.census
+    if chosen.keep_zeros and not found.total:
+        raise BillhookError(
+            f"--keep-zeros: {student.name} has no exact zero in the linear weights of its decoder layers, nothing to keep: "
+            "leave it out"
+        )
+    if chosen.keeps_zeros and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        raise BillhookError("zeros are kept in whole weights, which FSDP cuts up: launch without --use_fsdp")
+    if chosen.keep_zeros is None and not chosen.keeps_zeros and found.share >= zeros.SPARSE:
+        raise BillhookError(
+            f"{found.share:.0%} of the decoder's linear weights of {student.name} are exactly zero, and training would fill "
+            "them: give --keep-zeros to keep every one, or --no-keep-zeros to let them go"
+        )
 
 
 def _affordable(
@@ -248,7 +276,11 @@ def _ready(name: str, chosen: Recovery, cut: Cut | None) -> Any:
     model = checkpoint.open_model(name, device="cpu", dtype="float32").model
     with torch.random.fork_rng():  # adapters are drawn: the same in every process, and when a run goes on
         torch.manual_seed(chosen.seed)
-        return TRAINABLE[chosen.trainable](model, cut, chosen.rank)
+        return _makers(chosen)[chosen.trainable](model, cut, chosen.rank)
+
+
+def _makers(chosen: Recovery) -> dict[str, Any]:
+    return KEEPING_ZEROS if chosen.keep_zeros else TRAINABLE
 
 
 def where(process: PartialState) -> torch.device:

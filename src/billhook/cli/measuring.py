@@ -32,9 +32,10 @@ from billhook.cli.shared import (
     progress,
 )
 from billhook.errors import BillhookError
-from billhook.families import FAMILIES, KINDS
+from billhook.families import FAMILIES, KINDS, ROLES
 from billhook.methods import METHODS
 from billhook.observe import STREAMS
+from billhook.operators import STREAMS as MASK_STREAMS
 from billhook.pages import page, tables
 from billhook.progress import Tick
 from billhook.scores import SCORES
@@ -202,7 +203,10 @@ def methods_command(json: Json = False) -> None:
         return
     for name, method in METHODS.items():
         out.print(f"[bold]{name}[/]  {method.title} ({method.paper})")
-        out.print(f"  prunes: {', '.join(method.kinds)} (default {', '.join(method.default_kinds)})")
+        if method.linear:
+            out.print(f"  zeros:  in {', '.join(ROLES)}; streams: {', '.join(MASK_STREAMS)} (default {method.stream})")
+        else:
+            out.print(f"  prunes: {', '.join(method.kinds)} (default {', '.join(method.default_kinds)})")
         out.print(f"  needs:  {method.needs}")
         if method.scored:
             out.print(f"  scores: {', '.join((*SCORES, *GRADIENT_SCORES))}; streams: {', '.join(STREAMS)}")

@@ -30,16 +30,19 @@ from billhook.cli.shared import (
     prune_to,
 )
 from billhook.errors import BillhookError
+from billhook.families import ROLES
 from billhook.layout import LAYOUTS
-from billhook.methods import METHODS
+from billhook.methods import MASKING, METHODS
 from billhook.methods.fasp import Settings
 from billhook.methods.layerchop import PATCHES
 from billhook.methods.layerchop import Settings as Patching
 from billhook.observe import STREAMS
+from billhook.operators import STREAMS as MASK_STREAMS
 from billhook.pages import page
 from billhook.pruning import measure
-from billhook.recipe import CLIENTS, SELECT, Recipe, read_recipe, recipe
+from billhook.recipe import CLIENTS, INITIALISED, INITS, SELECT, Recipe, read_recipe, recipe
 from billhook.scores import SCORES
+from billhook.support import Settings as Solving
 from billhook.taylor import GRADIENT_SCORES
 
 DEFAULT = Recipe(ratio=0.2)
@@ -110,6 +113,41 @@ def prune_command(
             "that are there",
         ),
     ] = DEFAULT.patch,
+    sparsity: Annotated[
+        float | None,
+        typer.Option(
+            help=f"{', '.join(MASKING)}, instead of a ratio: share of zeros in the targeted weights, which makes nothing smaller or "
+            "faster by itself",
+            show_default=False,
+        ),
+    ] = None,
+    pattern: Annotated[
+        str,
+        typer.Option(help="or N zeros in every M weights of a row, like 2:4", show_default=False),
+    ] = "",
+    targets: Annotated[
+        str,
+        choice(ROLES, f"which weights get zeros, comma-separated, of {', '.join(ROLES)}; empty: all of them"),
+    ] = "",
+    layer_sparsity: Annotated[
+        str, typer.Option(help="other shares of zeros for some layers, like 0:0.3,29:0.7", show_default=False)
+    ] = "",
+    init: Annotated[
+        str,
+        choice(
+            INITS,
+            f"{', '.join(INITIALISED)}: whose weights they start from, of {', '.join(INITS)}; empty: their own choice",
+        ),
+    ] = "",
+    refit: Annotated[
+        bool, typer.Option(help="methods that make zeros: refit the weights that stay by least squares")
+    ] = DEFAULT.refit,
+    normalised: Annotated[
+        bool, typer.Option(help="fistapruner: solve for inputs of unit energy, which its paper does not")
+    ] = DEFAULT.normalised,
+    keep_zeros: Annotated[
+        bool, typer.Option(help="methods that make zeros: those that are there already stay")
+    ] = DEFAULT.keep_zeros,
     axes: Annotated[
         str, choice(AXES, f"what to prune, comma-separated, of {', '.join(AXES)}; empty: the method's own")
     ] = "",
@@ -144,12 +182,19 @@ def prune_command(
             (*SCORES, *GRADIENT_SCORES), f"one of: {', '.join(SCORES)}; from gradients: {', '.join(GRADIENT_SCORES)}"
         ),
     ] = DEFAULT.score,
-    stream: Annotated[str, choice(STREAMS, f"whose activations a layer sees: {', '.join(STREAMS)}")] = DEFAULT.stream,
+    stream: Annotated[
+        str,
+        choice(
+            {**MASK_STREAMS, **STREAMS},
+            f"whose activations a layer sees: {', '.join(STREAMS)}; for zeros also {', '.join(s for s in MASK_STREAMS if s not in STREAMS)}; "
+            "empty: the method's own",
+        ),
+    ] = "",
     damping: Annotated[
         float | None,
         typer.Option(
-            help="ridge of a restoration or a patch, as a share of the Gram's mean diagonal",
-            show_default=f"{Settings.damping:g}; of a patch {Patching.damping:g}",
+            help="ridge of a restoration, a patch or a solver, as a share of the Gram's mean diagonal",
+            show_default=f"{Settings.damping:g}; of a patch {Patching.damping:g}; for zeros {Solving.damping:g}",
         ),
     ] = None,
     restoration: Annotated[bool, typer.Option(help="repair the kept weights by least squares")] = DEFAULT.restoration,
@@ -195,6 +240,8 @@ def prune_command(
     billhook prune demo --ratio 0.2 -o smaller
 
     billhook prune demo --params 100M --layout per_layer --allocation sensitivity -o smaller
+
+    billhook prune demo --method sparsegpt --pattern 2:4 -o sparse
     """
     chosen = recipe(
         method=method,
@@ -213,6 +260,14 @@ def prune_command(
         heal_tokens=heal_tokens,
         held_out=tuple(held_out or DEFAULT.held_out),
         patch=patch,
+        sparsity=sparsity,
+        pattern=pattern,
+        targets=tuple(listed(targets)),
+        layer_sparsity=layer_sparsity,
+        init=init,
+        refit=refit,
+        normalised=normalised,
+        keep_zeros=keep_zeros,
         layout=layout,
         allocation=allocation,
         floor=floor,

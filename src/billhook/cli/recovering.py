@@ -84,7 +84,16 @@ def recover_command(
     top_k: Annotated[
         int, typer.Option(help="tokens of which the teacher's probability is kept; the others count as one")
     ] = DEFAULT.top_k,
-    rank: Annotated[int, typer.Option(help="of lora's adapters")] = DEFAULT.rank,
+    rank: Annotated[int, typer.Option(help="of lora's adapters; of spp: blocks of rows")] = DEFAULT.rank,
+    keep_zeros: Annotated[
+        bool | None,
+        typer.Option(
+            "--keep-zeros/--no-keep-zeros",
+            help="of a model pruned by a mask (unstructured, 2:4): keep every zero weight of the decoder exactly zero, or let "
+            "training fill them, which gives a dense model again; a sparse model is refused until one of the two is given",
+            show_default=False,
+        ),
+    ] = DEFAULT.keep_zeros,
     guard: Annotated[bool, typer.Option(help="stop when a held-out text gets worse")] = DEFAULT.guard,
     lessons: Annotated[
         Path | None,
@@ -127,6 +136,7 @@ def recover_command(
         warmup=warmup,
         top_k=top_k,
         rank=rank,
+        keep_zeros=keep_zeros,
         guard=guard,
         precision=precision,
         device=device,

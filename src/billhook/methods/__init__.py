@@ -6,25 +6,29 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from billhook.cuts import Cut
+from billhook.methods import admm, fistapruner, magnitude, sparsegpt, wanda
 from billhook.methods.fasp import fasp, fasp_each
 from billhook.methods.layerchop import layerchop
+from billhook.support import Found
 
 
 @dataclass(frozen=True)
 class Method:
     """One row of `billhook methods`."""
 
-    run: Callable[..., list[Cut]]
-    run_each: (
-        Callable[..., Iterator[tuple[PreTrainedModel, list[Cut]]]] | None
-    )  # many plans from one pass, dense stream
     title: str
     paper: str
-    kinds: tuple[str, ...]  # axes it can prune
-    default_kinds: tuple[str, ...]
     needs: str
     note: str
+    run: Callable[..., list[Cut]] | None = None  # cuts a model by a plan
+    run_each: Callable[..., Iterator[tuple[PreTrainedModel, list[Cut]]]] | None = (
+        None  # many plans from one pass, dense stream
+    )
+    linear: Callable[..., Found] | None = None  # or makes one weight sparse (billhook.masking)
+    kinds: tuple[str, ...] = ()  # axes it can prune
+    default_kinds: tuple[str, ...] = ()
     scored: bool = True  # whether it scores units, by `SCORES` or gradients, in one of the streams
+    stream: str = "dense_target"  # what a layer sees, unless told otherwise
 
 
 METHODS: dict[str, Method] = {
@@ -41,7 +45,6 @@ METHODS: dict[str, Method] = {
     ),
     "adapruner": Method(
         run=fasp,
-        run_each=None,
         title="Adaptive Pruning by Bayesian optimisation of calibration samples and importance metric",
         paper="arXiv:2503.06184",
         kinds=("ffn", "heads", "groups"),
@@ -52,7 +55,6 @@ METHODS: dict[str, Method] = {
     ),
     "layerchop": Method(
         run=layerchop,
-        run_each=None,
         title="Just CHOP: Embarrassingly Simple LLM Compression",
         paper="arXiv:2305.14864",
         kinds=("layers",),
@@ -62,4 +64,60 @@ METHODS: dict[str, Method] = {
         "position ruin small models, and contiguous, the default, costs least. --patch linear makes up for much of it, without training.",
         scored=False,
     ),
+    "magnitude": Method(
+        linear=magnitude.prune,
+        title="Magnitude pruning",
+        paper="Han et al. 2015, arXiv:1506.02626",
+        needs="calibration text, for the reported errors alone",
+        note="The smallest weights of each matrix, or of each group; nothing is repaired unless --refit.",
+        scored=False,
+        stream="sequential",
+    ),
+    "wanda": Method(
+        linear=wanda.prune,
+        title="A Simple and Effective Pruning Approach for LLMs",
+        paper="arXiv:2306.11695",
+        needs="calibration text; two forward passes",
+        note="Weight times the norm of its input, compared in each row; nothing is repaired unless --refit.",
+        scored=False,
+        stream="sequential",
+    ),
+    "sparsegpt": Method(
+        linear=sparsegpt.prune,
+        title="SparseGPT: Massive Language Models Can be Accurately Pruned in One-Shot",
+        paper="arXiv:2301.00774",
+        needs="calibration text; two forward passes",
+        note="Column by column, what a zero costs goes to the weights right of it.",
+        scored=False,
+        stream="sequential",
+    ),
+    "fistapruner": Method(
+        linear=fistapruner.prune,
+        title="FISTAPruner: convex layer-wise post-training pruning",
+        paper="arXiv:2408.03728",
+        needs="calibration text; several forward passes and some minutes of a convex solver",
+        note="A refinement of another method's zeros: --init says whose. Its stream is layer_target, where layers are independent. "
+        "Of the paper abstract, reviews and the authors' answers were at hand, not the body.",
+        scored=False,
+        stream="layer_target",
+    ),
+    "admm": Method(
+        linear=admm.prune,
+        title="Fast and Effective Weight Update for Pruned LLMs",
+        paper="arXiv:2401.02938",
+        needs="calibration text; two forward passes",
+        note="Alternating directions on normalised inputs, the sparsity rising step by step.",
+        scored=False,
+        stream="sequential",
+    ),
 }
+
+
+def carry_out(method: str) -> Callable[..., list[Cut]]:
+    """What cuts a model by a plan; methods that make zeros have none."""
+    run = METHODS[method].run
+    assert run is not None
+    return run
+
+
+MASKING = tuple(name for name, method in METHODS.items() if method.linear)

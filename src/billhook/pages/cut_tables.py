@@ -1,5 +1,6 @@
 """The rows that say what a prune did: to the whole model, and layer by layer."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,34 @@ def layer_rows(cuts: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     ]
 
 
+def zero_rows(zeros: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How many weights are zero, and what that costs each kind of operator, as (name, value)."""
+    done = zeros["operators"]
+    shares = percent(zeros["sparsity"], 2)
+    rows = [
+        (
+            "zeros",
+            f"{zeros['zeros']:,} of {zeros['weights']:,} weights ({shares}, {zeros['pattern']}; {', '.join(zeros['targets'])}): alone they "
+            "make nothing smaller or faster",
+        )
+    ]
+    means = []
+    for role in zeros["targets"]:
+        errors = [one["error"] for one in done if one["role"] == role and finite(one["error"])]
+        apart = [one["error_held_out"] for one in done if one["role"] == role and finite(one["error_held_out"])]
+        if errors:
+            unseen = f" ({statistics.fmean(apart):.3f})" if apart else ""
+            means.append(f"{role} {statistics.fmean(errors):.3f}{unseen}")
+    if means:
+        rows.append(
+            (
+                "error of each operator",
+                f"{', '.join(means)} (mean of layers, relative; in brackets: on held-out windows)",
+            )
+        )
+    return rows
+
+
 def cut_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What was cut, of what, what it took, and what was trained after it, as (name, value); a cut may be missing."""
     rows = _pruned_rows(cut) if "cuts" in cut else []
@@ -48,6 +77,8 @@ def _pruned_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
             ("decoder", "decoder_parameters", "achieved_ratio", 2, f", asked for {size['budget']}"),
         )
     ]
+    if zeros := cut.get("zeros"):
+        rows += zero_rows(zeros)
     if words := cut.get("vocabulary"):
         grows = f"the calibration text takes {percent(words['calibration_grows'])} more of them"
         rows.append(("vocabulary", f"{words['before']:,} → {words['kept']:,} tokens; {grows}"))

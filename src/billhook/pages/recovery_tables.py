@@ -15,6 +15,7 @@ TRAINED = {
     "all": "all parameters",
     "decoder": "all parameters but embeddings and head",
     "lora": "low-rank adapters",
+    "spp": "multipliers of rows and columns (SPP)",
     "head+last3": "the head and the last three layers",
     "seam": "the layers beside the cut",
 }

@@ -1,0 +1,168 @@
+"""Sparsify a model: zeros in the linear weights of its decoder layers, found operator by operator, the shape as it was.
+
+Every method is one function of a weight and of sums over what enters it (billhook.methods); what it sees, and what its
+operator shall put out, is the stream's.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from billhook import sparsity
+from billhook.errors import BillhookError
+from billhook.families import layers, linears
+from billhook.methods import METHODS
+from billhook.operators import Group, Sums, operators
+from billhook.progress import Clock, Tick, quiet
+from billhook.sparsity import Pattern
+from billhook.support import Settings, Target, squared_error
+from billhook.tensors import Tokens, Weight
+from billhook.zeros import SPARSE
+
+
+@dataclass(frozen=True)
+class Masking:
+    """What is to become sparse, and how."""
+
+    method: str
+    pattern: Pattern
+    targets: tuple[str, ...]  # roles: q, k, v, o, gate, up, down
+    stream: str
+    settings: Settings
+    by_layer: Mapping[int, float] = field(default_factory=dict)  # other sparsities than the pattern's
+    keep_zeros: bool = True  # those that are there before
+
+    def at(self, layer: int) -> Pattern:
+        return Pattern(self.by_layer[layer]) if layer in self.by_layer else self.pattern
+
+
+@dataclass(frozen=True)
+class Masked:
+    """What became of one weight.  Errors are relative, ||V X*^T - Y|| / ||Y||, on the calibration text."""
+
+    layer: int
+    role: str
+    weights: int
+    before: int  # zeros before
+    zeros: int
+    damping: float  # that the method took
+    error: float
+    error_held_out: float | None  # on windows that it did not see
+    note: dict[str, float | int]  # what the method counted on the way
+
+
+def check(model: PreTrainedModel, how: Masking) -> None:
+    """Refuse what cannot be, before anything is computed.
+
+    Raises:
+        BillhookError: M does not divide the inputs of a weight; a layer that is not there.
+    """
+    total = len(layers(model))
+    if unknown := [n for n in how.by_layer if not 0 <= n < total]:
+        raise BillhookError(f"--layer-sparsity names layer {unknown[0]}: the model has {total}, numbered from 0")
+    for n, _, name in every(model, how.targets):
+        sparsity.check(how.at(n), weight_of(model, name).shape[1], name)
+
+
+def every(model: PreTrainedModel, roles: Sequence[str]) -> Iterator[tuple[int, str, str]]:
+    """Layer, role and path of every linear module that has one of `roles`."""
+    for n in range(len(layers(model))):
+        for one in linears(model, n):
+            yield from ((n, role, name) for role, name in one.items() if role in roles)
+
+
+def weight_of(model: PreTrainedModel, name: str) -> Weight:
+    module = model.get_submodule(name)
+    assert isinstance(module, nn.Linear)
+    return module.weight.data
+
+
+def zeros_in(model: PreTrainedModel, roles: Sequence[str]) -> tuple[int, int]:
+    """How many weights are exactly zero, and how many there are."""
+    found = [weight_of(model, name) for _, _, name in every(model, roles)]
+    return sum(int((w == 0).sum()) for w in found), sum(w.numel() for w in found)
+
+
+@torch.no_grad()
+def mask(
+    model: PreTrainedModel, tokens: Tokens, how: Masking, clock: Clock | None = None, tick: Tick = quiet
+) -> list[Masked]:
+    """Sparsify a model in place.
+
+    Args:
+        tokens: calibration windows (windows, length).
+
+    Raises:
+        BillhookError: as `check`; an activation is not finite; a Gram that cannot be factored (names the layer).
+    """
+    check(model, how)
+    clock, done = clock or Clock(), []
+    for group in operators(model, tokens, how.targets, stream=how.stream, clock=clock, tick=tick):
+        for role, name in group.names.items():
+            done.append(_masked(model, group, role, name, how, clock))
+    return done
+
+
+def _masked(model: PreTrainedModel, group: Group, role: str, name: str, how: Masking, clock: Clock) -> Masked:
+    weight, solve = weight_of(model, name), METHODS[how.method].linear
+    assert solve is not None
+    there = weight == 0
+    before = int(there.sum())
+    held = there if how.keep_zeros and before > SPARSE * there.numel() else None
+    W, settings = weight.double(), replace(how.settings, zeros=held)
+    with clock("solver"):
+        target = target_of(W, group.fit)
+        try:
+            found = solve(W, target, how.at(group.layer), settings)
+        except BillhookError as error:
+            raise BillhookError(f"{name}: {error}") from error
+    weight.copy_(found.weight)
+    with clock("errors"):
+        V = weight.double()
+        off = None if group.held_out is None else _error(V, W, target_of(W, group.held_out))
+        own = _error(V, W, target)
+    zeros = int((weight == 0).sum())
+    return Masked(group.layer, role, weight.numel(), before, zeros, found.damping, own, off, dict(found.note))
+
+
+def target_of(W: Weight, sums: Sums) -> Target:
+    """What an operator of weight W shall put out: what it did in the unpruned model, where the stream follows that."""
+    if sums.cross is None or sums.dense is None:
+        return Target(sums.gram)
+    return Target(sums.gram, W @ sums.cross, ((W @ sums.dense) * W).sum(1))
+
+
+def _error(V: Weight, W: Weight, target: Target) -> float:
+    whole = ((W @ target.gram) * W).sum() if target.energy is None else target.energy.sum()
+    return math.sqrt(float(squared_error(V, W, target).sum() / whole)) if whole > 0 else 0.0
+
+
+def words(how: Masking, zeros: int, weights: int, tokens: int, model: PreTrainedModel) -> str:
+    """What will be made sparse, before it is, in one line."""
+    said = f"{how.pattern} zeros in {weights:,} weights ({', '.join(how.targets)}): nothing gets smaller or faster by zeros alone"
+    if zeros > SPARSE * weights:
+        said += f"; {zeros / weights:.1%} are zero already, and {'stay so' if how.keep_zeros else 'may change'}"
+    widest = max(weight_of(model, name).shape[1] for _, _, name in every(model, how.targets))
+    if tokens < widest:
+        said += f"; {tokens:,} tokens of calibration text are fewer than the {widest:,} inputs of a weight: statistics lack rank"
+    return said
+
+
+def record(how: Masking, done: Sequence[Masked], share_before: float) -> dict[str, Any]:
+    """For billhook.json: what was asked for, what came of it, weight by weight."""
+    zeros, weights = sum(one.zeros for one in done), sum(one.weights for one in done)
+    return {
+        "pattern": str(how.pattern),
+        "targets": list(how.targets),
+        "stream": how.stream,
+        "zeros": zeros,
+        "weights": weights,
+        "sparsity": zeros / weights,
+        "sparsity_before": share_before,
+        "operators": [asdict(one) for one in done],
+    }

@@ -1,0 +1,15 @@
+"""Magnitude pruning: the smallest weights go (Han et al. 2015, arXiv:1506.02626).
+
+One threshold for the whole matrix, or the N smallest of every M.  No calibration text, unless a refit is asked for.
+"""
+
+from billhook import sparsity
+from billhook.sparsity import Pattern
+from billhook.support import Found, Settings, Target, finish
+from billhook.tensors import Weight
+
+
+def prune(W: Weight, target: Target, pattern: Pattern, settings: Settings) -> Found:
+    """Zero the smallest |W_ij|.  Reads of the settings: zeros, refit."""
+    mask = sparsity.keep(W.abs(), pattern, "matrix", settings.zeros)
+    return Found(finish(W, W, target, mask, settings), settings.damping, {})

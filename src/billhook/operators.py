@@ -1,0 +1,210 @@
+"""Run a model layer by layer and keep sums of what enters every linear weight of a decoder layer: what mask methods stand on.
+
+    for group in operators(model, tokens, roles, stream="sequential"):
+        ...  # edit the weights group.modules; they share one input
+
+Within a layer the operators come in the order in which they compute: q, k and v, which share one input; o; gate and up; down.
+Nothing is kept for all layers: one hidden state a token (two where targets are the unpruned model's), the sums of one layer.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from billhook.errors import BillhookError
+from billhook.families import layers, linears
+from billhook.memory import return_freed
+from billhook.observe import BATCH_TOKENS, enter, gram_of, run
+from billhook.progress import Clock, Tick, quiet
+from billhook.tensors import Gram, Tokens
+
+STREAMS = {
+    "dense": "every operator sees the unpruned model's activations: one forward pass in all",
+    "sequential": "every layer sees what the pruned layers before it put out (SparseGPT, Wanda)",
+    "true_sequential": "as sequential, and every operator sees what was pruned before it in its layer",
+    "layer_target": "every layer sees the unpruned model's activations; in it every operator sees what was pruned before it, and shall "
+    "put out what the unpruned one does (FISTAPruner)",
+    "dense_target": "as true_sequential, and every operator shall put out what it does in the unpruned model",
+}
+STEPWISE = ("true_sequential", "layer_target", "dense_target")  # sums anew for every group of operators
+WITH_TARGET = ("layer_target", "dense_target")  # which follow the unpruned model as well
+ALONE = ("dense", "layer_target")  # no layer sees what became of another
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Over tokens, of what enters an operator, X* (tokens, in), and of what does so in the unpruned model, X, where that differs."""
+
+    gram: Gram  # X*^T X*
+    cross: Tensor | None = None  # (in, in) X^T X*
+    dense: Tensor | None = None  # (in, in) X^T X
+
+    def __add__(self, other: "Sums") -> "Sums":
+        if self.cross is None or other.cross is None or self.dense is None or other.dense is None:
+            return Sums(self.gram + other.gram)
+        return Sums(self.gram + other.gram, self.cross + other.cross, self.dense + other.dense)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Operators of one layer that share their input: path of the module by role, sums over the windows to fit and those held out."""
+
+    layer: int
+    names: Mapping[str, str]
+    fit: Sums
+    held_out: Sums | None
+
+
+@dataclass
+class _Batch:
+    """Some windows on their way through the model."""
+
+    state: Tensor
+    target: Tensor  # in the unpruned model, where the stream follows that too
+    calls: list[dict[str, Any]]  # what the model passes to each layer
+    held_out: bool
+
+
+class _EnoughError(Exception):
+    """Ends a forward pass behind the operator whose input was wanted."""
+
+
+@torch.no_grad()
+def operators(
+    model: PreTrainedModel,
+    tokens: Tokens,
+    roles: Sequence[str],
+    *,
+    stream: str,
+    held_out: float = 0.1,
+    clock: Clock | None = None,
+    tick: Tick = quiet,
+) -> Iterator[Group]:
+    """Yield every group of operators that has one of `roles`, each on the inputs that `stream` says.
+
+    Args:
+        tokens: calibration windows (windows, length).
+        held_out: share of the windows, the last ones, whose sums are kept apart.
+
+    Raises:
+        BillhookError: an activation is not finite; the message names the module.
+    """
+    clock = clock or Clock()
+    with clock("forward"):
+        batches = _entered(model, tokens, len(tokens) - int(held_out * len(tokens)))
+    for n, module in enumerate(layers(model)):
+        tick("pruning", n, len(layers(model)))
+        groups = [named for one in linears(model, n) if (named := {r: path for r, path in one.items() if r in roles})]
+        unpruned = copy.deepcopy(module) if stream in WITH_TARGET else None
+        steps = [[one] for one in groups] if stream in STEPWISE else [groups]
+        for step, together in enumerate(steps):
+            paths = [next(iter(named.values())).partition(f".{n}.")[2] for named in together]
+            whole = stream == "dense"  # and so the layer's output is the unpruned model's
+            found = _gathered(n, module, unpruned, paths, batches, edited=step > 0, whole=whole, clock=clock)
+            for named, path in zip(together, paths, strict=True):
+                fit, apart = (found.get((path, side)) for side in (False, True))
+                assert fit is not None
+                _check_finite(next(iter(named.values())), fit)
+                yield Group(n, named, fit, apart)
+        if n + 1 < len(layers(model)) and not (stream == "dense" and groups):
+            with clock("forward"):
+                _passed(n, module, unpruned, batches, alone=stream in ALONE)
+        return_freed()
+    tick("pruning", len(layers(model)), len(layers(model)))
+
+
+def _entered(model: PreTrainedModel, tokens: Tokens, count: int) -> list[_Batch]:
+    """The states before the first layer; windows from `count` on are held out."""
+    rows = max(1, BATCH_TOKENS // tokens.shape[1])
+    parts = [
+        (part, side) for some, side in ((tokens[:count], False), (tokens[count:], True)) for part in some.split(rows)
+    ]
+    parts = [(part, side) for part, side in parts if len(part)]
+    states, calls = enter(model, [part for part, _ in parts])
+    return [_Batch(s, s, c, side) for s, c, (_, side) in zip(states, calls, parts, strict=True)]
+
+
+def _gathered(
+    n: int,
+    module: nn.Module,
+    unpruned: nn.Module | None,
+    paths: Sequence[str],
+    batches: Sequence[_Batch],
+    *,
+    edited: bool,
+    whole: bool,
+    clock: Clock,
+) -> dict[tuple[str, bool], Sums]:
+    """Sums of what enters each of `paths`, by path and whether held out.
+
+    Args:
+        edited: whether an operator of this layer was pruned before.
+        whole: run the layer to its end, and go on from there.
+    """
+    found: dict[tuple[str, bool], Sums] = {}
+    for batch in batches:
+        call = batch.calls[n]
+        with clock("forward"):
+            inputs, after = _seen(module, paths, batch.state, call, whole)
+            wanted = None
+            if unpruned is not None and (edited or batch.state is not batch.target):
+                wanted, _ = _seen(unpruned, paths, batch.target, call, False)
+        with clock("gram"):
+            for path in paths:
+                x = inputs[path].flatten(0, -2).float()
+                y = wanted[path].flatten(0, -2).float() if wanted else None
+                here = Sums(gram_of(x)) if y is None else Sums(gram_of(x), (y.T @ x).double(), gram_of(y))
+                key = path, batch.held_out
+                found[key] = found[key] + here if key in found else here
+        if whole:
+            assert after is not None
+            batch.state = after
+    return found
+
+
+def _seen(
+    module: nn.Module, paths: Sequence[str], state: Tensor, call: dict[str, Any], whole: bool
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """What enters the modules at `paths` of a layer, and what leaves the layer if it is run to its end."""
+    inputs: dict[str, Tensor] = {}
+
+    def tap(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def taken(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+            inputs[path] = given[0]
+            if not whole and len(inputs) == len(paths):
+                raise _EnoughError
+
+        return taken
+
+    with ExitStack() as hooks:
+        for path in paths:
+            hooks.callback(module.get_submodule(path).register_forward_pre_hook(tap(path)).remove)
+        try:
+            return inputs, run(module, state, call)
+        except _EnoughError:
+            return inputs, None
+
+
+def _passed(n: int, module: nn.Module, unpruned: nn.Module | None, batches: Sequence[_Batch], *, alone: bool) -> None:
+    """Take every batch through layer n."""
+    for batch in batches:
+        together, call = batch.state is batch.target, batch.calls[n]
+        if unpruned is not None:
+            batch.target = run(unpruned, batch.target, call)
+        if alone and unpruned is not None:
+            batch.state = batch.target
+        else:
+            batch.state = run(module, batch.state, call)
+            if unpruned is None and together:
+                batch.target = batch.state
+
+
+def _check_finite(name: str, sums: Sums) -> None:
+    if not all(one.isfinite().all() for one in (sums.gram, sums.cross, sums.dense) if one is not None):
+        raise BillhookError(f"what enters {name} is not finite: weights or dtype overflow; try --dtype float32")

@@ -1,0 +1,433 @@
+"""Sparsity patterns, refits on a support and the solvers of one linear layer, against arithmetic on the activations."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from billhook import sparsity, support
+from billhook.errors import BillhookError
+from billhook.linalg import damped
+from billhook.methods import admm, fistapruner, magnitude, sparsegpt, wanda
+from billhook.sparsity import Pattern
+from billhook.support import Found, Settings, Target, squared_error
+
+OUT, IN, TOKENS = 24, 32, 400
+HALF, TWO_FOUR = Pattern(sparsity=0.5), Pattern(zeros=2, group=4)
+PATTERNS = [HALF, Pattern(sparsity=0.3), TWO_FOUR, Pattern(zeros=1, group=4), Pattern(zeros=5, group=8)]
+INITS = ["dense", "magnitude", "wanda", "sparsegpt"]
+PLAIN = Settings(damping=1e-3)
+Prune = Callable[[Tensor, Target, Pattern, Settings], Found]
+METHODS: dict[str, Prune] = {
+    "magnitude": magnitude.prune,
+    "wanda": wanda.prune,
+    "sparsegpt": sparsegpt.prune,
+    "fistapruner": fistapruner.prune,
+    "admm": admm.prune,
+}
+
+
+@cache
+def draw(seed: int = 0, out: int = OUT, size: int = IN, tokens: int = TOKENS) -> tuple[Tensor, Tensor, Tensor]:
+    """X (tokens, in) with a power law of directions and two outlier inputs, W (out, in), Y (tokens, out): float64."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (tokens, size), (size, size), (out, size), (tokens, out)
+    X, Q, W, E = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    X = X * torch.arange(1, size + 1, dtype=torch.float64) ** -0.6 @ torch.linalg.qr(Q).Q
+    X[:, :2] *= 20
+    return X, W, X @ W.T + 0.5 * E
+
+
+def own(X: Tensor) -> Target:
+    """The dense weight's own output on the same input."""
+    return Target(X.T @ X)
+
+
+def other(X: Tensor, Y: Tensor) -> Target:
+    return Target(X.T @ X, Y.T @ X, Y.square().sum(0))
+
+
+def target(kind: str) -> Target:
+    X, _, Y = draw()
+    return own(X) if kind == "own" else other(X, Y)
+
+
+def error(V: Tensor, W: Tensor, wanted: Target) -> float:
+    return float(squared_error(V, W, wanted).sum().sqrt())
+
+
+def zeros_per_group(V: Tensor, group: int) -> set[int]:
+    return set((V.reshape(-1, group) == 0).sum(1).tolist())
+
+
+def close(found: Tensor, expected: Tensor, relative: float) -> bool:
+    return bool((found.double() - expected).norm() <= relative * expected.norm())
+
+
+# -- patterns --------------------------------------------------------------------------------------------------------
+
+
+def test_a_pattern_says_its_share() -> None:
+    found = sparsity.parse("2:4")
+    assert (found.zeros, found.group, found.share, str(found)) == (2, 4, 0.5, "2:4")
+    assert sparsity.parse("1:4").share == 0.25
+    assert str(HALF) == "50%" and str(Pattern(sparsity=0.625)) == "62.5%"
+
+
+@pytest.mark.parametrize("text", ["", "2", "2:", "a:b", "2:4:8", "-1:4", "1.5:4", "0:4", "4:4", "5:4"])
+def test_a_bad_pattern_is_said_in_one_line(text: str) -> None:
+    with pytest.raises(BillhookError) as caught:
+        sparsity.parse(text)
+    assert "\n" not in str(caught.value) and (text in str(caught.value))
+
+
+def test_other_bad_patterns() -> None:
+    for build in (
+        lambda: Pattern(),
+        lambda: Pattern(sparsity=0.5, zeros=2, group=4),
+        lambda: Pattern(zeros=2),
+        lambda: Pattern(sparsity=1.5),
+        lambda: sparsity.keep(torch.ones(2, 2), HALF, "column"),
+    ):
+        with pytest.raises(BillhookError):
+            build()
+
+
+def test_groups_have_to_tile_the_input() -> None:
+    sparsity.check(TWO_FOUR, 12, "layer")
+    sparsity.check(HALF, 7, "layer")
+    with pytest.raises(BillhookError, match=r"layers\.3\.mlp\.down_proj has 30 inputs"):
+        sparsity.check(TWO_FOUR, 30, "layers.3.mlp.down_proj")
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("levels", [1, 2, 1000])
+def test_counts_are_exact_with_ties(levels: int, pattern: Pattern) -> None:
+    scores = torch.randint(levels, (10, 40), generator=torch.Generator().manual_seed(0)).float()
+    rows = sparsity.keep(scores, pattern, "row")
+    whole = sparsity.keep(scores, pattern, "matrix")
+    assert (~rows).sum(1).tolist() == [round(pattern.share * 40)] * 10
+    assert (~whole).sum() == round(pattern.share * 400)
+    if pattern.group is not None:
+        assert (
+            zeros_per_group(rows.int(), pattern.group) == zeros_per_group(whole.int(), pattern.group) == {pattern.zeros}
+        )
+    else:
+        assert scores[~whole].max() <= scores[whole].min()
+        # a stable sort is the plain way to the same choice
+        order = scores.flatten().argsort(stable=True)
+        assert torch.equal((~whole).flatten().nonzero().flatten(), order[: round(pattern.share * 400)].sort().values)
+
+
+def test_nothing_or_everything_goes() -> None:
+    assert sparsity.keep(torch.ones(3, 5), Pattern(sparsity=0.0)).all()
+    assert not sparsity.keep(torch.ones(3, 5), Pattern(sparsity=1.0), "matrix").any()
+
+
+def test_known_zeros_count_first_and_stay() -> None:
+    scores = torch.arange(1.0, 9.0).view(1, 8)
+    zeros = torch.tensor([[0, 0, 0, 0, 0, 0, 1, 1]]).bool()
+    assert sparsity.keep(scores, HALF, zeros=zeros).tolist() == [[False, False, True, True, True, True, False, False]]
+    assert (~sparsity.keep(scores, Pattern(sparsity=0.125), zeros=zeros)).nonzero()[:, 1].tolist() == [6, 7]
+    zeros = torch.tensor([[1, 1, 1, 0, 0, 0, 0, 1]]).bool()
+    assert (~sparsity.keep(scores, TWO_FOUR, zeros=zeros)).nonzero()[:, 1].tolist() == [0, 1, 2, 4, 7]
+
+
+# -- errors and refits -----------------------------------------------------------------------------------------------
+
+
+def test_errors_are_those_on_the_activations() -> None:
+    X, W, Y = draw()
+    V = W * sparsity.keep(W.abs(), HALF)
+    assert close(squared_error(V, W, own(X)), (X @ (V - W).T).square().sum(0), 1e-10)
+    assert close(squared_error(V, W, other(X, Y)), (X @ V.T - Y).square().sum(0), 1e-10)
+    dense, moved, scale = support.scaled(W, other(X, Y))
+    assert close(moved.gram.diagonal(), torch.ones(IN), 1e-10)
+    assert close(squared_error(V * scale, dense, moved), squared_error(V, W, other(X, Y)), 1e-10)
+
+
+def test_a_target_needs_both_or_neither() -> None:
+    X, _, Y = draw()
+    with pytest.raises(ValueError, match="energy"):
+        Target(X.T @ X, Y.T @ X)
+
+
+@pytest.mark.parametrize("kind", ["own", "other"])
+@pytest.mark.parametrize("damping", [1e-4, 1e-1])
+def test_refit_is_the_direct_solution_of_every_row(damping: float, kind: str) -> None:
+    (X, W, Y), wanted = draw(), target(kind)
+    mask = sparsity.keep(W.abs(), HALF, "matrix")
+    V = support.refit(W, wanted, mask, damping, iterations=200)
+    G, output = X.T @ X, X @ W.T if kind == "own" else Y
+    delta = damping * float(G.diagonal().mean())
+    expected = torch.zeros_like(W)
+    for i, row in enumerate(mask):
+        S = row.nonzero().flatten()
+        pull = (output.T @ X)[i, S] + delta * W[i, S]
+        expected[i, S] = torch.linalg.solve(G[S][:, S] + delta * torch.eye(len(S), dtype=G.dtype), pull)
+    worse = squared_error(expected, W, wanted) > squared_error(W * mask, W, wanted)
+    expected[worse] = (W * mask)[worse]
+    assert close(V, expected, 1e-7)
+    assert not V[~mask].any()
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 5])
+def test_a_refit_never_makes_a_row_worse(iterations: int) -> None:
+    wanted, W = target("other"), draw()[1]
+    mask = sparsity.keep(W.abs(), TWO_FOUR)
+    # a start that has no reason to be near, and a ridge that draws away from it
+    begun = support.refit(W, wanted, mask, 1e-8, iterations=100)
+    V = support.refit(W, wanted, mask, 10.0, begun, iterations)
+    assert (squared_error(V, W, wanted) <= squared_error(begun, W, wanted)).all()
+    V = support.refit(W, wanted, mask, 1e-3, iterations=iterations)
+    assert (squared_error(V, W, wanted) <= squared_error(W * mask, W, wanted)).all()
+    assert iterations == 0 or error(V, W, wanted) < error(W * mask, W, wanted)
+
+
+def test_refit_of_an_empty_row_and_a_dead_input() -> None:
+    X, W, _ = draw()
+    X = X.clone()
+    X[:, 3] = 0
+    mask = torch.ones_like(W, dtype=torch.bool)
+    mask[0], mask[1:, 5] = False, False
+    V = support.refit(W, own(X), mask, 0.0, iterations=200)
+    assert not V[0].any() and torch.equal(V[1:, 3], W[1:, 3])
+
+
+# -- every method ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["own", "other"])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("name", METHODS)
+def test_zeros_are_counted_exactly(name: str, pattern: Pattern, kind: str) -> None:
+    W = draw()[1].float()
+    for refit in (False, True):
+        found = METHODS[name](W, target(kind), pattern, replace(PLAIN, refit=refit))
+        assert found.weight.dtype == torch.float64 and found.weight.isfinite().all()
+        if pattern.group is not None:
+            assert zeros_per_group(found.weight, pattern.group) == {pattern.zeros}
+        elif name == "wanda":
+            assert (found.weight == 0).sum(1).tolist() == [round(pattern.share * IN)] * OUT
+        else:
+            assert (found.weight == 0).sum() == round(pattern.share * W.numel())
+
+
+@pytest.mark.parametrize("pattern", [HALF, TWO_FOUR], ids=str)
+@pytest.mark.parametrize("name", METHODS)
+def test_known_zeros_stay_zero(name: str, pattern: Pattern) -> None:
+    W = draw()[1]
+    zeros = torch.rand(W.shape, generator=torch.Generator().manual_seed(1)) < 0.2
+    zeros[:, -8:-6] = True  # and two inputs, whole
+    for settings in (Settings(zeros=zeros), Settings(zeros=zeros, refit=True, normalised=True)):
+        V = METHODS[name](W.masked_fill(zeros, 0.0), target("other"), pattern, settings).weight
+        assert not V[zeros].any()
+        if pattern.group is None:
+            assert (V == 0).sum() == round(0.5 * W.numel())
+        else:
+            assert min(zeros_per_group(V, 4)) == 2
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_dead_input_does_no_harm(name: str, normalised: bool) -> None:
+    X, W, _ = draw()
+    X = X.clone()
+    X[:, 3] = 0
+    found = METHODS[name](W, own(X), HALF, Settings(normalised=normalised))
+    assert found.weight.isfinite().all()
+    assert (found.weight == 0).sum() >= round(0.5 * W.numel())
+    if name == "sparsegpt":
+        assert not found.weight[:, 3].any() and found.note["dead"] == 1
+
+
+@pytest.mark.parametrize("pattern", [HALF, TWO_FOUR], ids=str)
+def test_the_order_of_the_field(pattern: Pattern) -> None:
+    X, W, _ = draw(1, 96, 64, 2000)
+    errors = {name: error(METHODS[name](W, own(X), pattern, PLAIN).weight, W, own(X)) for name in METHODS}
+    assert errors["fistapruner"] <= errors["sparsegpt"] < errors["wanda"] < errors["magnitude"]
+    assert errors["admm"] < errors["wanda"]
+    refitted = replace(PLAIN, refit=True)
+    for name in ("magnitude", "wanda", "sparsegpt", "admm"):
+        assert error(METHODS[name](W, own(X), pattern, refitted).weight, W, own(X)) < errors[name]
+
+
+def test_wanda_and_magnitude_keep_the_largest_of_their_scores() -> None:
+    X, W, _ = draw()
+    V = wanda.prune(W, own(X), HALF, PLAIN).weight
+    for row, found in zip(W, V, strict=True):
+        kept = (row.abs() * X.norm(dim=0)).topk(IN // 2).indices
+        assert set(kept.tolist()) == set(found.nonzero().flatten().tolist())
+        assert torch.equal(found[kept], row[kept])
+    V = magnitude.prune(W, own(X), HALF, PLAIN).weight
+    assert W[V == 0].abs().max() < W[V != 0].abs().min() and torch.equal(V[V != 0], W[V != 0])
+
+
+# -- SparseGPT -------------------------------------------------------------------------------------------------------
+
+
+def test_the_factor_is_the_upper_root_of_the_inverse() -> None:
+    G = draw()[0].T @ draw()[0]
+    U, used = sparsegpt.inverse_factor(G, 1e-2)
+    assert used == 1e-2 and torch.equal(U, U.triu())
+    assert close(U.T @ U, torch.linalg.inv(damped(G, 1e-2)), 1e-9)
+
+
+def test_a_diagonal_gram_leaves_what_stays_as_it_was() -> None:
+    W = draw()[1].float()
+    diagonal = torch.linspace(1, 9, IN, dtype=torch.float64)
+    scores = W.double().square() * diagonal
+    settings = Settings(damping=0.0)
+    found = sparsegpt.prune(W, Target(torch.diag(diagonal)), HALF, settings).weight
+    assert torch.equal(found, W.double() * sparsity.keep(scores, HALF, "matrix"))
+    found = sparsegpt.prune(W, Target(torch.diag(diagonal)), TWO_FOUR, settings).weight
+    assert torch.equal(found, W.double() * sparsity.keep(scores, TWO_FOUR))
+
+
+@pytest.mark.parametrize("pattern", [HALF, TWO_FOUR], ids=str)
+def test_the_sweep_is_optimal_brain_surgery_column_by_column(pattern: Pattern) -> None:
+    X, W, _ = draw()
+    G = damped(X.T @ X, 1e-2)
+    found = sparsegpt.prune(W, own(X), pattern, Settings(block=8)).weight
+    # with the support known, column j's error goes to the columns right of it by least squares on those
+    V, stay = W.clone(), found != 0
+    for j in range(IN):
+        lost = V[:, j] * ~stay[:, j]
+        V[:, j] -= lost
+        if j + 1 < IN:
+            V[:, j + 1 :] += lost[:, None] * torch.linalg.solve(G[j + 1 :, j + 1 :], G[j + 1 :, j])
+    assert close(found, V, 1e-4)
+
+
+@pytest.mark.parametrize("share", [0.37, 0.5])
+@pytest.mark.parametrize("block", [5, 7, 32, 128])
+def test_blocks_share_the_zeros_out(block: int, share: float) -> None:
+    X, W, _ = draw()
+    V = sparsegpt.prune(W, own(X), Pattern(sparsity=share), Settings(block=block)).weight
+    assert (V == 0).sum() == round(share * W.numel())
+    counts = [int((part == 0).sum()) for part in V.split(block, dim=1)]
+    assert all(abs(n - share * part.numel()) <= 1 for n, part in zip(counts, V.split(block, dim=1), strict=True))
+
+
+def test_another_target_is_another_weight() -> None:
+    X, W, Y = draw()
+    moved = torch.linalg.lstsq(X, Y).solution.T
+    settings = Settings(damping=1e-9)
+    found = sparsegpt.prune(W, other(X, Y), HALF, settings).weight
+    assert close(found, sparsegpt.prune(moved, own(X), HALF, settings).weight, 1e-4)
+    assert error(found, W, other(X, Y)) < error(sparsegpt.prune(W, own(X), HALF, settings).weight, W, other(X, Y))
+
+
+# -- FISTAPruner -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["own", "other"])
+@pytest.mark.parametrize("pattern", [HALF, TWO_FOUR], ids=str)
+@pytest.mark.parametrize("refit", [False, True])
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize("init", INITS)
+def test_fista_is_never_worse_than_its_start(
+    init: str, normalised: bool, refit: bool, pattern: Pattern, kind: str
+) -> None:
+    W, wanted = draw()[1], target(kind)
+    settings = replace(PLAIN, init=init, normalised=normalised, refit=refit)
+    found = fistapruner.prune(W, wanted, pattern, settings)
+    begun = W if init == "dense" else METHODS[init](W, wanted, pattern, PLAIN).weight
+    scores = begun.abs() * wanted.gram.diagonal().sqrt() if normalised else begun.abs()
+    begun = begun * sparsity.keep(scores, pattern, "matrix")
+    assert error(found.weight, W, wanted) <= error(begun, W, wanted) * (1 + 1e-9)
+    assert error(found.weight, W, wanted) <= found.note["error"] * (1 + 1e-9)
+    assert found.note["gains"] <= found.note["runs"] <= settings.rounds
+
+
+def shifted(W: Tensor, wanted: Target) -> Tensor:
+    return support.wanted(W, wanted) - W @ wanted.gram
+
+
+def test_a_penalty_of_the_largest_correlation_leaves_nothing() -> None:
+    W, wanted = draw()[1], target("other")
+    top, L = float(support.wanted(W, wanted).abs().max()), fistapruner.largest_eigenvalue(wanted.gram)
+    nothing, lack = torch.zeros_like(W), shifted(W, wanted)
+    # (the gradient is formed as a difference, hence a hair above the bound for exact zeros)
+    assert not fistapruner.fista(nothing, W, wanted.gram, lack, top * (1 + 1e-9), 50, L).any()
+    assert fistapruner.fista(nothing, W, wanted.gram, lack, top * 0.9, 50, L).any()
+
+
+def test_without_a_penalty_fista_is_least_squares() -> None:
+    X, W, Y = draw()
+    X = X.clone()
+    X[:, :2] /= 20  # conditioned well enough to be solved by gradients
+    wanted = other(X, Y)
+    L = fistapruner.largest_eigenvalue(wanted.gram)
+    V = fistapruner.fista(torch.zeros_like(W), W, wanted.gram, shifted(W, wanted), 1e-9, 3000, L)
+    assert close(V, torch.linalg.lstsq(X, Y).solution.T, 1e-4)
+
+
+def test_fista_reaches_the_optimality_conditions() -> None:
+    X, W, Y = draw()
+    X = X.clone()
+    X[:, :2] /= 20
+    wanted = other(X, Y)
+    L, penalty = fistapruner.largest_eigenvalue(wanted.gram), 0.05 * float((Y.T @ X).abs().max())
+    V = fistapruner.fista(W, W, wanted.gram, shifted(W, wanted), penalty, 3000, L)
+    gradient, free = V @ wanted.gram - Y.T @ X, V != 0
+    assert 0 < free.sum() < free.numel()
+    assert close(gradient[free], -penalty * V[free].sign(), 1e-4)
+    assert gradient[~free].abs().max() <= penalty * (1 + 1e-6)
+
+
+def test_the_step_covers_the_largest_eigenvalue() -> None:
+    for gram in (target("own").gram, torch.diag(torch.tensor([1.0, 5, 2, 5], dtype=torch.float64))):
+        largest = float(torch.linalg.eigvalsh(gram)[-1])
+        assert largest <= fistapruner.largest_eigenvalue(gram) <= 1.02 * largest
+    assert fistapruner.largest_eigenvalue(torch.zeros(3, 3, dtype=torch.float64)) == 1.0
+
+
+def test_filling_the_support_cannot_hurt() -> None:
+    W, wanted = draw()[1], target("other")
+    mask = sparsity.keep(W.abs(), HALF)
+    V = W * sparsity.keep(W.abs(), Pattern(sparsity=0.75))
+    found = fistapruner.filled(V, W, wanted, mask, fistapruner.largest_eigenvalue(wanted.gram))
+    assert torch.equal(found != 0, mask) and torch.equal(found[V != 0], V[V != 0])
+    assert error(found, W, wanted) < error(V, W, wanted)
+
+
+def test_an_unknown_start_is_said_in_one_line() -> None:
+    for prune in (fistapruner.prune, admm.prune):
+        with pytest.raises(BillhookError, match="did you mean 'wanda'"):
+            prune(draw()[1], target("own"), HALF, Settings(init="wnda"))
+
+
+def test_an_input_of_zeros_is_pruned_all_the_same() -> None:
+    W = draw()[1]
+    nothing = Target(torch.zeros(IN, IN, dtype=torch.float64))
+    for prune in METHODS.values():
+        found = prune(W, nothing, HALF, Settings(refit=True))
+        assert found.weight.isfinite().all() and (found.weight == 0).sum() >= round(0.5 * W.numel())
+
+
+# -- ADMM ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_mask_rises_to_the_pattern() -> None:
+    V = draw()[1]
+    for pattern in PATTERNS:
+        before = sparsity.keep(V.abs(), Pattern(sparsity=0.0))
+        for part in (0.2, 0.6, 1.0):
+            mask = admm.rising(V, pattern, part, None)
+            assert (~mask).sum() == round(part * pattern.share * V.numel())
+            assert not (mask & ~before).any()
+            before = mask
+        assert torch.equal(before, sparsity.keep(V.abs(), pattern, "matrix"))
+
+
+def test_on_a_fixed_mask_admm_ends_at_the_refit() -> None:
+    W, wanted = draw()[1], target("other")
+    long = Settings(damping=1e-2, iterations=3000)
+    V = admm.prune(W, wanted, HALF, long).weight
+    dense, moved, scale = support.scaled(W, wanted)
+    expected = support.refit(dense, moved, V != 0, 1e-2, V * scale, iterations=300) / scale
+    assert close(V * scale, expected * scale, 1e-3)
