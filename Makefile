@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-slow bench-allocation bench-depth bench-recovery bench-search check clean
+.PHONY: help demo test test-slow bench-allocation bench-depth bench-recovery bench-search bench-masks check clean
 help:
 	@echo "make demo       prune a real model and see what it cost (first run fetches about 120 MB)"
 	@echo "make test       the fast test suite"
@@ -12,6 +12,7 @@ help:
 	@echo "make bench-depth TRAIN=train.txt TEXTS='valid.txt demo'   which layers to drop, for which training budget (hours; goes on)"
 	@echo "make bench-recovery STUDENT=smaller TRAIN=train.txt TEXTS='valid.txt demo'   what heals a cut best (goes on)"
 	@echo "make bench-search TRAIN=train.txt VALID=valid.txt TEXTS=demo   what a search for samples and metric is worth (hours; goes on)"
+	@echo "make bench-masks CALIBRATION=train.txt TEXTS='valid.txt demo'   what each method that makes zeros leaves (hours; goes on)"
 	@echo "make check      lint, format, types"
 	@echo "make clean      remove $(VENV)"
 
@@ -35,6 +36,9 @@ bench-recovery: $(VENV)/.test
 
 bench-search: $(VENV)/.test
 	$(VENV)/bin/python benchmarks/search.py demo $(TRAIN) $(VALID) $(TEXTS)
+
+bench-masks: $(VENV)/.base
+	$(VENV)/bin/python benchmarks/masks.py demo $(CALIBRATION) $(TEXTS)
 
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

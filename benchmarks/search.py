@@ -48,7 +48,7 @@ parser.add_argument("--results", type=Path, default=Path("search-results"))
 parser.add_argument("--ratios", default="0.2,0.5")
 parser.add_argument("--trials", type=int, default=64)
 parser.add_argument("--seeds", type=int, default=3)
-parser.add_argument("--rows", default="fixed,fasp,tpe,random,llm-pruner,paper")
+parser.add_argument("--rows", default="fixed,fasp,tpe per_layer,random per_layer,tpe,random,llm-pruner,paper")
 parser.add_argument("--layout", default="uniform")
 parser.add_argument("--windows", type=int, default=32)
 parser.add_argument("--samples", type=int, default=32)
@@ -197,6 +197,13 @@ ROWS: dict[str, Callable[[float], dict[str, Callable[[], Any]]]] = {
         f"random search, seed {n}": searched(ratio, n, sampler="random") for n in range(args.seeds)
     },
     "tpe": lambda ratio: {f"TPE, seed {n}": searched(ratio, n) for n in range(args.seeds)},
+    "random per_layer": lambda ratio: {
+        f"random search, per_layer, seed {n}": searched(ratio, n, sampler="random", layout="per_layer")
+        for n in range(args.seeds)
+    },
+    "tpe per_layer": lambda ratio: {
+        f"TPE, per_layer, seed {n}": searched(ratio, n, layout="per_layer") for n in range(args.seeds)
+    },
 }
 common = {"weights": WEIGHTS, "texts": [one.sha256 for one in scoring.texts], "windows": [args.windows, args.precision]}
 dense = store.kept(args.results, "dense", common, lambda: scoring(opened.model, opened.tokenizer))

@@ -1,0 +1,93 @@
+"""What each method that makes zeros leaves: python benchmarks/masks.py MODEL CALIBRATION TEXT... --results DIR > table.md
+
+Every row prunes MODEL once (64 windows of 512 tokens of CALIBRATION, seed 0) and judges it on every TEXT: perplexity and its factor to
+the unpruned model's over the first --windows windows of 512 tokens, matrix products in --precision, ± one standard error over pairs
+of windows.  Errors are relative, of the operators' outputs, the mean over layers; in brackets on held-out windows.  Each row is kept
+in DIR: the same command goes on where it was cut off.
+"""
+
+import argparse
+import statistics
+from pathlib import Path
+from typing import Any
+
+from scoring import Scoring, cells
+
+import billhook
+from billhook import checkpoint, store
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("model")
+parser.add_argument("calibration")
+parser.add_argument("text", nargs="+")
+parser.add_argument("--results", type=Path, default=Path("mask-results"))
+parser.add_argument("--budgets", default="0.5,2:4,4:8,0.7", help="shares of zeros, and patterns, with commas")
+parser.add_argument("--rows", default="", help="some of the rows, with semicolons; empty: all")
+parser.add_argument("--samples", type=int, default=64)
+parser.add_argument("--windows", type=int, default=84)
+parser.add_argument("--precision", default="auto")
+args = parser.parse_args()
+
+ROWS: dict[str, dict[str, Any]] = {
+    "magnitude": {"method": "magnitude"},
+    "wanda": {"method": "wanda"},
+    "sparsegpt": {"method": "sparsegpt"},
+    "fistapruner, from dense": {"method": "fistapruner", "init": "dense"},
+    "fistapruner, from wanda": {"method": "fistapruner", "init": "wanda"},
+    "fistapruner, from sparsegpt": {"method": "fistapruner", "init": "sparsegpt"},
+    "fistapruner, normalised": {"method": "fistapruner", "normalised": True},
+    "fistapruner, refit": {"method": "fistapruner", "refit": True},
+    "fistapruner, normalised, refit": {"method": "fistapruner", "normalised": True, "refit": True},
+    "fistapruner, dense target throughout": {"method": "fistapruner", "stream": "dense_target"},
+    "magnitude, refit": {"method": "magnitude", "refit": True},
+    "wanda, refit": {"method": "wanda", "refit": True},
+    "sparsegpt, refit": {"method": "sparsegpt", "refit": True},
+    "sparsegpt, dense target": {"method": "sparsegpt", "stream": "dense_target"},
+    "sparsegpt, dense target, refit": {"method": "sparsegpt", "stream": "dense_target", "refit": True},
+    "admm": {"method": "admm"},
+    "admm, from sparsegpt": {"method": "admm", "init": "sparsegpt"},
+    "admm, refit": {"method": "admm", "refit": True},
+    "admm, from sparsegpt, dense target": {"method": "admm", "init": "sparsegpt", "stream": "dense_target"},
+}
+ROLES = ("q", "k", "v", "o", "gate", "up", "down")
+scoring = Scoring(args.text, args.windows, args.precision)
+WEIGHTS = store.weights_sha256(checkpoint.open_model(args.model, device="cpu", dtype="float32").model)
+common = {"texts": [one.sha256 for one in scoring.texts], "windows": [args.windows, args.precision]}
+
+
+def row(budget: str, chosen: dict[str, Any]) -> dict[str, Any]:
+    how = {"pattern": budget} if ":" in budget else {"sparsity": float(budget)}
+    found = billhook.prune(args.model, calibration=args.calibration, samples=args.samples, **how, **chosen)
+    return {"losses": scoring(found.model, found.tokenizer), "report": found.report}
+
+
+def errors(report: dict[str, Any]) -> str:
+    said = []
+    for role in ROLES:
+        own = [one for one in report["zeros"]["operators"] if one["role"] == role]
+        means = [statistics.fmean(one[key] for one in own) for key in ("error", "error_held_out")]
+        said.append(f"{role} {means[0]:.3f} ({means[1]:.3f})")
+    return ", ".join(said)
+
+
+dense = store.kept(args.results, "dense", {**common, "model": args.model}, lambda: scoring.of(args.model))
+print(f"| zeros | method | {scoring.heads} | error | seconds |")
+print(f"|---|---|{'---|' * len(dense)}---|---|")
+print(f"| 0 | unpruned | {cells(dense, dense)} | | |", flush=True)
+for budget in args.budgets.split(","):
+    for name, chosen in ROWS.items():
+        if args.rows and name not in args.rows.split(";"):
+            continue
+        key = {
+            **common,
+            "weights": store.weights_sha256(weights.model),
+            "budget": budget,
+            "samples": args.samples,
+            **chosen,
+        }
+        key["calibration"] = args.calibration
+        found = store.kept(args.results, "row", key, lambda: row(budget, chosen))  # noqa: B023
+        took = ", ".join(f"{stage} {s:.0f}" for stage, s in found["report"]["seconds"].items())
+        print(
+            f"| {budget} | {name} | {cells(found['losses'], dense)} | {errors(found['report'])} | {took} |", flush=True
+        )
