@@ -80,7 +80,7 @@ for budget in args.budgets.split(","):
             continue
         key = {
             **common,
-            "weights": store.weights_sha256(weights.model),
+            "weights": WEIGHTS,
             "budget": budget,
             "samples": args.samples,
             **chosen,
