@@ -50,14 +50,14 @@ numbers = iter(range(10**6))
 
 
 def forward() -> None:
-    tried(model, {}, rung, None, bench.autocast)
+    tried(model, {}, rung, None, None, bench.autocast)
 
 
 def trial() -> None:
     n = next(numbers)  # another mixture each time: nothing is found in a cache
     terms = {"param_second": 1.0, "gate_fisher": 0.1 + n % 10 / 10, "energy": 0.5, "param_first": 0.3}
     solution = Solution((1,) * at.evidence.count, 8 + n % 50, n, terms)
-    tried(model, at.masks[at.mask(Candidate(solution))], rung, None, bench.autocast)
+    tried(model, at.masks[at.mask(Candidate(solution))], rung, None, None, bench.autocast)
 
 
 def papers_way() -> None:
@@ -66,7 +66,7 @@ def papers_way() -> None:
     for axis in axes(smaller, ("ffn",)):
         place = axis.layer, axis.kind
         remove(smaller, axis, choose.lowest(taylor1_element(sums[place]), plan.drops[place], axis.blocks)[0])
-    tried(smaller, {}, rung, None, bench.autocast)
+    tried(smaller, {}, rung, None, None, bench.autocast)
 
 
 def timed(what: Callable[[], None]) -> float:

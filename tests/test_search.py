@@ -11,12 +11,14 @@ import tiny
 import torch
 
 import billhook
-from billhook import checkpoint, contest, data, rounds, searching, trials
+from billhook import blocks, checkpoint, contest, data, rounds, searching, trials
 from billhook.budget import saved_by
 from billhook.errors import BillhookError
 from billhook.families import axes
+from billhook.methods.layerchop import Settings as Patching
+from billhook.methods.layerchop import layerchop
 from billhook.pages.search_tables import outcome_words
-from billhook.plan import even
+from billhook.plan import Plan, even
 from billhook.recipe import recipe
 from billhook.rounds import Trial, fronts, gained, validation
 from billhook.samplers import SAMPLERS, Study
@@ -292,12 +294,25 @@ def test_a_search_may_take_whole_layers(text: str) -> None:
     model = tiny.model("llama", num_hidden_layers=5)
     result = billhook.prune(model, tokenizer=tiny.tokenizer(), **{**SMALL, "calibration": text, "ratio": 0.45})
     record, sizes = result.report["search"], result.report["sizes"]
-    blocks = {tuple(one["block"]) for one in record["trials"] if one["block"]}
-    assert {"block", "block start"} <= set(record["dimensions"]) and len(blocks) > 1
-    assert all(start > 0 and start + count < 5 for start, count in blocks)
+    used = {tuple(one["block"]) for one in record["trials"] if one["block"]}
+    assert "block" in record["dimensions"] and 0 < len(used) == len({count for _, count in used})
+    assert all(start > 0 and start + count < 5 for start, count in used)
     assert {"tried", "repeated"} <= {one["state"] for one in record["trials"]}
     assert result.report["dropped_layers"] == list(range(*_ends(record["winner"])))
     assert sizes["achieved_ratio"] >= 0.44
+
+
+def test_what_makes_up_for_a_block_in_a_trial_is_layerchops_patch(text: str) -> None:
+    made = blocks.patch(tiny.model("llama"), tiny.tokens(8, 32), (1, 1))
+    cut = tiny.model("llama")
+    layerchop(cut, tiny.tokens(8, 32), Plan(layers=(1,)), Patching(patch="linear"))
+    assert made is not None and torch.allclose(made.weight, cut.model.layers[0].mlp.down_proj.weight, atol=1e-6)
+    model, gone = tiny.model("llama"), {(1, "layers"): torch.empty(0, dtype=torch.long)}
+    windows = tiny.tokens(4, 32)
+    assert trials.tried(model, gone, windows, None, made, None) == trials.tried(cut, {}, windows, None, None, None)
+    assert torch.equal(
+        model.model.layers[0].mlp.down_proj.weight, tiny.model("llama").model.layers[0].mlp.down_proj.weight
+    )
 
 
 def _ends(winner: dict[str, Any] | None) -> tuple[int, int]:
@@ -310,8 +325,8 @@ def test_a_layer_passed_by_in_a_trial_is_as_good_as_gone() -> None:
     drop_layers(gone, (1, 2))
     windows, nothing = tiny.tokens(4, 32), torch.empty(0, dtype=torch.long)
     there, here = ({(n, "layers"): nothing for n in layers} for layers in ((1, 2), ()))
-    assert trials.tried(model, there, windows, None, None) == trials.tried(gone, here, windows, None, None)
-    assert trials.tried(model, here, windows, None, None) != trials.tried(gone, here, windows, None, None)
+    assert trials.tried(model, there, windows, None, None, None) == trials.tried(gone, here, windows, None, None, None)
+    assert trials.tried(model, here, windows, None, None, None) != trials.tried(gone, here, windows, None, None, None)
 
 
 def test_a_search_over_attention_keeps_the_size(text: str) -> None:

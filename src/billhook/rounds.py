@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook import choose
+from billhook.blocks import Block, cheapest, lengths, patch
 from billhook.errors import BillhookError
 from billhook.evidence import evidence, gate_fishers
 from billhook.families import axes
@@ -20,7 +21,7 @@ from billhook.progress import Tick
 from billhook.recipe import Recipe
 from billhook.samplers import Study
 from billhook.solution import TERMS, Solution, digest, scores
-from billhook.space import Candidate, Space, exchanged, shaped, space
+from billhook.space import Candidate, Space, exchanged, groups_of, longest_block, shaped, space
 from billhook.tensors import Tokens
 from billhook.trials import WHOLE, Bench, Mask, gone_in
 
@@ -93,13 +94,29 @@ class Search:
         self.axes = [axis for axis in axes(model, kinds) if (axis.layer, axis.kind) in base.drops]
         self.evidence = evidence(model, pool.tokens, pool.clusters, kinds, folder=bench.folder, tick=tick)
         self.fishers = gate_fishers(model, texts.proxy, kinds, folder=bench.folder, tick=tick)
+        self.used = 0  # rung windows so far
+        blocks = self._blocks(pool)
         self.space: Space = space(
-            chosen.space, chosen.layout, self.evidence.count, len(pool.tokens), model, base, chosen.width_step
+            chosen.space, chosen.layout, self.evidence.count, len(pool.tokens), model, base, chosen.width_step, blocks
         )
         self.standard = Solution((1,) * self.evidence.count)
-        self.used = 0  # rung windows so far
         self.masks: dict[str, Mask] = {}
         self.known: dict[str, float] = {}  # how much worse than the standard, by mask
+
+    def _blocks(self, pool: Pool) -> tuple[Block, ...]:
+        """Of every length the block that costs least on a round's windows; what makes up for it goes to the bench."""
+        open_ = self.chosen.layout == "uniform" and "budgets" in groups_of(self.chosen.space)
+        counts = lengths(longest_block(self.model, self.base)) if open_ else range(0)
+        if not counts:
+            return ()
+        found = cheapest(self.model, self.windows(RUNGS[0]), counts, self.bench.autocast, self.tick)
+        if self.chosen.restores:
+            made = {}
+            for n, block in enumerate(found):
+                self.tick("patching blocks", n, len(found))
+                made[block] = patch(self.model, pool.tokens, block)
+            self.bench = replace(self.bench, patches={block: one for block, one in made.items() if one})
+        return found
 
     def plan(self, candidate: Candidate) -> Plan:
         base, step, own = self.base, self.chosen.width_step, next(iter(self.space.attention), None)

@@ -284,7 +284,7 @@ class Finals:
             plan, smaller = at.plan(candidate) if candidate else at.base, copy.deepcopy(at.model)
             cast(smaller, bench.autocast or smaller.dtype)  # as good, and three times as fast (docs/LOG.md)
             fasp(smaller, self.calibration, plan, self.settings, scores=own, stream=at.chosen.stream)
-            return [tried(smaller, {}, windows, None, bench.autocast) for windows in both]
+            return [tried(smaller, {}, windows, None, None, bench.autocast) for windows in both]
 
         for n, one in enumerate(candidates):
             at.tick("restoring finalists", n, len(candidates))

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from billhook.blocks import Block
 from billhook.budget import allowed, layer_parameters, saved_by
 from billhook.errors import BillhookError, one_of
 from billhook.families import axes, layers
@@ -28,7 +29,6 @@ DRAWS = 8
 FEWEST = 8  # windows of a draw
 # layers at the start and at the end, at most, as LLM-Pruner spares them; and no more than an eighth of all
 SPARED = (4, 2)
-Block = tuple[int, int]  # the first of the layers that go whole, and how many
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,8 @@ class Space:
     clusters: int
     windows: int
     reductions: tuple[str, ...]
-    layers: int
-    spared: tuple[int, int]  # of them at either end may stay whole, in the per_layer layout
-    block: int  # so many may go whole, one after the other, in the uniform layout
+    spared: tuple[int, int]  # layers at either end that may stay whole, in the per_layer layout
+    blocks: tuple[Block, ...]  # of layers that may go whole, in the uniform layout: one of each length
     attention: tuple[int, ...]  # counts that may go; the first is what the allocation says
 
     @property
@@ -98,8 +97,8 @@ class Space:
                 found |= {"power": Dimension(choices=(0.5, 1.0, 2.0)), "within": Dimension(choices=(True, False))}
             if len(self.reductions) > 1:
                 found["reduction"] = Dimension(choices=self.reductions)
-        if "budgets" in self.groups and self.block:
-            found |= {"block": Dimension(0, self.block, 1), "block start": Dimension(1, self.layers - 2, 1)}
+        if "budgets" in self.groups and self.blocks:
+            found["block"] = Dimension(0, self.blocks[-1][1], self.blocks[0][1])  # by their lengths
         elif "budgets" in self.groups:
             found |= {"first": Dimension(0, self.spared[0], 1), "last": Dimension(0, self.spared[1], 1)}
             found |= {"slope": Dimension(-0.8, 0.8, 0.1), "bend": Dimension(-0.8, 0.8, 0.1)}
@@ -110,9 +109,7 @@ class Space:
     def decode(self, given: Mapping[str, Any], standard: Solution) -> Candidate:
         """The candidate that values of the dimensions stand for; what is not open is as in `standard`."""
         levels = tuple(int(given.get(f"cluster {n}", standard.levels[n])) for n in range(self.clusters))
-        shape, block = None, None
-        if given.get("block"):
-            block = min(given["block start"], self.layers - 1 - given["block"]), given["block"]
+        shape, block = None, next((one for one in self.blocks if one[1] == given.get("block")), None)
         if "slope" in given:
             shape = Shape(given["first"], given["last"], given["slope"], given["bend"])
         count = int(given.get("windows", standard.count))
@@ -147,7 +144,7 @@ class Space:
         }
         every |= {name: getattr(solution, name) for name in ("power", "reduction", "within")}
         every |= {"first": 0, "last": 0, "slope": 0.0, "bend": 0.0, "attention": next(iter(self.attention), 0)}
-        every |= {"block": 0, "block start": 1}
+        every["block"] = 0
         return {name: every[name] for name in self.dimensions()}
 
 
@@ -158,21 +155,35 @@ def lowest(levels: Sequence[int]) -> tuple[int, ...]:
     return tuple(levels) if 1 in levels else tuple(level // 2 for level in levels)
 
 
-def space(
-    text: str, layout: str, clusters: int, windows: int, model: PreTrainedModel, base: Plan, multiple_of: int
-) -> Space:
-    """`full`, `paper`, or names of groups with commas, for a cut that saves what `base` does.
+def groups_of(text: str) -> tuple[str, ...]:
+    """The groups that `full`, `paper`, or names of groups with commas open.
 
     Raises:
-        BillhookError: an unknown name, or nothing is open.
+        BillhookError: an unknown name.
     """
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         one_of("space", name, (*SPACES, *GROUPS))
-    groups = tuple(GROUPS) if text == "full" else ("samples", "metric") if text == "paper" else tuple(names)
-    total = len(layers(model))
-    block = longest_block(model, base) if layout == "uniform" else 0
-    if "ffn" not in base.kinds or (layout == "uniform" and not block):
+    return tuple(GROUPS) if text == "full" else ("samples", "metric") if text == "paper" else tuple(names)
+
+
+def space(
+    text: str,
+    layout: str,
+    clusters: int,
+    windows: int,
+    model: PreTrainedModel,
+    base: Plan,
+    multiple_of: int,
+    blocks: tuple[Block, ...] = (),
+) -> Space:
+    """What `text` opens, for a cut that saves what `base` does; `blocks`: that may go whole, each longer than the one before.
+
+    Raises:
+        BillhookError: an unknown name, or nothing is open.
+    """
+    groups, total = groups_of(text), len(layers(model))
+    if "ffn" not in base.kinds or (layout == "uniform" and not blocks):
         groups = tuple(name for name in groups if name != "budgets")
     slots = max(len(axis.slots) for axis in axes(model, base.kinds))
     found = Space(
@@ -181,9 +192,8 @@ def space(
         clusters,
         windows,
         tuple(REDUCTIONS) if slots > 1 else ("sum",),  # of one slot there is nothing to reduce
-        total,
         (min(SPARED[0], total // 8), min(SPARED[1], total // 8)),
-        block,
+        blocks if "budgets" in groups else (),
         attention_counts(model, base, multiple_of, layout),
     )
     if not found.dimensions():

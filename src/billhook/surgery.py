@@ -55,6 +55,19 @@ def without(model: PreTrainedModel, dropped: Iterable[tuple[Axis, Tensor]], gone
         yield
 
 
+@contextmanager
+def instead(model: PreTrainedModel, param: str, weight: Tensor) -> Iterator[None]:
+    """The model with another weight in place of one parameter, while open."""
+    path, _, leaf = param.rpartition(".")
+    owner = model.get_submodule(path)
+    before = getattr(owner, leaf)
+    setattr(owner, leaf, nn.Parameter(weight, before.requires_grad))
+    try:
+        yield
+    finally:
+        setattr(owner, leaf, before)
+
+
 def drop_layers(model: PreTrainedModel, numbers: Collection[int]) -> None:
     """Remove whole decoder layers, in place: the rest are renumbered, and the config's per-layer lists follow.
 

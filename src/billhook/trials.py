@@ -4,7 +4,7 @@ import hashlib
 import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook import checkpoint, store
+from billhook.blocks import Block, Patch
 from billhook.families import axes
 from billhook.losses import divergence, most_likely, next_token
 from billhook.precision import autocast_dtype, computing
 from billhook.progress import Tick, quiet
 from billhook.solution import Place, digest
-from billhook.surgery import without
+from billhook.surgery import instead, without
 from billhook.tensors import Tokens
 
 OBJECTIVES = {
@@ -44,13 +45,14 @@ class Bench:
     key: Mapping[str, Any]  # what decides them besides mask and windows
     pool: ProcessPoolExecutor | None = None  # of workers that have the same model
     memory: dict[str, list[float]] = field(default_factory=dict)  # of the losses, folder or not
+    patches: Mapping[Block, Patch] = field(default_factory=dict)  # what makes up for whole layers that go
 
     def losses(
         self, masks: Sequence[Mask], windows: Tokens, tick: Tick = quiet, stage: str = "trials"
     ) -> list[list[float]]:
         """The mean loss of every window (windows, length) under every mask; no mask is ever tried on the same windows twice."""
         seen = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
-        keys = [{**self.key, "objective": self.objective, "windows": seen, "mask": digest(mask)} for mask in masks]
+        keys = [{**self.key, "objective": self.objective, "windows": seen, **self._said(mask)} for mask in masks]
         missing = {key["mask"]: mask for key, mask in zip(keys, masks, strict=True) if not self._known(key)}
         fresh = self._tried(list(missing.values()), windows, tick, stage)
         for key in keys:
@@ -59,20 +61,28 @@ class Bench:
                 self.memory[name] = store.kept(self.folder, "trial", key, lambda: next(fresh))
         return [self.memory[store.digest(key)] for key in keys]
 
+    def _patch(self, mask: Mask) -> Patch | None:
+        gone = gone_in(mask)
+        return self.patches.get((gone[0], len(gone))) if gone else None
+
+    def _said(self, mask: Mask) -> dict[str, str]:
+        patch = self._patch(mask)
+        return {"mask": digest(mask), **({"patch": patch.sha256} if patch else {})}
+
     def _known(self, key: dict[str, Any]) -> bool:
         return store.digest(key) in self.memory or store.has(self.folder, "trial", key)
 
     def _tried(self, masks: Sequence[Mask], windows: Tokens, tick: Tick, stage: str) -> Iterator[list[float]]:
         taught = self._taught(windows) if masks and self.objective == "kl" else None
         if self.pool is not None:
-            given = [(dict(mask), windows, taught) for mask in masks]
+            given = [(dict(mask), windows, taught, self._patch(mask)) for mask in masks]
             for n, found in enumerate(self.pool.map(_in_worker, given)):
                 tick(stage, n + 1, len(masks))
                 yield found
             return
         for n, mask in enumerate(masks):
             tick(stage, n, len(masks))
-            yield tried(self.model, mask, windows, taught, self.autocast)
+            yield tried(self.model, mask, windows, taught, self._patch(mask), self.autocast)
 
     @torch.inference_mode()
     def _taught(self, windows: Tokens) -> list[tuple[Tensor, ...]]:
@@ -97,6 +107,7 @@ def tried(
     mask: Mask,
     windows: Tokens,
     taught: Sequence[tuple[Tensor, ...]] | None,
+    patch: Patch | None,
     autocast: torch.dtype | None,
 ) -> list[float]:
     """Of every window, the loss of the model without the units of `mask`; the model is as it was afterwards."""
@@ -104,7 +115,8 @@ def tried(
     kinds = tuple(dict.fromkeys(kind for _, kind in mask if kind != WHOLE))
     dropped = [(axis, mask[axis.layer, axis.kind]) for axis in axes(model, kinds) if (axis.layer, axis.kind) in mask]
     found: list[float] = []
-    with without(model, dropped, gone), computing(model.device, autocast):
+    patched = instead(model, patch.param, patch.weight) if patch else nullcontext()
+    with patched, without(model, dropped, gone), computing(model.device, autocast):
         for n, batch in enumerate(_batches(windows)):
             batch = batch.to(model.device)
             logits = model(batch, use_cache=False).logits
@@ -162,5 +174,5 @@ def _open_worker(name: str, device: str, dtype: str, threads: int, autocast: tor
     _worker.update(model=checkpoint.open_model(name, device=device, dtype=dtype).model, autocast=autocast)
 
 
-def _in_worker(given: tuple[Mask, Tokens, Any]) -> list[float]:
+def _in_worker(given: tuple[Mask, Tokens, Any, Patch | None]) -> list[float]:
     return tried(_worker["model"], *given, _worker["autocast"])

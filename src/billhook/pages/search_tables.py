@@ -26,7 +26,6 @@ DIMENSIONS = {  # those whose names do not say what they are; the others are clu
     "bend": "bend over depth",
     "attention": "attention units that go",
     "block": "layers that go whole",
-    "block start": "the first of them",
 }
 STATES = {
     "dropped": "dropped untried by the proxy",
