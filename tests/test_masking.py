@@ -170,6 +170,23 @@ def test_zeros_that_were_there_stay_unless_told_otherwise(text: str) -> None:
     assert "50.0% are zero already, and stay so" in lines[0]
 
 
+@pytest.mark.parametrize("stream", operators.ALONE)
+def test_processes_that_share_the_layers_make_the_same_bits(folder: Path, text: str, stream: str) -> None:
+    given = {"method": "fistapruner", "pattern": "2:4", "calibration": text, "stream": stream, **SMALL}
+    one, two = (billhook.prune(folder, jobs=jobs, **given) for jobs in (1, 2))
+    alone, shared = weights(one.model), weights(two.model)
+    assert all(torch.equal(alone[path], shared[path]) for path in alone)
+    assert one.report["zeros"] == two.report["zeros"]
+
+
+def test_layers_that_see_one_another_are_not_shared(folder: Path, text: str) -> None:
+    given = {"calibration": text, **SMALL}
+    with pytest.raises(BillhookError, match=r"in the stream sequential a layer sees what became of those before"):
+        billhook.prune(folder, method="wanda", sparsity=0.5, jobs=2, **given)
+    with pytest.raises(BillhookError, match="fasp works in one process"):
+        billhook.prune(folder, ratio=0.3, jobs=2, **given)
+
+
 def test_what_will_be_done_is_said_before(text: str) -> None:
     lines: list[str] = []
     given = {"calibration": text, "tokenizer": tiny.tokenizer(), "method": "wanda", "sparsity": 0.5}

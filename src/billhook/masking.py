@@ -5,19 +5,24 @@ operator shall put out, is the stream's.
 """
 
 import math
+import multiprocessing
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from billhook import sparsity
+from billhook import checkpoint, sparsity
 from billhook.errors import BillhookError
 from billhook.families import layers, linears
 from billhook.methods import METHODS
-from billhook.operators import Group, Sums, operators
+from billhook.operators import ALONE, Group, Sums, operators
 from billhook.progress import Clock, Tick, quiet
 from billhook.sparsity import Pattern
 from billhook.support import Settings, Target, squared_error
@@ -88,23 +93,84 @@ def zeros_in(model: PreTrainedModel, roles: Sequence[str]) -> tuple[int, int]:
     return sum(int((w == 0).sum()) for w in found), sum(w.numel() for w in found)
 
 
+@dataclass(frozen=True)
+class Workers:
+    """Processes that share the layers, each with the model as it opens it for itself by `name`."""
+
+    jobs: int = 1
+    name: str = ""
+    dtype: str = "auto"
+
+
+ALONE_HERE = Workers()
+
+
 @torch.no_grad()
 def mask(
-    model: PreTrainedModel, tokens: Tokens, how: Masking, clock: Clock | None = None, tick: Tick = quiet
+    model: PreTrainedModel,
+    tokens: Tokens,
+    how: Masking,
+    workers: Workers = ALONE_HERE,
+    clock: Clock | None = None,
+    tick: Tick = quiet,
 ) -> list[Masked]:
     """Sparsify a model in place.
 
     Args:
         tokens: calibration windows (windows, length).
+        workers: several, where the stream lets no layer see what became of another.
 
     Raises:
-        BillhookError: as `check`; an activation is not finite; a Gram that cannot be factored (names the layer).
+        BillhookError: as `check`; an activation is not finite; a Gram that cannot be factored (names the layer); layers that see
+            one another, and several workers.
     """
     check(model, how)
-    clock, done = clock or Clock(), []
-    for group in operators(model, tokens, how.targets, stream=how.stream, clock=clock, tick=tick):
-        for role, name in group.names.items():
-            done.append(_masked(model, group, role, name, how, clock))
+    if workers.jobs > 1 and how.stream not in ALONE:
+        raise BillhookError(
+            f"--jobs: in the stream {how.stream} a layer sees what became of those before: use --stream {' or '.join(ALONE)}, or one job"
+        )
+    if workers.jobs > 1:
+        return _shared(model, tokens, how, workers, clock or Clock(), tick)
+    return _made(model, tokens, how, None, clock or Clock(), tick)
+
+
+def _made(
+    model: PreTrainedModel, tokens: Tokens, how: Masking, at: range | None, clock: Clock, tick: Tick
+) -> list[Masked]:
+    groups = operators(model, tokens, how.targets, stream=how.stream, at=at, clock=clock, tick=tick)
+    return [_masked(model, group, role, name, how, clock) for group in groups for role, name in group.names.items()]
+
+
+def _shared(
+    model: PreTrainedModel, tokens: Tokens, how: Masking, workers: Workers, clock: Clock, tick: Tick
+) -> list[Masked]:
+    """Every worker takes some layers that follow one another; what it made comes back in a file."""
+    total, jobs = len(layers(model)), min(workers.jobs, len(layers(model)))
+    parts = [range(total * n // jobs, total * (n + 1) // jobs) for n in range(jobs)]
+    threads = max(1, torch.get_num_threads() // jobs)
+    opened = (workers.name, str(model.device), workers.dtype, threads)
+    done: list[Masked] = []
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as scratch, ProcessPoolExecutor(jobs, context) as pool, clock("workers"):
+        files = [str(Path(scratch) / f"{part.start}.safetensors") for part in parts]
+        found = [pool.submit(_work, opened, tokens, how, part, file) for part, file in zip(parts, files, strict=True)]
+        for n, (one, file) in enumerate(zip(found, files, strict=True)):
+            tick("pruning in workers", n, len(parts))
+            done += one.result()
+            for name, weight in load_file(file).items():
+                weight_of(model, name).copy_(weight)
+        tick("pruning in workers", len(parts), len(parts))
+    return done
+
+
+def _work(opened: tuple[str, str, str, int], tokens: Tokens, how: Masking, part: range, file: str) -> list[Masked]:
+    name, device, dtype, threads = opened
+    torch.set_num_threads(threads)
+    model = checkpoint.open_model(name, device=device, dtype=dtype).model
+    with torch.no_grad():
+        done = _made(model, tokens, how, part, Clock(), quiet)
+    paths = [path for n, _, path in every(model, how.targets) if n in part]
+    save_file({path: weight_of(model, path).cpu().contiguous() for path in paths}, file)
     return done
 
 

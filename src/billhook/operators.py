@@ -82,6 +82,7 @@ def operators(
     roles: Sequence[str],
     *,
     stream: str,
+    at: range | None = None,
     held_out: float = 0.1,
     clock: Clock | None = None,
     tick: Tick = quiet,
@@ -90,6 +91,7 @@ def operators(
 
     Args:
         tokens: calibration windows (windows, length).
+        at: the layers whose operators are yielded; the walk ends with the last.  None: all.
         held_out: share of the windows, the last ones, whose sums are kept apart.
 
     Raises:
@@ -98,11 +100,13 @@ def operators(
     clock = clock or Clock()
     with clock("forward"):
         batches = _entered(model, tokens, len(tokens) - int(held_out * len(tokens)))
-    for n, module in enumerate(layers(model)):
-        tick("pruning", n, len(layers(model)))
+    at = range(len(layers(model))) if at is None else at
+    for n, module in enumerate(layers(model)[: at.stop]):
+        tick("pruning", max(n - at.start, 0), len(at))
         groups = [named for one in linears(model, n) if (named := {r: path for r, path in one.items() if r in roles})]
+        groups = groups if n in at else []
         unpruned = copy.deepcopy(module) if stream in WITH_TARGET else None
-        steps = [[one] for one in groups] if stream in STEPWISE else [groups]
+        steps = [[one] for one in groups] if stream in STEPWISE else [groups] if groups else []
         for step, together in enumerate(steps):
             paths = [next(iter(named.values())).partition(f".{n}.")[2] for named in together]
             whole = stream == "dense"  # and so the layer's output is the unpruned model's
@@ -112,11 +116,11 @@ def operators(
                 assert fit is not None
                 _check_finite(next(iter(named.values())), fit)
                 yield Group(n, named, fit, apart)
-        if n + 1 < len(layers(model)) and not (stream == "dense" and groups):
+        if n + 1 < at.stop and not (stream == "dense" and groups):
             with clock("forward"):
                 _passed(n, module, unpruned, batches, alone=stream in ALONE)
         return_freed()
-    tick("pruning", len(layers(model)), len(layers(model)))
+    tick("pruning", len(at), len(at))
 
 
 def _entered(model: PreTrainedModel, tokens: Tokens, count: int) -> list[_Batch]:

@@ -115,7 +115,8 @@ def prune(
         announce: called with one line, what will be cut, before anything is.
         study: a folder of this search alone, where the method searches: after a kill the same call goes on.
         fresh: start over in that folder.
-        jobs: processes that try candidates, where the method searches; each opens the model for itself.
+        jobs: processes that try candidates, where the method searches, or that share the layers, where it makes zeros; each
+            opens the model for itself.
         settings: the fields of `Recipe`: ratio=0.2, method="fasp", axes=("ffn",), calibration="demo", …
 
     Returns:
@@ -125,6 +126,10 @@ def prune(
         BillhookError: anything that cannot work, in one line; a model on disk is never changed.
     """
     chosen = recipe(**settings)
+    if jobs > 1 and not (chosen.searches or chosen.masks):
+        raise BillhookError(
+            f"jobs: {chosen.method} works in one process; methods that make zeros and adapruner share their work"
+        )
     if jobs > 1 and chosen.vocab_from:
         raise BillhookError(
             "jobs: other processes would open the model with its whole vocabulary: use one with --vocab-from"
@@ -167,7 +172,7 @@ def prune_opened(
         wanted = chosen.model_copy(update={"preset": found["chosen"]}) if found else chosen
         hunt, zeros, cuts = None, None, []
         if chosen.masks:
-            plan, zeros = Plan(), _masked(model, chosen, texts.calibration, announce, clock, tick)
+            plan, zeros = Plan(), _masked(model, chosen, texts.calibration, means, announce, clock, tick)
         else:
             plan = planning.make_plan(model, wanted, texts, opened.dtype, scores, folder, clock, tick)
         if material:
@@ -225,14 +230,21 @@ def prune_opened(
 
 
 def _masked(
-    model: Any, chosen: Recipe, tokens: Tokens, announce: Callable[[str], object], clock: Clock, tick: Tick
+    model: Any,
+    chosen: Recipe,
+    tokens: Tokens,
+    means: Means,
+    announce: Callable[[str], object],
+    clock: Clock,
+    tick: Tick,
 ) -> dict[str, Any]:
     """Make zeros in place; what was asked for and what came of it."""
     how = planning.masking_of(chosen)
     masking.check(model, how)
     zeros, weights = masking.zeros_in(model, how.targets)
     announce(masking.words(how, zeros, weights, tokens.numel(), model))
-    return masking.record(how, masking.mask(model, tokens, how, clock, tick), zeros / weights)
+    workers = masking.Workers(means.jobs, means.name, means.dtype)
+    return masking.record(how, masking.mask(model, tokens, how, workers, clock, tick), zeros / weights)
 
 
 def _selected(

@@ -37,6 +37,7 @@ from billhook.methods.fasp import Settings
 from billhook.methods.layerchop import PATCHES
 from billhook.methods.layerchop import Settings as Patching
 from billhook.observe import STREAMS
+from billhook.operators import ALONE
 from billhook.operators import STREAMS as MASK_STREAMS
 from billhook.pages import page
 from billhook.pruning import measure
@@ -145,6 +146,13 @@ def prune_command(
     normalised: Annotated[
         bool, typer.Option(help="fistapruner: solve for inputs of unit energy, which its paper does not")
     ] = DEFAULT.normalised,
+    jobs: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help=f"methods that make zeros: processes that share the layers, in the streams {' and '.join(ALONE)}",
+        ),
+    ] = 1,
     keep_zeros: Annotated[
         bool, typer.Option(help="methods that make zeros: those that are there already stay")
     ] = DEFAULT.keep_zeros,
@@ -289,7 +297,7 @@ def prune_command(
         device=device,
         dtype=dtype,
     )
-    found = prune_to(model, chosen, output, overwrite, statistics=statistics).report
+    found = prune_to(model, chosen, output, overwrite, statistics=statistics, jobs=jobs).report
     if json:
         typer.echo(report.to_json(found), nl=False)
     else:
