@@ -504,7 +504,7 @@ def test_a_search_says_what_it_found_and_how() -> None:
     shares = table_rows(report, "Share of the losses' variance".replace("'", "&#x27;"))
     assert shares[1] == (False, ["how many windows", "19.0 %"]) and shares[2][1][1] == "18.1 %"
     assert len(shares) == 12 and shares[-1][1] == ["4 others together", "3.5 %"]
-    steps = table_rows(report, "Nats a token on the windows that decided, without the restoration that finalists have")
+    steps = table_rows(report, "Nats a token on the windows that decided, without restoration up to the last row")
     assert steps[1:3] == [
         (False, ["the best fixed metric on the whole pool", "5.5840", ""]),
         (False, ["its samples changed", "5.5809", "+0.0031 ± 0.0059"]),

@@ -46,6 +46,7 @@ from billhook.trials import Means, bench_of, tried, workers
 FINALISTS = 3
 PARTS = 5  # steps from the standard to the winner
 BUDGETS = "and its budgets"
+RESTORED = "and restored"
 STANDARDS = 1  # known metrics, the best first, that finalists are measured against
 RESTORED_ON = 16  # calibration windows that finalists are restored on; the winner has all of them
 RESTORING = 4  # forward passes that it takes of them
@@ -156,7 +157,8 @@ def search(  # noqa: PLR0913
         with clock("finals"):
             decided = finals.decide(known, promoted[:FINALISTS])
             winner: Candidate | None = decided.pop("candidate")
-            parts = finals.parts(winner) if winner else []
+            restored: list[float] = decided.pop("losses")
+            parts = finals.parts(winner, restored) if winner else []
     record = {
         "space": chosen.space,
         "dimensions": list(at.space.dimensions()),
@@ -232,8 +234,10 @@ class Finals:
             }
             for name, (on_rung, on_final) in zip(names, losses, strict=True)
         ]
+        taken = best if accepted and best is not None else standard
         return {
-            "candidate": every[best] if accepted and best is not None else every[standard],
+            "candidate": every[taken],
+            "losses": losses[taken][1],
             "accepted": accepted,
             "standard": names[standard],
             "chosen": None if best is None else names[best],
@@ -242,8 +246,8 @@ class Finals:
             "restoration": self.settings.restoration,
         }
 
-    def parts(self, winner: Candidate) -> list[dict[str, Any]]:
-        """What samples, metric and budgets each bring, on the windows that decided, without restoration."""
+    def parts(self, winner: Candidate, restored: list[float]) -> list[dict[str, Any]]:
+        """What samples, metric and budgets each bring, on the windows that decided, without restoration; and what that brings then."""
         standard, own = self.at.standard, winner.solution
         metric = {name: getattr(own, name) for name in ("coefficients", "power", "reduction", "within")}
         steps = {
@@ -257,10 +261,16 @@ class Finals:
         found = self.at.bench.losses(
             [self.at.masks[m] for m in masks.values()], self.at.texts.final, self.at.tick, "parts"
         )
-        return [
-            {"what": name, "loss": statistics.fmean(losses), **gained(found[0], losses)}
+        told = {
+            name: losses
             for name, losses in zip(steps, found, strict=True)
             if name != BUDGETS or (winner.shape, winner.attention, winner.block) != (None, None, None)
+        }
+        if self.settings.restoration:
+            told[RESTORED] = restored
+        return [
+            {"what": name, "loss": statistics.fmean(losses), **gained(found[0], losses)}
+            for name, losses in told.items()
         ]
 
     def _cut(self, candidates: Sequence[Candidate | None], rung: Tokens) -> list[tuple[list[float], list[float]]]:

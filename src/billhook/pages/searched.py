@@ -85,7 +85,7 @@ def _importance(found: Mapping[str, Any]) -> str:
 
 def _parts(found: Mapping[str, Any]) -> str:
     rows = [markup.row(_first(row[0]), map(markup.cell, row[1:])) for row in part_rows(found)]
-    bare = "without the restoration that finalists have" if found.get("restoration") else "without restoration"
+    bare = "without restoration up to the last row" if found.get("restoration") else "without restoration"
     caption = f"Nats a token on the windows that decided, {bare}; ± one standard error"
     return _table("Where the gain comes from", caption, part_header(), rows)
 
