@@ -436,6 +436,16 @@ def test_fasps_own_score_is_among_the_standards_of_a_repair(whole: dict[str, Any
     names = [one["name"] for one in whole["finalists"]]
     count = searching.STANDARDS
     assert names[count] == "obs (FASP)" and all(isinstance(name, int) for name in names[count + 1 :])
+    assert not any(
+        one["by_fasp"] for one in whole["finalists"] if one["name"] != "obs (FASP)"
+    )  # no budgets are open here
+
+
+def test_budgets_stand_by_fasps_own_score_too(text: str) -> None:
+    record = found(text, layout="per_layer")
+    rows = record["finalists"][searching.STANDARDS + 1 :]
+    own, again = ([one["name"] for one in rows if one["by_fasp"] is by_fasp] for by_fasp in (False, True))
+    assert own == again and len(own) == searching.FINALISTS
 
 
 def test_where_fasps_own_score_is_best_it_is_what_prunes(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -443,14 +453,14 @@ def test_where_fasps_own_score_is_best_it_is_what_prunes(text: str, monkeypatch:
 
     def restored(self: searching.Finals, candidates: Any, rung: Any) -> Any:
         return [
-            (rungs, finals) if one else ([0.0], [0.0] * len(finals))
+            (rungs, finals) if one.solution else ([0.0], [0.0] * len(finals))
             for one, (rungs, finals) in zip(candidates, real(self, candidates, rung), strict=True)
         ]
 
     monkeypatch.setattr(searching.Finals, "_restored", restored)
     given = {**SMALL, "calibration": text, "seed": 5}
     result = billhook.prune(tiny.model("llama"), tokenizer=tiny.tokenizer(), **given)
-    assert result.report["search"]["winner"] is None and result.report["search"]["standard"] == "obs (FASP)"
+    assert result.report["search"]["winner"]["solution"] is None and result.report["search"]["standard"] == "obs (FASP)"
     assert "beats" not in outcome_words(result.report["search"])
     assert sum(result.report["search"]["pool"]["shares"]) == 0
 

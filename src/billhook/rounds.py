@@ -128,7 +128,8 @@ class Search:
         return shaped(self.model, base, candidate.shape, step, self.chosen.floor)
 
     def mask(self, candidate: Candidate) -> str:
-        """The digest of what a candidate drops; `masks` has the units."""
+        """The digest of what a candidate drops by a solution of its own; `masks` has the units."""
+        assert candidate.solution is not None
         plan, found = self.plan(candidate), scores(self.evidence, candidate.solution)
         dropped = {(n, WHOLE): torch.empty(0, dtype=torch.long) for n in plan.layers}
         for axis in self.axes:

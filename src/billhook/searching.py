@@ -19,6 +19,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,10 @@ from billhook.surgery import cast
 from billhook.tensors import Scores, Tokens
 from billhook.trials import Means, bench_of, tried, workers
 
-FINALISTS = 3
+FINALISTS = 2
 PARTS = 5  # steps from the standard to the winner
 BUDGETS = "and its budgets"
+OF_FASP = " (FASP)"
 RESTORED = "and restored"
 STANDARDS = 1  # known metrics, the best first, that finalists are measured against
 RESTORED_ON = 16  # calibration windows that finalists are restored on; the winner has all of them
@@ -156,9 +158,8 @@ def search(  # noqa: PLR0913
         finals = Finals(at, calibration, settings)
         with clock("finals"):
             decided = finals.decide(known, promoted[:FINALISTS])
-            winner: Candidate | None = decided.pop("candidate")
-            restored: list[float] = decided.pop("losses")
-            parts = finals.parts(winner, restored) if winner else []
+            winner: Candidate = decided.pop("candidate")
+            parts = finals.parts(winner, decided.pop("losses"))
     record = {
         "space": chosen.space,
         "dimensions": list(at.space.dimensions()),
@@ -169,20 +170,20 @@ def search(  # noqa: PLR0913
         "known": known,
         "promoted": [trial.number for trial in promoted],
         "importance": study.importance(),
-        "winner": winner and _said_candidate(winner),
+        "winner": _said_candidate(winner),
         "parts": parts,
         **decided,
         "pool": _said_pool(material, at.evidence, winner),
         "judges": list(material.judges),
         "validation": {part: list(getattr(texts, part).shape) for part in ("proxy", "rungs", "final")},
     }
-    return Found(scores(at.evidence, winner.solution) if winner else {}, at.plan(winner) if winner else base, record)
+    return Found(_scores(at, winner), at.plan(winner), record)
 
 
 def _end_tokens(texts: Validation, settings: Settings, calibration: int) -> int:
     """Tokens of the forward passes that follow the trials."""
     promoted = (PROMOTED + 1) * RUNGS[1] * texts.rungs.shape[1]
-    finals = (FINALISTS + STANDARDS + 1) * (
+    finals = (2 * FINALISTS + STANDARDS + 1) * (
         texts.final.numel() + (RESTORING * calibration if settings.restoration else 0)
     )
     return promoted + finals + PARTS * texts.final.numel()
@@ -210,13 +211,16 @@ class Finals:
         """The winner: the best finalist if it beats the best standard on windows that nothing has seen, else that standard.
 
         Standards are the best of the known metrics and, where kept weights are repaired, FASP's own score: what is best before a
-        repair need not be best after it.
+        repair need not be best after it.  So finalists with budgets of their own stand there a second time, by that score.
         """
         metrics = [one["metric"] for one in sorted(known, key=lambda one: _or_worst(one["loss"]))[:STANDARDS]]
-        standards: dict[str, Candidate | None] = {name: Candidate(self.at.space.known[name]) for name in metrics}
+        standards = {name: Candidate(self.at.space.known[name]) for name in metrics}
+        others = [(trial.number, trial.candidate) for trial in finalists]
         if self.settings.restoration:
-            standards[f"{self.settings.score} (FASP)"] = None
-        every = [*standards.values(), *(trial.candidate for trial in finalists)]
+            standards[f"{self.settings.score}{OF_FASP}"] = Candidate()
+            again = {trial.number: replace(trial.candidate, solution=None) for trial in finalists}
+            others += [(n, one) for n, one in again.items() if one != Candidate()]
+        every, names = [*standards.values(), *(one for _, one in others)], [*standards, *(n for n, _ in others)]
         rung = self.at.windows(RUNGS[1])
         losses = self._restored(every, rung) if self.settings.restoration else self._cut(every, rung)
         order = sorted(range(len(every)), key=lambda n: _or_worst(statistics.fmean(losses[n][0])))
@@ -224,15 +228,15 @@ class Finals:
         best = next((n for n in order if n >= len(standards)), None)
         gain = gained(losses[standard][1], losses[standard if best is None else best][1])
         accepted = best is not None and (gain["gain"] or 0.0) > (gain["standard_error"] or 0.0)
-        names = [*standards, *(trial.number for trial in finalists)]
         rows = [
             {
                 "name": name,
+                "by_fasp": one.solution is None,
                 "rung": statistics.fmean(on_rung),
                 "final": statistics.fmean(on_final),
                 **gained(losses[standard][1], on_final),
             }
-            for name, (on_rung, on_final) in zip(names, losses, strict=True)
+            for name, one, (on_rung, on_final) in zip(names, every, losses, strict=True)
         ]
         taken = best if accepted and best is not None else standard
         return {
@@ -241,6 +245,7 @@ class Finals:
             "accepted": accepted,
             "standard": names[standard],
             "chosen": None if best is None else names[best],
+            "by_fasp": best is not None and every[best].solution is None,
             "finalists": rows,
             **gain,
             "restoration": self.settings.restoration,
@@ -249,23 +254,22 @@ class Finals:
     def parts(self, winner: Candidate, restored: list[float]) -> list[dict[str, Any]]:
         """What samples, metric and budgets each bring, on the windows that decided, without restoration; and what that brings then."""
         standard, own = self.at.standard, winner.solution
-        metric = {name: getattr(own, name) for name in ("coefficients", "power", "reduction", "within")}
-        steps = {
-            "the best fixed metric on the whole pool": Candidate(standard),
-            "its samples changed": Candidate(replace(standard, levels=own.levels, count=own.count, draw=own.draw)),
-            "its metric changed": Candidate(replace(standard, **metric)),
-            "both": Candidate(own),
-            BUDGETS: winner,
-        }
+        steps = {"the best fixed metric on the whole pool": Candidate(standard)}
+        if own:
+            metric = {name: getattr(own, name) for name in ("coefficients", "power", "reduction", "within")}
+            samples = {name: getattr(own, name) for name in ("levels", "count", "draw")}
+            steps |= {
+                "its samples changed": Candidate(replace(standard, **samples)),
+                "its metric changed": Candidate(replace(standard, **metric)),
+                "both": Candidate(own),
+            }
+        if replace(winner, solution=None) != Candidate():
+            steps[BUDGETS] = replace(winner, solution=own or standard)
         masks = {name: self.at.mask(one) for name, one in steps.items()}
         found = self.at.bench.losses(
             [self.at.masks[m] for m in masks.values()], self.at.texts.final, self.at.tick, "parts"
         )
-        told = {
-            name: losses
-            for name, losses in zip(steps, found, strict=True)
-            if name != BUDGETS or (winner.shape, winner.attention, winner.block) != (None, None, None)
-        }
+        told = dict(zip(steps, found, strict=True))
         if self.settings.restoration:
             told[RESTORED] = restored
         return [
@@ -273,12 +277,12 @@ class Finals:
             for name, losses in told.items()
         ]
 
-    def _cut(self, candidates: Sequence[Candidate | None], rung: Tokens) -> list[tuple[list[float], list[float]]]:
-        masks, bench = [self.at.masks[self.at.mask(one)] for one in candidates if one], self.at.bench
+    def _cut(self, candidates: Sequence[Candidate], rung: Tokens) -> list[tuple[list[float], list[float]]]:
+        masks, bench = [self.at.masks[self.at.mask(one)] for one in candidates], self.at.bench
         both = [bench.losses(masks, windows, self.at.tick, "finals") for windows in (rung, self.at.texts.final)]
         return list(zip(*both, strict=True))
 
-    def _restored(self, candidates: Sequence[Candidate | None], rung: Tokens) -> list[tuple[list[float], list[float]]]:
+    def _restored(self, candidates: Sequence[Candidate], rung: Tokens) -> list[tuple[list[float], list[float]]]:
         """As the result will be, by the recipe's own stream, on fewer calibration windows."""
         at, bench, found = self.at, self.at.bench, []
         both = rung, at.texts.final
@@ -289,19 +293,26 @@ class Finals:
             "windows": [store.digest({"tokens": each.tolist()}) for each in both],
         }
 
-        def measured(candidate: Candidate | None) -> list[list[float]]:
-            own = scores(at.evidence, candidate.solution) if candidate else {}
-            plan, smaller = at.plan(candidate) if candidate else at.base, copy.deepcopy(at.model)
-            cast(smaller, bench.autocast or smaller.dtype)  # as good, and three times as fast (docs/LOG.md)
-            fasp(smaller, self.calibration, plan, self.settings, scores=own, stream=at.chosen.stream)
+        def measured(candidate: Candidate, plan: Plan) -> list[list[float]]:
+            smaller = copy.deepcopy(at.model)
+            cast(smaller, bench.autocast or smaller.dtype)  # as good, and a third faster (docs/LOG.md)
+            fasp(smaller, self.calibration, plan, self.settings, scores=_scores(at, candidate), stream=at.chosen.stream)
             return [tried(smaller, {}, windows, None, None, bench.autocast) for windows in both]
 
         for n, one in enumerate(candidates):
             at.tick("restoring finalists", n, len(candidates))
-            key = {**shared, "mask": one and at.mask(one)}
-            found.append(tuple(store.kept(bench.folder, "final", key, lambda one=one: measured(one))))
+            plan = at.plan(one)
+            cut = {f"{layer} {kind}": count for (layer, kind), count in plan.drops.items()}
+            key = {**shared, "cut": cut, "layers": list(plan.layers), "mask": one.solution and at.mask(one)}
+            measure = partial(measured, one, plan)
+            found.append(tuple(store.kept(bench.folder, "final", key, measure)))
         at.tick("restoring finalists", len(candidates), len(candidates))
         return found
+
+
+def _scores(at: Search, candidate: Candidate) -> Mapping[Place, Scores]:
+    """By a candidate's own solution; none are needed for FASP's score."""
+    return scores(at.evidence, candidate.solution) if candidate.solution else {}
 
 
 def _or_worst(loss: float) -> float:
@@ -322,17 +333,18 @@ def _said(trial: Trial) -> dict[str, Any]:
 
 def _said_candidate(candidate: Candidate) -> dict[str, Any]:
     return {
-        "solution": candidate.solution.describe(),
+        "solution": candidate.solution and candidate.solution.describe(),
         "shape": candidate.shape and asdict(candidate.shape),
         "attention": candidate.attention,
         "block": candidate.block,
     }
 
 
-def _said_pool(material: Material, evidence: PoolEvidence, winner: Candidate | None) -> dict[str, Any]:
+def _said_pool(material: Material, evidence: PoolEvidence, winner: Candidate) -> dict[str, Any]:
     """Of every window: its text's number, its cluster, what it weighs in the winner's mixture, and what it says."""
     pool = material.pool
-    weights = shares(evidence.clusters, winner.solution) if winner else torch.zeros(len(pool.tokens))
+    own = winner.solution
+    weights = shares(evidence.clusters, own) if own else torch.zeros(len(pool.tokens))
     return {
         "sources": list(pool.sources),
         "seq_len": pool.tokens.shape[1],

@@ -55,7 +55,7 @@ class Shape:
 class Candidate:
     """A point of the space."""
 
-    solution: Solution
+    solution: Solution | None = None  # None: FASP's own score, which stands where kept weights are repaired
     shape: Shape | None = None  # None: as the allocation says
     attention: int | None = None  # units of the attention axis that go from every layer; None: likewise
     block: Block | None = None

@@ -27,6 +27,7 @@ DIMENSIONS = {  # those whose names do not say what they are; the others are clu
     "attention": "attention units that go",
     "block": "layers that go whole",
 }
+BY_FASP = " with FASP's own score"
 STATES = {
     "dropped": "dropped untried by the proxy",
     "repeated": "repeated what was known",
@@ -44,8 +45,13 @@ def outcome_words(search: Mapping[str, Any]) -> str:
         return f"{tried}: none differs from what was known, and the best of that, {standard}, is taken."
     gain = f"{_gained(search)} on windows that no trial saw"
     if search.get("accepted"):
-        return f"{tried}: number {search['chosen']} beats {STANDARD}, {standard}, by {gain}."
-    return f"{tried}: the best, number {search['chosen']}, gains {gain}, no more than its standard error: {standard} is taken."
+        return f"{tried}: {chosen_words(search)} beats {STANDARD}, {standard}, by {gain}."
+    return f"{tried}: the best, {chosen_words(search)}, gains {gain}, no more than its standard error: {standard} is taken."
+
+
+def chosen_words(search: Mapping[str, Any]) -> str:
+    """The best of the finalists."""
+    return f"number {search['chosen']}{BY_FASP if search.get('by_fasp') else ''}"
 
 
 def _gained(search: Mapping[str, Any]) -> str:
@@ -136,14 +142,17 @@ def finalist_header() -> list[str]:
 
 def finalist_rows(search: Mapping[str, Any]) -> list[tuple[bool, list[str]]]:
     """One row a candidate of the end: whether it was taken, and its cells."""
-    taken = search.get("chosen") if search.get("accepted") else search.get("standard")
+    taken = search.get("chosen"), bool(search.get("by_fasp"))
+    accepted, standard = bool(search.get("accepted")), search.get("standard")
     return [
         (
-            one["name"] == taken,
+            (one["name"], bool(one.get("by_fasp"))) == taken if accepted else one["name"] == standard,
             [
-                f"number {one['name']}" if isinstance(one["name"], int) else str(one["name"]),
+                f"number {one['name']}{BY_FASP * bool(one.get('by_fasp'))}"
+                if isinstance(one["name"], int)
+                else str(one["name"]),
                 *[number(one.get(key), LOSS) for key in ("rung", "final")],
-                "" if one["name"] == search.get("standard") else _gain(one),
+                "" if one["name"] == standard else _gain(one),
             ],
         )
         for one in search.get("finalists") or ()
@@ -161,6 +170,8 @@ def choice_rows(search: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("power of each term", number(own["power"], "{:g}")))
         rows.append(("over a unit's slots", str(own["reduction"])))
         rows.append(("terms are scaled", "in each layer" if own["within"] else "over the whole model"))
+    elif winner:
+        rows.append(("metric", "FASP's own score"))
     if winner.get("attention") is not None:
         rows.append(("attention units that go from each layer", str(winner["attention"])))
     if block := winner.get("block"):
@@ -178,21 +189,21 @@ def choice_words(search: Mapping[str, Any]) -> str:
     """What was chosen, in one line."""
     winner = search.get("winner") or {}
     own, shape = winner.get("solution"), winner.get("shape")
-    if not own:
-        return f"{search['standard']}: no trial was better beyond its standard error"
-    clusters = f" ({level_words(own['levels'])})" if len(set(own["levels"])) > 1 else ""
-    metric = f"{metric_words(own['coefficients'])}, power {number(own['power'], '{:g}')}, {own['reduction']} over slots"
-    said = [
-        f"{drawn_words(search)}{clusters}",
-        f"{metric}, scaled {'in each layer' if own['within'] else 'over the model'}",
-    ]
+    how = "" if search.get("accepted") else f"; {STANDARD}: no trial was better beyond its standard error"
+    said = [] if own else ["FASP's own score"]
+    if own:
+        clusters = f" ({level_words(own['levels'])})" if len(set(own["levels"])) > 1 else ""
+        metric = (
+            f"{metric_words(own['coefficients'])}, power {number(own['power'], '{:g}')}, {own['reduction']} over slots"
+        )
+        said += [f"{drawn_words(search)}{clusters}"]
+        said += [f"{metric}, scaled {'in each layer' if own['within'] else 'over the model'}"]
     if block := winner.get("block"):
         said.append(f"without layers {ranges(range(block[0], sum(block)))}")
     if shape and any(shape.values()):
         said.append(
             f"{shape['first']} + {shape['last']} layers spared, slope {_shift(shape['slope'])}, bend {_shift(shape['bend'])}"
         )
-    how = "" if search.get("accepted") else f"; {STANDARD}: no trial was better beyond its standard error"
     return "; ".join(said) + how
 
 

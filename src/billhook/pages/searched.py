@@ -9,6 +9,7 @@ from billhook.pages.charts import Axis, Point, Series
 from billhook.pages.search_tables import (
     STANDARD,
     choice_rows,
+    chosen_words,
     finalist_header,
     finalist_rows,
     importance_rows,
@@ -107,7 +108,7 @@ def _finalists(found: Mapping[str, Any]) -> str:
 
 
 def _choice(found: Mapping[str, Any]) -> str:
-    whose = f"number {found['chosen']}" if found.get("accepted") else str(found["standard"])
+    whose = chosen_words(found) if found.get("accepted") else str(found["standard"])
     return markup.part("What was chosen", markup.pairs(f"The solution of {whose}", choice_rows(found)))
 
 
