@@ -163,7 +163,8 @@ def _gathered(
             for path in paths:
                 x = inputs[path].flatten(0, -2).float()
                 y = wanted[path].flatten(0, -2).float() if wanted else None
-                here = Sums(gram_of(x)) if y is None else Sums(gram_of(x), (y.T @ x).double(), gram_of(y))
+                gram = gram_of(x)
+                here = Sums(gram) if y is None else Sums(gram, (y.T @ x).to(gram), gram_of(y))
                 key = path, batch.held_out
                 found[key] = found[key] + here if key in found else here
         if whole:
