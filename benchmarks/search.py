@@ -3,7 +3,7 @@
 The pool and the calibration windows come from TRAIN, candidates are tried on the first half of VALID (without paragraphs that quote
 TRAIN), and everything is judged on its second half and on every OTHER text: perplexity and its factor to the unpruned model's over the
 first --windows windows of 512 tokens, ± one standard error over pairs of windows.  No row has more parameters than FASP's.  "Without" and
-"with" are without and with restoration (FASP's default, on --samples windows); cuts are restored and judged in --precision, as finalists
+"with" are without and with restoration (FASP's default, on --samples windows), each by a search of its own; cuts are restored and judged in --precision, as finalists
 of a search are.  Each row is kept in DIR: the same command goes on where it was cut off.
 
 Every promoted trial of a search is judged too, as it was tried, without restoration: overfit.svg in DIR has what it gained on
@@ -59,6 +59,9 @@ args = parser.parse_args()
 
 LLM_PRUNER_SEEDS, LLM_PRUNER_WINDOWS, LLM_PRUNER_LENGTH = 5, 10, 64  # its defaults: ten samples of 64 tokens
 Scores = Mapping[tuple[int, str], Any]
+Find = Callable[
+    [bool], tuple[Scores, Plan, dict[str, Any]]
+]  # for a cut that is restored, or not: what goes, and a record
 
 RUN = 80  # characters: a search refuses a validation text that shares passages with the calibration text
 
@@ -89,9 +92,9 @@ def settled(ratio: float, seed: int, **other: Any) -> Recipe:
     return recipe(method="adapruner", ratio=ratio, seed=seed, **{**given, **other})
 
 
-def searched(ratio: float, seed: int, **other: Any) -> Callable[[], tuple[Scores, Plan, dict[str, Any]]]:
-    def found() -> tuple[Scores, Plan, dict[str, Any]]:
-        chosen = settled(ratio, seed, **other)
+def searched(ratio: float, seed: int, **other: Any) -> Find:
+    def found(restoration: bool) -> tuple[Scores, Plan, dict[str, Any]]:
+        chosen = settled(ratio, seed, restoration=restoration, **other)
         material = searching.read(opened, chosen)
         _, texts = draw(opened, chosen, material.calibration)
         plan = planning.make_plan(opened.model, chosen, texts, opened.dtype)
@@ -126,10 +129,10 @@ def judged_trials(
     return found
 
 
-def llm_pruner(ratio: float, seed: int) -> Callable[[], tuple[Scores, Plan, dict[str, Any]]]:
+def llm_pruner(ratio: float, seed: int) -> Find:
     """param_first on ten random windows of 64 tokens."""
 
-    def found() -> tuple[Scores, Plan, dict[str, Any]]:
+    def found(restoration: bool) -> tuple[Scores, Plan, dict[str, Any]]:
         windows = data.windows(
             data.calibration_text(args.train), opened.tokenizer, LLM_PRUNER_LENGTH, LLM_PRUNER_WINDOWS, seed
         )
@@ -139,10 +142,10 @@ def llm_pruner(ratio: float, seed: int) -> Callable[[], tuple[Scores, Plan, dict
     return found
 
 
-def best_fixed(ratio: float) -> Callable[[], tuple[Scores, Plan, dict[str, Any]]]:
+def best_fixed(ratio: float) -> Find:
     """The fixed metric that a search starts from and may not fall behind: the best on validation windows."""
 
-    def found() -> tuple[Scores, Plan, dict[str, Any]]:
+    def found(restoration: bool) -> tuple[Scores, Plan, dict[str, Any]]:
         chosen = settled(ratio, 0)
         material = searching.read(opened, chosen)
         bench = bench_of(opened.model, chosen.objective, args.results / "evidence")
@@ -158,22 +161,22 @@ def even(ratio: float) -> Plan:
     return planning.make_plan(opened.model, chosen, planning.Texts(nothing, nothing), opened.dtype)
 
 
-def judged(ratio: float, find: Callable[[], tuple[Scores | None, Plan, dict[str, Any]]]) -> dict[str, Any]:
+def judged(ratio: float, find: Find) -> dict[str, Any]:
     """Losses without and with restoration."""
-    unit_scores, plan, record = find()
     windows = draw(opened, settled(ratio, 0), data.calibration_text(args.train))[1].calibration
-    ends = {}
+    ends, record = {}, {}
     for name in ("without", "with"):
+        unit_scores, plan, record[name] = find(name == "with")
         smaller = copy.deepcopy(opened.model)
         cast(smaller, scoring.autocast or smaller.dtype)
-        if name == "with" or unit_scores is None:
+        if name == "with" or not unit_scores:
             fasp(smaller, windows, plan, Settings(restoration=name == "with"), scores=unit_scores)
         else:
             cut(smaller, plan, unit_scores)
         ends[name] = scoring(smaller, opened.tokenizer)
         del smaller
         gc.collect()
-    return {"losses": ends, "record": record}
+    return {"losses": ends, "record": record["with"], "unrestored": record["without"]}
 
 
 def cut(model: Any, plan: Plan, unit_scores: Scores) -> None:
@@ -183,13 +186,13 @@ def cut(model: Any, plan: Plan, unit_scores: Scores) -> None:
     drop_layers(model, plan.layers)
 
 
-ROWS: dict[str, Callable[[float], dict[str, Callable[[], Any]]]] = {
+ROWS: dict[str, Callable[[float], dict[str, Find]]] = {
     "llm-pruner": lambda ratio: {
         f"param_first, {LLM_PRUNER_WINDOWS} windows of {LLM_PRUNER_LENGTH}, seed {n}": llm_pruner(ratio, n)
         for n in range(LLM_PRUNER_SEEDS)
     },
     "fixed": lambda ratio: {"the best fixed metric on the pool": best_fixed(ratio)},
-    "fasp": lambda ratio: {"FASP, its default score": lambda: (None, even(ratio), {})},
+    "fasp": lambda ratio: {"FASP, its default score": lambda _: ({}, even(ratio), {})},
     "paper": lambda ratio: {
         f"the space 'paper', seed {n}": searched(ratio, n, space="paper") for n in range(args.seeds)
     },
