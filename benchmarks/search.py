@@ -14,7 +14,7 @@ import argparse
 import copy
 import gc
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +161,10 @@ def even(ratio: float) -> Plan:
     return planning.make_plan(opened.model, chosen, planning.Texts(nothing, nothing), opened.dtype)
 
 
+def ranked(values: Sequence[float]) -> list[int]:
+    return [sorted(values).index(each) for each in values]
+
+
 def judged(ratio: float, find: Find) -> dict[str, Any]:
     """Losses without and with restoration."""
     windows = draw(opened, settled(ratio, 0), data.calibration_text(args.train))[1].calibration
@@ -245,7 +249,7 @@ for kind, by_text in overfit.items():
     for text, pairs in by_text.items():
         seen, lasting = zip(*pairs, strict=True)
         before, after = statistics.fmean(seen), statistics.fmean(lasting)
-        ranks = statistics.correlation(seen, lasting, method="ranked") if len(set(seen)) > 1 < len(set(lasting)) else 0
+        ranks = statistics.correlation(ranked(seen), ranked(lasting)) if len(pairs) > 1 else 0
         print(f"| {kind} | {text} | {len(pairs)} | {before:.3f} | {after:.3f} | {after / before:.0%} | {ranks:.2f} |")
         series.append(Series(f"{kind}, {text}", [Point(x, y) for x, y in pairs], drawn="points"))
 if series:
