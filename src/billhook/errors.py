@@ -8,14 +8,20 @@ class BillhookError(ValueError):
     """Bad input.  The command line prints the message alone and leaves with exit code 2."""
 
 
+MANY = 40  # names: more do not make a line that anyone reads
+NEAREST = 8
+
+
 def one_of(what: str, given: str, valid: Iterable[str]) -> str:
-    """Return `given` if it is valid, else raise naming the nearest valid name and all of them."""
+    """Return `given` if it is valid, else raise naming the nearest valid name and all of them, or some of very many."""
     names = list(valid)
     if given in names:
         return given
     near = get_close_matches(given, names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise BillhookError(f"unknown {what} {given!r}: {hint}valid: {', '.join(names)}")
+    some = (get_close_matches(given, names, NEAREST, 0.4) or names[:NEAREST]) if len(names) > MANY else names
+    rest = f", … ({len(names)} in all)" if len(names) > MANY else ""
+    raise BillhookError(f"unknown {what} {given!r}: {hint}valid: {', '.join(some)}{rest}")
 
 
 def first_line(error: BaseException) -> str:
