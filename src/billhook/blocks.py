@@ -60,6 +60,7 @@ def patch(model: PreTrainedModel, tokens: Tokens, block: Block) -> Patch | None:
     stops = walk(model, tokens, ("ffn",), stream="dense_target", gone=gone, at={before}, held_out=0.0)
     evidence = next(iter(stops)).fit[axis.reader_module]
     W = reader_weight(model, axis)
-    weight, _ = refit.fitted(W, evidence, torch.arange(W.shape[1]), Settings.damping)
-    weight = weight.movedim(-1, axis.reader.dim).contiguous()
+    there = evidence.gram.device  # where the Gram is, which may be elsewhere than the model
+    weight, _ = refit.fitted(W.to(there), evidence, torch.arange(W.shape[1], device=there), Settings.damping)
+    weight = weight.to(W.device).movedim(-1, axis.reader.dim).contiguous()
     return Patch(axis.reader.param, weight, hashlib.sha256(weight.cpu().float().numpy().tobytes()).hexdigest())

@@ -102,7 +102,7 @@ class Workers:
     dtype: str = "auto"
 
 
-ALONE_HERE = Workers()
+HERE = Workers()
 
 
 @torch.no_grad()
@@ -110,7 +110,7 @@ def mask(
     model: PreTrainedModel,
     tokens: Tokens,
     how: Masking,
-    workers: Workers = ALONE_HERE,
+    workers: Workers = HERE,
     clock: Clock | None = None,
     tick: Tick = quiet,
 ) -> list[Masked]:

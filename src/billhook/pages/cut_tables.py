@@ -41,20 +41,15 @@ def zero_rows(zeros: Mapping[str, Any]) -> list[tuple[str, str]]:
             "make nothing smaller or faster",
         )
     ]
-    means = []
+    means, brackets = [], ""
     for role in zeros["targets"]:
         errors = [one["error"] for one in done if one["role"] == role and finite(one["error"])]
         apart = [one["error_held_out"] for one in done if one["role"] == role and finite(one["error_held_out"])]
-        if errors:
-            unseen = f" ({statistics.fmean(apart):.3f})" if apart else ""
-            means.append(f"{role} {statistics.fmean(errors):.3f}{unseen}")
+        unseen = f" ({statistics.fmean(apart):.3f})" if apart else ""
+        brackets = "; in brackets: on held-out windows" if apart else brackets
+        means += [f"{role} {statistics.fmean(errors):.3f}{unseen}"] if errors else []
     if means:
-        rows.append(
-            (
-                "error of each operator",
-                f"{', '.join(means)} (mean of layers, relative; in brackets: on held-out windows)",
-            )
-        )
+        rows.append(("error of each operator", f"{', '.join(means)} (mean of layers, relative{brackets})"))
     return rows
 
 
