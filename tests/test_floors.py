@@ -34,7 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
         "pages.tables",
     ),
     (
-        *("linalg", "losses", "atomic", "llamacpp", "gguf_vocab", "knee", "depth"),
+        *("linalg", "losses", "atomic", "amounts", "llamacpp", "gguf_vocab", "knee", "depth"),
         *("pages.charts", "pages.recovery_tables", "pages.search_tables"),
     ),
     ("store", "claim", "pages.cut_tables", "pages.healing", "pages.searched", "pages.style", "pace", "demo"),
@@ -61,6 +61,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
     ("recipe",),
     ("planning", "recovery", "rounds"),
     ("runs", "selection", "searching"),
+    ("shearing",),
     ("pruning",),
     ("contest", "recovering", "forecast"),
     ("cli.shared",),

@@ -31,6 +31,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def masked(text: str, name: str = "llama", **other: Any) -> billhook.Result:
     given = {"method": "wanda", "calibration": text, **SMALL, **other}
+    if given["method"] == "optishear":
+        given.setdefault("metric", "both,sqrt,none,sqrt")
     if not {"sparsity", "pattern"} & set(given):
         given["sparsity"] = 0.5
     return billhook.prune(tiny.model(name), tokenizer=tiny.tokenizer(), **given)

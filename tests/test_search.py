@@ -428,7 +428,7 @@ def test_it_competes_like_any_method(text: str, tmp_path: Path) -> None:
 
 
 def test_trials_end_when_time_does(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(searching, "_deadline", lambda *_: lambda: True)
+    monkeypatch.setattr(searching, "deadline", lambda *_: lambda: True)
     assert len(found(text)["trials"]) == rounds.BATCH
 
 

@@ -22,9 +22,9 @@ from billhook import checkpoint, sparsity
 from billhook.errors import BillhookError
 from billhook.families import layers, linears
 from billhook.methods import METHODS
-from billhook.operators import ALONE, Group, Sums, operators
+from billhook.operators import ALONE, HELD_OUT, Group, Sums, operators
 from billhook.progress import Clock, Tick, quiet
-from billhook.sparsity import Pattern
+from billhook.sparsity import Pattern, Support
 from billhook.support import Settings, Target, squared_error
 from billhook.tensors import Tokens, Weight
 from billhook.zeros import SPARSE
@@ -137,6 +137,8 @@ def mask(
 def _made(
     model: PreTrainedModel, tokens: Tokens, how: Masking, at: range | None, clock: Clock, tick: Tick
 ) -> list[Masked]:
+    fitted = (len(tokens) - int(HELD_OUT * len(tokens))) * tokens.shape[1]
+    how = replace(how, settings=replace(how.settings, tokens=fitted))
     groups = operators(model, tokens, how.targets, stream=how.stream, at=at, clock=clock, tick=tick)
     return [_masked(model, group, role, name, how, clock) for group in groups for role, name in group.names.items()]
 
@@ -177,10 +179,8 @@ def _work(opened: tuple[str, str, str, int], tokens: Tokens, how: Masking, part:
 def _masked(model: PreTrainedModel, group: Group, role: str, name: str, how: Masking, clock: Clock) -> Masked:
     weight, solve = weight_of(model, name), METHODS[how.method].linear
     assert solve is not None
-    there = weight == 0
-    before = int(there.sum())
-    held = there if how.keep_zeros and before > SPARSE * there.numel() else None
-    W, settings = weight.double(), replace(how.settings, zeros=held)
+    before = int((weight == 0).sum())
+    W, settings = weight.double(), replace(how.settings, zeros=held(weight, how))
     with clock("solver"):
         target = target_of(W, group.fit)
         try:
@@ -194,6 +194,12 @@ def _masked(model: PreTrainedModel, group: Group, role: str, name: str, how: Mas
         own = _error(V, W, target)
     zeros = int((weight == 0).sum())
     return Masked(group.layer, role, weight.numel(), before, zeros, found.damping, own, off, dict(found.note))
+
+
+def held(W: Weight, how: Masking) -> Support | None:
+    """What has to stay zero of a weight: where it is sparse as it comes, its zeros."""
+    there = W == 0
+    return there if how.keep_zeros and there.sum() > SPARSE * there.numel() else None
 
 
 def target_of(W: Weight, sums: Sums) -> Target:

@@ -34,6 +34,7 @@ STREAMS = {
 }
 STEPWISE = ("true_sequential", "layer_target", "dense_target")  # sums anew for every group of operators
 WITH_TARGET = ("layer_target", "dense_target")  # which follow the unpruned model as well
+HELD_OUT = 0.1  # of the windows
 ALONE = ("dense", "layer_target")  # no layer sees what became of another
 
 
@@ -83,7 +84,7 @@ def operators(
     *,
     stream: str,
     at: range | None = None,
-    held_out: float = 0.1,
+    held_out: float = HELD_OUT,
     clock: Clock | None = None,
     tick: Tick = quiet,
 ) -> Iterator[Group]:

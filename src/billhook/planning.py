@@ -79,7 +79,11 @@ def masking_of(chosen: Recipe) -> Masking:
     """What a method that makes zeros is asked for."""
     pattern = sparsity.parse(chosen.pattern) if chosen.pattern else Pattern(chosen.sparsity)
     settings = support.Settings(
-        damping=chosen.ridge, refit=chosen.refit, init=chosen.init or None, normalised=chosen.normalised
+        damping=chosen.ridge,
+        refit=chosen.refit,
+        init=chosen.init or None,
+        normalised=chosen.normalised,
+        metric=chosen.metric,
     )
     targets = chosen.targets or ROLES
     return Masking(chosen.method, pattern, targets, chosen.stream, settings, chosen.layer_sparsity, chosen.keep_zeros)

@@ -19,6 +19,7 @@ from billhook import (
     quality,
     report,
     searching,
+    shearing,
     vocabulary,
 )
 from billhook.checkpoint import Opened
@@ -130,6 +131,8 @@ def prune(
         raise BillhookError(
             f"jobs: {chosen.method} works in one process; methods that make zeros and adapruner share their work"
         )
+    if jobs > 1 and chosen.shears:
+        raise BillhookError("jobs: the search for a metric of zeros works in one process")
     if jobs > 1 and chosen.vocab_from:
         raise BillhookError(
             "jobs: other processes would open the model with its whole vocabulary: use one with --vocab-from"
@@ -164,7 +167,9 @@ def prune_opened(
         calibration = data.calibration_text(chosen.calibration, tick)
     vocabulary_cut = _trim(opened, chosen, calibration, tick)
     material = searching.read(opened, chosen, tick) if chosen.searches else None  # by the tokenizer that is left
-    windows, texts = draw(opened, chosen, material.calibration if material else calibration)
+    judged = searching.judged(opened, chosen, tick) if chosen.shears else None
+    calibration = material.calibration if material else data.joined(judged[0]) if judged else calibration
+    windows, texts = draw(opened, chosen, calibration)
     with peak_growth(model.device) as growth:
         folder = Path(statistics) if statistics else None
         scores = planning.unit_scores(model, chosen, texts.calibration, clock, tick)
@@ -172,7 +177,13 @@ def prune_opened(
         wanted = chosen.model_copy(update={"preset": found["chosen"]}) if found else chosen
         hunt, zeros, cuts = None, None, []
         if chosen.masks:
-            plan, zeros = Plan(), _masked(model, chosen, texts.calibration, means, announce, clock, tick)
+            plan, how = Plan(), planning.masking_of(chosen)
+            masking.check(model, how)
+            if judged:
+                seen = {"folder": folder, "means": means, "clock": clock, "tick": tick}
+                hunt = shearing.search(model, chosen, how, *judged[1:], texts.calibration, **seen)
+                how = hunt.how
+            zeros = _masked(model, how, texts.calibration, means, announce, clock, tick)
         else:
             plan = planning.make_plan(model, wanted, texts, opened.dtype, scores, folder, clock, tick)
         if material:
@@ -231,7 +242,7 @@ def prune_opened(
 
 def _masked(
     model: Any,
-    chosen: Recipe,
+    how: masking.Masking,
     tokens: Tokens,
     means: Means,
     announce: Callable[[str], object],
@@ -239,8 +250,6 @@ def _masked(
     tick: Tick,
 ) -> dict[str, Any]:
     """Make zeros in place; what was asked for and what came of it."""
-    how = planning.masking_of(chosen)
-    masking.check(model, how)
     zeros, weights = masking.zeros_in(model, how.targets)
     announce(masking.words(how, zeros, weights, tokens.numel(), model))
     workers = masking.Workers(means.jobs, means.name, means.dtype)

@@ -1,7 +1,6 @@
 """One recipe says a whole pruning run: command-line flags, YAML files and Python arguments are the same."""
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +10,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from billhook import allocation, sparsity, support
+from billhook.amounts import BYTES, COUNT, amount
 from billhook.budget import check_names
 from billhook.checkpoint import DTYPES
 from billhook.chopping import PRESETS
 from billhook.errors import BillhookError, one_of
 from billhook.families import ROLES
 from billhook.layout import LAYOUTS
-from billhook.methods import MASKING, METHODS
+from billhook.methods import MASKING, METHODS, optishear
 from billhook.methods.fasp import Settings
 from billhook.methods.layerchop import PATCHES
 from billhook.methods.layerchop import Settings as Patching
@@ -38,12 +38,10 @@ SELECT = {"preset": "by --preset", "healed": "the best of --candidates after a s
 CANDIDATES = ("contiguous", "block-influence", "middle", "max-gap", "input")
 EXPLICIT = ("drop", "keep", "layers")  # budgets of layerchop alone
 ZEROS = ("sparsity", "pattern")  # budgets of methods that make zeros
-MASKED = (*ZEROS, "targets", "init", "refit", "normalised", "layer_sparsity")  # what they alone have
+MASKED = (*ZEROS, "targets", "init", "refit", "normalised", "layer_sparsity", "metric")  # what they alone have
 INITIALISED = ("fistapruner", "admm")
 INITS = ("dense", "magnitude", "wanda", "sparsegpt")
-COUNT = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 Settled = TypeVar("Settled", bound=BaseModel)
-BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 class Recipe(BaseModel):
@@ -73,6 +71,7 @@ class Recipe(BaseModel):
     layer_sparsity: dict[int, float] = Field(default_factory=dict)  # of some layers, in place of `sparsity`
     init: str = ""  # of fistapruner and admm: whose weights they start from; empty: their own choice
     refit: bool = False  # the weights that stay, by least squares
+    metric: str = ""  # of optishear: alpha,F1,beta,F2; empty: searched
     normalised: bool = False  # of fistapruner: inputs of unit energy
     keep_zeros: bool = True  # of a model that was sparse before
     trials: int = Field(default=64, ge=1)  # of adapruner: candidates
@@ -127,12 +126,19 @@ class Recipe(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _own_stream(cls, given: Any) -> Any:
-        """Every method has the stream of its paper, unless told otherwise."""
+    def _own(cls, given: Any) -> Any:
+        """Every method has the stream and the sampler of its paper, unless told otherwise."""
         if isinstance(given, dict) and not given.get("stream"):
             method = METHODS.get(given.get("method", "fasp"))
-            return {**given, "stream": method.stream} if method else given
+            given = {**given, "stream": method.stream} if method else given
+        if isinstance(given, dict) and not given.get("sampler"):
+            return {**given, "sampler": "nsga2" if given.get("method") == "optishear" else "tpe"}
         return given
+
+    @field_validator("metric")
+    @classmethod
+    def _metric(cls, value: str) -> str:
+        return str(optishear.parse(value)) if value else ""
 
     @field_validator("targets")
     @classmethod
@@ -196,6 +202,12 @@ class Recipe(BaseModel):
         if self.init and self.method not in INITIALISED:
             raise BillhookError(
                 f"--init is of {' and '.join(INITIALISED)}: {self.method} has no start of another method"
+            )
+        if self.metric and self.method != "optishear":
+            raise BillhookError(f"--metric is of optishear: {self.method} has one of its own")
+        if self.shears and self.refit:
+            raise BillhookError(
+                "--refit repairs weights, and the search tries metrics without: search first, then give its --metric with --refit"
             )
         if self.normalised and self.method != "fistapruner":
             raise BillhookError(f"--normalised is of fistapruner: {self.method} has one scale of its own")
@@ -271,6 +283,11 @@ class Recipe(BaseModel):
         return self.method == "adapruner"
 
     @property
+    def shears(self) -> bool:
+        """Whether the metric of zeros is searched for."""
+        return self.method == "optishear" and not self.metric
+
+    @property
     def restores(self) -> bool:
         """Whether kept weights are repaired: not in the paper's own space."""
         return self.restoration and not (self.searches and self.space == "paper")
@@ -310,24 +327,6 @@ class Recipe(BaseModel):
                     return f"{name} {value}"
                 return f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:g}"
         return "an allocation file" if allocation.parse(self.allocation).name == "file" else "vocabulary alone"
-
-
-def amount(value: Any, units: dict[str, int], name: str) -> Any:
-    """`100M` or `250MB` as a number; what is no text is left as it is.
-
-    Raises:
-        BillhookError: it is no number with one of the units.
-    """
-    if not isinstance(value, str):
-        return value
-    found = re.fullmatch(
-        r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([a-z]*)\s*", value.replace(",", "").replace("_", "").lower()
-    )
-    if not found or (found[2] or min(units, key=len)) not in units or math.isinf(float(found[1])):
-        raise BillhookError(
-            f"--{name} {value!r} is no amount: write a number, with one of {', '.join(filter(None, units))}"
-        )
-    return round(float(found[1]) * units.get(found[2], 1))
 
 
 def recipe(**settings: Any) -> Recipe:

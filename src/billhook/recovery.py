@@ -4,9 +4,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from billhook.amounts import COUNT, amount
 from billhook.errors import BillhookError, one_of
 from billhook.precision import PRECISIONS
-from billhook.recipe import COUNT, amount, checked
+from billhook.recipe import checked
 from billhook.trainables import TRAINABLE
 
 OBJECTIVES = {

@@ -211,7 +211,7 @@ def commands(report: dict[str, Any]) -> list[str]:
 def command(report: dict[str, Any]) -> str:
     """The command line that makes the same cut."""
     recipe = report["recipe"]
-    if recipe["method"] == "adapruner":
+    if report.get("search"):
         return _search_command(report["parent"], recipe)
     if report.get("zeros"):
         return _zeros_command(report["parent"], recipe)
@@ -241,10 +241,13 @@ def _zeros_command(parent: str, recipe: dict[str, Any]) -> str:
 
 
 def _search_command(parent: str, recipe: dict[str, Any]) -> str:
-    given = {**recipe, "calibration": recipe["calibration"].split("+"), "axes": ",".join(recipe["axes"])}
+    given = {**recipe, "calibration": recipe["calibration"].split("+")}
+    given |= {key: ",".join(recipe[key]) for key in ("axes", "targets")}
+    idle = UNIT_SEARCH if recipe["method"] == "optishear" else ()
     settings = " ".join(
         f"--{key.replace('_', '-')} {shlex.quote(str(value))}"
         for key in SEARCH_FLAGS
+        if key not in idle
         for value in (given[key] if isinstance(given[key], list) else [given[key]])
         if value not in (None, "")
     )
@@ -284,13 +287,17 @@ CARD_FLAGS = (
     *("calibration", "samples", "probes", "seq_len", "seed"),
 )
 ZEROS_FLAGS = (
-    *("method", "sparsity", "pattern", "targets", "layer_sparsity", "init", "stream", "damping"),
+    *("method", "sparsity", "pattern", "targets", "layer_sparsity", "init", "metric", "stream", "damping"),
     *("calibration", "samples", "seq_len", "seed"),
 )
 SEARCH_FLAGS = (
     *(
+        "method",
         "ratio",
         "params",
+        "sparsity",
+        "pattern",
+        "targets",
         "trials",
         "minutes",
         "space",
@@ -303,6 +310,7 @@ SEARCH_FLAGS = (
     ),
     *("clusters", "axes", "layout", "multiple_of", "samples", "seq_len", "seed"),
 )
+UNIT_SEARCH = ("pool", "pool_len", "clusters", "axes", "layout", "multiple_of")  # idle where zeros are searched
 RECOVER_FLAGS = (
     *("teacher", "objective", "states", "trainable", "rank", "tokens", "text", "held_out", "seq_len"),
     *("batch_tokens", "lr"),

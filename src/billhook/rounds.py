@@ -48,7 +48,7 @@ class Trial:
     """One candidate and what became of it."""
 
     number: int
-    candidate: Candidate
+    candidate: Any  # a point of the space
     mask: str  # digest of what it drops
     state: str = ""  # tried, repeated, dropped, failed
     proxy: float | None = None

@@ -82,13 +82,24 @@ def read(opened: Opened, chosen: Recipe, tick: Tick = quiet) -> Material:
     Raises:
         BillhookError: a text is too short, or validation and calibration share windows (says how many).
     """
+    texts, split, judges = judged(opened, chosen, tick)
+    embedding = opened.model.get_input_embeddings().weight.detach()
+    found = pool.draw(texts, opened.tokenizer, embedding, chosen.pool, chosen.pool_len, chosen.clusters, chosen.seed)
+    samples = tuple(map(opened.tokenizer.decode, found.tokens))
+    return Material(data.joined(texts), found, split, judges, samples)
+
+
+def judged(opened: Opened, chosen: Recipe, tick: Tick = quiet) -> tuple[Sequence[Text], Validation, tuple[str, ...]]:
+    """The texts that calibrate, the windows that candidates are tried on, and the names of their texts.
+
+    Raises:
+        BillhookError: as `read`.
+    """
     texts = data.texts(chosen.calibration, tick)
     if chosen.validation:
         judges = data.evaluation_texts(chosen.validation, tick)
     else:
         texts, judges = zip(*(_split(text) for text in texts), strict=True)
-    embedding = opened.model.get_input_embeddings().weight.detach()
-    found = pool.draw(texts, opened.tokenizer, embedding, chosen.pool, chosen.pool_len, chosen.clusters, chosen.seed)
     windows = torch.cat([data.windows(text, opened.tokenizer, chosen.seq_len).tokens for text in judges])
     known = torch.cat([data.windows(text, opened.tokenizer, chosen.pool_len).tokens.flatten() for text in texts])
     twice = pool.overlapping(windows, known[None])
@@ -97,9 +108,8 @@ def read(opened: Opened, chosen: Recipe, tick: Tick = quiet) -> Material:
             f"{int(twice.sum())} of the {len(windows)} windows of --validation are also in the calibration text, and would judge what they "
             "have calibrated: name another"
         )
-    split = validation(windows[~twice], chosen.seed)  # a text repeats itself here and there
-    names, samples = tuple(text.name for text in judges), tuple(map(opened.tokenizer.decode, found.tokens))
-    return Material(data.joined(texts), found, split, names, samples)
+    # a text repeats itself here and there
+    return texts, validation(windows[~twice], chosen.seed), tuple(text.name for text in judges)
 
 
 def _split(text: Text) -> tuple[Text, Text]:
@@ -147,12 +157,10 @@ def search(  # noqa: PLR0913
             known = at.try_known()
             tokens = len(known) * RUNGS[1] * texts.rungs.shape[1]
             pace = tokens / max(time.perf_counter() - before, 1e-6)
-        deadline = _deadline(
-            chosen.minutes, started, _end_tokens(texts, settings, calibration[:RESTORED_ON].numel()) / pace
-        )
+        over = deadline(chosen.minutes, started, _end_tokens(texts, settings, calibration[:RESTORED_ON].numel()) / pace)
         study = Study(at.space.dimensions(), chosen.sampler, chosen.seed)
         with clock("trials"):
-            trials = at.rounds(study, deadline)
+            trials = at.rounds(study, over)
         with clock("promotion"):
             promoted = at.promote(trials)
         finals = Finals(at, calibration, settings)
@@ -166,7 +174,7 @@ def search(  # noqa: PLR0913
         "sampler": chosen.sampler,
         "objective": chosen.objective,
         "seed": chosen.seed,
-        "trials": [_said(trial) for trial in trials],
+        "trials": [said(trial, _said_candidate(trial.candidate)) for trial in trials],
         "known": known,
         "promoted": [trial.number for trial in promoted],
         "importance": study.importance(),
@@ -189,7 +197,7 @@ def _end_tokens(texts: Validation, settings: Settings, calibration: int) -> int:
     return promoted + finals + PARTS * texts.final.numel()
 
 
-def _deadline(minutes: float | None, started: float, end: float) -> Callable[[], bool]:
+def deadline(minutes: float | None, started: float, end: float) -> Callable[[], bool]:
     """Whether trials must end for the rest to be done in time."""
     if minutes is None:
         return lambda: False
@@ -319,14 +327,15 @@ def _or_worst(loss: float) -> float:
     return loss if math.isfinite(loss) else math.inf
 
 
-def _said(trial: Trial) -> dict[str, Any]:
+def said(trial: Trial, candidate: Mapping[str, Any]) -> dict[str, Any]:
+    """A trial for the record."""
     return {
         "number": trial.number,
         "mask": trial.mask,
         "state": trial.state,
         "proxy": trial.proxy,
         "worse": trial.worse,
-        **_said_candidate(trial.candidate),
+        **candidate,
         **({"gain": gained(trial.losses["standard"], trial.losses["promoted"])} if "promoted" in trial.losses else {}),
     }
 

@@ -50,6 +50,8 @@ class Settings:
     rounds: int = 8  # FISTAPruner: runs of FISTA at most
     gradual: int = 15  # ADMM: iterations over which the sparsity rises
     rho: float = 1.0  # ADMM: penalty
+    metric: str = ""  # OptiShear: alpha,F1,beta,F2
+    tokens: int = 0  # OptiShear: that G is a sum over
 
 
 @dataclass(frozen=True)

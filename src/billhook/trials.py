@@ -73,7 +73,7 @@ class Bench:
         return store.digest(key) in self.memory or store.has(self.folder, "trial", key)
 
     def _tried(self, masks: Sequence[Mask], windows: Tokens, tick: Tick, stage: str) -> Iterator[list[float]]:
-        taught = self._taught(windows) if masks and self.objective == "kl" else None
+        taught = self.taught(windows) if masks and self.objective == "kl" else None
         if self.pool is not None:
             given = [(dict(mask), windows, taught, self._patch(mask)) for mask in masks]
             for n, found in enumerate(self.pool.map(_in_worker, given)):
@@ -85,7 +85,7 @@ class Bench:
             yield tried(self.model, mask, windows, taught, self._patch(mask), self.autocast)
 
     @torch.inference_mode()
-    def _taught(self, windows: Tokens) -> list[tuple[Tensor, ...]]:
+    def taught(self, windows: Tokens) -> list[tuple[Tensor, ...]]:
         """The unpruned model's predictions, batch by batch."""
         with computing(self.model.device, self.autocast):
             return [

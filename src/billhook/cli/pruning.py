@@ -32,7 +32,7 @@ from billhook.cli.shared import (
 from billhook.errors import BillhookError
 from billhook.families import ROLES
 from billhook.layout import LAYOUTS
-from billhook.methods import MASKING, METHODS
+from billhook.methods import MASKING, METHODS, optishear
 from billhook.methods.fasp import Settings
 from billhook.methods.layerchop import PATCHES
 from billhook.methods.layerchop import Settings as Patching
@@ -138,6 +138,14 @@ def prune_command(
         choice(
             INITS,
             f"{', '.join(INITIALISED)}: whose weights they start from, of {', '.join(INITS)}; empty: their own choice",
+        ),
+    ] = "",
+    metric: Annotated[
+        str,
+        typer.Option(
+            help=f"optishear: alpha,F1,beta,F2 of its score, like {optishear.Metric()}, which is Wanda's (alpha and beta of "
+            f"{', '.join(optishear.SCALES)}; F1 and F2 of {', '.join(optishear.FUNCTIONS)})",
+            show_default="searched",
         ),
     ] = "",
     refit: Annotated[
@@ -273,6 +281,7 @@ def prune_command(
         targets=tuple(listed(targets)),
         layer_sparsity=layer_sparsity,
         init=init,
+        metric=metric,
         refit=refit,
         normalised=normalised,
         keep_zeros=keep_zeros,

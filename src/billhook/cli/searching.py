@@ -27,6 +27,8 @@ from billhook.cli.shared import (
     prune_to,
     unfinished,
 )
+from billhook.errors import one_of
+from billhook.families import ROLES
 from billhook.layout import LAYOUTS
 from billhook.pages.search_tables import outcome_words
 from billhook.recipe import Recipe, recipe
@@ -35,6 +37,7 @@ from billhook.space import GROUPS, SPACES
 from billhook.trials import OBJECTIVES
 
 DEFAULT = Recipe(method="adapruner", ratio=0.2)
+SEARCHED = ("adapruner", "optishear")
 
 
 @app.command(name="search")
@@ -43,6 +46,23 @@ def search_command(
     output: Output,
     ratio: Ratio = None,
     params: Params = None,
+    method: Annotated[
+        str,
+        choice(
+            SEARCHED,
+            "adapruner: samples, metric and budgets of a structured cut, to a --ratio or --params; optishear: metric and "
+            "sparsities of zeros, to a --sparsity or --pattern",
+        ),
+    ] = DEFAULT.method,
+    sparsity: Annotated[
+        float | None, typer.Option(help="optishear: share of zeros in the targeted weights", show_default=False)
+    ] = None,
+    pattern: Annotated[
+        str, typer.Option(help="optishear: or N zeros in every M weights of a row, like 2:4", show_default=False)
+    ] = "",
+    targets: Annotated[
+        str, choice(ROLES, f"optishear: which weights get zeros, comma-separated, of {', '.join(ROLES)}; empty: all")
+    ] = "",
     trials: Annotated[int, typer.Option(help="candidates, the known metrics among them")] = DEFAULT.trials,
     minutes: Annotated[
         float | None, typer.Option(help="end with the round after which no other fits in", show_default=False)
@@ -74,7 +94,10 @@ def search_command(
             + "; ".join(f"{k}: {v}" for k, v in GROUPS.items()),
         ),
     ] = DEFAULT.space,
-    sampler: Annotated[str, choice(SAMPLERS, "; ".join(f"{k}: {v}" for k, v in SAMPLERS.items()))] = DEFAULT.sampler,
+    sampler: Annotated[
+        str,
+        choice(SAMPLERS, "; ".join(f"{k}: {v}" for k, v in SAMPLERS.items()) + "; empty: tpe, of optishear nsga2"),
+    ] = "",
     objective: Annotated[
         str, choice(OBJECTIVES, "; ".join(f"{k}: {v}" for k, v in OBJECTIVES.items()))
     ] = DEFAULT.objective,
@@ -103,17 +126,25 @@ def search_command(
     json: Json = False,
 ) -> None:
     """Search which calibration samples and which importance metric prune MODEL best (AdaPruner), then prune; write OUT.
+    With --method optishear, which metric of zeros.
 
     One backward pass, then a trial costs a forward pass of a few windows.  What comes out is never worse than the best fixed
     metric, as far as text that no trial saw can tell.  A search that was cut off goes on with the same command.
 
-    Example: billhook search demo --ratio 0.2 --calibration wiki.txt --calibration news.txt -o smaller
+    Examples:
+
+    billhook search demo --ratio 0.2 --calibration wiki.txt --calibration news.txt -o smaller
+
+    billhook search demo --method optishear --sparsity 0.5 --calibration wiki.txt -o sparse
     """
     started = time.perf_counter()
     chosen = recipe(
-        method="adapruner",
+        method=one_of("method", method, SEARCHED),
         ratio=ratio,
         params=params,
+        sparsity=sparsity,
+        pattern=pattern,
+        targets=tuple(listed(targets)),
         trials=trials,
         minutes=minutes,
         calibration="+".join(calibration or [DEFAULT.calibration]),
@@ -148,6 +179,6 @@ def search_command(
     if json:
         typer.echo(report.to_json(found), nl=False)
         return
-    out.print(report.summary_table(found, f"{model}, pruned by adapruner"))
+    out.print(report.summary_table(found, f"{model}, pruned by {method}"))
     out.print(outcome_words(found["search"]), soft_wrap=True)
     out.print(f"{time.perf_counter() - started:.0f} s; written and reload-verified: {output}", soft_wrap=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from billhook.cuts import Cut
-from billhook.methods import admm, fistapruner, magnitude, sparsegpt, wanda
+from billhook.methods import admm, fistapruner, magnitude, optishear, sparsegpt, wanda
 from billhook.methods.fasp import fasp, fasp_each
 from billhook.methods.layerchop import layerchop
 from billhook.support import Found
@@ -79,6 +79,16 @@ METHODS: dict[str, Method] = {
         paper="arXiv:2306.11695",
         needs="calibration text; two forward passes",
         note="Weight times the norm of its input, compared in each row; nothing is repaired unless --refit.",
+        scored=False,
+        stream="sequential",
+    ),
+    "optishear": Method(
+        linear=optishear.prune,
+        title="OptiShear: evolutionary metric search for each model",
+        paper="arXiv:2502.10735",
+        needs="calibration and validation text; two forward passes, then one of a few windows a trial (extra: search)",
+        note="Wanda's score with its parts transformed; which transformation is searched, unless --metric names it. "
+        "`billhook search --method optishear` has the options of the search. Nothing is repaired unless --refit.",
         scored=False,
         stream="sequential",
     ),

@@ -83,7 +83,7 @@ def _pruned_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
     if selection := cut.get("selection"):
         rows.append(("layers chosen", selection_words(selection)))
     if search := cut.get("search"):
-        rows.append(("samples and metric", choice_words(search)))
+        rows.append(("samples and metric" if search.get("pool") else "metric", choice_words(search)))
     touched = dict.fromkeys(c["kind"] for c in cuts if c["dropped"])
     for kind in touched:
         of = [c for c in cuts if c["kind"] == kind]

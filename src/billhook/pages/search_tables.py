@@ -26,6 +26,10 @@ DIMENSIONS = {  # those whose names do not say what they are; the others are clu
     "bend": "bend over depth",
     "attention": "attention units that go",
     "block": "layers that go whole",
+    "alpha": "alpha, over |W|",
+    "f1": "F1, of |W|",
+    "beta": "beta, over norms",
+    "f2": "F2, of norms",
 }
 BY_FASP = " with FASP's own score"
 STATES = {
@@ -37,7 +41,7 @@ STATES = {
 
 def outcome_words(search: Mapping[str, Any]) -> str:
     """What a search has found, in a sentence or two."""
-    standard = f"{search['standard']} on the whole pool"
+    standard = f"{search['standard']}{' on the whole pool' * bool(search.get('pool'))}"
     states = Counter(trial["state"] for trial in search["trials"])
     became = f" ({', '.join(f'{n} {state}' for state, n in states.items())})" if states else ""
     tried = f"{len(search['trials'])} trials by {search['sampler']}{became}"
@@ -67,7 +71,8 @@ def _gained(search: Mapping[str, Any]) -> str:
 
 def yardstick_of(search: Mapping[str, Any]) -> str:
     """The metric that trials were compared with: the best before the first of them."""
-    return next((str(one["metric"]) for one in search.get("known") or () if one.get("standard")), STANDARD)
+    own = str(search["standard"]) if search.get("method") == "optishear" else STANDARD
+    return next((str(one["metric"]) for one in search.get("known") or () if one.get("standard")), own)
 
 
 def pool_words(search: Mapping[str, Any]) -> str:
@@ -81,18 +86,16 @@ def pool_words(search: Mapping[str, Any]) -> str:
         texts = " and ".join(map(str, pool["sources"]))
         said.append(f"A pool of {len(pool['source']):,} windows of {pool['seq_len']:,} tokens of {texts}{groups}{out}.")
     if shapes:
-        proxy, rungs, final = (_windows(shapes.get(part)) for part in ("proxy", "rungs", "final"))
-        judges = " and ".join(map(str, search.get("judges") or ()))
-        said.append(
-            f"Judged on {judges}: {proxy} for the proxy, {rungs} in turn for trials, {final} to decide in the end."
-        )
+        of = {"proxy": "for the proxy", "rungs": "in turn for trials", "final": "to decide in the end"}
+        parts = [f"{_windows(shapes[part])} {what}" for part, what in of.items() if part in shapes]
+        said.append(f"Judged on {' and '.join(map(str, search.get('judges') or ()))}: {', '.join(parts)}.")
     if search.get("objective", "nll") != "nll":
         said.append(f"Objective of the trials: {search['objective']}.")
     return " ".join(said)
 
 
-def _windows(shape: Sequence[int] | None) -> str:
-    return f"{shape[0]:,} windows of {shape[1]:,} tokens" if shape else NONE
+def _windows(shape: Sequence[int]) -> str:
+    return f"{shape[0]:,} windows of {shape[1]:,} tokens"
 
 
 def state_words(search: Mapping[str, Any]) -> list[str]:
@@ -170,6 +173,9 @@ def choice_rows(search: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("power of each term", number(own["power"], "{:g}")))
         rows.append(("over a unit's slots", str(own["reduction"])))
         rows.append(("terms are scaled", "in each layer" if own["within"] else "over the whole model"))
+    elif metric := winner.get("metric"):
+        rows.append(("metric (alpha, F1, beta, F2)", str(metric)))
+        rows += [(f"{name} over depth, in shares of zeros", _shift(winner[name])) for name in ("slope", "bend")]
     elif winner:
         rows.append(("metric", "FASP's own score"))
     if winner.get("attention") is not None:
@@ -190,7 +196,8 @@ def choice_words(search: Mapping[str, Any]) -> str:
     winner = search.get("winner") or {}
     own, shape = winner.get("solution"), winner.get("shape")
     how = "" if search.get("accepted") else f"; {STANDARD}: no trial was better beyond its standard error"
-    said = [] if own else ["FASP's own score"]
+    said = [] if own else [str(winner["metric"])] if winner.get("metric") else ["FASP's own score"]
+    said += [f"{name} {_shift(winner[name])}" for name in ("slope", "bend") if winner.get(name)]
     if own:
         clusters = f" ({level_words(own['levels'])})" if len(set(own["levels"])) > 1 else ""
         metric = (

@@ -25,6 +25,7 @@ from billhook.pages.search_tables import (
 )
 from billhook.pages.words import finite
 
+HEADINGS = "How the samples and the metric were found", "How the metric was found"
 TEXTS = 64  # samples that a page shows
 FENCE = 1.5  # Tukey's: what lies so many interquartile ranges above the upper quartile is off the scale
 TRIALS = Axis("trial", whole=True)
@@ -35,7 +36,7 @@ def search(found: Mapping[str, Any] | None) -> str:
     if not found:
         return ""
     return markup.section(
-        "How the samples and the metric were found",
+        HEADINGS[found.get("method") == "optishear"],
         f"<p>{markup.tight(outcome_words(found))}</p>\n",
         markup.note(pool_words(found)),
         _trace(found),
@@ -61,7 +62,7 @@ def _trace(found: Mapping[str, Any]) -> str:
     y = Axis(f"nats a token behind {STANDARD}", most=most)
     drawing = charts.both(charts.curves, title, lines, TRIALS, y, star)
     words = [
-        f"dotted at 0: {yardstick_of(found)} on the whole pool; each trial is compared with it on windows of its own round"
+        f"dotted at 0: {yardstick_of(found)}{' on the whole pool' * bool(found.get('pool'))}; each trial is compared with it on windows of its own round"
     ]
     words += [f"star: number {found['chosen']}, the best of the finalists on more windows"] if star else []
     off = sum(float(p.y or 0) > most for p in points)
@@ -102,7 +103,8 @@ def _known(found: Mapping[str, Any]) -> str:
 
 def _finalists(found: Mapping[str, Any]) -> str:
     rows = [markup.row(_first(row[0]), map(markup.cell, row[1:]), best) for best, row in finalist_rows(found)]
-    restored = "restored as the result is" if found.get("restoration") else "without restoration"
+    zeros = "pruned as the result is" if found.get("method") == "optishear" else "without restoration"
+    restored = "restored as the result is" if found.get("restoration") else zeros
     caption = f"Nats a token, {restored}: on windows that choose one of them, and on those that decide if it is taken; bold: taken"
     return _table("Finalists", caption, finalist_header(), rows)
 

@@ -1,0 +1,106 @@
+"""OptiShear (arXiv:2502.10735): Wanda's score with its parts transformed, S = alpha(|W|) F1(|W|) * beta(X) F2(X).
+
+W (out, in) is the weight, X (1, in) the norms of what enters it, ||X_j||_2.  F1 and F2 work entry by entry, alpha and beta
+are reciprocals of sums: 7^4 points, of which billhook.shearing searches the best for a model.  Compared within each output
+row, as Wanda does; the weights that stay are left as they are.
+
+Our reading: norms are root mean squares over tokens times sqrt(2048), as of the published calibration, sequences of 2,048
+tokens: exp, log and sigmoid have no scale of their own.  Since rows are compared, exp is softmax, and only its softmax is
+computed, which cannot overflow.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from billhook import sparsity
+from billhook.errors import BillhookError, one_of
+from billhook.sparsity import Pattern
+from billhook.support import Found, Settings, Target, finish
+from billhook.tensors import Weight
+
+FUNCTIONS = ("identity", "sqrt", "square", "exp", "log", "sigmoid", "softmax")
+SCALES = ("none", "row", "column", "both", "sum", "mean", "frobenius")  # one over the sum of a row, …
+ALIKE = {"row": "none", "sum": "none", "mean": "none", "frobenius": "none", "exp": "softmax"}  # to the order in a row
+SEQUENCE = 2048  # tokens
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A point of the space; as it stands, Wanda's."""
+
+    alpha: str = "none"
+    f1: str = "identity"
+    beta: str = "none"
+    f2: str = "identity"
+
+    def __str__(self) -> str:
+        return ",".join((self.alpha, self.f1, self.beta, self.f2))
+
+    @property
+    def canonical(self) -> "Metric":
+        """The one of all points that order every row alike."""
+        return Metric(*(ALIKE.get(name, name) for name in (self.alpha, self.f1, self.beta, self.f2)))
+
+
+def parse(text: str) -> Metric:
+    """`none,identity,none,sqrt`: alpha, F1, beta, F2.
+
+    Raises:
+        BillhookError: there are not four names, or one is unknown.
+    """
+    names = [name.strip() for name in text.split(",")]
+    if len(names) != 4:
+        raise BillhookError(f"--metric {text!r}: name alpha, F1, beta and F2, like {Metric()}, which is Wanda's")
+    for name, valid in zip(names, (SCALES, FUNCTIONS) * 2, strict=True):
+        one_of("part of a metric", name, valid)
+    return Metric(*names)
+
+
+def score(W: Weight, norms: Tensor, metric: Metric) -> Weight:
+    """S (out, in) of a weight (out, in) and of norms (in), up to a positive factor in each row.
+
+    Raises:
+        BillhookError: it is not finite: no order of weights.
+    """
+    size, X, one = W.abs(), norms[None], metric.canonical
+    S = _scaled(_function(size, one.f1), size, one.alpha) * _scaled(_function(X, one.f2), X, one.beta)
+    if S.isnan().any():
+        raise BillhookError(f"the metric {metric} is not a number here")
+    return S
+
+
+def norms_of(gram_diagonal: Tensor, tokens: int) -> Tensor:
+    """||X_j||_2 of a sequence as long as the published ones."""
+    return (gram_diagonal * (SEQUENCE / max(tokens, 1))).sqrt()
+
+
+def prune(W: Weight, target: Target, pattern: Pattern, settings: Settings) -> Found:
+    """Zero the smallest scores of every row, or of every M.  Reads of the settings: metric, tokens, zeros, refit."""
+    metric = parse(settings.metric) if settings.metric else Metric()
+    scores = score(W.double(), norms_of(target.gram.diagonal(), settings.tokens), metric)
+    mask = sparsity.keep(scores, pattern, "row", settings.zeros)
+    return Found(finish(W, W, target, mask, settings), settings.damping, {})
+
+
+def _function(A: Tensor, name: str) -> Tensor:
+    if name == "sqrt":
+        return A.sqrt()
+    if name == "square":
+        return A * A
+    if name == "log":
+        return A.clamp(min=math.exp(-50)).log()  # of zero too
+    if name == "sigmoid":
+        return A.sigmoid()
+    return A.softmax(1) if name == "softmax" else A
+
+
+def _scaled(F: Tensor, A: Tensor, name: str) -> Tensor:
+    """F over what alpha or beta name, of A; no factor of a whole row is left by now."""
+    if name == "none":
+        return F
+    columns = A.sum(0, keepdim=True)
+    below = columns + A.sum(1, keepdim=True) if name == "both" else columns
+    return torch.where(below > 0, F / below, 0.0)
