@@ -15,6 +15,8 @@ from billhook.errors import one_of
 from billhook.sparsity import Pattern, Support
 from billhook.tensors import Columns, Cross, Gram, Weight
 
+STRETCH = 40  # iterations of a refit between two residuals in float64
+
 Rows = Tensor  # float64 (out,): one number for each output of a weight
 
 
@@ -105,28 +107,37 @@ def refit(
         v_i (G_SS + delta I) = c_i,S + delta w_i,S          delta = damping * mean(diag G)
 
     Every row has a support of its own, so all rows run conjugate gradients side by side, as ALPS does
-    (arXiv:2406.07831), preconditioned by the diagonal and started from `start` (none: W) on the support.  A row is taken
-    only where its error without the ridge is no larger than its start's.
+    (arXiv:2406.07831), preconditioned by the diagonal and started from `start` (none: W) on the support.  They run in
+    float32, twice as fast, on what is left of the residual, which is taken anew in float64 every `STRETCH` iterations.  A
+    row is taken only where its error without the ridge is no larger than its start's.
     """
     W64, G = W.double(), target.gram
-    delta = damping * G.diagonal().mean()
+    delta = float(damping * G.diagonal().mean())
     first = (W64 if start is None else start.double()).masked_fill(~mask, 0.0)
-    V, residual = first.clone(), (wanted(W, target) + delta * W64 - first @ G - delta * first) * mask
-    diagonal = G.diagonal() + delta
+    V, pull = first.clone(), wanted(W, target) + delta * W64
+    for done in range(0, iterations, STRETCH):
+        residual = (pull - V @ G - delta * V) * mask
+        V += _step(residual.float(), G.float(), mask, delta, min(STRETCH, iterations - done))
+    better = squared_error(V, W, target) <= squared_error(first, W, target)
+    return torch.where(better[:, None], V, first)
+
+
+def _step(residual: Tensor, gram: Tensor, mask: Support, delta: float, iterations: int) -> Tensor:
+    """What solves V_i (G_SS + delta I) = residual_i on every row's support, by conjugate gradients from zero."""
+    diagonal = gram.diagonal() + delta
     scale = torch.where(diagonal > 0, 1 / diagonal, 0.0)
-    Z = residual * scale
-    P, before = Z, (residual * Z).sum(1, keepdim=True)
+    V, P = torch.zeros_like(residual), residual * scale
+    before = (residual * P).sum(1, keepdim=True)
     for _ in range(iterations):
-        GP = (P @ G + delta * P) * mask
+        GP = torch.addmm(P, P, gram, beta=delta).mul_(mask)
         # a row that is solved has nothing left to divide by
         step = _ratio(before, (P * GP).sum(1, keepdim=True))
         V.addcmul_(step, P)
         residual.addcmul_(step, GP, value=-1)
         Z = residual * scale
         after = (residual * Z).sum(1, keepdim=True)
-        P, before = Z + _ratio(after, before) * P, after
-    better = squared_error(V, W, target) <= squared_error(first, W, target)
-    return torch.where(better[:, None], V, first)
+        P, before = Z.addcmul_(_ratio(after, before), P), after
+    return V
 
 
 def finish(V: Tensor, W: Weight, target: Target, mask: Support, settings: Settings) -> Weight:

@@ -18,6 +18,7 @@ every rounding, before its error counts.
 """
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -30,6 +31,7 @@ from billhook.tensors import Cross, Gram, Weight
 STARTS = {"magnitude": magnitude.prune, "wanda": wanda.prune, "sparsegpt": sparsegpt.prune}
 SMALLEST = 1e-6  # of max|C|: the lower end of the bisection
 POWER_STEPS = 50
+IN_THE_LOOP = 10  # iterations of a refit there; as good as 30, which its last one takes (docs/LOG.md)
 SAFETY = 1.01  # power iteration comes from below
 
 
@@ -49,26 +51,27 @@ def prune(W: Weight, target: Target, pattern: Pattern, settings: Settings) -> Fo
     # iterates in float32, twice as fast in products and memory; what they are worth is judged in float64
     gram, centre, lack = target.gram.float(), dense.float(), (C - dense @ target.gram).float()
     L = largest_eigenvalue(target.gram)
-    mask, best, error = rounded(V, dense, target, pattern, settings)
+    within = replace(settings, refit_iterations=min(IN_THE_LOOP, settings.refit_iterations))
+    mask, best, error = rounded(V, dense, target, pattern, within)
     first, idle, gains, ran, chosen = error, 0, 0, 0, 0.0
     while idle < settings.patience and ran < settings.rounds and bracket[1] > 0:
         penalty = math.sqrt(bracket[0] * bracket[1])
         V = fista(V.float(), centre, gram, lack, penalty, settings.iterations, L, settings.zeros).double()
         before = error_of(V, dense, target)
-        stay, candidate, after = rounded(V, dense, target, pattern, settings)
+        stay, candidate, after = rounded(V, dense, target, pattern, within)
         dominates = after - before > settings.ratio * after
         bracket[0 if dominates else 1] = penalty
         ran, idle = ran + 1, idle + 1
         if after < error:
             mask, best, error, idle, gains, chosen = stay, candidate, after, 0, gains + 1, penalty
         V = best
-    best = filled(best, dense, target, mask, L)
+    best = filled(finish(best, dense, target, mask, settings), dense, target, mask, L)
     note: dict[str, float | int] = {
         "runs": ran,
         "gains": gains,
         "penalty": chosen,
         "start_error": first,
-        "error": error,
+        "error": error_of(best, dense, target),
     }
     return Found(best if scale is None else best / scale, begun.damping, note)
 
