@@ -106,7 +106,7 @@ def test_the_model_is_as_it_was_after_trials(text: str) -> None:
     tokens = torch.randint(0, 90, (16, 32), generator=torch.Generator().manual_seed(0))
     windows = shearing.Validation(tokens[:0], tokens[:8], tokens[8:])
     at = shearing.Shears(model, how, tokens, windows, "kl", None, lambda *_: None)
-    found = at.losses([Candidate(Metric()), Candidate(Metric(f1="square"))], windows.rungs, "trials")
+    found = at.losses([Candidate(Metric()), Candidate(Metric(f1="square"))], windows.rungs)
     assert found[0][0] != found[1][0]
     assert min(map(min, (losses for _, losses in found))) > 0
     assert all(torch.equal(before[name], one) for name, one in model.state_dict().items())

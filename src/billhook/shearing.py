@@ -83,7 +83,8 @@ def dimensions(groups: Sequence[str], how: Masking) -> dict[str, Dimension]:
 def decode(given: Mapping[str, Any]) -> Candidate:
     """The candidate that values of the dimensions stand for; what is not open is Wanda's."""
     metric = Metric(*(given[name] for name in ("alpha", "f1", "beta", "f2"))) if "alpha" in given else Metric()
-    return Candidate(metric.canonical, given.get("slope", 0.0), given.get("bend", 0.0))
+    slope, bend = (round(given.get(name, 0.0), 6) for name in ("slope", "bend"))  # steps of a tenth are not exact
+    return Candidate(metric.canonical, slope, bend)
 
 
 def with_candidate(how: Masking, one: Candidate, total: int) -> Masking:
@@ -160,12 +161,14 @@ class Shears:
             for name, weight in whole.items():
                 self.model.get_submodule(name).weight.data = weight
 
-    def losses(self, candidates: Sequence[Candidate], windows: Tokens, stage: str) -> list[tuple[str, list[float]]]:
+    def losses(
+        self, candidates: Sequence[Candidate], windows: Tokens, tick: Tick = quiet
+    ) -> list[tuple[str, list[float]]]:
         """Of every candidate the digest of its zeros and the loss of every window; no losses where it has no zeros."""
         taught = self.bench.taught(windows) if self.bench.objective == "kl" else None
         seen, found = hashlib.sha256(windows.numpy().tobytes()).hexdigest(), []
         for n, one in enumerate(candidates):
-            self.tick(stage, n, len(candidates))
+            tick("promoted", n, len(candidates))
             try:
                 with self.without(one) as digest:
                     key = {**self.key, "windows": seen, "mask": digest}
@@ -175,7 +178,7 @@ class Shears:
                     )
             except BillhookError:
                 found.append(("", []))
-        self.tick(stage, len(candidates), len(candidates))
+        tick("promoted", len(candidates), len(candidates))
         return found
 
 
@@ -256,11 +259,12 @@ def _rounds(
     every = {**asdict(Metric()), "slope": 0.0, "bend": 0.0}
     warm = [{name: {**every, **asdict(metric)}[name] for name in space} for metric in KNOWN.values()]
     while len(trials) < most and not (trials and over()):
+        at.tick("trials", len(trials), most)
         first = [] if trials else warm if "alpha" in space else warm[:1]
         count = min(BATCH, most - len(trials))
         asked = study.ask(count, first[:count])
         fresh = [one for one in dict.fromkeys(decode(given) for _, given in asked) if one not in same]
-        yard, *found = at.losses([Candidate(KNOWN[STANDARD]), *fresh], at.windows(RUNGS[0]), "trials")
+        yard, *found = at.losses([Candidate(KNOWN[STANDARD]), *fresh], at.windows(RUNGS[0]))
         news: dict[str, list[float]] = {}
         for one, (digest, losses) in zip(fresh, found, strict=True):
             same[one] = digest
@@ -277,7 +281,7 @@ def _rounds(
                 trial.losses |= {"round": news.pop(trial.mask)} if trial.mask in news else {}
             study.tell(number, trial.worse)
             trials.append(trial)
-        at.tick("trials of the search", len(trials), most)
+    at.tick("trials", most, most)
     return trials
 
 
@@ -289,7 +293,7 @@ def _promoted(at: Shears, trials: Sequence[Trial]) -> list[Trial]:
         if trial.candidate != standard:
             best.setdefault(trial.mask, trial)
     up = list(best.values())[:PROMOTED]
-    yard, *found = at.losses([standard, *(t.candidate for t in up)], at.windows(RUNGS[1]), "promoted")
+    yard, *found = at.losses([standard, *(t.candidate for t in up)], at.windows(RUNGS[1]), at.tick)
     for trial, (_, losses) in zip(up, found, strict=True):
         trial.losses |= {"promoted": losses, "standard": yard[1]}
     return fronts([trial for trial in up if trial.mask != yard[0]])
