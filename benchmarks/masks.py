@@ -28,26 +28,27 @@ parser.add_argument("--windows", type=int, default=84)
 parser.add_argument("--precision", default="auto")
 args = parser.parse_args()
 
+PUBLISHED = {"method": "fistapruner", "normalised": False, "refit": False}
 ROWS: dict[str, dict[str, Any]] = {
     "magnitude": {"method": "magnitude"},
     "wanda": {"method": "wanda"},
     "sparsegpt": {"method": "sparsegpt"},
-    "fistapruner, from dense": {"method": "fistapruner", "init": "dense"},
-    "fistapruner, from wanda": {"method": "fistapruner", "init": "wanda"},
-    "fistapruner, from sparsegpt": {"method": "fistapruner", "init": "sparsegpt"},
-    "fistapruner, normalised": {"method": "fistapruner", "normalised": True},
-    "fistapruner, refit": {"method": "fistapruner", "refit": True},
-    "fistapruner, normalised, refit": {"method": "fistapruner", "normalised": True, "refit": True},
+    "fistapruner as published, from dense": {**PUBLISHED, "init": "dense"},
+    "fistapruner as published, from wanda": {**PUBLISHED, "init": "wanda"},
+    "fistapruner as published, from sparsegpt": {**PUBLISHED, "init": "sparsegpt"},
+    "fistapruner, normalised": {**PUBLISHED, "normalised": True},
+    "fistapruner, refit": {**PUBLISHED, "refit": True},
+    "fistapruner": {"method": "fistapruner"},
     "fistapruner, dense target throughout": {"method": "fistapruner", "stream": "dense_target"},
     "magnitude, refit": {"method": "magnitude", "refit": True},
     "wanda, refit": {"method": "wanda", "refit": True},
     "sparsegpt, refit": {"method": "sparsegpt", "refit": True},
     "sparsegpt, dense target": {"method": "sparsegpt", "stream": "dense_target"},
     "sparsegpt, dense target, refit": {"method": "sparsegpt", "stream": "dense_target", "refit": True},
+    "admm, from dense": {"method": "admm", "init": "dense"},
     "admm": {"method": "admm"},
-    "admm, from sparsegpt": {"method": "admm", "init": "sparsegpt"},
     "admm, refit": {"method": "admm", "refit": True},
-    "admm, from sparsegpt, dense target": {"method": "admm", "init": "sparsegpt", "stream": "dense_target"},
+    "admm, dense target": {"method": "admm", "stream": "dense_target"},
 }
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 scoring = Scoring(args.text, args.windows, args.precision)

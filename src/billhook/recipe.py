@@ -70,9 +70,9 @@ class Recipe(BaseModel):
     targets: tuple[str, ...] = ()  # roles of the weights that get zeros; none: all
     layer_sparsity: dict[int, float] = Field(default_factory=dict)  # of some layers, in place of `sparsity`
     init: str = ""  # of fistapruner and admm: whose weights they start from; empty: their own choice
-    refit: bool = False  # the weights that stay, by least squares
+    refit: bool = False  # the weights that stay, by least squares; fistapruner does, unless told otherwise
     metric: str = ""  # of optishear: alpha,F1,beta,F2; empty: searched
-    normalised: bool = False  # of fistapruner: inputs of unit energy
+    normalised: bool = False  # of fistapruner: inputs of unit energy, unless told otherwise
     keep_zeros: bool = True  # of a model that was sparse before
     trials: int = Field(default=64, ge=1)  # of adapruner: candidates
     minutes: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # of adapruner: all of the search may take
@@ -131,8 +131,11 @@ class Recipe(BaseModel):
         if isinstance(given, dict) and not given.get("stream"):
             method = METHODS.get(given.get("method", "fasp"))
             given = {**given, "stream": method.stream} if method else given
-        if isinstance(given, dict) and not given.get("sampler"):
-            return {**given, "sampler": "nsga2" if given.get("method") == "optishear" else "tpe"}
+        if isinstance(given, dict):
+            method = given.get("method", "fasp")
+            own = {"sampler": "nsga2" if method == "optishear" else "tpe"}
+            own |= dict.fromkeys(("refit", "normalised"), method == "fistapruner")
+            return {**given, **{name: value for name, value in own.items() if given.get(name) in (None, "")}}
         return given
 
     @field_validator("metric")

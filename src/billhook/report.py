@@ -235,7 +235,8 @@ def _zeros_command(parent: str, recipe: dict[str, Any]) -> str:
     settings = [
         f"--{key.replace('_', '-')} {_flag(given[key])}" for key in ZEROS_FLAGS if given[key] not in (None, "", [])
     ]
-    switches = [f"--{key}" for key in ("refit", "normalised") if recipe[key]]
+    published = recipe["method"] == "fistapruner"
+    switches = [f"--{'' if recipe[key] else 'no-'}{key}" for key in ("refit", "normalised") if recipe[key] or published]
     switches += [] if recipe["keep_zeros"] else ["--no-keep-zeros"]
     return f"billhook prune {parent} {' '.join([*settings, *switches])} -o OUT"
 

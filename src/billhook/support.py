@@ -153,7 +153,7 @@ def start(
     name = one_of("start", settings.init or default, ("dense", *methods))
     if name == "dense":
         return Found(W.double(), settings.damping, {})
-    return methods[name](W, target, pattern, replace(settings, refit=False))
+    return methods[name](W, target, pattern, replace(settings, refit=False, init=None))
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:

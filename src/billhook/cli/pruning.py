@@ -149,11 +149,21 @@ def prune_command(
         ),
     ] = "",
     refit: Annotated[
-        bool, typer.Option(help="methods that make zeros: refit the weights that stay by least squares")
-    ] = DEFAULT.refit,
+        bool | None,
+        typer.Option(
+            "--refit/--no-refit",
+            help="methods that make zeros: refit the weights that stay by least squares",
+            show_default="fistapruner alone does",
+        ),
+    ] = None,
     normalised: Annotated[
-        bool, typer.Option(help="fistapruner: solve for inputs of unit energy, which its paper does not")
-    ] = DEFAULT.normalised,
+        bool | None,
+        typer.Option(
+            "--normalised/--no-normalised",
+            help="fistapruner: solve for inputs of unit energy, which its paper does not",
+            show_default="yes",
+        ),
+    ] = None,
     jobs: Annotated[
         int,
         typer.Option(

@@ -1,6 +1,7 @@
 """Fast and Effective Weight Update for Pruned Large Language Models (Boza 2024, arXiv:2401.02938).
 
 Inputs are scaled to unit energy (W', G', C': `support.scaled`); then, with (G' + delta I + rho I)^-1 formed once,
+From SparseGPT's weights (the paper: from the dense ones; `init`):
 1. Mask         from |V + U|, sparsity s (1 - (1 - k/K)^3) after k of the first K iterations, fixed from then on;
 2. Projection   Z = (V + U) on the mask;   U = U + V - Z;
 3. Ridge        V = (C' + delta W' + rho (Z - U)) (G' + delta I + rho I)^-1.
@@ -27,17 +28,18 @@ STARTS = {"magnitude": magnitude.prune, "wanda": wanda.prune, "sparsegpt": spars
 def prune(W: Weight, target: Target, pattern: Pattern, settings: Settings) -> Found:
     """Alternate between the mask and the layer.
 
-    Reads of the settings: init (None: dense), damping, rho, iterations, gradual, refit, zeros, and what the start reads.
+    Reads of the settings: init (None: sparsegpt), damping, rho, iterations, gradual, refit, zeros, and what the start reads.
     """
-    begun = start(STARTS, "dense", W, target, pattern, settings)
+    begun = start(STARTS, "sparsegpt", W, target, pattern, settings)
     dense, target, scale = scaled(W, target)
-    V, U = begun.weight * scale, torch.zeros_like(dense)
+    V = (begun.weight * scale).float()  # heuristic on its way: float32 is exact enough, and twice as fast
+    U = torch.zeros_like(V)
     # the diagonal of G' is 1, so that rho counts in its units and one factor damps for both
     lower, total = factor(target.gram, settings.damping + settings.rho)
     damping = total - settings.rho
-    inverse = torch.cholesky_inverse(lower)
-    pull = wanted(dense, target) + damping * dense
-    mask = torch.ones_like(dense, dtype=torch.bool)
+    inverse = torch.cholesky_inverse(lower).float()
+    pull = (wanted(dense, target) + damping * dense).float()
+    mask = torch.ones_like(V, dtype=torch.bool)
     for k in range(1, settings.iterations + 1):
         if k <= settings.gradual:
             mask = rising(V + U, pattern, 1 - (1 - k / settings.gradual) ** 3, settings.zeros)
