@@ -27,7 +27,7 @@ from billhook.trials import WHOLE, Bench, Mask, gone_in
 
 BATCH = 8  # candidates of a round
 SHORT = 128  # tokens of a window of the first rungs
-RUNGS = (4, 16)  # short windows of a round, and of a promotion
+RUNGS = (4, 16, 64)  # short windows of a round, of a promotion, and that choose among finalists
 FINAL = 16  # windows of full length that decide in the end; a third of the text where it is short
 PROXY = 32  # short windows whose gates' Fisher drops candidates untried; a third of what is left where that is short
 LEAST = 12  # windows of full length
@@ -41,6 +41,11 @@ class Validation:
     proxy: Tensor
     rungs: Tensor  # short ones, in the order of use
     final: Tensor
+
+    def next(self, used: int, count: int) -> tuple[Tokens, int]:
+        """The `count` windows of the rungs after `used` (all of them if they are fewer), and how many are used then."""
+        count = min(count, len(self.rungs))
+        return self.rungs[[n % len(self.rungs) for n in range(used, used + count)]], used + count
 
 
 @dataclass
@@ -153,9 +158,8 @@ class Search:
 
     def windows(self, count: int) -> Tokens:
         """The next windows of the rungs; from the start again when all were used."""
-        order = [n % len(self.texts.rungs) for n in range(self.used, self.used + count)]
-        self.used += count
-        return self.texts.rungs[order]
+        found, self.used = self.texts.next(self.used, count)
+        return found
 
     def try_known(self) -> list[dict[str, Any]]:
         """Step 2: every fixed metric of the space; `standard` is the best."""

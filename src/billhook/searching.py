@@ -192,7 +192,7 @@ def _end_tokens(texts: Validation, settings: Settings, calibration: int) -> int:
     """Tokens of the forward passes that follow the trials."""
     promoted = (PROMOTED + 1) * RUNGS[1] * texts.rungs.shape[1]
     finals = (2 * FINALISTS + STANDARDS + 1) * (
-        texts.final.numel() + (RESTORING * calibration if settings.restoration else 0)
+        RUNGS[2] * texts.rungs.shape[1] + texts.final.numel() + (RESTORING * calibration if settings.restoration else 0)
     )
     return promoted + finals + PARTS * texts.final.numel()
 
@@ -229,7 +229,7 @@ class Finals:
             again = {trial.number: replace(trial.candidate, solution=None) for trial in finalists}
             others += [(n, one) for n, one in again.items() if one != Candidate()]
         every, names = [*standards.values(), *(one for _, one in others)], [*standards, *(n for n, _ in others)]
-        rung = self.at.windows(RUNGS[1])
+        rung = self.at.windows(RUNGS[2])
         losses = self._restored(every, rung) if self.settings.restoration else self._cut(every, rung)
         order = sorted(range(len(every)), key=lambda n: _or_worst(statistics.fmean(losses[n][0])))
         standard = next(n for n in order if n < len(standards))

@@ -129,9 +129,8 @@ class Shears:
 
     def windows(self, count: int) -> Tokens:
         """The next windows of the rungs; from the start again when all were used."""
-        order = [n % len(self.texts.rungs) for n in range(self.used, self.used + count)]
-        self.used += count
-        return self.texts.rungs[order]
+        found, self.used = self.texts.next(self.used, count)
+        return found
 
     def zeros(self, one: Candidate) -> Iterator[tuple[str, Tensor]]:
         """Path of every weight and what stays of it (out, in)."""
@@ -246,8 +245,8 @@ def search(  # noqa: PLR0913
 
 def _end_tokens(texts: Validation, calibration: int) -> int:
     """Tokens of the forward passes that follow the trials; a finalist takes some three of its calibration windows."""
-    rung = RUNGS[1] * texts.rungs.shape[1]
-    return (PROMOTED + 1) * rung + (FINALISTS + 1) * (rung + texts.final.numel() + 3 * calibration)
+    rungs = [count * texts.rungs.shape[1] for count in RUNGS]
+    return (PROMOTED + 1) * rungs[1] + (FINALISTS + 1) * (rungs[2] + texts.final.numel() + 3 * calibration)
 
 
 def _rounds(
@@ -303,7 +302,7 @@ def _finals(at: Shears, finalists: Sequence[Trial], calibration: Tokens) -> dict
     """The winner, of candidates pruned in the result's own stream: the best finalist if it beats the standard, else that."""
     every: list[tuple[str | int, Candidate]] = [(STANDARD, Candidate(KNOWN[STANDARD]))]
     every += [(trial.number, trial.candidate) for trial in finalists]
-    rung, losses = at.windows(RUNGS[1]), []
+    rung, losses = at.windows(RUNGS[2]), []
     for n, (_, one) in enumerate(every):
         at.tick("pruning finalists", n, len(every))
         how = with_candidate(at.how, one, at.total)
