@@ -100,6 +100,7 @@ class Search:
         self.evidence = evidence(model, pool.tokens, pool.clusters, kinds, folder=bench.folder, tick=tick)
         self.fishers = gate_fishers(model, texts.proxy, kinds, folder=bench.folder, tick=tick)
         self.used = 0  # rung windows so far
+        self.floor = min(chosen.floor, self._evenly() / 2)
         blocks = self._blocks(pool)
         self.space: Space = space(
             chosen.space, chosen.layout, self.evidence.count, len(pool.tokens), model, base, chosen.width_step, blocks
@@ -107,6 +108,13 @@ class Search:
         self.standard = Solution((1,) * self.evidence.count)
         self.masks: dict[str, Mask] = {}
         self.known: dict[str, float] = {}  # how much worse than the standard, by mask
+
+    def _evenly(self) -> float:
+        """The share of FFN channels that an even cut leaves.  A floor near to it would leave shapes nothing to choose: half of
+        SmolLM2's decoder is two thirds of its channels, and a floor of 0.3 makes nearly all layers alike."""
+        ffn = [axis for axis in self.axes if axis.kind == "ffn"]
+        gone = sum(self.base.drops[axis.layer, "ffn"] for axis in ffn)
+        return 1 - gone / sum(axis.units for axis in ffn) if ffn else 1.0
 
     def _blocks(self, pool: Pool) -> tuple[Block, ...]:
         """Of every length the block that costs least on a round's windows; what makes up for it goes to the bench."""
@@ -130,7 +138,7 @@ class Search:
             base = exchanged(self.model, base, step, self.chosen.layout, **other)
         if candidate.shape is None:
             return base
-        return shaped(self.model, base, candidate.shape, step, self.chosen.floor)
+        return shaped(self.model, base, candidate.shape, step, self.floor)
 
     def mask(self, candidate: Candidate) -> str:
         """The digest of what a candidate drops by a solution of its own; `masks` has the units."""
