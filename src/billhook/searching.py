@@ -32,6 +32,7 @@ from billhook.claim import claim
 from billhook.data import Text
 from billhook.errors import BillhookError
 from billhook.methods.fasp import Settings, fasp
+from billhook.pages.search_tables import OF_FASP
 from billhook.plan import Plan
 from billhook.pool import Pool
 from billhook.progress import Clock, Tick, quiet
@@ -47,7 +48,6 @@ from billhook.trials import Means, bench_of, tried, workers
 FINALISTS = 2
 PARTS = 5  # steps from the standard to the winner
 BUDGETS = "and its budgets"
-OF_FASP = " (FASP)"
 RESTORED = "and restored"
 STANDARDS = 1  # known metrics, the best first, that finalists are measured against
 RESTORED_ON = 16  # calibration windows that finalists are restored on; the winner has all of them

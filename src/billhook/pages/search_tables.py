@@ -31,6 +31,7 @@ DIMENSIONS = {  # those whose names do not say what they are; the others are clu
     "beta": "beta, over norms",
     "f2": "F2, of norms",
 }
+OF_FASP = " (FASP)"  # a standard that calibrates as FASP does, without the pool
 BY_FASP = " with FASP's own score"
 STATES = {
     "dropped": "dropped untried by the proxy",
@@ -41,7 +42,8 @@ STATES = {
 
 def outcome_words(search: Mapping[str, Any]) -> str:
     """What a search has found, in a sentence or two."""
-    standard = f"{search['standard']}{' on the whole pool' * bool(search.get('pool'))}"
+    by_fasp = str(search["standard"]).endswith(OF_FASP)
+    standard = f"{search['standard']}{' on the whole pool' * (bool(search.get('pool')) and not by_fasp)}"
     states = Counter(trial["state"] for trial in search["trials"])
     became = f" ({', '.join(f'{n} {state}' for state, n in states.items())})" if states else ""
     tried = f"{len(search['trials'])} trials by {search['sampler']}{became}"
