@@ -43,11 +43,13 @@ ROWS: dict[str, dict[str, Any]] = {
     "magnitude, refit": {"method": "magnitude", "refit": True},
     "wanda, refit": {"method": "wanda", "refit": True},
     "sparsegpt, refit": {"method": "sparsegpt", "refit": True},
+    "sparsegpt, layer target": {"method": "sparsegpt", "stream": "layer_target"},
     "sparsegpt, dense target": {"method": "sparsegpt", "stream": "dense_target"},
     "sparsegpt, dense target, refit": {"method": "sparsegpt", "stream": "dense_target", "refit": True},
     "admm, from dense": {"method": "admm", "init": "dense"},
     "admm": {"method": "admm"},
     "admm, refit": {"method": "admm", "refit": True},
+    "admm, layer target": {"method": "admm", "stream": "layer_target"},
     "admm, dense target": {"method": "admm", "stream": "dense_target"},
 }
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
