@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from scoring import Scoring, cells
+from transformers import AutoModelForCausalLM
 
 import billhook
 from billhook import checkpoint, data, store
@@ -59,8 +60,8 @@ def theirs(method: str, budget: str) -> dict[str, Any]:
         )
         if ran.returncode:
             raise SystemExit(ran.stderr)
-        pruned = checkpoint.open_model(out, device="cpu", dtype="float32")
-        return {"losses": scoring(pruned.model, found.tokenizer), "zeros": zeros(pruned.model), **last(ran.stdout)}
+        pruned = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+        return {"losses": scoring(pruned, found.tokenizer), "zeros": zeros(pruned), **last(ran.stdout)}
 
 
 def last(printed: str) -> dict[str, Any]:
