@@ -16,7 +16,7 @@ import hashlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,9 +43,8 @@ from billhook.trials import Means, bench_of, tried
 
 KNOWN = {"wanda": Metric(), "ria": Metric("both", "identity", "none", "sqrt")}  # RIA: up to how its two sums add
 STANDARD = "wanda"
-MOST = (
-    0.1  # of its weights that a layer gives more or less by either dimension of depth; OptiShear's choices are 0.05 off
-)
+# of its weights that a layer gives more or less by either dimension of depth; OptiShear's choices are 0.05 off
+MOST = 0.1
 NORMS = "norms of inputs"
 
 
@@ -168,15 +167,15 @@ class Shears:
         seen, found = hashlib.sha256(windows.numpy().tobytes()).hexdigest(), []
         for n, one in enumerate(candidates):
             tick("promoted", n, len(candidates))
-            try:
-                with self.without(one) as digest:
-                    key = {**self.key, "windows": seen, "mask": digest}
-                    given = self.model, {}, windows, taught, None, self.bench.autocast
-                    found.append(
-                        (digest, store.kept(self.bench.folder, "trial", key, lambda given=given: tried(*given)))
-                    )
-            except BillhookError:
-                found.append(("", []))
+            with ExitStack() as applied:
+                try:
+                    digest = applied.enter_context(self.without(one))
+                except BillhookError:  # no such zeros: a trial that failed, and is counted
+                    found.append(("", []))
+                    continue
+                key = {**self.key, "windows": seen, "mask": digest}
+                given = self.model, {}, windows, taught, None, self.bench.autocast
+                found.append((digest, store.kept(self.bench.folder, "trial", key, lambda given=given: tried(*given))))
         tick("promoted", len(candidates), len(candidates))
         return found
 
@@ -308,7 +307,7 @@ def _finals(at: Shears, finalists: Sequence[Trial], calibration: Tokens) -> dict
         how = with_candidate(at.how, one, at.total)
         key = {
             **at.key,
-            "candidate": one.describe(),
+            "candidate": [one.describe(), sorted(how.by_layer.items())],
             "how": [*at.key["how"], how.stream, str(asdict(replace(how.settings, zeros=None)))],
             "calibration": store.digest({"tokens": calibration.tolist()}),
             "windows": [store.digest({"tokens": each.tolist()}) for each in (rung, at.texts.final)],

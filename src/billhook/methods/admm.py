@@ -1,7 +1,7 @@
 """Fast and Effective Weight Update for Pruned Large Language Models (Boza 2024, arXiv:2401.02938).
 
-Inputs are scaled to unit energy (W', G', C': `support.scaled`); then, with (G' + delta I + rho I)^-1 formed once,
-From SparseGPT's weights (the paper: from the dense ones; `init`):
+Inputs are scaled to unit energy (W', G', C': `support.scaled`); then, with (G' + delta I + rho I)^-1 formed once, from
+SparseGPT's weights V (the paper: from the dense ones; `init`):
 1. Mask         from |V + U|, sparsity s (1 - (1 - k/K)^3) after k of the first K iterations, fixed from then on;
 2. Projection   Z = (V + U) on the mask;   U = U + V - Z;
 3. Ridge        V = (C' + delta W' + rho (Z - U)) (G' + delta I + rho I)^-1.
