@@ -19,6 +19,7 @@ from billhook.methods.layerchop import Settings as Patching
 from billhook.methods.layerchop import layerchop
 from billhook.pages.search_tables import outcome_words
 from billhook.plan import Plan, even
+from billhook.progress import quiet
 from billhook.recipe import recipe
 from billhook.rounds import Trial, fronts, gained, validation
 from billhook.samplers import SAMPLERS, Study
@@ -352,6 +353,24 @@ def test_a_shape_saves_as_much_and_spares_what_it_says(shape: Shape) -> None:
 def test_a_shape_that_spares_too_much_is_refused() -> None:
     with pytest.raises(BillhookError, match="spares too many layers"):
         shaped(tiny.model("llama"), even(3, {"ffn": 32}), Shape(2, 1), 1, 0.3)
+
+
+def test_a_large_cut_leaves_shapes_room(text: str) -> None:
+    model, chosen = tiny.model("llama"), recipe(**{**SMALL, "calibration": text, "layout": "per_layer"})
+    material = searching.read(checkpoint.Opened(model, tiny.tokenizer(), "tiny", None, model.dtype), chosen)
+    bench = trials.bench_of(model, "nll", None)
+    at = rounds.Search(model, chosen, even(3, {"ffn": 32}), material.pool, material.validation, bench, quiet)
+    drops = [at.plan(Candidate(shape=Shape(0, 0, 0.8, 0.0))).drops[n, "ffn"] for n in range(3)]
+    assert sum(drops) == 96
+    assert drops[2] == 40  # of 48, where an even cut leaves 16: half of that stays, and three tenths would be 15
+
+
+def test_rungs_come_in_turn_and_none_twice_at_once() -> None:
+    windows = torch.arange(5)[:, None]
+    split = rounds.Validation(windows[:0], windows, windows[:0])
+    found, used = split.next(3, 4)
+    assert found[:, 0].tolist() == [3, 4, 0, 1] and used == 7
+    assert split.next(used, 64)[0][:, 0].tolist() == [2, 3, 4, 0, 1]
 
 
 def test_the_front_comes_first() -> None:
