@@ -46,10 +46,10 @@ ROWS: dict[str, dict[str, Any]] = {
     "sparsegpt, layer target": {"method": "sparsegpt", "stream": "layer_target"},
     "sparsegpt, dense target": {"method": "sparsegpt", "stream": "dense_target"},
     "sparsegpt, dense target, refit": {"method": "sparsegpt", "stream": "dense_target", "refit": True},
-    "admm, from dense": {"method": "admm", "init": "dense"},
-    "admm": {"method": "admm"},
-    "admm, refit": {"method": "admm", "refit": True},
-    "admm, layer target": {"method": "admm", "stream": "layer_target"},
+    "admm as published, from dense": {"method": "admm", "stream": "sequential", "init": "dense"},
+    "admm, sequential": {"method": "admm", "stream": "sequential"},
+    "admm": {"method": "admm", "stream": "layer_target"},
+    "admm, refit": {"method": "admm", "stream": "layer_target", "refit": True},
     "admm, dense target": {"method": "admm", "stream": "dense_target"},
 }
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")

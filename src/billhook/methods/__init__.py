@@ -115,10 +115,11 @@ METHODS: dict[str, Method] = {
         linear=admm.prune,
         title="Fast and Effective Weight Update for Pruned LLMs",
         paper="arXiv:2401.02938",
-        needs="calibration text; two forward passes",
-        note="Alternating directions on normalised inputs, the sparsity rising step by step.",
+        needs="calibration text; several forward passes and a minute of a solver",
+        note="Alternating directions on normalised inputs, the sparsity rising step by step; the best of all here, from SparseGPT's "
+        "weights and in FISTAPruner's stream. The paper's way: --init dense --stream sequential.",
         scored=False,
-        stream="sequential",
+        stream="layer_target",
     ),
 }
 
