@@ -127,16 +127,11 @@ class Recipe(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _own(cls, given: Any) -> Any:
-        """Every method has the stream and the sampler of its paper, unless told otherwise."""
-        if isinstance(given, dict) and not given.get("stream"):
-            method = METHODS.get(given.get("method", "fasp"))
-            given = {**given, "stream": method.stream} if method else given
-        if isinstance(given, dict):
-            method = given.get("method", "fasp")
-            own = {"sampler": "nsga2" if method == "optishear" else "tpe"}
-            own |= dict.fromkeys(("refit", "normalised"), method == "fistapruner")
-            return {**given, **{name: value for name, value in own.items() if given.get(name) in (None, "")}}
-        return given
+        """Every method has settings of its own, unless told otherwise (None, or an empty text)."""
+        if not isinstance(given, dict) or not (method := METHODS.get(given.get("method", "fasp"))):
+            return given
+        own = {"stream": method.stream, "sampler": "tpe", "refit": False, "normalised": False, **method.own}
+        return {**given, **{name: value for name, value in own.items() if given.get(name) in (None, "")}}
 
     @field_validator("metric")
     @classmethod

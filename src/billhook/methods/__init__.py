@@ -1,7 +1,8 @@
 """Every method: an explicit table of what it is, where it comes from, what it prunes and what it needs."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -29,6 +30,7 @@ class Method:
     default_kinds: tuple[str, ...] = ()
     scored: bool = True  # whether it scores units, by `SCORES` or gradients, in one of the streams
     stream: str = "dense_target"  # what a layer sees, unless told otherwise
+    own: Mapping[str, Any] = field(default_factory=dict)  # other settings of a recipe, likewise
 
 
 METHODS: dict[str, Method] = {
@@ -91,6 +93,7 @@ METHODS: dict[str, Method] = {
         "`billhook search --method optishear` has the options of the search. Nothing is repaired unless --refit.",
         scored=False,
         stream="sequential",
+        own={"sampler": "nsga2"},
     ),
     "sparsegpt": Method(
         linear=sparsegpt.prune,
@@ -107,9 +110,10 @@ METHODS: dict[str, Method] = {
         paper="arXiv:2408.03728",
         needs="calibration text; several forward passes and some minutes of a convex solver",
         note="A refinement of another method's zeros: --init says whose. Its stream is layer_target, where layers are independent. "
-        "Of the paper abstract, reviews and the authors' answers were at hand, not the body.",
+        "Of the paper abstract, reviews and the authors' answers were at hand, not the body; --no-normalised --no-refit is its way.",
         scored=False,
         stream="layer_target",
+        own={"refit": True, "normalised": True},
     ),
     "admm": Method(
         linear=admm.prune,

@@ -11,10 +11,10 @@ The start is another method's weight, rounded to the pattern: the result is neve
 Our reading, since the paper's body was not at hand (abstract, reviews and the authors' answers were).  Errors are
 Frobenius norms, not squares.  Bisection is geometric, from [SMALLEST max|C|, max|C|]: at its upper end V = 0 is optimal,
 below its lower end the penalty does nothing that rounding does not.  T counts runs without a gain, K has no early stop.
-Beyond the paper, and by default where `billhook prune` asks for it (docs/LOG.md).  Weights that the penalty set to zero but the pattern would keep take one gradient step, so that the
+Beyond the paper.  Weights that the penalty set to zero but the pattern would keep take one gradient step, so that the
 number of zeros is exact.  `normalised` gives the inputs unit energy first: outlier channels no longer set L for all, the
 penalty is lambda sum |V_ij| ||X_j||, and rounding uses Wanda's score.  `refit` solves least squares on the support after
-every rounding, before its error counts.
+every rounding, before its error counts.  A recipe has both unless told otherwise (docs/LOG.md).
 """
 
 import math
