@@ -16,7 +16,7 @@ from billhook import checkpoint, clients, layout, saving
 from billhook.axes import Axis
 from billhook.budget import check_kinds, decoder_parameters, total_parameters
 from billhook.errors import BillhookError
-from billhook.families import attention_parts, axes, layers
+from billhook.families import as_output, attention, axes, layers, refusal
 from billhook.surgery import drop_layers, remove, without, zero
 
 FAMILIES = list(tiny.CONFIGS)
@@ -48,12 +48,19 @@ def cuttable(model: torch.nn.Module, kind: str) -> list[Axis]:
     return [axis for axis in axes(model, (kind,)) if axis.units > axis.blocks]
 
 
+def expected_whole(model: PreTrainedModel, kind: str) -> bool:
+    """Whether a model rightly has nothing of a kind to give: refused, or one query head a group, or one group."""
+    now = attention(model, 0)
+    few = {"heads": now.group == 1, "groups": now.kv_heads == 1}
+    return bool(refusal(model, kind, "per_layer")) or few.get(kind, False)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_removing_equals_zeroing_what_reads(family: str, kind: str) -> None:
     dense = tiny.model(family)
     if not cuttable(dense, kind):
-        assert family.startswith("opt") and kind == "heads"  # multi-head attention: groups are its heads
+        assert expected_whole(dense, kind)
         return
     cut, masked = copy.deepcopy(dense), copy.deepcopy(dense)
     saved = 0
@@ -64,7 +71,8 @@ def test_removing_equals_zeroing_what_reads(family: str, kind: str) -> None:
         remove(cut, axis, drop)
     assert total_parameters(dense) - total_parameters(cut) == saved > 0
     torch.testing.assert_close(cut(IDS).logits, masked(IDS).logits, rtol=1e-4, atol=1e-4)
-    assert (cut(IDS).logits - dense(IDS).logits).abs().max() > 0.1  # the cut was one that shows
+    before = dense(IDS).logits
+    assert (cut(IDS).logits - before).abs().max() > 0.02 * before.abs().max()  # the cut was one that shows
 
 
 def uneven(family: str, kind: str) -> PreTrainedModel:
@@ -99,9 +107,12 @@ def test_a_uniform_cut_is_a_stock_checkpoint(family: str, kind: str, tmp_path: P
     try:
         check_kinds(model, (kind,))
     except BillhookError:
-        assert kind == "value" or (family.startswith("opt") and kind in ("heads", "groups"))
+        assert kind == "value" or refusal(model, kind, "uniform")
         return
     found = cuttable(model, kind)
+    if not found:
+        assert expected_whole(model, kind)
+        return
     for axis in found:
         remove(model, axis, some_units(found[0]))
     layout.update_config(model)
@@ -189,7 +200,7 @@ def test_heads_that_its_own_config_refuses_are_held_by_the_stand_in(tmp_path: Pa
 def test_dropping_layers_equals_skipping_them(family: str, gone: tuple[int, ...], tmp_path: Path) -> None:
     model, skipping = tiny.model(family), tiny.model(family)
     for n in gone:
-        layers(skipping)[n].forward = lambda hidden_states, **_: hidden_states
+        layers(skipping)[n].forward = lambda hidden_states, *_, **__: as_output(skipping, hidden_states)
     drop_layers(model, gone)
     assert torch.equal(model(IDS).logits, skipping(IDS).logits)
     assert len(layers(model)) == 3 - len(gone)
@@ -201,13 +212,15 @@ def test_dropping_layers_equals_skipping_them(family: str, gone: tuple[int, ...]
 def test_axes_of_a_cut_model_are_found_again(family: str) -> None:
     model = tiny.model(family)
     before = {(axis.layer, axis.kind): axis.units for axis in axes(model)}
-    head_dim = attention_parts(model, 0)[0].head_dim
-    for axis in axes(model, ("groups", "ffn")):
+    now = attention(model, 0)
+    for axis in cuttable(model, "groups") + cuttable(model, "ffn"):
         remove(model, axis, torch.tensor([0]))
     after = {(axis.layer, axis.kind): axis.units for axis in axes(model)}
-    gone = {"ffn": 1, "groups": 1, "heads": 1 if family.startswith("opt") else 2, "value": head_dim}
+    gone = {"ffn": 1, "groups": 1, "heads": now.group, "value": now.head_dim}
     for (layer, kind), units in before.items():
-        assert after[layer, kind] == units - gone[kind]
+        assert after[layer, kind] == units - (
+            gone[kind] if kind == "ffn" or cuttable(tiny.model(family), "groups") else 0
+        )
     assert model(IDS).logits.isfinite().all()
 
 

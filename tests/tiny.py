@@ -11,6 +11,7 @@ SHAPE = dict(
     vocab_size=258, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, bos_token_id=256, eos_token_id=257
 )
 GATED = dict(intermediate_size=48, num_key_value_heads=2, max_position_embeddings=128)
+WIDE = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}  # GPT-2's words
 CONFIGS: dict[str, Any] = {
     "llama": lambda **other: T.LlamaConfig(**{**SHAPE, **GATED, **other}, tie_word_embeddings=True),
     "llama_bias": lambda: T.LlamaConfig(**SHAPE, **GATED, attention_bias=True, mlp_bias=True),
@@ -21,6 +22,35 @@ CONFIGS: dict[str, Any] = {
         **SHAPE, **GATED, use_sliding_window=True, sliding_window=8, max_window_layers=1
     ),
     "qwen3": lambda: T.Qwen3Config(**SHAPE, **GATED, head_dim=16),
+    "gemma2": lambda: T.Gemma2Config(**SHAPE, **GATED, head_dim=8, sliding_window=8, query_pre_attn_scalar=8),
+    "gemma3_text": lambda: T.Gemma3TextConfig(
+        **SHAPE, **GATED, head_dim=16, sliding_window=8, sliding_window_pattern=2, query_pre_attn_scalar=16
+    ),
+    "phi3": lambda: T.Phi3Config(**SHAPE, **GATED, pad_token_id=0),
+    "olmo2": lambda: T.Olmo2Config(**SHAPE, **GATED),
+    "granite": lambda: T.GraniteConfig(**SHAPE, **GATED, residual_multiplier=0.5, attention_multiplier=0.3),
+    "smollm3": lambda: T.SmolLM3Config(**SHAPE, **GATED, no_rope_layers=[1, 0, 1], pad_token_id=0),
+    "gpt2": lambda: T.GPT2Config(
+        **{WIDE.get(key, key): value for key, value in SHAPE.items()}, n_inner=48, n_positions=128
+    ),
+    "gpt_neox": lambda: T.GPTNeoXConfig(**SHAPE, intermediate_size=48, max_position_embeddings=128),
+    "gpt_neox_serial": lambda: T.GPTNeoXConfig(
+        **SHAPE,
+        intermediate_size=48,
+        max_position_embeddings=128,
+        use_parallel_residual=False,
+        tie_word_embeddings=True,
+    ),
+    "falcon": lambda: T.FalconConfig(**SHAPE, ffn_hidden_size=48),
+    "falcon_new": lambda: T.FalconConfig(
+        **SHAPE, ffn_hidden_size=48, new_decoder_architecture=True, num_kv_heads=2, bias=True
+    ),
+    "falcon_alibi": lambda: T.FalconConfig(
+        **SHAPE, ffn_hidden_size=48, alibi=True, multi_query=False, parallel_attn=False, bias=True
+    ),
+    "bloom": lambda: T.BloomConfig(
+        **{k: v for k, v in SHAPE.items() if k not in ("num_hidden_layers", "num_attention_heads")}, n_layer=3, n_head=4
+    ),
     "opt": lambda: T.OPTConfig(**SHAPE, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=128, dropout=0.0),
     "opt_350m": lambda: T.OPTConfig(
         **SHAPE, ffn_dim=48, word_embed_proj_dim=16, max_position_embeddings=128, do_layer_norm_before=False

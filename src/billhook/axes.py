@@ -32,7 +32,9 @@ class Axis:
     kind: str
     writers: tuple[Slot, ...]
     reader: Slot
-    counters: tuple[tuple[str, Fraction], ...] = ()  # (attribute path, how much it holds for each unit)
+    counters: tuple[
+        tuple[str, Fraction], ...
+    ] = ()  # (attribute of the attention module, how much it holds for each unit)
     blocks: int = 1  # units form this many equal contiguous blocks, cut evenly
     ends_layer: bool = False  # whether what the reader puts out is added to the layer's output as it is
 

@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from billhook.axes import Axis
 from billhook.errors import BillhookError, one_of
-from billhook.families import KINDS, attention, axes, family_of, layers, sizes
+from billhook.families import KINDS, attention, axes, layers, refusal, row_of, sizes
 from billhook.layout import stock_holder
 from billhook.plan import Plan
 
@@ -35,7 +36,7 @@ def parameters(model: PreTrainedModel) -> dict[str, int]:
 
 def macs_per_token(model: PreTrainedModel, context: int) -> int:
     """Multiply-accumulates of one token that attends to `context` others: every linear weight once, scores and values."""
-    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear | Conv1D))
     found = [attention(model, n) for n in range(len(layers(model)))]
     return linear + context * sum(2 * one.heads * one.head_dim for one in found)
 
@@ -75,12 +76,14 @@ def anatomy(model: PreTrainedModel) -> dict[str, Any]:
 def check_kinds(model: PreTrainedModel, kinds: tuple[str, ...], layout: str = "uniform") -> None:
     """Raise BillhookError unless the model can give up every one of `kinds` in the layout."""
     check_names(kinds, layout)
-    row = family_of(model.config.model_type)
-    if layout == "uniform" and row.fixed_heads and {"heads", "groups"} & set(kinds):
-        raise BillhookError(
-            f"{model.config.model_type} cannot lose heads in a stock checkpoint: {row.fixed_heads}; use --axes ffn, or "
-            "--layout per_layer"
-        )
+    for kind in kinds:
+        if why := refusal(model, kind, "per_layer"):
+            raise BillhookError(f"{model.config.model_type} cannot give up {kind!r}: {why}; name other --axes")
+        if layout == "uniform" and (why := refusal(model, kind, "uniform")):
+            raise BillhookError(
+                f"{model.config.model_type} cannot give up {kind!r} in a stock checkpoint: {why}; name other --axes, or use "
+                "--layout per_layer"
+            )
 
 
 def check_names(kinds: tuple[str, ...], layout: str = "uniform") -> None:
@@ -118,11 +121,11 @@ def allowed(model: PreTrainedModel, axis: Axis, multiple_of: int, layout: str = 
 
 
 def _heads_after(model: PreTrainedModel, axis: Axis, drop: int) -> dict[str, int]:
-    keys, now = family_of(model.config.model_type).keys, sizes(model, 0)
-    heads, kv_heads = now[keys["heads"]], now[keys["kv_heads"]]
-    if axis.kind == "heads":
-        return now | {keys["heads"]: heads - drop}
-    return now | {keys["heads"]: heads - drop * (heads // kv_heads), keys["kv_heads"]: kv_heads - drop}
+    keys, now = row_of(model).keys, attention(model, 0)
+    left = {"heads": now.heads - drop}
+    if axis.kind == "groups":
+        left = {"heads": now.heads - drop * now.group, "kv_heads": now.kv_heads - drop}
+    return sizes(model, 0) | {keys[size]: count for size, count in left.items() if size in keys}
 
 
 @dataclass(frozen=True)

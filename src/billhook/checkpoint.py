@@ -20,6 +20,7 @@ from billhook.atomic import folder
 from billhook.errors import BillhookError, first_line, one_of
 from billhook.families import family_of
 from billhook.gguf_vocab import give_splits
+from billhook.layout import register
 from billhook.progress import Tick, quiet
 from billhook.saving import quiet_transformers, save
 from billhook.surgery import cast
@@ -163,6 +164,7 @@ def check_config(config: dict[str, Any], name: str) -> None:
         )
     try:
         family_of(kind if kind is None else str(kind))
+        register(str(kind))
     except BillhookError as error:
         raise BillhookError(f"{name}: {error}") from None
     if config.get("num_hidden_layers") == 0:

@@ -131,11 +131,11 @@ def shape_of(model: Any) -> Shape:
     widths, heads, kv_heads, head_dims = (
         [one[row.keys[key]] for one in sizes] for key in ("width", "heads", "kv_heads", "head_dim")
     )
-    for n, kv in enumerate(kv_heads):
-        value_dim = len(model.get_parameter(f"{row.layers}.{n}.{row.v}.weight")) / kv
+    for n in range(len(sizes)):
+        value_dim = families.attention(model, n).value_dim
         if value_dim != head_dims[0]:
             raise BillhookError(
-                f"layer {n} has value heads of {value_dim:g} channels beside key heads of {head_dims[0]}, and every graph "
+                f"layer {n} has value heads of {value_dim} channels beside key heads of {head_dims[0]}, and every graph "
                 f"of llama.cpp wants them equal: prune heads or groups instead, or {FOLDER}"
             )
     return Shape(

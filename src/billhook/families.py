@@ -1,22 +1,23 @@
-"""Model families as data: which parameters write and read each axis, and which config keys hold the sizes.
+"""What a model's family says about it: its axes, its linear modules, its sizes, and what it cannot give up.
 
-A family is one row of FAMILIES.  Sizes are read from tensors, never from the config, so that the axes of a model that
-has been cut are found the same way.  docs/adding-a-family.md walks through a row.
+A family is one row of FAMILIES (billhook.modeling_per_layer, since the table travels with checkpoints).  Sizes are read from
+tensors, never from the config, so that the axes of a model that has been cut are found the same way.
+docs/adding-a-family.md walks through a row.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
-from types import MappingProxyType
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from billhook.axes import Axis, Slot, blocks
 from billhook.errors import BillhookError
-from billhook.modeling_per_layer import MODEL_TYPE, V_HEAD_DIM
+from billhook.modeling_per_layer import FAMILIES, FFN_DIM, MODEL_TYPE, V_HEAD_DIM, Family, Refusal
 from billhook.tensors import Index
 
 KINDS = {
@@ -25,63 +26,9 @@ KINDS = {
     "groups": "whole KV groups: key and value head with their query heads",
     "value": "value channels (FASP's V/O): one V row with its O columns",
 }
-
-
-PER_LAYER_KEYS = ("layer_types",)  # config keys that hold one value a layer
-
-
-@dataclass(frozen=True)
-class Family:
-    """Paths are relative to a decoder layer; `keys` says which config key holds which size."""
-
-    layers: str  # path of the list of decoder layers
-    up: tuple[str, ...]
-    down: str
-    q: str
-    k: str
-    v: str
-    o: str
-    keys: Mapping[str, str]  # size -> config key: width, heads, kv_heads, head_dim
-    head_counters: Mapping[str, str] = field(default_factory=dict)  # module attribute -> heads | entries | per_group
-    pre_norm_key: str = ""  # config key that says whether norms come before the FFN, where both exist
-    fixed_heads: str = ""  # why the stock class cannot hold fewer heads, where it cannot
-    stand_in: str = ""  # family whose stock class computes the same and takes sizes that this one's config refuses
-
-
-GATED = Family(
-    layers="model.layers",
-    up=("mlp.gate_proj", "mlp.up_proj"),
-    down="mlp.down_proj",
-    q="self_attn.q_proj",
-    k="self_attn.k_proj",
-    v="self_attn.v_proj",
-    o="self_attn.o_proj",
-    keys=MappingProxyType(
-        {
-            "width": "intermediate_size",
-            "heads": "num_attention_heads",
-            "kv_heads": "num_key_value_heads",
-            "head_dim": "head_dim",
-        }
-    ),
-    head_counters=MappingProxyType({"self_attn.num_key_value_groups": "per_group"}),
-)
-OPT = Family(
-    layers="model.decoder.layers",
-    up=("fc1",),
-    down="fc2",
-    q="self_attn.q_proj",
-    k="self_attn.k_proj",
-    v="self_attn.v_proj",
-    o="self_attn.out_proj",
-    keys=MappingProxyType({"width": "ffn_dim", "heads": "num_attention_heads"}),
-    head_counters=MappingProxyType({"self_attn.num_heads": "heads", "self_attn.embed_dim": "entries"}),
-    pre_norm_key="do_layer_norm_before",
-    fixed_heads="its stock class takes the head size from hidden_size / num_attention_heads",
-)
-FAMILIES: Mapping[str, Family] = MappingProxyType(
-    {"llama": replace(GATED, stand_in="mistral"), "mistral": GATED, "qwen2": GATED, "qwen3": GATED, "opt": OPT}
-)
+PER_LAYER_KEYS = ("layer_types", "no_rope_layers")  # config keys that hold one value a layer
+ROLES = ("q", "k", "v", "o", "gate", "up", "down")
+FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}  # one matrix in some families: the roles that it has
 
 
 def family_of(model_type: str | None) -> Family:
@@ -105,71 +52,114 @@ def stock_type(model_type: str) -> str:
 
 def layers(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder layers, in order."""
-    found = model.get_submodule(_row(model).layers)
+    found = model.get_submodule(row_of(model).layers)
     assert isinstance(found, nn.ModuleList)
     return found
 
 
+def as_output(model: PreTrainedModel, state: torch.Tensor) -> Any:
+    """A hidden state in the form in which the family's layers return it."""
+    return (state, None) if row_of(model).tuples else state
+
+
 def axes(model: PreTrainedModel, kinds: tuple[str, ...] = tuple(KINDS)) -> list[Axis]:
-    """Every axis of the given kinds, layer by layer, attention before the FFN."""
+    """Every axis of the given kinds that some layout could do with less of, layer by layer, attention before the FFN."""
     makers = {"heads": _heads, "groups": _groups, "value": _value, "ffn": _ffn}
-    return [make(model, n) for n in range(len(layers(model))) for kind, make in makers.items() if kind in kinds]
+    found = [(kind, make) for kind, make in makers.items() if kind in kinds and not refusal(model, kind, "per_layer")]
+    return [make(model, n) for n in range(len(layers(model))) for _, make in found]
 
 
-ROLES = ("q", "k", "v", "o", "gate", "up", "down")
+def refusal(model: PreTrainedModel, kind: str, layout: str) -> str:
+    """Why the model cannot give up a kind of axis (or `layers`) in a layout, or ''."""
+    for one in row_of(model).refusals:
+        if kind in one.kinds and (layout == "uniform" or not one.uniform_only) and _holds(model, one):
+            return one.why
+    return ""
+
+
+def _holds(model: PreTrainedModel, one: Refusal) -> bool:
+    return not one.key or bool(getattr(model.config, one.key, False))
 
 
 def linears(model: PreTrainedModel, layer: int) -> list[dict[str, str]]:
-    """The linear modules of one layer: path by role, those that share an input together, in the order in which they compute."""
-    row = _row(model)
-    ffn = dict(zip(("gate", "up")[-len(row.up) :], row.up, strict=True))
-    groups = [{"q": row.q, "k": row.k, "v": row.v}, {"o": row.o}, ffn, {"down": row.down}]
+    """The linear modules of one layer: path by role, those that share an input together, in the order in which they compute.
+
+    One matrix that does the work of several has one of the roles FUSED.
+    """
+    row = row_of(model)
+    ffn = dict(zip(("gate", "up")[-len(row.up) :], row.up, strict=True)) if not row.stacked else {"gate_up": row.up[0]}
+    attention = {"qkv": row.qkv} if row.qkv else {"q": row.q, "k": row.k, "v": row.v}
+    groups = [_inside(row.attention, attention), _inside(row.attention, {"o": row.o}), ffn, {"down": row.down}]
     for name in (name for one in groups for name in one.values()):
-        _linear(model, layer, name)
+        linear(model, _at(model, layer, name))
     return [{role: _at(model, layer, name) for role, name in one.items()} for one in groups]
+
+
+def wanted(role: str, roles: Sequence[str]) -> bool:
+    """Whether a linear module of `role` is meant by the roles asked for: one that has several, by all of them."""
+    return all(part in roles for part in FUSED.get(role, (role,)))
 
 
 def sizes(model: PreTrainedModel, layer: int) -> dict[str, int]:
     """The sizes of one layer as its tensors have them, under the config's own keys.
 
-    `v_head_dim` is there only where value heads are narrower than the others, which no stock config can say.
+    What no stock config can say is there only where it differs from what the family always has.
     """
-    row, now = _row(model), attention(model, layer)
-    found = {
-        "width": _linear(model, layer, row.down).weight.shape[1],
-        "heads": now.heads,
-        "kv_heads": now.kv_heads,
-        "head_dim": now.head_dim,
-    }
-    narrow = {V_HEAD_DIM: now.value_dim} if now.value_dim != now.head_dim else {}
-    return {key: found[size] for size, key in row.keys.items()} | narrow
+    row, now = row_of(model), attention(model, layer)
+    width, hidden = shape(linear(model, _at(model, layer, row.down)))[::-1]
+    found = {"width": width, "heads": now.heads, "kv_heads": now.kv_heads, "head_dim": now.head_dim}
+    said = {key: found[size] for size, key in row.keys.items()}
+    if said.get(FFN_DIM) == 4 * hidden:
+        del said[FFN_DIM]
+    return said | ({V_HEAD_DIM: now.value_dim} if now.value_dim != now.head_dim else {})
 
 
-def attention_parts(model: PreTrainedModel, layer: int) -> tuple[nn.Module, nn.Linear]:
-    """The attention module of one layer and its output projection."""
-    row = _row(model)
-    return model.get_submodule(_at(model, layer, row.q.rpartition(".")[0])), _linear(model, layer, row.o)
+def whole(model: PreTrainedModel, layer: int, key: str) -> int:
+    """What one of the sizes that no stock config can say is where a layer has lost none of it."""
+    if key == V_HEAD_DIM:
+        return attention(model, layer).head_dim
+    return shape(linear(model, _at(model, layer, row_of(model).down)))[1]
 
 
-def _row(model: PreTrainedModel) -> Family:
+def attention_module(model: PreTrainedModel, layer: int) -> nn.Module:
+    """The attention module of one layer."""
+    return model.get_submodule(_at(model, layer, row_of(model).attention))
+
+
+def row_of(model: PreTrainedModel) -> Family:
+    """The row of a model's family."""
     return family_of(getattr(model.config, "model_type", None))
 
 
 def _at(model: PreTrainedModel, layer: int, name: str) -> str:
-    return f"{_row(model).layers}.{layer}.{name}"
+    return f"{row_of(model).layers}.{layer}.{name}"
 
 
-def _linear(model: PreTrainedModel, layer: int, name: str) -> nn.Linear:
-    path = _at(model, layer, name)
+def _inside(module: str, named: Mapping[str, str]) -> dict[str, str]:
+    return {role: f"{module}.{name}" for role, name in named.items()}
+
+
+def linear(model: PreTrainedModel, path: str) -> nn.Linear | Conv1D:
+    """A linear module of either storage order.
+
+    Raises:
+        BillhookError: there is none at `path`.
+    """
     try:
         found = model.get_submodule(path)
     except AttributeError:
         found = None
-    if not isinstance(found, nn.Linear):
+    if not isinstance(found, nn.Linear | Conv1D):
         raise BillhookError(
             f"{path} is {type(found).__name__}, not a Linear: this checkpoint is not a stock {model.config.model_type}"
         )
     return found
+
+
+def shape(module: nn.Linear | Conv1D) -> tuple[int, int]:
+    """Outputs and inputs of a linear module."""
+    out, into = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]
+    return out, into
 
 
 @dataclass(frozen=True)
@@ -189,49 +179,89 @@ class Attention:
 
 def attention(model: PreTrainedModel, layer: int) -> Attention:
     """The attention sizes of one layer, from its tensors."""
-    row = _row(model)
-    head_dim = cast(int, attention_parts(model, layer)[0].head_dim)
-    heads, kv_heads = (_linear(model, layer, name).out_features // head_dim for name in (row.q, row.k))
-    return Attention(head_dim, heads, kv_heads, _linear(model, layer, row.v).out_features // kv_heads)
+    row, module = row_of(model), attention_module(model, layer)
+    head_dim = cast(int, getattr(module, row.head_dim))
+    out = {name: shape(linear(model, _at(model, layer, f"{row.attention}.{name}"))) for name in _parts(row)}
+    if row.qkv:
+        heads = out[row.o][1] // head_dim
+        return Attention(head_dim, heads, (out[row.qkv][0] // head_dim - heads) // 2, head_dim)
+    heads, kv_heads = (out[name][0] // head_dim for name in (row.q, row.k))
+    return Attention(head_dim, heads, kv_heads, out[row.v][0] // kv_heads)
+
+
+def _parts(row: Family) -> tuple[str, ...]:
+    return (row.qkv, row.o) if row.qkv else (row.q, row.k, row.v, row.o)
+
+
+def _projections(row: Family, now: Attention) -> dict[str, tuple[str, Index]]:
+    """Of q, k and v: the matrix, and the rows of each head in it (heads, head size)."""
+    d, heads, kv = now.head_dim, now.heads, now.kv_heads
+    if not row.qkv:
+        return {
+            "q": (row.q, blocks(heads, d)),
+            "k": (row.k, blocks(kv, d)),
+            "v": (row.v, blocks(kv, now.value_dim)),
+        }
+    if row.by_group:
+        every = torch.arange(kv * (now.group + 2) * d).view(kv, now.group + 2, d)
+        found = (every[:, :-2].reshape(heads, d), every[:, -2], every[:, -1])
+    else:
+        found = (blocks(heads, d), blocks(kv, d) + heads * d, blocks(kv, d) + (heads + kv) * d)
+    return {part: (row.qkv, rows) for part, rows in zip("qkv", found, strict=True)}
 
 
 def _ffn(model: PreTrainedModel, layer: int) -> Axis:
-    row = _row(model)
-    index = blocks(_linear(model, layer, row.down).in_features)
-    writers = [slot for name in row.up for slot in _rows(model, layer, name, index)]
-    pre_norm = not row.pre_norm_key or bool(getattr(model.config, row.pre_norm_key))
-    return Axis(layer, "ffn", tuple(writers), _read(model, layer, row.down, index), ends_layer=pre_norm)
+    row = row_of(model)
+    down = _at(model, layer, row.down)
+    width = shape(linear(model, down))[1]
+    index = torch.stack([torch.arange(width), torch.arange(width) + width], 1) if row.stacked else blocks(width)
+    return Axis(
+        layer,
+        "ffn",
+        _rows(model, {_at(model, layer, name): index for name in row.up}),
+        _read(model, down, blocks(width)),
+        ends_layer=_as_is(model),
+    )
+
+
+def _as_is(model: PreTrainedModel) -> bool:
+    said: Any = row_of(model).as_is
+    return said if isinstance(said, bool) else getattr(model.config, said[0]) == said[1]
 
 
 def _heads(model: PreTrainedModel, layer: int) -> Axis:
     """One unit is one query head; each KV group gives up the same number."""
-    row, now = _row(model), attention(model, layer)
+    row, now = row_of(model), attention(model, layer)
     per_unit = {"heads": Fraction(1), "entries": Fraction(now.head_dim), "per_group": Fraction(1, now.kv_heads)}
+    name, rows = _projections(row, now)["q"]
     return Axis(
         layer,
         "heads",
-        tuple(_rows(model, layer, row.q, blocks(now.heads, now.head_dim))),
-        _read(model, layer, row.o, blocks(now.heads, now.value_dim)),
-        _head_counters(model, layer, per_unit),
+        _rows(model, {_at(model, layer, f"{row.attention}.{name}"): rows}),
+        _read(model, _at(model, layer, f"{row.attention}.{row.o}"), blocks(now.heads, now.value_dim)),
+        _counters(model, layer, per_unit),
         blocks=now.kv_heads,
     )
 
 
 def _groups(model: PreTrainedModel, layer: int) -> Axis:
     """One unit is a KV head with the query heads that share it: contiguous, as repeat_kv lays them out."""
-    row, now = _row(model), attention(model, layer)
-    writers = [
-        *_rows(model, layer, row.q, blocks(now.kv_heads, now.group * now.head_dim)),
-        *_rows(model, layer, row.k, blocks(now.kv_heads, now.head_dim)),
-        *_rows(model, layer, row.v, blocks(now.kv_heads, now.value_dim)),
-    ]
-    per_unit = {"heads": Fraction(now.group), "entries": Fraction(now.group * now.head_dim)}
+    row, now = row_of(model), attention(model, layer)
+    owned: dict[str, Index] = {}
+    for name, rows in _projections(row, now).values():
+        path, rows = _at(model, layer, f"{row.attention}.{name}"), rows.reshape(now.kv_heads, -1)
+        owned[path] = torch.cat([owned[path], rows], 1) if path in owned else rows
+    per_unit = {
+        "heads": Fraction(now.group),
+        "kv_heads": Fraction(1),
+        "entries": Fraction(now.group * now.head_dim),
+    }
     return Axis(
         layer,
         "groups",
-        tuple(writers),
-        _read(model, layer, row.o, blocks(now.kv_heads, now.group * now.value_dim)),
-        _head_counters(model, layer, per_unit),
+        _rows(model, owned),
+        _read(model, _at(model, layer, f"{row.attention}.{row.o}"), blocks(now.kv_heads, now.group * now.value_dim)),
+        _counters(model, layer, per_unit),
     )
 
 
@@ -240,30 +270,38 @@ def _value(model: PreTrainedModel, layer: int) -> Axis:
 
     Each KV head gives up the same number, so that heads stay equally wide.
     """
-    row, now = _row(model), attention(model, layer)
+    row, now = row_of(model), attention(model, layer)
+    name, rows = _projections(row, now)["v"]
     columns = torch.arange(now.heads * now.value_dim).view(now.kv_heads, now.group, now.value_dim)
     return Axis(
         layer,
         "value",
-        tuple(_rows(model, layer, row.v, blocks(now.kv_heads * now.value_dim))),
-        _read(model, layer, row.o, columns.transpose(1, 2).reshape(-1, now.group)),
+        _rows(model, {_at(model, layer, f"{row.attention}.{name}"): rows.reshape(-1, 1)}),
+        _read(
+            model,
+            _at(model, layer, f"{row.attention}.{row.o}"),
+            columns.transpose(1, 2).reshape(-1, now.group),
+        ),
         blocks=now.kv_heads,
     )
 
 
-def _head_counters(
-    model: PreTrainedModel, layer: int, per_unit: Mapping[str, Fraction]
-) -> tuple[tuple[str, Fraction], ...]:
-    counters = _row(model).head_counters.items()
-    return tuple((_at(model, layer, path), per_unit[what]) for path, what in counters if what in per_unit)
+def _counters(model: PreTrainedModel, layer: int, per_unit: Mapping[str, Fraction]) -> tuple[tuple[str, Fraction], ...]:
+    row = row_of(model)
+    return tuple((name, per_unit[what]) for name, what in row.counters.items() if what in per_unit)
 
 
-def _rows(model: PreTrainedModel, layer: int, name: str, index: Index) -> list[Slot]:
-    at = _at(model, layer, name)
-    biased = _linear(model, layer, name).bias is not None
-    return [Slot(f"{at}.weight", 0, index)] + [Slot(f"{at}.bias", 0, index)] * biased
+def _rows(model: PreTrainedModel, owned: Mapping[str, Index]) -> tuple[Slot, ...]:
+    """The slots of outputs of linear modules, with their biases."""
+    found = []
+    for path, index in owned.items():
+        module = linear(model, path)
+        found.append(Slot(f"{path}.weight", 0 if isinstance(module, nn.Linear) else 1, index))
+        if module.bias is not None:
+            found.append(Slot(f"{path}.bias", 0, index))
+    return tuple(found)
 
 
-def _read(model: PreTrainedModel, layer: int, name: str, index: Index) -> Slot:
-    _linear(model, layer, name)
-    return Slot(f"{_at(model, layer, name)}.weight", 1, index)
+def _read(model: PreTrainedModel, path: str, index: Index) -> Slot:
+    """The slot of inputs of a linear module."""
+    return Slot(f"{path}.weight", 1 if isinstance(linear(model, path), nn.Linear) else 0, index)

@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCaus
 
 from billhook import modeling_per_layer as per_layer
 from billhook.errors import BillhookError
-from billhook.families import attention_parts, family_of, layers, sizes, stock_type
+from billhook.families import attention, family_of, layers, refusal, sizes, stock_type, whole
 
 LAYOUTS = {
     "uniform": "one width for all layers: a stock checkpoint, loaded by whatever loads the family",
@@ -17,14 +17,16 @@ LAYOUTS = {
     "without, llama.cpp as GGUF",
 }
 CODE = Path(per_layer.__file__)
-AUTO = {"Config": "Config", "Model": "Model", "ModelForCausalLM": "ForCausalLM"}  # transformers' Auto… -> our class
+AUTO = (AutoConfig, AutoModel, AutoModelForCausalLM)  # in the order of a row's classes
 
-# so that transformers' Auto classes load our own copy of the code, and never what came with a checkpoint
-for _name, _ in per_layer.FAMILIES.values():
-    _config, _base, _causal = (getattr(per_layer, f"PerLayer{_name}{part}") for part in AUTO.values())
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    AutoModel.register(_config, _base, exist_ok=True)
-    AutoModelForCausalLM.register(_config, _causal, exist_ok=True)
+
+def register(model_type: str) -> None:
+    """Have transformers' Auto classes load a per-layer checkpoint by our own copy of the code, never by what came with it."""
+    if model_type != (stock := stock_type(model_type)):
+        config, base, causal = per_layer.classes_of(stock)
+        AutoConfig.register(model_type, config, exist_ok=True)
+        AutoModel.register(config, base, exist_ok=True)
+        AutoModelForCausalLM.register(config, causal, exist_ok=True)
 
 
 def layer_sizes(model: PreTrainedModel) -> list[dict[str, int]]:
@@ -39,8 +41,13 @@ def stock_holder(model: PreTrainedModel, changes: Mapping[str, Any]) -> str:
     """
     own = stock_type(model.config.model_type)
     row, config = family_of(own), {**_plain(model.config.to_dict()), **changes}
-    if row.fixed_heads and config[row.keys["heads"]] != sizes(model, 0)[row.keys["heads"]]:
+    if any(key in changes for key in per_layer.OWN_KEYS):
         return ""
+    if (
+        "head_dim" not in row.keys
+        and model.config.hidden_size != config[row.keys["heads"]] * attention(model, 0).head_dim
+    ):
+        return ""  # whose head size is hidden_size / heads
     biased = any(config.get(key) for key in ("attention_bias", "mlp_bias"))
     for family in (own, *([row.stand_in] if row.stand_in and not biased else [])):
         try:
@@ -63,6 +70,8 @@ def _why_not_uniform(model: PreTrainedModel) -> str:
             return f"layer {n} has {other}, layer 0 has {first}, and the uniform layout needs equal layers"
     if per_layer.V_HEAD_DIM in first:
         return "value heads are narrower than the others, which fits no stock config"
+    if per_layer.FFN_DIM in first:
+        return refusal(model, "ffn", "uniform")
     if not stock_holder(model, first):
         return f"no stock config takes {first}"
     return ""
@@ -91,20 +100,20 @@ def config_json(model: PreTrainedModel, written: dict[str, Any]) -> dict[str, An
     modelling file is named.
     """
     found, stock = layer_sizes(model), stock_type(model.config.model_type)
-    largest = {key: max(one[key] for one in found) for key in family_of(stock).keys.values()}
+    row = family_of(stock)
+    largest = {key: max(one[key] for one in found if key in one) for key in found[0] if key not in per_layer.OWN_KEYS}
     config = _plain(written) | largest | {"num_hidden_layers": len(found)}
     if layout_of(model) == "uniform":
         holder = stock_holder(model, found[0])
         swapped = {"sliding_window": None} if holder != stock else {}
-        return config | swapped | {"model_type": holder, "architectures": [f"{_prefix(holder)}ForCausalLM"]}
+        return config | swapped | {"model_type": holder, "architectures": [family_of(holder).classes[-1]]}
     differing = sorted({key for one in found for key, value in one.items() if largest.get(key) != value})
     return config | {
         "model_type": per_layer.MODEL_TYPE.format(stock),
-        "architectures": [f"PerLayer{_prefix(stock)}ForCausalLM"],
-        "auto_map": {f"Auto{auto}": f"{CODE.stem}.PerLayer{_prefix(stock)}{part}" for auto, part in AUTO.items()},
+        "architectures": [f"PerLayer{row.classes[-1]}"],
+        "auto_map": {auto.__name__: f"{CODE.stem}.PerLayer{own}" for auto, own in zip(AUTO, row.classes, strict=True)},
         "per_layer_config": {
-            str(n): {key: one.get(key) or attention_parts(model, n)[0].head_dim for key in differing}
-            for n, one in enumerate(found)
+            str(n): {key: one.get(key, whole(model, n, key)) for key in differing} for n, one in enumerate(found)
         },
     }
 
@@ -114,10 +123,6 @@ def write_code(to: Path) -> None:
     shutil.copyfile(CODE, to / CODE.name)
 
 
-def _prefix(family: str) -> str:
-    return per_layer.FAMILIES[family][0]
-
-
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
     """Without what only a per-layer config has."""
-    return {k: v for k, v in config.items() if k not in ("auto_map", "per_layer_config", per_layer.V_HEAD_DIM)}
+    return {k: v for k, v in config.items() if k not in ("auto_map", "per_layer_config", *per_layer.OWN_KEYS)}

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from billhook import checkpoint, sparsity
 from billhook.errors import BillhookError
-from billhook.families import layers, linears
+from billhook.families import FUSED, layers, linear, linears, wanted
 from billhook.methods import METHODS
 from billhook.operators import ALONE, HELD_OUT, Group, Sums, operators
 from billhook.progress import Clock, Tick, quiet
@@ -70,6 +70,11 @@ def check(model: PreTrainedModel, how: Masking) -> None:
     total = len(layers(model))
     if unknown := [n for n in how.by_layer if not 0 <= n < total]:
         raise BillhookError(f"--layer-sparsity names layer {unknown[0]}: the model has {total}, numbered from 0")
+    for role, parts in FUSED.items():
+        if any(role in one for one in linears(model, 0)) and 0 < len(set(parts) & set(how.targets)) < len(parts):
+            raise BillhookError(
+                f"--targets: {', '.join(parts)} are one matrix in this model: name all of them, or none"
+            )
     for n, _, name in every(model, how.targets):
         sparsity.check(how.at(n), weight_of(model, name).shape[1], name)
 
@@ -78,13 +83,13 @@ def every(model: PreTrainedModel, roles: Sequence[str]) -> Iterator[tuple[int, s
     """Layer, role and path of every linear module that has one of `roles`."""
     for n in range(len(layers(model))):
         for one in linears(model, n):
-            yield from ((n, role, name) for role, name in one.items() if role in roles)
+            yield from ((n, role, name) for role, name in one.items() if wanted(role, roles))
 
 
 def weight_of(model: PreTrainedModel, name: str) -> Weight:
-    module = model.get_submodule(name)
-    assert isinstance(module, nn.Linear)
-    return module.weight.data
+    """The weight of a linear module as (out, in), a view."""
+    module = linear(model, name)
+    return module.weight.data if isinstance(module, nn.Linear) else module.weight.data.T
 
 
 def zeros_in(model: PreTrainedModel, roles: Sequence[str]) -> tuple[int, int]:

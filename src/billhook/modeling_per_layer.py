@@ -1,41 +1,180 @@
-"""Causal LMs whose layers differ in size: this file travels with such a checkpoint, and billhook itself loads by it.
+"""Model families as data, and causal LMs whose layers differ in size.
 
-config.json holds `per_layer_config` (the schema of transformers 5.14): for each layer the values that differ from the
-global ones.  The stock class is built at the global sizes, on the meta device when weights are loaded, and every layer's
-projections are then replaced by ones of the layer's own size.  Needs transformers alone; use `trust_remote_code=True`.
+This file travels with a checkpoint of such a model, and billhook itself loads by it.  config.json holds `per_layer_config`
+(the schema of transformers 5.14): for each layer the values that differ from the global ones.  The stock class is built at the
+global sizes, on the meta device when weights are loaded, and every layer's projections are then replaced by ones of the layer's
+own size.  Needs transformers alone; use `trust_remote_code=True`.
 """
 
 import copy
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import transformers
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 MODEL_TYPE = "billhook_{}"  # of the stock family
-GATED = {
-    "layers": "layers",
-    "width": "intermediate_size",
-    "up": ("mlp.gate_proj", "mlp.up_proj"),
-    "down": "mlp.down_proj",
-    "o": "self_attn.o_proj",
-    "kv_heads": "num_key_value_heads",
-}
-PLAIN = {
-    "layers": "decoder.layers",
-    "width": "ffn_dim",
-    "up": ("fc1",),
-    "down": "fc2",
-    "o": "self_attn.out_proj",
-    "kv_heads": "num_attention_heads",
-}
-FAMILIES = {
-    "llama": ("Llama", GATED),
-    "mistral": ("Mistral", GATED),
-    "qwen2": ("Qwen2", GATED),
-    "qwen3": ("Qwen3", GATED),
-    "opt": ("OPT", PLAIN),
-}
 V_HEAD_DIM = "v_head_dim"  # channels of each value head, where fewer than head_dim
+FFN_DIM = "billhook_ffn_dim"  # FFN channels, where no config key of the family holds them
+OWN_KEYS = (V_HEAD_DIM, FFN_DIM)  # which no stock config can say
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """What a family cannot give up, and why."""
+
+    kinds: tuple[str, ...]
+    why: str
+    key: str = ""  # config key that must be true for it
+    uniform_only: bool = False  # in a stock checkpoint; layers of their own sizes can
+
+
+ALL_HEADS = ("heads", "groups")
+FUSED_VALUES = Refusal(("value",), "q, k and v are one matrix, in which value heads are as long as key heads")
+ALIBI = "ALiBi gives every head a slope by its number, so that the rest would change with what goes"
+DIVIDED = Refusal(
+    ALL_HEADS, "its stock class takes the head size from hidden_size / num_attention_heads", uniform_only=True
+)
+JOINT_NORM = Refusal(
+    ALL_HEADS, "it normalises queries and keys over all heads together, so that the rest would change with what goes"
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row.  Paths are relative to a decoder layer, but that of the layers."""
+
+    classes: tuple[str, str, str]  # of transformers: config, model, causal LM
+    layers: str = "model.layers"
+    up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")  # what writes the FFN channels
+    stacked: bool = False  # whether the one matrix of `up` holds the gate's rows and then the up's
+    down: str = "mlp.down_proj"
+    attention: str = "self_attn"  # paths below are relative to it
+    q: str = "q_proj"
+    k: str = "k_proj"
+    v: str = "v_proj"
+    qkv: str = ""  # one matrix in place of the three
+    by_group: bool = False  # its rows: KV group by KV group, each its queries, key, value; else all q, all k, all v
+    o: str = "o_proj"
+    head_dim: str = "head_dim"  # attribute of the attention module
+    keys: dict[str, str] = field(  # size -> config key; a size without one cannot be cut in a stock checkpoint
+        default_factory=lambda: {
+            "width": "intermediate_size",
+            "heads": "num_attention_heads",
+            "kv_heads": "num_key_value_heads",
+            "head_dim": "head_dim",
+        }
+    )
+    counters: dict[str, str] = field(  # attribute of the attention module -> heads | kv_heads | entries | per_group
+        default_factory=lambda: {"num_key_value_groups": "per_group"}
+    )
+    as_is: bool | tuple[str, object] = (
+        True  # whether the FFN's output is added as it is: or the config key and value that say so
+    )
+    tuples: bool = False  # whether a layer returns its output in a tuple
+    refusals: tuple[Refusal, ...] = ()
+    stand_in: str = ""  # family whose stock class computes the same and takes sizes that this one's config refuses
+
+
+def _named(name: str) -> tuple[str, str, str]:
+    return (f"{name}Config", f"{name}Model", f"{name}ForCausalLM")
+
+
+MULTI_HEAD = {
+    "width": "intermediate_size",
+    "heads": "num_attention_heads",
+}  # config keys, where every query head has its KV head
+NEOX = Family(
+    _named("GPTNeoX"),
+    layers="gpt_neox.layers",
+    up=("mlp.dense_h_to_4h",),
+    down="mlp.dense_4h_to_h",
+    attention="attention",
+    qkv="query_key_value",
+    by_group=True,
+    o="dense",
+    head_dim="head_size",
+    keys=MULTI_HEAD,
+    counters={},
+    refusals=(FUSED_VALUES, DIVIDED),
+)
+FAMILIES: dict[str, Family] = {
+    "llama": Family(_named("Llama"), stand_in="mistral"),
+    "mistral": Family(_named("Mistral")),
+    "qwen2": Family(_named("Qwen2")),
+    "qwen3": Family(_named("Qwen3")),
+    "gemma2": Family(_named("Gemma2"), as_is=False),
+    "gemma3_text": Family(("Gemma3TextConfig", "Gemma3TextModel", "Gemma3ForCausalLM"), as_is=False),
+    "phi3": Family(
+        _named("Phi3"),
+        up=("mlp.gate_up_proj",),
+        stacked=True,
+        qkv="qkv_proj",
+        counters={
+            "num_key_value_groups": "per_group",
+            "num_key_value_heads": "kv_heads",
+            "config.num_attention_heads": "heads",
+        },
+        refusals=(FUSED_VALUES,),
+    ),
+    "olmo2": Family(_named("Olmo2"), as_is=False, refusals=(JOINT_NORM,)),
+    "granite": Family(_named("Granite"), as_is=("residual_multiplier", 1.0)),
+    "smollm3": Family(_named("SmolLM3")),
+    "opt": Family(
+        _named("OPT"),
+        layers="model.decoder.layers",
+        up=("fc1",),
+        down="fc2",
+        o="out_proj",
+        keys={"width": "ffn_dim", "heads": "num_attention_heads"},
+        counters={"num_heads": "heads", "embed_dim": "entries"},
+        as_is=("do_layer_norm_before", True),
+        refusals=(DIVIDED,),
+    ),
+    "gpt2": Family(
+        ("GPT2Config", "GPT2Model", "GPT2LMHeadModel"),
+        layers="transformer.h",
+        up=("mlp.c_fc",),
+        down="mlp.c_proj",
+        attention="attn",
+        qkv="c_attn",
+        o="c_proj",
+        keys={"width": "n_inner", "heads": "n_head"},
+        counters={"num_heads": "heads", "split_size": "entries"},
+        refusals=(
+            FUSED_VALUES,
+            DIVIDED,
+            Refusal(("layers",), "it scales attention by the layer's number", "scale_attn_by_inverse_layer_idx"),
+        ),
+    ),
+    "gpt_neox": NEOX,
+    "falcon": replace(
+        NEOX,
+        classes=_named("Falcon"),
+        layers="transformer.h",
+        attention="self_attention",
+        head_dim="head_dim",
+        keys={"width": "ffn_hidden_size", "heads": "num_attention_heads", "kv_heads": "num_kv_heads"},
+        counters={"num_heads": "heads", "num_kv_heads": "kv_heads"},
+        tuples=True,
+        refusals=(FUSED_VALUES, DIVIDED, Refusal(ALL_HEADS, ALIBI, "alibi")),
+    ),
+    "bloom": replace(
+        NEOX,
+        classes=_named("Bloom"),
+        layers="transformer.h",
+        attention="self_attention",
+        head_dim="head_dim",
+        keys={"width": FFN_DIM, "heads": "n_head"},
+        tuples=True,
+        refusals=(
+            FUSED_VALUES,
+            Refusal(ALL_HEADS, ALIBI),
+            Refusal(("ffn",), "its config has no key for the FFN's width: always 4 x hidden_size", uniform_only=True),
+        ),
+    ),
+}
 
 
 class NarrowValues:
@@ -45,11 +184,11 @@ class NarrowValues:
     before attention and are left out of what enters the output projection.
     """
 
-    def __init__(self, attention: Any) -> None:
-        self.attention = attention
+    def __init__(self, attention: Any, keys: nn.Linear) -> None:
+        self.attention, self.keys = attention, keys
 
     def fill(self, module: nn.Linear, args: Any, output: Tensor) -> Tensor:
-        heads = self.attention.k_proj.weight.shape[0] // self.attention.head_dim
+        heads = self.keys.weight.shape[0] // self.attention.head_dim
         value = output.unflatten(-1, (heads, -1))
         return nn.functional.pad(value, (0, self.attention.head_dim - value.shape[-1])).flatten(-2)
 
@@ -58,13 +197,24 @@ class NarrowValues:
         return (heads[..., : module.weight.shape[1] // heads.shape[-2]].flatten(-2),)
 
 
-def narrow_values(attention: Any, output: nn.Linear) -> None:
-    """Register `NarrowValues` on an attention module, once; later hooks on `output` see what its weight sees."""
+def narrow_values(attention: Any, row: Family) -> None:
+    """Register `NarrowValues` on an attention module, once; later hooks on its output see what its weight sees."""
     if not getattr(attention, "narrow_values", False):
-        hooks = NarrowValues(attention)
-        attention.v_proj.register_forward_hook(hooks.fill)
-        output.register_forward_pre_hook(hooks.narrow)
+        hooks = NarrowValues(attention, attention.get_submodule(row.k))
+        attention.get_submodule(row.v).register_forward_hook(hooks.fill)
+        attention.get_submodule(row.o).register_forward_pre_hook(hooks.narrow)
         attention.narrow_values = True
+
+
+def holder_of(attention: Any, counter: str) -> tuple[Any, str]:
+    """What holds a counter of an attention module, and its name there.
+
+    Where that is the config, the module gets one of its own: layers share the model's.
+    """
+    above, _, leaf = counter.rpartition(".")
+    if above and not getattr(attention, "own_config", False):
+        attention.config, attention.own_config = copy.copy(attention.config), True
+    return (attention.config if above else attention), leaf
 
 
 def value_of(config: Any, layer: int, key: str) -> Any:
@@ -82,65 +232,90 @@ def _uniform(config: Any) -> Any:
     return plain
 
 
-def _resize(base: Any, config: Any, names: dict[str, Any]) -> None:
+def _resize(base: Any, config: Any, row: Family) -> None:
     built = base.config
     config._attn_implementation = built._attn_implementation  # chosen while the stock class was built
     for module in base.modules():  # rotary embeddings keep the plain one: they compute their frequencies from it
         if getattr(module, "config", None) is built and not hasattr(module, "inv_freq"):
             module.config = config
-    for n, layer in enumerate(base.get_submodule(names["layers"])):
-        width, attention = value_of(config, n, names["width"]), layer.self_attn
-        heads, kv_heads = value_of(config, n, "num_attention_heads"), value_of(config, n, names["kv_heads"])
-        value = value_of(config, n, V_HEAD_DIM) or attention.head_dim
-        for up in names["up"]:
-            _linear(layer, up, rows=width)
-        _linear(layer, names["down"], columns=width)
-        _linear(attention, "q_proj", rows=heads * attention.head_dim)
-        _linear(attention, "k_proj", rows=kv_heads * attention.head_dim)
-        _linear(attention, "v_proj", rows=kv_heads * value)
-        _linear(layer, names["o"], columns=heads * value)
-        if hasattr(attention, "num_key_value_groups"):
-            attention.num_key_value_groups = heads // kv_heads
-        if hasattr(attention, "num_heads"):
-            attention.num_heads, attention.embed_dim = heads, heads * attention.head_dim
-        if value != attention.head_dim:
-            narrow_values(attention, layer.get_submodule(names["o"]))
+    keys = row.keys
+    for n, layer in enumerate(base.get_submodule(row.layers.partition(".")[2])):
+        attention = layer.get_submodule(row.attention)
+        head_dim = getattr(attention, row.head_dim)
+        width, heads = value_of(config, n, keys["width"]), value_of(config, n, keys["heads"])
+        kv_heads = value_of(config, n, keys.get("kv_heads", keys["heads"]))
+        value = value_of(config, n, V_HEAD_DIM) or head_dim
+        for up in row.up:
+            _linear(layer, up, rows=width * (1 + row.stacked) if width else None)
+        _linear(layer, row.down, columns=width)
+        if row.qkv:
+            _linear(attention, row.qkv, rows=(heads + 2 * kv_heads) * head_dim)
+        else:
+            for name, rows in ((row.q, heads * head_dim), (row.k, kv_heads * head_dim), (row.v, kv_heads * value)):
+                _linear(attention, name, rows=rows)
+        _linear(attention, row.o, columns=heads * value)
+        counts = {"heads": heads, "kv_heads": kv_heads, "entries": heads * head_dim, "per_group": heads // kv_heads}
+        for counter, what in row.counters.items():
+            if "." in counter:
+                attention.config = built
+            setattr(*holder_of(attention, counter), counts[what])
+        if value != head_dim:
+            narrow_values(attention, row)
 
 
 def _linear(owner: Any, path: str, rows: int | None = None, columns: int | None = None) -> None:
     old = owner.get_submodule(path)
-    shape = (columns or old.in_features, rows or old.out_features)
-    if shape != (old.in_features, old.out_features):
-        new = nn.Linear(*shape, bias=old.bias is not None, device=old.weight.device, dtype=old.weight.dtype)
-        owner.set_submodule(path, new)
+    turned = isinstance(old, Conv1D)  # which stores (in, out)
+    there = tuple(old.weight.shape) if turned else (old.in_features, old.out_features)
+    shape = (columns or there[0], rows or there[1])
+    if shape == there:
+        return
+    if turned:
+        new = Conv1D(shape[1], shape[0]).to(old.weight.device, old.weight.dtype)
+    else:
+        kind = type(old)
+        new = kind(*shape, bias=old.bias is not None, device=old.weight.device, dtype=old.weight.dtype)
+    owner.set_submodule(path, new)
 
 
 def _no_check(self: Any) -> None:
     """Stands for the stock check, which reads one number of heads for all layers."""
 
 
-def _classes(family: str, prefix: str, names: dict[str, Any]) -> dict[str, type]:
-    stock = {part: getattr(transformers, prefix + part) for part in ("Config", "Model", "ForCausalLM")}
-    own = {"model_type": MODEL_TYPE.format(family), "validate_architecture": _no_check}
-    config_class = type("Config", (stock["Config"],), own)
+def classes_of(family: str) -> tuple[type, type, type]:
+    """Config, model and causal LM whose layers may differ, each made once."""
+    if family not in _MADE:
+        _MADE[family] = _made(family, FAMILIES[family])
+    return _MADE[family]
+
+
+_MADE: dict[str, tuple[type, type, type]] = {}
+
+
+def _made(family: str, row: Family) -> tuple[type, type, type]:
+    config_class, base_class, causal_class = (getattr(transformers, name) for name in row.classes)
 
     def build_base(self, config) -> None:  # vLLM 0.32 tests arguments by isinstance against their annotations
-        stock["Model"].__init__(self, _uniform(config))
-        _resize(self, config, names)
+        base_class.__init__(self, _uniform(config))
+        _resize(self, config, row)
 
     def build(self, config) -> None:
-        stock["ForCausalLM"].__init__(self, _uniform(config))
-        _resize(self.model, config, names)
+        causal_class.__init__(self, _uniform(config))
+        _resize(getattr(self, self.base_model_prefix), config, row)
         self.config = config
 
-    made = {"Config": config_class}
-    for part, init in (("Model", build_base), ("ForCausalLM", build)):
-        made[part] = type(part, (stock[part],), {"config_class": config_class, "__init__": init})
-    for part, cls in made.items():
-        cls.__name__ = cls.__qualname__ = f"PerLayer{prefix}{part}"
-        cls.__module__ = __name__
-    return made
+    own = {"model_type": MODEL_TYPE.format(family), "validate_architecture": _no_check}
+    config = type(config_class)(f"PerLayer{row.classes[0]}", (config_class,), {**own, "__module__": __name__})
+    made = [config]
+    for stock, init in ((base_class, build_base), (causal_class, build)):
+        inside = {"config_class": config, "__init__": init, "__module__": __name__}
+        made.append(type(stock)(f"PerLayer{stock.__name__}", (stock,), inside))
+    return tuple(made)
 
 
-for _family, (_prefix, _names) in FAMILIES.items():
-    globals().update({cls.__name__: cls for cls in _classes(_family, _prefix, _names).values()})
+def __getattr__(name: str) -> type:
+    """PerLayerLlamaForCausalLM and its like, made when asked for: transformers imports a family's code with its classes."""
+    for family, row in FAMILIES.items():
+        if name in {f"PerLayer{stock}" for stock in row.classes}:
+            return classes_of(family)[[f"PerLayer{stock}" for stock in row.classes].index(name)]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,6 +7,7 @@
 Nothing is kept for all layers: one hidden state per token (two where there is a dense target), the sums of one layer.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 
 from billhook.axes import Axis
 from billhook.errors import BillhookError
-from billhook.families import axes, layers
+from billhook.families import as_output, axes, layers
 from billhook.memory import return_freed
 from billhook.progress import Clock, Tick, quiet
 from billhook.tensors import Cross, Gram, Tokens
@@ -223,12 +224,13 @@ def enter(model: PreTrainedModel, batches: list[Tensor]) -> tuple[list[Tensor], 
     states: list[Tensor] = []
     calls: list[list[dict[str, Any]]] = []
 
-    def record(state: Tensor, **kwargs: Any) -> Tensor:
+    def record(state: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not calls[-1]:
             states.append(state)
-        calls[-1].append(kwargs)
-        return state
+        calls[-1].append(dict(zip(names, args, strict=False)) | kwargs)
+        return as_output(model, state)
 
+    names = list(inspect.signature(type(layers(model)[0]).forward).parameters)[2:]  # after self and the state
     with ExitStack() as undo:
         for module in layers(model):
             module.forward = record
@@ -244,7 +246,7 @@ def head(model: PreTrainedModel, tokens: Tokens, state: Tensor, keep: Tensor | i
     """The logits of `state`, what left the last layer for `tokens`; `keep` as transformers' `logits_to_keep`."""
     with ExitStack() as undo:
         for module in layers(model):
-            module.forward = lambda hidden_states, **_: state
+            module.forward = lambda hidden_states, *_, **__: as_output(model, state)
             undo.callback(delattr, module, "forward")
         return model(tokens, use_cache=False, logits_to_keep=keep).logits
 
@@ -253,4 +255,4 @@ def head(model: PreTrainedModel, tokens: Tokens, state: Tensor, keep: Tensor | i
 def run(module: nn.Module, state: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """One decoder layer on hidden states, with what the model passes to it."""
     out = module(state, **kwargs)
-    return out[0] if isinstance(out, tuple) else out  # a tuple before transformers 5
+    return out[0] if isinstance(out, tuple) else out

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from billhook.errors import BillhookError
-from billhook.families import layers, linears
+from billhook.families import layers, linears, wanted
 from billhook.memory import return_freed
 from billhook.observe import BATCH_TOKENS, enter, gram_of, run
 from billhook.progress import Clock, Tick, quiet
@@ -104,8 +104,8 @@ def operators(
     at = range(len(layers(model))) if at is None else at
     for n, module in enumerate(layers(model)[: at.stop]):
         tick("pruning", max(n - at.start, 0), len(at))
-        groups = [named for one in linears(model, n) if (named := {r: path for r, path in one.items() if r in roles})]
-        groups = groups if n in at else []
+        groups = [{r: path for r, path in one.items() if wanted(r, roles)} for one in linears(model, n)]
+        groups = [named for named in groups if named] if n in at else []
         unpruned = copy.deepcopy(module) if stream in WITH_TARGET else None
         steps = [[one] for one in groups] if stream in STEPWISE else [groups] if groups else []
         for step, together in enumerate(steps):
@@ -157,13 +157,13 @@ def _gathered(
         call = batch.calls[n]
         with clock("forward"):
             inputs, after = _seen(module, paths, batch.state, call, whole)
-            wanted = None
+            dense = None
             if unpruned is not None and (edited or batch.state is not batch.target):
-                wanted, _ = _seen(unpruned, paths, batch.target, call, False)
+                dense, _ = _seen(unpruned, paths, batch.target, call, False)
         with clock("gram"):
             for path in paths:
                 x = inputs[path].flatten(0, -2).float()
-                y = wanted[path].flatten(0, -2).float() if wanted else None
+                y = dense[path].flatten(0, -2).float() if dense else None
                 gram = gram_of(x)
                 here = Sums(gram) if y is None else Sums(gram, (y.T @ x).to(gram), gram_of(y))
                 key = path, batch.held_out

@@ -31,7 +31,8 @@ def save(model: Any, tokenizer: Any, to: Path, source: Path | None) -> None:
     """
     try:
         with quiet_transformers():
-            model.save_pretrained(to)
+            # our own classes load no names but their own: transformers renames by class (GPT-NeoX's head is embed_out on disk)
+            model.save_pretrained(to, save_original_format=layout.layout_of(model) == "uniform")
     except SafetensorError as error:
         raise OSError(str(error)) from error
     config = to / "config.json"

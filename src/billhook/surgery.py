@@ -7,12 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from billhook.axes import Axis, owners
 from billhook.errors import BillhookError
-from billhook.families import PER_LAYER_KEYS, attention_parts, layers
-from billhook.modeling_per_layer import narrow_values
+from billhook.families import PER_LAYER_KEYS, as_output, attention_module, layers, row_of
+from billhook.modeling_per_layer import holder_of, narrow_values
 from billhook.tensors import Units
+
+SIZES = ("in_features", "out_features", "nx", "nf")  # that linear modules keep of their own weight
 
 
 def remove(model: PreTrainedModel, axis: Axis, drop: Units) -> None:
@@ -25,11 +28,13 @@ def remove(model: PreTrainedModel, axis: Axis, drop: Units) -> None:
         setattr(owner, leaf, nn.Parameter(old.detach().index_select(slot.dim, kept), old.requires_grad))
         if isinstance(owner, nn.Linear):
             owner.out_features, owner.in_features = owner.weight.shape
-    for path, per_unit in axis.counters:
-        owner, leaf = model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
+        elif isinstance(owner, Conv1D):
+            owner.nx, owner.nf = owner.weight.shape
+    for counter, per_unit in axis.counters:
+        owner, leaf = holder_of(attention_module(model, axis.layer), counter)
         setattr(owner, leaf, int(getattr(owner, leaf) - per_unit * len(drop)))
     if axis.kind == "value" and len(drop):
-        narrow_values(*attention_parts(model, axis.layer))
+        narrow_values(attention_module(model, axis.layer), row_of(model))
 
 
 @contextmanager
@@ -42,14 +47,14 @@ def without(model: PreTrainedModel, dropped: Iterable[tuple[Axis, Tensor]], gone
     with ExitStack() as undo:
         for n in gone:
             module = layers(model)[n]
-            module.forward = lambda hidden_states, *_, **__: hidden_states
+            module.forward = lambda hidden_states, *_, **__: as_output(model, hidden_states)
             undo.callback(delattr, module, "forward")
         for axis, units in dropped:
             for _, owner, leaf in owners(model, axis):
-                for name in (leaf, *(size for size in ("in_features", "out_features") if hasattr(owner, size))):
+                for name in (leaf, *(size for size in SIZES if hasattr(owner, size))):
                     undo.callback(setattr, owner, name, getattr(owner, name))
-            for path, _ in axis.counters:
-                owner, leaf = model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
+            for counter, _ in axis.counters:
+                owner, leaf = holder_of(attention_module(model, axis.layer), counter)
                 undo.callback(setattr, owner, leaf, getattr(owner, leaf))
             remove(model, axis, units)
         yield

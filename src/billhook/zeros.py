@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
+from transformers.pytorch_utils import Conv1D
 
 from billhook.families import layers
 
@@ -45,7 +46,7 @@ class Census:
 def weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """The linear weights of the decoder layers; names count from the first layer: 0.mlp.down_proj."""
     for name, module in layers(model).named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear | Conv1D):
             yield name, module.weight
 
 

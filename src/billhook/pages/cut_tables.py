@@ -42,7 +42,7 @@ def zero_rows(zeros: Mapping[str, Any]) -> list[tuple[str, str]]:
         )
     ]
     means, brackets = [], ""
-    for role in zeros["targets"]:
+    for role in dict.fromkeys(one["role"] for one in done):
         errors = [one["error"] for one in done if one["role"] == role and finite(one["error"])]
         apart = [one["error_held_out"] for one in done if one["role"] == role and finite(one["error_held_out"])]
         unseen = f" ({statistics.fmean(apart):.3f})" if apart else ""
