@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import billhook
-from billhook.families import FAMILIES
+from billhook.modeling_per_layer import FAMILIES
 
 PACKAGE = Path(billhook.__file__).parent
 STANDALONE = {  # run where billhook is not: with checkpoints, or by a client's own Python
@@ -38,9 +38,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
         *("pages.charts", "pages.recovery_tables", "pages.search_tables"),
     ),
     ("store", "claim", "pages.cut_tables", "pages.healing", "pages.searched", "pages.style", "pace", "demo"),
-    ("scores", "taylor", "solution", "allocate", "choose", "restore", "sparsity", "axes"),
+    ("scores", "taylor", "solution", "allocate", "choose", "restore", "sparsity", "axes", "merging"),
     ("families", "support", "data", "teacher", "pages.headline"),
-    ("surgery", "observe", "gradients", "layout", "quality", "trainables", "zeros"),
+    ("surgery", "observe", "gradients", "layout", "quality", "trainables", "zeros", "experts"),
     (
         "budget",
         "saving",
@@ -49,6 +49,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
         "refit",
         "evidence",
         "operators",
+        "routing",
         "methods.magnitude",
         "methods.wanda",
         "methods.sparsegpt",
@@ -59,7 +60,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
     ("space", "trials"),
     ("samplers",),
     ("recipe",),
-    ("planning", "recovery", "rounds"),
+    ("planning", "recovery", "rounds", "recipe_file"),
     ("runs", "selection", "searching"),
     ("shearing",),
     ("pruning",),
@@ -85,14 +86,18 @@ MATHEMATICS = {
     "sparsity",
     "support",
     "knee",
+    "merging",
 }
-STRUCTURE = {"axes", "families", "surgery", "layout"}
+STRUCTURE = {"axes", "families", "surgery", "layout", "experts"}
 NAME_FAMILIES = {"families", "modeling_per_layer", "gguf_archs"}
 ROOM = re.compile(r"\..*")  # methods.fasp -> methods.*
 LAZY = {"", "__main__"}
 OPTIONAL = {"datasets", "huggingface_hub", "lm_eval", "peft", "optuna", "tqdm"}  # may be imported inside a function
 MAX_LINES = 400
-FAMILY = re.compile(rf"\b(?i:{'|'.join(FAMILIES)})(?!\.cpp)(\b|(?=[A-Z][a-z]))")  # opt, OPTForCausalLM; not option
+TOKENIZERS = {"gpt2"}  # names of families that are names of tokenizers, too
+FAMILY = re.compile(  # opt, OPTForCausalLM; not option
+    rf"\b(?i:{'|'.join(set(FAMILIES) - TOKENIZERS)})(?!\.cpp)(\b|(?=[A-Z][a-z]))"
+)
 
 
 def modules() -> dict[str, str]:

@@ -11,6 +11,8 @@ SHAPE = dict(
     vocab_size=258, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, bos_token_id=256, eos_token_id=257
 )
 GATED = dict(intermediate_size=48, num_key_value_heads=2, max_position_embeddings=128)
+MIXED = dict(num_experts_per_tok=2)
+QWEN_MOE = dict(num_experts=6, moe_intermediate_size=16)
 WIDE = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}  # GPT-2's words
 CONFIGS: dict[str, Any] = {
     "llama": lambda **other: T.LlamaConfig(**{**SHAPE, **GATED, **other}, tie_word_embeddings=True),
@@ -30,6 +32,14 @@ CONFIGS: dict[str, Any] = {
     "olmo2": lambda: T.Olmo2Config(**SHAPE, **GATED),
     "granite": lambda: T.GraniteConfig(**SHAPE, **GATED, residual_multiplier=0.5, attention_multiplier=0.3),
     "smollm3": lambda: T.SmolLM3Config(**SHAPE, **GATED, no_rope_layers=[1, 0, 1], pad_token_id=0),
+    "mixtral": lambda: T.MixtralConfig(**SHAPE, **{**GATED, **MIXED, "intermediate_size": 16}, num_local_experts=6),
+    "qwen2_moe": lambda: T.Qwen2MoeConfig(
+        **SHAPE, **GATED, **MIXED, **QWEN_MOE, shared_expert_intermediate_size=24, mlp_only_layers=[0]
+    ),
+    "qwen3_moe": lambda: T.Qwen3MoeConfig(
+        **SHAPE, **GATED, **MIXED, **QWEN_MOE, head_dim=16, decoder_sparse_step=2, norm_topk_prob=True
+    ),
+    "olmoe": lambda: T.OlmoeConfig(**SHAPE, **{**GATED, **MIXED, "intermediate_size": 16}, num_experts=6),
     "gpt2": lambda: T.GPT2Config(
         **{WIDE.get(key, key): value for key, value in SHAPE.items()}, n_inner=48, n_positions=128
     ),

@@ -32,10 +32,9 @@ class Axis:
     kind: str
     writers: tuple[Slot, ...]
     reader: Slot
-    counters: tuple[
-        tuple[str, Fraction], ...
-    ] = ()  # (attribute of the attention module, how much it holds for each unit)
+    counters: tuple[tuple[str, Fraction], ...] = ()  # (path of an attribute, how much it holds for each unit)
     blocks: int = 1  # units form this many equal contiguous blocks, cut evenly
+    modules: str = ""  # path of a list of modules, of which unit u owns the u-th whole
     ends_layer: bool = False  # whether what the reader puts out is added to the layer's output as it is
 
     @property
@@ -61,7 +60,8 @@ class Axis:
 
     def price(self, model: PreTrainedModel) -> int:
         """Parameters that one unit owns."""
-        return sum(
+        whole = next(model.get_submodule(self.modules).children()).parameters() if self.modules else ()
+        return sum(param.numel() for param in whole) + sum(
             slot.index.shape[1] * param.numel() // param.shape[slot.dim]
             for slot in self.slots
             for param in [model.get_parameter(slot.param)]

@@ -12,6 +12,7 @@ from billhook.axes import Axis
 from billhook.errors import BillhookError, one_of
 from billhook.families import KINDS, attention, axes, layers, refusal, row_of, sizes
 from billhook.layout import stock_holder
+from billhook.modeling_per_layer import MIXED
 from billhook.plan import Plan
 
 AXES = {**KINDS, "layers": "whole decoder layers"}
@@ -37,6 +38,10 @@ def parameters(model: PreTrainedModel) -> dict[str, int]:
 def macs_per_token(model: PreTrainedModel, context: int) -> int:
     """Multiply-accumulates of one token that attends to `context` others: every linear weight once, scores and values."""
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear | Conv1D))
+    for axis in axes(model, ("experts",)):  # of which a token sees a few
+        linear -= (axis.units - model.config.num_experts_per_tok) * axis.price(
+            model
+        ) - model.config.hidden_size * axis.units
     found = [attention(model, n) for n in range(len(layers(model)))]
     return linear + context * sum(2 * one.heads * one.head_dim for one in found)
 
@@ -50,6 +55,8 @@ def anatomy(model: PreTrainedModel) -> dict[str, Any]:
     """What a model is made of and what each kind of axis could give up; weights are not needed."""
     decoder, rows = decoder_parameters(model), []
     for kind in KINDS:
+        if kind in MIXED and not row_of(model).experts:
+            continue
         row: dict[str, Any] = {"axis": kind, "units": None, "parameters_per_unit": None, "share_of_decoder": None}
         try:
             check_kinds(model, (kind,))
@@ -76,6 +83,10 @@ def anatomy(model: PreTrainedModel) -> dict[str, Any]:
 def check_kinds(model: PreTrainedModel, kinds: tuple[str, ...], layout: str = "uniform") -> None:
     """Raise BillhookError unless the model can give up every one of `kinds` in the layout."""
     check_names(kinds, layout)
+    if layout == "per_layer" and row_of(model).experts:
+        raise BillhookError(
+            f"{model.config.model_type} has no per_layer layout: experts of a layer are stored as one tensor"
+        )
     for kind in kinds:
         if why := refusal(model, kind, "per_layer"):
             raise BillhookError(f"{model.config.model_type} cannot give up {kind!r}: {why}; name other --axes")
@@ -107,7 +118,10 @@ def allowed(model: PreTrainedModel, axis: Axis, multiple_of: int, layout: str = 
     Raises:
         BillhookError: no width fits, or there is nothing to take.
     """
-    if axis.kind == "ffn":
+    if axis.kind == "experts":
+        top_k = model.config.num_experts_per_tok
+        return [d for d in range(axis.units) if axis.units - d >= top_k]
+    if axis.kind in ("ffn", "expert_ffn", "shared"):
         drops = [0] + [d for d in range(1, axis.units) if (axis.units - d) % multiple_of == 0]
         if len(drops) == 1:
             raise BillhookError(
@@ -139,10 +153,8 @@ class Planner:
 
 def saved_by(model: PreTrainedModel, plan: Plan) -> int:
     """Parameters that a plan takes away."""
-    prices = {(axis.layer, axis.kind): axis.price(model) for axis in axes(model, plan.kinds)}
-    return sum(prices[place] * count for place, count in plan.drops.items() if count) + sum(
-        layer_parameters(model, n) for n in plan.layers
-    )
+    units = sum(plan.drops.get((axis.layer, axis.kind), 0) * axis.price(model) for axis in axes(model, plan.kinds))
+    return units + sum(layer_parameters(model, n) for n in plan.layers)
 
 
 def layer_parameters(model: PreTrainedModel, number: int) -> int:

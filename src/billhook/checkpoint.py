@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from billhook import demo
 from billhook.atomic import folder
 from billhook.errors import BillhookError, first_line, one_of
+from billhook.experts import unfuse
 from billhook.families import family_of
 from billhook.gguf_vocab import give_splits
 from billhook.layout import register
@@ -66,6 +67,7 @@ def open_model(name: str, *, device: str = "auto", dtype: str = "auto", tick: Ti
         param
     ) in model.parameters():  # off the mapped file, which would stay in memory whole until its last tensor is cut
         param.data = param.data.clone()
+    unfuse(model)
     tick("loading", 1, 1)
     return Opened(model, load_tokenizer(path, name), name, path, stored)
 
@@ -96,9 +98,11 @@ def open_skeleton(name: str, tick: Tick = quiet) -> Any:
     check_folder(path, name)
     try:
         with torch.device("meta"), quiet_transformers():
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, trust_remote_code=False))
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, trust_remote_code=False))
     except Exception as error:  # a config that the class refuses: transformers raises many kinds
         raise BillhookError(f"{name}: transformers could not build it ({first_line(error)})") from error
+    unfuse(model)
+    return model
 
 
 def open_tokenizer(name: str, tick: Tick = quiet) -> Any:

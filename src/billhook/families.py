@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from billhook.axes import Axis, Slot, blocks
 from billhook.errors import BillhookError
-from billhook.modeling_per_layer import FAMILIES, FFN_DIM, MODEL_TYPE, V_HEAD_DIM, Family, Refusal
+from billhook.modeling_per_layer import FAMILIES, FFN_DIM, MIXED, MODEL_TYPE, V_HEAD_DIM, Family, Refusal
 from billhook.tensors import Index
 
 KINDS = {
@@ -25,7 +25,11 @@ KINDS = {
     "heads": "query heads, the same number from every KV group",
     "groups": "whole KV groups: key and value head with their query heads",
     "value": "value channels (FASP's V/O): one V row with its O columns",
+    "experts": "whole experts of a mixture, with their rows of the router",
+    "expert_ffn": "FFN channels of every expert, each its own: gate and up rows with the down column",
+    "shared": "FFN channels of the expert that every token goes to",
 }
+FFN_SIZES = ("width", "experts", "expert_width", "shared_width")  # what layers that mix experts have, or the others
 PER_LAYER_KEYS = ("layer_types", "no_rope_layers")  # config keys that hold one value a layer
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}  # one matrix in some families: the roles that it has
@@ -64,14 +68,25 @@ def as_output(model: PreTrainedModel, state: torch.Tensor) -> Any:
 
 def axes(model: PreTrainedModel, kinds: tuple[str, ...] = tuple(KINDS)) -> list[Axis]:
     """Every axis of the given kinds that some layout could do with less of, layer by layer, attention before the FFN."""
-    makers = {"heads": _heads, "groups": _groups, "value": _value, "ffn": _ffn}
-    found = [(kind, make) for kind, make in makers.items() if kind in kinds and not refusal(model, kind, "per_layer")]
-    return [make(model, n) for n in range(len(layers(model))) for _, make in found]
+    there = [kind for kind in kinds if not refusal(model, kind, "per_layer")]
+    found = []
+    for n in range(len(layers(model))):
+        found += [make(model, n) for kind, make in ATTENTION.items() if kind in there]
+        found += [_ffn(model, *one) for one in _ffns(model, n) if one[0] in there]
+        found += [_experts(model, n)] if "experts" in there and mixture(model, n) is not None else []
+    return found
 
 
 def refusal(model: PreTrainedModel, kind: str, layout: str) -> str:
     """Why the model cannot give up a kind of axis (or `layers`) in a layout, or ''."""
-    for one in row_of(model).refusals:
+    row = row_of(model)
+    if kind in MIXED and not row.experts:
+        return "it is dense, and that is of mixtures of experts"
+    if kind == "shared" and not row.shared:
+        return "it has no expert that every token goes to"
+    if kind == "ffn" and all(mixture(model, n) is not None for n in range(len(layers(model)))):
+        return "all its FFNs are mixtures of experts, whose axes are experts and expert_ffn"
+    for one in row.refusals:
         if kind in one.kinds and (layout == "uniform" or not one.uniform_only) and _holds(model, one):
             return one.why
     return ""
@@ -86,13 +101,17 @@ def linears(model: PreTrainedModel, layer: int) -> list[dict[str, str]]:
 
     One matrix that does the work of several has one of the roles FUSED.
     """
-    row = row_of(model)
-    ffn = dict(zip(("gate", "up")[-len(row.up) :], row.up, strict=True)) if not row.stacked else {"gate_up": row.up[0]}
+    row, ffns = row_of(model), [one[1:] for one in _ffns(model, layer)]
     attention = {"qkv": row.qkv} if row.qkv else {"q": row.q, "k": row.k, "v": row.v}
-    groups = [_inside(row.attention, attention), _inside(row.attention, {"o": row.o}), ffn, {"down": row.down}]
-    for name in (name for one in groups for name in one.values()):
-        linear(model, _at(model, layer, name))
-    return [{role: _at(model, layer, name) for role, name in one.items()} for one in groups]
+    groups: list[dict[str, str]] = [
+        {role: _at(model, layer, f"{row.attention}.{name}") for role, name in one.items()}
+        for one in (attention, {"o": row.o})
+    ]
+    roles: tuple[str, ...] = ("gate_up",) if row.stacked else ("gate", "up")[-len(row.up) :]
+    groups += [dict(zip(roles, up, strict=True)) for up, _ in ffns] + [{"down": down} for _, down in ffns]
+    for path in (path for one in groups for path in one.values()):
+        linear(model, path)
+    return groups
 
 
 def wanted(role: str, roles: Sequence[str]) -> bool:
@@ -106,12 +125,55 @@ def sizes(model: PreTrainedModel, layer: int) -> dict[str, int]:
     What no stock config can say is there only where it differs from what the family always has.
     """
     row, now = row_of(model), attention(model, layer)
-    width, hidden = shape(linear(model, _at(model, layer, row.down)))[::-1]
-    found = {"width": width, "heads": now.heads, "kv_heads": now.kv_heads, "head_dim": now.head_dim}
-    said = {key: found[size] for size, key in row.keys.items()}
-    if said.get(FFN_DIM) == 4 * hidden:
+    found = {"heads": now.heads, "kv_heads": now.kv_heads, "head_dim": now.head_dim, **_ffn_sizes(model, layer)}
+    said = {key: found[size] for size, key in row.keys.items() if size in found}
+    if said.get(FFN_DIM) == 4 * model.config.hidden_size:
         del said[FFN_DIM]
     return said | ({V_HEAD_DIM: now.value_dim} if now.value_dim != now.head_dim else {})
+
+
+def _ffn_sizes(model: PreTrainedModel, layer: int) -> dict[str, int]:
+    experts: Any = mixture(model, layer)
+    if experts is None:
+        return {"width": shape(linear(model, _at(model, layer, row_of(model).down)))[1]}
+    found: dict[str, int] = {}
+    for kind, _, down in _ffns(model, layer):  # experts last, those of one layer equally wide
+        found["shared_width" if kind == "shared" else "expert_width"] = shape(linear(model, down))[1]
+    if isinstance(experts, nn.ModuleList):
+        return found | {"experts": len(experts)}
+    return found | {"experts": len(experts.down_proj), "expert_width": experts.down_proj.shape[-1]}
+
+
+def mixture(model: PreTrainedModel, layer: int) -> nn.Module | None:
+    """The experts of one layer, together or apart (billhook.experts); None where it has a plain FFN."""
+    path = row_of(model).experts
+    try:
+        return layers(model)[layer].get_submodule(path) if path else None
+    except AttributeError:
+        return None
+
+
+def router_path(model: PreTrainedModel, layer: int) -> str:
+    """Path of what chooses the experts of one layer."""
+    return _at(model, layer, row_of(model).router)
+
+
+def _ffns(model: PreTrainedModel, layer: int) -> list[tuple[str, tuple[str, ...], str]]:
+    """Every FFN of one layer: the kind of its axis, paths of what writes its channels, and of what reads them.
+
+    Of experts only those that are apart.
+    """
+    row, experts = row_of(model), mixture(model, layer)
+    if experts is None:
+        return [("ffn", tuple(_at(model, layer, name) for name in row.up), _at(model, layer, row.down))]
+    places = [("shared", row.shared)] if row.shared else []
+    if isinstance(experts, nn.ModuleList):
+        places += [("expert_ffn", f"{row.experts}.{number}") for number in range(len(experts))]
+    *up, down = (name.rpartition(".")[2] for name in (*row.up, row.down))
+    return [
+        (kind, tuple(_at(model, layer, f"{place}.{name}") for name in up), _at(model, layer, f"{place}.{down}"))
+        for kind, place in places
+    ]
 
 
 def whole(model: PreTrainedModel, layer: int, key: str) -> int:
@@ -133,10 +195,6 @@ def row_of(model: PreTrainedModel) -> Family:
 
 def _at(model: PreTrainedModel, layer: int, name: str) -> str:
     return f"{row_of(model).layers}.{layer}.{name}"
-
-
-def _inside(module: str, named: Mapping[str, str]) -> dict[str, str]:
-    return {role: f"{module}.{name}" for role, name in named.items()}
 
 
 def linear(model: PreTrainedModel, path: str) -> nn.Linear | Conv1D:
@@ -210,17 +268,30 @@ def _projections(row: Family, now: Attention) -> dict[str, tuple[str, Index]]:
     return {part: (row.qkv, rows) for part, rows in zip("qkv", found, strict=True)}
 
 
-def _ffn(model: PreTrainedModel, layer: int) -> Axis:
+def _ffn(model: PreTrainedModel, kind: str, up: tuple[str, ...], down: str) -> Axis:
     row = row_of(model)
-    down = _at(model, layer, row.down)
-    width = shape(linear(model, down))[1]
+    width, layer = shape(linear(model, down))[1], int(down.removeprefix(f"{row.layers}.").partition(".")[0])
     index = torch.stack([torch.arange(width), torch.arange(width) + width], 1) if row.stacked else blocks(width)
     return Axis(
         layer,
-        "ffn",
-        _rows(model, {_at(model, layer, name): index for name in row.up}),
+        kind,
+        _rows(model, dict.fromkeys(up, index)),
         _read(model, down, blocks(width)),
-        ends_layer=_as_is(model),
+        ends_layer=kind == "ffn" and _as_is(model),
+    )
+
+
+def _experts(model: PreTrainedModel, layer: int) -> Axis:
+    """One unit is one expert: its module, and the router's row that chooses it."""
+    router = router_path(model, layer)
+    rows = blocks(len(model.get_parameter(f"{router}.weight")))
+    return Axis(
+        layer,
+        "experts",
+        (),
+        Slot(f"{router}.weight", 0, rows),
+        ((f"{router}.num_experts", Fraction(1)),),
+        modules=_at(model, layer, row_of(model).experts),
     )
 
 
@@ -286,9 +357,12 @@ def _value(model: PreTrainedModel, layer: int) -> Axis:
     )
 
 
+ATTENTION = {"heads": _heads, "groups": _groups, "value": _value}
+
+
 def _counters(model: PreTrainedModel, layer: int, per_unit: Mapping[str, Fraction]) -> tuple[tuple[str, Fraction], ...]:
-    row = row_of(model)
-    return tuple((name, per_unit[what]) for name, what in row.counters.items() if what in per_unit)
+    row, at = row_of(model), _at(model, layer, row_of(model).attention)
+    return tuple((f"{at}.{name}", per_unit[what]) for name, what in row.counters.items() if what in per_unit)
 
 
 def _rows(model: PreTrainedModel, owned: Mapping[str, Index]) -> tuple[Slot, ...]:

@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCaus
 
 from billhook import modeling_per_layer as per_layer
 from billhook.errors import BillhookError
-from billhook.families import attention, family_of, layers, refusal, sizes, stock_type, whole
+from billhook.families import FFN_SIZES, attention, family_of, layers, refusal, sizes, stock_type, whole
 
 LAYOUTS = {
     "uniform": "one width for all layers: a stock checkpoint, loaded by whatever loads the family",
@@ -32,6 +32,13 @@ def register(model_type: str) -> None:
 def layer_sizes(model: PreTrainedModel) -> list[dict[str, int]]:
     """Every layer's sizes, under the config's own keys."""
     return [sizes(model, n) for n in range(len(layers(model)))]
+
+
+def largest_sizes(model: PreTrainedModel) -> dict[str, int]:
+    """The largest of every size that a stock config can say."""
+    found = layer_sizes(model)
+    said = dict.fromkeys(key for one in found for key in one if key not in per_layer.OWN_KEYS)
+    return {key: max(one[key] for one in found if key in one) for key in said}
 
 
 def stock_holder(model: PreTrainedModel, changes: Mapping[str, Any]) -> str:
@@ -65,9 +72,14 @@ def layout_of(model: PreTrainedModel) -> str:
 
 def _why_not_uniform(model: PreTrainedModel) -> str:
     first, *rest = layer_sizes(model)
+    keys = family_of(model.config.model_type).keys
+    ffn = {keys[size] for size in FFN_SIZES if size in keys}
     for n, other in enumerate(rest, start=1):
-        if other != first:
+        # where some layers have experts, and others a plain FFN, these compare among themselves
+        alike = {key: value for key, value in first.items() if key in other or key not in ffn}
+        if alike != {key: value for key, value in other.items() if key in first or key not in ffn}:
             return f"layer {n} has {other}, layer 0 has {first}, and the uniform layout needs equal layers"
+        first = other | first
     if per_layer.V_HEAD_DIM in first:
         return "value heads are narrower than the others, which fits no stock config"
     if per_layer.FFN_DIM in first:
@@ -87,7 +99,7 @@ def update_config(model: PreTrainedModel) -> None:
     """
     if why := _why_not_uniform(model):
         raise BillhookError(f"{why}: use --layout per_layer")
-    found = sizes(model, 0)
+    found = largest_sizes(model)
     if stock_holder(model, found) == stock_type(model.config.model_type):
         for key, value in found.items():
             setattr(model.config, key, value)
@@ -101,10 +113,10 @@ def config_json(model: PreTrainedModel, written: dict[str, Any]) -> dict[str, An
     """
     found, stock = layer_sizes(model), stock_type(model.config.model_type)
     row = family_of(stock)
-    largest = {key: max(one[key] for one in found if key in one) for key in found[0] if key not in per_layer.OWN_KEYS}
+    largest = largest_sizes(model)
     config = _plain(written) | largest | {"num_hidden_layers": len(found)}
     if layout_of(model) == "uniform":
-        holder = stock_holder(model, found[0])
+        holder = stock_holder(model, largest)
         swapped = {"sliding_window": None} if holder != stock else {}
         return config | swapped | {"model_type": holder, "architectures": [family_of(holder).classes[-1]]}
     differing = sorted({key for one in found for key, value in one.items() if largest.get(key) != value})

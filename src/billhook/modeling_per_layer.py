@@ -36,6 +36,7 @@ ALIBI = "ALiBi gives every head a slope by its number, so that the rest would ch
 DIVIDED = Refusal(
     ALL_HEADS, "its stock class takes the head size from hidden_size / num_attention_heads", uniform_only=True
 )
+MIXED = ("experts", "expert_ffn", "shared")  # kinds of axis that a mixture of experts has
 JOINT_NORM = Refusal(
     ALL_HEADS, "it normalises queries and keys over all heads together, so that the rest would change with what goes"
 )
@@ -57,6 +58,9 @@ class Family:
     qkv: str = ""  # one matrix in place of the three
     by_group: bool = False  # its rows: KV group by KV group, each its queries, key, value; else all q, all k, all v
     o: str = "o_proj"
+    experts: str = ""  # of a mixture of experts: their module, in the layers that have one in place of the FFN
+    router: str = ""
+    shared: str = ""  # the expert that every token goes to
     head_dim: str = "head_dim"  # attribute of the attention module
     keys: dict[str, str] = field(  # size -> config key; a size without one cannot be cut in a stock checkpoint
         default_factory=lambda: {
@@ -79,6 +83,20 @@ class Family:
 
 def _named(name: str) -> tuple[str, str, str]:
     return (f"{name}Config", f"{name}Model", f"{name}ForCausalLM")
+
+
+def _mixture(name: str, experts: str, width: str, *, dense: bool = False, shared: bool = False, **other: Any) -> Family:
+    """A mixture of experts, under the config keys `experts` and `width`; `dense`: with layers that have a plain FFN."""
+    keys = {
+        "experts": experts,
+        "expert_width": width,
+        "heads": "num_attention_heads",
+        "kv_heads": "num_key_value_heads",
+    }
+    keys |= {"head_dim": "head_dim", "top_k": "num_experts_per_tok"} | ({"width": "intermediate_size"} if dense else {})
+    keys |= {"shared_width": "shared_expert_intermediate_size"} if shared else {}
+    own = {"experts": "mlp.experts", "router": "mlp.gate", "shared": "mlp.shared_expert" if shared else ""}
+    return Family(_named(name), keys=keys, **own, **other)
 
 
 MULTI_HEAD = {
@@ -121,6 +139,10 @@ FAMILIES: dict[str, Family] = {
     "olmo2": Family(_named("Olmo2"), as_is=False, refusals=(JOINT_NORM,)),
     "granite": Family(_named("Granite"), as_is=("residual_multiplier", 1.0)),
     "smollm3": Family(_named("SmolLM3")),
+    "mixtral": _mixture("Mixtral", "num_local_experts", "intermediate_size"),
+    "qwen2_moe": _mixture("Qwen2Moe", "num_experts", "moe_intermediate_size", dense=True, shared=True),
+    "qwen3_moe": _mixture("Qwen3Moe", "num_experts", "moe_intermediate_size", dense=True),
+    "olmoe": _mixture("Olmoe", "num_experts", "intermediate_size", refusals=(JOINT_NORM,)),
     "opt": Family(
         _named("OPT"),
         layers="model.decoder.layers",

@@ -8,6 +8,7 @@ Nothing is kept for all layers: one hidden state a token (two where targets are 
 """
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from billhook.errors import BillhookError
-from billhook.families import layers, linears, wanted
+from billhook.families import layers, linears, row_of, wanted
 from billhook.memory import return_freed
 from billhook.observe import BATCH_TOKENS, enter, gram_of, run
 from billhook.progress import Clock, Tick, quiet
@@ -102,16 +103,21 @@ def operators(
     with clock("forward"):
         batches = _entered(model, tokens, len(tokens) - int(held_out * len(tokens)))
     at = range(len(layers(model))) if at is None else at
+    mixed = f"{row_of(model).experts}."
     for n, module in enumerate(layers(model)[: at.stop]):
         tick("pruning", max(n - at.start, 0), len(at))
         groups = [{r: path for r, path in one.items() if wanted(r, roles)} for one in linears(model, n)]
         groups = [named for named in groups if named] if n in at else []
         unpruned = copy.deepcopy(module) if stream in WITH_TARGET else None
-        steps = [[one] for one in groups] if stream in STEPWISE else [groups] if groups else []
+        # the experts of a layer compute side by side, and have the same roles
+        alike = [list(some) for _, some in itertools.groupby(groups, key=tuple)]
+        steps = alike if stream in STEPWISE else [groups] if groups else []
         for step, together in enumerate(steps):
             paths = [next(iter(named.values())).partition(f".{n}.")[2] for named in together]
             whole = stream == "dense"  # and so the layer's output is the unpruned model's
-            found = _gathered(n, module, unpruned, paths, batches, edited=step > 0, whole=whole, clock=clock)
+            found = _gathered(
+                n, module, unpruned, paths, batches, edited=step > 0, whole=whole, mixed=mixed, clock=clock
+            )
             for named, path in zip(together, paths, strict=True):
                 fit, apart = (found.get((path, side)) for side in (False, True))
                 assert fit is not None
@@ -144,6 +150,7 @@ def _gathered(
     *,
     edited: bool,
     whole: bool,
+    mixed: str,
     clock: Clock,
 ) -> dict[tuple[str, bool], Sums]:
     """Sums of what enters each of `paths`, by path and whether held out.
@@ -151,6 +158,7 @@ def _gathered(
     Args:
         edited: whether an operator of this layer was pruned before.
         whole: run the layer to its end, and go on from there.
+        mixed: what paths of experts begin with.
     """
     found: dict[tuple[str, bool], Sums] = {}
     for batch in batches:
@@ -163,7 +171,8 @@ def _gathered(
         with clock("gram"):
             for path in paths:
                 x = inputs[path].flatten(0, -2).float()
-                y = dense[path].flatten(0, -2).float() if dense else None
+                # what an expert sees is other tokens where the router saw something else: it has no target
+                y = dense[path].flatten(0, -2).float() if dense and not path.startswith(mixed) else None
                 gram = gram_of(x)
                 here = Sums(gram) if y is None else Sums(gram, (y.T @ x).to(gram), gram_of(y))
                 key = path, batch.held_out

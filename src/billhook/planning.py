@@ -19,6 +19,7 @@ from billhook.gradients import WINDOW, gradient_sums
 from billhook.layout import layout_of
 from billhook.masking import Masking
 from billhook.methods import carry_out
+from billhook.methods.experts import Settings as Ways
 from billhook.methods.fasp import Settings, axis_scores
 from billhook.methods.layerchop import Settings as Patching
 from billhook.methods.layerchop import check_patch
@@ -70,8 +71,10 @@ def settings_of(chosen: Recipe) -> Settings:
     return Settings(score, chosen.ridge, chosen.restores, chosen.correction)
 
 
-def method_settings(chosen: Recipe) -> Settings | Patching:
+def method_settings(chosen: Recipe) -> Settings | Patching | Ways:
     """What the recipe's method may choose, whichever it is."""
+    if chosen.routes:
+        return Ways(chosen.experts, chosen.seed)
     return Patching(chosen.patch, chosen.ridge, chosen.correction) if chosen.chops else settings_of(chosen)
 
 

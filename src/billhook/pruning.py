@@ -24,6 +24,7 @@ from billhook import (
 )
 from billhook.checkpoint import Opened
 from billhook.errors import BillhookError
+from billhook.experts import fuse, unfuse
 from billhook.families import layers
 from billhook.memory import peak_growth
 from billhook.methods import METHODS, carry_out
@@ -146,6 +147,7 @@ def prune(
             raise BillhookError("a model in memory needs its tokenizer: prune(model, tokenizer=…)")
         opened = Opened(model, tokenizer, model.config._name_or_path or type(model).__name__, None, model.dtype)
         checkpoint.check_config({**model.config.to_dict(), "architectures": [type(model).__name__]}, opened.name)
+        unfuse(model)
     means = Means(Path(study) if study else None, fresh, jobs, opened.name, chosen.dtype)
     return prune_opened(opened, chosen, tick, statistics, announce, means)
 
@@ -306,7 +308,8 @@ def draw(opened: Opened, chosen: Recipe, text: data.Text) -> tuple[data.Windows,
 
 
 def finish(model: Any, chosen: Recipe, dtype: torch.dtype) -> None:
-    """Make a cut model what will be stored: its config says its sizes, its numbers are of `dtype`."""
+    """Make a cut model what will be stored: its experts together, its config says its sizes, its numbers are of `dtype`."""
+    fuse(model)
     if chosen.layout == "uniform":
         layout.update_config(model)
     cast(model, dtype)

@@ -2,14 +2,11 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from billhook import allocation, sparsity, support
+from billhook import allocation, routing, sparsity, support
 from billhook.amounts import BYTES, COUNT, amount
 from billhook.budget import check_names
 from billhook.checkpoint import DTYPES
@@ -18,9 +15,11 @@ from billhook.errors import BillhookError, one_of
 from billhook.families import ROLES
 from billhook.layout import LAYOUTS
 from billhook.methods import MASKING, METHODS, optishear
+from billhook.methods.experts import WAYS
 from billhook.methods.fasp import Settings
 from billhook.methods.layerchop import PATCHES
 from billhook.methods.layerchop import Settings as Patching
+from billhook.modeling_per_layer import MIXED
 from billhook.observe import STREAMS
 from billhook.operators import STREAMS as MASK_STREAMS
 from billhook.samplers import SAMPLERS
@@ -74,6 +73,7 @@ class Recipe(BaseModel):
     metric: str = ""  # of optishear: alpha,F1,beta,F2; empty: searched
     normalised: bool = False  # of fistapruner: inputs of unit energy, unless told otherwise
     keep_zeros: bool = True  # of a model that was sparse before
+    experts: str = ""  # of experts: which go, or are merged
     trials: int = Field(default=64, ge=1)  # of adapruner: candidates
     minutes: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # of adapruner: all of the search may take
     pool: int = Field(default=64, ge=1)  # of adapruner: windows to choose calibration samples from
@@ -105,7 +105,8 @@ class Recipe(BaseModel):
     dtype: str = "auto"
 
     @field_validator(
-        *("method", "score", "stream", "dtype", "layout", "preset", "select", "patch", "sampler", "objective", "init")
+        *("method", "score", "stream", "dtype", "layout", "preset", "select", "patch", "sampler", "objective", "init"),
+        "experts",
     )
     @classmethod
     def _known(cls, value: str, info: Any) -> str:
@@ -121,6 +122,7 @@ class Recipe(BaseModel):
             "sampler": SAMPLERS,
             "objective": OBJECTIVES,
             "init": ("", *INITS),
+            "experts": ("", *WAYS),
         }
         return one_of(info.field_name, value, valid[info.field_name])
 
@@ -265,10 +267,28 @@ class Recipe(BaseModel):
             raise BillhookError(f"{self.method} does not prune {alien[0]!r}: leave out --axes, or name some of {own}")
         return self
 
+    @model_validator(mode="after")
+    def _experts_fit(self) -> "Recipe":
+        """What mixtures of experts cannot do."""
+        if self.experts and not self.routes:
+            raise BillhookError("--experts says how a mixture of experts loses some: use it with --method experts")
+        if self.routes and self.stream not in routing.STREAMS:
+            raise BillhookError(f"stream {self.stream}: experts are observed in {' or '.join(routing.STREAMS)}")
+        if set(self.kinds) & set(MIXED) and (self.allocation != "equal" or self.score in GRADIENT_SCORES):
+            raise BillhookError(
+                "experts of a layer keep equal sizes: use --allocation equal, and a --score that needs no gradients"
+            )
+        return self
+
     @property
     def chops(self) -> bool:
         """Whether the method drops whole layers, chosen by preset or by name."""
         return METHODS[self.method].default_kinds == ("layers",)
+
+    @property
+    def routes(self) -> bool:
+        """Whether the method takes experts away."""
+        return self.method == "experts"
 
     @property
     def masks(self) -> bool:
@@ -353,33 +373,3 @@ def checked(model: type[Settled], settings: Mapping[str, Any]) -> Settled:
         name = ".".join(map(str, first["loc"])).replace("_", "-")
         given = "" if first["type"] == "missing" else f" {first['input']!r}"
         raise BillhookError(f"{name}{given}: {first['msg'].lower().replace('tuple', 'list')}") from None
-
-
-@dataclass(frozen=True)
-class RecipeFile:
-    """A recipe on disk: the model, the settings, and the numbers it is expected to give."""
-
-    model: str
-    recipe: Recipe
-    expect: dict[str, Any]
-
-
-def read_recipe(path: Path) -> RecipeFile:
-    """Read a YAML recipe: `model`, the settings, and optionally `expect`.
-
-    Raises:
-        BillhookError: not a readable YAML mapping, or an unknown or impossible setting.
-    """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BillhookError(f"recipe {path} cannot be read: {str(error).splitlines()[0]}") from error
-    if not isinstance(content, dict) or "model" not in content:
-        raise BillhookError(f"recipe {path} is not a mapping with a 'model'")
-    model, expect = content.pop("model"), content.pop("expect", {})
-    if not isinstance(expect, dict):
-        raise BillhookError(f"recipe {path}: expect {expect!r} is not a mapping of numbers and tolerance")
-    try:
-        return RecipeFile(str(model), recipe(**{str(key): value for key, value in content.items()}), expect)
-    except BillhookError as error:
-        raise BillhookError(f"recipe {path}: {error}") from None

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import logging as transformers_logging
 
 from billhook import layout
+from billhook.experts import fuse
 
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -29,6 +30,7 @@ def save(model: Any, tokenizer: Any, to: Path, source: Path | None) -> None:
 
     The config says what the tensors are, in the plainest layout that can.
     """
+    fuse(model)
     try:
         with quiet_transformers():
             # our own classes load no names but their own: transformers renames by class (GPT-NeoX's head is embed_out on disk)

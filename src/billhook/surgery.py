@@ -11,10 +11,11 @@ from transformers.pytorch_utils import Conv1D
 
 from billhook.axes import Axis, owners
 from billhook.errors import BillhookError
-from billhook.families import PER_LAYER_KEYS, as_output, attention_module, layers, row_of
+from billhook.families import PER_LAYER_KEYS, as_output, attention_module, layers, mixture, row_of
 from billhook.modeling_per_layer import holder_of, narrow_values
 from billhook.tensors import Units
 
+PLAIN_LAYERS = "mlp_only_layers"  # config key that holds the numbers of the layers without a mixture of experts
 SIZES = ("in_features", "out_features", "nx", "nf")  # that linear modules keep of their own weight
 
 
@@ -30,11 +31,27 @@ def remove(model: PreTrainedModel, axis: Axis, drop: Units) -> None:
             owner.out_features, owner.in_features = owner.weight.shape
         elif isinstance(owner, Conv1D):
             owner.nx, owner.nf = owner.weight.shape
+    if axis.modules:
+        listed = model.get_submodule(axis.modules)
+        assert isinstance(listed, nn.ModuleList)
+        for number in reversed(drop.tolist()):
+            del listed[number]
     for counter, per_unit in axis.counters:
-        owner, leaf = holder_of(attention_module(model, axis.layer), counter)
+        owner, leaf = _holder(model, counter)
         setattr(owner, leaf, int(getattr(owner, leaf) - per_unit * len(drop)))
     if axis.kind == "value" and len(drop):
         narrow_values(attention_module(model, axis.layer), row_of(model))
+
+
+def _holder(model: PreTrainedModel, counter: str) -> tuple[Any, str]:
+    """What holds a cached size, and its name there."""
+    module, _, leaf = counter.rpartition(".")
+    above, _, name = module.rpartition(".")
+    return (
+        holder_of(model.get_submodule(above), f"{name}.{leaf}")
+        if name == "config"
+        else (model.get_submodule(module), leaf)
+    )
 
 
 @contextmanager
@@ -54,8 +71,11 @@ def without(model: PreTrainedModel, dropped: Iterable[tuple[Axis, Tensor]], gone
                 for name in (leaf, *(size for size in SIZES if hasattr(owner, size))):
                     undo.callback(setattr, owner, name, getattr(owner, name))
             for counter, _ in axis.counters:
-                owner, leaf = holder_of(attention_module(model, axis.layer), counter)
+                owner, leaf = _holder(model, counter)
                 undo.callback(setattr, owner, leaf, getattr(owner, leaf))
+            if axis.modules:
+                listed = model.get_submodule(axis.modules)
+                undo.callback(setattr, listed, "_modules", dict(listed._modules))
             remove(model, axis, units)
         yield
 
@@ -84,6 +104,7 @@ def drop_layers(model: PreTrainedModel, numbers: Collection[int]) -> None:
     if unknown := sorted(set(numbers) - set(range(total))):
         raise BillhookError(f"there is no layer {unknown[0]}: the model has {total}, numbered from 0")
     kept = [n for n in range(total) if n not in set(numbers)]
+    plain = [new for new, n in enumerate(kept) if mixture(model, n) is None]
     if not kept:
         raise BillhookError(f"all {total} layers would go: keep at least one")
     for n in sorted(set(numbers), reverse=True):
@@ -96,6 +117,9 @@ def drop_layers(model: PreTrainedModel, numbers: Collection[int]) -> None:
     for key in PER_LAYER_KEYS:
         if (values := getattr(model.config, key, None)) is not None:
             setattr(model.config, key, [values[n] for n in kept])
+    if hasattr(model.config, PLAIN_LAYERS):  # a rule by layer number no longer holds
+        setattr(model.config, PLAIN_LAYERS, plain)
+        model.config.decoder_sparse_step = 1
     model.config.num_hidden_layers = len(kept)
 
 

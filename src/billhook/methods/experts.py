@@ -1,0 +1,147 @@
+"""Fewer experts in every layer of a mixture: dropped or merged.
+
+On the calibration text, for each layer, g_j(x) is the router's weight of expert j for a token x that goes to it, E_j(x) what
+the expert puts out.
+`reap`       drops those of lowest mean g_j(x) ||E_j(x)|| over their tokens: REAP (arXiv:2510.13999), whose authors find
+             dropping better than merging where a model writes text.
+`frequency`  drops those that fewest tokens go to.
+`random`     drops any: the control.
+`uncurl`     merges those whose router logits are alike: UNCURL (arXiv:2409.01483), billhook.merging.  The router's row of a
+             group is the mean of its members', weighted as they are.
+The router keeps choosing `top_k` among those that stay, and what it gives them is normalised as the family does.  UNCURL
+reduces for a task: the calibration text says which.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from billhook import choose, merging
+from billhook.axes import Axis
+from billhook.cuts import Cut
+from billhook.families import axes
+from billhook.plan import Plan
+from billhook.progress import Clock, Tick, quiet
+from billhook.routing import Mixture, Routing, mixtures
+from billhook.surgery import drop_layers, remove, without
+from billhook.tensors import Scores, Tokens, Units
+
+WAYS = {
+    "reap": "drop those of lowest mean weight times output norm (REAP)",
+    "frequency": "drop those that fewest tokens go to",
+    "random": "drop any",
+    "uncurl": "merge those whose router logits are alike (UNCURL)",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What may be chosen."""
+
+    way: str = "reap"
+    seed: int = 0  # of `random`
+
+
+@torch.no_grad()
+def experts(
+    model: PreTrainedModel,
+    tokens: Tokens,
+    plan: Plan,
+    settings: Settings = Settings(),
+    *,
+    stream: str = "dense",
+    clock: Clock | None = None,
+    tick: Tick = quiet,
+    **_: Any,
+) -> list[Cut]:
+    """Take experts away by a plan, in place.
+
+    Args:
+        tokens: calibration windows (windows, length).
+
+    Returns:
+        what became of each mixture: relative errors of what it puts out, without and with the merge.
+    """
+    clock, draw, cuts = clock or Clock(), torch.Generator().manual_seed(settings.seed), []
+    by_layer = {axis.layer: axis for axis in axes(model, ("experts",))}
+    for layer in mixtures(model, tokens, stream=stream, clock=clock, tick=tick):
+        count = plan.drops.get((layer.layer, "experts"), 0)
+        if count and layer.layer not in plan.layers:
+            cuts.append(_reduced(model, by_layer[layer.layer], layer, count, settings.way, draw, clock))
+    drop_layers(model, plan.layers)
+    return cuts
+
+
+def _reduced(
+    model: PreTrainedModel, axis: Axis, layer: Mixture, count: int, way: str, draw: torch.Generator, clock: Clock
+) -> Cut:
+    with clock("score"):
+        routing = layer.routing
+        groups = merging.groups(routing.logits, axis.units - count) if way == "uncurl" else []
+        drop = _others(groups, routing) if groups else choose.lowest(_scores(way, routing, draw), count, axis.blocks)[0]
+    with clock("errors"), without(model, [(axis, drop)]):
+        dropped = _error(layer, held_out=False)
+    with clock("surgery"):
+        for members in groups:
+            _merge(model, axis, members, routing)
+        remove(model, axis, drop)
+    with clock("errors"):
+        share = float(routing.output[drop].sum() / routing.output.sum()) if routing.output.sum() > 0 else 0.0
+        own, held = _error(layer, held_out=False), _error(layer, held_out=True)
+    return Cut(axis.layer, axis.kind, axis.units, len(drop), 0.0, dropped or 0.0, own or 0.0, held, share)
+
+
+def _scores(way: str, routing: Routing, draw: torch.Generator) -> Scores:
+    every: Mapping[str, Scores] = {
+        "reap": routing.saliency,
+        "frequency": routing.frequency,
+        "random": torch.rand(len(routing.frequency), generator=draw, dtype=torch.float64),
+    }
+    return every[way]
+
+
+def _reference(members: list[int], routing: Routing) -> int:
+    return max(members, key=lambda one: (float(routing.frequency[one]), -one))
+
+
+def _others(groups: list[list[int]], routing: Routing) -> Units:
+    gone = {one for members in groups for one in members} - {_reference(members, routing) for members in groups}
+    return torch.tensor(sorted(gone), dtype=torch.long)
+
+
+def _merge(model: PreTrainedModel, axis: Axis, members: list[int], routing: Routing) -> None:
+    """Steps 3 and 4 on one group: its reference becomes what they are together."""
+    if len(members) == 1:
+        return
+    listed: Any = model.get_submodule(axis.modules)
+    reference, frequency = listed[_reference(members, routing)], routing.frequency[members]
+    turned: dict[str, list[torch.Tensor]] = {"gate_proj": [], "up_proj": [], "down_proj": []}
+    for one in (listed[number] for number in members):
+        pairs = [
+            (reference.gate_proj.weight, one.gate_proj.weight),
+            (reference.up_proj.weight, one.up_proj.weight),
+            (reference.down_proj.weight.T, one.down_proj.weight.T),
+        ]
+        order = merging.aligned([(a.cpu(), b.cpu()) for a, b in pairs]).to(one.down_proj.weight.device)
+        turned["gate_proj"].append(one.gate_proj.weight[order])
+        turned["up_proj"].append(one.up_proj.weight[order])
+        turned["down_proj"].append(one.down_proj.weight[:, order])
+    for name, weights in turned.items():
+        getattr(reference, name).weight.copy_(merging.weighted(weights, frequency))
+    router: nn.Parameter = model.get_parameter(axis.reader.param)
+    row = merging.weighted(list(router[members]), frequency)
+    router.data[_reference(members, routing)] = row
+
+
+def _error(layer: Mixture, *, held_out: bool) -> float | None:
+    """||B'(x) - B(x)||_F / ||B(x)||_F of the mixture as it is now; None without windows of that side."""
+    off, whole = 0.0, 0.0
+    for x, y, side in layer.seen:
+        if side == held_out:
+            off += float((layer.block(x) - y).float().square().sum(dtype=torch.float64))
+            whole += float(y.float().square().sum(dtype=torch.float64))
+    return (off / whole) ** 0.5 if whole > 0 else None

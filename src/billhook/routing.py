@@ -1,0 +1,130 @@
+"""What the routers of a mixture of experts do on a text, layer by layer."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from billhook.errors import BillhookError
+from billhook.families import layers, mixture, router_path, row_of
+from billhook.memory import return_freed
+from billhook.observe import BATCH_TOKENS, enter, run
+from billhook.progress import Clock, Tick, quiet
+from billhook.tensors import Gram, Scores, Tokens
+
+STREAMS = ("dense", "sequential")
+
+
+@dataclass
+class Routing:
+    """Over the tokens of the windows to fit: sums for each expert, float64."""
+
+    tokens: int
+    frequency: Scores  # tokens that go to it
+    output: Scores  # over them, sum of g(x) ||E(x)||: its weight times the norm of what it puts out
+    logits: Gram  # L^T L of the router's logits L (tokens, experts)
+
+    @property
+    def saliency(self) -> Scores:
+        """REAP's (arXiv:2510.13999): the mean of g(x) ||E(x)|| over the tokens that go to an expert."""
+        return self.output / self.frequency.clamp(min=1)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """One stop: a layer's routing, and what goes into its mixture and comes out (tokens, hidden), by batch and whether held out."""
+
+    layer: int
+    routing: Routing
+    block: nn.Module
+    seen: list[tuple[Tensor, Tensor, bool]]
+
+
+@torch.no_grad()
+def mixtures(
+    model: PreTrainedModel,
+    tokens: Tokens,
+    *,
+    stream: str = "dense",
+    held_out: float = 0.1,
+    clock: Clock | None = None,
+    tick: Tick = quiet,
+) -> Iterator[Mixture]:
+    """Yield every layer that mixes experts, apart (billhook.experts), on the inputs that `stream` says.
+
+    Raises:
+        BillhookError: an activation is not finite; the message names the module.
+    """
+    clock = clock or Clock()
+    count = len(tokens) - int(held_out * len(tokens))
+    rows = max(1, BATCH_TOKENS // tokens.shape[1])
+    batches = [
+        (part, side) for some, side in ((tokens[:count], False), (tokens[count:], True)) for part in some.split(rows)
+    ]
+    batches = [(part, side) for part, side in batches if len(part)]
+    with clock("forward"):
+        states, calls = enter(model, [part for part, _ in batches])
+    for n, module in enumerate(layers(model)):
+        tick("routing", n, len(layers(model)))
+        experts: Any = mixture(model, n)
+        if experts is None:
+            with clock("forward"):
+                states = [run(module, state, calls[b][n]) for b, state in enumerate(states)]
+            continue
+        block = module.get_submodule(row_of(model).experts.rpartition(".")[0])
+        zeros = torch.zeros(len(experts), dtype=torch.float64)
+        routing, seen = Routing(0, zeros, zeros.clone(), torch.zeros(len(zeros), len(zeros), dtype=torch.float64)), []
+        after = []
+        for b, state in enumerate(states):
+            with clock("forward"), _tapped(model, n, block, experts) as found:
+                after.append(run(module, state, calls[b][n]))
+            seen.append((found["in"], found["out"], batches[b][1]))
+            if not batches[b][1]:
+                with clock("routing"):
+                    _count(routing, found, n)
+        yield Mixture(n, routing, block, seen)
+        return_freed()
+        with clock("forward"):
+            states = after if stream == "dense" else [run(module, state, calls[b][n]) for b, state in enumerate(states)]
+    tick("routing", 1, 1)
+
+
+def _count(routing: Routing, found: dict[Any, Any], layer: int) -> None:
+    logits, weights, index = found["router"]
+    if not logits.isfinite().all():
+        raise BillhookError(f"the router of layer {layer} puts out what is not finite: try --dtype float32")
+    routing.tokens += len(logits)
+    x = logits.double().cpu()
+    routing.logits += x.T @ x
+    for number in range(len(routing.frequency)):
+        token, place = torch.where(index == number)
+        routing.frequency[number] += len(token)
+        norms = found[number].float().norm(dim=-1) * weights[token, place].float()
+        routing.output[number] += norms.sum(dtype=torch.float64).item()
+
+
+class _tapped(ExitStack):
+    """A dict that, while the context is open, receives what enters and leaves a mixture, its router and its experts."""
+
+    def __init__(self, model: PreTrainedModel, layer: int, block: nn.Module, experts: nn.ModuleList) -> None:
+        super().__init__()
+        self.found: dict[Any, Any] = {}
+
+        def tap(name: Any) -> Callable[..., None]:
+            return lambda _, args, out: self.found.update({name: out})
+
+        def both(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            self.found.update({"in": args[0], "out": out})
+
+        hooked = [(block, both), (model.get_submodule(router_path(model, layer)), tap("router"))]
+        hooked += [(expert, tap(number)) for number, expert in enumerate(experts)]
+        for module, hook in hooked:
+            self.callback(module.register_forward_hook(hook).remove)
+
+    def __enter__(self) -> dict[Any, Any]:  # type: ignore[override]
+        super().__enter__()
+        return self.found

@@ -1,0 +1,238 @@
+"""Mixtures of experts: apart and together, fewer of them, merged ones, and what they cannot do."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from typer.testing import CliRunner
+
+import billhook
+from billhook import budget, checkpoint, clients, layout, merging, saving
+from billhook.cli import app
+from billhook.errors import BillhookError
+from billhook.experts import Experts, fuse, unfuse
+from billhook.families import axes, layers, mixture, router_path, row_of
+from billhook.methods.experts import WAYS, Settings, experts
+from billhook.modeling_per_layer import FAMILIES
+from billhook.plan import Plan
+from billhook.routing import mixtures
+from billhook.surgery import drop_layers, remove
+
+MIXED = [name for name, row in FAMILIES.items() if row.experts]
+IDS = tiny.tokens(windows=8, length=32)
+
+
+def opened(family: str) -> PreTrainedModel:
+    model = tiny.model(family)
+    unfuse(model)
+    return model
+
+
+@pytest.fixture
+def mixed_folder(tmp_path: Path) -> Path:
+    out = tmp_path / "tiny-mixture"
+    tiny.model("qwen3_moe").save_pretrained(out)
+    tiny.tokenizer().save_pretrained(out)
+    return out
+
+
+@pytest.mark.parametrize("family", MIXED)
+def test_apart_and_together_are_the_same(family: str) -> None:
+    model, stock = opened(family), tiny.model(family)
+    assert layout.layer_sizes(model) == layout.layer_sizes(stock)
+    assert budget.total_parameters(model) == budget.total_parameters(stock)
+    torch.testing.assert_close(model(IDS).logits, stock(IDS).logits, rtol=1e-5, atol=1e-5)
+    fuse(model)
+    assert torch.equal(model(IDS).logits, stock(IDS).logits)
+    assert not any(isinstance(mixture(model, n), Experts) for n in range(3))
+
+
+def masked(model: PreTrainedModel, layer: int, drop: torch.Tensor) -> None:
+    """Have the router of a layer never choose `drop`."""
+    router: Any = model.get_submodule(router_path(model, layer))
+    normed = getattr(router, "norm_topk_prob", True)
+
+    def forward(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits = F.linear(x.reshape(-1, x.shape[-1]), router.weight)
+        logits[:, drop] = -torch.inf
+        best, index = logits.softmax(-1).topk(router.top_k, dim=-1)
+        return logits, best / best.sum(-1, keepdim=True) if normed else best, index
+
+    router.forward = forward
+
+
+@pytest.mark.parametrize("family", MIXED)
+def test_removing_experts_equals_never_choosing_them(family: str, tmp_path: Path) -> None:
+    cut, silent = opened(family), opened(family)
+    drop, saved = torch.tensor([1, 4]), 0
+    before = budget.total_parameters(cut)
+    for axis in axes(cut, ("experts",)):
+        masked(silent, axis.layer, drop)
+        saved += 2 * axis.price(cut)
+        remove(cut, axis, drop)
+    assert before - budget.total_parameters(cut) == saved > 0
+    torch.testing.assert_close(cut(IDS).logits, silent(IDS).logits, rtol=1e-4, atol=1e-4)
+    fuse(cut)
+    layout.update_config(cut)
+    saving.save(cut, tiny.tokenizer(), tmp_path, None)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert type(again) is type(cut) and torch.equal(again(IDS).logits, cut(IDS).logits)
+    assert getattr(again.config, row_of(cut).keys["experts"]) == 4
+    assert saving.stored_parameters(tmp_path) == budget.total_parameters(cut)
+    assert clients.verify(tmp_path, cut)["cache_drift"] < 1e-5
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])
+def test_layers_without_a_mixture_stay_so_when_others_go(family: str, tmp_path: Path) -> None:
+    model = opened(family)
+    plain = [mixture(model, n) is None for n in range(3)]
+    assert any(plain) and not all(plain)
+    drop_layers(model, [1])
+    saving.save(model, tiny.tokenizer(), tmp_path, None)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert [mixture(again, n) is None for n in range(2)] == [plain[0], plain[2]]
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_routing_counts_what_the_router_does() -> None:
+    model = opened("mixtral")
+    found = list(mixtures(model, IDS, held_out=0.25))
+    assert [one.layer for one in found] == [0, 1, 2]
+    routing = found[1].routing
+    x = torch.cat([given for given, _, held in found[1].seen if not held]).flatten(0, -2)
+    router: Any = model.get_submodule(router_path(model, 1))
+    logits, weights, index = router(x)
+    assert routing.tokens == len(x) == 6 * 32 and routing.frequency.sum() == 2 * len(x)
+    torch.testing.assert_close(routing.logits, logits.double().T @ logits.double())
+    listed: Any = mixture(model, 1)
+    for number, expert in enumerate(listed):  # REAP, as its paper writes it
+        g = (weights * (index == number)).sum(-1)
+        norms = g * expert(x).norm(dim=-1)
+        mean = norms[g > 0].mean() if (g > 0).any() else torch.zeros(())
+        torch.testing.assert_close(routing.saliency[number].float(), mean)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", MIXED)
+def test_every_way_leaves_a_stock_model(way: str, family: str, tmp_path: Path) -> None:
+    model = opened(family)
+    plan = Plan({(axis.layer, "experts"): 3 for axis in axes(model, ("experts",))})
+    cuts = experts(model, IDS, plan, Settings(way))
+    assert [cut.dropped for cut in cuts] == [3] * len(plan.drops)
+    assert all(0 < cut.error < 5 for cut in cuts)
+    layout.update_config(model)
+    saving.save(model, tiny.tokenizer(), tmp_path, None)
+    assert clients.verify(tmp_path, model)["logits"] == "equal"
+
+
+def test_twins_merge_without_loss() -> None:
+    """Two experts that are one up to the order of their channels, and share the router's row but for nothing."""
+    model = opened("mixtral")
+    twins: list[Any] = [mixture(model, n) for n in range(3)]
+    turn = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    for listed in twins:
+        for name in ("gate_proj", "up_proj"):
+            getattr(listed[5], name).weight.data = getattr(listed[2], name).weight.data[turn].clone()
+        listed[5].down_proj.weight.data = listed[2].down_proj.weight.data[:, turn].clone()
+    for n in range(3):
+        router: Any = model.get_submodule(router_path(model, n))
+        router.weight.data[5] = router.weight.data[2]
+    pairs = [(twins[0][2].up_proj.weight, twins[0][5].up_proj.weight)]
+    assert torch.equal(turn[merging.aligned(pairs)], torch.arange(16))
+    logits = [one.routing.logits for one in mixtures(model, IDS)]
+    assert all([2, 5] in merging.groups(gram, 5) for gram in logits)
+    x = torch.randn(4, 32)
+    before = [listed[2](x) for listed in twins]
+    experts(model, IDS, Plan({(n, "experts"): 1 for n in range(3)}), Settings("uncurl"))
+    for listed, one in zip(twins, before, strict=True):
+        assert len(listed) == 5 and sum(torch.allclose(expert(x), one, atol=1e-6) for expert in listed) == 1
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+def test_groups_are_as_many_as_asked_for(count: int) -> None:
+    logits = torch.randn(50, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    logits[:, 7] = logits[:, 3]
+    found = merging.groups(logits.T @ logits, count)
+    assert len(found) == count and sorted(n for one in found for n in one) == list(range(8))
+    assert count == 8 or any({3, 7} <= set(one) for one in found)
+
+
+def test_weights_are_averaged_by_how_often_experts_are_chosen() -> None:
+    a, b = torch.zeros(2, 2), torch.ones(2, 2)
+    assert torch.equal(merging.weighted([a, b], torch.tensor([1.0, 3.0]).double()), torch.full((2, 2), 0.75))
+    assert torch.equal(merging.weighted([a, b], torch.zeros(2).double()), torch.full((2, 2), 0.5))
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("experts", {}),
+        ("experts", {"experts": "uncurl"}),
+        ("fasp", {"axes": ("expert_ffn",), "multiple_of": 8}),
+        ("layerchop", {"layers": 2, "ratio": None, "preset": "middle"}),
+        ("wanda", {"sparsity": 0.5, "ratio": None}),
+        ("admm", {"pattern": "2:4", "ratio": None}),
+    ],
+)
+def test_the_command_ends_in_a_stock_checkpoint(
+    method: str, settings: dict[str, Any], mixed_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    given = {"ratio": 0.12, "calibration": str(text_file), "samples": 10, "seq_len": 32, **settings}
+    result = billhook.prune(mixed_folder, method=method, **given)
+    out = result.save(tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert type(again).__name__ == "Qwen3MoeForCausalLM"
+    assert sum(p.numel() for p in again.parameters()) == result.report["sizes"]["after"]["parameters"]
+    assert torch.equal(again(IDS).logits, result.model(IDS).logits)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--method", "experts", "--ratio", "0.9"], "at most"),
+        (["--ratio", "0.2", "--axes", "value", "--layout", "per_layer"], "no per_layer layout"),
+        (["--ratio", "0.2", "--axes", "shared"], "no expert that every token goes to"),
+        (["--ratio", "0.2", "--axes", "expert_ffn", "--score", "taylor1_vector"], "a --score that needs no gradients"),
+        (["--ratio", "0.2", "--experts", "reap"], "use it with --method experts"),
+        (["--ratio", "0.2", "--method", "experts", "--stream", "dense_target"], "experts are observed in"),
+    ],
+)
+def test_bad_input_of_a_mixture(
+    arguments: list[str], says: str, mixed_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    refused(mixed_folder, arguments, says, text_file, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["experts", "expert_ffn", "shared"])
+def test_a_dense_model_has_no_such_axis(kind: str, folder: Path, text_file: Path, tmp_path: Path) -> None:
+    method = ["--method", "experts"] if kind == "experts" else ["--axes", kind]
+    refused(folder, [*method, "--ratio", "0.2"], "it is dense", text_file, tmp_path)
+
+
+def refused(model: Path, arguments: list[str], says: str, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "never"
+    given = ["prune", str(model), "-o", str(out), "--calibration", str(text), "--samples", "4", "--seq-len", "32"]
+    found = CliRunner().invoke(app, [*given, *arguments])
+    assert isinstance(found.exception, BillhookError) and says in str(found.exception), found.exception
+    assert "\n" not in str(found.exception) and not out.exists()
+
+
+def test_a_mixture_without_a_plain_ffn_says_what_it_has(text_file: Path) -> None:
+    with pytest.raises(BillhookError, match="experts and expert_ffn"):
+        billhook.prune(
+            tiny.model("olmoe"), tokenizer=tiny.tokenizer(), ratio=0.2, calibration=str(text_file), seq_len=32
+        )
+
+
+def test_inspect_counts_experts(mixed_folder: Path) -> None:
+    found = budget.anatomy(checkpoint.open_skeleton(str(mixed_folder)))
+    rows = {row["axis"]: row for row in found["axes"]}
+    assert rows["experts"]["units"] == 6 and rows["expert_ffn"]["units"] == 16
+    assert rows["experts"]["parameters_per_unit"] == 3 * 16 * 32 + 32
+    assert "every token goes to" in rows["shared"]["refused"]
+    assert json.dumps(found) and len(layers(checkpoint.open_model(str(mixed_folder)).model)) == 3
