@@ -102,13 +102,14 @@ def linears(model: PreTrainedModel, layer: int) -> list[dict[str, str]]:
     One matrix that does the work of several has one of the roles FUSED.
     """
     row, ffns = row_of(model), [one[1:] for one in _ffns(model, layer)]
-    attention = {"qkv": row.qkv} if row.qkv else {"q": row.q, "k": row.k, "v": row.v}
+    attention: dict[str, str] = {"qkv": row.qkv} if row.qkv else {"q": row.q, "k": row.k, "v": row.v}
     groups: list[dict[str, str]] = [
         {role: _at(model, layer, f"{row.attention}.{name}") for role, name in one.items()}
         for one in (attention, {"o": row.o})
     ]
     roles: tuple[str, ...] = ("gate_up",) if row.stacked else ("gate", "up")[-len(row.up) :]
-    groups += [dict(zip(roles, up, strict=True)) for up, _ in ffns] + [{"down": down} for _, down in ffns]
+    groups += [{role: path for role, path in zip(roles, up, strict=True)} for up, _ in ffns]
+    groups += [{"down": down} for _, down in ffns]
     for path in (path for one in groups for path in one.values()):
         linear(model, path)
     return groups
