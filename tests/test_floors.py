@@ -40,7 +40,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
     ("store", "claim", "pages.cut_tables", "pages.healing", "pages.searched", "pages.style", "pace", "demo"),
     ("scores", "taylor", "solution", "allocate", "choose", "restore", "sparsity", "axes", "merging"),
     ("families", "support", "data", "teacher", "pages.headline"),
-    ("surgery", "observe", "gradients", "layout", "quality", "trainables", "zeros", "experts"),
+    ("surgery", "observe", "gradients", "layout", "quality", "trainables", "zeros", "experts", "known"),
     (
         "budget",
         "saving",
@@ -88,7 +88,7 @@ MATHEMATICS = {
     "knee",
     "merging",
 }
-STRUCTURE = {"axes", "families", "surgery", "layout", "experts"}
+STRUCTURE = {"axes", "families", "surgery", "layout", "experts", "known"}
 NAME_FAMILIES = {"families", "modeling_per_layer", "gguf_archs"}
 ROOM = re.compile(r"\..*")  # methods.fasp -> methods.*
 LAZY = {"", "__main__"}

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import transformers as T
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from billhook import checkpoint, clients, layout, saving
@@ -18,6 +19,7 @@ from billhook.budget import check_kinds, decoder_parameters, total_parameters
 from billhook.errors import BillhookError
 from billhook.experts import unfuse
 from billhook.families import as_output, attention, axes, layers, refusal, row_of
+from billhook.known import check_known
 from billhook.surgery import drop_layers, remove, without, zero
 
 FAMILIES = list(tiny.CONFIGS)
@@ -228,6 +230,17 @@ def test_axes_of_a_cut_model_are_found_again(family: str) -> None:
     for (layer, kind), units in before.items():
         assert after[layer, kind] == units - (gone[kind] if kind == "ffn" or cuttable(opened(family), "groups") else 0)
     assert model(IDS).logits.isfinite().all()
+
+
+def test_what_no_row_speaks_of_is_refused() -> None:
+    """A setting of GPT-2's config gives its layers a second attention, which no axis would cut."""
+    for family in FAMILIES:
+        check_known(opened(family))
+    strange = AutoModelForCausalLM.from_config(T.GPT2Config(n_embd=32, n_head=4, n_layer=1, add_cross_attention=True))
+    with pytest.raises(
+        BillhookError, match=r"transformer.h.0.crossattention.c_attn.weight is nothing that billhook knows"
+    ):
+        check_known(strange)
 
 
 def test_the_whole_decoder_is_counted() -> None:

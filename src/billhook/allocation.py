@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from billhook import allocate, choose
 from billhook.axes import Axis
-from billhook.budget import Planner, allowed, layer_parameters
+from billhook.budget import Planner, allowed, layer_parameters, limit
 from billhook.errors import BillhookError, one_of
 from billhook.families import axes, layers
 from billhook.plan import Plan, even
@@ -116,9 +116,8 @@ def even_planner(
     for kind in kinds:
         found = [axis for axis in axes(model, (kind,)) if axis.layer in cut]
         narrowest, price = min(found, key=lambda axis: axis.units), sum(axis.price(model) for axis in found)
-        candidates.append(
-            choose.Candidates(kind, narrowest.units, price, allowed(model, narrowest, multiple_of, layout))
-        )
+        drops = allowed(model, narrowest, multiple_of, layout)
+        candidates.append(choose.Candidates(kind, narrowest.units, price, drops, limit(model, kind)))
     by_layers = sum(layer_parameters(model, n) for n in gone)
     steps = [c.price * c.drops[1] for c in candidates if len(c.drops) > 1]
 

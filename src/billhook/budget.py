@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from billhook.axes import Axis
 from billhook.errors import BillhookError, one_of
-from billhook.families import KINDS, attention, axes, layers, refusal, row_of, sizes
+from billhook.families import KINDS, attention, axes, experts_per_token, layers, refusal, row_of, sizes
 from billhook.layout import stock_holder
 from billhook.modeling_per_layer import MIXED
 from billhook.plan import Plan
@@ -39,9 +39,7 @@ def macs_per_token(model: PreTrainedModel, context: int) -> int:
     """Multiply-accumulates of one token that attends to `context` others: every linear weight once, scores and values."""
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear | Conv1D))
     for axis in axes(model, ("experts",)):  # of which a token sees a few
-        linear -= (axis.units - model.config.num_experts_per_tok) * axis.price(
-            model
-        ) - model.config.hidden_size * axis.units
+        linear -= (axis.units - experts_per_token(model)) * axis.price(model) - model.config.hidden_size * axis.units
     found = [attention(model, n) for n in range(len(layers(model)))]
     return linear + context * sum(2 * one.heads * one.head_dim for one in found)
 
@@ -119,8 +117,10 @@ def allowed(model: PreTrainedModel, axis: Axis, multiple_of: int, layout: str = 
         BillhookError: no width fits, or there is nothing to take.
     """
     if axis.kind == "experts":
-        top_k = model.config.num_experts_per_tok
-        return [d for d in range(axis.units) if axis.units - d >= top_k]
+        least = experts_per_token(model)
+        if axis.units == least:
+            raise BillhookError(f"every token goes to all {least} experts of a layer: none can go")
+        return [d for d in range(axis.units) if axis.units - d >= least]
     if axis.kind in ("ffn", "expert_ffn", "shared"):
         drops = [0] + [d for d in range(1, axis.units) if (axis.units - d) % multiple_of == 0]
         if len(drops) == 1:
@@ -132,6 +132,13 @@ def allowed(model: PreTrainedModel, axis: Axis, multiple_of: int, layout: str = 
         raise BillhookError(f"each KV group of this model has one query head ({axis.units} in all): use --axes groups")
     steps = range(0, axis.units, axis.blocks)
     return [d for d in steps if d == 0 or layout == "per_layer" or stock_holder(model, _heads_after(model, axis, d))]
+
+
+def limit(model: PreTrainedModel, kind: str) -> str:
+    """What cutting more of a kind than `allowed` would come to."""
+    if kind == "experts":
+        return f"a layer has fewer experts than the {experts_per_token(model)} that each token goes to"
+    return "a layer loses all units"
 
 
 def _heads_after(model: PreTrainedModel, axis: Axis, drop: int) -> dict[str, int]:

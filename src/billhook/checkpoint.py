@@ -21,6 +21,7 @@ from billhook.errors import BillhookError, first_line, one_of
 from billhook.experts import unfuse
 from billhook.families import family_of
 from billhook.gguf_vocab import give_splits
+from billhook.known import check_known
 from billhook.layout import register
 from billhook.progress import Tick, quiet
 from billhook.saving import quiet_transformers, save
@@ -68,6 +69,7 @@ def open_model(name: str, *, device: str = "auto", dtype: str = "auto", tick: Ti
     ) in model.parameters():  # off the mapped file, which would stay in memory whole until its last tensor is cut
         param.data = param.data.clone()
     unfuse(model)
+    check_known(model)
     tick("loading", 1, 1)
     return Opened(model, load_tokenizer(path, name), name, path, stored)
 
@@ -102,6 +104,7 @@ def open_skeleton(name: str, tick: Tick = quiet) -> Any:
     except Exception as error:  # a config that the class refuses: transformers raises many kinds
         raise BillhookError(f"{name}: transformers could not build it ({first_line(error)})") from error
     unfuse(model)
+    check_known(model)
     return model
 
 
@@ -158,10 +161,16 @@ def check_config(config: dict[str, Any], name: str) -> None:
     if quantised := config.get("quantization_config"):
         method = quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else quantised
         raise BillhookError(
-            f"{name} is quantised ({method}): prune the full-precision checkpoint, or dequantise it and save it first"
+            f"{name} is quantised ({method}): prune the full-precision checkpoint, or load it with transformers, model.dequantize(), and "
+            "save_pretrained that first"
         )
     if config.get("is_encoder_decoder"):
         raise BillhookError(f"{name} is an encoder-decoder ({kind}): billhook prunes decoder-only causal LMs")
+    if isinstance(text := config.get("text_config"), dict):
+        raise BillhookError(
+            f"{name} is multimodal ({kind}): billhook prunes text alone; save its language model by itself first, as a causal LM of "
+            f"type {text.get('model_type', kind)}"
+        )
     if built and not any(str(architecture).endswith(("ForCausalLM", "LMHeadModel")) for architecture in built):
         raise BillhookError(
             f"{name} is a {built[0]}, not a causal LM: billhook prunes decoder-only causal LMs (…ForCausalLM)"

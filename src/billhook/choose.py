@@ -31,6 +31,7 @@ class Candidates:
     units: int
     price: int
     drops: Sequence[int]
+    limit: str = "a layer loses all units"  # what a larger cut would come to
 
 
 def solve(candidates: Sequence[Candidates], target: float | int) -> dict[str, int]:
@@ -48,7 +49,7 @@ def solve(candidates: Sequence[Candidates], target: float | int) -> dict[str, in
     if target > most + slack:
         raise BillhookError(
             f"the budget asks for {target:,.0f} parameters, but {' and '.join(c.kind for c in candidates)} can give up at "
-            f"most {most:,} before a layer loses all units: lower the ratio or name more axes"
+            f"most {most:,} before {candidates[0].limit}: lower the ratio or name more axes"
         )
     counts: dict[str, int] = {}
     rest = sorted(candidates, key=lambda c: c.price * (c.drops[1] if len(c.drops) > 1 else 0), reverse=True)

@@ -145,6 +145,11 @@ def _ffn_sizes(model: PreTrainedModel, layer: int) -> dict[str, int]:
     return found | {"experts": len(experts.down_proj), "expert_width": experts.down_proj.shape[-1]}
 
 
+def experts_per_token(model: PreTrainedModel) -> int:
+    """How many experts of a layer every token goes to."""
+    return getattr(model.config, row_of(model).keys["top_k"])
+
+
 def mixture(model: PreTrainedModel, layer: int) -> nn.Module | None:
     """The experts of one layer, together or apart (billhook.experts); None where it has a plain FFN."""
     path = row_of(model).experts

@@ -26,6 +26,7 @@ from billhook.checkpoint import Opened
 from billhook.errors import BillhookError
 from billhook.experts import fuse, unfuse
 from billhook.families import layers
+from billhook.known import check_known
 from billhook.memory import peak_growth
 from billhook.methods import METHODS, carry_out
 from billhook.plan import Plan
@@ -148,6 +149,7 @@ def prune(
         opened = Opened(model, tokenizer, model.config._name_or_path or type(model).__name__, None, model.dtype)
         checkpoint.check_config({**model.config.to_dict(), "architectures": [type(model).__name__]}, opened.name)
         unfuse(model)
+        check_known(model)
     means = Means(Path(study) if study else None, fresh, jobs, opened.name, chosen.dtype)
     return prune_opened(opened, chosen, tick, statistics, announce, means)
 
