@@ -328,3 +328,34 @@ def test_layers_that_differ_are_refused(text_file: Path) -> None:
     settings: dict[str, Any] = dict(calibration=str(text_file), samples=4, seq_len=32)
     with pytest.raises(BillhookError, match="layers of this model differ"):
         billhook.prune(model, tokenizer=tiny.tokenizer(), method="slicegpt", ratio=0.2, **settings)
+
+
+def test_what_is_cut_can_be_trained_but_not_by_hidden_states(
+    command: list[object],
+    folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(monkeypatch, *command, "--method", "slicegpt", "--ratio", 0.2) == 0
+    held = tmp_path / "held.txt"
+    held.write_text(tiny.text(300, lexicon=30))
+    texts = ["--text", text_file, "--held-out", held, "--seq-len", 16, "--batch-tokens", 32, "--tokens", 128]
+    heal = ["recover", tmp_path / "out", "-o", tmp_path / "healed", "--teacher", folder, *texts, "--lr", 1e-3]
+    assert run(monkeypatch, *heal, "--states", "on") == 2
+    assert "has other channels than what it was cut from: leave it out" in capsys.readouterr().err
+    assert run(monkeypatch, *heal) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "healed").config.hidden_size < 32
+
+
+def test_a_leaderboard_brings_it_to_the_size_of_others(
+    folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = ["--calibration", text_file, "--text", text_file, "--windows", 2, "--samples", 4, "--seq-len", 32]
+    contenders = ["--methods", "fasp:multiple_of=2", "--methods", "slicegpt:rotate=false,multiple_of=2", "--ratio", 0.2]
+    table = tmp_path / "table.json"
+    assert run(monkeypatch, "compare", folder, *contenders, *seen, "--json", table) == 0
+    points = {one["series"]: one for one in json.loads(table.read_text())["points"]}
+    assert not any(one["error"] for one in points.values())
+    assert points["slicegpt:rotate=false,multiple_of=2"]["parameters"] < points["unpruned"]["parameters"]

@@ -88,7 +88,7 @@ METHODS: dict[str, Method] = {
         kinds=("residual",),
         default_kinds=("residual",),
         needs="calibration text; one forward pass, and one eigendecomposition of the residual dimension's size",
-        note="The residual stream itself becomes narrower: embeddings, head and cache-free parts of every layer with it. One rotation "
+        note="The residual stream itself becomes narrower: embeddings, norms, all projections and the head with it. One rotation "
         "for the whole model, where the paper has one a block and products between them, which no stock class holds; it unties tied "
         "embeddings (--no-rotate does not). Models with LayerNorm cannot, those with norms behind their writers not with --rotate.",
         scored=False,
