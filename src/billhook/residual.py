@@ -112,13 +112,15 @@ def _check(model: PreTrainedModel, found: Residual) -> None:
     for name, size in sizes.items():
         if size != found.channels:
             raise BillhookError(f"{name} has {size} channels, the residual stream {found.channels}; {ELSE}")
-    if not hasattr(model.config, EPS):
-        raise BillhookError(f"the config of {model.config.model_type} has no {EPS} to rescale; {ELSE}")
+    norms = [model.get_submodule(name) for name in (*found.norms, *found.inner)]
+    if not hasattr(model.config, EPS) or not all(any(hasattr(norm, name) for name in EPS_NAMES) for norm in norms):
+        raise BillhookError(f"the norms of {model.config.model_type} have no {EPS} to rescale; {ELSE}")
 
 
 def writes(model: PreTrainedModel, found: Residual) -> tuple[Slot, ...]:
     """The slots that write the residual stream: the embedding table, o and down."""
-    index, slots = blocks(found.channels), [Slot(f"{found.embedding}.weight", 1, blocks(found.channels))]
+    index = blocks(found.channels)
+    slots = [Slot(f"{found.embedding}.weight", 1, index)]
     for name in found.writers:
         module = linear(model, name)
         slots.append(Slot(f"{name}.weight", 0 if isinstance(module, nn.Linear) else 1, index))
@@ -236,9 +238,9 @@ def _eps_name(norm: nn.Module) -> str:
 
 
 def offset(norm: Any) -> int:
-    """1 where a norm multiplies by 1 + weight, 0 where by its weight: seen on an input of ones, whose norm is 1."""
-    ones = torch.ones_like(norm.weight)
-    return round(float((norm(ones).double() - norm.weight.double()).mean()))
+    """1 where a norm multiplies by 1 + weight, 0 where by its weight: seen on equal inputs, which it brings to 1."""
+    equal = torch.full_like(norm.weight, 1000)  # beside which eps is nothing
+    return round(float((norm(equal).double() - norm.weight.double()).mean()))
 
 
 def gain(norm: Any) -> Tensor:

@@ -104,8 +104,10 @@ def _gram(model: PreTrainedModel, tokens: Tokens, tick: Tick) -> Gram:
 
 
 def _inputs(model: PreTrainedModel, tokens: Tokens, tick: Tick) -> Iterator[tuple[tuple[str, ...], Tensor]]:
-    """What enters the readers that share an input, X_r (tokens, channels), batch by batch; the head's stands in for itself
-    where only text's hidden states are computed: the last norm's output."""
+    """What enters the readers that share an input, X_r (tokens, channels), batch by batch.
+
+    The head never runs: what it would read is the base model's output.
+    """
     found, seen = residual(model), dict[tuple[str, ...], Tensor]()
 
     def tap(readers: tuple[str, ...]) -> Callable[..., None]:
