@@ -40,13 +40,14 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
     ("store", "claim", "pages.cut_tables", "pages.healing", "pages.searched", "pages.style", "pace", "demo"),
     ("scores", "taylor", "solution", "allocate", "choose", "restore", "sparsity", "axes", "merging"),
     ("families", "support", "data", "teacher", "pages.headline"),
-    ("surgery", "observe", "gradients", "layout", "quality", "trainables", "zeros", "experts", "known"),
+    ("surgery", "observe", "gradients", "layout", "quality", "trainables", "zeros", "experts", "known", "residual"),
     (
         "budget",
         "saving",
         "export",
         "vocabulary",
         "refit",
+        "rotation",
         "evidence",
         "operators",
         "routing",
@@ -56,7 +57,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
     ),
     ("methods.*", "checkpoint", "speed", "zeroshot", "report", "training", "reading", "pool"),
     ("methods", "clients", "sensitivity", "chopping", "evaluate", "pages.page"),
-    ("allocation", "timing", "publish", "blocks", "masking"),
+    ("allocation", "slicing", "timing", "publish", "blocks", "masking"),
     ("space", "trials"),
     ("samplers",),
     ("recipe",),
@@ -88,7 +89,7 @@ MATHEMATICS = {
     "knee",
     "merging",
 }
-STRUCTURE = {"axes", "families", "surgery", "layout", "experts", "known"}
+STRUCTURE = {"axes", "families", "surgery", "layout", "experts", "known", "residual", "rotation"}
 NAME_FAMILIES = {"families", "modeling_per_layer", "gguf_archs"}
 ROOM = re.compile(r"\..*")  # methods.fasp -> methods.*
 LAZY = {"", "__main__"}

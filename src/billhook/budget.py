@@ -14,8 +14,13 @@ from billhook.families import KINDS, attention, axes, experts_per_token, layers,
 from billhook.layout import stock_holder
 from billhook.modeling_per_layer import MIXED
 from billhook.plan import Plan
+from billhook.residual import saved
 
-AXES = {**KINDS, "layers": "whole decoder layers"}
+AXES = {
+    **KINDS,
+    "layers": "whole decoder layers",
+    "residual": "channels of the residual stream, through the whole model",
+}
 TOLERANCE = 0.005  # a goal so little below what can be had is met by it
 
 
@@ -106,6 +111,10 @@ def check_names(kinds: tuple[str, ...], layout: str = "uniform") -> None:
             "axis 'value' (FASP's V/O channels) needs another attention shape than stock classes have: use --layout per_layer, "
             "or name others of ffn, heads, groups"
         )
+    if "residual" in kinds and layout != "uniform":
+        raise BillhookError(
+            f"axis 'residual' is one size for the whole model, which the uniform layout says: leave out --layout {layout}"
+        )
     if len(found := [kind for kind in ("heads", "groups", "value") if kind in kinds]) > 1:
         raise BillhookError(f"axes {' and '.join(map(repr, found))} cut the same columns: name one of them")
 
@@ -160,6 +169,8 @@ class Planner:
 
 def saved_by(model: PreTrainedModel, plan: Plan) -> int:
     """Parameters that a plan takes away."""
+    if plan.residual:
+        return saved(model, plan.residual, plan.rotate)  # no method cuts anything beside
     units = sum(plan.drops.get((axis.layer, axis.kind), 0) * axis.price(model) for axis in axes(model, plan.kinds))
     return units + sum(layer_parameters(model, n) for n in plan.layers)
 

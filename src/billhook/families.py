@@ -130,6 +130,9 @@ def sizes(model: PreTrainedModel, layer: int) -> dict[str, int]:
     said = {key: found[size] for size, key in row.keys.items() if size in found}
     if said.get(FFN_DIM) == 4 * model.config.hidden_size:
         del said[FFN_DIM]
+    hidden = shape(linear(model, _at(model, layer, f"{row.attention}.{row.o}")))[0]
+    if hidden != model.config.hidden_size:  # until the config has followed, or where another family's stands in for it
+        said["hidden_size"] = hidden
     return said | ({V_HEAD_DIM: now.value_dim} if now.value_dim != now.head_dim else {})
 
 

@@ -138,10 +138,10 @@ def walk(  # noqa: PLR0913
 
 def gram_of(x: Tensor) -> Gram:
     """X^T X in float64 of x (tokens, in): float32 products of at most `2 * BATCH_TOKENS` rows, summed in float64."""
-    return _mirrored(_add_upper(None, x))
+    return mirrored(add_upper(None, x))
 
 
-def _add_upper(total: Gram | None, x: Tensor) -> Gram:
+def add_upper(total: Gram | None, x: Tensor) -> Gram:
     """Add the upper block triangle of X^T X to `total`, in place."""
     x = x.flatten(0, -2).float()
     size = x.shape[1]
@@ -154,7 +154,8 @@ def _add_upper(total: Gram | None, x: Tensor) -> Gram:
     return total
 
 
-def _mirrored(upper: Gram) -> Gram:
+def mirrored(upper: Gram) -> Gram:
+    """The whole Gram of its upper block triangle."""
     return upper.triu() + upper.triu(1).T
 
 
@@ -163,7 +164,7 @@ def _add(sums: dict[str, Evidence], found: list[Axis], inputs: dict[str, Tensor]
     for name, ends in {axis.reader_module: axis.ends_layer for axis in found}.items():
         x = inputs[name].flatten(0, -2).float()
         before = sums.get(name)
-        here = Evidence(_add_upper(before.gram if before else None, x))
+        here = Evidence(add_upper(before.gram if before else None, x))
         if lack is not None and ends:
             e = lack.flatten(0, -2).float()
             here.cross = (e.T @ x).to(here.gram) + (before.cross if before and before.cross is not None else 0.0)
@@ -187,7 +188,7 @@ def _tapped(model: PreTrainedModel, found: list[Axis]) -> Iterator[dict[str, Ten
 
 def _complete(sums: tuple[dict[str, Evidence], dict[str, Evidence]]) -> None:
     for name, evidence in (*sums[0].items(), *sums[1].items()):
-        evidence.gram = _mirrored(evidence.gram)
+        evidence.gram = mirrored(evidence.gram)
         _check_finite(name, evidence)
 
 

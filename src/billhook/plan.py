@@ -1,4 +1,4 @@
-"""What a prune will cut: units of every axis of every layer, and whole layers."""
+"""What a prune will cut: units of every axis of every layer, whole layers, channels of the residual stream."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -6,10 +6,15 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Plan:
-    """`drops`: units to drop, by (layer, kind), layers numbered as before the cut; `layers`: those that go whole."""
+    """`drops`: units to drop, by (layer, kind), layers numbered as before the cut; `layers`: those that go whole.
+
+    `residual`: channels of the residual stream that go, once it is rotated if `rotate`.
+    """
 
     drops: Mapping[tuple[int, str], int] = field(default_factory=dict)
     layers: tuple[int, ...] = ()
+    residual: int = 0
+    rotate: bool = False
 
     @property
     def kinds(self) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from billhook import allocation, budget, chopping, depth, sparsity, store, support
+from billhook import allocation, budget, chopping, depth, slicing, sparsity, store, support
 from billhook.axes import reader_weight
 from billhook.budget import Planner
 from billhook.errors import BillhookError, first_line
@@ -115,6 +115,10 @@ def make_plan(
     clock, scores, said = clock or Clock(), scores or {}, allocation.parse(chosen.allocation)
     kinds = chosen.unit_kinds
     budget.check_kinds(model, chosen.kinds, chosen.layout)
+    if chosen.slices:
+        if all(getattr(chosen, name) is None for name in BUDGETS):
+            return Plan()  # the vocabulary alone
+        return _solved(model, chosen, slicing.planner(model, chosen.width_step, chosen.rotate), dtype, tick)
     if chosen.layout == "uniform" and layout_of(model) == "per_layer":
         raise BillhookError("the layers of this model differ already: use --layout per_layer")
     if not chosen.chops and "layers" in chosen.kinds and said.name not in ("sensitivity", "auto"):
@@ -171,7 +175,7 @@ def _solved(model: PreTrainedModel, chosen: Recipe, planner: Planner, dtype: tor
         return planner.make(chosen.ratio * budget.decoder_parameters(model))
     if chosen.params is not None:
         kept, say = (lambda plan: total - budget.saved_by(model, plan)), "{:,.0f} parameters".format
-        return budget.reach(planner, kept, chosen.params, say, parameters=True)
+        return budget.reach(planner, kept, chosen.params, say, parameters=not chosen.slices)
     if chosen.memory is not None:
 
         def held(plan: Plan) -> int:

@@ -20,6 +20,7 @@ from billhook import (
     report,
     searching,
     shearing,
+    slicing,
     vocabulary,
 )
 from billhook.checkpoint import Opened
@@ -205,9 +206,12 @@ def prune_opened(
                 tick=tick,
             )
             scores, plan = hunt.scores, hunt.plan
-        if not chosen.masks:
+        narrowed = slicing.record(model, plan)
+        if narrowed:
+            announce(slicing.plan_line(model, plan, chosen.budget))
+        elif not chosen.masks:
             announce(report.plan_line(model, plan, chosen.budget, chosen.patches))
-        if plan.kinds or plan.layers:
+        if plan.kinds or plan.layers or narrowed:
             run, settings = carry_out(chosen.method), planning.method_settings(chosen)
             cuts = run(
                 model, texts.calibration, plan, settings, scores=scores, stream=chosen.stream, clock=clock, tick=tick
@@ -234,6 +238,7 @@ def prune_opened(
         "selection": found,
         "search": hunt and hunt.record,
         "zeros": zeros,
+        "residual": narrowed,
         "dropped_layers": list(plan.layers),
         "kept_layers": [n for n in range(total) if n not in plan.layers],
         "cuts": [asdict(cut) for cut in cuts],

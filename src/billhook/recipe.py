@@ -74,6 +74,7 @@ class Recipe(BaseModel):
     normalised: bool = False  # of fistapruner: inputs of unit energy, unless told otherwise
     keep_zeros: bool = True  # of a model that was sparse before
     experts: str = ""  # of experts: which go, or are merged
+    rotate: bool = False  # of slicegpt: the residual stream, before it is cut; it does, unless told otherwise
     trials: int = Field(default=64, ge=1)  # of adapruner: candidates
     minutes: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # of adapruner: all of the search may take
     pool: int = Field(default=64, ge=1)  # of adapruner: windows to choose calibration samples from
@@ -132,7 +133,8 @@ class Recipe(BaseModel):
         """Every method has settings of its own, unless told otherwise (None, or an empty text)."""
         if not isinstance(given, dict) or not (method := METHODS.get(given.get("method", "fasp"))):
             return given
-        own = {"stream": method.stream, "sampler": "tpe", "refit": False, "normalised": False, **method.own}
+        off = dict.fromkeys(("refit", "normalised", "rotate"), False)
+        own = {"stream": method.stream, "sampler": "tpe", **off, **method.own}
         return {**given, **{name: value for name, value in own.items() if given.get(name) in (None, "")}}
 
     @field_validator("metric")
@@ -182,6 +184,10 @@ class Recipe(BaseModel):
             raise BillhookError("--select healed chooses whole layers: use it with --method layerchop")
         elif self.patches:
             raise BillhookError("--patch makes up for whole layers that go: use it with --method layerchop")
+        if self.slices:
+            self._check_slices()
+        elif self.rotate:
+            raise BillhookError("--rotate turns the residual stream before it is cut: use it with --method slicegpt")
         return self
 
     def _check_masks(self) -> None:
@@ -222,6 +228,10 @@ class Recipe(BaseModel):
         for n, share in self.layer_sparsity.items():
             if not 0 <= share < 1:
                 raise BillhookError(f"--layer-sparsity: {share:g} of layer {n} is no share from 0 to below 1")
+
+    def _check_slices(self) -> None:
+        if self.speedup or self.allocation != "equal":
+            raise BillhookError(f"{self.method} cuts all layers alike and times none: no --allocation, no --speedup")
 
     def _check_layers(self) -> None:
         if self.allocation != "equal":
@@ -289,6 +299,11 @@ class Recipe(BaseModel):
     def routes(self) -> bool:
         """Whether the method takes experts away."""
         return self.method == "experts"
+
+    @property
+    def slices(self) -> bool:
+        """Whether the method cuts the residual stream, through the whole model."""
+        return METHODS[self.method].default_kinds == ("residual",)
 
     @property
     def masks(self) -> bool:

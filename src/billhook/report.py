@@ -216,6 +216,8 @@ def command(report: dict[str, Any]) -> str:
     if report.get("zeros"):
         return _zeros_command(report["parent"], recipe)
     idle = UNIT_FLAGS if recipe["method"] == "layerchop" else LAYER_FLAGS
+    sliced = bool(report.get("residual"))
+    idle = (*idle, *SCORE_FLAGS) if sliced else idle
     healed = recipe.get("select") == "healed"
     idle = (*idle, "preset") if recipe["drop"] or recipe["keep"] or healed else idle
     idle = idle if healed else (*idle, *HEAL_FLAGS)
@@ -227,7 +229,8 @@ def command(report: dict[str, Any]) -> str:
         for key, value in recipe.items()
         if key in CARD_FLAGS and key not in idle and value not in (None, "")
     )
-    return f"billhook prune {report['parent']} {settings} -o OUT"
+    turned = " --no-rotate" if sliced and not recipe["rotate"] else ""
+    return f"billhook prune {report['parent']} {settings}{turned} -o OUT"
 
 
 def _zeros_command(parent: str, recipe: dict[str, Any]) -> str:
@@ -282,6 +285,7 @@ CARD_LAYOUT = {
 HEAL_FLAGS = ("select", "candidates", "heal_tokens", "held_out")
 LAYER_FLAGS = ("preset", "drop", "keep", "layers", "patch", *HEAL_FLAGS)
 PATCH_FLAGS = ("damping", "correction")
+SCORE_FLAGS = ("allocation", "axes", "score", "stream", "damping", "correction")  # idle where no axis of a layer is cut
 UNIT_FLAGS = ("allocation", "axes", "score", "stream", "damping", "correction", "multiple_of")
 CARD_FLAGS = (
     *("method", "ratio", "params", "memory", "speedup", *LAYER_FLAGS, "layout", *UNIT_FLAGS),

@@ -160,6 +160,11 @@ def _look(
         zeros.census(opened.model),
     )
     _check_zeros(student, chosen)
+    if chosen.states == "on" and (student.record or {}).get("residual"):
+        raise BillhookError(
+            f"--states on compares hidden states channel by channel, and {name} has other channels than what it was cut from: "
+            "leave it out"
+        )
     if chosen.trainable in ("seam", "lora"):
         _makers(chosen)[chosen.trainable](opened.model, student.cut, chosen.rank)  # refuse now what cannot be trained
     texts = read(chosen.text, chosen.held_out, student.tokenizer, chosen.seq_len, chosen.seed, tick)

@@ -18,6 +18,7 @@ from billhook.cli.shared import (
     Overwrite,
     Params,
     Ratio,
+    Rotate,
     SeqLen,
     app,
     choice,
@@ -172,6 +173,7 @@ def prune_command(
     keep_zeros: Annotated[
         bool, typer.Option(help="methods that make zeros: those that are there already stay")
     ] = DEFAULT.keep_zeros,
+    rotate: Rotate = None,
     axes: Annotated[
         str, choice(AXES, f"what to prune, comma-separated, of {', '.join(AXES)}; empty: the method's own")
     ] = "",
@@ -250,7 +252,7 @@ def prune_command(
         ),
     ] = ",".join(DEFAULT.clients),
     multiple_of: Annotated[
-        int | None, typer.Option(help="round FFN widths to multiples of this", show_default="what --for wants")
+        int | None, typer.Option(help="round widths to multiples of this", show_default="what --for wants")
     ] = None,
     device: Device = DEFAULT.device,
     dtype: Dtype = DEFAULT.dtype,
@@ -294,6 +296,7 @@ def prune_command(
         refit=refit,
         normalised=normalised,
         keep_zeros=keep_zeros,
+        rotate=rotate,
         layout=layout,
         allocation=allocation,
         floor=floor,

@@ -54,6 +54,14 @@ Ratio = Annotated[
     float | None,
     typer.Option(help="share of the decoder layers' parameters to remove, between 0 and 1", show_default=False),
 ]
+Rotate = Annotated[
+    bool | None,
+    typer.Option(
+        "--rotate/--no-rotate",
+        help="slicegpt: turn the residual stream to its principal axes first, which unties a tied head",
+        show_default="slicegpt alone does",
+    ),
+]
 Params = Annotated[
     str | None,
     typer.Option(help="instead of a ratio: parameters the whole model may have, like 100M", show_default=False),

@@ -11,6 +11,7 @@ from billhook.methods import admm, fistapruner, magnitude, optishear, sparsegpt,
 from billhook.methods.experts import experts
 from billhook.methods.fasp import fasp, fasp_each
 from billhook.methods.layerchop import layerchop
+from billhook.methods.slicegpt import slicegpt
 from billhook.support import Found
 
 
@@ -79,6 +80,19 @@ METHODS: dict[str, Method] = {
         scored=False,
         stream="dense",
         own={"experts": "reap"},
+    ),
+    "slicegpt": Method(
+        run=slicegpt,
+        title="SliceGPT: Compress Large Language Models by Deleting Rows and Columns",
+        paper="arXiv:2401.15024",
+        kinds=("residual",),
+        default_kinds=("residual",),
+        needs="calibration text; one forward pass, and one eigendecomposition of the residual dimension's size",
+        note="The residual stream itself becomes narrower: embeddings, norms, all projections and the head with it. One rotation "
+        "for the whole model, where the paper has one a block and products between them, which no stock class holds; it unties tied "
+        "embeddings (--no-rotate does not). Models with LayerNorm cannot, those with norms behind their writers not with --rotate.",
+        scored=False,
+        own={"rotate": True},
     ),
     "magnitude": Method(
         linear=magnitude.prune,

@@ -74,6 +74,7 @@ def _pruned_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
     if zeros := cut.get("zeros"):
         rows += zero_rows(zeros)
+    rows += residual_rows(cut.get("residual"))
     if words := cut.get("vocabulary"):
         grows = f"the calibration text takes {percent(words['calibration_grows'])} more of them"
         rows.append(("vocabulary", f"{words['before']:,} → {words['kept']:,} tokens; {grows}"))
@@ -100,6 +101,16 @@ def _pruned_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows.append(("seconds", ", ".join(f"{stage} {number(s, '{:,.1f}')}" for stage, s in cut["seconds"].items())))
     rows.append(("peak memory", f"{mebibytes(cut.get('peak_growth_bytes'))} beyond the loaded model"))
     return rows
+
+
+def residual_rows(narrowed: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """How many channels of the residual stream are left, and what turning it has cost, as (name, value)."""
+    if not narrowed:
+        return []
+    head = narrowed["untied_parameters"]
+    untied = f"; the head, no longer tied to the embeddings, adds {head:,} parameters" if head else ""
+    turned = ", rotated first" if narrowed["rotated"] else ""
+    return [("residual stream", f"{narrowed['before']:,} → {narrowed['kept']:,} channels{turned}{untied}")]
 
 
 def calibration_words(cut: Mapping[str, Any]) -> str:

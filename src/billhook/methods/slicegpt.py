@@ -1,0 +1,132 @@
+"""SliceGPT: Compress Large Language Models by Deleting Rows and Columns (Ashkboos et al. 2024, arXiv:2401.15024).
+
+The residual stream x (tokens, d) is cut to d' channels, the same ones wherever it is written or read.  With `rotate`:
+
+1. Fold       every norm's weight goes into what reads it; what the norms put out is then X_r = norm(x)         (section 3.1)
+2. Calibrate  C = sum over all inputs r of readers of X_r^T X_r, in float64                                     (section 3.3)
+3. Rotate     Q = eigenvectors of C, the largest first; the embedding table, writers and readers turn by it    (section 3.2)
+4. Delete     all but the first d' channels                                                                    (section 3.4)
+
+The paper has a Q for every block, from the activations of the blocks sliced before it, and a product Q_l^T Q_l+1 on the path
+around each block; no stock class has a place for that, so that here one Q serves all, from the unpruned model's.
+
+Without `rotate` the channels stay what they are (nor does a tied head become one of its own), and 1 to 3 are replaced by a score:
+
+    s_j = sum over readers W_r of E_rj / sum_k E_rk,  E_rj = (X_r^T X_r)_jj ||W_r,:j||^2
+
+E_rj is the squared error of W_r's output where channel j of its input alone were zero, and every reader, the head among them,
+counts the same.  In both, a norm of d' channels is made to equal the norm of d with zeros in place of those that go, which is
+the paper's too.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from billhook import choose
+from billhook.cuts import Cut
+from billhook.errors import BillhookError
+from billhook.observe import BATCH_TOKENS, add_upper, mirrored
+from billhook.plan import Plan
+from billhook.progress import Clock, Tick, quiet
+from billhook.residual import cut, residual, weight_of
+from billhook.rotation import fold, rotate
+from billhook.tensors import Gram, Scores, Tokens
+
+
+@torch.no_grad()
+def slicegpt(
+    model: PreTrainedModel,
+    tokens: Tokens,
+    plan: Plan,
+    _settings: Any = None,
+    *,
+    clock: Clock | None = None,
+    tick: Tick = quiet,
+    **_: Any,
+) -> list[Cut]:
+    """Cut the plan's channels out of the residual stream, in place.
+
+    Args:
+        tokens: calibration windows (windows, length).
+
+    Returns:
+        nothing: it cuts no axis of a layer.
+
+    Raises:
+        BillhookError: the model's stream cannot be cut, or rotated, or an activation is not finite.
+    """
+    clock, kept = clock or Clock(), residual(model).channels - plan.residual
+    if plan.rotate:
+        fold(model)
+        with clock("forward"):
+            C = _gram(model, tokens, tick)
+        with clock("rotation"):
+            Q = torch.linalg.eigh(C).eigenvectors.flip(1)
+            rotate(model, Q)
+        stay = torch.arange(kept)
+    else:
+        with clock("forward"):
+            scores = channel_scores(model, tokens, tick)
+        stay = choose.lowest(scores, plan.residual)[1]
+    with clock("cut"):
+        cut(model, stay)
+    return []
+
+
+def channel_scores(model: PreTrainedModel, tokens: Tokens, tick: Tick = quiet) -> Scores:
+    """s (channels), float64."""
+    energy: dict[tuple[str, ...], Tensor] = {}
+    for readers, x in _inputs(model, tokens, tick):
+        here = x.square().sum(0, dtype=torch.float64)
+        energy[readers] = energy[readers] + here if readers in energy else here
+    s = torch.zeros_like(next(iter(energy.values())))
+    for readers, of_input in energy.items():
+        for name in readers:
+            E = of_input * weight_of(model, name).double().square().sum(0).to(of_input)
+            s += E / E.sum().clamp_min(torch.finfo(E.dtype).tiny)
+    _check_finite(s)
+    return s.cpu()
+
+
+def _gram(model: PreTrainedModel, tokens: Tokens, tick: Tick) -> Gram:
+    upper = None
+    for _, x in _inputs(model, tokens, tick):
+        upper = add_upper(upper, x)
+    assert upper is not None
+    C = mirrored(upper)
+    _check_finite(C)
+    return C
+
+
+def _inputs(model: PreTrainedModel, tokens: Tokens, tick: Tick) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """What enters the readers that share an input, X_r (tokens, channels), batch by batch.
+
+    The head never runs: what it would read is the base model's output.
+    """
+    found, seen = residual(model), dict[tuple[str, ...], Tensor]()
+
+    def tap(readers: tuple[str, ...]) -> Callable[..., None]:
+        return lambda _, args: seen.update({readers: args[0]})
+
+    *inside, head = found.readers
+    batches = tokens.split(max(1, BATCH_TOKENS // tokens.shape[1]))
+    with ExitStack() as hooks:
+        for readers in inside:
+            hooks.callback(model.get_submodule(readers[0]).register_forward_pre_hook(tap(readers)).remove)
+        for n, batch in enumerate(batches):
+            tick("statistics", n, len(batches))
+            out = model.base_model(batch.to(model.device), use_cache=False)
+            seen[head] = out.last_hidden_state
+            for readers, x in seen.items():
+                yield readers, x.flatten(0, -2).float()
+    tick("statistics", len(batches), len(batches))
+
+
+def _check_finite(found: Tensor) -> None:
+    if not found.isfinite().all():
+        raise BillhookError("the residual stream is not finite: weights or dtype overflow; try --dtype float32")

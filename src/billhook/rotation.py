@@ -1,0 +1,79 @@
+"""Turning the residual stream, which changes nothing: what SliceGPT (arXiv:2401.15024) does before it cuts.
+
+    norm(x) g W^T = (norm(x Q) Q^T) diag(g) W^T,  for norm(x) = x / sqrt(|x|^2/d + e) has no direction of its own
+
+so that each norm's weight g goes into the columns of what reads it, and Q into the embedding table (E Q), the writers
+(Q^T W, Q^T b), the readers and the head (W Q).  The paper has a Q for every block and a product on the path around it, which no
+stock class holds: here one Q turns the whole stream.  A tied head gets the last norm's weight and the table does not: a
+rotation unties them.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from billhook.errors import BillhookError
+from billhook.residual import ELSE, Flow, Residual, ends, flow, gain, residual, set_gain, weight_of, writes
+from billhook.tensors import Gram
+
+ROWS = 8192  # of a weight in float64 at a time
+
+
+def check(model: PreTrainedModel) -> None:
+    """Refuse a model whose residual stream cannot be turned.
+
+    Raises:
+        BillhookError: a norm stands between a writer and the stream, or a reader has none before it.
+    """
+    found = residual(model)
+    _check(model, found, flow(model, found))
+
+
+def _check(model: PreTrainedModel, found: Residual, seen: Flow) -> None:
+    kind, readers = model.config.model_type, [name for group in found.readers for name in group]
+    if after := [name for name in found.norms if name not in seen.into.values()]:
+        raise BillhookError(
+            f"{kind} cannot be rotated: {after[0]} stands between a writer and the residual stream, and its weight is of the "
+            "channels as they are: use --no-rotate"
+        )
+    if bare := [name for name in readers if name not in seen.into]:
+        raise BillhookError(f"{kind} cannot be rotated: no norm that billhook knows feeds {bare[0]}; {ELSE}")
+
+
+@torch.no_grad()
+def fold(model: PreTrainedModel) -> None:
+    """Put every norm's weight into what reads it, in place; a tied head becomes a weight of its own.
+
+    Raises:
+        BillhookError: the stream cannot be turned (`check`).
+    """
+    found = residual(model)
+    seen = flow(model, found)
+    _check(model, found, seen)
+    embedding, head = ends(model)
+    if found.tied:
+        head.weight = nn.Parameter(embedding.weight.detach().clone(), embedding.weight.requires_grad)
+        model.config.tie_word_embeddings = False
+        vars(model)["all_tied_weights_keys"] = {}  # what transformers leaves out when it saves
+    gains = {name: gain(model.get_submodule(name)) for name in found.norms}
+    for name, norm in seen.into.items():
+        weight = weight_of(model, name)
+        weight.copy_(weight.double() * gains[norm])
+    for name, old in gains.items():
+        set_gain(model.get_submodule(name), torch.ones_like(old))
+
+
+@torch.no_grad()
+def rotate(model: PreTrainedModel, Q: Gram) -> None:
+    """Turn the residual stream of a folded model by the orthogonal Q (channels, channels), in place: x becomes x Q."""
+    found = residual(model)
+    for slot in writes(model, found):
+        _turn(model.get_parameter(slot.param).data.movedim(slot.dim, -1), Q)
+    for name in (name for group in found.readers for name in group):
+        _turn(weight_of(model, name), Q)
+
+
+def _turn(weight: Tensor, Q: Gram) -> None:
+    """Every row times Q, in place."""
+    for rows in weight.view(1, -1).split(ROWS) if weight.ndim == 1 else weight.split(ROWS):
+        rows.copy_((rows.to(Q) @ Q).to(rows))
