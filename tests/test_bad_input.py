@@ -163,7 +163,7 @@ def test_heads_that_a_stock_checkpoint_cannot_lose(bench: Bench) -> None:
         tiny.tokenizer().save_pretrained(bench.tmp / name)
     for kind in ("heads", "groups"):
         bench.refuses(
-            "opt cannot give up 'heads' in a stock checkpoint: .*name other --axes, or use --layout per_layer",
+            f"opt cannot give up '{kind}' in a stock checkpoint: .*name other --axes, or use --layout per_layer",
             *bench.prune("--axes", kind, model=bench.tmp / "opt"),
         )
     bench.refuses(

@@ -70,6 +70,7 @@ def test_prune_asks_the_stock_client(bench: Bench) -> None:
 DISHONEST = """
 
 import functools
+PerLayerQwen3ForCausalLM = classes_of("qwen3")[2]
 _honest = PerLayerQwen3ForCausalLM.forward
 
 
@@ -100,7 +101,7 @@ def test_a_modelling_file_that_computes_otherwise_is_refused(tmp_path: Path) -> 
 
 def truth(folder: Path, prompts: list[list[int]]) -> Answer:
     """What the transformers client should answer, by another route than billhook's load."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True)
     ids = torch.tensor(prompts)
     more = {"max_new_tokens": clients.NEW_TOKENS, "min_new_tokens": clients.NEW_TOKENS, "do_sample": False}
     with torch.no_grad():

@@ -27,7 +27,7 @@ def found(name: str = "llama") -> PoolEvidence:
     return evidence(tiny.model(name), IDS, CLUSTERS, KINDS)
 
 
-@pytest.mark.parametrize("name", list(tiny.CONFIGS))
+@pytest.mark.parametrize("name", tiny.DENSE)
 def test_every_sum_is_that_of_whole_gradients(name: str) -> None:
     model, seen = tiny.model(name), found(name)
     every = {slot.param for axis in axes(model, KINDS) for slot in axis.slots}

@@ -4,6 +4,7 @@ import copy
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -27,13 +28,13 @@ def damage(model: torch.nn.Module, dense: torch.nn.Module) -> float:
 
 
 @pytest.mark.parametrize("stream", STREAMS)
-@pytest.mark.parametrize("family", tiny.CONFIGS)
+@pytest.mark.parametrize("family", tiny.DENSE)
 def test_restoration_repairs_in_every_family_and_stream(family: str, stream: str) -> None:
     dense = tiny.model(family)
     plain, restored = copy.deepcopy(dense), copy.deepcopy(dense)
     fasp(plain, IDS, even(3, {"ffn": 12}), Settings(restoration=False), stream=stream)
     cuts = fasp(restored, IDS, even(3, {"ffn": 12}), stream=stream)
-    assert [axis.units for axis in axes(restored, ("ffn",))] == [36] * 3
+    assert [axis.units + 12 for axis in axes(restored, ("ffn",))] == [axis.units for axis in axes(dense, ("ffn",))]
     assert damage(restored, dense) < damage(plain, dense)
     for cut in cuts:
         assert 0 < cut.error <= cut.error_without + 1e-12
@@ -58,21 +59,24 @@ def test_a_dense_target_without_correction_is_the_sequential_stream() -> None:
         torch.testing.assert_close(p, q, msg=name)
 
 
-@pytest.mark.parametrize("family", tiny.CONFIGS)
+@pytest.mark.parametrize("family", tiny.DENSE)
 def test_ends_layer_says_where_the_reader_adds_to_the_output_as_it_is(family: str) -> None:
     """What the dense target relies on: shift the reader's output, and the layer's output shifts by just that."""
     model = tiny.model(family)
     for axis in axes(model, ("ffn", "groups")):
         outputs: list[torch.Tensor] = []
         shift = torch.randn(32, generator=torch.Generator().manual_seed(2))
-        watch = layers(model)[axis.layer].register_forward_hook(lambda _, __, out, o=outputs: o.append(out))
+        watch = layers(model)[axis.layer].register_forward_hook(
+            lambda _, __, out, o=outputs: o.append(out[0] if isinstance(out, tuple) else out)
+        )
         model(IDS[:2])
         push = model.get_submodule(axis.reader_module).register_forward_hook(lambda _, __, out, s=shift: out + s)
         model(IDS[:2])
         watch.remove()
         push.remove()
         as_it_is = torch.allclose(outputs[1] - outputs[0], shift.expand_as(outputs[0]), atol=1e-4)
-        assert as_it_is == axis.ends_layer == (axis.kind == "ffn" and family != "opt_350m")
+        assert axis.ends_layer == (as_it_is and axis.kind == "ffn")  # with a parallel residual, attention does so, too
+        assert as_it_is or axis.kind != "ffn" or family in (*tiny.POST_NORM, "granite")
 
 
 def test_the_paper_score_drops_the_columns_of_least_norm_product() -> None:
@@ -126,10 +130,10 @@ def test_a_failing_reload_leaves_nothing(tmp_path: Path, text_file: Path, monkey
     result = billhook.prune(tiny.model("llama"), tokenizer=tiny.tokenizer(), ratio=0.2, **settings)
     saved = result.model.save_pretrained
 
-    def corrupt(to: Path) -> None:
+    def corrupt(to: Path, **how: Any) -> None:
         first = next(result.model.parameters())
         first.data += 1
-        saved(to)
+        saved(to, **how)
         first.data -= 1
 
     monkeypatch.setattr(result.model, "save_pretrained", corrupt)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from billhook import gradients
 from billhook.axes import Axis, Slot
 from billhook.errors import BillhookError
-from billhook.families import KINDS, axes, layers
+from billhook.families import axes, layers, row_of
 from billhook.gradients import gradient_sums
 from billhook.taylor import (
     GRADIENT_SCORES,
@@ -27,8 +27,8 @@ from billhook.taylor import (
 )
 
 IDS = tiny.tokens(windows=3, length=12)  # longer than the sliding windows of 8
-FAMILIES = list(tiny.CONFIGS)
-ALL = tuple(KINDS)
+FAMILIES = tiny.DENSE
+ALL = ("ffn", "heads", "groups", "value")
 
 
 def close(found: Tensor, expected: Tensor, relative: float = 1e-5) -> bool:
@@ -121,7 +121,10 @@ def test_what_is_linear_in_the_reader_says_the_same_as_the_reader(family: str) -
         scale = float(sums.reader.element_absolute.norm())
         if axis.kind == "ffn":  # up is linear, and ReLU homogeneous: both agree with what reads them
             leaf = list(sums.writers)[-1].split(".")[-2]  # gate comes before up
-            assert float((together(sums, leaf=leaf) - sums.reader.signed).norm()) <= 1e-5 * scale
+            linear = row_of(model).up[1:] or family.startswith("opt")
+            assert float((together(sums, leaf=leaf) - sums.reader.signed).norm()) <= 1e-5 * scale or not linear
+        if row_of(model).qkv:
+            continue  # one matrix, whose sums are of all three
         if axis.kind in ("groups", "value"):
             assert float((together(sums, leaf="v_proj") - sums.reader.signed).norm()) <= 1e-5 * scale
         if axis.kind == "groups":
@@ -129,7 +132,7 @@ def test_what_is_linear_in_the_reader_says_the_same_as_the_reader(family: str) -
             assert (
                 float((q - k).norm()) <= 1e-5 * scale
             )  # the scores are bilinear in them; where a norm follows, both are 0
-            assert float(q.norm()) <= 1e-3 * scale or family != "qwen3"
+            assert float(q.norm()) <= 1e-3 * scale or family not in ("qwen3", "gemma3_text")
 
 
 @contextmanager

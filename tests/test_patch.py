@@ -29,7 +29,8 @@ from billhook.recipe import recipe
 from billhook.surgery import cast, drop_layers
 
 IDS, OTHERS = tiny.tokens(16, 32), tiny.tokens(4, 32, seed=9)
-PRE_NORM = [name for name in tiny.CONFIGS if name != "opt_350m"]
+OTHER = ("granite", "falcon", "falcon_new", "falcon_alibi", "bloom")  # scaled sums; layers that return tuples
+PRE_NORM = [name for name in tiny.DENSE if name not in (*tiny.POST_NORM, *OTHER)]
 WIDE = {"num_hidden_layers": 8}
 
 

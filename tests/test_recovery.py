@@ -28,7 +28,8 @@ from billhook import (
     training,
 )
 from billhook.errors import BillhookError
-from billhook.families import layers
+from billhook.experts import unfuse
+from billhook.families import layers, row_of
 from billhook.precision import autocast_dtype
 from billhook.recovery import recovery
 from billhook.trainables import Cut
@@ -192,21 +193,28 @@ def named(model: Any) -> set[str]:
     return {name for name, param in model.named_parameters() if param.requires_grad}
 
 
+def opened(family: str) -> T.PreTrainedModel:
+    model = tiny.model(family)
+    unfuse(model)
+    return model
+
+
 @pytest.mark.parametrize("family", tiny.CONFIGS)
 def test_what_each_set_trains(family: str) -> None:
     cut = Cut([0, 2, 3], 4)
-    everything = {name for name, _ in tiny.model(family).named_parameters()}
-    assert named(trainables.train_all(tiny.model(family), cut, 4)) == everything
-    end, seam = (make(tiny.model(family), cut, 4) for make in (trainables.train_end, trainables.train_seam))
-    inside = {name for name in everything if ".layers." in name}
-    assert named(seam) == {name for name in inside if ".layers.0." in name or ".layers.1." in name}
-    decoder = trainables.train_decoder(tiny.model(family), cut, 4)
+    everything = {name for name, _ in opened(family).named_parameters()}
+    assert named(trainables.train_all(opened(family), cut, 4)) == everything
+    end, seam = (make(opened(family), cut, 4) for make in (trainables.train_end, trainables.train_seam))
+    at = row_of(opened(family)).layers
+    inside = {name for name in everything if name.startswith(f"{at}.")}
+    assert named(seam) == {name for name in inside if name.startswith((f"{at}.0.", f"{at}.1."))}
+    decoder = trainables.train_decoder(opened(family), cut, 4)
     assert inside <= named(decoder) and not decoder.get_input_embeddings().weight.requires_grad
     assert not decoder.get_output_embeddings().weight.requires_grad
     assert inside <= named(end)  # three layers are all it has
     assert end.get_output_embeddings().weight.requires_grad
-    adapters = named(trainables.train_adapters(tiny.model(family), cut, 4))
-    assert adapters and all("lora_" in name and ".layers." in name for name in adapters)
+    adapters = named(trainables.train_adapters(opened(family), cut, 4))
+    assert adapters and all(("lora_" in name or "parametrizations" in name) and f"{at}." in name for name in adapters)
 
 
 def test_a_tied_head_learns_as_a_head_alone() -> None:

@@ -67,6 +67,10 @@ CONFIGS: dict[str, Any] = {
     ),
 }
 
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
+DENSE = [name for name in CONFIGS if name not in MIXTURES]
+POST_NORM = ("opt_350m", "gemma2", "gemma3_text", "olmo2")  # norms, or a factor, between an FFN and the stream
+
 
 def model(name: str, seed: int = 0, **other: Any) -> T.PreTrainedModel:
     """A random model; its biases and norms are random too, so that a forgotten one shows."""

@@ -185,7 +185,7 @@ def _masked(model: PreTrainedModel, group: Group, role: str, name: str, how: Mas
     weight, solve = weight_of(model, name), METHODS[how.method].linear
     assert solve is not None
     before = int((weight == 0).sum())
-    W, settings = weight.double(), replace(how.settings, zeros=held(weight, how))
+    W, settings = weight.double().contiguous(), replace(how.settings, zeros=held(weight, how))
     with clock("solver"):
         target = target_of(W, group.fit)
         try:
@@ -209,6 +209,8 @@ def held(W: Weight, how: Masking) -> Support | None:
 
 def target_of(W: Weight, sums: Sums) -> Target:
     """What an operator of weight W shall put out: what it did in the unpruned model, where the stream follows that."""
+    if not sums.gram.any():  # an expert that no token went to: its weights alone decide
+        return Target(torch.eye(len(sums.gram), dtype=sums.gram.dtype, device=sums.gram.device))
     if sums.cross is None or sums.dense is None:
         return Target(sums.gram)
     return Target(sums.gram, W @ sums.cross, ((W @ sums.dense) * W).sum(1))

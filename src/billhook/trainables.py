@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from billhook.errors import BillhookError
-from billhook.families import layers
+from billhook.families import layers, mixture
 from billhook.tensors import Weight
 
 LAST = 3  # layers of head+last3, after "Reassessing Layer Pruning" (arXiv:2411.15558)
@@ -53,17 +54,25 @@ def train_decoder(model: PreTrainedModel, cut: Cut | None, rank: int) -> PreTrai
 
 def train_adapters(model: PreTrainedModel, cut: Cut | None, rank: int) -> Any:
     """Low-rank adapters (LoRA, arXiv:2106.09685) on every linear weight of the decoder layers; `merged` takes them in."""
+    if any(mixture(model, n) is not None for n in range(len(layers(model)))):
+        return train_masked_adapters(model, cut, rank)  # peft takes the experts of these families to be one tensor
     try:
         import peft
     except ImportError as error:
         raise BillhookError("--trainable lora needs the extra: pip install 'billhook[lora]'") from error
     linear = {
-        name.rpartition(".")[2]
+        name.rpartition(".")[2]: isinstance(module, Conv1D)
         for layer in layers(model)
         for name, module in layer.named_modules()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, nn.Linear | Conv1D)
     }
-    config = peft.LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=SCALE * rank, target_modules=sorted(linear))
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=SCALE * rank,
+        target_modules=sorted(linear),
+        fan_in_fan_out=any(linear.values()),
+    )
     with warnings.catch_warnings():  # peft 0.21 asks for an attribute that transformers 5 has renamed
         warnings.simplefilter("ignore", FutureWarning)
         return peft.get_peft_model(model.requires_grad_(False), config)
@@ -125,8 +134,8 @@ def _instead(model: PreTrainedModel, form: Callable[[Tensor, int], nn.Module], r
     return model
 
 
-def _linears(model: PreTrainedModel) -> list[nn.Linear]:
-    return [module for layer in layers(model) for module in layer.modules() if isinstance(module, nn.Linear)]
+def _linears(model: PreTrainedModel) -> list[nn.Linear | Conv1D]:
+    return [module for layer in layers(model) for module in layer.modules() if isinstance(module, nn.Linear | Conv1D)]
 
 
 def _drawn(rows: int, columns: int) -> nn.Parameter:
