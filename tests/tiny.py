@@ -67,6 +67,20 @@ CONFIGS: dict[str, Any] = {
     ),
 }
 
+ONE_EACH = [  # of every family
+    name
+    for name in CONFIGS
+    if name
+    not in (
+        "llama_bias",
+        "mistral_sliding",
+        "qwen2_sliding",
+        "gpt_neox_serial",
+        "falcon_new",
+        "falcon_alibi",
+        "opt_350m",
+    )
+]
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
 DENSE = [name for name in CONFIGS if name not in MIXTURES]
 POST_NORM = ("opt_350m", "gemma2", "gemma3_text", "olmo2")  # norms, or a factor, between an FFN and the stream

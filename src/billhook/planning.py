@@ -166,6 +166,7 @@ def unit_scores(
     """The gradient score that the recipe names, of every unit; nothing where it names one that needs no gradients."""
     if chosen.score not in GRADIENT_SCORES or not chosen.unit_kinds:
         return {}
+    budget.check_kinds(model, chosen.kinds, chosen.layout)
     return _gradient_scores(model, chosen.score, chosen.unit_kinds, tokens, clock or Clock(), tick)
 
 

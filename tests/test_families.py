@@ -1,0 +1,62 @@
+"""Every method on every family, in bfloat16, by what docs/families.md says; and that page is fresh."""
+
+from pathlib import Path
+from typing import Any
+
+import families_page
+import pytest
+import tiny
+import torch
+
+import billhook
+from billhook import budget
+from billhook.errors import BillhookError
+from billhook.families import layers
+from billhook.modeling_per_layer import FAMILIES
+
+PAGE = Path(__file__).parent.parent / "docs" / "families.md"
+CASES: dict[str, dict[str, Any]] = {
+    **{f"fasp {kind}": {"axes": (kind,)} for kind in ("ffn", "heads", "groups", "expert_ffn", "shared")},
+    "fasp value": {"axes": ("value",), "layout": "per_layer"},
+    "fasp by gradients": {"axes": ("ffn",), "score": "taylor2_element"},
+    "layerchop": {"method": "layerchop", "layers": 2},
+    "experts": {"method": "experts"},
+    "experts uncurl": {"method": "experts", "experts": "uncurl"},
+    "slicegpt": {"method": "slicegpt", "ratio": 0.2},
+    "slicegpt unturned": {"method": "slicegpt", "ratio": 0.2, "rotate": False},
+}
+
+
+def test_the_page_is_fresh() -> None:
+    found = families_page.text()
+    assert PAGE.read_text() == found, "make families"
+    assert "|  |" not in found
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_method_runs_or_says_why_not(family: str, case: str, text_file: Path) -> None:
+    model = tiny.model(family).bfloat16()
+    before = sum(p.numel() for p in layers(model).parameters())
+    shares = {row["axis"]: row["share_of_decoder"] for row in budget.anatomy(tiny_opened(family))["axes"]}
+    given = {"calibration": str(text_file), "samples": 10, "seq_len": 32, "multiple_of": 8, **CASES[case]}
+    if not {"ratio", "layers"} & set(given):  # half of the units of that axis, or a third of the experts
+        given["ratio"] = (shares.get(axis_of(case)) or 0.2) * (0.34 if axis_of(case) == "experts" else 0.5)
+    try:
+        found = billhook.prune(model, tokenizer=tiny.tokenizer(), **given)
+    except BillhookError as error:
+        words = families_page.axis_cell(tiny_opened(family), axis_of(case), family, families_page.Notes())
+        assert words.startswith(("no", "per_layer", "yes, not rotated")), (words, error)
+        return
+    assert found.model.dtype == torch.bfloat16
+    assert sum(p.numel() for p in layers(found.model).parameters()) < before
+    assert found.model(tiny.tokens()).logits.isfinite().all()
+
+
+def axis_of(case: str) -> str:
+    method, _, kind = case.partition(" ")
+    own = {"layerchop": "layers", "experts": "experts", "slicegpt": "residual"}
+    return own.get(method) or ("ffn" if kind == "by gradients" else kind)
+
+
+tiny_opened = families_page.opened
