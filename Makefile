@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-slow bench-allocation bench-depth bench-recovery bench-search bench-masks check clean
+.PHONY: help demo test test-slow bench-allocation bench-depth bench-recovery bench-search bench-masks bench-mixtures families check clean
 help:
 	@echo "make demo       prune a real model and see what it cost (first run fetches about 120 MB)"
 	@echo "make test       the fast test suite"
@@ -13,6 +13,8 @@ help:
 	@echo "make bench-recovery STUDENT=smaller TRAIN=train.txt TEXTS='valid.txt demo'   what heals a cut best (goes on)"
 	@echo "make bench-search TRAIN=train.txt VALID=valid.txt TEXTS=demo   what a search for samples and metric is worth (hours; goes on)"
 	@echo "make bench-masks CALIBRATION=train.txt TEXTS='valid.txt demo'   what each method that makes zeros leaves (hours; goes on)"
+	@echo "make bench-mixtures CALIBRATION=train.txt TEXTS=valid.txt   fewer experts in a small mixture, trained for it (minutes)"
+	@echo "make families   write docs/families.md anew"
 	@echo "make check      lint, format, types"
 	@echo "make clean      remove $(VENV)"
 
@@ -39,6 +41,12 @@ bench-search: $(VENV)/.test
 
 bench-masks: $(VENV)/.base
 	$(VENV)/bin/python benchmarks/masks.py demo $(CALIBRATION) $(TEXTS)
+
+bench-mixtures: $(VENV)/.base
+	$(VENV)/bin/python benchmarks/mixtures.py $(CALIBRATION) $(firstword $(TEXTS))
+
+families: $(VENV)/.dev
+	$(VENV)/bin/python tests/families_page.py > docs/families.md
 
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
