@@ -199,6 +199,7 @@ def test_the_command_ends_in_a_stock_checkpoint(
         (["--ratio", "0.2", "--axes", "shared"], "no expert that every token goes to"),
         (["--ratio", "0.2", "--axes", "expert_ffn", "--score", "taylor1_vector"], "a --score that needs no gradients"),
         (["--ratio", "0.2", "--experts", "reap"], "use it with --method experts"),
+        (["--ratio", "0.1", "--axes", "expert_ffn", "--multiple-of", "4"], "widths of experts are multiples of 8"),
         (["--ratio", "0.2", "--method", "experts", "--stream", "dense_target"], "experts are observed in"),
     ],
 )

@@ -21,6 +21,7 @@ AXES = {
     "layers": "whole decoder layers",
     "residual": "channels of the residual stream, through the whole model",
 }
+EXPERT_STEP = 8  # of experts' widths: transformers' grouped products want rows of 16 bytes, in two bytes a number
 TOLERANCE = 0.005  # a goal so little below what can be had is met by it
 
 
@@ -85,11 +86,11 @@ def anatomy(model: PreTrainedModel) -> dict[str, Any]:
 
 def check_kinds(model: PreTrainedModel, kinds: tuple[str, ...], layout: str = "uniform") -> None:
     """Raise BillhookError unless the model can give up every one of `kinds` in the layout."""
-    check_names(kinds, layout)
-    if layout == "per_layer" and row_of(model).experts:
+    if row_of(model).experts and (layout == "per_layer" or "value" in kinds):  # which that layout alone can hold
         raise BillhookError(
             f"{model.config.model_type} has no per_layer layout: experts of a layer are stored as one tensor"
         )
+    check_names(kinds, layout)
     for kind in kinds:
         if why := refusal(model, kind, "per_layer"):
             raise BillhookError(f"{model.config.model_type} cannot give up {kind!r}: {why}; name other --axes")
@@ -130,6 +131,8 @@ def allowed(model: PreTrainedModel, axis: Axis, multiple_of: int, layout: str = 
         if axis.units == least:
             raise BillhookError(f"every token goes to all {least} experts of a layer: none can go")
         return [d for d in range(axis.units) if axis.units - d >= least]
+    if axis.kind == "expert_ffn" and multiple_of % EXPERT_STEP:
+        raise BillhookError(f"--multiple-of {multiple_of}: widths of experts are multiples of {EXPERT_STEP}")
     if axis.kind in ("ffn", "expert_ffn", "shared"):
         drops = [0] + [d for d in range(1, axis.units) if (axis.units - d) % multiple_of == 0]
         if len(drops) == 1:

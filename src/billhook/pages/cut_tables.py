@@ -158,4 +158,7 @@ def _errors(cuts: Sequence[Mapping[str, Any]]) -> str:
     if means["error"] is None:
         return ""
     held = f", {means['error_held_out']:.3f} on held-out windows" if means["error_held_out"] is not None else ""
-    return f"{number(means['error_without'], '{:.3f}')} → {means['error']:.3f} by restoration{held} (mean of layers)"
+    if means["error"] == means["error_without"]:  # nothing was repaired
+        return f"{means['error']:.3f}{held} (mean of layers)"
+    by = "merging" if cuts[0]["kind"] == "experts" else "restoration"
+    return f"{number(means['error_without'], '{:.3f}')} → {means['error']:.3f} by {by}{held} (mean of layers)"
