@@ -19,12 +19,21 @@ CASES: dict[str, dict[str, Any]] = {
     **{f"fasp {kind}": {"axes": (kind,)} for kind in ("ffn", "heads", "groups", "expert_ffn", "shared")},
     "fasp value": {"axes": ("value",), "layout": "per_layer"},
     "fasp by gradients": {"axes": ("ffn",), "score": "taylor2_element"},
+    "adapruner": {"method": "adapruner", "trials": 3, "pool": 24, "pool_len": 32},
+    "adapruner groups": {"method": "adapruner", "trials": 3, "pool": 24, "pool_len": 32, "axes": ("groups",)},
     "layerchop": {"method": "layerchop", "layers": 2},
     "experts": {"method": "experts"},
     "experts uncurl": {"method": "experts", "experts": "uncurl"},
     "slicegpt": {"method": "slicegpt", "ratio": 0.2},
     "slicegpt unturned": {"method": "slicegpt", "ratio": 0.2, "rotate": False},
 }
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(tiny.text(2000, 300))
+    return str(path)
 
 
 def test_the_page_is_fresh() -> None:
@@ -35,11 +44,11 @@ def test_the_page_is_fresh() -> None:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_method_runs_or_says_why_not(family: str, case: str, text_file: Path) -> None:
+def test_every_method_runs_or_says_why_not(family: str, case: str, text: str) -> None:
     model = tiny.model(family).bfloat16()
     before = sum(p.numel() for p in layers(model).parameters())
     shares = {row["axis"]: row["share_of_decoder"] for row in budget.anatomy(tiny_opened(family))["axes"]}
-    given = {"calibration": str(text_file), "samples": 10, "seq_len": 32, "multiple_of": 8, **CASES[case]}
+    given = {"calibration": text, "samples": 10, "seq_len": 32, "multiple_of": 8, **CASES[case]}
     if not {"ratio", "layers"} & set(given):  # half of the units of that axis, or a third of the experts
         given["ratio"] = (shares.get(axis_of(case)) or 0.2) * (0.34 if axis_of(case) == "experts" else 0.5)
     try:
@@ -56,7 +65,7 @@ def test_every_method_runs_or_says_why_not(family: str, case: str, text_file: Pa
 def axis_of(case: str) -> str:
     method, _, kind = case.partition(" ")
     own = {"layerchop": "layers", "experts": "experts", "slicegpt": "residual"}
-    return own.get(method) or ("ffn" if kind == "by gradients" else kind)
+    return own.get(method) or ("ffn" if kind in ("", "by gradients") else kind)
 
 
 tiny_opened = families_page.opened
