@@ -44,8 +44,15 @@ def weights(model: Any, roles: tuple[str, ...] = ROLES) -> dict[str, torch.Tenso
     return {path: masking.weight_of(model, path) for _, _, path in masking.every(model, roles)}
 
 
-@pytest.mark.parametrize("method", MASKING)
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        (name, method)
+        for name in ALL
+        for method in MASKING
+        if name in tiny.STRUCTURES or method in ("wanda", "sparsegpt")
+    ],
+)
 def test_every_family_has_exactly_the_zeros_that_were_asked_for(text: str, name: str, method: str) -> None:
     half, groups = masked(text, name, method=method), masked(text, name, method=method, pattern="2:4", half=True)
     dense = tiny.model(name)

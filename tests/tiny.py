@@ -81,6 +81,7 @@ ONE_EACH = [  # of every family
         "opt_350m",
     )
 ]
+STRUCTURES = ("llama", "phi3", "gpt2", "bloom", "qwen2_moe")  # apart, fused, transposed, by group, in experts
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
 DENSE = [name for name in CONFIGS if name not in MIXTURES]
 POST_NORM = ("opt_350m", "gemma2", "gemma3_text", "olmo2")  # norms, or a factor, between an FFN and the stream
