@@ -32,6 +32,7 @@ CONFIGS: dict[str, Any] = {
     "olmo2": lambda: T.Olmo2Config(**SHAPE, **GATED),
     "granite": lambda: T.GraniteConfig(**SHAPE, **GATED, residual_multiplier=0.5, attention_multiplier=0.3),
     "smollm3": lambda: T.SmolLM3Config(**SHAPE, **GATED, no_rope_layers=[1, 0, 1], pad_token_id=0),
+    "seed_oss": lambda: T.SeedOssConfig(**SHAPE, **GATED, head_dim=8, attention_out_bias=True, pad_token_id=0),
     "mixtral": lambda: T.MixtralConfig(**SHAPE, **{**GATED, **MIXED, "intermediate_size": 16}, num_local_experts=6),
     "qwen2_moe": lambda: T.Qwen2MoeConfig(
         **SHAPE, **GATED, **MIXED, **QWEN_MOE, shared_expert_intermediate_size=24, mlp_only_layers=[0]

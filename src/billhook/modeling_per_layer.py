@@ -139,6 +139,7 @@ FAMILIES: dict[str, Family] = {
     "olmo2": Family(_named("Olmo2"), as_is=False, refusals=(JOINT_NORM,)),
     "granite": Family(_named("Granite"), as_is=("residual_multiplier", 1.0)),
     "smollm3": Family(_named("SmolLM3")),
+    "seed_oss": Family(_named("SeedOss")),
     "mixtral": _mixture("Mixtral", "num_local_experts", "intermediate_size"),
     "qwen2_moe": _mixture("Qwen2Moe", "num_experts", "moe_intermediate_size", dense=True, shared=True),
     "qwen3_moe": _mixture("Qwen3Moe", "num_experts", "moe_intermediate_size", dense=True),
