@@ -99,6 +99,16 @@ def test_layers_without_a_mixture_stay_so_when_others_go(family: str, tmp_path: 
     assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
+def test_a_token_pays_for_the_experts_it_goes_to() -> None:
+    """The same as a dense model would, of the linear weights that one token meets."""
+    model = opened("mixtral")
+    outside = sum(
+        m.weight.numel() for n, m in model.named_modules() if hasattr(m, "in_features") and ".experts." not in n
+    )
+    inside = 3 * (2 * 3 * 16 * 32 + 6 * 32)  # two experts a layer, and all of the router's rows
+    assert budget.macs_per_token(model, 0) == outside + inside
+
+
 def test_routing_counts_what_the_router_does() -> None:
     model = opened("mixtral")
     found = list(mixtures(model, IDS, held_out=0.25))
@@ -198,6 +208,7 @@ def test_the_command_ends_in_a_stock_checkpoint(
         (["--ratio", "0.2", "--axes", "value", "--layout", "per_layer"], "no per_layer layout"),
         (["--ratio", "0.2", "--axes", "shared"], "no expert that every token goes to"),
         (["--ratio", "0.2", "--axes", "expert_ffn", "--score", "taylor1_vector"], "a --score that needs no gradients"),
+        (["--speedup", "1.2", "--axes", "heads"], "those of a mixture of experts are not alike"),
         (["--ratio", "0.2", "--experts", "reap"], "use it with --method experts"),
         (["--ratio", "0.1", "--axes", "expert_ffn", "--multiple-of", "4"], "widths of experts are multiples of 8"),
         (["--ratio", "0.2", "--method", "experts", "--stream", "dense_target"], "experts are observed in"),

@@ -100,8 +100,9 @@ def test_sparsities_over_depth_keep_the_number_of_zeros() -> None:
         )
 
 
-def test_the_model_is_as_it_was_after_trials(text: str) -> None:
-    model, how = tiny.model("llama"), masking.Masking("optishear", Pattern(0.5), ("q", "up"), "dense", Settings())
+@pytest.mark.parametrize(("family", "targets"), [("llama", ("q", "up")), ("gpt2", ("q", "k", "v", "o", "up"))])
+def test_the_model_is_as_it_was_after_trials(family: str, targets: tuple[str, ...]) -> None:
+    model, how = tiny.model(family), masking.Masking("optishear", Pattern(0.5), targets, "dense", Settings())
     before = {name: one.clone() for name, one in model.state_dict().items()}
     tokens = torch.randint(0, 90, (16, 32), generator=torch.Generator().manual_seed(0))
     windows = shearing.Validation(tokens[:0], tokens[:8], tokens[8:])

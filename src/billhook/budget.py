@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from billhook.axes import Axis
 from billhook.errors import BillhookError, one_of
-from billhook.families import KINDS, attention, axes, experts_per_token, layers, refusal, row_of, sizes
+from billhook.families import KINDS, WIDTHS, attention, axes, experts_per_token, layers, refusal, row_of, sizes
 from billhook.layout import stock_holder
 from billhook.modeling_per_layer import MIXED
 from billhook.plan import Plan
@@ -44,8 +44,9 @@ def parameters(model: PreTrainedModel) -> dict[str, int]:
 def macs_per_token(model: PreTrainedModel, context: int) -> int:
     """Multiply-accumulates of one token that attends to `context` others: every linear weight once, scores and values."""
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear | Conv1D))
-    for axis in axes(model, ("experts",)):  # of which a token sees a few
-        linear -= (axis.units - experts_per_token(model)) * axis.price(model) - model.config.hidden_size * axis.units
+    for axis in axes(model, ("experts",)):  # of which a token sees a few, and the router's rows, all of them
+        rows, hidden = model.get_parameter(axis.reader.param).shape
+        linear += rows * hidden - (rows - experts_per_token(model)) * (axis.price(model) - hidden)
     found = [attention(model, n) for n in range(len(layers(model)))]
     return linear + context * sum(2 * one.heads * one.head_dim for one in found)
 
@@ -133,7 +134,7 @@ def allowed(model: PreTrainedModel, axis: Axis, multiple_of: int, layout: str = 
         return [d for d in range(axis.units) if axis.units - d >= least]
     if axis.kind == "expert_ffn" and multiple_of % EXPERT_STEP:
         raise BillhookError(f"--multiple-of {multiple_of}: widths of experts are multiples of {EXPERT_STEP}")
-    if axis.kind in ("ffn", "expert_ffn", "shared"):
+    if axis.kind in WIDTHS:
         drops = [0] + [d for d in range(1, axis.units) if (axis.units - d) % multiple_of == 0]
         if len(drops) == 1:
             raise BillhookError(

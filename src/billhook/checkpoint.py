@@ -56,7 +56,7 @@ def open_model(name: str, *, device: str = "auto", dtype: str = "auto", tick: Ti
     path = _locate(name, tick)
     if path.suffix == ".gguf":
         model, tokenizer = _load_gguf(path)
-        model.to(where)
+        _take_apart(model).to(where)
         return Opened(model, tokenizer, name, None, torch.float32)
     stored = check_folder(path, name)
     compute = {"auto": torch.float32 if where.type == "cpu" else stored, **DTYPES}[
@@ -68,8 +68,7 @@ def open_model(name: str, *, device: str = "auto", dtype: str = "auto", tick: Ti
         param
     ) in model.parameters():  # off the mapped file, which would stay in memory whole until its last tensor is cut
         param.data = param.data.clone()
-    unfuse(model)
-    check_known(model)
+    _take_apart(model)
     tick("loading", 1, 1)
     return Opened(model, load_tokenizer(path, name), name, path, stored)
 
@@ -96,13 +95,18 @@ def open_skeleton(name: str, tick: Tick = quiet) -> Any:
     """The model without its weights, on the meta device: shapes and config, whatever the model's size."""
     path = _locate(name, tick)
     if path.suffix == ".gguf":
-        return _load_gguf(path)[0]
+        return _take_apart(_load_gguf(path)[0])
     check_folder(path, name)
     try:
         with torch.device("meta"), quiet_transformers():
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, trust_remote_code=False))
     except Exception as error:  # a config that the class refuses: transformers raises many kinds
         raise BillhookError(f"{name}: transformers could not build it ({first_line(error)})") from error
+    return _take_apart(model)
+
+
+def _take_apart(model: Any) -> Any:
+    """Experts as modules, and nothing in the layers that no row speaks of."""
     unfuse(model)
     check_known(model)
     return model

@@ -18,7 +18,7 @@ from billhook import budget, checkpoint, data, planning, store
 from billhook.checkpoint import Opened
 from billhook.data import Text, Windows
 from billhook.errors import BillhookError, one_of
-from billhook.families import axes, layers
+from billhook.families import WIDTHS, axes, layers
 from billhook.knee import knee
 from billhook.methods import METHODS
 from billhook.plan import Plan
@@ -284,7 +284,7 @@ def _step(opened: Opened, chosen: Recipe) -> int:
     """Parameters that the finest step of a recipe's axes takes."""
     model, each = opened.model, len(layers(opened.model)) if chosen.layout == "uniform" else 1
     steps = [
-        axis.price(model) * (chosen.width_step if axis.kind == "ffn" else axis.blocks) * each
+        axis.price(model) * (chosen.width_step if axis.kind in WIDTHS else axis.blocks) * each
         for axis in axes(model, chosen.unit_kinds)
         if axis.layer == 0
     ]

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from billhook.axes import Axis, Slot, blocks
 from billhook.errors import BillhookError
 from billhook.modeling_per_layer import FAMILIES, FFN_DIM, MIXED, MODEL_TYPE, V_HEAD_DIM, Family, Refusal
-from billhook.tensors import Index
+from billhook.tensors import Index, Weight
 
 KINDS = {
     "ffn": "FFN channels: gate and up rows with the down column",
@@ -29,6 +29,7 @@ KINDS = {
     "expert_ffn": "FFN channels of every expert, each its own: gate and up rows with the down column",
     "shared": "FFN channels of the expert that every token goes to",
 }
+WIDTHS = ("ffn", "expert_ffn", "shared")  # kinds of axis whose units are channels
 FFN_SIZES = ("width", "experts", "expert_width", "shared_width")  # what layers that mix experts have, or the others
 PER_LAYER_KEYS = ("layer_types", "no_rope_layers")  # config keys that hold one value a layer
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
@@ -221,6 +222,12 @@ def linear(model: PreTrainedModel, path: str) -> nn.Linear | Conv1D:
             f"{path} is {type(found).__name__}, not a Linear: this checkpoint is not a stock {model.config.model_type}"
         )
     return found
+
+
+def weight_of(model: PreTrainedModel, path: str) -> Weight:
+    """The weight of a linear module as (out, in): a view."""
+    module = linear(model, path)
+    return module.weight.data if isinstance(module, nn.Linear) else module.weight.data.T
 
 
 def shape(module: nn.Linear | Conv1D) -> tuple[int, int]:

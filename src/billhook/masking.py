@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from billhook import checkpoint, sparsity
 from billhook.errors import BillhookError
-from billhook.families import FUSED, layers, linear, linears, wanted
+from billhook.families import FUSED, layers, linear, linears, wanted, weight_of
 from billhook.methods import METHODS
 from billhook.operators import ALONE, HELD_OUT, Group, Sums, operators
 from billhook.progress import Clock, Tick, quiet
@@ -86,10 +86,10 @@ def every(model: PreTrainedModel, roles: Sequence[str]) -> Iterator[tuple[int, s
             yield from ((n, role, name) for role, name in one.items() if wanted(role, roles))
 
 
-def weight_of(model: PreTrainedModel, name: str) -> Weight:
-    """The weight of a linear module as (out, in), a view."""
+def put_weight(model: PreTrainedModel, name: str, weight: Weight) -> None:
+    """Have a linear module hold another tensor, given as `weight_of` gives it; the one before is not written to."""
     module = linear(model, name)
-    return module.weight.data if isinstance(module, nn.Linear) else module.weight.data.T
+    module.weight.data = weight if isinstance(module, nn.Linear) else weight.T
 
 
 def zeros_in(model: PreTrainedModel, roles: Sequence[str]) -> tuple[int, int]:

@@ -138,12 +138,6 @@ def reads(model: PreTrainedModel, found: Residual) -> tuple[Slot, ...]:
     return tuple(slots)
 
 
-def weight_of(model: PreTrainedModel, name: str) -> Tensor:
-    """The weight of a linear module seen as (out, in): a view."""
-    module = linear(model, name)
-    return module.weight.data if isinstance(module, nn.Linear) else module.weight.data.T
-
-
 def price(model: PreTrainedModel) -> tuple[int, int]:
     """Parameters that one channel owns: in the decoder layers, and in the whole model."""
     found = residual(model)

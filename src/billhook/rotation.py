@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from billhook.errors import BillhookError
-from billhook.residual import ELSE, Flow, Residual, ends, flow, gain, residual, set_gain, weight_of, writes
+from billhook.families import weight_of
+from billhook.residual import ELSE, Flow, Residual, ends, flow, gain, residual, set_gain, writes
 from billhook.tensors import Gram
 
 ROWS = 8192  # of a weight in float64 at a time

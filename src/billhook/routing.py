@@ -1,7 +1,7 @@
 """What the routers of a mixture of experts do on a text, layer by layer."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,24 +107,21 @@ def _count(routing: Routing, found: dict[Any, Any], layer: int) -> None:
         routing.output[number] += norms.sum(dtype=torch.float64).item()
 
 
-class _tapped(ExitStack):
-    """A dict that, while the context is open, receives what enters and leaves a mixture, its router and its experts."""
+@contextmanager
+def _tapped(model: PreTrainedModel, layer: int, block: nn.Module, experts: nn.ModuleList) -> Iterator[dict[Any, Any]]:
+    """Yield a dict that, while the context is open, receives what enters and leaves a mixture ("in", "out"), and what its
+    router ("router") and its experts (by number) put out."""
+    found: dict[Any, Any] = {}
 
-    def __init__(self, model: PreTrainedModel, layer: int, block: nn.Module, experts: nn.ModuleList) -> None:
-        super().__init__()
-        self.found: dict[Any, Any] = {}
+    def both(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        found.update({"in": args[0], "out": out})
 
-        def tap(name: Any) -> Callable[..., None]:
-            return lambda _, args, out: self.found.update({name: out})
+    def tap(name: str | int) -> Callable[..., None]:
+        return lambda _, __, out: found.update({name: out})
 
-        def both(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-            self.found.update({"in": args[0], "out": out})
-
-        hooked = [(block, both), (model.get_submodule(router_path(model, layer)), tap("router"))]
-        hooked += [(expert, tap(number)) for number, expert in enumerate(experts)]
+    hooked = [(block, both), (model.get_submodule(router_path(model, layer)), tap("router"))]
+    hooked += [(expert, tap(number)) for number, expert in enumerate(experts)]
+    with ExitStack() as hooks:
         for module, hook in hooked:
-            self.callback(module.register_forward_hook(hook).remove)
-
-    def __enter__(self) -> dict[Any, Any]:  # type: ignore[override]
-        super().__enter__()
-        return self.found
+            hooks.callback(module.register_forward_hook(hook).remove)
+        yield found

@@ -150,14 +150,13 @@ class Shears:
         digest = hashlib.sha256()
         try:
             for name, stay in self.zeros(one):
-                module = self.model.get_submodule(name)
                 whole[name] = masking.weight_of(self.model, name)
                 digest.update(np.packbits(stay.cpu().numpy()).tobytes())
-                module.weight.data = whole[name].masked_fill(~stay, 0.0)
+                masking.put_weight(self.model, name, whole[name].masked_fill(~stay, 0.0))
             yield digest.hexdigest()[:16]
         finally:
             for name, weight in whole.items():
-                self.model.get_submodule(name).weight.data = weight
+                masking.put_weight(self.model, name, weight)
 
     def losses(
         self, candidates: Sequence[Candidate], windows: Tokens, tick: Tick = quiet

@@ -10,7 +10,8 @@ from scipy.interpolate import PchipInterpolator
 from transformers import PreTrainedModel
 
 from billhook.axes import Axis
-from billhook.families import axes, layers
+from billhook.errors import BillhookError
+from billhook.families import axes, layers, row_of
 from billhook.observe import enter, run
 from billhook.plan import Plan
 from billhook.progress import Tick, quiet
@@ -28,7 +29,15 @@ def layer_times(model: PreTrainedModel, kinds: tuple[str, ...], tick: Tick = qui
 
     The first layer stands for all: it is timed whole and with each axis cut alone, in turns; what an axis saves is
     interpolated between the sizes that were tried, and adds up over axes and layers.
+
+    Raises:
+        BillhookError: the layers are not alike.
     """
+    if row_of(model).experts:
+        raise BillhookError(
+            "--speedup times the first layer for all, and those of a mixture of experts are not alike: give --ratio, --params or "
+            "--memory"
+        )
     length = min(PROMPT, getattr(model.config, "max_position_embeddings", PROMPT))
     tokens = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(
         model.device

@@ -30,10 +30,11 @@ from transformers import PreTrainedModel
 from billhook import choose
 from billhook.cuts import Cut
 from billhook.errors import BillhookError
+from billhook.families import weight_of
 from billhook.observe import BATCH_TOKENS, add_upper, mirrored
 from billhook.plan import Plan
 from billhook.progress import Clock, Tick, quiet
-from billhook.residual import cut, residual, weight_of
+from billhook.residual import cut, residual
 from billhook.rotation import fold, rotate
 from billhook.tensors import Gram, Scores, Tokens
 
