@@ -16,7 +16,7 @@ import billhook
 from billhook import cli, clients, layout, report, residual, rotation, saving, slicing
 from billhook.budget import decoder_parameters, saved_by, total_parameters
 from billhook.errors import BillhookError
-from billhook.families import axes
+from billhook.families import axes, weight_of
 from billhook.methods.slicegpt import channel_scores, slicegpt
 from billhook.observe import gram_of
 from billhook.plan import Plan
@@ -185,7 +185,7 @@ def test_the_score_is_the_squared_error_that_a_zeroed_channel_makes() -> None:
         model.get_submodule(name).register_forward_pre_hook(hook)
     model(IDS)
     for name, x in seen.items():
-        W = residual.weight_of(model, name).double()
+        W = weight_of(model, name).double()
         errors = torch.stack([(x[:, j : j + 1] * W[:, j]).square().sum() for j in range(32)])
         expected += errors / errors.sum()
     torch.testing.assert_close(channel_scores(model, IDS), expected, rtol=1e-5, atol=0)
