@@ -81,8 +81,12 @@ def trained(folder: Path, prose: torch.Tensor, code: torch.Tensor) -> None:
             print(f"step {step}: {loss.item():.3f}", file=sys.stderr, flush=True)
     model.config.output_router_logits = False
     model.eval().save_pretrained(folder)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={s: n for n, s in enumerate(alphabet)} | {"<s>": 256, "</s>": 257}, merges=[]))
+    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves in byte-level BPE
+    others = [b for b in range(256) if b not in kept]
+    symbols = {
+        chr(b if b in kept else 256 + others.index(b)): b for b in range(256)
+    }  # so that a byte's id is its value
+    backend = Tokenizer(models.BPE(vocab=symbols | {"<s>": 256, "</s>": 257}, merges=[]))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
 
