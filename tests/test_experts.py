@@ -55,6 +55,9 @@ def test_apart_and_together_are_the_same(family: str) -> None:
 def masked(model: PreTrainedModel, layer: int, drop: torch.Tensor) -> None:
     """Have the router of a layer never choose `drop`."""
     router: Any = model.get_submodule(router_path(model, layer))
+    if bias := row_of(model).bias:
+        getattr(router, bias)[drop] -= 1e3
+        return
     normed = getattr(router, "norm_topk_prob", True)
 
     def forward(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -69,7 +72,7 @@ def masked(model: PreTrainedModel, layer: int, drop: torch.Tensor) -> None:
 @pytest.mark.parametrize("family", MIXED)
 def test_removing_experts_equals_never_choosing_them(family: str, tmp_path: Path) -> None:
     cut, silent = opened(family), opened(family)
-    drop, saved = torch.tensor([1, 4]), 0
+    drop, saved = torch.tensor([1, 4]), 0  # one from each half, which are the groups of a router that has them
     before = budget.total_parameters(cut)
     for axis in axes(cut, ("experts",)):
         masked(silent, axis.layer, drop)
@@ -82,12 +85,26 @@ def test_removing_experts_equals_never_choosing_them(family: str, tmp_path: Path
     saving.save(cut, tiny.tokenizer(), tmp_path, None)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert type(again) is type(cut) and torch.equal(again(IDS).logits, cut(IDS).logits)
-    assert getattr(again.config, row_of(cut).keys["experts"]) == 4
-    assert saving.stored_parameters(tmp_path) == budget.total_parameters(cut)
+    left = getattr(tiny.model(family).config, row_of(cut).keys["experts"]) - 2
+    assert getattr(again.config, row_of(cut).keys["experts"]) == left
     assert clients.verify(tmp_path, cut)["cache_drift"] < 1e-5
 
 
-@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_router_that_chooses_groups_first_loses_experts_evenly(way: str) -> None:
+    model = opened("glm4_moe")
+    found = axes(model, ("experts",))
+    rows = [model.get_parameter(axis.reader.param).clone() for axis in found]
+    assert [budget.allowed(model, axis, 1) for axis in found] == [[0, 2, 4]] * 2  # two of a group are the least
+    experts(model, IDS, Plan({(axis.layer, "experts"): 4 for axis in found}), Settings(way))
+    for axis, before in zip(found, rows, strict=True):
+        left = model.get_parameter(axis.reader.param)
+        assert len(left) == 4 == len(mixture(model, axis.layer))  # type: ignore[arg-type]
+        origin = [int((before - row).norm(dim=1).argmin()) for row in left]
+        assert way == "uncurl" or [number // 4 for number in origin] == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe", "glm4_moe"])
 def test_layers_without_a_mixture_stay_so_when_others_go(family: str, tmp_path: Path) -> None:
     model = opened(family)
     plain = [mixture(model, n) is None for n in range(3)]
@@ -131,9 +148,10 @@ def test_routing_counts_what_the_router_does() -> None:
 @pytest.mark.parametrize("family", MIXED)
 def test_every_way_leaves_a_stock_model(way: str, family: str, tmp_path: Path) -> None:
     model = opened(family)
-    plan = Plan({(axis.layer, "experts"): 3 for axis in axes(model, ("experts",))})
-    cuts = experts(model, IDS, plan, Settings(way))
-    assert [cut.dropped for cut in cuts] == [3] * len(plan.drops)
+    found = axes(model, ("experts",))
+    count = next(drop for drop in (3, 4) if drop % found[0].blocks == 0)
+    cuts = experts(model, IDS, Plan({(axis.layer, "experts"): count for axis in found}), Settings(way))
+    assert [cut.dropped for cut in cuts] == [count] * len(found)
     assert all(0 < cut.error < 5 for cut in cuts)
     layout.update_config(model)
     saving.save(model, tiny.tokenizer(), tmp_path, None)

@@ -26,8 +26,7 @@ IDS = tiny.tokens()
 SUBTRACT = {
     *("gpt2", "gpt_neox", "gpt_neox_serial", "falcon", "falcon_new", "falcon_alibi", "bloom", "opt", "opt_350m"),
 }
-MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"]
-CUT = [family for family in tiny.CONFIGS if family not in SUBTRACT | {*MIXTURES}]
+CUT = [family for family in tiny.CONFIGS if family not in SUBTRACT | {*tiny.MIXTURES}]
 BEHIND = ["gemma2", "gemma3_text", "olmo2"]  # norms behind the writers
 TURNED = [family for family in CUT if family not in BEHIND]
 GONE = torch.arange(0, 32, 4)
@@ -144,7 +143,7 @@ def test_a_mean_that_is_subtracted_is_refused(family: str) -> None:
         slicing.planner(tiny.model(family), 4, False)
 
 
-@pytest.mark.parametrize("family", sorted(MIXTURES))
+@pytest.mark.parametrize("family", sorted(tiny.MIXTURES))
 def test_mixtures_are_refused(family: str) -> None:
     with pytest.raises(BillhookError, match=r"cannot give up 'residual' yet: its routers.*--method experts"):
         slicing.planner(tiny.model(family), 4, False)

@@ -41,6 +41,17 @@ CONFIGS: dict[str, Any] = {
         **SHAPE, **GATED, **MIXED, **QWEN_MOE, head_dim=16, decoder_sparse_step=2, norm_topk_prob=True
     ),
     "olmoe": lambda: T.OlmoeConfig(**SHAPE, **{**GATED, **MIXED, "intermediate_size": 16}, num_experts=6),
+    "glm4_moe": lambda: T.Glm4MoeConfig(
+        **SHAPE,
+        **GATED,
+        **MIXED,
+        head_dim=8,
+        moe_intermediate_size=16,
+        n_routed_experts=8,
+        n_group=2,
+        topk_group=1,
+        pad_token_id=0,
+    ),
     "gpt2": lambda: T.GPT2Config(
         **{WIDE.get(key, key): value for key, value in SHAPE.items()}, n_inner=48, n_positions=128
     ),
@@ -83,7 +94,7 @@ ONE_EACH = [  # of every family
     )
 ]
 STRUCTURES = ("llama", "phi3", "gpt2", "bloom", "qwen2_moe")  # apart, fused, transposed, by group, in experts
-MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "olmoe")
 DENSE = [name for name in CONFIGS if name not in MIXTURES]
 POST_NORM = ("opt_350m", "gemma2", "gemma3_text", "olmo2")  # norms, or a factor, between an FFN and the stream
 
@@ -97,6 +108,9 @@ def model(name: str, seed: int = 0, **other: Any) -> T.PreTrainedModel:
             param.data = torch.randn_like(param) * 0.2 + (1.0 if "norm" in key and key.endswith("weight") else 0.0)
         else:
             param.data *= 4  # far from linear, so that a wrong cut is a large error
+    for key, buffer in built.named_buffers():
+        if key.endswith("bias"):
+            buffer.data = torch.randn_like(buffer) * 0.2
     built.generation_config.pad_token_id = 0
     return built
 

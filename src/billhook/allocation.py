@@ -117,7 +117,7 @@ def even_planner(
         found = [axis for axis in axes(model, (kind,)) if axis.layer in cut]
         narrowest, price = min(found, key=lambda axis: axis.units), sum(axis.price(model) for axis in found)
         drops = allowed(model, narrowest, multiple_of, layout)
-        candidates.append(choose.Candidates(kind, narrowest.units, price, drops, limit(model, kind)))
+        candidates.append(choose.Candidates(kind, narrowest.units, price, drops, limit(model, narrowest)))
     by_layers = sum(layer_parameters(model, n) for n in gone)
     steps = [c.price * c.drops[1] for c in candidates if len(c.drops) > 1]
 

@@ -63,8 +63,8 @@ class Axis:
         whole = next(model.get_submodule(self.modules).children()).parameters() if self.modules else ()
         return sum(param.numel() for param in whole) + sum(
             slot.index.shape[1] * param.numel() // param.shape[slot.dim]
-            for slot in self.slots
-            for param in [model.get_parameter(slot.param)]
+            for slot, owner, leaf in owners(model, self)
+            if isinstance(param := getattr(owner, leaf), nn.Parameter)
         )
 
 

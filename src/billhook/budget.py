@@ -10,7 +10,17 @@ from transformers.pytorch_utils import Conv1D
 
 from billhook.axes import Axis
 from billhook.errors import BillhookError, one_of
-from billhook.families import KINDS, WIDTHS, attention, axes, experts_per_token, layers, refusal, row_of, sizes
+from billhook.families import (
+    KINDS,
+    WIDTHS,
+    attention,
+    axes,
+    experts_per_token,
+    layers,
+    refusal,
+    row_of,
+    sizes,
+)
 from billhook.layout import stock_holder
 from billhook.modeling_per_layer import MIXED
 from billhook.plan import Plan
@@ -128,10 +138,10 @@ def allowed(model: PreTrainedModel, axis: Axis, multiple_of: int, layout: str = 
         BillhookError: no width fits, or there is nothing to take.
     """
     if axis.kind == "experts":
-        least = experts_per_token(model)
+        least = least_experts(model, axis.blocks)
         if axis.units == least:
             raise BillhookError(f"every token goes to all {least} experts of a layer: none can go")
-        return [d for d in range(axis.units) if axis.units - d >= least]
+        return list(range(0, axis.units - least + 1, axis.blocks))
     if axis.kind == "expert_ffn" and multiple_of % EXPERT_STEP:
         raise BillhookError(f"--multiple-of {multiple_of}: widths of experts are multiples of {EXPERT_STEP}")
     if axis.kind in WIDTHS:
@@ -147,10 +157,20 @@ def allowed(model: PreTrainedModel, axis: Axis, multiple_of: int, layout: str = 
     return [d for d in steps if d == 0 or layout == "per_layer" or stock_holder(model, _heads_after(model, axis, d))]
 
 
-def limit(model: PreTrainedModel, kind: str) -> str:
-    """What cutting more of a kind than `allowed` would come to."""
-    if kind == "experts":
-        return f"a layer has fewer experts than the {experts_per_token(model)} that each token goes to"
+def least_experts(model: PreTrainedModel, groups: int) -> int:
+    """The fewest that a router can choose among: what a token goes to must fit in the groups that it is sent to.
+
+    Such a router judges a group by its two best.
+    """
+    if groups == 1:
+        return experts_per_token(model)
+    return groups * max(2, -(-experts_per_token(model) // model.config.topk_group))
+
+
+def limit(model: PreTrainedModel, axis: Axis) -> str:
+    """What cutting more of an axis than `allowed` would come to."""
+    if axis.kind == "experts":
+        return f"a layer has fewer experts than the {least_experts(model, axis.blocks)} that its router needs"
     return "a layer loses all units"
 
 

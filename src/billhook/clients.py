@@ -19,7 +19,7 @@ from billhook.errors import BillhookError, one_of
 from billhook.export import write_gguf
 from billhook.layout import layer_sizes
 from billhook.modeling_per_layer import V_HEAD_DIM
-from billhook.saving import stored_parameters
+from billhook.saving import elements, stored_parameters
 
 NEW_TOKENS = 32
 CLIENT_ENVIRONMENT = {
@@ -40,7 +40,7 @@ def verify(path: Path, model: Any) -> dict[str, Any]:
     model's, a tied embedding came back untied, or generation with a cache goes another way than without.
     """
     written = stored_parameters(path)
-    expected = sum(p.numel() for p in model.parameters())
+    expected = elements(model)
     again = load(path, device=str(next(model.parameters()).device))
     ids = _probe(model)
     same = torch.equal(model(ids).logits, again(ids).logits)

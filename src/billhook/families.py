@@ -299,14 +299,15 @@ def _ffn(model: PreTrainedModel, kind: str, up: tuple[str, ...], down: str) -> A
 
 def _experts(model: PreTrainedModel, layer: int) -> Axis:
     """One unit is one expert: its module, and the router's row that chooses it."""
-    router = router_path(model, layer)
+    router, bias = router_path(model, layer), row_of(model).bias
     rows = blocks(len(model.get_parameter(f"{router}.weight")))
     return Axis(
         layer,
         "experts",
-        (),
+        (Slot(f"{router}.{bias}", 0, rows),) if bias else (),
         Slot(f"{router}.weight", 0, rows),
         ((f"{router}.num_experts", Fraction(1)),),
+        blocks=getattr(model.config, "n_group", None) or 1,
         modules=_at(model, layer, row_of(model).experts),
     )
 

@@ -37,6 +37,9 @@ DIVIDED = Refusal(
     ALL_HEADS, "its stock class takes the head size from hidden_size / num_attention_heads", uniform_only=True
 )
 MIXED = ("experts", "expert_ffn", "shared")  # kinds of axis that a mixture of experts has
+ONE_WIDTH = Refusal(
+    ("expert_ffn", "shared"), "its config has one width for the experts and the one that every token goes to"
+)
 JOINT_NORM = Refusal(
     ALL_HEADS, "it normalises queries and keys over all heads together, so that the rest would change with what goes"
 )
@@ -61,6 +64,7 @@ class Family:
     experts: str = ""  # of a mixture of experts: their module, in the layers that have one in place of the FFN
     router: str = ""
     shared: str = ""  # the expert that every token goes to
+    bias: str = ""  # buffer of the router, one number an expert, added where it chooses
     head_dim: str = "head_dim"  # attribute of the attention module
     keys: dict[str, str] = field(  # size -> config key; a size without one cannot be cut in a stock checkpoint
         default_factory=lambda: {
@@ -143,6 +147,11 @@ FAMILIES: dict[str, Family] = {
     "mixtral": _mixture("Mixtral", "num_local_experts", "intermediate_size"),
     "qwen2_moe": _mixture("Qwen2Moe", "num_experts", "moe_intermediate_size", dense=True, shared=True),
     "qwen3_moe": _mixture("Qwen3Moe", "num_experts", "moe_intermediate_size", dense=True),
+    "glm4_moe": replace(
+        _mixture("Glm4Moe", "n_routed_experts", "moe_intermediate_size", dense=True, refusals=(ONE_WIDTH,)),
+        shared="mlp.shared_experts",
+        bias="e_score_correction_bias",
+    ),
     "olmoe": _mixture("Olmoe", "num_experts", "intermediate_size", refusals=(JOINT_NORM,)),
     "opt": Family(
         _named("OPT"),

@@ -59,6 +59,11 @@ def stored_parameters(path: Path) -> int:
     return total
 
 
+def elements(model: torch.nn.Module) -> int:
+    """Elements that a checkpoint of the model stores: its parameters, a tied one once, and buffers that are not computed."""
+    return sum({t.data_ptr(): t.numel() for t in model.state_dict().values()}.values())
+
+
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """transformers draws bars of its own and warns in passing; billhook speaks for both."""

@@ -16,6 +16,7 @@ from billhook.modeling_per_layer import holder_of, narrow_values
 from billhook.tensors import Units
 
 PLAIN_LAYERS = "mlp_only_layers"  # config key that holds the numbers of the layers without a mixture of experts
+PLAIN_FIRST = "first_k_dense_replace"  # or how many they are, where they come first
 SIZES = ("in_features", "out_features", "nx", "nf")  # that linear modules keep of their own weight
 
 
@@ -26,7 +27,8 @@ def remove(model: PreTrainedModel, axis: Axis, drop: Units) -> None:
         keep = torch.ones(old.shape[slot.dim], dtype=torch.bool)
         keep[slot.index[drop.cpu()].flatten()] = False
         kept = keep.nonzero().flatten().to(old.device)
-        setattr(owner, leaf, nn.Parameter(old.detach().index_select(slot.dim, kept), old.requires_grad))
+        new = old.detach().index_select(slot.dim, kept)
+        setattr(owner, leaf, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
         if isinstance(owner, nn.Linear):
             owner.out_features, owner.in_features = owner.weight.shape
         elif isinstance(owner, Conv1D):
@@ -117,10 +119,17 @@ def drop_layers(model: PreTrainedModel, numbers: Collection[int]) -> None:
     for key in PER_LAYER_KEYS:
         if (values := getattr(model.config, key, None)) is not None:
             setattr(model.config, key, [values[n] for n in kept])
-    if hasattr(model.config, PLAIN_LAYERS):  # a rule by layer number no longer holds
-        setattr(model.config, PLAIN_LAYERS, plain)
-        model.config.decoder_sparse_step = 1
+    _say_plain(model.config, plain)
     model.config.num_hidden_layers = len(kept)
+
+
+def _say_plain(config: Any, plain: list[int]) -> None:
+    """Have the config name the layers without a mixture of experts: a rule by layer number no longer holds."""
+    if hasattr(config, PLAIN_LAYERS):
+        setattr(config, PLAIN_LAYERS, plain)
+        config.decoder_sparse_step = 1
+    if hasattr(config, PLAIN_FIRST):
+        setattr(config, PLAIN_FIRST, len(plain))
 
 
 def zero(model: PreTrainedModel, axis: Axis, drop: Units) -> None:

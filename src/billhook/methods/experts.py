@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from billhook import choose, merging
-from billhook.axes import Axis
+from billhook.axes import Axis, owners
 from billhook.cuts import Cut
 from billhook.families import axes
 from billhook.plan import Plan
@@ -81,7 +80,7 @@ def _reduced(
 ) -> Cut:
     with clock("score"):
         routing = layer.routing
-        groups = merging.groups(routing.logits, axis.units - count) if way == "uncurl" else []
+        groups = _alike(routing, axis.units - count, axis.blocks) if way == "uncurl" else []
         drop = _others(groups, routing) if groups else choose.lowest(_scores(way, routing, draw), count, axis.blocks)[0]
     with clock("errors"), without(model, [(axis, drop)]):
         dropped = _error(layer, held_out=False)
@@ -102,6 +101,16 @@ def _scores(way: str, routing: Routing, draw: torch.Generator) -> Scores:
         "random": torch.rand(len(routing.frequency), generator=draw, dtype=torch.float64),
     }
     return every[way]
+
+
+def _alike(routing: Routing, left: int, blocks: int) -> list[list[int]]:
+    """Experts to merge, `left` groups in all: where the router has groups of its own, as many from each."""
+    size, found = len(routing.frequency) // blocks, []
+    for start in range(0, len(routing.frequency), size):
+        own = slice(start, start + size)
+        members = merging.groups(routing.logits[own, own], left // blocks)
+        found += [[start + one for one in some] for some in members]
+    return found
 
 
 def _reference(members: list[int], routing: Routing) -> int:
@@ -132,9 +141,9 @@ def _merge(model: PreTrainedModel, axis: Axis, members: list[int], routing: Rout
         turned["down_proj"].append(one.down_proj.weight[:, order])
     for name, weights in turned.items():
         getattr(reference, name).weight.copy_(merging.weighted(weights, frequency))
-    router: nn.Parameter = model.get_parameter(axis.reader.param)
-    row = merging.weighted(list(router[members]), frequency)
-    router.data[_reference(members, routing)] = row
+    for _, router, leaf in owners(model, axis):
+        rows = getattr(router, leaf).data
+        rows[_reference(members, routing)] = merging.weighted(list(rows[members]), frequency)
 
 
 def _error(layer: Mixture, *, held_out: bool) -> float | None:
