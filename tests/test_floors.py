@@ -55,6 +55,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
         "methods.wanda",
         "methods.sparsegpt",
     ),
+    ("restream",),
     ("methods.*", "checkpoint", "speed", "zeroshot", "report", "training", "reading", "pool"),
     ("methods", "clients", "sensitivity", "chopping", "evaluate", "pages.page"),
     ("allocation", "slicing", "timing", "publish", "blocks", "masking"),

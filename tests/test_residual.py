@@ -13,13 +13,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import billhook
-from billhook import cli, clients, layout, report, residual, rotation, saving, slicing
+from billhook import cli, clients, layout, report, residual, restream, rotation, saving, slicing
 from billhook.budget import decoder_parameters, saved_by, total_parameters
 from billhook.errors import BillhookError
 from billhook.families import axes, weight_of
-from billhook.methods.slicegpt import channel_scores, slicegpt
+from billhook.methods.slicegpt import Settings, channel_scores, slicegpt
 from billhook.observe import gram_of
 from billhook.plan import Plan
+from billhook.progress import Clock, quiet
 from billhook.surgery import cast, remove
 
 IDS = tiny.tokens()
@@ -175,21 +176,27 @@ def test_only_sizes_that_some_stock_config_takes_are_planned() -> None:
     assert {planner.make(share * decoder).residual % 4 for share in (0.1, 0.15, 0.2, 0.3, 0.34)} == {0}
 
 
-def test_the_score_is_the_squared_error_that_a_zeroed_channel_makes() -> None:
+def test_the_score_is_the_energy_that_a_channel_brings_readers_and_has_from_writers() -> None:
     model = tiny.model("mistral")
     found, expected = residual.residual(model), torch.zeros(32, dtype=torch.float64)
     seen: dict[str, torch.Tensor] = {}
     for name in (name for group in found.readers for name in group):
         hook: Any = lambda module, args, name=name: seen.update({name: args[0].flatten(0, -2).double()})  # noqa: E731
         model.get_submodule(name).register_forward_pre_hook(hook)
+    written: dict[str, torch.Tensor] = {}
+    for name in found.writers:
+        hook = lambda module, args, out, name=name: written.update({name: out.flatten(0, -2).double()})  # noqa: E731
+        model.get_submodule(name).register_forward_hook(hook)
     model(IDS)
     for name, x in seen.items():
         W = weight_of(model, name).double()
         errors = torch.stack([(x[:, j : j + 1] * W[:, j]).square().sum() for j in range(32)])
         expected += errors / errors.sum()
+    for out in written.values():
+        expected += out.square().sum(0) / out.square().sum()
     torch.testing.assert_close(channel_scores(model, IDS), expected, rtol=1e-5, atol=0)
     cut = copy.deepcopy(model)
-    slicegpt(cut, IDS, Plan(residual=8))
+    slicegpt(cut, IDS, Plan(residual=8), Settings(restoration=False))
     by_hand = expected.argsort()[8:].sort().values
     assert torch.equal(residual.ends(cut)[0].weight, residual.ends(model)[0].weight[:, by_hand])
 
@@ -207,9 +214,32 @@ def test_turning_first_costs_less() -> None:
     found = {}
     for rotate in (False, True):
         model = copy.deepcopy(dense)
-        slicegpt(model, IDS, Plan(residual=12, rotate=rotate))
+        slicegpt(model, IDS, Plan(residual=12, rotate=rotate), Settings(restoration=False))
         found[rotate] = float((model(IDS).logits - dense(IDS).logits).norm() / dense(IDS).logits.norm())
     assert found[True] < 1e-4 < 0.05 < found[False]
+
+
+@pytest.mark.parametrize("rotate", [False, True])
+@pytest.mark.parametrize("family", CUT)
+def test_restoration_comes_nearer_to_the_unpruned_model(family: str, rotate: bool) -> None:
+    if rotate and family in BEHIND:
+        return
+    dense, ids = tiny.model(family), tiny.tokens(windows=32, length=32)
+    found = []
+    for settings in (Settings(restoration=False), Settings(), Settings(damping=1e-6, correction=1.0)):
+        model = copy.deepcopy(dense)
+        slicegpt(model, ids, Plan(residual=8, rotate=rotate), settings)
+        found.append(float((model(ids).logits - dense(ids).logits).norm() / dense(ids).logits.norm()))
+    assert found[1] < found[0] and found[2] < 0.9 * found[0]
+
+
+@pytest.mark.parametrize("family", [one for one in TURNED if one not in ("granite",)])
+def test_restoration_leaves_what_lost_nothing(family: str) -> None:
+    dense, kept = tiny.model(family), torch.arange(32)
+    model = copy.deepcopy(dense)
+    how: dict[str, Any] = {"share": 1.0, "damping": 1e-6, "clock": Clock(), "tick": quiet}
+    restream.restore(model, copy.deepcopy(dense), IDS, kept, **how)
+    torch.testing.assert_close(model(IDS).logits, dense(IDS).logits, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("rotate", [False, True])

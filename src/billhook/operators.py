@@ -164,10 +164,10 @@ def _gathered(
     for batch in batches:
         call = batch.calls[n]
         with clock("forward"):
-            inputs, after = _seen(module, paths, batch.state, call, whole)
+            inputs, after = seen(module, paths, batch.state, call, whole)
             dense = None
             if unpruned is not None and (edited or batch.state is not batch.target):
-                dense, _ = _seen(unpruned, paths, batch.target, call, False)
+                dense, _ = seen(unpruned, paths, batch.target, call, False)
         with clock("gram"):
             for path in paths:
                 x = inputs[path].flatten(0, -2).float()
@@ -183,7 +183,7 @@ def _gathered(
     return found
 
 
-def _seen(
+def seen(
     module: nn.Module, paths: Sequence[str], state: Tensor, call: dict[str, Any], whole: bool
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """What enters the modules at `paths` of a layer, and what leaves the layer if it is run to its end."""

@@ -23,6 +23,7 @@ from billhook.methods.experts import Settings as Ways
 from billhook.methods.fasp import Settings, axis_scores
 from billhook.methods.layerchop import Settings as Patching
 from billhook.methods.layerchop import check_patch
+from billhook.methods.slicegpt import Settings as Slicing
 from billhook.observe import walk
 from billhook.plan import Plan
 from billhook.progress import Clock, Tick, quiet
@@ -71,10 +72,12 @@ def settings_of(chosen: Recipe) -> Settings:
     return Settings(score, chosen.ridge, chosen.restores, chosen.correction)
 
 
-def method_settings(chosen: Recipe) -> Settings | Patching | Ways:
+def method_settings(chosen: Recipe) -> Settings | Patching | Slicing | Ways:
     """What the recipe's method may choose, whichever it is."""
     if chosen.routes:
         return Ways(chosen.experts, chosen.seed)
+    if chosen.slices:
+        return Slicing(chosen.restoration, chosen.ridge, chosen.correction)
     return Patching(chosen.patch, chosen.ridge, chosen.correction) if chosen.chops else settings_of(chosen)
 
 

@@ -19,6 +19,7 @@ from billhook.methods.experts import WAYS
 from billhook.methods.fasp import Settings
 from billhook.methods.layerchop import PATCHES
 from billhook.methods.layerchop import Settings as Patching
+from billhook.methods.slicegpt import Settings as Slicing
 from billhook.modeling_per_layer import MIXED
 from billhook.observe import STREAMS
 from billhook.operators import STREAMS as MASK_STREAMS
@@ -343,8 +344,8 @@ class Recipe(BaseModel):
     @property
     def ridge(self) -> float:
         """The damping, of a patch or else of a restoration."""
-        own = Patching.damping if self.chops else support.Settings.damping if self.masks else Settings.damping
-        return self.damping or own
+        of_kind = ((self.chops, Patching), (self.slices, Slicing), (self.masks, support.Settings))
+        return self.damping or next((one.damping for here, one in of_kind if here), Settings.damping)
 
     @property
     def width_step(self) -> int:

@@ -230,6 +230,7 @@ def command(report: dict[str, Any]) -> str:
         if key in CARD_FLAGS and key not in idle and value not in (None, "")
     )
     turned = " --no-rotate" if sliced and not recipe["rotate"] else ""
+    turned += "" if recipe.get("restoration", True) else " --no-restoration"
     return f"billhook prune {report['parent']} {settings}{turned} -o OUT"
 
 
@@ -285,7 +286,7 @@ CARD_LAYOUT = {
 HEAL_FLAGS = ("select", "candidates", "heal_tokens", "held_out")
 LAYER_FLAGS = ("preset", "drop", "keep", "layers", "patch", *HEAL_FLAGS)
 PATCH_FLAGS = ("damping", "correction")
-SCORE_FLAGS = ("allocation", "axes", "score", "stream", "damping", "correction")  # idle where no axis of a layer is cut
+SCORE_FLAGS = ("allocation", "axes", "score", "stream")  # idle where no axis of a layer is cut
 UNIT_FLAGS = ("allocation", "axes", "score", "stream", "damping", "correction", "multiple_of")
 CARD_FLAGS = (
     *("method", "ratio", "params", "memory", "speedup", *LAYER_FLAGS, "layout", *UNIT_FLAGS),

@@ -189,7 +189,7 @@ def cut(model: PreTrainedModel, kept: Kept) -> None:
         _rescale_embedding(embedding, after)
     if found.tied:
         head.weight, head.in_features = embedding.weight, after
-    last = _last_norm(model, found)
+    last = last_norm(model, found)
     for name in found.norms:
         norm = model.get_submodule(name)
         if not (scaled and found.tied and name == last):  # whose head has grown already
@@ -260,7 +260,8 @@ def _rescale_embedding(embedding: Any, channels: int) -> None:
         embedding.scalar_embed_scale = math.sqrt(channels)
 
 
-def _last_norm(model: PreTrainedModel, found: Residual) -> str:
+def last_norm(model: PreTrainedModel, found: Residual) -> str:
+    """Path of the norm before the head."""
     return next(name for name in found.norms if not name.startswith(f"{row_of(model).layers}."))
 
 

@@ -87,7 +87,8 @@ METHODS: dict[str, Method] = {
         paper="arXiv:2401.15024",
         kinds=("residual",),
         default_kinds=("residual",),
-        needs="calibration text; one forward pass, and one eigendecomposition of the residual dimension's size",
+        needs="calibration text; one forward pass, one eigendecomposition of the residual dimension's size, and some passes that "
+        "restore (the paper does not: --no-restoration)",
         note="The residual stream itself becomes narrower: embeddings, norms, all projections and the head with it. One rotation "
         "for the whole model, where the paper has one a block and products between them, which no stock class holds; it unties tied "
         "embeddings (--no-rotate does not). Models with LayerNorm cannot, those with norms behind their writers not with --rotate.",

@@ -1,0 +1,143 @@
+"""What a narrower residual stream lost, made up for in closed form: linear weight by linear weight, as they compute.
+
+h (tokens, d) is the unpruned stream, h* (tokens, d') that of the cut model, S the channels that stay; X and X* enter a weight, W
+before the cut and W_S after it.  For a `share` s, delta = damping * mean(diag X*^T X*), and all that computes before it done:
+
+    V = W_S + s (T^T X* - W_S X*^T X*) (X*^T X* + delta I)^-1
+
+goes a share of the way to the least squares of ||V X*^T - T^T||_F^2 + delta ||V - W_S||_F^2, where T (tokens, out) is
+* for a reader (q, k, v, gate, up, a head of its own) what it put out, X W^T;
+* for a writer (o, down) what the stream lacks, h_S after it less h* before it: so that it makes up for what channels that are
+  gone, and writers before it, no longer say.
+SliceGPT itself restores nothing.  Readers alone or writers alone are no help (docs/LOG.md).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from billhook.errors import BillhookError
+from billhook.families import axes, layers, linears, weight_of
+from billhook.linalg import factor
+from billhook.memory import return_freed
+from billhook.observe import BATCH_TOKENS, enter, gram_of, run
+from billhook.operators import seen
+from billhook.progress import Clock, Tick
+from billhook.residual import flow, last_norm, residual
+from billhook.tensors import Cross, Gram, Kept, Tokens, Weight
+
+ROWS = 8192  # of a head in float64 at a time
+LAST = 3  # step of a layer: q, k and v; o; gate and up; down
+
+
+@dataclass
+class _Batch:
+    """Some windows on their way through both models."""
+
+    state: Tensor
+    dense: Tensor
+    calls: list[dict[str, Any]]  # what either model passes to each layer
+
+
+@torch.no_grad()
+def restore(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    tokens: Tokens,
+    kept: Kept,
+    *,
+    share: float,
+    damping: float,
+    clock: Clock,
+    tick: Tick,
+) -> None:
+    """Refit the cut `model` to the unpruned `dense`, in place; the layers of `dense` are given up one by one.
+
+    Args:
+        tokens: calibration windows (windows, length).
+        kept: the channels of `dense` that `model` has.
+
+    Raises:
+        BillhookError: an activation is not finite; the message names the module.
+    """
+    found, whole, total = residual(model), residual(dense), len(layers(model))
+    grown = math.sqrt(whole.channels / found.channels)  # of what norms over heads norm (billhook.residual)
+    fed = set(flow(dense, whole).before.values())
+    adds = axes(dense, ("ffn",))[0].ends_layer  # or a norm, or a factor, stands between writers and the stream
+    parts = list(tokens.split(max(1, BATCH_TOKENS // tokens.shape[1])))
+    with clock("forward"):
+        batches = [_Batch(s, d, c) for s, d, c in zip(enter(model, parts)[0], *enter(dense, parts), strict=True)]
+    for n, layer in enumerate(layers(model)):
+        tick("restoration", n, total)
+        unpruned = layers(dense)[n]
+        for step, names in enumerate(linears(model, n)):
+            writes = step % 2 == 1
+            if writes and not adds:
+                continue
+            first = next(iter(names.values()))
+            with clock("forward"):
+                pairs = [_pair(n, layer, unpruned, first, step, one, kept) for one in batches]
+            with clock("restoration"):
+                G, T = _sums(first, pairs)
+                for name in names.values():
+                    target = T if writes else weight_of(dense, name).to(T) @ T * (grown if name in fed else 1)
+                    _refit(weight_of(model, name), target, G, share, damping)
+        with clock("forward"):
+            for one in batches:
+                one.state, one.dense = run(layer, one.state, one.calls[n]), run(unpruned, one.dense, one.calls[n])
+        layers(dense)[n] = nn.Identity()
+        return_freed()
+    tick("restoration", total, total)
+    if not found.tied:
+        norms = [one.get_submodule(last_norm(one, place)) for one, place in ((model, found), (dense, whole))]
+        with clock("restoration"):
+            G, T = _sums(found.head, [(norms[0](one.state), norms[1](one.dense)) for one in batches])
+            for V, W in zip(
+                weight_of(model, found.head).split(ROWS), weight_of(dense, whole.head).split(ROWS), strict=True
+            ):
+                _refit(V, W.to(T) @ T, G, share, damping)
+
+
+def _pair(
+    n: int, layer: nn.Module, unpruned: nn.Module, name: str, step: int, one: _Batch, kept: Kept
+) -> tuple[Tensor, Tensor]:
+    """What enters a weight of the cut layer, X*, and beside it X for a reader, T for a writer."""
+    path = name.partition(f".{n}.")[2]
+    (inputs, after), (unpruned_inputs, dense) = (
+        seen(module, [path], state, one.calls[n], step == LAST)
+        for module, state in ((layer, one.state), (unpruned, one.dense))
+    )
+    x, y = inputs[path], unpruned_inputs[path]
+    if step % 2 == 0:
+        return x, y
+    own: Any = layer.get_submodule(path)
+    if after is None or dense is None:
+        before, aim = one.state, one.dense + unpruned.get_submodule(path)(y)
+    else:
+        before, aim = after - own(x), dense
+    lacks = aim[..., kept.to(aim.device)] - before
+    return x, lacks if own.bias is None else lacks - own.bias
+
+
+def _sums(name: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Gram, Cross]:
+    """X*^T X*, and X^T X* or T^T X*."""
+    grams, crosses = [], []
+    for x, t in ((x.flatten(0, -2).float(), t.flatten(0, -2).float()) for x, t in pairs):
+        grams.append(gram_of(x))
+        crosses.append((t.T @ x).to(grams[0]))
+    G, T = sum(grams[1:], grams[0]), sum(crosses[1:], crosses[0])
+    if not (G.isfinite().all() and T.isfinite().all()):
+        raise BillhookError(f"what enters {name} is not finite: weights or dtype overflow; try --dtype float32")
+    return G, T
+
+
+def _refit(W: Weight, target: Cross, G: Gram, share: float, damping: float) -> None:
+    """W_S becomes V, in place; `target` is T^T X*."""
+    lower, _ = factor(G, damping)
+    lacks = share * (target - W.to(G) @ G)
+    W.copy_((W.to(G) + torch.cholesky_solve(lacks.T, lower).T).to(W))
