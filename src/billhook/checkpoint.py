@@ -1,10 +1,8 @@
 """Checkpoints in: refuse what cannot be pruned before anything is computed."""
 
 import io
-import json
 import os
 import re
-from collections import Counter
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +10,6 @@ from typing import Any
 
 import torch
 from gguf import GGUFReader
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from billhook import demo
@@ -23,13 +20,15 @@ from billhook.families import family_of
 from billhook.gguf_vocab import give_splits
 from billhook.known import check_known
 from billhook.layout import register
+from billhook.memory import free_bytes
 from billhook.progress import Tick, quiet
-from billhook.saving import quiet_transformers, save
+from billhook.saving import quiet_transformers, save, stored_parameters
+from billhook.shards import AGAIN, main_dtype, read_json
+from billhook.skeleton import open_paged, why_whole
 from billhook.surgery import cast
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # safetensors' names
-AGAIN = "fetch or copy the model again"
+ROOM = 0.8  # of the free memory that a model loaded whole may take
 
 
 @dataclass
@@ -43,8 +42,13 @@ class Opened:
     dtype: torch.dtype  # of the checkpoint; the model may compute in another
 
 
-def open_model(name: str, *, device: str = "auto", dtype: str = "auto", tick: Tick = quiet) -> Opened:
+def open_model(
+    name: str, *, device: str = "auto", dtype: str = "auto", stream: bool | None = False, tick: Tick = quiet
+) -> Opened:
     """Load MODEL: a Hugging Face folder, a hub id, a .gguf file or `demo`.
+
+    `stream` leaves the weights in their files, a layer at a time in memory (billhook.paging); None does where the model would
+    take more than `ROOM` of the memory that is free.
 
     `dtype="auto"` computes in float32 on a CPU, where half precision is slow or emulated, and in the checkpoint's own
     dtype elsewhere.
@@ -55,6 +59,8 @@ def open_model(name: str, *, device: str = "auto", dtype: str = "auto", tick: Ti
     where = resolve_device(device)
     path = _locate(name, tick)
     if path.suffix == ".gguf":
+        if stream:
+            raise BillhookError(f"{name}: a GGUF is dequantised whole: --stream-weights wants a folder of safetensors")
         model, tokenizer = _load_gguf(path)
         _take_apart(model).to(where)
         return Opened(model, tokenizer, name, None, torch.float32)
@@ -62,6 +68,11 @@ def open_model(name: str, *, device: str = "auto", dtype: str = "auto", tick: Ti
     compute = {"auto": torch.float32 if where.type == "cpu" else stored, **DTYPES}[
         one_of("dtype", dtype, ("auto", *DTYPES))
     ]
+    if stream is None:
+        size = stored_parameters(path) * torch.empty((), dtype=compute).element_size()
+        stream = size > ROOM * free_bytes(where) and not why_whole(path, name)
+    if stream:
+        return Opened(open_paged(path, name, compute, where), load_tokenizer(path, name), name, path, stored)
     tick("loading", 0, 1)
     model = _load(path, name, compute).to(where)
     for (
@@ -73,14 +84,20 @@ def open_model(name: str, *, device: str = "auto", dtype: str = "auto", tick: Ti
     return Opened(model, load_tokenizer(path, name), name, path, stored)
 
 
-def load(path: str | os.PathLike[str], *, dtype: str | torch.dtype = "auto", device: str = "cpu") -> Any:
-    """Load the model of a checkpoint folder, of either layout, without running code that came with it.
+def load(
+    path: str | os.PathLike[str], *, dtype: str | torch.dtype = "auto", device: str = "cpu", stream: bool = False
+) -> Any:
+    """Load the model of a checkpoint folder, of either layout, without running code that came with it; `stream`: a layer at a time
+    (billhook.paging).
 
     Raises:
         BillhookError: the folder is not a whole, plain, supported causal LM.
     """
     name = os.fspath(path)
-    check_folder(Path(name), name)
+    stored = check_folder(Path(name), name)
+    if stream:
+        compute = {"auto": stored, **DTYPES}[dtype] if isinstance(dtype, str) else dtype
+        return open_paged(Path(name), name, compute, resolve_device(device))
     return _load(Path(name), name, dtype).to(resolve_device(device))
 
 
@@ -154,8 +171,8 @@ def check_folder(path: Path, name: str) -> torch.dtype:
         raise BillhookError(
             f"{name} is a PEFT adapter: merge it into its base model first (merge_and_unload, then save_pretrained)"
         )
-    check_config(_json(path / "config.json", name), name)
-    return _check_weights(path, name)
+    check_config(read_json(path / "config.json", name), name)
+    return main_dtype(path, name)
 
 
 def check_config(config: dict[str, Any], name: str) -> None:
@@ -223,7 +240,9 @@ def _download(name: str, tick: Tick) -> Path:
 
     tick(f"fetching {name}", 0, 1)
     try:
-        check_config(_json(Path(hf_hub_download(name, "config.json")), name), name)  # refuse before the weights come
+        check_config(
+            read_json(Path(hf_hub_download(name, "config.json")), name), name
+        )  # refuse before the weights come
         found = snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"])
     except BillhookError:
         raise
@@ -281,51 +300,3 @@ def _load(path: Path, name: str, dtype: torch.dtype | str) -> Any:
         if not param.isfinite().all():
             raise BillhookError(f"{name}: tensor {tensor} holds NaN or infinite values")
     return model.eval().requires_grad_(False)
-
-
-def _check_weights(path: Path, name: str) -> torch.dtype:
-    index = path / "model.safetensors.index.json"
-    if index.exists():
-        mapped = _json(index, name).get("weight_map")
-        if not isinstance(mapped, dict):
-            raise BillhookError(f"{name}: {index.name} holds no weight_map: {AGAIN}")
-        files = sorted({path / file for file in mapped.values()})
-    else:
-        files = sorted(path.glob("*.safetensors"))
-    if not files:
-        if pickles := [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")]:
-            raise BillhookError(
-                f"{name} holds pickled weights ({pickles[0].name}), which can run code when opened: convert them where you trust them, "
-                "AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) writes safetensors"
-            )
-        raise BillhookError(f"{name} holds no *.safetensors: {AGAIN}")
-    found: Counter[str] = Counter()
-    for file in files:
-        if not file.exists():
-            raise BillhookError(f"{name}: shard {file.name} is missing, though {index.name} names it: {AGAIN}")
-        try:
-            with safe_open(file, framework="pt") as shard:
-                for key in shard.keys():  # noqa: SIM118
-                    piece = shard.get_slice(key)
-                    found[piece.get_dtype()] += torch.Size(piece.get_shape()).numel()
-        except (SafetensorError, OSError) as error:
-            raise BillhookError(
-                f"{name}: shard {file.name} is damaged or truncated ({first_line(error)}): {AGAIN}"
-            ) from error
-    if strange := set(found) - set(STORED):
-        raise BillhookError(
-            f"{name} stores weights as {', '.join(sorted(strange))}: dequantise to float32, bfloat16 or float16 first"
-        )
-    return STORED[found.most_common(1)[0][0]]
-
-
-def _json(path: Path, name: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise BillhookError(f"{name} has no {path.name}: give a folder that holds a whole model") from error
-    except (ValueError, OSError) as error:
-        raise BillhookError(f"{name}: {path.name} cannot be read ({first_line(error)}): {AGAIN}") from error
-    if not isinstance(content, dict):
-        raise BillhookError(f"{name}: {path.name} is not a JSON object")
-    return content

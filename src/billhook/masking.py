@@ -23,6 +23,7 @@ from billhook.errors import BillhookError
 from billhook.families import FUSED, layers, linear, linears, wanted, weight_of
 from billhook.methods import METHODS
 from billhook.operators import ALONE, HELD_OUT, Group, Sums, operators
+from billhook.paging import held as held_in_memory
 from billhook.progress import Clock, Tick, quiet
 from billhook.sparsity import Pattern, Support
 from billhook.support import Settings, Target, squared_error
@@ -94,8 +95,12 @@ def put_weight(model: PreTrainedModel, name: str, weight: Weight) -> None:
 
 def zeros_in(model: PreTrainedModel, roles: Sequence[str]) -> tuple[int, int]:
     """How many weights are exactly zero, and how many there are."""
-    found = [weight_of(model, name) for _, _, name in every(model, roles)]
-    return sum(int((w == 0).sum()) for w in found), sum(w.numel() for w in found)
+    zeros = total = 0
+    for n, _, name in every(model, roles):
+        with held_in_memory(layers(model)[n]):
+            weight = weight_of(model, name)
+            zeros, total = zeros + int((weight == 0).sum()), total + weight.numel()
+    return zeros, total
 
 
 @dataclass(frozen=True)

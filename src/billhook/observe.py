@@ -22,6 +22,7 @@ from billhook.axes import Axis
 from billhook.errors import BillhookError
 from billhook.families import as_output, axes, layers
 from billhook.memory import return_freed
+from billhook.paging import held
 from billhook.progress import Clock, Tick, quiet
 from billhook.tensors import Cross, Gram, Tokens
 
@@ -108,31 +109,34 @@ def walk(  # noqa: PLR0913
         here = by_layer[n] if wanted else []
         after_it = _gone_from(n + 1, gone)
         sums: tuple[dict[str, Evidence], dict[str, Evidence]] = ({}, {})
-        for b, state in enumerate(states):
-            with clock("forward"), _tapped(model, here) as inputs:
-                after = run(module, state, calls[b][n])
-            lack = None
-            if targets:
-                with clock("forward"):
-                    dense = after if targets[b] is state else run(module, targets[b], calls[b][n])  # nothing cut so far
-                    targets[b] = _through(model, after_it, dense, calls[b])
-                lack = share * (dense - after) + (targets[b] - dense)
+        with held(module):
+            for b, state in enumerate(states):
+                with clock("forward"), _tapped(model, here) as inputs:
+                    after = run(module, state, calls[b][n])
+                lack = None
+                if targets:
+                    with clock("forward"):
+                        dense = (
+                            after if targets[b] is state else run(module, targets[b], calls[b][n])
+                        )  # nothing cut so far
+                        targets[b] = _through(model, after_it, dense, calls[b])
+                    lack = share * (dense - after) + (targets[b] - dense)
+                with clock("gram"):
+                    _add(sums[batches[b][1]], here, inputs, lack)
+                if stream == "dense":
+                    states[b] = _through(model, after_it, after, calls[b])
+                elif not wanted:
+                    states[b] = after
+            if not wanted:
+                continue
             with clock("gram"):
-                _add(sums[batches[b][1]], here, inputs, lack)
-            if stream == "dense":
-                states[b] = _through(model, after_it, after, calls[b])
-            elif not wanted:
-                states[b] = after
-        if not wanted:
-            continue
-        with clock("gram"):
-            _complete(sums)
-        yield Layer(n, by_layer[n], *sums)
-        return_freed()  # or the holes that the cuts leave pile up (docs/LOG.md)
-        if stream != "dense" and n + 1 < end:
-            with clock("forward"):
-                for b, state in enumerate(states):
-                    states[b] = run(module, state, calls[b][n])
+                _complete(sums)
+            yield Layer(n, by_layer[n], *sums)
+            return_freed()  # or the holes that the cuts leave pile up (docs/LOG.md)
+            if stream != "dense" and n + 1 < end:
+                with clock("forward"):
+                    for b, state in enumerate(states):
+                        states[b] = run(module, state, calls[b][n])
     tick("statistics", end, end)
 
 
@@ -221,7 +225,6 @@ def enter(model: PreTrainedModel, batches: list[Tensor]) -> tuple[list[Tensor], 
     The layers are replaced for one call by recorders that hand their input on, so the model itself makes the masks and
     positions: they may differ from layer to layer (sliding windows).  The head never runs.
     """
-    device = next(model.parameters()).device
     states: list[Tensor] = []
     calls: list[list[dict[str, Any]]] = []
 
@@ -238,7 +241,7 @@ def enter(model: PreTrainedModel, batches: list[Tensor]) -> tuple[list[Tensor], 
             undo.callback(delattr, module, "forward")
         for batch in batches:
             calls.append([])
-            model.base_model(batch.to(device), use_cache=False)
+            model.base_model(batch.to(model.device), use_cache=False)
     return states, calls
 
 

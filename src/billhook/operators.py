@@ -22,6 +22,7 @@ from billhook.errors import BillhookError
 from billhook.families import layers, linears, row_of, wanted
 from billhook.memory import return_freed
 from billhook.observe import BATCH_TOKENS, enter, gram_of, run
+from billhook.paging import held
 from billhook.progress import Clock, Tick, quiet
 from billhook.tensors import Gram, Tokens
 
@@ -106,27 +107,28 @@ def operators(
     mixed = f"{row_of(model).experts}."
     for n, module in enumerate(layers(model)[: at.stop]):
         tick("pruning", max(n - at.start, 0), len(at))
-        groups = [{r: path for r, path in one.items() if wanted(r, roles)} for one in linears(model, n)]
-        groups = [named for named in groups if named] if n in at else []
-        unpruned = copy.deepcopy(module) if stream in WITH_TARGET else None
-        # the experts of a layer compute side by side, and have the same roles
-        alike = [list(some) for _, some in itertools.groupby(groups, key=tuple)]
-        steps = alike if stream in STEPWISE else [groups] if groups else []
-        for step, together in enumerate(steps):
-            paths = [next(iter(named.values())).partition(f".{n}.")[2] for named in together]
-            whole = stream == "dense"  # and so the layer's output is the unpruned model's
-            found = _gathered(
-                n, module, unpruned, paths, batches, edited=step > 0, whole=whole, mixed=mixed, clock=clock
-            )
-            for named, path in zip(together, paths, strict=True):
-                fit, apart = (found.get((path, side)) for side in (False, True))
-                assert fit is not None
-                _check_finite(next(iter(named.values())), fit)
-                yield Group(n, named, fit, apart)
-        if n + 1 < at.stop and not (stream == "dense" and groups):
-            with clock("forward"):
-                _passed(n, module, unpruned, batches, alone=stream in ALONE)
-        return_freed()
+        with held(module):
+            groups = [{r: path for r, path in one.items() if wanted(r, roles)} for one in linears(model, n)]
+            groups = [named for named in groups if named] if n in at else []
+            unpruned = copy.deepcopy(module) if stream in WITH_TARGET else None
+            # the experts of a layer compute side by side, and have the same roles
+            alike = [list(some) for _, some in itertools.groupby(groups, key=tuple)]
+            steps = alike if stream in STEPWISE else [groups] if groups else []
+            for step, together in enumerate(steps):
+                paths = [next(iter(named.values())).partition(f".{n}.")[2] for named in together]
+                whole = stream == "dense"  # and so the layer's output is the unpruned model's
+                found = _gathered(
+                    n, module, unpruned, paths, batches, edited=step > 0, whole=whole, mixed=mixed, clock=clock
+                )
+                for named, path in zip(together, paths, strict=True):
+                    fit, apart = (found.get((path, side)) for side in (False, True))
+                    assert fit is not None
+                    _check_finite(next(iter(named.values())), fit)
+                    yield Group(n, named, fit, apart)
+            if n + 1 < at.stop and not (stream == "dense" and groups):
+                with clock("forward"):
+                    _passed(n, module, unpruned, batches, alone=stream in ALONE)
+            return_freed()
     tick("pruning", len(at), len(at))
 
 

@@ -37,6 +37,7 @@ from billhook.reading import read
 from billhook.recipe import Recipe, recipe
 from billhook.selection import after_a_heal
 from billhook.surgery import cast
+from billhook.taylor import GRADIENT_SCORES
 from billhook.tensors import Tokens
 from billhook.trials import Means
 
@@ -107,6 +108,7 @@ def prune(
     study: str | os.PathLike[str] | None = None,
     fresh: bool = False,
     jobs: int = 1,
+    stream_weights: bool | None = False,
     **settings: Any,
 ) -> Result:
     """Prune a model by a recipe.
@@ -121,6 +123,7 @@ def prune(
         fresh: start over in that folder.
         jobs: processes that try candidates, where the method searches, or that share the layers, where it makes zeros; each
             opens the model for itself.
+        stream_weights: leave the weights in their files, one layer at a time in memory; None: where they would not fit.
         settings: the fields of `Recipe`: ratio=0.2, method="fasp", axes=("ffn",), calibration="demo", …
 
     Returns:
@@ -141,7 +144,11 @@ def prune(
             "jobs: other processes would open the model with its whole vocabulary: use one with --vocab-from"
         )
     if isinstance(model, str | os.PathLike):
-        opened = checkpoint.open_model(os.fspath(model), device=chosen.device, dtype=chosen.dtype, tick=tick)
+        if stream_weights and (why := _why_whole(chosen, jobs)):
+            raise BillhookError(f"--stream-weights: {why}")
+        stream = None if stream_weights is None and not _why_whole(chosen, jobs) else bool(stream_weights)
+        how = {"device": chosen.device, "dtype": chosen.dtype, "stream": stream}
+        opened = checkpoint.open_model(os.fspath(model), **how, tick=tick)
     else:
         if jobs > 1:
             raise BillhookError("jobs: other processes cannot see a model in memory: prune from a folder, or use one")
@@ -153,6 +160,23 @@ def prune(
         check_known(model)
     means = Means(Path(study) if study else None, fresh, jobs, opened.name, chosen.dtype)
     return prune_opened(opened, chosen, tick, statistics, announce, means)
+
+
+def _why_whole(chosen: Recipe, jobs: int) -> str:
+    """Why a prune needs all weights at once, or ''."""
+    reasons = {
+        "a search tries candidates on the whole model": chosen.searches or chosen.shears,
+        "--select healed trains candidates": chosen.select == "healed",
+        "--vocab-from cuts the embedding table": bool(chosen.vocab_from),
+        "slicegpt cuts all layers at once": chosen.slices,
+        "--speedup times the whole model": chosen.speedup is not None,
+        f"allocation {chosen.allocation} tries cuts on the whole model": chosen.allocation
+        in ("sensitivity", "auto", "global"),
+        f"score {chosen.score} needs gradients of the whole model": chosen.score in GRADIENT_SCORES,
+        f"preset {chosen.preset} needs gradients of the whole model": chosen.chops and chosen.preset == "taylor",
+        "--jobs has every process open the model": jobs > 1,
+    }
+    return next((why for why, so in reasons.items() if so), "")
 
 
 def prune_opened(

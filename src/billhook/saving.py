@@ -9,11 +9,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from billhook import layout
 from billhook.experts import fuse
+from billhook.paging import held, is_paged, pages_of
+from billhook.shards import INDEX
 
+SHARD = 2**27  # bytes of a file of a model that is written a page at a time
 TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -33,8 +38,11 @@ def save(model: Any, tokenizer: Any, to: Path, source: Path | None) -> None:
     fuse(model)
     try:
         with quiet_transformers():
-            # our own classes load no names but their own: transformers renames by class (GPT-NeoX's head is embed_out on disk)
-            model.save_pretrained(to, save_original_format=layout.layout_of(model) == "uniform")
+            if is_paged(model):
+                _save_paged(model, to)
+            else:
+                # our own classes load no names but their own: transformers renames by class (GPT-NeoX's head is embed_out on disk)
+                model.save_pretrained(to, save_original_format=layout.layout_of(model) == "uniform")
     except SafetensorError as error:
         raise OSError(str(error)) from error
     config = to / "config.json"
@@ -50,6 +58,43 @@ def save(model: Any, tokenizer: Any, to: Path, source: Path | None) -> None:
             shutil.copyfile(file, to / file.name)
 
 
+def _save_paged(model: Any, to: Path) -> None:
+    """As `save_pretrained` does, a shard of about `SHARD` bytes at a time."""
+    files: list[Path] = []
+    placed: dict[str, int] = {}
+    size = 0
+    for tensors in _shards(model):
+        files.append(to / f"{len(files)}.safetensors")
+        save_file({name: one.cpu().contiguous() for name, one in tensors.items()}, files[-1], {"format": "pt"})
+        placed |= dict.fromkeys(tensors, len(files) - 1)
+        size += sum(one.numel() * one.element_size() for one in tensors.values())
+    names = [f"model-{n:05}-of-{len(files):05}.safetensors" for n in range(1, len(files) + 1)]
+    for file, name in zip(files, names, strict=True):
+        file.rename(to / name)
+    index = {"metadata": {"total_size": size}, "weight_map": {key: names[n] for key, n in sorted(placed.items())}}
+    (to / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(to)
+    if model.can_generate():
+        model.generation_config.save_pretrained(to)
+
+
+def _shards(model: Any) -> Iterator[dict[str, Tensor]]:
+    """The parameters of a paged model, a tied one once, some pages at a time."""
+    seen: set[int] = set()
+    found: dict[str, Tensor] = {}
+    for page in pages_of(model):
+        own = {name for name, one in page.parameters().items() if id(one) not in seen}
+        seen |= {id(one) for one in page.parameters().values()}
+        with held(page.module):
+            found |= {name: one for name, one in page.parameters().items() if name in own}
+        if sum(one.numel() * one.element_size() for one in found.values()) >= SHARD:
+            yield found
+            found = {}
+    if found:
+        yield found
+
+
 def stored_parameters(path: Path) -> int:
     """Elements of all tensors in a folder's safetensors files."""
     total = 0
@@ -61,7 +106,7 @@ def stored_parameters(path: Path) -> int:
 
 def elements(model: torch.nn.Module) -> int:
     """Elements that a checkpoint of the model stores: its parameters, a tied one once, and buffers that are not computed."""
-    return sum({t.data_ptr(): t.numel() for t in model.state_dict().values()}.values())
+    return sum({id(t): t.numel() for t in model.state_dict(keep_vars=True).values()}.values())
 
 
 @contextmanager

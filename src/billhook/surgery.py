@@ -13,6 +13,7 @@ from billhook.axes import Axis, owners
 from billhook.errors import BillhookError
 from billhook.families import PER_LAYER_KEYS, as_output, attention_module, layers, mixture, row_of
 from billhook.modeling_per_layer import holder_of, narrow_values
+from billhook.paging import renumber
 from billhook.tensors import Units
 
 PLAIN_LAYERS = "mlp_only_layers"  # config key that holds the numbers of the layers without a mixture of experts
@@ -121,6 +122,7 @@ def drop_layers(model: PreTrainedModel, numbers: Collection[int]) -> None:
             setattr(model.config, key, [values[n] for n in kept])
     _say_plain(model.config, plain)
     model.config.num_hidden_layers = len(kept)
+    renumber(model)
 
 
 def _say_plain(config: Any, plain: list[int]) -> None:

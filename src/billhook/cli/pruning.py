@@ -20,6 +20,7 @@ from billhook.cli.shared import (
     Ratio,
     Rotate,
     SeqLen,
+    Stream,
     app,
     choice,
     listed,
@@ -256,6 +257,7 @@ def prune_command(
     ] = None,
     device: Device = DEFAULT.device,
     dtype: Dtype = DEFAULT.dtype,
+    stream_weights: Stream = None,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
@@ -318,7 +320,9 @@ def prune_command(
         device=device,
         dtype=dtype,
     )
-    found = prune_to(model, chosen, output, overwrite, statistics=statistics, jobs=jobs).report
+    found = prune_to(
+        model, chosen, output, overwrite, statistics=statistics, jobs=jobs, stream_weights=stream_weights
+    ).report
     if json:
         typer.echo(report.to_json(found), nl=False)
     else:

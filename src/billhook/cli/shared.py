@@ -75,6 +75,14 @@ Dtype = Annotated[
         "to compute in: auto (float32 on a CPU, else the checkpoint's), float32, bfloat16, float16",
     ),
 ]
+Stream = Annotated[
+    bool | None,
+    typer.Option(
+        "--stream-weights/--no-stream-weights",
+        help="leave the weights in their files, one decoder layer at a time in memory",
+        show_default="where the model would take more than 80 % of the free memory",
+    ),
+]
 SeqLen = Annotated[int, typer.Option(help="tokens in a window")]
 Texts = Annotated[
     list[str] | None,
