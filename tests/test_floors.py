@@ -31,14 +31,24 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
         "writing",
         *STANDALONE,
         "gguf_archs",
-        "shards",
         "pages.tables",
     ),
     (
         *("linalg", "losses", "atomic", "amounts", "llamacpp", "gguf_vocab", "knee", "depth"),
         *("pages.charts", "pages.recovery_tables", "pages.search_tables"),
     ),
-    ("store", "claim", "paging", "pages.cut_tables", "pages.healing", "pages.searched", "pages.style", "pace", "demo"),
+    (
+        "store",
+        "claim",
+        "paging",
+        "shards",
+        "pages.cut_tables",
+        "pages.healing",
+        "pages.searched",
+        "pages.style",
+        "pace",
+        "demo",
+    ),
     ("scores", "taylor", "solution", "allocate", "choose", "restore", "sparsity", "axes", "merging"),
     ("families", "support", "data", "teacher", "pages.headline"),
     ("surgery", "observe", "gradients", "layout", "quality", "trainables", "zeros", "experts", "known", "residual"),
@@ -56,7 +66,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
         "methods.wanda",
         "methods.sparsegpt",
     ),
-    ("restream", "skeleton"),
+    ("restream", "skeleton", "journal"),
     ("methods.*", "checkpoint", "speed", "zeroshot", "report", "training", "reading", "pool"),
     ("methods", "clients", "sensitivity", "chopping", "evaluate", "pages.page"),
     ("allocation", "slicing", "timing", "publish", "blocks", "masking"),
@@ -64,7 +74,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
     ("samplers",),
     ("recipe",),
     ("planning", "recovery", "rounds", "recipe_file"),
-    ("runs", "selection", "searching"),
+    ("runs", "selection", "searching", "result"),
     ("shearing",),
     ("pruning",),
     ("contest", "recovering", "forecast"),
@@ -91,7 +101,7 @@ MATHEMATICS = {
     "knee",
     "merging",
 }
-STRUCTURE = {"axes", "families", "surgery", "layout", "experts", "known", "residual", "rotation"}
+STRUCTURE = {"axes", "families", "surgery", "layout", "experts", "known", "residual", "rotation", "paging"}
 NAME_FAMILIES = {"families", "modeling_per_layer", "gguf_archs"}
 ROOM = re.compile(r"\..*")  # methods.fasp -> methods.*
 LAZY = {"", "__main__"}

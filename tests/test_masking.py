@@ -131,7 +131,9 @@ def test_held_out_windows_are_kept_apart() -> None:
     group = next(iter(operators.operators(model, tokens, ROLES, stream="dense", held_out=0.3)))
     whole = next(iter(operators.operators(model, tokens, ROLES, stream="dense", held_out=0.0)))
     assert group.held_out is not None and whole.held_out is None
-    assert torch.allclose((group.fit + group.held_out).gram, whole.fit.gram, rtol=1e-5)
+    assert torch.allclose(
+        (group.fit + group.held_out).gram, whole.fit.gram, rtol=1e-5, atol=1e-4
+    )  # of about 100, in float32 products
     states, calls = enter(model, [tokens[7:]])
     module = layers(model)[0]
     assert run(module, states[0], calls[0][0]).shape[0] == 3

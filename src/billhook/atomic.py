@@ -49,12 +49,14 @@ def folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         try:
             _put(work, out)
         except OSError as error:  # a mount point, say
-            raise BillhookError(f"cannot write {out}: {error.strerror or error}; nothing was left behind") from error
+            raise BillhookError(
+                f"cannot write {out}: {error.strerror or error}; nothing half-written was left"
+            ) from error
     except BaseException as error:
         shutil.rmtree(work, ignore_errors=True)
         _remove_empty(made)
-        if full := _disk_full(error):
-            raise BillhookError(f"cannot write {out}: {full}; nothing was left behind") from error
+        if full := disk_full(error):
+            raise BillhookError(f"cannot write {out}: {full}; nothing half-written was left") from error
         raise
 
 
@@ -81,7 +83,7 @@ def file(out: Path) -> Iterator[Path]:
             yield Path(work) / out.name
             (Path(work) / out.name).replace(out)
     except OSError as error:
-        raise BillhookError(f"cannot write {out}: {error.strerror or error}; nothing was left behind") from error
+        raise BillhookError(f"cannot write {out}: {error.strerror or error}; nothing half-written was left") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -108,7 +110,7 @@ def _put(work: Path, out: Path) -> None:
     shutil.rmtree(old)
 
 
-def _disk_full(error: BaseException) -> str:
+def disk_full(error: BaseException) -> str:
     """What the disk said, if it was the disk.  safetensors wraps the system's error in a text of its own."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
         return os.strerror(error.errno)

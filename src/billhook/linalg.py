@@ -13,7 +13,9 @@ def damped(gram: Gram, damping: float) -> Gram:
     """G + delta I with delta = damping * mean(diag G); a Gram of zeros becomes the identity."""
     mean = gram.diagonal().mean()
     delta = damping * mean if mean > 0 else gram.new_ones(())
-    return gram + delta * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    found = gram.clone()
+    found.diagonal().add_(delta)
+    return found
 
 
 def factor(gram: Gram, damping: float) -> tuple[Gram, float]:
@@ -25,7 +27,11 @@ def factor(gram: Gram, damping: float) -> tuple[Gram, float]:
         BillhookError: the Gram is not positive definite even then (it is not a Gram).
     """
     while True:
-        lower, failed = torch.linalg.cholesky_ex(damped(gram, damping))
+        lower = damped(
+            gram, damping
+        ).mT  # LAPACK's order, so that the factor takes its place: a Gram may be a tenth of memory
+        failed = torch.empty((), dtype=torch.int32, device=gram.device)
+        torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if not failed.item():
             return lower, damping
         if damping >= DAMPING_LIMIT:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from billhook import checkpoint, sparsity
 from billhook.errors import BillhookError
 from billhook.families import FUSED, layers, linear, linears, wanted, weight_of
+from billhook.journal import Journal
 from billhook.methods import METHODS
 from billhook.operators import ALONE, HELD_OUT, Group, Sums, operators
 from billhook.paging import held as held_in_memory
@@ -123,12 +124,14 @@ def mask(
     workers: Workers = HERE,
     clock: Clock | None = None,
     tick: Tick = quiet,
+    journal: Journal | None = None,
 ) -> list[Masked]:
     """Sparsify a model in place.
 
     Args:
         tokens: calibration windows (windows, length).
         workers: several, where the stream lets no layer see what became of another.
+        journal: keeps every layer once it is done, and has those that an earlier run of the same work has; of one worker alone.
 
     Raises:
         BillhookError: as `check`; an activation is not finite; a Gram that cannot be factored (names the layer); layers that see
@@ -141,16 +144,34 @@ def mask(
         )
     if workers.jobs > 1:
         return _shared(model, tokens, how, workers, clock or Clock(), tick)
-    return _made(model, tokens, how, None, clock or Clock(), tick)
+    return _made(model, tokens, how, None, clock or Clock(), tick, journal)
 
 
 def _made(
-    model: PreTrainedModel, tokens: Tokens, how: Masking, at: range | None, clock: Clock, tick: Tick
+    model: PreTrainedModel,
+    tokens: Tokens,
+    how: Masking,
+    at: range | None,
+    clock: Clock,
+    tick: Tick,
+    journal: Journal | None = None,
 ) -> list[Masked]:
     fitted = (len(tokens) - int(HELD_OUT * len(tokens))) * tokens.shape[1]
     how = replace(how, settings=replace(how.settings, tokens=fitted))
-    groups = operators(model, tokens, how.targets, stream=how.stream, at=at, clock=clock, tick=tick)
-    return [_masked(model, group, role, name, how, clock) for group in groups for role, name in group.names.items()]
+    journal = journal or Journal(None, model)
+    groups = operators(model, tokens, how.targets, stream=how.stream, at=at, finished=journal, clock=clock, tick=tick)
+    done, last = [Masked(**one) for one in journal.found], {n: _last(model, n, how) for n in range(len(layers(model)))}
+    for group in groups:
+        done += [_masked(model, group, role, name, how, clock) for role, name in group.names.items()]
+        if last[group.layer] in group.names.values():
+            with clock("saving"):
+                journal.commit(group.layer, [asdict(one) for one in done if one.layer == group.layer], {})
+    return done
+
+
+def _last(model: PreTrainedModel, layer: int, how: Masking) -> str:
+    """Path of the last linear module of a layer that gets zeros."""
+    return [name for one in linears(model, layer) for role, name in one.items() if wanted(role, how.targets)][-1]
 
 
 def _shared(

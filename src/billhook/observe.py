@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,18 @@ class Evidence:
         return Evidence(self.gram + other.gram, cross, self.energy + other.energy)
 
 
+@runtime_checkable
+class Finished(Protocol):
+    """Layers that an earlier run of the same work has finished (billhook.journal)."""
+
+    @property
+    def records(self) -> Collection[int]: ...
+
+    def replay(self, n: int) -> None:
+        """Make layer n what it then became."""
+        ...
+
+
 @dataclass(frozen=True)
 class Layer:
     """One stop of the walk: its axes and, by reader module, the evidence from the windows to fit and those held out."""
@@ -73,6 +85,7 @@ def walk(  # noqa: PLR0913
     gone: Collection[int] = (),
     at: Collection[int] | None = None,
     held_out: float = 0.1,
+    finished: Finished | None = None,
     clock: Clock | None = None,
     tick: Tick = quiet,
 ) -> Iterator[Layer]:
@@ -84,6 +97,7 @@ def walk(  # noqa: PLR0913
         gone: layers that will go as a whole: not yielded, and passed by but in the dense stream.
         at: the layers to gather evidence on, the others are not yielded and the walk ends with the last; None: all.
         held_out: share of the windows, the last ones, whose evidence is kept apart.
+        finished: layers that are made what they became and passed through, not yielded.
 
     Raises:
         BillhookError: an activation is not finite; the message names the module.
@@ -105,27 +119,26 @@ def walk(  # noqa: PLR0913
         if n in gone:
             continue
         tick("statistics", n, end)
+        on = _Passage(model, n, module, states, targets, calls, _gone_from(n + 1, gone), stream)
+        if finished is not None and n in finished.records:
+            with clock("forward"), held(module):
+                on.unpruned()
+            finished.replay(n)
+            with clock("forward"), held(module):
+                on.pruned()
+            continue
         wanted = at is None or n in at
-        here = by_layer[n] if wanted else []
-        after_it = _gone_from(n + 1, gone)
         sums: tuple[dict[str, Evidence], dict[str, Evidence]] = ({}, {})
         with held(module):
-            for b, state in enumerate(states):
-                with clock("forward"), _tapped(model, here) as inputs:
-                    after = run(module, state, calls[b][n])
-                lack = None
-                if targets:
-                    with clock("forward"):
-                        dense = (
-                            after if targets[b] is state else run(module, targets[b], calls[b][n])
-                        )  # nothing cut so far
-                        targets[b] = _through(model, after_it, dense, calls[b])
-                    lack = share * (dense - after) + (targets[b] - dense)
-                with clock("gram"):
-                    _add(sums[batches[b][1]], here, inputs, lack)
-                if stream == "dense":
-                    states[b] = _through(model, after_it, after, calls[b])
-                elif not wanted:
+            for b in range(len(states)):
+                with clock("forward"), _tapped(model, by_layer[n] if wanted else []) as inputs:
+                    after = run(module, states[b], calls[b][n])
+                with clock("forward"):
+                    lack = on.step(b, after, share)
+                if wanted:
+                    with clock("gram"):
+                        _add(sums[batches[b][1]], by_layer[n], inputs, lack)
+                elif stream != "dense":
                     states[b] = after
             if not wanted:
                 continue
@@ -133,11 +146,46 @@ def walk(  # noqa: PLR0913
                 _complete(sums)
             yield Layer(n, by_layer[n], *sums)
             return_freed()  # or the holes that the cuts leave pile up (docs/LOG.md)
-            if stream != "dense" and n + 1 < end:
+            if n + 1 < end:
                 with clock("forward"):
-                    for b, state in enumerate(states):
-                        states[b] = run(module, state, calls[b][n])
+                    on.pruned()
     tick("statistics", end, end)
+
+
+@dataclass
+class _Passage:
+    """Every batch on its way through layer n: `states`, and `targets` in the unpruned model, are changed in place."""
+
+    model: PreTrainedModel
+    n: int
+    module: nn.Module
+    states: list[Tensor]
+    targets: list[Tensor]  # none but in the dense_target stream
+    calls: list[list[dict[str, Any]]]
+    after_it: list[int]  # layers that go as a whole right after it
+    stream: str
+
+    def step(self, b: int, after: Tensor, share: float) -> Tensor | None:
+        """Batch b through the layer as it is, which put out `after`; what the layer should add, where there is a target."""
+        if self.stream == "dense":
+            self.states[b] = _through(self.model, self.after_it, after, self.calls[b])
+        if not self.targets:
+            return None
+        same = self.targets[b] is self.states[b]  # nothing cut so far
+        dense = after if same else run(self.module, self.targets[b], self.calls[b][self.n])
+        self.targets[b] = _through(self.model, self.after_it, dense, self.calls[b])
+        return share * (dense - after) + (self.targets[b] - dense)
+
+    def unpruned(self) -> None:
+        """What sees the unpruned layer, through it."""
+        following = self.states if self.stream == "dense" else self.targets
+        for b, state in enumerate(following):
+            following[b] = _through(self.model, [self.n, *self.after_it], state, self.calls[b])
+
+    def pruned(self) -> None:
+        """What sees the pruned layer, through it."""
+        for b, state in enumerate(self.states if self.stream != "dense" else ()):
+            self.states[b] = run(self.module, state, self.calls[b][self.n])
 
 
 def gram_of(x: Tensor) -> Gram:
@@ -159,8 +207,10 @@ def add_upper(total: Gram | None, x: Tensor) -> Gram:
 
 
 def mirrored(upper: Gram) -> Gram:
-    """The whole Gram of its upper block triangle."""
-    return upper.triu() + upper.triu(1).T
+    """The whole Gram of its upper block triangle, in its place."""
+    upper.triu_()
+    upper += upper.triu(1).T
+    return upper
 
 
 def _add(sums: dict[str, Evidence], found: list[Axis], inputs: dict[str, Tensor], lack: Tensor | None) -> None:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from billhook.errors import BillhookError
 from billhook.families import layers, linears, row_of, wanted
 from billhook.memory import return_freed
-from billhook.observe import BATCH_TOKENS, enter, gram_of, run
+from billhook.observe import BATCH_TOKENS, Finished, enter, gram_of, run
 from billhook.paging import held
 from billhook.progress import Clock, Tick, quiet
 from billhook.tensors import Gram, Tokens
@@ -87,6 +87,7 @@ def operators(
     stream: str,
     at: range | None = None,
     held_out: float = HELD_OUT,
+    finished: Finished | None = None,
     clock: Clock | None = None,
     tick: Tick = quiet,
 ) -> Iterator[Group]:
@@ -96,6 +97,7 @@ def operators(
         tokens: calibration windows (windows, length).
         at: the layers whose operators are yielded; the walk ends with the last.  None: all.
         held_out: share of the windows, the last ones, whose sums are kept apart.
+        finished: layers that are made what they became and passed through, not yielded.
 
     Raises:
         BillhookError: an activation is not finite; the message names the module.
@@ -107,6 +109,9 @@ def operators(
     mixed = f"{row_of(model).experts}."
     for n, module in enumerate(layers(model)[: at.stop]):
         tick("pruning", max(n - at.start, 0), len(at))
+        if finished is not None and n in finished.records:
+            _replayed(n, module, finished, batches, stream, clock)
+            continue
         with held(module):
             groups = [{r: path for r, path in one.items() if wanted(r, roles)} for one in linears(model, n)]
             groups = [named for named in groups if named] if n in at else []
@@ -206,6 +211,21 @@ def seen(
             return inputs, run(module, state, call)
         except _EnoughError:
             return inputs, None
+
+
+def _replayed(
+    n: int, module: nn.Module, finished: Finished, batches: Sequence[_Batch], stream: str, clock: Clock
+) -> None:
+    """Take every batch through a layer that an earlier run has finished."""
+    follows = stream in (*WITH_TARGET, "dense")
+    with clock("forward"), held(module):
+        for batch in batches if follows else ():
+            batch.target = run(module, batch.target, batch.calls[n])
+    finished.replay(n)
+    with clock("forward"), held(module):
+        for batch in batches:
+            batch.state = batch.target if stream in ALONE else run(module, batch.state, batch.calls[n])
+            batch.target = batch.target if follows else batch.state
 
 
 def _passed(n: int, module: nn.Module, unpruned: nn.Module | None, batches: Sequence[_Batch], *, alone: bool) -> None:

@@ -8,7 +8,9 @@ call ends; while it is `held` it stays, may be edited, and goes to a file of its
         ...  # weights are there, and may be changed or replaced
 """
 
+import shutil
 import tempfile
+import weakref
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +24,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from billhook.errors import BillhookError
-from billhook.memory import return_freed
 
 PAGE = "billhook_page"  # attribute of a module that is one
 
@@ -37,7 +38,6 @@ class Pager:
     device: torch.device
     folder: Path | None = None  # for pages that were edited; None: a temporary one
     pages: list["Page"] = field(default_factory=list)
-    _own: Any = None
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
         """Parameters by name, as they are stored: copies, so that no file stays mapped.
@@ -66,8 +66,8 @@ class Pager:
     def spill(self, page: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep edited parameters in a file of their own, from now on theirs."""
         if self.folder is None:
-            self._own = tempfile.TemporaryDirectory(prefix="billhook-pages-")
-            self.folder = Path(self._own.name)
+            self.folder = Path(tempfile.mkdtemp(prefix="billhook-pages-"))
+            weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         file = self.folder / f"{page}.safetensors"
         work = file.with_suffix(".partial")
         save_file({name: one.cpu().contiguous() for name, one in tensors.items()}, work)
@@ -114,8 +114,6 @@ class Page:
                 meta = nn.Parameter(torch.empty_like(old, device="meta"), old.requires_grad)
             owner._parameters[leaf] = meta
         self.away.clear()
-        del now
-        return_freed()
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """By name in the model, as they are now."""
@@ -182,6 +180,12 @@ def is_paged(model: Any) -> bool:
 def pages_of(model: Any) -> list[Page]:
     """The pages of a paged model, in the order of its modules."""
     return vars(model)["billhook_pager"].pages
+
+
+def place(model: Any, file: Path, names: list[str]) -> None:
+    """Have parameters of a paged model come from a file that has them under their own names; nothing to do for one in memory."""
+    if is_paged(model):
+        vars(model)["billhook_pager"].place(file, names)
 
 
 def renumber(model: Any) -> None:

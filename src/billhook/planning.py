@@ -25,6 +25,7 @@ from billhook.methods.layerchop import Settings as Patching
 from billhook.methods.layerchop import check_patch
 from billhook.methods.slicegpt import Settings as Slicing
 from billhook.observe import walk
+from billhook.paging import is_paged
 from billhook.plan import Plan
 from billhook.progress import Clock, Tick, quiet
 from billhook.recipe import BUDGETS, Recipe
@@ -360,7 +361,7 @@ def _apart(losses: Mapping[int, float], count: int) -> list[int]:
 def _key(model: PreTrainedModel, chosen: Recipe, name: str, texts: Texts) -> dict[str, Any]:
     """All that decides what is measured."""
     decides = ("kinds", "score", "ridge", "restoration", "dtype")
-    weights = store.weights_sha256(model)
+    weights = "" if is_paged(model) else store.weights_sha256(model)  # which keeps no statistics
     return {"curves": name, "weights": weights, **_hashes(texts)} | {k: getattr(chosen, k) for k in decides}
 
 

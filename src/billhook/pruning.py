@@ -2,16 +2,16 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from billhook import (
-    atomic,
     budget,
     checkpoint,
+    claim,
     data,
     layout,
     masking,
@@ -19,22 +19,26 @@ from billhook import (
     quality,
     report,
     searching,
+    shards,
     shearing,
     slicing,
+    store,
     vocabulary,
 )
 from billhook.checkpoint import Opened
 from billhook.errors import BillhookError
 from billhook.experts import fuse, unfuse
 from billhook.families import layers
+from billhook.journal import Journal
 from billhook.known import check_known
 from billhook.memory import peak_growth
 from billhook.methods import METHODS, carry_out
+from billhook.methods.fasp import fasp
 from billhook.plan import Plan
 from billhook.progress import Clock, Tick, quiet, unheard
-from billhook.publish import publish
 from billhook.reading import read
 from billhook.recipe import Recipe, recipe
+from billhook.result import Result
 from billhook.selection import after_a_heal
 from billhook.surgery import cast
 from billhook.taylor import GRADIENT_SCORES
@@ -45,60 +49,7 @@ SAMPLE = 2**20  # characters of the calibration text by which a cut vocabulary i
 VOCABULARY_STEP = 64  # rows of an embedding: what kernels and tensor parallelism like
 
 
-@dataclass
-class Result:
-    """A pruned model, its tokenizer, and the report of what it cost."""
-
-    model: Any
-    tokenizer: Any
-    report: dict[str, Any]
-    source: Path | None = None  # the folder the model came from
-    trimmed: bool = False  # whether the tokenizer is no longer the source's
-
-    def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> Path:
-        """Write a plain checkpoint with report and model card, reload it with stock transformers and compare.
-
-        Raises:
-            BillhookError: `path` is taken, holds the source model, cannot be written, or what was written does not come
-                back equal.  In each case nothing is left behind.
-        """
-        out = Path(path)
-        check_out(out, self.source, overwrite)
-        with atomic.folder(out, overwrite) as work:
-            self.write(work)
-        return out
-
-    def page(self, measured: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-        """The content of report.json; `measured`: the unpruned and the pruned model, of `evaluate.side_by_side`."""
-        found = self.report
-        share = (
-            f"{zeros['sparsity']:.0%} zeros"
-            if (zeros := found.get("zeros"))
-            else f"{found['sizes']['achieved_ratio']:.0%} of its decoder pruned"
-        )
-        title = f"{found['parent']}, {share} by {found['recipe']['method']}"
-        where = report.conditions(self.model, report.command(found), sum(found["seconds"].values()))
-        reference = measured[0]["name"] if measured else None
-        return report.assemble("prune", title, where, cut=found, models=measured, reference=reference)
-
-    def write(self, work: Path, tick: Tick = quiet) -> None:
-        """Fill the existing folder `work` and verify it."""
-        source = None if self.trimmed else self.source
-        publish(self.model, self.tokenizer, source, self.report, self.page, work, tick)
-
-
-def check_out(out: Path, source: Path | None, overwrite: bool) -> None:
-    """Refuse an output folder that is taken, or that would put result and source inside each other."""
-    if source is not None:
-        here, there = out.resolve(), source.resolve()
-        if here == there or there in here.parents:
-            raise BillhookError(f"{out} lies inside the model's own folder {source}: choose another output")
-        if here in there.parents:
-            raise BillhookError(f"{out} holds the model's own folder {source}: choose another output")
-    atomic.check_free(out, overwrite)
-
-
-def prune(
+def prune(  # noqa: PLR0913
     model: Any,
     *,
     tokenizer: Any = None,
@@ -109,6 +60,7 @@ def prune(
     fresh: bool = False,
     jobs: int = 1,
     stream_weights: bool | None = False,
+    work: str | os.PathLike[str] | None = None,
     **settings: Any,
 ) -> Result:
     """Prune a model by a recipe.
@@ -120,10 +72,11 @@ def prune(
         tick: called with (stage, done, total) as the work proceeds.
         announce: called with one line, what will be cut, before anything is.
         study: a folder of this search alone, where the method searches: after a kill the same call goes on.
-        fresh: start over in that folder.
+        fresh: start over in that folder, or in `work`.
         jobs: processes that try candidates, where the method searches, or that share the layers, where it makes zeros; each
             opens the model for itself.
         stream_weights: leave the weights in their files, one layer at a time in memory; None: where they would not fit.
+        work: a folder of this prune alone, where it is done layer by layer: after a kill the same call goes on.
         settings: the fields of `Recipe`: ratio=0.2, method="fasp", axes=("ffn",), calibration="demo", …
 
     Returns:
@@ -144,9 +97,9 @@ def prune(
             "jobs: other processes would open the model with its whole vocabulary: use one with --vocab-from"
         )
     if isinstance(model, str | os.PathLike):
-        if stream_weights and (why := _why_whole(chosen, jobs)):
+        if stream_weights and (why := _why_whole(chosen, jobs, statistics)):
             raise BillhookError(f"--stream-weights: {why}")
-        stream = None if stream_weights is None and not _why_whole(chosen, jobs) else bool(stream_weights)
+        stream = None if stream_weights is None and not _why_whole(chosen, jobs, statistics) else bool(stream_weights)
         how = {"device": chosen.device, "dtype": chosen.dtype, "stream": stream}
         opened = checkpoint.open_model(os.fspath(model), **how, tick=tick)
     else:
@@ -159,10 +112,12 @@ def prune(
         unfuse(model)
         check_known(model)
     means = Means(Path(study) if study else None, fresh, jobs, opened.name, chosen.dtype)
-    return prune_opened(opened, chosen, tick, statistics, announce, means)
+    journals = work is not None and opened.folder is not None and jobs == 1 and not (chosen.searches or chosen.shears)
+    kept = Path(work) if journals and work is not None else None
+    return prune_opened(opened, chosen, tick, statistics, announce, means, kept)
 
 
-def _why_whole(chosen: Recipe, jobs: int) -> str:
+def _why_whole(chosen: Recipe, jobs: int, statistics: Any) -> str:
     """Why a prune needs all weights at once, or ''."""
     reasons = {
         "a search tries candidates on the whole model": chosen.searches or chosen.shears,
@@ -175,6 +130,7 @@ def _why_whole(chosen: Recipe, jobs: int) -> str:
         f"score {chosen.score} needs gradients of the whole model": chosen.score in GRADIENT_SCORES,
         f"preset {chosen.preset} needs gradients of the whole model": chosen.chops and chosen.preset == "taylor",
         "--jobs has every process open the model": jobs > 1,
+        "--statistics reads all weights for its key": statistics is not None,
     }
     return next((why for why, so in reasons.items() if so), "")
 
@@ -186,6 +142,7 @@ def prune_opened(
     statistics: str | os.PathLike[str] | None = None,
     announce: Callable[[str], object] = unheard,
     means: Means = searching.HERE,
+    work: Path | None = None,
 ) -> Result:
     """Prune a model that is already loaded, in place."""
     model, clock = opened.model, Clock()
@@ -212,7 +169,8 @@ def prune_opened(
                 seen = {"folder": folder, "means": means, "clock": clock, "tick": tick}
                 hunt = shearing.search(model, chosen, how, *judged[1:], texts.calibration, **seen)
                 how = hunt.how
-            zeros = _masked(model, how, texts.calibration, means, announce, clock, tick)
+            journal = _journal(opened, chosen, windows, work, means.fresh)
+            zeros = _masked(model, how, texts.calibration, means, journal, announce, clock, tick)
         else:
             plan = planning.make_plan(model, wanted, texts, opened.dtype, scores, folder, clock, tick)
         if material:
@@ -237,8 +195,17 @@ def prune_opened(
             announce(report.plan_line(model, plan, chosen.budget, chosen.patches))
         if plan.kinds or plan.layers or narrowed:
             run, settings = carry_out(chosen.method), planning.method_settings(chosen)
+            more = {"journal": _journal(opened, chosen, windows, work, means.fresh)} if run is fasp else {}
             cuts = run(
-                model, texts.calibration, plan, settings, scores=scores, stream=chosen.stream, clock=clock, tick=tick
+                model,
+                texts.calibration,
+                plan,
+                settings,
+                scores=scores,
+                stream=chosen.stream,
+                clock=clock,
+                tick=tick,
+                **more,
             )
     finish(model, chosen, opened.dtype)
     written = {
@@ -270,7 +237,25 @@ def prune_opened(
         "peak_growth_bytes": growth(),
         "versions": report.versions(),
     }
-    return Result(model, opened.tokenizer, written, opened.folder, trimmed=vocabulary_cut is not None)
+    kept = work if work is not None and (work / claim.NAME).exists() else None
+    return Result(model, opened.tokenizer, written, opened.folder, trimmed=vocabulary_cut is not None, kept=kept)
+
+
+def _journal(opened: Opened, chosen: Recipe, windows: data.Windows, work: Path | None, fresh: bool) -> Journal:
+    """What was finished of this very prune: the same settings, model, text and code."""
+    if work is not None:
+        assert opened.folder is not None
+        claim.claim(
+            work,
+            {
+                "settings": chosen.model_dump(mode="json"),
+                "model": shards.digest(opened.folder),
+                "calibration text": windows.sha256,
+                "version of billhook": store.code_sha256(),
+            },
+            fresh,
+        )
+    return Journal(work, opened.model)
 
 
 def _masked(
@@ -278,6 +263,7 @@ def _masked(
     how: masking.Masking,
     tokens: Tokens,
     means: Means,
+    journal: Journal,
     announce: Callable[[str], object],
     clock: Clock,
     tick: Tick,
@@ -286,7 +272,7 @@ def _masked(
     zeros, weights = masking.zeros_in(model, how.targets)
     announce(masking.words(how, zeros, weights, tokens.numel(), model))
     workers = masking.Workers(means.jobs, means.name, means.dtype)
-    return masking.record(how, masking.mask(model, tokens, how, workers, clock, tick), zeros / weights)
+    return masking.record(how, masking.mask(model, tokens, how, workers, clock, tick, journal), zeros / weights)
 
 
 def _selected(

@@ -20,11 +20,11 @@ from billhook import atomic, report, store, trainables
 from billhook.errors import BillhookError
 from billhook.memory import peak_growth
 from billhook.progress import Tick, quiet, unheard
-from billhook.pruning import check_out
 from billhook.publish import publish
 from billhook.quality import of_losses
 from billhook.reading import judged_by
 from billhook.recovery import recovery
+from billhook.result import check_out
 from billhook.runs import BY_FORM, TRIAL, TRIAL_STEPS, Run, on_cpu, prepare, rates_of, shared, where
 from billhook.surgery import cast
 from billhook.training import Course, Diverged, Healer, Judge, checkpoints

@@ -1,5 +1,6 @@
 """What the safetensors files of a model folder hold: whole, in a known dtype, and where their index says."""
 
+import hashlib
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -73,6 +74,18 @@ def stored(path: Path, name: str) -> dict[str, Stored]:
             f"{name} stores weights as {', '.join(sorted(strange))}: dequantise to float32, bfloat16 or float16 first"
         )
     return found
+
+
+def digest(path: Path) -> str:
+    """What changes when a folder's weights do: names, sizes, times and headers of its files, not the weights, which may be many."""
+    found = hashlib.sha256()
+    for file in sorted([*path.glob("*.safetensors"), path / "config.json"]):
+        seen = file.stat()
+        found.update(f"{file.name} {seen.st_size} {seen.st_mtime_ns}".encode())
+        with file.open("rb") as content:
+            length = int.from_bytes(content.read(8), "little") if file.suffix == ".safetensors" else seen.st_size
+            found.update(content.read(length))
+    return found.hexdigest()[:16]
 
 
 def main_dtype(path: Path, name: str) -> torch.dtype:

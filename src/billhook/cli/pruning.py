@@ -258,6 +258,7 @@ def prune_command(
     device: Device = DEFAULT.device,
     dtype: Dtype = DEFAULT.dtype,
     stream_weights: Stream = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="start over where a prune was cut off")] = False,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
@@ -321,7 +322,7 @@ def prune_command(
         dtype=dtype,
     )
     found = prune_to(
-        model, chosen, output, overwrite, statistics=statistics, jobs=jobs, stream_weights=stream_weights
+        model, chosen, output, overwrite, statistics=statistics, jobs=jobs, stream_weights=stream_weights, fresh=fresh
     ).report
     if json:
         typer.echo(report.to_json(found), nl=False)

@@ -28,9 +28,9 @@ from billhook.cli.shared import (
 )
 from billhook.forecast import SECONDS, forecast
 from billhook.precision import PRECISIONS
-from billhook.pruning import check_out
 from billhook.recovering import recover
 from billhook.recovery import OBJECTIVES, STATES, STEPS, Recovery, recovery
+from billhook.result import check_out
 from billhook.trainables import WORDS
 
 DEFAULT = Recovery(teacher="demo", tokens=1)

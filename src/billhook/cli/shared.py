@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -24,8 +25,9 @@ from billhook import atomic, checkpoint, report
 from billhook.errors import BillhookError
 from billhook.pages import tables
 from billhook.progress import Tick
-from billhook.pruning import Result, check_out, prune
+from billhook.pruning import prune
 from billhook.recipe import Recipe
+from billhook.result import Result, check_out
 
 app = typer.Typer(
     name="billhook",
@@ -180,9 +182,20 @@ def prune_to(model: str, chosen: Recipe, output: Path, overwrite: bool, **means:
     if not source.exists():
         source = None
     check_out(output, source, overwrite)
-    with progress() as tick, atomic.folder(output, overwrite) as work:
-        result = prune(model, tick=tick, announce=_say, **means, **chosen.model_dump())
-        result.write(work, tick)
+    kept = unfinished(output)
+    new = not kept.exists()
+    try:
+        with progress() as tick, atomic.folder(output, overwrite) as work:
+            result = prune(model, tick=tick, announce=_say, work=kept, **means, **chosen.model_dump())
+            result.write(work, tick)
+    except BaseException:
+        if any(kept.glob("layer-*.json")):
+            _say(f"billhook: what was done is in {kept}: the same command goes on, --fresh starts over")
+        elif new and not means.get("study"):
+            shutil.rmtree(kept, ignore_errors=True)
+        raise
+    if result.kept:
+        shutil.rmtree(result.kept, ignore_errors=True)
     if cut := result.report["vocabulary"]:
         _warn_of_vocabulary(cut)
     return result

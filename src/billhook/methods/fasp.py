@@ -18,7 +18,7 @@ can hold; here whole query heads or KV groups go, where the user asks for them. 
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from transformers import PreTrainedModel
@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from billhook import choose, refit
 from billhook.axes import Axis, reader_weight
 from billhook.cuts import Cut
+from billhook.journal import Journal
 from billhook.observe import Evidence, Layer, walk
 from billhook.plan import Plan
 from billhook.progress import Clock, Tick, quiet
@@ -74,6 +75,7 @@ def fasp(
     *,
     scores: Mapping[tuple[int, str], Scores] | None = None,
     stream: str = "dense_target",
+    journal: Journal | None = None,
     clock: Clock | None = None,
     tick: Tick = quiet,
 ) -> list[Cut]:
@@ -82,8 +84,9 @@ def fasp(
     Args:
         tokens: calibration windows (windows, length).
         scores: of the units of each axis, by (layer, kind), where they come from elsewhere (gradients) than step 2.
+        journal: keeps every layer once it is done, and has those that an earlier run of the same work has.
     """
-    clock, scores = clock or Clock(), scores or {}
+    clock, scores, journal = clock or Clock(), scores or {}, journal or Journal(None, model)
     makes_up = plan.layers and stream == "dense_target" and settings.restoration  # by an FFN that loses nothing itself
     steps = walk(
         model,
@@ -92,16 +95,21 @@ def fasp(
         stream=stream,
         share=settings.correction if settings.restoration else 0.0,
         gone=plan.layers,
+        finished=journal,
         clock=clock,
         tick=tick,
     )
-    cuts = []
+    cuts = [Cut(**one) for one in journal.found]
     for layer in steps:
+        pieces = []
         for axis in layer.axes:
             place = (axis.layer, axis.kind)
             piece = _piece(model, axis, layer, plan.drops.get(place, 0), settings, clock, scores.get(place))
             _carry_out(model, piece, clock)
-            cuts.append(piece.cut)
+            pieces.append(piece)
+        with clock("saving"):
+            journal.commit(layer.number, [asdict(p.cut) for p in pieces], {p.axis.kind: p.drop for p in pieces})
+        cuts += [piece.cut for piece in pieces]
     drop_layers(model, plan.layers)
     return cuts
 

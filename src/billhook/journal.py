@@ -1,0 +1,97 @@
+"""Layers that a prune has finished, kept in a folder as they are finished: the same prune goes on from there, bit for bit.
+
+A layer is there once its record is, which is written after its weights, each on the disk before it has its name.  What a walk
+saw before a layer is computed anew from the layers themselves, which is a forward pass, and no statistics.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from billhook import paging
+from billhook.atomic import disk_full
+from billhook.errors import BillhookError, first_line
+from billhook.families import axes, layers, row_of
+from billhook.surgery import remove
+from billhook.tensors import Units
+
+
+class Journal:
+    """What `folder` holds of a prune of `model`, and what joins it.  None: nothing is kept."""
+
+    def __init__(self, folder: Path | None, model: PreTrainedModel) -> None:
+        self.folder, self.model = folder, model
+        self.records: dict[int, dict[str, Any]] = {}
+        for n in range(len(layers(model))) if folder else ():
+            if self._file(n, "json").exists():
+                self.records[n] = json.loads(self._file(n, "json").read_text(encoding="utf-8"))
+
+    @property
+    def found(self) -> list[dict[str, Any]]:
+        """What became of the layers that are done, as their records say, in order."""
+        return [one for n in sorted(self.records) for one in self.records[n]["found"]]
+
+    def commit(self, n: int, found: list[dict[str, Any]], drops: Mapping[str, Units]) -> None:
+        """Keep layer n as it is now.
+
+        Args:
+            found: what became of it, as plain data.
+            drops: by kind of axis, in the order in which they went, the units that did.
+
+        Raises:
+            BillhookError: the disk is full, or cannot be written.
+        """
+        if self.folder is None:
+            return
+        weights, record = self._file(n, "safetensors"), self._file(n, "json")
+        within = f"{row_of(self.model).layers}.{n}."
+        tensors = {f"{within}{name}": one.data for name, one in layers(self.model)[n].named_parameters()}
+        said = {"found": found, "drops": {kind: units.tolist() for kind, units in drops.items()}}
+        work = self.folder / "layer.partial"
+        try:
+            save_file({name: one.cpu().contiguous() for name, one in tensors.items()}, work)
+            _settle(work, weights)
+            work.write_text(json.dumps(said), encoding="utf-8")
+            _settle(work, record)
+        except (OSError, SafetensorError) as error:
+            work.unlink(missing_ok=True)
+            why = disk_full(error) or first_line(error)
+            raise BillhookError(f"cannot write {weights}: {why}; the layers before it are kept") from error
+        paging.place(self.model, weights, list(tensors))
+
+    def replay(self, n: int) -> None:
+        """Make layer n what it was committed as."""
+        for kind, units in self.records[n]["drops"].items():
+            axis = next(one for one in axes(self.model, (kind,)) if one.layer == n)
+            remove(self.model, axis, torch.tensor(units, dtype=torch.long))
+        file = self._file(n, "safetensors")
+        if paging.is_paged(self.model):
+            within = f"{row_of(self.model).layers}.{n}."
+            paging.place(self.model, file, [within + name for name, _ in layers(self.model)[n].named_parameters()])
+            return
+        for name, tensor in load_file(file).items():
+            param = self.model.get_parameter(name)
+            param.data = tensor.to(param)
+
+    def _file(self, n: int, ending: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"layer-{n}.{ending}"
+
+
+def _settle(work: Path, to: Path) -> None:
+    """Give a written file its name once its content is on the disk: no power loss leaves half of it under that."""
+    with work.open("rb") as file:
+        os.fsync(file.fileno())
+    work.replace(to)
+    folder = os.open(to.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
