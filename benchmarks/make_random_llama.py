@@ -16,9 +16,9 @@ from billhook import checkpoint
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("out", type=Path)
-parser.add_argument("--layers", type=int, default=28)
-parser.add_argument("--hidden", type=int, default=2048)
-parser.add_argument("--width", type=int, default=5504)
+parser.add_argument("--layers", type=int, default=50)
+parser.add_argument("--hidden", type=int, default=1536)
+parser.add_argument("--width", type=int, default=4096)
 parser.add_argument("--heads", type=int, default=16)
 parser.add_argument("--seed", type=int, default=0)
 args = parser.parse_args()

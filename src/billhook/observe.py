@@ -128,23 +128,12 @@ def walk(  # noqa: PLR0913
                 on.pruned()
             continue
         wanted = at is None or n in at
-        sums: tuple[dict[str, Evidence], dict[str, Evidence]] = ({}, {})
         with held(module):
-            for b in range(len(states)):
-                with clock("forward"), _tapped(model, by_layer[n] if wanted else []) as inputs:
-                    after = run(module, states[b], calls[b][n])
-                with clock("forward"):
-                    lack = on.step(b, after, share)
-                if wanted:
-                    with clock("gram"):
-                        _add(sums[batches[b][1]], by_layer[n], inputs, lack)
-                elif stream != "dense":
-                    states[b] = after
             if not wanted:
+                on.gather([], batches, share, clock, onward=True)
                 continue
-            with clock("gram"):
-                _complete(sums)
-            yield Layer(n, by_layer[n], *sums)
+            # a layer's Grams may be most of the memory: none is the generator's once they are handed out
+            yield Layer(n, by_layer[n], *on.gather(by_layer[n], batches, share, clock))
             return_freed()  # or the holes that the cuts leave pile up (docs/LOG.md)
             if n + 1 < end:
                 with clock("forward"):
@@ -164,6 +153,25 @@ class _Passage:
     calls: list[list[dict[str, Any]]]
     after_it: list[int]  # layers that go as a whole right after it
     stream: str
+
+    def gather(
+        self, found: list[Axis], batches: list[tuple[Tensor, bool]], share: float, clock: Clock, onward: bool = False
+    ) -> tuple[dict[str, Evidence], dict[str, Evidence]]:
+        """Every batch through the layer as it is, and the evidence on the axes `found` from the windows to fit and those held out; `onward`: where
+        nothing will be cut, and the sequential streams go on at once."""
+        sums: tuple[dict[str, Evidence], dict[str, Evidence]] = ({}, {})
+        for b in range(len(self.states)):
+            with clock("forward"):
+                with _tapped(self.model, found) as inputs:
+                    after = run(self.module, self.states[b], self.calls[b][self.n])
+                lack = self.step(b, after, share)
+                if onward and self.stream != "dense":
+                    self.states[b] = after
+            with clock("gram"):
+                _add(sums[batches[b][1]], found, inputs, lack)
+        with clock("gram"):
+            _complete(sums)
+        return sums
 
     def step(self, b: int, after: Tensor, share: float) -> Tensor | None:
         """Batch b through the layer as it is, which put out `after`; what the layer should add, where there is a target."""
@@ -208,8 +216,11 @@ def add_upper(total: Gram | None, x: Tensor) -> Gram:
 
 def mirrored(upper: Gram) -> Gram:
     """The whole Gram of its upper block triangle, in its place."""
-    upper.triu_()
-    upper += upper.triu(1).T
+    step = -(-len(upper) // GRAM_BLOCKS)
+    for i in range(0, len(upper), step):
+        here = upper[i : i + step, i : i + step]
+        here.copy_(here.triu() + here.triu(1).T)
+        upper[i + step :, i : i + step] = upper[i : i + step, i + step :].T
     return upper
 
 
@@ -247,7 +258,7 @@ def _complete(sums: tuple[dict[str, Evidence], dict[str, Evidence]]) -> None:
 
 
 def _check_finite(name: str, evidence: Evidence) -> None:
-    if not evidence.gram.isfinite().all():
+    if not evidence.gram.diagonal().isfinite().all():  # which overflows first
         raise BillhookError(f"what enters {name} is not finite: weights or dtype overflow; try --dtype float32")
     if not math.isfinite(evidence.energy) or (evidence.cross is not None and not evidence.cross.isfinite().all()):
         raise BillhookError(f"what leaves {name} is not finite: weights or dtype overflow; try --dtype float32")
@@ -292,6 +303,7 @@ def enter(model: PreTrainedModel, batches: list[Tensor]) -> tuple[list[Tensor], 
         for batch in batches:
             calls.append([])
             model.base_model(batch.to(model.device), use_cache=False)
+    return_freed()
     return states, calls
 
 

@@ -39,8 +39,8 @@ class Pager:
     folder: Path | None = None  # for pages that were edited; None: a temporary one
     pages: list["Page"] = field(default_factory=list)
 
-    def read(self, names: list[str]) -> dict[str, Tensor]:
-        """Parameters by name, as they are stored: copies, so that no file stays mapped.
+    def read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        """Parameters by name, as they are stored, each to be copied before the next is asked for: they lie in a mapped file.
 
         Raises:
             BillhookError: one holds NaN or infinite values.
@@ -48,15 +48,16 @@ class Pager:
         by_file: dict[Path, list[str]] = defaultdict(list)
         for name in names:
             by_file[self.files[name]].append(name)
-        found = {}
         for file, here in by_file.items():
-            with safe_open(file, framework="pt") as shard:
-                for name in here:
-                    found[name] = shard.get_tensor(self.keys[name]).clone()
-        for name, tensor in found.items():
-            if not tensor.isfinite().all():
-                raise BillhookError(f"{self.files[name]}: tensor {name} holds NaN or infinite values")
-        return found
+            for name in here:
+                with safe_open(
+                    file, framework="pt"
+                ) as shard:  # each for itself: what was touched of a mapping counts as memory
+                    tensor = shard.get_tensor(self.keys[name])
+                    if tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):
+                        raise BillhookError(f"{file}: tensor {name} holds NaN or infinite values")
+                    yield name, tensor
+                    del tensor
 
     def place(self, file: Path, names: list[str]) -> None:
         """Have parameters come from another file, where they have their own names."""
@@ -95,10 +96,12 @@ class Page:
         self.users += 1
         if self.users == 1:
             owners = self._owners()
-            for name, tensor in self.pager.read(list(owners)).items():
+            for name, tensor in self.pager.read(list(owners)):
                 owner, leaf = owners[name]
                 meta = self.away[name] = getattr(owner, leaf)
-                owner._parameters[leaf] = nn.Parameter(tensor.to(self.pager.device, meta.dtype), meta.requires_grad)
+                own = tensor.to(self.pager.device, meta.dtype, copy=True)
+                owner._parameters[leaf] = nn.Parameter(own, meta.requires_grad)
+                del tensor
 
     def leave(self, edited: bool = False) -> None:
         self.users -= 1
@@ -129,10 +132,9 @@ class Page:
         return found
 
     def _differs(self, now: Mapping[str, Tensor]) -> bool:
-        stored = self.pager.read(list(now))
         return any(
-            one.shape != stored[name].shape or not torch.equal(one.cpu(), stored[name].to(one.dtype))
-            for name, one in now.items()
+            now[name].shape != stored.shape or not torch.equal(now[name].cpu(), stored.to(now[name].dtype))
+            for name, stored in self.pager.read(list(now))
         )
 
 

@@ -16,12 +16,14 @@ def least_squares(W: Weight, G: Gram, kept: Kept, damping: float, C: Cross | Non
     its own (none: E = 0).  FASP's restoration (arXiv:2501.09412), with the ridge drawn toward the kept weights rather
     than toward zero: as delta grows V becomes W_S, plain pruning.  float64 inside; V has W's dtype.
     """
-    W64, kept_set = W.double(), _mask(len(G), kept)
-    lower, used = factor(G[kept][:, kept], damping)
-    pull = W64[:, ~kept_set] @ G[~kept_set][:, kept]
+    kept_set = _mask(len(G), kept)
+    lower, used = factor(G[kept.unsqueeze(1), kept], damping)
+    pull = W[:, ~kept_set].double() @ G[~kept_set][:, kept]
     if C is not None:
         pull = pull + C[:, kept]
-    return (W64[:, kept] + torch.cholesky_solve(pull.T, lower).T).to(W.dtype), used
+    V = torch.cholesky_solve(pull.T, lower).T
+    V += W[:, kept]
+    return V.to(W.dtype), used
 
 
 def relative_error(W: Weight, V: Narrowed, G: Gram, kept: Kept, C: Cross | None = None, energy: float = 0.0) -> float:

@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from billhook import layout
 from billhook.experts import fuse
+from billhook.memory import return_freed
 from billhook.paging import held, is_paged, pages_of
 from billhook.shards import INDEX
 
@@ -68,6 +69,7 @@ def _save_paged(model: Any, to: Path) -> None:
         save_file({name: one.cpu().contiguous() for name, one in tensors.items()}, files[-1], {"format": "pt"})
         placed |= dict.fromkeys(tensors, len(files) - 1)
         size += sum(one.numel() * one.element_size() for one in tensors.values())
+        return_freed()
     names = [f"model-{n:05}-of-{len(files):05}.safetensors" for n in range(1, len(files) + 1)]
     for file, name in zip(files, names, strict=True):
         file.rename(to / name)

@@ -29,14 +29,15 @@ def obs_columns(W: Weight, G: Gram, damping: float = 1e-3) -> Columns:
 
     Optimal brain surgery (Hassibi & Stork 1993) over whole columns, as in OSSCAR (arXiv:2403.12983).
     """
+    energy = W.double().square().sum(0)
     lower, _ = factor(G, damping)
-    # (L L^T)^-1 has the squared column norms of L^-1 on its diagonal, whose columns begin at the diagonal: a sixth of forming the inverse
+    # (L L^T)^-1 has the squared column norms of L^-1 on its diagonal: half the work of forming the inverse, and less memory
     norms = []
     for start in range(0, len(G), OBS_COLUMNS):
-        left = lower[start:, start:]
-        unit = torch.eye(len(left), min(OBS_COLUMNS, len(left)), dtype=G.dtype, device=G.device)
-        norms.append(torch.linalg.solve_triangular(left, unit, upper=False).square().sum(0))
-    return W.double().square().sum(0) / torch.cat(norms)
+        unit = torch.zeros(len(G), min(OBS_COLUMNS, len(G) - start), dtype=G.dtype, device=G.device)
+        unit[start:].fill_diagonal_(1)
+        norms.append(torch.linalg.solve_triangular(lower, unit, upper=False).square_().sum(0))
+    return energy / torch.cat(norms)
 
 
 SCORES: dict[str, Callable[[Weight, Gram, float], Columns]] = {

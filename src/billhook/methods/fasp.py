@@ -27,6 +27,7 @@ from billhook import choose, refit
 from billhook.axes import Axis, reader_weight
 from billhook.cuts import Cut
 from billhook.journal import Journal
+from billhook.memory import return_freed
 from billhook.observe import Evidence, Layer, walk
 from billhook.plan import Plan
 from billhook.progress import Clock, Tick, quiet
@@ -101,15 +102,12 @@ def fasp(
     )
     cuts = [Cut(**one) for one in journal.found]
     for layer in steps:
-        pieces = []
-        for axis in layer.axes:
-            place = (axis.layer, axis.kind)
-            piece = _piece(model, axis, layer, plan.drops.get(place, 0), settings, clock, scores.get(place))
-            _carry_out(model, piece, clock)
-            pieces.append(piece)
+        pieces = [_cut(model, axis, layer, plan, settings, clock, scores) for axis in layer.axes]
+        number = layer.number
+        del layer  # or its Grams stand beside the next layer's
         with clock("saving"):
-            journal.commit(layer.number, [asdict(p.cut) for p in pieces], {p.axis.kind: p.drop for p in pieces})
-        cuts += [piece.cut for piece in pieces]
+            journal.commit(number, [asdict(p.cut) for p in pieces], {p.axis.kind: p.drop for p in pieces})
+        cuts += [one.cut for one in pieces]
     drop_layers(model, plan.layers)
     return cuts
 
@@ -147,6 +145,22 @@ def fasp_each(
         drop_layers(smaller, plan.layers)
         yield smaller, [piece.cut for piece in found]
         found.clear()
+
+
+def _cut(
+    model: PreTrainedModel,
+    axis: Axis,
+    layer: Layer,
+    plan: Plan,
+    settings: Settings,
+    clock: Clock,
+    scores: Mapping[tuple[int, str], Scores],
+) -> Piece:
+    """All steps on one axis, in place."""
+    place = (axis.layer, axis.kind)
+    piece = _piece(model, axis, layer, plan.drops.get(place, 0), settings, clock, scores.get(place))
+    _carry_out(model, piece, clock)
+    return piece
 
 
 def _piece(
@@ -192,6 +206,7 @@ def fit(
         drop, keep = choose.lowest(s, count, axis.blocks)
         kept = axis.columns(keep)
         share = (s[drop].sum() / s.sum()).item() if s.sum() > 0 else 0.0
+    return_freed()
     with clock("restoration"):
         V, used = _restored(W, evidence, kept, settings)
     return Fit(drop, kept, V, used, share)
