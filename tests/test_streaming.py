@@ -3,7 +3,9 @@
 import json
 import os
 import random
+import re
 import resource
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -290,6 +292,17 @@ def test_another_run_s_folder_is_left_alone(command: list[object], tmp_path: Pat
 def test_nothing_is_left_where_nothing_was_done(command: list[object], tmp_path: Path) -> None:
     assert "at most" in run(*command, "--ratio", 0.99)
     assert sorted(one.name for one in tmp_path.iterdir() if "out" in one.name) == []
+
+
+def test_a_disk_too_small_is_refused_before_the_work(
+    command: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    assert re.search(
+        r"has 0.00 GB free, and this takes up to 0.00.*choose another output", run(*command, "--ratio", 0.2)
+    )
+    assert not (tmp_path / "out.unfinished").exists()
 
 
 REFUSED = {

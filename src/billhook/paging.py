@@ -32,7 +32,6 @@ PAGE = "billhook_page"  # attribute of a module that is one
 class Pager:
     """Where every parameter of a paged model lies."""
 
-    model: nn.Module
     files: dict[str, Path]  # by the parameter's name in the model
     keys: dict[str, str]  # its name in that file
     device: torch.device
@@ -49,10 +48,8 @@ class Pager:
         for name in names:
             by_file[self.files[name]].append(name)
         for file, here in by_file.items():
-            for name in here:
-                with safe_open(
-                    file, framework="pt"
-                ) as shard:  # each for itself: what was touched of a mapping counts as memory
+            for name in here:  # opened for each: what was touched of a mapping counts as memory until it is closed
+                with safe_open(file, framework="pt") as shard:
                     tensor = shard.get_tensor(self.keys[name])
                     if tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):
                         raise BillhookError(f"{file}: tensor {name} holds NaN or infinite values")
@@ -145,7 +142,7 @@ def paged(model: Any, files: dict[str, Path], keys: dict[str, str], device: torc
         files: where each parameter lies; keys: under which name.
         whole: paths of the modules that are pages with all that is in them.
     """
-    pager = Pager(model, files, keys, device)
+    pager = Pager(files, keys, device)
     inside = tuple(f"{path}." for path in whole)
     for path, module in model.named_modules():
         if path in whole or (not path.startswith(inside) and any(p is not None for p in module._parameters.values())):

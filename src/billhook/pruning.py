@@ -1,6 +1,7 @@
 """Prune a model by a recipe, and prove what was written."""
 
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -114,6 +115,8 @@ def prune(  # noqa: PLR0913
     means = Means(Path(study) if study else None, fresh, jobs, opened.name, chosen.dtype)
     journals = work is not None and opened.folder is not None and jobs == 1 and not (chosen.searches or chosen.shears)
     kept = Path(work) if journals and work is not None else None
+    if kept:
+        _check_room(opened, kept)
     return prune_opened(opened, chosen, tick, statistics, announce, means, kept)
 
 
@@ -239,6 +242,18 @@ def prune_opened(
     }
     kept = work if work is not None and (work / claim.NAME).exists() else None
     return Result(model, opened.tokenizer, written, opened.folder, trimmed=vocabulary_cut is not None, kept=kept)
+
+
+def _check_room(opened: Opened, work: Path) -> None:
+    """Refuse a disk too small for the layers as they are done and for the result, before anything is computed."""
+    model, above = opened.model, next(one for one in work.absolute().parents if one.exists())
+    layer, result = (torch.empty((), dtype=dtype).element_size() for dtype in (model.dtype, opened.dtype))
+    need = layer * budget.decoder_parameters(model) + result * budget.total_parameters(model)
+    if (free := shutil.disk_usage(above).free) < need:
+        raise BillhookError(
+            f"{above} has {free / 1e9:,.2f} GB free, and this takes up to {need / 1e9:,.2f}, for the result and for its layers as they are "
+            "done: free some, or choose another output"
+        )
 
 
 def _journal(opened: Opened, chosen: Recipe, windows: data.Windows, work: Path | None, fresh: bool) -> Journal:

@@ -12,6 +12,7 @@ from billhook.chopping import MEASURED, PRESETS
 from billhook.cli.shared import (
     Device,
     Dtype,
+    Fresh,
     Json,
     Model,
     Output,
@@ -258,7 +259,7 @@ def prune_command(
     device: Device = DEFAULT.device,
     dtype: Dtype = DEFAULT.dtype,
     stream_weights: Stream = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="start over where a prune was cut off")] = False,
+    fresh: Fresh = False,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:

@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from billhook import checkpoint, data, demo, evaluate, report
-from billhook.cli.shared import Json, Output, Overwrite, app, out, print_measures, progress, prune_to
+from billhook.cli.shared import Fresh, Json, Output, Overwrite, app, out, print_measures, progress, prune_to
 from billhook.errors import BillhookError
 from billhook.pages import page
 from billhook.pruning import measure
@@ -28,6 +28,7 @@ def run_command(
     check: Annotated[
         bool, typer.Option("--check", help="evaluate the result and compare with the recipe's expected numbers")
     ] = False,
+    fresh: Fresh = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Prune by a recipe file.
@@ -35,7 +36,7 @@ def run_command(
     Example: billhook run recipes/fasp-smollm2-20.yaml -o smaller --check
     """
     file = read_recipe(path)
-    found = prune_to(file.model, file.recipe, output, overwrite).report
+    found = prune_to(file.model, file.recipe, output, overwrite, fresh=fresh).report
     out.print(report.summary_table(found, f"{file.model}, pruned by {path}"))
     if not check:
         return
@@ -61,7 +62,7 @@ def demo_command(json: Json = False) -> None:
     started = time.perf_counter()
     result_folder = demo.cache_folder() / "demo-fasp-20"
     chosen = recipe(ratio=0.2, samples=32)
-    found = prune_to("demo", chosen, result_folder, overwrite=True)
+    found = prune_to("demo", chosen, result_folder, overwrite=True, fresh=True)
     if not json:
         out.print(report.summary_table(found.report, "SmolLM2-135M-Instruct, a fifth of its decoder pruned by FASP"))
     with progress() as tick:

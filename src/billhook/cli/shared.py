@@ -85,6 +85,7 @@ Stream = Annotated[
         show_default="where the model would take more than 80 % of the free memory",
     ),
 ]
+Fresh = Annotated[bool, typer.Option("--fresh", help="start over where a prune was cut off")]
 SeqLen = Annotated[int, typer.Option(help="tokens in a window")]
 Texts = Annotated[
     list[str] | None,
