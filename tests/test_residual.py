@@ -230,7 +230,8 @@ def test_restoration_comes_nearer_to_the_unpruned_model(family: str, rotate: boo
         model = copy.deepcopy(dense)
         slicegpt(model, ids, Plan(residual=8, rotate=rotate), settings)
         found.append(float((model(ids).logits - dense(ids).logits).norm() / dense(ids).logits.norm()))
-    assert found[1] < found[0] and found[2] < 0.9 * found[0]
+    assert found[1] < found[0]
+    assert found[2] < (1.0 if family in BEHIND else 0.9) * found[0]  # where norms follow them, writers stay as they are
 
 
 @pytest.mark.parametrize("family", [one for one in TURNED if one not in ("granite",)])

@@ -42,7 +42,7 @@ def folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
     except OSError as error:
-        _remove_empty(made)
+        remove_empty(made)
         raise BillhookError(f"cannot write {out}: {error.strerror or error}") from error
     try:
         yield work
@@ -54,7 +54,7 @@ def folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
             ) from error
     except BaseException as error:
         shutil.rmtree(work, ignore_errors=True)
-        _remove_empty(made)
+        remove_empty(made)
         if full := disk_full(error):
             raise BillhookError(f"cannot write {out}: {full}; nothing half-written was left") from error
         raise
@@ -118,8 +118,9 @@ def disk_full(error: BaseException) -> str:
     return next((os.strerror(code) for code in codes if f"os error {code}" in str(error)), "")
 
 
-def _remove_empty(folders: list[Path]) -> None:
-    for path in folders:  # innermost first
+def remove_empty(folders: list[Path]) -> None:
+    """Remove those of `folders` that are empty, innermost first."""
+    for path in folders:
         if path.is_dir() and not any(path.iterdir()):
             path.rmdir()
 

@@ -46,7 +46,7 @@ def verify(path: Path, model: Any) -> dict[str, Any]:
     again = load(path, device=str(model.device), stream=is_paged(model))
     ids = _probe(model)
     same = torch.equal(model(ids).logits, again(ids).logits)
-    drift = _cache_drift(again, ids, STEPS_PAGED if is_paged(model) else ids.shape[1])
+    drift = _cache_drift(again, ids, **({"steps": STEPS_PAGED} if is_paged(model) else {}))
     tied = (again.get_output_embeddings().weight is again.get_input_embeddings().weight) == bool(
         again.config.tie_word_embeddings
     )
@@ -185,7 +185,7 @@ def _probe(model: PreTrainedModel) -> torch.Tensor:
     return ids.to(model.device)
 
 
-def _cache_drift(model: Any, ids: torch.Tensor, steps: int) -> float:
+def _cache_drift(model: Any, ids: torch.Tensor, steps: int = 64) -> float:
     """Relative difference of the logits when the second half goes through the cache, at most so many steps, else token by token.
 
     A stale `layer_idx` shows here, and nowhere else.

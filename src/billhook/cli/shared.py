@@ -184,7 +184,7 @@ def prune_to(model: str, chosen: Recipe, output: Path, overwrite: bool, **means:
         source = None
     check_out(output, source, overwrite)
     kept = unfinished(output)
-    new = not kept.exists()
+    new, made = not kept.exists(), [parent for parent in kept.parents if not parent.exists()]
     try:
         with progress() as tick, atomic.folder(output, overwrite) as work:
             result = prune(model, tick=tick, announce=_say, work=kept, **means, **chosen.model_dump())
@@ -194,6 +194,7 @@ def prune_to(model: str, chosen: Recipe, output: Path, overwrite: bool, **means:
             _say(f"billhook: what was done is in {kept}: the same command goes on, --fresh starts over")
         elif new and not means.get("study"):
             shutil.rmtree(kept, ignore_errors=True)
+            atomic.remove_empty(made)
         raise
     if result.kept:
         shutil.rmtree(result.kept, ignore_errors=True)
