@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 import billhook
 from billhook import checkpoint, journal, paging, residual
+from billhook.chopping import PRESETS
 from billhook.cli import app
 from billhook.errors import BillhookError
 from billhook.families import layers
@@ -176,6 +177,27 @@ def test_what_was_cut_off_goes_on_to_the_same_bits(
             assert again.report[part] == whole.report[part]
 
 
+def test_every_expert_loses_its_own_again(tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer has as many axes of one kind as experts."""
+    model, settings = written("mixtral", tmp_path / "model"), {"ratio": 0.2, "axes": ("expert_ffn",), "multiple_of": 8}
+    whole, work = pruned(model, text_file, tmp_path / "whole", **settings), tmp_path / "work"
+    undo = cut_off(monkeypatch, 4)
+    with pytest.raises(CutOffError):
+        pruned(model, text_file, tmp_path / "never", work=work, **settings)
+    undo()
+    assert same(whole, pruned(model, text_file, tmp_path / "again", work=work, **settings))
+
+
+@pytest.mark.parametrize("preset", [one for one in PRESETS if one not in ("taylor", "contiguous")])
+def test_layers_are_chosen_alike_in_their_files(preset: str, tmp_path: Path, text_file: Path) -> None:
+    model, settings = written("llama", tmp_path / "model"), {"method": "layerchop", "layers": 2, "preset": preset}
+    found = [
+        billhook.prune(model, calibration=str(text_file), samples=10, seq_len=32, stream_weights=one, **settings).report
+        for one in (False, True)
+    ]
+    assert found[0]["dropped_layers"] == found[1]["dropped_layers"] != []
+
+
 def in_child(work: Callable[[], object], kill_after: float | None = None, largest_file: int | None = None) -> int:
     """Run in a forked process, killed after so many seconds if it still runs; what it ended with."""
     child = os.fork()
@@ -260,7 +282,7 @@ def test_the_command_goes_on_and_cleans_up(
     assert run(*command, "--ratio", 0.2, "--stream-weights") == "cut off"
     undo()
     assert (left / "layer-0.json").exists()
-    assert "differs in ratio" in run(*command, "--ratio", 0.3, "--stream-weights")
+    assert "differs in plan, ratio" in run(*command, "--ratio", 0.3, "--stream-weights")
     assert (left / "layer-0.json").exists()
     assert not run(*command, "--ratio", 0.2, "--stream-weights")
     assert not left.exists() and (tmp_path / "out" / "billhook.json").exists()

@@ -10,17 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from billhook.axes import Axis
 from billhook.errors import BillhookError, one_of
-from billhook.families import (
-    KINDS,
-    WIDTHS,
-    attention,
-    axes,
-    experts_per_token,
-    layers,
-    refusal,
-    row_of,
-    sizes,
-)
+from billhook.families import KINDS, WIDTHS, attention, axes, experts_per_token, layers, refusal, row_of, sizes
 from billhook.layout import stock_holder
 from billhook.modeling_per_layer import MIXED
 from billhook.plan import Plan
@@ -164,7 +154,7 @@ def least_experts(model: PreTrainedModel, groups: int) -> int:
     """
     if groups == 1:
         return experts_per_token(model)
-    return groups * max(2, -(-experts_per_token(model) // model.config.topk_group))
+    return groups * max(2, -(-experts_per_token(model) // getattr(model.config, row_of(model).keys["top_groups"])))
 
 
 def limit(model: PreTrainedModel, axis: Axis) -> str:

@@ -240,9 +240,8 @@ def _download(name: str, tick: Tick) -> Path:
 
     tick(f"fetching {name}", 0, 1)
     try:
-        check_config(
-            read_json(Path(hf_hub_download(name, "config.json")), name), name
-        )  # refuse before the weights come
+        config = read_json(Path(hf_hub_download(name, "config.json")), name)
+        check_config(config, name)  # refuse before the weights come
         found = snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"])
     except BillhookError:
         raise

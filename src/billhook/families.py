@@ -307,7 +307,7 @@ def _experts(model: PreTrainedModel, layer: int) -> Axis:
         (Slot(f"{router}.{bias}", 0, rows),) if bias else (),
         Slot(f"{router}.weight", 0, rows),
         ((f"{router}.num_experts", Fraction(1)),),
-        blocks=getattr(model.config, "n_group", None) or 1,
+        blocks=getattr(model.config, row_of(model).keys.get("groups", ""), None) or 1,
         modules=_at(model, layer, row_of(model).experts),
     )
 

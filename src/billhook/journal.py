@@ -6,21 +6,22 @@ saw before a layer is computed anew from the layers themselves, which is a forwa
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook import paging
 from billhook.atomic import disk_full
+from billhook.axes import Axis
 from billhook.errors import BillhookError, first_line
 from billhook.families import axes, layers, row_of
 from billhook.surgery import remove
-from billhook.tensors import Units
 
 
 class Journal:
@@ -30,20 +31,25 @@ class Journal:
         self.folder, self.model = folder, model
         self.records: dict[int, dict[str, Any]] = {}
         for n in range(len(layers(model))) if folder else ():
-            if self._file(n, "json").exists():
-                self.records[n] = json.loads(self._file(n, "json").read_text(encoding="utf-8"))
+            if (record := self._file(n, "json")).exists():
+                try:
+                    self.records[n] = json.loads(record.read_text(encoding="utf-8"))
+                except ValueError as error:
+                    raise BillhookError(
+                        f"{record} cannot be read ({first_line(error)}): start over with --fresh"
+                    ) from error
 
     @property
     def found(self) -> list[dict[str, Any]]:
         """What became of the layers that are done, as their records say, in order."""
         return [one for n in sorted(self.records) for one in self.records[n]["found"]]
 
-    def commit(self, n: int, found: list[dict[str, Any]], drops: Mapping[str, Units]) -> None:
+    def commit(self, n: int, found: list[dict[str, Any]], drops: Sequence[tuple[Axis, Tensor]]) -> None:
         """Keep layer n as it is now.
 
         Args:
             found: what became of it, as plain data.
-            drops: by kind of axis, in the order in which they went, the units that did.
+            drops: the units that went from each axis, in the order in which they did.
 
         Raises:
             BillhookError: the disk is full, or cannot be written.
@@ -53,7 +59,7 @@ class Journal:
         weights, record = self._file(n, "safetensors"), self._file(n, "json")
         within = f"{row_of(self.model).layers}.{n}."
         tensors = {f"{within}{name}": one.data for name, one in layers(self.model)[n].named_parameters()}
-        said = {"found": found, "drops": {kind: units.tolist() for kind, units in drops.items()}}
+        said = {"found": found, "drops": [(axis.kind, axis.reader.param, units.tolist()) for axis, units in drops]}
         work = self.folder / "layer.partial"
         try:
             save_file({name: one.cpu().contiguous() for name, one in tensors.items()}, work)
@@ -68,8 +74,8 @@ class Journal:
 
     def replay(self, n: int) -> None:
         """Make layer n what it was committed as."""
-        for kind, units in self.records[n]["drops"].items():
-            axis = next(one for one in axes(self.model, (kind,)) if one.layer == n)
+        for kind, reader, units in self.records[n]["drops"]:
+            axis = next(one for one in axes(self.model, (kind,)) if one.reader.param == reader)
             remove(self.model, axis, torch.tensor(units, dtype=torch.long))
         file = self._file(n, "safetensors")
         if paging.is_paged(self.model):

@@ -4,6 +4,7 @@ Every method is one function of a weight and of sums over what enters it (billho
 operator shall put out, is the stream's.
 """
 
+import itertools
 import math
 import multiprocessing
 import tempfile
@@ -24,7 +25,7 @@ from billhook.families import FUSED, layers, linear, linears, wanted, weight_of
 from billhook.journal import Journal
 from billhook.methods import METHODS
 from billhook.operators import ALONE, HELD_OUT, Group, Sums, operators
-from billhook.paging import held as held_in_memory
+from billhook.paging import held as in_memory
 from billhook.progress import Clock, Tick, quiet
 from billhook.sparsity import Pattern, Support
 from billhook.support import Settings, Target, squared_error
@@ -97,10 +98,11 @@ def put_weight(model: PreTrainedModel, name: str, weight: Weight) -> None:
 def zeros_in(model: PreTrainedModel, roles: Sequence[str]) -> tuple[int, int]:
     """How many weights are exactly zero, and how many there are."""
     zeros = total = 0
-    for n, _, name in every(model, roles):
-        with held_in_memory(layers(model)[n]):
-            weight = weight_of(model, name)
-            zeros, total = zeros + int((weight == 0).sum()), total + weight.numel()
+    for n, found in itertools.groupby(every(model, roles), key=lambda one: one[0]):
+        with in_memory(layers(model)[n]):
+            for _, _, name in found:
+                weight = weight_of(model, name)
+                zeros, total = zeros + int((weight == 0).sum()), total + weight.numel()
     return zeros, total
 
 
@@ -165,13 +167,14 @@ def _made(
         done += [_masked(model, group, role, name, how, clock) for role, name in group.names.items()]
         if last[group.layer] in group.names.values():
             with clock("saving"):
-                journal.commit(group.layer, [asdict(one) for one in done if one.layer == group.layer], {})
+                journal.commit(group.layer, [asdict(one) for one in done if one.layer == group.layer], [])
     return done
 
 
 def _last(model: PreTrainedModel, layer: int, how: Masking) -> str:
-    """Path of the last linear module of a layer that gets zeros."""
-    return [name for one in linears(model, layer) for role, name in one.items() if wanted(role, how.targets)][-1]
+    """Path of the last linear module of a layer that gets zeros, '' where none does."""
+    found = [name for one in linears(model, layer) for role, name in one.items() if wanted(role, how.targets)]
+    return found[-1] if found else ""
 
 
 def _shared(

@@ -89,8 +89,20 @@ def _named(name: str) -> tuple[str, str, str]:
     return (f"{name}Config", f"{name}Model", f"{name}ForCausalLM")
 
 
-def _mixture(name: str, experts: str, width: str, *, dense: bool = False, shared: bool = False, **other: Any) -> Family:
-    """A mixture of experts, under the config keys `experts` and `width`; `dense`: with layers that have a plain FFN."""
+def _mixture(
+    name: str,
+    experts: str,
+    width: str,
+    *,
+    dense: bool = False,
+    shared: bool = False,
+    grouped: bool = False,
+    **other: Any,
+) -> Family:
+    """A mixture of experts, under the config keys `experts` and `width`.
+
+    `dense`: with layers that have a plain FFN; `grouped`: whose router chooses groups of experts first.
+    """
     keys = {
         "experts": experts,
         "expert_width": width,
@@ -99,6 +111,7 @@ def _mixture(name: str, experts: str, width: str, *, dense: bool = False, shared
     }
     keys |= {"head_dim": "head_dim", "top_k": "num_experts_per_tok"} | ({"width": "intermediate_size"} if dense else {})
     keys |= {"shared_width": "shared_expert_intermediate_size"} if shared else {}
+    keys |= {"groups": "n_group", "top_groups": "topk_group"} if grouped else {}
     own = {"experts": "mlp.experts", "router": "mlp.gate", "shared": "mlp.shared_expert" if shared else ""}
     return Family(_named(name), keys=keys, **own, **other)
 
@@ -148,7 +161,9 @@ FAMILIES: dict[str, Family] = {
     "qwen2_moe": _mixture("Qwen2Moe", "num_experts", "moe_intermediate_size", dense=True, shared=True),
     "qwen3_moe": _mixture("Qwen3Moe", "num_experts", "moe_intermediate_size", dense=True),
     "glm4_moe": replace(
-        _mixture("Glm4Moe", "n_routed_experts", "moe_intermediate_size", dense=True, refusals=(ONE_WIDTH,)),
+        _mixture(
+            "Glm4Moe", "n_routed_experts", "moe_intermediate_size", dense=True, grouped=True, refusals=(ONE_WIDTH,)
+        ),
         shared="mlp.shared_experts",
         bias="e_score_correction_bias",
     ),

@@ -34,7 +34,6 @@ from billhook.journal import Journal
 from billhook.known import check_known
 from billhook.memory import peak_growth
 from billhook.methods import METHODS, carry_out
-from billhook.methods.fasp import fasp
 from billhook.plan import Plan
 from billhook.progress import Clock, Tick, quiet, unheard
 from billhook.reading import read
@@ -172,7 +171,7 @@ def prune_opened(
                 seen = {"folder": folder, "means": means, "clock": clock, "tick": tick}
                 hunt = shearing.search(model, chosen, how, *judged[1:], texts.calibration, **seen)
                 how = hunt.how
-            journal = _journal(opened, chosen, windows, work, means.fresh)
+            journal = _journal(opened, chosen, windows, plan, work, means.fresh)
             zeros = _masked(model, how, texts.calibration, means, journal, announce, clock, tick)
         else:
             plan = planning.make_plan(model, wanted, texts, opened.dtype, scores, folder, clock, tick)
@@ -198,7 +197,7 @@ def prune_opened(
             announce(report.plan_line(model, plan, chosen.budget, chosen.patches))
         if plan.kinds or plan.layers or narrowed:
             run, settings = carry_out(chosen.method), planning.method_settings(chosen)
-            more = {"journal": _journal(opened, chosen, windows, work, means.fresh)} if run is fasp else {}
+            journal = _journal(opened, chosen, windows, plan, work, means.fresh)
             cuts = run(
                 model,
                 texts.calibration,
@@ -206,9 +205,9 @@ def prune_opened(
                 settings,
                 scores=scores,
                 stream=chosen.stream,
+                journal=journal,
                 clock=clock,
                 tick=tick,
-                **more,
             )
     finish(model, chosen, opened.dtype)
     written = {
@@ -256,8 +255,10 @@ def _check_room(opened: Opened, work: Path) -> None:
         )
 
 
-def _journal(opened: Opened, chosen: Recipe, windows: data.Windows, work: Path | None, fresh: bool) -> Journal:
-    """What was finished of this very prune: the same settings, model, text and code."""
+def _journal(
+    opened: Opened, chosen: Recipe, windows: data.Windows, plan: Plan, work: Path | None, fresh: bool
+) -> Journal:
+    """What was finished of this very prune: the same settings, model, text, plan (which may come of timings) and code."""
     if work is not None:
         assert opened.folder is not None
         claim.claim(
@@ -266,6 +267,7 @@ def _journal(opened: Opened, chosen: Recipe, windows: data.Windows, work: Path |
                 "settings": chosen.model_dump(mode="json"),
                 "model": shards.digest(opened.folder),
                 "calibration text": windows.sha256,
+                "plan": repr(plan),
                 "version of billhook": store.code_sha256(),
             },
             fresh,

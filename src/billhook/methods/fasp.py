@@ -106,7 +106,7 @@ def fasp(
         number = layer.number
         del layer  # or its Grams stand beside the next layer's
         with clock("saving"):
-            journal.commit(number, [asdict(p.cut) for p in pieces], {p.axis.kind: p.drop for p in pieces})
+            journal.commit(number, [asdict(p.cut) for p in pieces], [(p.axis, p.drop) for p in pieces])
         cuts += [one.cut for one in pieces]
     drop_layers(model, plan.layers)
     return cuts
