@@ -12,12 +12,11 @@ around each block; no stock class has a place for that, so that here one Q serve
 
 Without `rotate` the channels stay what they are (nor does a tied head become one of its own), and 1 to 3 are replaced by a score:
 
-    s_j = sum over readers W_r of E_rj / sum_k E_rk + sum over writers W_w of F_wj / sum_k F_wk
-    E_rj = (X_r^T X_r)_jj ||W_r,:j||^2,  F_wj = ||(Z_w W_w^T)_:j||^2
+    s_j = sum over readers W_r of E_rj / sum_k E_rk,  E_rj = (X_r^T X_r)_jj ||W_r,:j||^2
 
-E_rj is the squared error of W_r's output where channel j of its input alone were zero, F_wj of what W_w adds to the stream; every
-reader, the head among them, and every writer counts the same.  In both, a norm of d' channels is made to equal the norm of d
-with zeros in place of those that go, which is the paper's too.
+E_rj is the squared error of W_r's output where channel j of its input alone were zero, and every reader, the head among them,
+counts the same; that writers' outputs count too makes it worse (docs/LOG.md).  In both, a norm of d' channels is made to equal
+the norm of d with zeros in place of those that go, which is the paper's too.
 
 5. Restore    every linear weight, from a copy of the unpruned model (billhook.restream); the paper does not
 """
@@ -43,8 +42,6 @@ from billhook.residual import cut, residual
 from billhook.restream import restore
 from billhook.rotation import fold, rotate
 from billhook.tensors import Gram, Scores, Tokens
-
-Place = tuple[str, ...] | str  # readers that share an input, or a writer
 
 
 @dataclass(frozen=True)
@@ -103,58 +100,50 @@ def slicegpt(
 
 def channel_scores(model: PreTrainedModel, tokens: Tokens, tick: Tick = quiet) -> Scores:
     """s (channels), float64."""
-    energy: dict[Place, Tensor] = {}
-    for place, x in _seen(model, tokens, tick):
+    energy: dict[tuple[str, ...], Tensor] = {}
+    for readers, x in _inputs(model, tokens, tick):
         here = x.square().sum(0, dtype=torch.float64)
-        energy[place] = energy[place] + here if place in energy else here
+        energy[readers] = energy[readers] + here if readers in energy else here
     s = torch.zeros_like(next(iter(energy.values())))
-    for place, seen in energy.items():
-        if isinstance(place, str):
-            parts = [seen]
-        else:
-            parts = [seen * weight_of(model, name).double().square().sum(0).to(seen) for name in place]
-        for one in parts:
-            s += one / one.sum().clamp_min(torch.finfo(one.dtype).tiny)
+    for readers, of_input in energy.items():
+        for name in readers:
+            E = of_input * weight_of(model, name).double().square().sum(0).to(of_input)
+            s += E / E.sum().clamp_min(torch.finfo(E.dtype).tiny)
     _check_finite(s)
     return s.cpu()
 
 
 def _gram(model: PreTrainedModel, tokens: Tokens, tick: Tick) -> Gram:
     upper = None
-    for place, x in _seen(model, tokens, tick):
-        upper = upper if isinstance(place, str) else add_upper(upper, x)
+    for _, x in _inputs(model, tokens, tick):
+        upper = add_upper(upper, x)
     assert upper is not None
     C = mirrored(upper)
     _check_finite(C)
     return C
 
 
-def _seen(model: PreTrainedModel, tokens: Tokens, tick: Tick) -> Iterator[tuple[Place, Tensor]]:
-    """What enters the readers that share an input, X_r, and what leaves a writer (tokens, channels), batch by batch.
+def _inputs(model: PreTrainedModel, tokens: Tokens, tick: Tick) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """What enters the readers that share an input, X_r (tokens, channels), batch by batch.
 
     The head never runs: what it would read is the base model's output.
     """
-    found, seen = residual(model), dict[Place, Tensor]()
+    found, seen = residual(model), dict[tuple[str, ...], Tensor]()
 
     def tap(readers: tuple[str, ...]) -> Callable[..., None]:
         return lambda _, args: seen.update({readers: args[0]})
-
-    def leaves(writer: str) -> Callable[..., None]:
-        return lambda _, __, output: seen.update({writer: output})
 
     *inside, head = found.readers
     batches = tokens.split(max(1, BATCH_TOKENS // tokens.shape[1]))
     with ExitStack() as hooks:
         for readers in inside:
             hooks.callback(model.get_submodule(readers[0]).register_forward_pre_hook(tap(readers)).remove)
-        for name in found.writers:
-            hooks.callback(model.get_submodule(name).register_forward_hook(leaves(name)).remove)
         for n, batch in enumerate(batches):
             tick("statistics", n, len(batches))
             out = model.base_model(batch.to(model.device), use_cache=False)
             seen[head] = out.last_hidden_state
-            for place, x in seen.items():
-                yield place, x.flatten(0, -2).float()
+            for readers, x in seen.items():
+                yield readers, x.flatten(0, -2).float()
     tick("statistics", len(batches), len(batches))
 
 
