@@ -41,6 +41,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
         "store",
         "claim",
         "paging",
+        "hidden",
         "shards",
         "pages.cut_tables",
         "pages.healing",
@@ -49,7 +50,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
         "pace",
         "demo",
     ),
-    ("scores", "taylor", "solution", "allocate", "choose", "restore", "sparsity", "axes", "merging"),
+    ("crew", "scores", "taylor", "solution", "allocate", "choose", "restore", "sparsity", "axes", "merging"),
     ("families", "support", "data", "teacher", "pages.headline"),
     ("surgery", "observe", "gradients", "layout", "quality", "trainables", "zeros", "experts", "known", "residual"),
     (
@@ -69,12 +70,12 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
     ("restream", "skeleton", "journal"),
     ("methods.*", "checkpoint", "speed", "zeroshot", "report", "training", "reading", "pool"),
     ("methods", "clients", "sensitivity", "chopping", "evaluate", "pages.page"),
-    ("allocation", "slicing", "timing", "publish", "blocks", "masking"),
+    ("allocation", "slicing", "timing", "publish", "blocks", "masking", "sharing"),
     ("space", "trials"),
     ("samplers",),
     ("recipe",),
     ("planning", "recovery", "rounds", "recipe_file"),
-    ("runs", "selection", "searching", "result"),
+    ("runs", "selection", "searching", "result", "feasible"),
     ("shearing",),
     ("pruning",),
     ("contest", "recovering", "forecast"),
@@ -105,7 +106,15 @@ STRUCTURE = {"axes", "families", "surgery", "layout", "experts", "known", "resid
 NAME_FAMILIES = {"families", "modeling_per_layer", "gguf_archs"}
 ROOM = re.compile(r"\..*")  # methods.fasp -> methods.*
 LAZY = {"", "__main__"}
-OPTIONAL = {"datasets", "huggingface_hub", "lm_eval", "peft", "optuna", "tqdm"}  # may be imported inside a function
+OPTIONAL = {
+    "datasets",
+    "huggingface_hub",
+    "lm_eval",
+    "peft",
+    "optuna",
+    "ray",
+    "tqdm",
+}  # may be imported inside a function
 MAX_LINES = 400
 TOKENIZERS = {"gpt2"}  # names of families that are names of tokenizers, too
 FAMILY = re.compile(  # opt, OPTForCausalLM; not option

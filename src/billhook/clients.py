@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,7 @@ CLIENT_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process: its errors then come back as errors
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB, where vLLM runs on a CPU
 }
+ERROR = re.compile(r"(\[\w+\]: )?[\w.]*(Error|Exception)\b")
 LLAMACPP_TOLERANCE = 1e-3  # of the logits' norm, float32 weights and cache: other kernels, the same numbers
 
 
@@ -153,7 +155,8 @@ def _ask(python: str, client: str, path: Path, request: dict[str, Any]) -> dict[
     except OSError as error:
         raise BillhookError(f"cannot run {python}: {error.strerror}: name a Python that has {client}") from error
     if done.returncode:
-        last = ([line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"])[-1]
+        said = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
+        last = ([line for line in said if ERROR.match(line)] or said)[-1]  # a progress bar may come after it
         if last.startswith("ModuleNotFoundError"):
             raise BillhookError(f"{python} has no {client} ({last}): install it there, or name another with --python")
         raise BillhookError(f"{client} could not load {path}: {last.strip()}")
@@ -174,7 +177,8 @@ def _logits(model: Any, prompts: list[list[int]]) -> torch.Tensor:
 @torch.no_grad()
 def _greedy(model: Any, prompts: list[list[int]]) -> list[list[int]]:
     ids = torch.tensor(prompts)
-    new = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
+    # an end that no token is: other clients go on behind one, and do not keep it from being written as min_new_tokens does
+    new = {"max_new_tokens": NEW_TOKENS, "eos_token_id": model.config.vocab_size, "do_sample": False, "pad_token_id": 0}
     return model.generate(ids, **new)[:, ids.shape[1] :].tolist()
 
 

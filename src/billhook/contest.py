@@ -2,10 +2,8 @@
 
 import copy
 import math
-import multiprocessing
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -16,6 +14,7 @@ import torch
 
 from billhook import budget, checkpoint, data, planning, store
 from billhook.checkpoint import Opened
+from billhook.crew import Hands, crew
 from billhook.data import Text, Windows
 from billhook.errors import BillhookError, one_of
 from billhook.families import WIDTHS, axes, layers
@@ -306,10 +305,10 @@ def _workers(opened: Opened, by: Judged, jobs: int) -> Iterator[Callable[[list[R
     if jobs == 1:
         yield here
         return
-    threads = max(1, torch.get_num_threads() // jobs)
-    given = (opened.name, str(opened.model.device), str(by.dtype).removeprefix("torch."), threads, by)
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _open_worker, given) as pool:
-        yield lambda chosen, tick: list(pool.map(_in_worker, chosen))
+    device = str(opened.model.device)
+    given = (opened.name, device, str(by.dtype).removeprefix("torch."), by)
+    with crew(Hands(jobs), device, _open_worker, given) as (_, each):
+        yield lambda chosen, tick: list(each(_in_worker, chosen))
 
 
 @cache
@@ -320,8 +319,7 @@ def _text_sha256(source: str) -> str:
 _worker: dict[str, Any] = {}  # of a process of its own: the model it has opened
 
 
-def _open_worker(name: str, device: str, dtype: str, threads: int, by: Judged) -> None:
-    torch.set_num_threads(threads)
+def _open_worker(name: str, device: str, dtype: str, by: Judged) -> None:
     _worker.update(opened=checkpoint.open_model(name, device=device, dtype=dtype), by=by)
 
 

@@ -6,26 +6,24 @@ operator shall put out, is the stream's.
 
 import itertools
 import math
-import multiprocessing
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import nn
 from transformers import PreTrainedModel
 
 from billhook import checkpoint, sparsity
+from billhook.crew import OWN, Hands, crew, portions
 from billhook.errors import BillhookError
 from billhook.families import FUSED, layers, linear, linears, wanted, weight_of
 from billhook.journal import Journal
 from billhook.methods import METHODS
 from billhook.operators import ALONE, HELD_OUT, Group, Sums, operators
 from billhook.paging import held as in_memory
+from billhook.paging import is_paged
 from billhook.progress import Clock, Tick, quiet
 from billhook.sparsity import Pattern, Support
 from billhook.support import Settings, Target, squared_error
@@ -106,24 +104,12 @@ def zeros_in(model: PreTrainedModel, roles: Sequence[str]) -> tuple[int, int]:
     return zeros, total
 
 
-@dataclass(frozen=True)
-class Workers:
-    """Processes that share the layers, each with the model as it opens it for itself by `name`."""
-
-    jobs: int = 1
-    name: str = ""
-    dtype: str = "auto"
-
-
-HERE = Workers()
-
-
 @torch.no_grad()
 def mask(
     model: PreTrainedModel,
     tokens: Tokens,
     how: Masking,
-    workers: Workers = HERE,
+    hands: Hands = OWN,
     clock: Clock | None = None,
     tick: Tick = quiet,
     journal: Journal | None = None,
@@ -132,7 +118,7 @@ def mask(
 
     Args:
         tokens: calibration windows (windows, length).
-        workers: several, where the stream lets no layer see what became of another.
+        hands: several, where the stream lets no layer see what became of another.
         journal: keeps every layer once it is done, and has those that an earlier run of the same work has; of one worker alone.
 
     Raises:
@@ -140,12 +126,12 @@ def mask(
             one another, and several workers.
     """
     check(model, how)
-    if workers.jobs > 1 and how.stream not in ALONE:
+    if hands.many and how.stream not in ALONE:
         raise BillhookError(
-            f"--jobs: in the stream {how.stream} a layer sees what became of those before: use --stream {' or '.join(ALONE)}, or one job"
+            f"{hands.what}: in the stream {how.stream} a layer sees what became of those before: use --stream {' or '.join(ALONE)}, or one process"
         )
-    if workers.jobs > 1:
-        return _shared(model, tokens, how, workers, clock or Clock(), tick)
+    if hands.many:
+        return _shared(model, tokens, how, hands, clock or Clock(), tick)
     return _made(model, tokens, how, None, clock or Clock(), tick, journal)
 
 
@@ -178,36 +164,43 @@ def _last(model: PreTrainedModel, layer: int, how: Masking) -> str:
 
 
 def _shared(
-    model: PreTrainedModel, tokens: Tokens, how: Masking, workers: Workers, clock: Clock, tick: Tick
+    model: PreTrainedModel, tokens: Tokens, how: Masking, hands: Hands, clock: Clock, tick: Tick
 ) -> list[Masked]:
-    """Every worker takes some layers that follow one another; what it made comes back in a file."""
-    total, jobs = len(layers(model)), min(workers.jobs, len(layers(model)))
-    parts = [range(total * n // jobs, total * (n + 1) // jobs) for n in range(jobs)]
-    threads = max(1, torch.get_num_threads() // jobs)
-    opened = (workers.name, str(model.device), workers.dtype, threads)
+    """Every worker takes some layers that follow one another."""
+    given = (hands.name, str(model.device), hands.dtype, is_paged(model), tokens, how)
     done: list[Masked] = []
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as scratch, ProcessPoolExecutor(jobs, context) as pool, clock("workers"):
-        files = [str(Path(scratch) / f"{part.start}.safetensors") for part in parts]
-        found = [pool.submit(_work, opened, tokens, how, part, file) for part, file in zip(parts, files, strict=True)]
-        for n, (one, file) in enumerate(zip(found, files, strict=True)):
-            tick("pruning in workers", n, len(parts))
-            done += one.result()
-            for name, weight in load_file(file).items():
-                weight_of(model, name).copy_(weight)
-        tick("pruning in workers", len(parts), len(parts))
+    with clock("workers"), crew(hands, str(model.device), _open_worker, given) as (size, each):
+        parts = portions(len(layers(model)), size)
+        tick("pruning in workers", 0, len(parts))
+        for n, (found, weights) in enumerate(each(_work, parts)):
+            done += found
+            for layer, packed in weights.items():
+                with in_memory(layers(model)[layer]):
+                    for name, weight in load(packed).items():
+                        weight_of(model, name).copy_(weight)
+            tick("pruning in workers", n + 1, len(parts))
     return done
 
 
-def _work(opened: tuple[str, str, str, int], tokens: Tokens, how: Masking, part: range, file: str) -> list[Masked]:
-    name, device, dtype, threads = opened
-    torch.set_num_threads(threads)
-    model = checkpoint.open_model(name, device=device, dtype=dtype).model
+_worker: dict[str, Any] = {}  # of a process of its own: the model it has opened, and what to do
+
+
+def _open_worker(name: str, device: str, dtype: str, stream: bool, tokens: Tokens, how: Masking) -> None:
+    model = checkpoint.open_model(name, device=device, dtype=dtype, stream=stream).model
+    _worker.update(model=model, tokens=tokens, how=how)
+
+
+def _work(part: range) -> tuple[list[Masked], dict[int, bytes]]:
+    """What became of some layers, and by layer their weights, as safetensors."""
+    model, how = _worker["model"], _worker["how"]
     with torch.no_grad():
-        done = _made(model, tokens, how, part, Clock(), quiet)
-    paths = [path for n, _, path in every(model, how.targets) if n in part]
-    save_file({path: weight_of(model, path).cpu().contiguous() for path in paths}, file)
-    return done
+        done = _made(model, _worker["tokens"], how, part, Clock(), quiet)
+    weights = {}
+    for layer, names in itertools.groupby(every(model, how.targets), key=lambda one: one[0]):
+        if layer in part:
+            with in_memory(layers(model)[layer]):
+                weights[layer] = save({name: weight_of(model, name).cpu().contiguous() for _, _, name in names})
+    return done, weights
 
 
 def _masked(model: PreTrainedModel, group: Group, role: str, name: str, how: Masking, clock: Clock) -> Masked:

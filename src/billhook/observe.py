@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from billhook.axes import Axis
 from billhook.errors import BillhookError
 from billhook.families import as_output, axes, layers
+from billhook.hidden import State, keep
 from billhook.memory import return_freed
 from billhook.paging import held
 from billhook.progress import Clock, Tick, quiet
@@ -110,11 +111,11 @@ def walk(  # noqa: PLR0913
     by_layer = [[axis for axis in axes(model, kinds) if axis.layer == n] for n in range(len(layers(model)))]
     end = len(by_layer) if at is None else max(at, default=-1) + 1
     with clock("forward"):
-        states, calls = enter(model, [batch for batch, _ in batches])
+        states, calls = enter(model, [batch for batch, _ in batches], keep)
         leading = _gone_from(0, gone)
-        unpruned = [_through(model, leading, state, calls[b]) for b, state in enumerate(states)]
+        unpruned = [_through(model, leading, state, calls[b]) for b, state in enumerate(states)] if leading else states
     targets = unpruned if stream == "dense_target" else []
-    states = unpruned if stream == "dense" else states
+    states = unpruned if stream == "dense" else list(states)
     for n, module in enumerate(layers(model)[:end]):
         if n in gone:
             continue
@@ -148,8 +149,8 @@ class _Passage:
     model: PreTrainedModel
     n: int
     module: nn.Module
-    states: list[Tensor]
-    targets: list[Tensor]  # none but in the dense_target stream
+    states: list[State]
+    targets: list[State]  # none but in the dense_target stream
     calls: list[list[dict[str, Any]]]
     after_it: list[int]  # layers that go as a whole right after it
     stream: str
@@ -163,10 +164,10 @@ class _Passage:
         for b in range(len(self.states)):
             with clock("forward"):
                 with _tapped(self.model, found) as inputs:
-                    after = run(self.module, self.states[b], self.calls[b][self.n])
+                    after = run(self.module, self.states[b].read(), self.calls[b][self.n])
                 lack = self.step(b, after, share)
                 if onward and self.stream != "dense":
-                    self.states[b] = after
+                    self.states[b] = keep(after)
             with clock("gram"):
                 _add(sums[batches[b][1]], found, inputs, lack)
         with clock("gram"):
@@ -176,13 +177,14 @@ class _Passage:
     def step(self, b: int, after: Tensor, share: float) -> Tensor | None:
         """Batch b through the layer as it is, which put out `after`; what the layer should add, where there is a target."""
         if self.stream == "dense":
-            self.states[b] = _through(self.model, self.after_it, after, self.calls[b])
+            self.states[b] = keep(_past(self.model, self.after_it, after, self.calls[b]))
         if not self.targets:
             return None
         same = self.targets[b] is self.states[b]  # nothing cut so far
-        dense = after if same else run(self.module, self.targets[b], self.calls[b][self.n])
-        self.targets[b] = _through(self.model, self.after_it, dense, self.calls[b])
-        return share * (dense - after) + (self.targets[b] - dense)
+        dense = after if same else run(self.module, self.targets[b].read(), self.calls[b][self.n])
+        target = _past(self.model, self.after_it, dense, self.calls[b])
+        self.targets[b] = keep(target)
+        return share * (dense - after) + (target - dense)
 
     def unpruned(self) -> None:
         """What sees the unpruned layer, through it."""
@@ -193,7 +195,7 @@ class _Passage:
     def pruned(self) -> None:
         """What sees the pruned layer, through it."""
         for b, state in enumerate(self.states if self.stream != "dense" else ()):
-            self.states[b] = run(self.module, state, self.calls[b][self.n])
+            self.states[b] = keep(run(self.module, state.read(), self.calls[b][self.n]))
 
 
 def gram_of(x: Tensor) -> Gram:
@@ -272,26 +274,32 @@ def _gone_from(start: int, gone: Collection[int]) -> list[int]:
     return found
 
 
-def _through(model: PreTrainedModel, numbers: Iterable[int], state: Tensor, calls: list[dict[str, Any]]) -> Tensor:
+def _through(model: PreTrainedModel, numbers: Iterable[int], state: State, calls: list[dict[str, Any]]) -> State:
     """`state` after the layers `numbers`."""
+    return keep(_past(model, numbers, state.read(), calls))
+
+
+def _past(model: PreTrainedModel, numbers: Iterable[int], state: Tensor, calls: list[dict[str, Any]]) -> Tensor:
     for n in numbers:
         state = run(layers(model)[n], state, calls[n])
     return state
 
 
 @torch.no_grad()
-def enter(model: PreTrainedModel, batches: list[Tensor]) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
+def enter(
+    model: PreTrainedModel, batches: list[Tensor], kept: Callable[[Tensor], Any] = lambda state: state
+) -> tuple[list[Any], list[list[dict[str, Any]]]]:
     """Hidden states before the first layer, and for each batch what the model passes to each of its layers.
 
     The layers are replaced for one call by recorders that hand their input on, so the model itself makes the masks and
-    positions: they may differ from layer to layer (sliding windows).  The head never runs.
+    positions: they may differ from layer to layer (sliding windows).  The head never runs.  `kept`: what becomes of a state.
     """
-    states: list[Tensor] = []
+    states: list[Any] = []
     calls: list[list[dict[str, Any]]] = []
 
     def record(state: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not calls[-1]:
-            states.append(state)
+            states.append(kept(state))
         calls[-1].append(dict(zip(names, args, strict=False)) | kwargs)
         return as_output(model, state)
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from billhook.errors import BillhookError
 from billhook.families import layers, linears, row_of, wanted
+from billhook.hidden import State, keep
 from billhook.memory import return_freed
 from billhook.observe import BATCH_TOKENS, Finished, enter, gram_of, run
 from billhook.paging import held
@@ -68,8 +69,8 @@ class Group:
 class _Batch:
     """Some windows on their way through the model."""
 
-    state: Tensor
-    target: Tensor  # in the unpruned model, where the stream follows that too
+    state: State
+    target: State  # in the unpruned model, where the stream follows that too
     calls: list[dict[str, Any]]  # what the model passes to each layer
     held_out: bool
 
@@ -144,7 +145,7 @@ def _entered(model: PreTrainedModel, tokens: Tokens, count: int) -> list[_Batch]
         (part, side) for some, side in ((tokens[:count], False), (tokens[count:], True)) for part in some.split(rows)
     ]
     parts = [(part, side) for part, side in parts if len(part)]
-    states, calls = enter(model, [part for part, _ in parts])
+    states, calls = enter(model, [part for part, _ in parts], keep)
     return [_Batch(s, s, c, side) for s, c, (_, side) in zip(states, calls, parts, strict=True)]
 
 
@@ -171,10 +172,10 @@ def _gathered(
     for batch in batches:
         call = batch.calls[n]
         with clock("forward"):
-            inputs, after = seen(module, paths, batch.state, call, whole)
+            inputs, after = seen(module, paths, batch.state.read(), call, whole)
             dense = None
             if unpruned is not None and (edited or batch.state is not batch.target):
-                dense, _ = seen(unpruned, paths, batch.target, call, False)
+                dense, _ = seen(unpruned, paths, batch.target.read(), call, False)
         with clock("gram"):
             for path in paths:
                 x = inputs[path].flatten(0, -2).float()
@@ -186,7 +187,7 @@ def _gathered(
                 found[key] = found[key] + here if key in found else here
         if whole:
             assert after is not None
-            batch.state = after
+            batch.state = keep(after)
     return found
 
 
@@ -220,12 +221,16 @@ def _replayed(
     follows = stream in (*WITH_TARGET, "dense")
     with clock("forward"), held(module):
         for batch in batches if follows else ():
-            batch.target = run(module, batch.target, batch.calls[n])
+            batch.target = _run(module, batch.target, batch.calls[n])
     finished.replay(n)
     with clock("forward"), held(module):
         for batch in batches:
-            batch.state = batch.target if stream in ALONE else run(module, batch.state, batch.calls[n])
+            batch.state = batch.target if stream in ALONE else _run(module, batch.state, batch.calls[n])
             batch.target = batch.target if follows else batch.state
+
+
+def _run(module: nn.Module, state: State, call: dict[str, Any]) -> State:
+    return keep(run(module, state.read(), call))
 
 
 def _passed(n: int, module: nn.Module, unpruned: nn.Module | None, batches: Sequence[_Batch], *, alone: bool) -> None:
@@ -233,11 +238,11 @@ def _passed(n: int, module: nn.Module, unpruned: nn.Module | None, batches: Sequ
     for batch in batches:
         together, call = batch.state is batch.target, batch.calls[n]
         if unpruned is not None:
-            batch.target = run(unpruned, batch.target, call)
+            batch.target = _run(unpruned, batch.target, call)
         if alone and unpruned is not None:
             batch.state = batch.target
         else:
-            batch.state = run(module, batch.state, call)
+            batch.state = _run(module, batch.state, call)
             if unpruned is None and together:
                 batch.target = batch.state
 

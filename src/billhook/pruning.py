@@ -1,19 +1,21 @@
 """Prune a model by a recipe, and prove what was written."""
 
 import os
-import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from billhook import (
+    amounts,
     budget,
     checkpoint,
     claim,
     data,
+    feasible,
+    hidden,
     layout,
     masking,
     planning,
@@ -21,12 +23,14 @@ from billhook import (
     report,
     searching,
     shards,
+    sharing,
     shearing,
     slicing,
     store,
     vocabulary,
 )
 from billhook.checkpoint import Opened
+from billhook.crew import Hands
 from billhook.errors import BillhookError
 from billhook.experts import fuse, unfuse
 from billhook.families import layers
@@ -41,7 +45,6 @@ from billhook.recipe import Recipe, recipe
 from billhook.result import Result
 from billhook.selection import after_a_heal
 from billhook.surgery import cast
-from billhook.taylor import GRADIENT_SCORES
 from billhook.tensors import Tokens
 from billhook.trials import Means
 
@@ -59,7 +62,9 @@ def prune(  # noqa: PLR0913
     study: str | os.PathLike[str] | None = None,
     fresh: bool = False,
     jobs: int = 1,
+    ray: str = "",
     stream_weights: bool | None = False,
+    hidden_budget: int | str | None = None,
     work: str | os.PathLike[str] | None = None,
     **settings: Any,
 ) -> Result:
@@ -73,9 +78,11 @@ def prune(  # noqa: PLR0913
         announce: called with one line, what will be cut, before anything is.
         study: a folder of this search alone, where the method searches: after a kill the same call goes on.
         fresh: start over in that folder, or in `work`.
-        jobs: processes that try candidates, where the method searches, or that share the layers, where it makes zeros; each
-            opens the model for itself.
+        jobs: processes that try candidates, where the method searches, or that share the layers, where none of them sees
+            another; each opens the model for itself.
+        ray: in their place the address of a Ray cluster (auto: of this machine), whose machines all can open the model.
         stream_weights: leave the weights in their files, one layer at a time in memory; None: where they would not fit.
+        hidden_budget: bytes (or `2GB`) of hidden states of the calibration text to keep in memory, the rest in files; None: all.
         work: a folder of this prune alone, where it is done layer by layer: after a kill the same call goes on.
         settings: the fields of `Recipe`: ratio=0.2, method="fasp", axes=("ffn",), calibration="demo", …
 
@@ -86,55 +93,39 @@ def prune(  # noqa: PLR0913
         BillhookError: anything that cannot work, in one line; a model on disk is never changed.
     """
     chosen = recipe(**settings)
-    if jobs > 1 and not (chosen.searches or chosen.masks):
-        raise BillhookError(
-            f"jobs: {chosen.method} works in one process; methods that make zeros and adapruner share their work"
-        )
-    if jobs > 1 and chosen.shears:
-        raise BillhookError("jobs: the search for a metric of zeros works in one process")
-    if jobs > 1 and chosen.vocab_from:
-        raise BillhookError(
-            "jobs: other processes would open the model with its whole vocabulary: use one with --vocab-from"
-        )
+    hands = Hands(jobs, ray, dtype=chosen.dtype)
+    if hands.many:
+        feasible.check_shared(chosen, hands)
     if isinstance(model, str | os.PathLike):
-        if stream_weights and (why := _why_whole(chosen, jobs, statistics)):
+        if stream_weights and (why := feasible.why_whole(chosen, statistics)):
             raise BillhookError(f"--stream-weights: {why}")
-        stream = None if stream_weights is None and not _why_whole(chosen, jobs, statistics) else bool(stream_weights)
+        stream = None if stream_weights is None and not feasible.why_whole(chosen, statistics) else bool(stream_weights)
         how = {"device": chosen.device, "dtype": chosen.dtype, "stream": stream}
         opened = checkpoint.open_model(os.fspath(model), **how, tick=tick)
     else:
-        if jobs > 1:
-            raise BillhookError("jobs: other processes cannot see a model in memory: prune from a folder, or use one")
+        if hands.many:
+            raise BillhookError(
+                f"{hands.what}: other processes cannot see a model in memory: prune from a folder, or use one"
+            )
         if tokenizer is None:
             raise BillhookError("a model in memory needs its tokenizer: prune(model, tokenizer=…)")
         opened = Opened(model, tokenizer, model.config._name_or_path or type(model).__name__, None, model.dtype)
         checkpoint.check_config({**model.config.to_dict(), "architectures": [type(model).__name__]}, opened.name)
         unfuse(model)
         check_known(model)
-    means = Means(Path(study) if study else None, fresh, jobs, opened.name, chosen.dtype)
-    journals = work is not None and opened.folder is not None and jobs == 1 and not (chosen.searches or chosen.shears)
+    means = Means(
+        Path(study) if study else None,
+        fresh,
+        replace(hands, name=os.path.abspath(opened.name) if Path(opened.name).exists() else opened.name),
+    )
+    journals = (
+        work is not None and opened.folder is not None and not hands.many and not (chosen.searches or chosen.shears)
+    )
     kept = Path(work) if journals and work is not None else None
     if kept:
-        _check_room(opened, kept)
-    return prune_opened(opened, chosen, tick, statistics, announce, means, kept)
-
-
-def _why_whole(chosen: Recipe, jobs: int, statistics: Any) -> str:
-    """Why a prune needs all weights at once, or ''."""
-    reasons = {
-        "a search tries candidates on the whole model": chosen.searches or chosen.shears,
-        "--select healed trains candidates": chosen.select == "healed",
-        "--vocab-from cuts the embedding table": bool(chosen.vocab_from),
-        "slicegpt cuts all layers at once": chosen.slices,
-        "--speedup times the whole model": chosen.speedup is not None,
-        f"allocation {chosen.allocation} tries cuts on the whole model": chosen.allocation
-        in ("sensitivity", "auto", "global"),
-        f"score {chosen.score} needs gradients of the whole model": chosen.score in GRADIENT_SCORES,
-        f"preset {chosen.preset} needs gradients of the whole model": chosen.chops and chosen.preset == "taylor",
-        "--jobs has every process open the model": jobs > 1,
-        "--statistics reads all weights for its key": statistics is not None,
-    }
-    return next((why for why, so in reasons.items() if so), "")
+        feasible.check_room(opened, kept)
+    with hidden.budget(amounts.amount(hidden_budget, amounts.BYTES, "hidden-budget")):
+        return prune_opened(opened, chosen, tick, statistics, announce, means, kept)
 
 
 def prune_opened(
@@ -196,19 +187,13 @@ def prune_opened(
         elif not chosen.masks:
             announce(report.plan_line(model, plan, chosen.budget, chosen.patches))
         if plan.kinds or plan.layers or narrowed:
-            run, settings = carry_out(chosen.method), planning.method_settings(chosen)
-            journal = _journal(opened, chosen, windows, plan, work, means.fresh)
-            cuts = run(
-                model,
-                texts.calibration,
-                plan,
-                settings,
-                scores=scores,
-                stream=chosen.stream,
-                journal=journal,
-                clock=clock,
-                tick=tick,
-            )
+            given = (model, texts.calibration, plan, planning.method_settings(chosen))
+            if means.hands.many and not chosen.searches:
+                cuts = sharing.shared(*given, means.hands, scores=scores, clock=clock, tick=tick)
+            else:
+                journal = _journal(opened, chosen, windows, plan, work, means.fresh)
+                how = {"scores": scores, "stream": chosen.stream, "journal": journal}
+                cuts = carry_out(chosen.method)(*given, **how, clock=clock, tick=tick)
     finish(model, chosen, opened.dtype)
     written = {
         "recipe": chosen.model_dump(mode="json")
@@ -241,18 +226,6 @@ def prune_opened(
     }
     kept = work if work is not None and (work / claim.NAME).exists() else None
     return Result(model, opened.tokenizer, written, opened.folder, trimmed=vocabulary_cut is not None, kept=kept)
-
-
-def _check_room(opened: Opened, work: Path) -> None:
-    """Refuse a disk too small for the layers as they are done and for the result, before anything is computed."""
-    model, above = opened.model, next(one for one in work.absolute().parents if one.exists())
-    layer, result = (torch.empty((), dtype=dtype).element_size() for dtype in (model.dtype, opened.dtype))
-    need = layer * budget.decoder_parameters(model) + result * budget.total_parameters(model)
-    if (free := shutil.disk_usage(above).free) < need:
-        raise BillhookError(
-            f"{above} has {free / 1e9:,.2f} GB free, and this takes up to {need / 1e9:,.2f}, for the result and for its layers as they are "
-            "done: free some, or choose another output"
-        )
 
 
 def _journal(
@@ -288,8 +261,8 @@ def _masked(
     """Make zeros in place; what was asked for and what came of it."""
     zeros, weights = masking.zeros_in(model, how.targets)
     announce(masking.words(how, zeros, weights, tokens.numel(), model))
-    workers = masking.Workers(means.jobs, means.name, means.dtype)
-    return masking.record(how, masking.mask(model, tokens, how, workers, clock, tick, journal), zeros / weights)
+    done = masking.mask(model, tokens, how, means.hands, clock, tick, journal)
+    return masking.record(how, done, zeros / weights)
 
 
 def _selected(

@@ -149,7 +149,7 @@ def search(  # noqa: PLR0913
         settled = chosen.model_dump(mode="json", exclude={"trials", "minutes"})
         seen = store.digest({"tokens": material.pool.tokens.tolist()})
         claim(means.study, {**here.key, "settings": settled, "pool": seen}, means.fresh)
-    with workers(here, means) as bench:
+    with workers(here, means.hands) as bench:
         with clock("evidence"):
             at = Search(model, chosen, base, material.pool, texts, bench, tick)
         with clock("known metrics"):

@@ -36,7 +36,7 @@ def main():
             model.generate(
                 ids,
                 max_new_tokens=request["new_tokens"],
-                min_new_tokens=request["new_tokens"],
+                eos_token_id=model.config.vocab_size,  # none: go on to the last
                 do_sample=False,
                 use_cache=cache,
                 pad_token_id=0,

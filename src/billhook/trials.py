@@ -1,9 +1,7 @@
 """Try cuts of a model on windows of text: in place, one after the other or in several processes, each on disk once and for all."""
 
 import hashlib
-import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +13,7 @@ from transformers import PreTrainedModel
 
 from billhook import checkpoint, store
 from billhook.blocks import Block, Patch
+from billhook.crew import OWN, Each, Hands, crew
 from billhook.families import axes
 from billhook.losses import divergence, most_likely, next_token
 from billhook.precision import autocast_dtype, computing
@@ -43,7 +42,7 @@ class Bench:
     autocast: torch.dtype | None
     folder: Path | None  # keeps every loss
     key: Mapping[str, Any]  # what decides them besides mask and windows
-    pool: ProcessPoolExecutor | None = None  # of workers that have the same model
+    each: Each | None = None  # has workers try them that have the same model
     memory: dict[str, list[float]] = field(default_factory=dict)  # of the losses, folder or not
     patches: Mapping[Block, Patch] = field(default_factory=dict)  # what makes up for whole layers that go
 
@@ -74,9 +73,9 @@ class Bench:
 
     def _tried(self, masks: Sequence[Mask], windows: Tokens, tick: Tick, stage: str) -> Iterator[list[float]]:
         taught = self.taught(windows) if masks and self.objective == "kl" else None
-        if self.pool is not None:
-            given = [(dict(mask), windows, taught, self._patch(mask)) for mask in masks]
-            for n, found in enumerate(self.pool.map(_in_worker, given)):
+        if self.each is not None:
+            given = [(dict(mask), self._patch(mask)) for mask in masks]
+            for n, found in enumerate(self.each(_in_worker, given, windows, taught)):
                 tick(stage, n + 1, len(masks))
                 yield found
             return
@@ -144,35 +143,31 @@ class Means:
     """By what means a search is carried out; none of it decides the result.
 
     `study` is a folder that belongs to one search: it goes on there after a kill, and another one is refused unless `fresh`.
-    With `jobs` above 1 so many processes try candidates, and each opens the model for itself by `name` and `dtype`.
     """
 
     study: Path | None = None
     fresh: bool = False
-    jobs: int = 1
-    name: str = ""
-    dtype: str = "auto"
+    hands: Hands = OWN
 
 
 @contextmanager
-def workers(bench: Bench, means: Means) -> Iterator[Bench]:
+def workers(bench: Bench, hands: Hands) -> Iterator[Bench]:
     """The same bench with all its processes at work, which share the cores."""
-    if means.jobs == 1:
+    if not hands.many:
         yield bench
         return
-    threads = max(1, torch.get_num_threads() // means.jobs)
-    given = (means.name, str(bench.model.device), means.dtype, threads, bench.autocast)
-    with ProcessPoolExecutor(means.jobs, multiprocessing.get_context("spawn"), _open_worker, given) as pool:
-        yield replace(bench, pool=pool)
+    device = str(bench.model.device)
+    with crew(hands, device, _open_worker, (hands.name, device, hands.dtype, bench.autocast)) as (_, each):
+        yield replace(bench, each=each)
 
 
 _worker: dict[str, Any] = {}  # of a process of its own: the model it has opened
 
 
-def _open_worker(name: str, device: str, dtype: str, threads: int, autocast: torch.dtype | None) -> None:
-    torch.set_num_threads(threads)
+def _open_worker(name: str, device: str, dtype: str, autocast: torch.dtype | None) -> None:
     _worker.update(model=checkpoint.open_model(name, device=device, dtype=dtype).model, autocast=autocast)
 
 
-def _in_worker(given: tuple[Mask, Tokens, Any, Patch | None]) -> list[float]:
-    return tried(_worker["model"], *given, _worker["autocast"])
+def _in_worker(windows: Tokens, taught: Any, given: tuple[Mask, Patch | None]) -> list[float]:
+    mask, patch = given
+    return tried(_worker["model"], mask, windows, taught, patch, _worker["autocast"])

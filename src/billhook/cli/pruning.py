@@ -19,6 +19,7 @@ from billhook.cli.shared import (
     Overwrite,
     Params,
     Ratio,
+    Ray,
     Rotate,
     SeqLen,
     Stream,
@@ -169,9 +170,10 @@ def prune_command(
         int,
         typer.Option(
             min=1,
-            help=f"methods that make zeros: processes that share the layers, in the streams {' and '.join(ALONE)}",
+            help=f"processes that share the layers: methods that make zeros, in the streams {' and '.join(ALONE)}; fasp, in dense",
         ),
     ] = 1,
+    ray: Ray = "",
     keep_zeros: Annotated[
         bool, typer.Option(help="methods that make zeros: those that are there already stay")
     ] = DEFAULT.keep_zeros,
@@ -259,6 +261,13 @@ def prune_command(
     device: Device = DEFAULT.device,
     dtype: Dtype = DEFAULT.dtype,
     stream_weights: Stream = None,
+    hidden_budget: Annotated[
+        str | None,
+        typer.Option(
+            help="bytes of the calibration text's hidden states to keep in memory, like 2GB; the rest waits in files",
+            show_default="all",
+        ),
+    ] = None,
     fresh: Fresh = False,
     overwrite: Overwrite = False,
     json: Json = False,
@@ -322,9 +331,8 @@ def prune_command(
         device=device,
         dtype=dtype,
     )
-    found = prune_to(
-        model, chosen, output, overwrite, statistics=statistics, jobs=jobs, stream_weights=stream_weights, fresh=fresh
-    ).report
+    means = {"statistics": statistics, "jobs": jobs, "ray": ray, "stream_weights": stream_weights, "fresh": fresh}
+    found = prune_to(model, chosen, output, overwrite, hidden_budget=hidden_budget, **means).report
     if json:
         typer.echo(report.to_json(found), nl=False)
     else:

@@ -18,6 +18,7 @@ from billhook.cli.shared import (
     Overwrite,
     Params,
     Ratio,
+    Ray,
     SeqLen,
     app,
     choice,
@@ -113,6 +114,7 @@ def search_command(
     seq_len: SeqLen = DEFAULT.seq_len,
     seed: Annotated[int, typer.Option(help="of the pool, the sampler and all draws")] = DEFAULT.seed,
     jobs: Annotated[int, typer.Option(min=1, help="processes that try candidates, each with a model of its own")] = 1,
+    ray: Ray = "",
     study: Annotated[
         Path | None,
         typer.Option(
@@ -167,7 +169,7 @@ def search_command(
     )
     folder = study or unfinished(output)
     try:
-        found = prune_to(model, chosen, output, overwrite, study=folder, fresh=fresh, jobs=jobs).report
+        found = prune_to(model, chosen, output, overwrite, study=folder, fresh=fresh, jobs=jobs, ray=ray).report
     except KeyboardInterrupt:
         if folder.exists():
             err.print(

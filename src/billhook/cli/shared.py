@@ -85,6 +85,14 @@ Stream = Annotated[
         show_default="where the model would take more than 80 % of the free memory",
     ),
 ]
+Ray = Annotated[
+    str,
+    typer.Option(
+        help="instead of --jobs: a Ray cluster's HOST:PORT, or auto for this machine's; every machine has billhook and the model "
+        "(extra: ray)",
+        show_default=False,
+    ),
+]
 Fresh = Annotated[bool, typer.Option("--fresh", help="start over where a prune was cut off")]
 SeqLen = Annotated[int, typer.Option(help="tokens in a window")]
 Texts = Annotated[

@@ -17,7 +17,7 @@ can hold; here whole query heads or KV groups go, where the user asks for them. 
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -141,10 +141,27 @@ def fasp_each(
     for plan, found in zip(plans, pieces, strict=True):
         smaller = copy.deepcopy(model)
         for piece in found:
-            _carry_out(smaller, piece, clock)
+            carry_out(smaller, piece, clock)
         drop_layers(smaller, plan.layers)
         yield smaller, [piece.cut for piece in found]
         found.clear()
+
+
+@torch.no_grad()
+def pieces(
+    model: PreTrainedModel,
+    tokens: Tokens,
+    plan: Plan,
+    settings: Settings,
+    scores: Mapping[tuple[int, str], Scores],
+    *,
+    at: Collection[int],
+) -> Iterator[Piece]:
+    """What becomes of the layers `at` in the dense stream; the model stays as it is."""
+    for layer in walk(model, tokens, plan.kinds, gone=plan.layers, at=at):
+        for axis in layer.axes:
+            place = (axis.layer, axis.kind)
+            yield _piece(model, axis, layer, plan.drops.get(place, 0), settings, Clock(), scores.get(place))
 
 
 def _cut(
@@ -159,7 +176,7 @@ def _cut(
     """All steps on one axis, in place."""
     place = (axis.layer, axis.kind)
     piece = _piece(model, axis, layer, plan.drops.get(place, 0), settings, clock, scores.get(place))
-    _carry_out(model, piece, clock)
+    carry_out(model, piece, clock)
     return piece
 
 
@@ -185,7 +202,8 @@ def _piece(
     return Piece(axis, found.drop, V.to(reader), said)
 
 
-def _carry_out(model: PreTrainedModel, piece: Piece, clock: Clock) -> None:
+def carry_out(model: PreTrainedModel, piece: Piece, clock: Clock) -> None:
+    """Cut an axis as was found, in place."""
     with clock("surgery"):
         remove(model, piece.axis, piece.drop)
         reader_weight(model, piece.axis).copy_(piece.weight)

@@ -1,0 +1,68 @@
+"""What cannot be done by the means that a prune was given, said before it computes anything."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from billhook import budget
+from billhook.checkpoint import Opened
+from billhook.crew import Hands
+from billhook.errors import BillhookError
+from billhook.methods import METHODS
+from billhook.recipe import Recipe
+from billhook.taylor import GRADIENT_SCORES
+
+
+def check_shared(chosen: Recipe, hands: Hands) -> None:
+    """Refuse what one process alone can do.
+
+    Raises:
+        BillhookError: says what, and what to do.
+    """
+    says, one = hands.what, "leave it out"
+    layers_alone = METHODS[chosen.method].run_each is not None
+    refused = {
+        "--ray: the cluster says how many processes there are: leave out --jobs": bool(hands.ray) and hands.jobs > 1,
+        f"{says}: {chosen.method} works in one process; fasp in the dense stream, methods that make zeros and adapruner share "
+        "their work": not (chosen.searches or chosen.masks or layers_alone),
+        f"{says}: in the stream {chosen.stream} a layer sees what became of those before: use --stream dense, or {one}": layers_alone
+        and not chosen.searches
+        and chosen.stream != "dense",
+        f"{says}: the search for a metric of zeros works in one process: {one}": chosen.shears,
+        f"{says}: other processes would open the model with its whole vocabulary: {one} with --vocab-from": bool(
+            chosen.vocab_from
+        ),
+    }
+    if why := next((why for why, so in refused.items() if so), ""):
+        raise BillhookError(why)
+
+
+def why_whole(chosen: Recipe, statistics: Any) -> str:
+    """Why a prune needs all weights at once, or ''."""
+    reasons = {
+        "a search tries candidates on the whole model": chosen.searches or chosen.shears,
+        "--select healed trains candidates": chosen.select == "healed",
+        "--vocab-from cuts the embedding table": bool(chosen.vocab_from),
+        "slicegpt cuts all layers at once": chosen.slices,
+        "--speedup times the whole model": chosen.speedup is not None,
+        f"allocation {chosen.allocation} tries cuts on the whole model": chosen.allocation
+        in ("sensitivity", "auto", "global"),
+        f"score {chosen.score} needs gradients of the whole model": chosen.score in GRADIENT_SCORES,
+        f"preset {chosen.preset} needs gradients of the whole model": chosen.chops and chosen.preset == "taylor",
+        "--statistics reads all weights for its key": statistics is not None,
+    }
+    return next((why for why, so in reasons.items() if so), "")
+
+
+def check_room(opened: Opened, work: Path) -> None:
+    """Refuse a disk too small for the layers as they are done and for the result, before anything is computed."""
+    model, above = opened.model, next(one for one in work.absolute().parents if one.exists())
+    layer, result = (torch.empty((), dtype=dtype).element_size() for dtype in (model.dtype, opened.dtype))
+    need = layer * budget.decoder_parameters(model) + result * budget.total_parameters(model)
+    if (free := shutil.disk_usage(above).free) < need:
+        raise BillhookError(
+            f"{above} has {free / 1e9:,.2f} GB free, and this takes up to {need / 1e9:,.2f}, for the result and for its layers as they are "
+            "done: free some, or choose another output"
+        )

@@ -1,0 +1,149 @@
+"""Work in several processes, here and on Ray: the same results, in order, whoever dies."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import tiny
+import worker_tasks
+
+import billhook
+from billhook.crew import Hands, _room, crew, portions
+from billhook.errors import BillhookError
+
+ray = pytest.importorskip("ray")
+HERE = str(Path(__file__).parent)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """A Ray of this process with two cores, whose workers can import the tests."""
+    path = os.pathsep.join([HERE, *filter(None, [os.environ.get("PYTHONPATH")])])
+    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+    ray.init(address="local", num_cpus=2, runtime_env={"env_vars": {"PYTHONPATH": path}}, **quiet)
+    yield "auto"
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("model")
+    tiny.model("llama").save_pretrained(made)
+    tiny.tokenizer().save_pretrained(made)
+    (made / "text.txt").write_text(tiny.text())
+    return made
+
+
+def test_portions_are_even_and_whole() -> None:
+    assert portions(7, 3) == [range(0, 2), range(2, 4), range(4, 7)]
+    assert portions(2, 5) == [range(0, 1), range(1, 2)]
+
+
+@pytest.mark.parametrize("hands", [Hands(2), Hands(ray="auto")], ids=["jobs", "ray"])
+def test_every_process_is_prepared_and_results_come_in_order(hands: Hands, cluster: str) -> None:
+    with crew(hands, "cpu", worker_tasks.prepare, (100,)) as (size, each):
+        assert list(each(worker_tasks.add, range(5), 3)) == [100, 103, 106, 109, 112]
+        with pytest.raises(BillhookError, match=r"^item 0 cannot work$"):
+            list(each(worker_tasks.fail, range(2)))
+    assert size == hands.jobs  # a Ray task takes all cores of a machine
+
+
+def test_what_a_dead_ray_worker_had_is_done_again(cluster: str, tmp_path: Path) -> None:
+    with crew(Hands(ray=cluster), "cpu", worker_tasks.prepare, (10,)) as (_, each):
+        assert list(each(worker_tasks.die_once, range(3), str(tmp_path))) == [10, 11, 12]
+    assert (tmp_path / "dead").exists()
+
+
+def test_a_dead_process_of_this_machine_is_said(tmp_path: Path) -> None:
+    with (
+        crew(Hands(2), "cpu", worker_tasks.prepare, (10,)) as (_, each),
+        pytest.raises(BillhookError, match=r"--jobs: a worker process died"),
+    ):
+        list(each(worker_tasks.die_once, range(3), str(tmp_path)))
+
+
+GIVEN = {"samples": 8, "seq_len": 32, "multiple_of": 1}
+WAYS = {
+    "fasp": {"ratio": 0.3, "stream": "dense", "axes": ("ffn", "heads")},
+    "fistapruner": {"method": "fistapruner", "sparsity": 0.5},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ray_makes_the_same_model(way: str, cluster: str, folder: Path) -> None:
+    given = {"calibration": str(folder / "text.txt"), **GIVEN, **WAYS[way]}
+    alone = billhook.prune(folder, **given)
+    spread = billhook.prune(folder, ray=cluster, stream_weights=way == "fasp", **given)
+    with billhook.paging.held(spread.model.model.layers[0]):
+        pass
+    _assert_equal(alone, spread)
+
+
+def _assert_equal(one: billhook.Result, two: billhook.Result) -> None:
+    for n, (a, b) in enumerate(zip(one.model.model.layers, two.model.model.layers, strict=True)):
+        with billhook.paging.held(a), billhook.paging.held(b):
+            found = dict(b.named_parameters())
+            for name, param in a.named_parameters():
+                assert param.equal(found[name]), (n, name)
+    for key in ("cuts", "zeros"):
+        assert one.report[key] == two.report[key]
+
+
+@pytest.mark.parametrize(
+    "address, says",
+    [
+        (
+            "127.0.0.1:1",
+            r"--ray 127\.0\.0\.1:1: no Ray cluster answers \(.*refused.*\): start one with 'ray start --head'",
+        ),
+        ("somewhere", r"--ray somewhere: write auto, or HOST:PORT as 'ray start --head' prints it"),
+    ],
+)
+def test_an_address_that_does_not_answer_is_refused_at_once(address: str, says: str, folder: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(BillhookError, match=says), crew(Hands(ray=address), "cpu", worker_tasks.prepare, (1,)):
+        pass
+    assert time.monotonic() - started < 20
+
+
+def test_a_task_takes_what_every_machine_has() -> None:
+    cpus, gpus = [{"CPU": 4.0}, {"CPU": 9.0}, {"memory": 1.0}], [{"CPU": 16.0, "GPU": 2.0}, {"CPU": 4.0}]
+    assert _room(cpus, "auto", "cpu") == (3, 4, 0)
+    assert _room(gpus, "auto", "cuda") == (2, 8, 1)
+    with pytest.raises(BillhookError, match="have no GPU to work on"):
+        _room(cpus, "auto", "cuda")
+
+
+@pytest.mark.slow
+def test_a_machine_killed_in_the_middle_changes_nothing(folder: Path, tmp_path: Path) -> None:
+    """Two machines as docs/scale.md starts them; the second is gone once it works on its layers."""
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--num-cpus", "1", "--disable-usage-stats"]
+    environment = os.environ | {"RAY_health_check_period_ms": "1000"}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment, "check": True}
+    subprocess.run([*command, "--head", "--port", "6390", "--include-dashboard", "false"], **quiet)
+    try:
+        before = {one.pid for one in psutil.process_iter() if one.name() == "raylet"}
+        subprocess.run([*command, "--address", "127.0.0.1:6390"], **quiet)
+        (second,) = [one for one in psutil.process_iter() if one.name() == "raylet" and one.pid not in before]
+        text = str(folder / "text.txt")
+        given = ["--sparsity", "0.5", "--calibration", text, "--samples", "8", "--seq-len", "32"]
+        prune = [sys.executable, "-m", "billhook", "prune", str(folder), "--method", "fistapruner", *given]
+        work = subprocess.Popen([*prune, "--ray", "127.0.0.1:6390", "-o", str(tmp_path / "spread")], env=environment)
+        while not (busy := [one for one in second.children(True) if one.name().startswith("ray::_on_a_w")]):
+            assert work.poll() is None, "it ended before the second machine had anything"
+            time.sleep(0.05)
+        for one in (second, *busy):
+            one.send_signal(signal.SIGKILL)
+        assert work.wait(300) == 0
+    finally:
+        subprocess.run([command[0], "stop", "--force"], **quiet)
+    alone = [*prune, "-o", str(tmp_path / "alone")]
+    subprocess.run(alone, check=True)
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("alone", "spread"))
+    assert one == two

@@ -1,0 +1,62 @@
+"""Hidden states beyond a budget wait in files, and nothing else changes."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+import billhook
+from billhook import hidden
+from billhook.errors import BillhookError
+
+BATCH = 8 * 32 * 32 * 4  # bytes: windows, tokens, channels, float32
+GIVEN: dict[str, Any] = {"samples": 20, "seq_len": 32, "multiple_of": 1}
+WAYS: dict[str, dict[str, Any]] = {
+    "target": {"ratio": 0.3},
+    "dense": {"ratio": 0.3, "stream": "dense"},
+    "sequential": {"ratio": 0.3, "stream": "sequential"},
+    "layers": {"method": "layerchop", "drop": "1", "patch": "linear"},
+    "wanda": {"method": "wanda", "sparsity": 0.5},
+    "fistapruner": {"method": "fistapruner", "sparsity": 0.5},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_budget_changes_no_bit(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("billhook.observe.BATCH_TOKENS", 256)
+    monkeypatch.setattr("billhook.operators.BATCH_TOKENS", 256)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    tiny.model("llama").save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(tiny.text())
+    written, kept = [], hidden.Room.file
+    monkeypatch.setattr(hidden.Room, "file", lambda room: written.append(kept(room)) or written[-1])
+    given = {"calibration": str(tmp_path / "text.txt"), **GIVEN, **WAYS[way]}
+    whole = billhook.prune(tmp_path / "model", **given)
+    assert not written
+    tight = billhook.prune(tmp_path / "model", hidden_budget=BATCH, **given)
+    assert len(written) > 4
+    assert not any(file.exists() for file in written)
+    for (name, one), two in zip(whole.model.named_parameters(), tight.model.parameters(), strict=True):
+        assert one.equal(two), name
+    assert whole.report["cuts"] == tight.report["cuts"] and whole.report["zeros"] == tight.report["zeros"]
+
+
+def test_what_is_kept_comes_back_as_it_was_and_room_is_given_back() -> None:
+    first, second = torch.randn(4, 3).bfloat16(), torch.randn(4, 3).bfloat16()
+    with hidden.budget(24):
+        one, two = hidden.keep(first), hidden.keep(second)
+        assert one.file is None and two.file is not None
+        assert one.read() is first and two.read().equal(second)
+        del one
+        assert hidden.keep(first).file is None
+        with pytest.raises(
+            BillhookError, match=r"--hidden-budget 24 bytes: the hidden states of one batch alone take 48: raise it"
+        ):
+            hidden.keep(torch.zeros(4, 3))
+    assert hidden.keep(torch.zeros(1000)).file is None
