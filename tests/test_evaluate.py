@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,8 +15,9 @@ import tiny
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
 
-from billhook import budget, evaluate, quality, report, speed
+from billhook import budget, cli, evaluate, quality, report, speed
 from billhook.data import Text, Windows
 from billhook.data import windows as cut_windows
 from billhook.errors import BillhookError
@@ -250,3 +252,19 @@ def test_a_context_beyond_the_positions_is_refused() -> None:
     longest = model.config.max_position_embeddings
     with pytest.raises(BillhookError, match=f"context {longest}: tiny has {longest} positions"):
         evaluate.side_by_side([subject], evaluate.Measures(contexts=(longest,)))
+
+
+def test_a_model_left_in_its_files_has_the_same_perplexity_and_nothing_timed(tmp_path: Path) -> None:
+    model = tiny.model("llama")
+    model.save_pretrained(tmp_path / "m")
+    tiny.tokenizer().save_pretrained(tmp_path / "m")
+    (tmp_path / "text.txt").write_text(tiny.text())
+    common = ["evaluate", str(tmp_path / "m"), "--text", str(tmp_path / "text.txt"), "--seq-len", "32", "--json", "-"]
+    streamed, whole = (
+        json.loads(CliRunner().invoke(cli.app, [*common, *more]).stdout)["models"][0]
+        for more in (["--stream-weights"], ["--parts", "none"])
+    )
+    assert streamed == whole
+    assert streamed["perplexities"] and "speeds" not in streamed and "continuations" not in streamed
+    wrong = CliRunner().invoke(cli.app, [*common, "--parts", "sped"])
+    assert isinstance(wrong.exception, BillhookError) and "did you mean 'speed'?" in str(wrong.exception)

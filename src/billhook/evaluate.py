@@ -15,6 +15,10 @@ from billhook.speed import memory, speeds
 from billhook.writing import NEW_TOKENS, PROMPTS, continuations
 from billhook.zeroshot import retention
 
+PARTS = {
+    "speed": "tokens a second, and the memory of a prefill",
+    "texts": "what they write",
+}
 ROOM = 64  # positions left for new tokens where a model is too short for the context asked for
 Tasks = Callable[["Subject", Tick], list[dict[str, Any]]]
 
@@ -48,6 +52,7 @@ class Measures:
     new_tokens: int = NEW_TOKENS
     repeats: int = 5
     tasks: Tasks | None = field(default=None, repr=False)
+    parts: tuple[str, ...] = tuple(PARTS)
 
 
 def side_by_side(
@@ -72,20 +77,23 @@ def side_by_side(
             "disk_bytes": subject.disk_bytes,
             "tokenizer": data.fingerprint(subject.tokenizer),
             "perplexities": [asdict(one) for one in quality],
+            "tasks": [],
         }
         for subject, quality in zip(subjects, qualities, strict=True)
     ]
-    timed = speeds([s.model for s in subjects], pairs, repeats=measures.repeats, tick=tick)
-    for n, (result, subject, speed) in enumerate(zip(found, subjects, timed, strict=True)):
-        tick("generation", n, len(subjects))
-        result["speeds"] = [asdict(one) for one in speed]
-        result["memory"] = memory(subject.model, measures.batch_sizes[0], contexts[0])
-        result["prompts"] = list(measures.prompts)
-        result["continuations"], result["generation"] = continuations(
-            subject.model, subject.tokenizer, measures.prompts, measures.new_tokens
-        )
-        result["tasks"] = []
-    tick("generation", len(subjects), len(subjects))
+    if "speed" in measures.parts:
+        timed = speeds([s.model for s in subjects], pairs, repeats=measures.repeats, tick=tick)
+        for result, subject, speed in zip(found, subjects, timed, strict=True):
+            result["speeds"] = [asdict(one) for one in speed]
+            result["memory"] = memory(subject.model, measures.batch_sizes[0], contexts[0])
+    if "texts" in measures.parts:
+        for n, (result, subject) in enumerate(zip(found, subjects, strict=True)):
+            tick("generation", n, len(subjects))
+            result["prompts"] = list(measures.prompts)
+            result["continuations"], result["generation"] = continuations(
+                subject.model, subject.tokenizer, measures.prompts, measures.new_tokens
+            )
+        tick("generation", len(subjects), len(subjects))
     if measures.tasks:
         for result, subject in zip(found, subjects, strict=True):
             result["tasks"] = measures.tasks(subject, tick)

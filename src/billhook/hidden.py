@@ -24,7 +24,7 @@ from billhook.errors import BillhookError, first_line
 class Room:
     """At most `limit` bytes of memory, and a folder for the rest."""
 
-    def __init__(self, limit: float) -> None:
+    def __init__(self, limit: int | float) -> None:
         self.limit, self.used, self.numbers = limit, 0, count()
         self.folder: Path | None = None
 

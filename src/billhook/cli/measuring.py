@@ -1,6 +1,7 @@
 """Commands that look at models: evaluate, inspect, methods."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,7 @@ from billhook.cli.shared import (
     Model,
     Page,
     SeqLen,
+    Stream,
     Texts,
     Windows,
     app,
@@ -31,12 +33,13 @@ from billhook.cli.shared import (
     print_measures,
     progress,
 )
-from billhook.errors import BillhookError
+from billhook.errors import BillhookError, one_of
 from billhook.families import FAMILIES, KINDS, ROLES
 from billhook.methods import METHODS
 from billhook.observe import STREAMS
 from billhook.operators import STREAMS as MASK_STREAMS
 from billhook.pages import page, tables
+from billhook.paging import is_paged
 from billhook.progress import Tick
 from billhook.scores import SCORES
 from billhook.taylor import GRADIENT_SCORES
@@ -76,8 +79,17 @@ def evaluate_command(
         Path | None, typer.Option(help="file of prompts to continue, one a line", show_default="five of billhook's own")
     ] = None,
     new_tokens: Annotated[int, typer.Option(min=1, help="tokens of each continuation")] = NEW_TOKENS,
+    parts: Annotated[
+        str | None,
+        typer.Option(
+            help="what to measure besides perplexity and tasks, with commas, or none: "
+            + "; ".join(f"{name}: {what}" for name, what in evaluate.PARTS.items()),
+            show_default="all, none of a model whose weights stay in their files",
+        ),
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    stream_weights: Stream = None,
     json: JsonFile = None,
     html: Page = None,
     markdown: Markdown = False,
@@ -96,6 +108,7 @@ def evaluate_command(
     if len(set(names)) < len(names):
         raise BillhookError(f"{next(n for n in names if names.count(n) > 1)} is named twice")
     with progress() as tick:
+        wanted = tuple(one_of("part", one, evaluate.PARTS) for one in listed(parts or "") if parts != "none")
         named = [name for one in tasks or () for name in listed(one)]
         scorer = _zero_shot(named, limit, max(sizes[0]), tick) if named else None
         asked = evaluate.Measures(
@@ -107,10 +120,14 @@ def evaluate_command(
             prompts=evaluate.read_prompts(prompts) if prompts else PROMPTS,
             new_tokens=new_tokens,
             tasks=scorer,
+            parts=tuple(evaluate.PARTS) if parts is None else wanted,
         )
-        opened = [checkpoint.open_model(name, device=device, dtype=dtype, tick=tick) for name in names]
+        how = {"device": device, "dtype": dtype, "stream": stream_weights}
+        opened = [checkpoint.open_model(name, **how, tick=tick) for name in names]
         for one in opened:
             checkpoint.check_positions(one, seq_len)
+        if parts is None and any(is_paged(one.model) for one in opened):
+            asked = replace(asked, parts=())
         subjects = [evaluate.Subject.of(one, label) for one, label in zip(opened, _labels(names), strict=True)]
         found = evaluate.side_by_side(subjects, asked, bool(against), tick)
     cuts = [cut for one in opened if (cut := report.stored_cut(one.folder)) and one.name != against]
@@ -138,6 +155,8 @@ def evaluate_command(
         typer.echo(tables.markdown(found), nl=False)
         return
     print_measures(found)
+    if parts is None and not asked.parts:
+        out.print("the weights stayed in their files: neither speed nor texts (--parts speed,texts)")
     out.print(f"{time.perf_counter() - started:.0f} s" + (f"; {html}" if html else ""))
 
 

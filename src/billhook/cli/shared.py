@@ -125,7 +125,8 @@ def print_measures(found: list[dict[str, Any]]) -> None:
     """The table of `evaluate`, and what each model writes."""
     names = " and ".join(one["name"] for one in found)
     out.print(report.table(names, tables.comparison_header(found), tables.comparison_rows(found)))
-    out.print(report.text_table(found))
+    if found[0].get("prompts"):
+        out.print(report.text_table(found))
 
 
 def command_line() -> str:
