@@ -1,4 +1,4 @@
-"""Which cuts of which family stock vLLM serves: python benchmarks/vllm_families.py --python PYTHON > docs/vllm.json
+"""Which cuts of which family stock vLLM serves: python benchmarks/vllm_families.py --python PYTHON --into docs/vllm.json
 
 PYTHON is an interpreter with vLLM, as for check_vllm.py.  A random model of every family, wide enough for vLLM's kernels, is
 cut along every axis that docs/families.md says yes to, all of them on one model, written, loaded there without billhook, and must
@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -24,12 +25,12 @@ from billhook import clients, layout, residual, saving
 from billhook.axes import Axis
 from billhook.errors import BillhookError
 from billhook.experts import unfuse
-from billhook.families import axes, refusal
+from billhook.families import axes, layers, mixture, refusal, row_of
 from billhook.modeling_per_layer import FAMILIES
 from billhook.surgery import drop_layers, remove
 
 WIDER = {"hidden_size": 128, "head_dim": 32, "query_pre_attn_scalar": 32, "word_embed_proj_dim": 128}
-FFN = {"intermediate_size": 96, "ffn_dim": 96, "n_inner": 96, "ffn_hidden_size": 96, "moe_intermediate_size": 64}
+FFN = {"intermediate_size": 96, "ffn_dim": 96, "n_inner": 96, "ffn_hidden_size": 512, "moe_intermediate_size": 64}
 KINDS = ("ffn", "heads", "groups", "experts", "expert_ffn", "shared", "residual", "layers")
 
 
@@ -37,7 +38,8 @@ def dense(family: str) -> PreTrainedModel:
     config = tiny.CONFIGS[family]()
     for key, size in {**WIDER, **FFN}.items():
         if getattr(config, key, None) is not None:
-            setattr(config, key, size)
+            with suppress(AttributeError):  # a head size that the config works out
+                setattr(config, key, size)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     for param in model.parameters():
@@ -57,7 +59,8 @@ def half(axis: Axis) -> torch.Tensor:
 def narrowed(model: PreTrainedModel, kind: str) -> bool:
     """Cut along an axis, where a stock checkpoint can hold that; whether it could."""
     if kind == "layers":
-        drop_layers(model, [1])
+        mixed = [n for n in range(len(layers(model))) if mixture(model, n) is not None]
+        drop_layers(model, [2 if mixed == [1] else 1])  # a mixture without a mixture is none
         return True
     if kind == "residual":
         try:
@@ -75,7 +78,7 @@ def narrowed(model: PreTrainedModel, kind: str) -> bool:
 
 def uneven(model: PreTrainedModel) -> bool:
     """Narrow the FFN of the second layer alone, where a per_layer checkpoint can hold that; whether it could."""
-    if refusal(model, "ffn", "per_layer"):
+    if row_of(model).experts or refusal(model, "ffn", "per_layer"):
         return False
     for axis in axes(model, ("ffn",)):
         if axis.layer == 1:
@@ -116,15 +119,15 @@ def row(family: str, python: str) -> dict[str, str]:
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("families", nargs="*", default=list(FAMILIES))
 parser.add_argument("--python", required=True)
+parser.add_argument("--into", type=Path, required=True)
 args = parser.parse_args()
 logging.set_verbosity_error()
-seen: dict[str, dict[str, str]] = {}
-for family in args.families:
-    seen[family] = row(family, args.python)
-    for cut, why in seen[family].items():
-        print(f"{family}, {cut}: {why or 'the same tokens'}", file=sys.stderr, flush=True)
 version = subprocess.run(
     [args.python, "-c", "import vllm; print(vllm.__version__)"], capture_output=True, text=True, check=True
 ).stdout.split()[-1]
-json.dump({"version": version, "families": seen}, sys.stdout, indent=1)
-sys.stdout.write("\n")
+for family in args.families:
+    found = {"version": version, "served": row(family, args.python)}
+    seen = json.loads(args.into.read_text()) if args.into.exists() else {}
+    args.into.write_text(json.dumps({**seen, family: found}, indent=1) + "\n")
+    for cut, why in found["served"].items():
+        print(f"{family}, {cut}: {why or 'the same tokens'}", flush=True)

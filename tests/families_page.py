@@ -1,5 +1,7 @@
 """docs/families.md, from the rows of the families and what they refuse: python tests/families_page.py > docs/families.md"""
 
+import json
+import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -35,10 +37,14 @@ tiny models of tests/tiny.py: other configs of a family may have more, or ALiBi 
 CLIENTS = """
 ## Who loads it
 
-Of every axis that the table above says yes to.  vLLM is asked by `billhook check OUT --client vllm`, which was not run here on a
-vLLM of any version: "by its transformers name" is what its documentation says, not what a test shows.
+Of every axis that the table above says yes to.  vLLM is what `python benchmarks/vllm_families.py` saw (docs/vllm.json): random models
+cut along these axes, all of them on one where that was served, must go on by the same 32 greedy tokens; `billhook check OUT --client vllm`
+asks it of a checkpoint.  Value channels are not among them: vLLM wants value heads as long as key heads.
 
 """
+STACKED = "experts of a layer are stored as one tensor, so that its layers cannot differ"
+HEAD_SIZE = r"exceeds dimension size|head_dim=\d"  # what vLLM says then
+VLLM = json.loads((Path(__file__).parent.parent / "docs" / "vllm.json").read_text())
 WAYS = f"""
 ## Which methods run
 
@@ -99,7 +105,7 @@ def axis_cell(model: PreTrainedModel, kind: str, family: str, note: Notes) -> st
 def client_cells(model: PreTrainedModel, family: str, note: Notes) -> list[str]:
     uneven = refused(lambda: budget.check_kinds(model, ("ffn",), "per_layer"), family)
     if "all its FFNs" in uneven or "no per_layer" in uneven:
-        uneven = "experts of a layer are stored as one tensor, so that its layers cannot differ"
+        uneven = STACKED
     gguf = CHOICES.get(family)
     return [
         "yes",
@@ -107,8 +113,28 @@ def client_cells(model: PreTrainedModel, family: str, note: Notes) -> list[str]:
         f"as {' or '.join(gguf)}, but value channels {note('every graph of llama.cpp wants value heads as long as key heads')}"
         if gguf
         else f"no {note('billhook writes no GGUF of it: no row in gguf_archs.py')}",
-        "by its transformers name, not run",
+        *vllm_cells(family, note),
     ]
+
+
+def vllm_cells(family: str, note: Notes) -> list[str]:
+    """What vLLM served: of stock checkpoints, and of those whose layers differ."""
+    if family not in VLLM:
+        return ["not run", "not run"]
+    seen = dict(VLLM[family]["served"])
+    uneven = seen.pop("layers that differ", None)
+    whole, why = next(iter(seen.items()))
+    cuts = {whole: why} if not why else {cut: said for cut, said in seen.items() if cut not in (whole, "nothing")}
+    cells = [", ".join(cut for cut, said in cuts.items() if not said)]
+    cells += [f"not {cut} {note(_reason(cut, why))}" for cut, why in cuts.items() if why]
+    apart = f"no {note(STACKED)}" if uneven is None else f"no {note(uneven)}" if uneven else "yes"
+    return [f"{VLLM[family]['version']}: {'; '.join(cells)}", apart]
+
+
+def _reason(cut: str, why: str) -> str:
+    if cut != "ffn" and re.search(HEAD_SIZE, why):
+        return "vLLM takes the head size from hidden_size / num_attention_heads, whatever the config's head_dim says"
+    return why
 
 
 def method_cell(model: PreTrainedModel, name: str, family: str, note: Notes) -> str:
@@ -134,7 +160,7 @@ def text() -> str:
     lines += table(kinds, ((f, [axis_cell(m, kind, f, note) for kind in kinds]) for f, m in models.items()))
     lines += ["", *note.lines(), CLIENTS]
     note = Notes()
-    heads = ("transformers", "transformers, layers that differ", "llama.cpp", "vLLM")
+    heads = ("transformers", "transformers, layers that differ", "llama.cpp", "vLLM", "vLLM, layers that differ")
     lines += table(heads, ((f, client_cells(m, f, note)) for f, m in models.items()))
     lines += ["", *note.lines(), WAYS]
     note = Notes()

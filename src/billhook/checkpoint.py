@@ -57,7 +57,7 @@ def open_model(
         BillhookError: it does not exist, is damaged, is of a kind or family that billhook does not support, or holds NaN.
     """
     where = resolve_device(device)
-    path = _locate(name, tick)
+    path = locate(name, tick)
     if path.suffix == ".gguf":
         if stream:
             raise BillhookError(f"{name}: a GGUF is dequantised whole: --stream-weights wants a folder of safetensors")
@@ -110,7 +110,7 @@ def check_positions(opened: Opened, seq_len: int) -> None:
 
 def open_skeleton(name: str, tick: Tick = quiet) -> Any:
     """The model without its weights, on the meta device: shapes and config, whatever the model's size."""
-    path = _locate(name, tick)
+    path = locate(name, tick)
     if path.suffix == ".gguf":
         return _take_apart(_load_gguf(path)[0])
     check_folder(path, name)
@@ -131,7 +131,7 @@ def _take_apart(model: Any) -> Any:
 
 def open_tokenizer(name: str, tick: Tick = quiet) -> Any:
     """The tokenizer of MODEL, without its weights where it is a folder."""
-    path = _locate(name, tick)
+    path = locate(name, tick)
     return _load_gguf(path)[1] if path.suffix == ".gguf" else load_tokenizer(path, name)
 
 
@@ -217,7 +217,12 @@ def demo_folder(tick: Tick = quiet) -> Path:
     return out
 
 
-def _locate(name: str, tick: Tick) -> Path:
+def locate(name: str, tick: Tick = quiet) -> Path:
+    """The folder or .gguf file of a model, fetched where it is not here.
+
+    Raises:
+        BillhookError: there is none.
+    """
     if name == "demo":
         return demo_folder(tick)
     path = Path(os.path.expanduser(name))  # Path's own raises for a user that is not known

@@ -56,13 +56,18 @@ def why_whole(chosen: Recipe, statistics: Any) -> str:
     return next((why for why, so in reasons.items() if so), "")
 
 
+def above(output: Path) -> Path:
+    """The folder that is there, in which an output will be."""
+    return next(one for one in output.expanduser().absolute().parents if one.exists())
+
+
 def check_room(opened: Opened, work: Path) -> None:
     """Refuse a disk too small for the layers as they are done and for the result, before anything is computed."""
-    model, above = opened.model, next(one for one in work.absolute().parents if one.exists())
+    model, there = opened.model, above(work)
     layer, result = (torch.empty((), dtype=dtype).element_size() for dtype in (model.dtype, opened.dtype))
     need = layer * budget.decoder_parameters(model) + result * budget.total_parameters(model)
-    if (free := shutil.disk_usage(above).free) < need:
+    if (free := shutil.disk_usage(there).free) < need:
         raise BillhookError(
-            f"{above} has {free / 1e9:,.2f} GB free, and this takes up to {need / 1e9:,.2f}, for the result and for its layers as they are "
+            f"{there} has {free / 1e9:,.2f} GB free, and this takes up to {need / 1e9:,.2f}, for the result and for its layers as they are "
             "done: free some, or choose another output"
         )

@@ -145,6 +145,26 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> T
     return found
 
 
+def estimate_table(found: dict[str, Any], title: str) -> Table:
+    """What a prune would come to, of `billhook.estimate`."""
+    table = Table(title=title, title_justify="left", show_header=False)
+
+    def per(part: str) -> str:
+        before, after = (found[part][when] for when in ("before", "after"))
+        return f"{before:,} → {after:,} ({after / before - 1:+.1%})"
+
+    table.add_row("parameters", per("parameters"))
+    table.add_row("of the decoder", per("decoder_parameters"))
+    where = "weights stay in their files" if found["streamed"] else "weights in memory"
+    table.add_row("peak memory", f"{found['peak_bytes'] / 1e9:.2f} GB of {found['free_bytes'] / 1e9:.2f} free; {where}")
+    table.add_row("disk", f"{found['disk_bytes'] / 1e9:.2f} GB of {found['disk_free_bytes'] / 1e9:.2f} free")
+    for stage, cost in found["stages"].items():
+        done = f", {cost['flops'] / 1e12:.2f} TFLOP" if cost["flops"] else ""
+        table.add_row(stage, f"{cost['seconds']:.1f} s{done}")
+    table.add_row("in all", f"{found['seconds']:.0f} s, {found['flops'] / 1e12:.2f} TFLOP", style="bold")
+    return table
+
+
 def text_table(models: Sequence[dict[str, Any]]) -> Table:
     """What each model writes, side by side."""
     table = Table(title="greedy continuations", title_justify="left", show_lines=True)

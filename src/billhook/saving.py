@@ -97,6 +97,11 @@ def _shards(model: Any) -> Iterator[dict[str, Tensor]]:
         yield found
 
 
+def stored_bytes(path: Path) -> int:
+    """Of a folder's safetensors files."""
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+
+
 def stored_parameters(path: Path) -> int:
     """Elements of all tensors in a folder's safetensors files."""
     total = 0

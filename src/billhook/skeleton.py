@@ -28,10 +28,8 @@ def open_paged(path: Path, name: str, dtype: torch.dtype, device: torch.device) 
     if why := why_whole(path, name):
         raise BillhookError(f"{name} {why}: {WHOLE}")
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    try:  # buffers are computed, parameters are not
-        with quiet_transformers(), no_init_weights(), init_empty_weights(include_buffers=False):
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        model.tie_weights()  # which a parameter that goes to the meta device forgets
+    try:
+        model = bare(config, dtype)
         if (path / "generation_config.json").exists():
             model.generation_config = GenerationConfig.from_pretrained(path)
     except Exception as error:  # a config that the class refuses: transformers raises many kinds
@@ -41,6 +39,14 @@ def open_paged(path: Path, name: str, dtype: torch.dtype, device: torch.device) 
     paged(model, files, keys, device, [f"{row_of(model).layers}.{n}" for n in range(len(layers(model)))])
     check_known(model)
     return model.eval().requires_grad_(False)
+
+
+def bare(config: Any, dtype: torch.dtype) -> Any:
+    """The model of a config, its parameters on the meta device; buffers are computed."""
+    with quiet_transformers(), no_init_weights(), init_empty_weights(include_buffers=False):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()  # which a parameter that goes to the meta device forgets
+    return model
 
 
 def why_whole(path: Path, name: str) -> str:

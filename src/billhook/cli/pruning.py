@@ -7,6 +7,7 @@ import typer
 
 from billhook import depth, report
 from billhook.allocation import ALLOCATIONS
+from billhook.amounts import BYTES, amount
 from billhook.budget import AXES
 from billhook.chopping import MEASURED, PRESETS
 from billhook.cli.shared import (
@@ -27,8 +28,10 @@ from billhook.cli.shared import (
     choice,
     listed,
     out,
+    progress,
     prune_to,
 )
+from billhook.estimate import estimate
 from billhook.families import ROLES
 from billhook.layout import LAYOUTS
 from billhook.methods import MASKING, METHODS, optishear
@@ -269,6 +272,12 @@ def prune_command(
         ),
     ] = None,
     fresh: Fresh = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="say what it would come to, parameters, memory, disk and time, and prune nothing"
+        ),
+    ] = False,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
@@ -331,6 +340,9 @@ def prune_command(
         device=device,
         dtype=dtype,
     )
+    if dry_run:
+        _rehearse(model, chosen, output, stream_weights, hidden_budget, json)
+        return
     means = {"statistics": statistics, "jobs": jobs, "ray": ray, "stream_weights": stream_weights, "fresh": fresh}
     found = prune_to(model, chosen, output, overwrite, hidden_budget=hidden_budget, **means).report
     if json:
@@ -338,3 +350,16 @@ def prune_command(
     else:
         out.print(report.summary_table(found, f"{model}, pruned by {method}"))
         out.print(f"written and reload-verified: {output}", soft_wrap=True)
+
+
+def _rehearse(
+    model: str, chosen: Recipe, output: Path, stream_weights: bool | None, hidden_budget: str | None, json: bool
+) -> None:
+    """Say what a prune would come to."""
+    held = amount(hidden_budget, BYTES, "hidden-budget")
+    with progress() as tick:
+        found = estimate(model, chosen, output, stream_weights=stream_weights, hidden_budget=held, tick=tick)
+    if json:
+        typer.echo(report.to_json(found), nl=False)
+        return
+    out.print(report.estimate_table(found, f"{model}, pruned by {chosen.method}: an estimate"))

@@ -1,0 +1,222 @@
+"""What a prune will come to, before it: parameters, memory, disk, operations and time, from a rehearsal on this machine."""
+
+import os
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from billhook import budget, checkpoint, data, feasible, planning, rehearsal
+from billhook.checkpoint import DTYPES, ROOM
+from billhook.errors import BillhookError
+from billhook.families import layers
+from billhook.masking import check
+from billhook.memory import free_bytes
+from billhook.plan import Plan
+from billhook.progress import Clock, Tick, quiet
+from billhook.recipe import Recipe
+from billhook.rehearsal import Cost, Rehearsed
+from billhook.saving import stored_bytes
+from billhook.skeleton import why_whole
+
+ROWS = 4096  # of a head, to time it
+PROBED = 1 << 25  # bytes that are read, copied and written to see how fast this machine does it
+STEPS, BATCHES, LOADS = (
+    96,
+    40,
+    3,
+)  # of the model as it is written, by which it is verified: one token, 32 tokens, opened
+PAGED = 6  # passes that verify one whose weights stay in their files
+
+
+def estimate(
+    name: str,
+    chosen: Recipe,
+    output: Path,
+    *,
+    stream_weights: bool | None = None,
+    hidden_budget: int | None = None,
+    tick: Tick = quiet,
+) -> dict[str, Any]:
+    """The cost of `prune` by a recipe, as plain data; a stage's time and operations, bytes of memory and disk.
+
+    Nothing of the model is loaded: its shapes are, and the calibration text, which is read as the prune will.
+
+    Raises:
+        BillhookError: the prune could not be done, or what it costs depends on what it finds.
+    """
+    if why := _why_not(chosen):
+        raise BillhookError(f"--dry-run: {why}: what that costs depends on what it finds")
+    started = time.time() - psutil.Process().create_time()
+    clock, device = Clock(), checkpoint.resolve_device(chosen.device)
+    folder = checkpoint.locate(name, tick)
+    if not folder.is_dir():
+        raise BillhookError(f"--dry-run: {name} is no folder of safetensors, which alone says its sizes unread")
+    stored = checkpoint.check_folder(folder, name)
+    model = checkpoint.open_skeleton(name, tick)
+    dtype = DTYPES.get(chosen.dtype, torch.float32 if device.type == "cpu" else stored)
+    with clock("reading the text"):
+        tokens = _windows(name, model, chosen, tick)
+    rss, peak = psutil.Process().memory_info().rss, _highest()
+    tick("rehearsing", 0, 1)
+    plan = _plan(model, chosen, stored)
+    found = rehearsal.rehearse(model, chosen, plan, dtype, device) if tokens else None
+    total, cut = budget.total_parameters(model), budget.saved_by(model, plan)
+    held, written = dtype.itemsize * total, stored.itemsize * (total - cut)
+    stream = stream_weights if stream_weights is not None else _streams(folder, chosen, held, device)
+    speeds = _speeds(folder, output)
+    stages = {"starting": Cost(started, 0.0), "reading the text": Cost(clock.seconds["reading the text"], 0.0)}
+    stages["loading"] = Cost(0.0 if stream else stored_bytes(folder) / speeds.load, 0.0)
+    if found:
+        stages |= _pruning(found, len(layers(model)) - len(plan.layers), len(plan.layers))
+    stages["writing and verifying"] = Cost(
+        _verifying(model, 1 - cut / total, written, speeds, started, dtype, device, stream), 0.0
+    )
+    tick("rehearsing", 1, 1)
+    states = tokens * model.get_input_embeddings().weight.shape[1] * dtype.itemsize
+    states *= 2 if chosen.stream == "dense_target" else 1  # the unpruned model's beside the pruned one's
+    states = states if hidden_budget is None else min(states, hidden_budget)
+    pruning = states + (found.work_bytes if found else 0)
+    if stream:
+        layer = dtype.itemsize * budget.layer_parameters(model, 0)
+        ends = dtype.itemsize * model.get_input_embeddings().weight.numel()
+        highest = rss + max(ends, layer + pruning)
+    else:
+        highest = rss + max(held + stored_bytes(folder), held + pruning, 2 * (held - dtype.itemsize * cut))
+    decoder = budget.decoder_parameters(model)
+    return {
+        "parameters": {"before": total, "after": total - cut},
+        "decoder_parameters": {"before": decoder, "after": decoder - budget.saved_by(model, plan)},
+        "stages": {stage: {"seconds": one.seconds, "flops": one.flops} for stage, one in stages.items()},
+        "seconds": sum(one.seconds for one in stages.values()),
+        "flops": sum(one.flops for one in stages.values()),
+        "peak_bytes": max(peak, highest),
+        "free_bytes": free_bytes(device),
+        "disk_bytes": dtype.itemsize * decoder + written,
+        "disk_free_bytes": shutil.disk_usage(feasible.above(output)).free,
+        "streamed": stream,
+        "rehearsed_widths": found and f"1/{found.shrunk}",
+    }
+
+
+def _highest() -> int:
+    """The most memory that this process has held."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def _why_not(chosen: Recipe) -> str:
+    """Why a cost cannot be told beforehand, or ''."""
+    measured = feasible.why_whole(chosen, None)
+    if measured and not chosen.searches:
+        return measured
+    reasons = {
+        "a search runs as long as its trials do": chosen.searches,
+        "--select and presets other than by position try layers": chosen.chops and planning.needs_text(chosen),
+        f"{chosen.method} counts what its text does": chosen.routes,
+        "allocation standardised compares scores of the whole model": chosen.allocation == "standardised",
+    }
+    return next((why for why, so in reasons.items() if so), "")
+
+
+def _plan(model: Any, chosen: Recipe, stored: torch.dtype) -> Plan:
+    if chosen.masks:
+        check(model, planning.masking_of(chosen))
+        return Plan()
+    nothing = torch.zeros(0, chosen.seq_len, dtype=torch.long)
+    return planning.make_plan(model, chosen, planning.Texts(nothing, nothing), stored)
+
+
+def _windows(name: str, model: Any, chosen: Recipe, tick: Tick) -> int:
+    """Tokens that will be read, all of them windows that are there."""
+    if not planning.needs_text(chosen):
+        return 0
+    limit = getattr(model.config, "max_position_embeddings", chosen.seq_len)
+    if chosen.seq_len > limit:
+        raise BillhookError(f"seq-len {chosen.seq_len} is beyond the {limit} positions of {name}: lower --seq-len")
+    tokenizer = checkpoint.open_tokenizer(name, tick)
+    text = data.calibration_text(chosen.calibration, tick)
+    return data.windows(text, tokenizer, chosen.seq_len, chosen.samples, chosen.seed).tokens.numel()
+
+
+def _streams(folder: Path, chosen: Recipe, size: int, device: torch.device) -> bool:
+    """Whether the weights would stay in their files by themselves."""
+    if feasible.why_whole(chosen, None) or why_whole(folder, str(folder)):
+        return False
+    return size > ROOM * free_bytes(device)
+
+
+def _pruning(found: Rehearsed, kept: int, gone: int) -> dict[str, Cost]:
+    """Every stage over all layers; those that go whole are passed through once."""
+    stages = {}
+    for stage in {**found.first, **found.further}:
+        none = Cost(0.0, 0.0)
+        first, further = found.first.get(stage, none), found.further.get(stage, none)
+        passed = gone if stage == "forward" else 0
+        stages[stage] = Cost(
+            first.seconds + (kept - 1 + passed) * further.seconds, first.flops + (kept - 1 + passed) * further.flops
+        )
+    return stages
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Bytes a second: loading (read, copied, looked through), and writing to the disk of the output."""
+
+    load: float
+    write: float
+
+
+def _speeds(folder: Path, output: Path) -> Speeds:
+    file = max(folder.glob("*.safetensors"), key=lambda one: one.stat().st_size)
+    count = min(PROBED, file.stat().st_size)
+
+    def load() -> None:
+        with file.open("rb") as opened:
+            whole = torch.frombuffer(bytearray(opened.read(count)), dtype=torch.uint8)
+        half = whole[: count // 4 * 4].view(torch.float32).to(torch.float32, copy=True)
+        half.isfinite().all()
+
+    def write() -> None:
+        with tempfile.NamedTemporaryFile(dir=feasible.above(output)) as made:
+            made.write(bytes(count))
+            made.flush()
+            os.fsync(made.fileno())
+
+    return Speeds(count / rehearsal.seconds(load), count / rehearsal.seconds(write))
+
+
+def _verifying(
+    model: Any,
+    kept: float,
+    size: int,
+    speeds: Speeds,
+    started: float,
+    dtype: torch.dtype,
+    device: torch.device,
+    stream: bool,
+) -> float:
+    """Seconds: written, loaded again and compared; and in a process of its own, which starts and generates, unless layers stream.
+
+    Args:
+        kept: share of the model that is left.
+        size: bytes of what is written.
+        started: seconds that a process takes until it works.
+    """
+    step, batch = rehearsal.passes(model, dtype, device)
+    weight = model.get_output_embeddings().weight
+    rows = torch.randn(min(len(weight), ROWS), weight.shape[1], dtype=dtype, device=device)
+    one, many = (torch.randn(weight.shape[1], count, dtype=dtype, device=device) for count in (2, 64))
+    parts, depth = len(weight) / len(rows), kept * len(layers(model))
+    step = step * depth + parts * rehearsal.seconds(lambda: rows @ one)
+    batch = batch * depth + parts * rehearsal.seconds(lambda: rows @ many)
+    if stream:
+        return size / speeds.write + PAGED * (size / speeds.load + batch)
+    return size / speeds.write + LOADS * size / speeds.load + started + STEPS * step + BATCHES * batch

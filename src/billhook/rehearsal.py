@@ -1,0 +1,239 @@
+"""What a layer of a model costs to prune on this machine: the prune itself, on one and on two random layers of its shapes.
+
+The second layer is what every further one costs.  Where a layer would take long, it is rehearsed on shorter windows and with a
+narrower FFN: products grow by what enters them, solvers by its cube.
+"""
+
+import copy
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from billhook import budget, masking, planning
+from billhook.experts import unfuse
+from billhook.families import axes, family_of, layers, linear, shape
+from billhook.journal import Journal
+from billhook.memory import peak_growth
+from billhook.methods import carry_out
+from billhook.observe import enter, run
+from billhook.plan import Plan
+from billhook.progress import Clock
+from billhook.recipe import Recipe
+from billhook.skeleton import bare
+from billhook.surgery import drop_layers
+from billhook.tensors import Tokens
+
+WINDOWS = 10  # of which one is held out, as of every ten
+ABOUT = 2.0  # seconds that all of it may take
+PASSES, SOLVES = 8, 24  # of a layer's weights, and of its Grams' cubes, in a rehearsal: roughly
+SHORTEST, LARGEST = 32, 8  # tokens of a window, and divisor of the width
+MULTIPLE = 32
+VOCABULARY = 256
+BY_TOKEN = ("forward", "gram")  # stages that grow with the text; the others do not
+GROWS = {"forward": "weights", "saving": "weights", "surgery": "weights", "gram": "squares", "solver": "cubes"}
+STEP, BATCH = (2, 1), (2, 32)  # windows and tokens of a forward pass with a cache, and of a short one
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one pass of something."""
+
+    seconds: float
+    flops: float
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """What the first layer and every further one cost, by stage, at the whole width, on all of the text."""
+
+    first: Mapping[str, Cost]
+    further: Mapping[str, Cost]
+    work_bytes: int  # that a layer takes besides its weights and hidden states
+    shrunk: int  # by which the FFN's width was divided
+
+
+@torch.no_grad()
+def rehearse(whole: Any, chosen: Recipe, plan: Plan, dtype: torch.dtype, device: torch.device) -> Rehearsed:
+    """Time a recipe on random layers of a model's shapes.
+
+    Args:
+        whole: the model, without weights.
+        plan: of the whole model, of which the first two layers are rehearsed.
+        dtype: to compute in.
+    """
+    windows = min(chosen.samples, WINDOWS)
+    length, factor = _chosen_sizes(whole, chosen, plan, device)
+    config = _narrow(whole.config, factor)
+    tokens = torch.randint(VOCABULARY, (windows, length), generator=torch.Generator().manual_seed(0))
+    model = random_layers(config, 1, dtype, device)
+    small = Shapes.of(model, chosen, plan)
+    _timed(random_layers(config, 1, dtype, device), chosen, plan, tokens[:, :SHORTEST])  # to warm up
+    alone, work = _timed(model, chosen, plan, tokens)
+    both, _ = _timed(random_layers(config, 2, dtype, device), chosen, plan, tokens)
+    grown, texts = Shapes.of(whole, chosen, plan).over(small), chosen.samples * chosen.seq_len / tokens.numel()
+
+    def scaled(cost: Cost, stage: str) -> Cost:
+        times = grown.get(stage, grown["solver"]) * (texts if stage in BY_TOKEN else 1.0)
+        return Cost(cost.seconds * times, cost.flops * times)
+
+    none = Cost(0.0, 0.0)
+    further = {
+        stage: Cost(max(0.0, cost.seconds - first.seconds), cost.flops - first.flops)
+        for stage, cost in both.items()
+        for first in [alone.get(stage, none)]
+    }
+    return Rehearsed(
+        {stage: scaled(cost, stage) for stage, cost in alone.items()},
+        {stage: scaled(cost, stage) for stage, cost in further.items()},
+        round(work * grown["gram"]),
+        factor,
+    )
+
+
+@torch.no_grad()
+def passes(whole: Any, dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
+    """Seconds of one layer for one token of two texts, and for 32 tokens of each."""
+    model = random_layers(whole.config, 1, dtype, device)
+    state, calls = enter(model, [torch.zeros(shape, dtype=torch.long) for shape in (STEP, BATCH)])
+    step, batch = (seconds(lambda n=n: run(layers(model)[0], state[n], calls[n][0])) for n in range(2))
+    return step, batch
+
+
+def random_layers(config: Any, count: int, dtype: torch.dtype, device: torch.device) -> Any:
+    """The first layers of a random model, with a small vocabulary and no head."""
+    model = bare(copy.deepcopy(config), dtype)
+    unfuse(model)
+    drop_layers(model, range(count, len(layers(model))))
+    width = model.get_input_embeddings().weight.shape[1]
+    model.set_input_embeddings(nn.Embedding(VOCABULARY, width, dtype=dtype, device=device))
+    head = model.get_output_embeddings()
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        for name, param in module._parameters.items():
+            if param is not None and param.is_meta and module is not head:
+                made = torch.empty(param.shape, dtype=dtype).normal_(0, param.shape[-1] ** -0.5, generator=generator)
+                module._parameters[name] = nn.Parameter((made if param.ndim > 1 else made + 1).to(device), False)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+    return model.eval().requires_grad_(False)
+
+
+def _timed(model: Any, chosen: Recipe, plan: Plan, tokens: Tokens) -> tuple[dict[str, Cost], int]:
+    """What every stage takes, and by how much memory grows."""
+    device = model.get_input_embeddings().weight.device
+    counter = FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
+    clock = _Counting(counter)
+    with tempfile.TemporaryDirectory() as folder, peak_growth(device) as growth, counter:
+        journal = Journal(Path(folder), model)
+        if chosen.masks:
+            masking.mask(model, tokens, planning.masking_of(chosen), clock=clock, journal=journal)
+        else:
+            given = (model, tokens, _own_plan(model, plan), planning.method_settings(chosen))
+            carry_out(chosen.method)(*given, stream=chosen.stream, journal=journal, clock=clock)
+    return {stage: Cost(s, clock.flops.get(stage, 0.0)) for stage, s in clock.seconds.items()}, growth()
+
+
+class _Counting(Clock):
+    """Operations by stage, too."""
+
+    def __init__(self, counter: FlopCounterMode) -> None:
+        super().__init__()
+        self.counter, self.flops, self._counted = counter, dict[str, float](), 0.0
+
+    def _charge(self) -> None:
+        now = float(self.counter.get_total_flops())
+        if self._open:
+            self.flops[self._open[-1]] = self.flops.get(self._open[-1], 0.0) + now - self._counted
+        self._counted = now
+        super()._charge()
+
+
+def _cholesky(shape: Any, *_: Any, **__: Any) -> int:
+    return shape[-1] ** 3 // 3
+
+
+def _by_triangle(right: Any, *_: Any, **__: Any) -> int:
+    return right[-2] ** 2 * right[-1]
+
+
+aten = torch.ops.aten
+UNCOUNTED = {  # which torch does not count
+    aten.linalg_cholesky_ex: _cholesky,
+    aten.cholesky_solve: lambda right, *_, **__: 2 * _by_triangle(right),
+    aten.linalg_solve_triangular: lambda _, right, *__, **___: _by_triangle(right),
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    aten.cholesky_inverse: lambda shape, *_, **__: 2 * shape[-1] ** 3 // 3,
+}
+
+
+def seconds(act: Callable[[], Any], repeats: int = 3) -> float:
+    """The least of some runs, the first not counted."""
+    act()
+    found = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        act()
+        found.append(time.perf_counter() - started)
+    return min(found)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What the cost of a layer grows with: its weights, and the squares and cubes of what enters its readers."""
+
+    weights: int
+    squares: int
+    cubes: int
+
+    @classmethod
+    def of(cls, model: Any, chosen: Recipe, plan: Plan) -> "Shapes":
+        if chosen.masks:
+            targets = planning.masking_of(chosen).targets
+            names = [name for n, _, name in masking.every(model, targets) if n == 0]
+        else:
+            names = [axis.reader_module for axis in axes(model, plan.kinds) if axis.layer == 0]
+        sizes = [shape(linear(model, name))[1] for name in names]
+        return cls(budget.layer_parameters(model, 0), sum(n**2 for n in sizes), sum(n**3 for n in sizes))
+
+    def over(self, other: "Shapes") -> Mapping[str, float]:
+        """By stage, how many times what `other` costs."""
+        return {stage: getattr(self, size) / (getattr(other, size) or 1) for stage, size in GROWS.items()}
+
+
+def _chosen_sizes(model: Any, chosen: Recipe, plan: Plan, device: torch.device) -> tuple[int, int]:
+    """Tokens of a window, and by what to divide the FFN's width, for a rehearsal that does not take long."""
+    square = torch.randn(1024, 1024, device=device)
+    rate = 2 * 1024**3 / seconds(lambda: square @ square)
+    whole, length, factor = Shapes.of(model, chosen, plan), chosen.seq_len, 1
+    while length > SHORTEST and PASSES * 2 * WINDOWS * length * whole.weights / rate > ABOUT / 2:
+        length //= 2
+    while factor < LARGEST and SOLVES * whole.cubes / factor**3 / rate > ABOUT / 2:
+        factor *= 2
+    return length, factor
+
+
+def _narrow(config: Any, factor: int) -> Any:
+    """A config of a narrower FFN, where it has a key for that."""
+    small, key = copy.deepcopy(config), family_of(config.model_type).keys.get("width")
+    if factor > 1 and key and isinstance(width := getattr(small, key, None), int):
+        setattr(small, key, max(MULTIPLE, width // factor // MULTIPLE * MULTIPLE))
+    return small
+
+
+def _own_plan(model: Any, plan: Plan) -> Plan:
+    """The whole model's plan for the first layers, at their widths."""
+    drops = {}
+    for axis in axes(model, plan.kinds):
+        wanted = plan.drops.get((axis.layer, axis.kind), 0)
+        block = axis.units // axis.blocks
+        drops[axis.layer, axis.kind] = min(wanted // axis.blocks, block - 1) * axis.blocks
+    return Plan(drops)

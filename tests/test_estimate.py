@@ -1,0 +1,90 @@
+"""What --dry-run says, against the prune itself."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from typer.testing import CliRunner
+
+import billhook
+from billhook import cli
+from billhook.errors import BillhookError
+from billhook.estimate import estimate
+from billhook.recipe import recipe
+
+WAYS: dict[str, dict[str, Any]] = {
+    "ffn": {"ratio": 0.1},
+    "dense, heads too": {"ratio": 0.1, "stream": "dense", "axes": ("ffn", "heads")},
+    "layers": {"method": "layerchop", "drop": "1"},
+    "wanda": {"method": "wanda", "sparsity": 0.5},
+    "fistapruner": {"method": "fistapruner", "pattern": "2:4"},
+}
+GIVEN: dict[str, Any] = {"samples": 20, "seq_len": 32, "multiple_of": 1}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    made = {}
+    for name in ("llama", "gpt2", "qwen2_moe"):
+        made[name] = tmp_path_factory.mktemp(name)
+        tiny.model(name).save_pretrained(made[name])
+        tiny.tokenizer().save_pretrained(made[name])
+        (made[name] / "text.txt").write_text(tiny.text())
+    return made
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2_moe"])
+def test_sizes_and_stages_are_those_of_the_prune(
+    family: str, way: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    given = {"calibration": str(folders[family] / "text.txt"), **GIVEN, **WAYS[way]}
+    if family == "gpt2" and "axes" in given:
+        given["axes"] = ("ffn",)  # its heads are its groups
+    said = estimate(str(folders[family]), recipe(**given), tmp_path / "out")
+    found = billhook.prune(folders[family], work=tmp_path / "work", **given).report
+    sizes = found["sizes"]
+    for part in ("parameters", "decoder_parameters"):
+        assert said[part] == {when: sizes[when][part] for when in ("before", "after")}
+    stages = set(found["seconds"]) - {"layers"}
+    assert stages <= set(said["stages"])
+    assert said["peak_bytes"] > 0 and said["seconds"] > 0
+    assert (said["flops"] > 0) == bool(stages)
+
+
+def test_operations_grow_with_the_text_where_they_do(folders: dict[str, Path], tmp_path: Path) -> None:
+    given = {"calibration": str(folders["llama"] / "text.txt"), **GIVEN, "stream": "dense", "ratio": 0.3}
+    few, many = (
+        estimate(str(folders["llama"]), recipe(**{**given, "samples": n}), tmp_path / "o")["stages"] for n in (10, 40)
+    )
+    assert many["forward"]["flops"] == pytest.approx(4 * few["forward"]["flops"])
+    assert many["gram"]["flops"] == pytest.approx(4 * few["gram"]["flops"])
+    assert many["restoration"]["flops"] == pytest.approx(few["restoration"]["flops"])
+    tokens, weights = 40 * 32, 3 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48)
+    attention = 3 * 2 * 2 * 32 * 32 * tokens  # layers, products, operations, tokens and channels of a window
+    assert many["forward"]["flops"] == pytest.approx(2 * tokens * weights + attention, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--allocation", "auto"], "allocation auto tries cuts on the whole model"),
+        (["--method", "adapruner"], "a search runs as long as its trials do"),
+        (["--method", "layerchop", "--preset", "angular"], "presets other than by position try layers"),
+        (["--samples", "10000"], "10000"),
+    ],
+)
+def test_what_cannot_be_told_is_refused(flags: list[str], says: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    text = str(folders["llama"] / "text.txt")
+    given = ["prune", str(folders["llama"]), "--ratio", "0.3", "--calibration", text, "--seq-len", "32", *flags]
+    error = CliRunner().invoke(cli.app, [*given, "--dry-run", "-o", str(tmp_path / "out")]).exception
+    assert isinstance(error, BillhookError) and says in str(error)
+
+
+def test_nothing_is_written(folders: dict[str, Path], tmp_path: Path) -> None:
+    text = str(folders["llama"] / "text.txt")
+    given = ["prune", str(folders["llama"]), "--ratio", "0.3", "--calibration", text, "--seq-len", "32"]
+    done = CliRunner().invoke(cli.app, [*given, "--multiple-of", "1", "--dry-run", "-o", str(tmp_path / "out")])
+    assert done.exit_code == 0 and "in all" in done.output
+    assert not list(tmp_path.iterdir())
