@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import tiny
 import torch
 import transformers as T
+from forked import Forked
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
@@ -73,34 +75,62 @@ import sys
 from billhook import recovering, training
 training.SAVE_SECONDS = 0.02  # a checkpoint every few steps
 recovering.recover(sys.argv[1], work=sys.argv[3], **eval(sys.argv[2]))
-print("done")
 """
 
 
-def killed(bench: Path, after: float, wanted: int, **more: Any) -> bool:
-    """Run in another process, killed `after` seconds from its first checkpoint beyond step `wanted`; whether it was in time."""
-    work = bench / "work"
-    line = [sys.executable, "-c", SCRIPT, str(bench / "student"), repr(settings(bench, **more)), str(work)]
-    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    until = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < until:
-        if any(training.step_of(one) > wanted for one in training.checkpoints(work)):
+class Anew:
+    """A run in an interpreter of its own: no set is in the order of this one's, nothing was imported or drawn before."""
+
+    def __init__(self, bench: Path, given: dict[str, Any]) -> None:
+        line = [sys.executable, "-c", SCRIPT, str(bench / "student"), repr(given), str(bench / "work")]
+        self._process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+    @property
+    def runs(self) -> bool:
+        return self._process.poll() is None
+
+    def send(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def ended(self) -> tuple[int, str, str]:
+        _, said = self._process.communicate(timeout=60)
+        return self._process.returncode, "", said
+
+
+def forked(bench: Path, given: dict[str, Any]) -> Forked:
+    def work() -> None:
+        training.SAVE_SECONDS = 0.02  # a checkpoint every few steps
+        recovering.recover(bench / "student", work=bench / "work", **given)
+
+    return Forked(work)
+
+
+Start = Callable[[Path, dict[str, Any]], Anew | Forked]
+
+
+def killed(start: Start, bench: Path, after: float, **more: Any) -> bool:
+    """Run in another process, killed `after` seconds from its first checkpoint; whether it was in time."""
+    process, until = start(bench, settings(bench, **more)), time.monotonic() + 120
+    while process.runs and time.monotonic() < until:
+        if any(training.step_of(one) for one in training.checkpoints(bench / "work")):
             time.sleep(after)
             break
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    _, err = process.communicate()
-    assert process.returncode in (0, -signal.SIGKILL), err
-    return process.returncode != 0
+    process.send(signal.SIGKILL)
+    code, _, said = process.ended()
+    assert code in (0, -signal.SIGKILL), said
+    return code != 0
 
 
 @pytest.mark.parametrize(
-    ("trainable", "after"), [("all", 0.0), ("all", 0.011), ("lora", 0.03)], ids=["at once", "amid a save", "lora"]
+    ("trainable", "after", "start"),
+    [("all", 0.0, Anew), ("all", 0.011, forked), ("lora", 0.03, forked)],
+    ids=["at once", "amid a save", "lora"],
 )
-def test_a_killed_run_ends_as_if_it_had_not_been(trainable: str, after: float, bench: Path) -> None:
+def test_a_killed_run_ends_as_if_it_had_not_been(trainable: str, after: float, start: Start, bench: Path) -> None:
     more = {"trainable": trainable, "rank": 4}
     whole = run(bench, "whole", **more)
-    assert killed(bench, after, 0, **more), "it was done before it could be killed"
+    assert killed(start, bench, after, **more), "it was done before it could be killed"
     assert not list((bench / "work").glob("*.partial"))
     lines: list[str] = []
     again = run(bench, lines=lines, **more)
