@@ -9,13 +9,24 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+# `checked` before billhook: what is imported after it is checked as it says
+import checked  # noqa: F401
 import tiny
 
 from billhook import clients
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the subprocesses: on tiny tensors threads only wait for one another
 torch.set_num_threads(1)
-gc.freeze()  # collections in the code under test take 0.4 s each where they walk all that was imported
+_frozen = [0]  # how many modules there were
+
+
+@pytest.fixture(autouse=True)
+def _collections_are_short() -> None:
+    """Collections in the code under test take half a second where they walk all that was imported, here or by a test."""
+    if len(sys.modules) != _frozen[0]:
+        _frozen[0] = len(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)
