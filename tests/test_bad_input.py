@@ -20,7 +20,7 @@ import pytest
 import tiny
 import torch
 import transformers as T
-from forked import Forked
+from processes import Child
 from safetensors.torch import load_file, save_file
 
 from billhook import checkpoint, cli, clients
@@ -380,17 +380,17 @@ INTERRUPTED = "billhook: interrupted; nothing half-written was left\n"
 ENDS = {signal.SIGINT: (130, "", INTERRUPTED), signal.SIGTERM: (143, "", "")}
 
 
-def started(arguments: list[object], bench: Bench) -> Forked:
+def started(arguments: list[object], bench: Bench) -> Child:
     """The command line in a process of its own."""
     bench.patch.setattr(sys, "argv", ["billhook", *map(str, arguments)])
-    return Forked(cli.main)
+    return Child(cli.main)
 
 
 @pytest.mark.parametrize("limit", [500, 2**16], ids=["config", "weights"])
 def test_a_full_disk(limit: int, bench: Bench) -> None:
     before = snapshot(bench.tmp)
     bench.patch.setattr(sys, "argv", ["billhook", *map(str, bench.prune())])
-    process = Forked(lambda: (resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)), cli.main()))
+    process = Child(lambda: (resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)), cli.main()))
     code, out, err = process.ended()  # Python ignores SIGXFSZ: the write fails as on a full disk
     assert code == 2 and out == "", err
     assert re.fullmatch(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from forked import Forked
+from processes import Child
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -237,7 +237,7 @@ def killed(bench: Path, **more: Any) -> None:
         training.SAVE_SECONDS = 0.0  # a checkpoint every step
         recovering.recover(bench / "sparse", work=bench / "work", **settings(bench, **more))
 
-    process, until = Forked(work), time.monotonic() + 120
+    process, until = Child(work), time.monotonic() + 120
     while process.runs and time.monotonic() < until and not training.checkpoints(bench / "work"):
         time.sleep(0.001)
     process.send(signal.SIGKILL)

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 import tiny
 import torch
 import transformers as T
-from forked import Forked
+from processes import Child
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
@@ -70,47 +69,15 @@ def same(a: recovering.Recovered, b: recovering.Recovered) -> bool:
 
 # ---- cut off
 
-SCRIPT = """
-import sys
-from billhook import recovering, training
-training.SAVE_SECONDS = 0.02  # a checkpoint every few steps
-recovering.recover(sys.argv[1], work=sys.argv[3], **eval(sys.argv[2]))
-"""
+
+def recovered(bench: Path, given: dict[str, Any]) -> None:
+    training.SAVE_SECONDS = 0.02  # a checkpoint every few steps
+    recovering.recover(bench / "student", work=bench / "work", **given)
 
 
-class Anew:
-    """A run in an interpreter of its own: no set is in the order of this one's, nothing was imported or drawn before."""
-
-    def __init__(self, bench: Path, given: dict[str, Any]) -> None:
-        line = [sys.executable, "-c", SCRIPT, str(bench / "student"), repr(given), str(bench / "work")]
-        self._process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-    @property
-    def runs(self) -> bool:
-        return self._process.poll() is None
-
-    def send(self, number: signal.Signals) -> None:
-        self._process.send_signal(number)
-
-    def ended(self) -> tuple[int, str, str]:
-        _, said = self._process.communicate(timeout=60)
-        return self._process.returncode, "", said
-
-
-def forked(bench: Path, given: dict[str, Any]) -> Forked:
-    def work() -> None:
-        training.SAVE_SECONDS = 0.02  # a checkpoint every few steps
-        recovering.recover(bench / "student", work=bench / "work", **given)
-
-    return Forked(work)
-
-
-Start = Callable[[Path, dict[str, Any]], Anew | Forked]
-
-
-def killed(start: Start, bench: Path, after: float, **more: Any) -> bool:
+def killed(bench: Path, after: float, **more: Any) -> bool:
     """Run in another process, killed `after` seconds from its first checkpoint; whether it was in time."""
-    process, until = start(bench, settings(bench, **more)), time.monotonic() + 120
+    process, until = Child(recovered, bench, settings(bench, **more), fresh=True), time.monotonic() + 120
     while process.runs and time.monotonic() < until:
         if any(training.step_of(one) for one in training.checkpoints(bench / "work")):
             time.sleep(after)
@@ -123,14 +90,12 @@ def killed(start: Start, bench: Path, after: float, **more: Any) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("trainable", "after", "start"),
-    [("all", 0.0, Anew), ("all", 0.011, forked), ("lora", 0.03, forked)],
-    ids=["at once", "amid a save", "lora"],
+    ("trainable", "after"), [("all", 0.0), ("all", 0.011), ("lora", 0.03)], ids=["at once", "amid a save", "lora"]
 )
-def test_a_killed_run_ends_as_if_it_had_not_been(trainable: str, after: float, start: Start, bench: Path) -> None:
+def test_a_killed_run_ends_as_if_it_had_not_been(trainable: str, after: float, bench: Path) -> None:
     more = {"trainable": trainable, "rank": 4}
     whole = run(bench, "whole", **more)
-    assert killed(start, bench, after, **more), "it was done before it could be killed"
+    assert killed(bench, after, **more), "it was done before it could be killed"
     assert not list((bench / "work").glob("*.partial"))
     lines: list[str] = []
     again = run(bench, lines=lines, **more)
