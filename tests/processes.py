@@ -41,7 +41,7 @@ class Child:
         if self._process.pid is not None and self.runs:
             os.kill(self._process.pid, number)
 
-    def ended(self, timeout: float = 60) -> tuple[int, str, str]:
+    def ended(self, timeout: float = 240) -> tuple[int, str, str]:
         """Its exit code, below zero for the signal that ended it, and what it wrote to standard output and standard error."""
         self._process.join(timeout)
         code = self._process.exitcode

@@ -1,11 +1,14 @@
 """`billhook recover` cut off, shared among processes, and given what it cannot use."""
 
 import json
+import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -174,13 +177,37 @@ def test_the_rate_trials_are_kept(bench: Path, monkeypatch: pytest.MonkeyPatch) 
 # ---- shared
 
 
-def test_two_processes_train_as_one(bench: Path) -> None:
-    one = run(bench).healing
+def as_launched(rank: int, port: int, line: list[str]) -> None:
+    """The command as `accelerate launch` starts it on two processes."""
+    given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    given |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_MIXED_PRECISION": "no"}
+    os.environ.update({name: str(value) for name, value in given.items()})
+    sys.argv = ["billhook", *line]
+    cli.main()
+
+
+def by_hand(line: list[str]) -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ends = [one.ended() for one in [Child(as_launched, rank, port, line, fresh=True) for rank in range(2)]]
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    assert not ends[1][1]
+    return ends[0][1]
+
+
+def by_accelerate(line: list[str]) -> str:
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    done = subprocess.run([*launch, "-m", "billhook", *flags(bench), "--json"], capture_output=True, text=True)
+    done = subprocess.run([*launch, "-m", "billhook", *line], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    two = json.loads(done.stdout)["recovery"][0]
+    return done.stdout
+
+
+@pytest.mark.parametrize("launch", [by_hand, pytest.param(by_accelerate, marks=pytest.mark.slow)])
+def test_two_processes_train_as_one(launch: Callable[[list[str]], str], bench: Path) -> None:
+    one = run(bench).healing
+    two = json.loads(launch([*flags(bench), "--json"]))["recovery"][0]
     assert two["processes"] == 2 and two["losses"] == pytest.approx(one["losses"], rel=1e-4, abs=1e-6)
     assert (bench / "out" / "model.safetensors").exists() and not (bench / "out.unfinished").exists()
 
