@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -29,8 +29,10 @@ class Child:
 
     def __init__(self, work: Callable[..., object], *given: Any, fresh: bool = False) -> None:
         self._folder = tempfile.TemporaryDirectory()
-        context = multiprocessing.get_context(_method(fresh))
-        self._process = context.Process(target=_run, args=(Path(self._folder.name), work, given), daemon=True)
+        process = (
+            multiprocessing.get_context("forkserver").Process if fresh else multiprocessing.get_context("fork").Process
+        )
+        self._process = process(target=_run, args=(Path(self._folder.name), work, given), daemon=True)
         self._process.start()
 
     @property
@@ -52,10 +54,6 @@ class Child:
 
 
 STREAMS = ("stdout", "stderr")
-
-
-def _method(fresh: bool) -> Literal["forkserver", "fork"]:
-    return "forkserver" if fresh else "fork"
 
 
 def _run(folder: Path, work: Callable[..., object], given: tuple[Any, ...]) -> None:
