@@ -1,6 +1,7 @@
 """Folders that the tests share: a tiny checkpoint, a text, and a cache that nothing is fetched into."""
 
 import gc
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -9,13 +10,25 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+# `checked` before billhook: what is imported after it is checked as it says; `processes` says what their server imports
+import checked  # noqa: F401
+import processes  # noqa: F401
 import tiny
 
 from billhook import clients
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the subprocesses: on tiny tensors threads only wait for one another
 torch.set_num_threads(1)
-gc.freeze()  # collections in the code under test take 0.4 s each where they walk all that was imported
+_frozen = [0]  # how many modules there were
+
+
+@pytest.fixture(autouse=True)
+def _collections_are_short() -> None:
+    """Collections in the code under test take half a second where they walk all that was imported, here or by a test."""
+    if len(sys.modules) != _frozen[0]:
+        _frozen[0] = len(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +44,15 @@ def _no_other_process(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
         monkeypatch.setattr(
             clients, "check", lambda path, client, python=None: {"client": client, "version": "not run"}
         )
+
+
+@pytest.fixture(autouse=True)
+def _workers_start_sooner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that billhook spawns to share work come from a server that has imported it once."""
+    context = multiprocessing.get_context
+    monkeypatch.setattr(
+        multiprocessing, "get_context", lambda method=None: context("forkserver" if method == "spawn" else method)
+    )
 
 
 @pytest.fixture

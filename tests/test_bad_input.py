@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -18,9 +20,10 @@ import pytest
 import tiny
 import torch
 import transformers as T
+from processes import Child
 from safetensors.torch import load_file, save_file
 
-from billhook import cli
+from billhook import checkpoint, cli, clients
 
 Tensors = dict[str, torch.Tensor]
 Damage = Callable[[Path], object]
@@ -373,33 +376,23 @@ def test_a_recipe_that_cannot_be_run(content: str | None, words: str, bench: Ben
     bench.refuses(words, "run", bench.tmp / "r.yaml", "-o", bench.tmp / "new" / "out")
 
 
-def started(prologue: str, arguments: list[object]) -> subprocess.Popen[str]:
-    """The command line in a process of its own, after `prologue`."""
-    code = f"import os, resource, time\nfrom billhook import checkpoint, cli, clients\n{prologue}\ncli.main()"
-    entry = [sys.executable, "-c", code] if prologue else [str(Path(sys.executable).with_name("billhook"))]
-    line = [*entry, *map(str, arguments)]
-    return subprocess.Popen(
-        line,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite run with & in a script ignores it
-    )
+INTERRUPTED = "billhook: interrupted; nothing half-written was left\n"
+ENDS = {signal.SIGINT: (130, "", INTERRUPTED), signal.SIGTERM: (143, "", "")}
 
 
-def stopped(process: subprocess.Popen[str], sent: signal.Signals) -> None:
-    process.send_signal(sent)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[sent], err
-    assert err == ("billhook: interrupted; nothing half-written was left\n" if sent == signal.SIGINT else "")
+def started(arguments: list[object], bench: Bench) -> Child:
+    """The command line in a process of its own."""
+    bench.patch.setattr(sys, "argv", ["billhook", *map(str, arguments)])
+    return Child(cli.main)
 
 
 @pytest.mark.parametrize("limit", [500, 2**16], ids=["config", "weights"])
 def test_a_full_disk(limit: int, bench: Bench) -> None:
     before = snapshot(bench.tmp)
-    process = started(f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))", bench.prune())
-    _, err = process.communicate(timeout=60)  # Python ignores SIGXFSZ: the write fails as on a full disk
-    assert process.returncode == 2
+    bench.patch.setattr(sys, "argv", ["billhook", *map(str, bench.prune())])
+    process = Child(lambda: (resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)), cli.main()))
+    code, out, err = process.ended()  # Python ignores SIGXFSZ: the write fails as on a full disk
+    assert code == 2 and out == "", err
     assert re.fullmatch(
         "billhook: error: cannot write .*new/out.*: File too large; nothing half-written was left\n", err
     ), err
@@ -407,35 +400,65 @@ def test_a_full_disk(limit: int, bench: Bench) -> None:
 
 
 MOMENTS = [
-    ("checkpoint.open_model", signal.SIGINT),
-    ("clients.verify", signal.SIGINT),
-    ("clients.verify", signal.SIGTERM),
+    (checkpoint, "open_model", signal.SIGINT),
+    (clients, "verify", signal.SIGINT),
+    (clients, "verify", signal.SIGTERM),
 ]
 
 
-@pytest.mark.parametrize(("stage", "sent"), MOMENTS)
-def test_a_signal_leaves_nothing_half_written(stage: str, sent: signal.Signals, bench: Bench) -> None:
+@pytest.mark.parametrize(("where", "stage", "sent"), MOMENTS, ids=lambda one: getattr(one, "name", one))
+def test_a_signal_leaves_nothing_half_written(where: Any, stage: str, sent: signal.Signals, bench: Bench) -> None:
     arguments = bench.prune("--overwrite", out=holding(bench.tmp / "out", "billhook.json"))
-    before = snapshot(bench.tmp)
-    process = started(f"{stage} = lambda *_, **__: (os.write(1, b'!'), time.sleep(60))", arguments)
-    assert process.stdout and process.stdout.read(1) == "!"
-    assert list(bench.tmp.glob(".out.*.partial/*.safetensors" if stage == "clients.verify" else ".out.*.partial"))
-    stopped(process, sent)
+    before, (there, here) = snapshot(bench.tmp), os.pipe()
+    bench.patch.setattr(where, stage, lambda *_, **__: (os.write(here, b"!"), time.sleep(60)))
+    process = started(arguments, bench)
+    os.close(here)
+    with open(there, "rb") as signs:
+        assert signs.read(1) == b"!", process.ended()
+    assert list(bench.tmp.glob(".out.*.partial/*.safetensors" if stage == "verify" else ".out.*.partial"))
+    process.send(sent)
+    assert process.ended() == ENDS[sent]
     assert snapshot(bench.tmp) == before
 
 
-@pytest.mark.parametrize("moment", ["while libraries load", "at the start", "amid the work"])
-def test_ctrl_c(moment: str, bench: Bench) -> None:
-    bench.text.write_text(tiny.text() * 180)
-    before, until = snapshot(bench.tmp), time.monotonic() + 60
-    process = started("", bench.prune("--samples", 4000, "--seq-len", 128))
-    maps = Path(f"/proc/{process.pid}/maps")
-    loading = moment == "while libraries load" and maps.exists()
-    while not ("libtorch" in maps.read_text() if loading else list(bench.tmp.glob("new/.out.*.partial"))):
-        assert process.poll() is None and time.monotonic() < until, process.communicate()
+def await_that(what: Callable[[], object], runs: Callable[[], bool]) -> None:
+    until = time.monotonic() + 60
+    while not what():
+        assert runs() and time.monotonic() < until
         time.sleep(0.002)
-    time.sleep(0.5 if moment == "amid the work" else 0)
-    stopped(process, signal.SIGINT)
+
+
+@pytest.mark.parametrize("later", [0.0, 0.5], ids=["at the start", "amid the work"])
+def test_ctrl_c(later: float, bench: Bench) -> None:
+    bench.text.write_text(tiny.text() * 180)
+    before = snapshot(bench.tmp)
+    process = started(bench.prune("--samples", 4000, "--seq-len", 128), bench)
+    await_that(lambda: list(bench.tmp.glob("new/.out.*.partial")), lambda: process.runs)
+    time.sleep(later)
+    process.send(signal.SIGINT)
+    assert process.ended() == ENDS[signal.SIGINT]
+    assert snapshot(bench.tmp) == before
+
+
+def test_ctrl_c_while_libraries_load(bench: Bench) -> None:
+    """The command itself, in an interpreter that has imported nothing yet."""
+    bench.text.write_text(tiny.text() * 180)
+    before = snapshot(bench.tmp)
+    process = subprocess.Popen(
+        [Path(sys.executable).with_name("billhook"), *map(str, bench.prune("--samples", 4000, "--seq-len", 128))],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite run with & in a script ignores it
+    )
+    maps = Path(f"/proc/{process.pid}/maps")
+    loading = (
+        (lambda: "libtorch" in maps.read_text()) if maps.exists() else (lambda: list(bench.tmp.glob("new/.out.*")))
+    )
+    await_that(loading, lambda: process.poll() is None)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == ENDS[signal.SIGINT]
     assert snapshot(bench.tmp) == before
 
 

@@ -1,7 +1,6 @@
 """A sparse model trained back: every zero stays, what is not zero learns, and nobody fills zeros unasked."""
 
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from processes import Child
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -229,24 +229,20 @@ def test_moments_know_nothing_of_zeros_and_decay_cannot_fill_them() -> None:
 
 # ---- cut off
 
-SCRIPT = """
-import sys
-from billhook import recovering, training
-training.SAVE_SECONDS = 0.0  # a checkpoint every step
-recovering.recover(sys.argv[1], work=sys.argv[3], **eval(sys.argv[2]))
-"""
-
 
 def killed(bench: Path, **more: Any) -> None:
     """Run in another process, killed once it has a checkpoint."""
-    line = [sys.executable, "-c", SCRIPT, str(bench / "sparse"), repr(settings(bench, **more)), str(bench / "work")]
-    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    until = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < until and not training.checkpoints(bench / "work"):
+
+    def work() -> None:
+        training.SAVE_SECONDS = 0.0  # a checkpoint every step
+        recovering.recover(bench / "sparse", work=bench / "work", **settings(bench, **more))
+
+    process, until = Child(work), time.monotonic() + 120
+    while process.runs and time.monotonic() < until and not training.checkpoints(bench / "work"):
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    _, err = process.communicate()
-    assert process.returncode == -signal.SIGKILL, err
+    process.send(signal.SIGKILL)
+    code, _, said = process.ended()
+    assert code == -signal.SIGKILL, said
 
 
 def cut_off(bench: Path, **more: Any) -> None:

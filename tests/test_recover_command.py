@@ -1,11 +1,14 @@
 """`billhook recover` cut off, shared among processes, and given what it cannot use."""
 
 import json
+import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import pytest
 import tiny
 import torch
 import transformers as T
+from processes import Child
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
@@ -68,30 +72,24 @@ def same(a: recovering.Recovered, b: recovering.Recovered) -> bool:
 
 # ---- cut off
 
-SCRIPT = """
-import sys
-from billhook import recovering, training
-training.SAVE_SECONDS = 0.02  # a checkpoint every few steps
-recovering.recover(sys.argv[1], work=sys.argv[3], **eval(sys.argv[2]))
-print("done")
-"""
+
+def recovered(bench: Path, given: dict[str, Any]) -> None:
+    training.SAVE_SECONDS = 0.02  # a checkpoint every few steps
+    recovering.recover(bench / "student", work=bench / "work", **given)
 
 
-def killed(bench: Path, after: float, wanted: int, **more: Any) -> bool:
-    """Run in another process, killed `after` seconds from its first checkpoint beyond step `wanted`; whether it was in time."""
-    work = bench / "work"
-    line = [sys.executable, "-c", SCRIPT, str(bench / "student"), repr(settings(bench, **more)), str(work)]
-    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    until = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < until:
-        if any(training.step_of(one) > wanted for one in training.checkpoints(work)):
+def killed(bench: Path, after: float, **more: Any) -> bool:
+    """Run in another process, killed `after` seconds from its first checkpoint; whether it was in time."""
+    process, until = Child(recovered, bench, settings(bench, **more), fresh=True), time.monotonic() + 120
+    while process.runs and time.monotonic() < until:
+        if any(training.step_of(one) for one in training.checkpoints(bench / "work")):
             time.sleep(after)
             break
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    _, err = process.communicate()
-    assert process.returncode in (0, -signal.SIGKILL), err
-    return process.returncode != 0
+    process.send(signal.SIGKILL)
+    code, _, said = process.ended()
+    assert code in (0, -signal.SIGKILL), said
+    return code != 0
 
 
 @pytest.mark.parametrize(
@@ -100,7 +98,7 @@ def killed(bench: Path, after: float, wanted: int, **more: Any) -> bool:
 def test_a_killed_run_ends_as_if_it_had_not_been(trainable: str, after: float, bench: Path) -> None:
     more = {"trainable": trainable, "rank": 4}
     whole = run(bench, "whole", **more)
-    assert killed(bench, after, 0, **more), "it was done before it could be killed"
+    assert killed(bench, after, **more), "it was done before it could be killed"
     assert not list((bench / "work").glob("*.partial"))
     lines: list[str] = []
     again = run(bench, lines=lines, **more)
@@ -179,13 +177,37 @@ def test_the_rate_trials_are_kept(bench: Path, monkeypatch: pytest.MonkeyPatch) 
 # ---- shared
 
 
-def test_two_processes_train_as_one(bench: Path) -> None:
-    one = run(bench).healing
+def as_launched(rank: int, port: int, line: list[str]) -> None:
+    """The command as `accelerate launch` starts it on two processes."""
+    given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    given |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_MIXED_PRECISION": "no"}
+    os.environ.update({name: str(value) for name, value in given.items()})
+    sys.argv = ["billhook", *line]
+    cli.main()
+
+
+def by_hand(line: list[str]) -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ends = [one.ended() for one in [Child(as_launched, rank, port, line, fresh=True) for rank in range(2)]]
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    assert not ends[1][1]
+    return ends[0][1]
+
+
+def by_accelerate(line: list[str]) -> str:
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    done = subprocess.run([*launch, "-m", "billhook", *flags(bench), "--json"], capture_output=True, text=True)
+    done = subprocess.run([*launch, "-m", "billhook", *line], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    two = json.loads(done.stdout)["recovery"][0]
+    return done.stdout
+
+
+@pytest.mark.parametrize("launch", [by_hand, pytest.param(by_accelerate, marks=pytest.mark.slow)])
+def test_two_processes_train_as_one(launch: Callable[[list[str]], str], bench: Path) -> None:
+    one = run(bench).healing
+    two = json.loads(launch([*flags(bench), "--json"]))["recovery"][0]
     assert two["processes"] == 2 and two["losses"] == pytest.approx(one["losses"], rel=1e-4, abs=1e-6)
     assert (bench / "out" / "model.safetensors").exists() and not (bench / "out.unfinished").exists()
 

@@ -156,6 +156,9 @@ STREAMS = [
 ]
 
 
+AMID_A_LAYER = (STREAMS[0], STREAMS[4])  # no stream sees a layer that is not whole: it is done again, cut or masked
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("settings", STREAMS, ids=lambda one: "-".join(map(str, one.values())))
 def test_what_was_cut_off_goes_on_to_the_same_bits(
@@ -164,7 +167,7 @@ def test_what_was_cut_off_goes_on_to_the_same_bits(
     model, more = written("llama", tmp_path / "model"), {"stream_weights": streamed, **settings}
     whole = billhook.prune(model, calibration=str(text_file), samples=10, seq_len=32, **more)
     whole.save(tmp_path / "whole")
-    for after in (1, 4):  # two files a layer
+    for after in (1, 4) if settings in AMID_A_LAYER else (4,):  # two files a layer
         work = tmp_path / f"work-{after}"
         undo = cut_off(monkeypatch, after)
         with pytest.raises(CutOffError):

@@ -1,6 +1,8 @@
 """Tiny random models of every family, built from configs, and a byte tokenizer: nothing is fetched."""
 
+import copy
 import string
+from functools import cache
 from typing import Any
 
 import torch
@@ -100,9 +102,17 @@ POST_NORM = ("opt_350m", "gemma2", "gemma3_text", "olmo2")  # norms, or a factor
 
 
 def model(name: str, seed: int = 0, **other: Any) -> T.PreTrainedModel:
-    """A random model; its biases and norms are random too, so that a forgotten one shows."""
+    """A random model; its biases and norms are random too, so that a forgotten one shows.  A copy of one built once."""
+    built, drawn = _built(name, seed, tuple(other.items()))
+    torch.set_rng_state(drawn)  # as building it again would leave it
+    return copy.deepcopy(built)
+
+
+@cache
+def _built(name: str, seed: int, other: tuple[tuple[str, Any], ...]) -> tuple[T.PreTrainedModel, torch.Tensor]:
+    """The model, and where its making leaves the generator of random numbers."""
     torch.manual_seed(seed)
-    built = T.AutoModelForCausalLM.from_config(CONFIGS[name](**other)).eval().requires_grad_(False)
+    built = T.AutoModelForCausalLM.from_config(CONFIGS[name](**dict(other))).eval().requires_grad_(False)
     for key, param in built.named_parameters():
         if param.ndim == 1:
             param.data = torch.randn_like(param) * 0.2 + (1.0 if "norm" in key and key.endswith("weight") else 0.0)
@@ -112,7 +122,7 @@ def model(name: str, seed: int = 0, **other: Any) -> T.PreTrainedModel:
         if key.endswith("bias"):
             buffer.data = torch.randn_like(buffer) * 0.2
     built.generation_config.pad_token_id = 0
-    return built
+    return built, torch.get_rng_state()
 
 
 def tokens(windows: int = 2, length: int = 16, seed: int = 1) -> torch.Tensor:

@@ -1,0 +1,69 @@
+"""Processes that have imported everything already: there in a tenth of a second, where an interpreter takes five.
+
+`forkserver` starts processes as `spawn` does, with nothing of this one's state and with what is sent to them pickled, from a
+server that imported PRELOADED once.
+"""
+
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PRELOADED = ["billhook.cli", "billhook.recovering", "billhook.trials", "transformers.models.llama.modeling_llama"]
+multiprocessing.set_forkserver_preload(PRELOADED)
+
+
+class Child:
+    """`work` in a process that may be killed; what it prints is kept.
+
+    Either forked from this process, all that tests have patched included, or fresh: then `work` is of a module, no random
+    number was drawn before, and sets have another order.
+    """
+
+    def __init__(self, work: Callable[..., object], *given: Any, fresh: bool = False) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        process = (
+            multiprocessing.get_context("forkserver").Process if fresh else multiprocessing.get_context("fork").Process
+        )
+        self._process = process(target=_run, args=(Path(self._folder.name), work, given), daemon=True)
+        self._process.start()
+
+    @property
+    def runs(self) -> bool:
+        return self._process.is_alive()
+
+    def send(self, number: signal.Signals) -> None:
+        if self._process.pid is not None and self.runs:
+            os.kill(self._process.pid, number)
+
+    def ended(self, timeout: float = 240) -> tuple[int, str, str]:
+        """Its exit code, below zero for the signal that ended it, and what it wrote to standard output and standard error."""
+        self._process.join(timeout)
+        code = self._process.exitcode
+        assert code is not None, f"it still runs after {timeout} s"
+        with self._folder as folder:
+            out, err = ((Path(folder) / name).read_text() for name in STREAMS)
+        return code, out, err
+
+
+STREAMS = ("stdout", "stderr")
+
+
+def _run(folder: Path, work: Callable[..., object], given: tuple[Any, ...]) -> None:
+    """As an interpreter would: with streams, handlers of signals, and random numbers of its own."""
+    for number, name in enumerate(STREAMS, 1):
+        with (folder / name).open("w") as file:
+            os.dup2(file.fileno(), number)
+        setattr(sys, name, open(number, "w", closefd=False))  # noqa: SIM115
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.manual_seed(os.getpid())
+    random.seed(os.getpid())
+    work(*given)
