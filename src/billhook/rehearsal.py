@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 from billhook import budget, masking, planning
 from billhook.experts import unfuse
-from billhook.families import axes, family_of, layers, linear, shape
+from billhook.families import attention, axes, family_of, layers, linear, shape
 from billhook.journal import Journal
 from billhook.memory import peak_growth
 from billhook.methods import carry_out
-from billhook.observe import enter, run
+from billhook.observe import BATCH_TOKENS, enter, run
 from billhook.plan import Plan
 from billhook.progress import Clock
 from billhook.recipe import Recipe
@@ -31,7 +31,7 @@ from billhook.surgery import drop_layers
 from billhook.tensors import Tokens
 
 WINDOWS = 10  # of which one is held out, as of every ten
-ABOUT = 2.0  # seconds that all of it may take
+ABOUT = 8.0  # seconds that all of it may take, where a layer lets it
 PASSES, SOLVES = 8, 24  # of a layer's weights, and of its Grams' cubes, in a rehearsal: roughly
 SHORTEST, LARGEST = 32, 8  # tokens of a window, and divisor of the width
 MULTIPLE = 32
@@ -74,27 +74,31 @@ def rehearse(whole: Any, chosen: Recipe, plan: Plan, dtype: torch.dtype, device:
     tokens = torch.randint(VOCABULARY, (windows, length), generator=torch.Generator().manual_seed(0))
     model = random_layers(config, 1, dtype, device)
     small = Shapes.of(model, chosen, plan)
-    _timed(random_layers(config, 1, dtype, device), chosen, plan, tokens[:, :SHORTEST])  # to warm up
+    few = tokens[:, :SHORTEST]  # by which operations are counted, apart, for it takes time; and all is warm then
+    counted = [_counted(random_layers(config, count, dtype, device), chosen, plan, few) for count in (1, 2)]
     alone, work = _timed(model, chosen, plan, tokens)
     both, _ = _timed(random_layers(config, 2, dtype, device), chosen, plan, tokens)
-    grown, texts = Shapes.of(whole, chosen, plan).over(small), chosen.samples * chosen.seq_len / tokens.numel()
+    grown, text = Shapes.of(whole, chosen, plan).over(small), chosen.samples * chosen.seq_len
+    attends = 1 + _attention_share(whole, chosen.seq_len)  # which the counter passes by
+    first, further = {}, {}
+    for stage in both:
+        times = grown.get(stage, grown["solver"])
+        by_time, by_count = (text / n.numel() if stage in BY_TOKEN else 1.0 for n in (tokens, few))
+        by_count *= attends if stage == "forward" else 1.0
+        seconds = [found.get(stage, 0.0) * times * by_time for found in (alone, both)]
+        flops = [found.get(stage, 0.0) * times * by_count for found in counted]
+        if stage == "forward":  # of the first layer less: nothing before it is pruned, and nothing waits behind it
+            first[stage] = Cost(seconds[0], flops[0])
+            further[stage] = Cost(max(0.0, seconds[1] - seconds[0]), flops[1] - flops[0])
+        else:
+            first[stage] = further[stage] = Cost(seconds[1] / 2, flops[1] / 2)
+    return Rehearsed(first, further, round(work * grown["gram"]), factor)
 
-    def scaled(cost: Cost, stage: str) -> Cost:
-        times = grown.get(stage, grown["solver"]) * (texts if stage in BY_TOKEN else 1.0)
-        return Cost(cost.seconds * times, cost.flops * times)
 
-    none = Cost(0.0, 0.0)
-    further = {
-        stage: Cost(max(0.0, cost.seconds - first.seconds), cost.flops - first.flops)
-        for stage, cost in both.items()
-        for first in [alone.get(stage, none)]
-    }
-    return Rehearsed(
-        {stage: scaled(cost, stage) for stage, cost in alone.items()},
-        {stage: scaled(cost, stage) for stage, cost in further.items()},
-        round(work * grown["gram"]),
-        factor,
-    )
+def _attention_share(model: Any, length: int) -> float:
+    """Operations of scores and values in the first layer, as a share of those of its weights."""
+    one, weights = attention(model, 0), sum(p.numel() for p in layers(model)[0].parameters() if p.ndim > 1)
+    return 2 * length * one.heads * one.head_dim / weights
 
 
 @torch.no_grad()
@@ -127,19 +131,32 @@ def random_layers(config: Any, count: int, dtype: torch.dtype, device: torch.dev
     return model.eval().requires_grad_(False)
 
 
-def _timed(model: Any, chosen: Recipe, plan: Plan, tokens: Tokens) -> tuple[dict[str, Cost], int]:
-    """What every stage takes, and by how much memory grows."""
-    device = model.get_input_embeddings().weight.device
+def _timed(model: Any, chosen: Recipe, plan: Plan, tokens: Tokens) -> tuple[dict[str, float], int]:
+    """Seconds of every stage, and by how many bytes memory grows."""
+    clock = Clock()
+    with peak_growth(model.get_input_embeddings().weight.device) as growth:
+        _pruned(model, chosen, plan, tokens, clock)
+    return clock.seconds, growth()
+
+
+def _counted(model: Any, chosen: Recipe, plan: Plan, tokens: Tokens) -> dict[str, float]:
+    """Operations of every stage."""
     counter = FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
     clock = _Counting(counter)
-    with tempfile.TemporaryDirectory() as folder, peak_growth(device) as growth, counter:
+    with counter:
+        _pruned(model, chosen, plan, tokens, clock)
+    return clock.flops
+
+
+def _pruned(model: Any, chosen: Recipe, plan: Plan, tokens: Tokens, clock: Clock) -> None:
+    """The prune itself, in place; what is done is written and thrown away."""
+    with tempfile.TemporaryDirectory() as folder:
         journal = Journal(Path(folder), model)
         if chosen.masks:
             masking.mask(model, tokens, planning.masking_of(chosen), clock=clock, journal=journal)
         else:
             given = (model, tokens, _own_plan(model, plan), planning.method_settings(chosen))
             carry_out(chosen.method)(*given, stream=chosen.stream, journal=journal, clock=clock)
-    return {stage: Cost(s, clock.flops.get(stage, 0.0)) for stage, s in clock.seconds.items()}, growth()
 
 
 class _Counting(Clock):
@@ -170,7 +187,6 @@ UNCOUNTED = {  # which torch does not count
     aten.linalg_cholesky_ex: _cholesky,
     aten.cholesky_solve: lambda right, *_, **__: 2 * _by_triangle(right),
     aten.linalg_solve_triangular: lambda _, right, *__, **___: _by_triangle(right),
-    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     aten.cholesky_inverse: lambda shape, *_, **__: 2 * shape[-1] ** 3 // 3,
 }
 
@@ -213,7 +229,8 @@ def _chosen_sizes(model: Any, chosen: Recipe, plan: Plan, device: torch.device) 
     """Tokens of a window, and by what to divide the FFN's width, for a rehearsal that does not take long."""
     square = torch.randn(1024, 1024, device=device)
     rate = 2 * 1024**3 / seconds(lambda: square @ square)
-    whole, length, factor = Shapes.of(model, chosen, plan), chosen.seq_len, 1
+    # windows that are fitted on make one batch: every batch costs something whatever its size
+    whole, length, factor = Shapes.of(model, chosen, plan), min(chosen.seq_len, BATCH_TOKENS // (WINDOWS - 1)), 1
     while length > SHORTEST and PASSES * 2 * WINDOWS * length * whole.weights / rate > ABOUT / 2:
         length //= 2
     while factor < LARGEST and SOLVES * whole.cubes / factor**3 / rate > ABOUT / 2:
