@@ -21,6 +21,7 @@ from billhook.gguf_vocab import give_splits
 from billhook.known import check_known
 from billhook.layout import register
 from billhook.memory import free_bytes
+from billhook.paging import finite
 from billhook.progress import Tick, quiet
 from billhook.saving import quiet_transformers, save, stored_parameters
 from billhook.shards import AGAIN, main_dtype, read_json
@@ -301,6 +302,6 @@ def _load(path: Path, name: str, dtype: torch.dtype | str) -> Any:
             f"{name}: {len(extra)} tensors have no place in the model that config.json describes, first {extra[0]}: {AGAIN}"
         )
     for tensor, param in model.named_parameters():
-        if not param.isfinite().all():
+        if not finite(param.detach()):
             raise BillhookError(f"{name}: tensor {tensor} holds NaN or infinite values")
     return model.eval().requires_grad_(False)

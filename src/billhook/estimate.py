@@ -19,6 +19,7 @@ from billhook.errors import BillhookError
 from billhook.families import layers
 from billhook.masking import check
 from billhook.memory import free_bytes
+from billhook.paging import finite
 from billhook.plan import Plan
 from billhook.progress import Clock, Tick, quiet
 from billhook.recipe import Recipe
@@ -182,7 +183,7 @@ def _speeds(folder: Path, output: Path) -> Speeds:
         with file.open("rb") as opened:
             whole = torch.frombuffer(bytearray(opened.read(count)), dtype=torch.uint8)
         half = whole[: count // 4 * 4].view(torch.float32).to(torch.float32, copy=True)
-        half.isfinite().all()
+        finite(half)
 
     def write() -> None:
         with tempfile.NamedTemporaryFile(dir=feasible.above(output)) as made:

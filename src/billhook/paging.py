@@ -28,6 +28,11 @@ from billhook.errors import BillhookError
 PAGE = "billhook_page"  # attribute of a module that is one
 
 
+def finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite; by the extremes, which of bfloat16 takes a tenth of what `isfinite` does."""
+    return not tensor.numel() or all(bool(end.isfinite()) for end in tensor.aminmax())
+
+
 @dataclass
 class Pager:
     """Where every parameter of a paged model lies."""
@@ -51,7 +56,7 @@ class Pager:
             for name in here:  # opened for each: what was touched of a mapping counts as memory until it is closed
                 with safe_open(file, framework="pt") as shard:
                     tensor = shard.get_tensor(self.keys[name])
-                    if tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):
+                    if not finite(tensor):
                         raise BillhookError(f"{file}: tensor {name} holds NaN or infinite values")
                     yield name, tensor
                     del tensor

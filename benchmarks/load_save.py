@@ -1,0 +1,76 @@
+"""How fast checkpoints are read and written, beside a plain copy of their shards: python benchmarks/load_save.py FOLDER
+
+Bytes a second: of the copy; of opening the folder whole, each weight looked through for NaN; of a model left in its files,
+every page brought once; and of writing, whole and a page at a time, reload and comparison not counted.  The median of some
+rounds, one after the other, the first not counted; the page cache is warm, and nothing waits to be written.
+"""
+
+import argparse
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from billhook import checkpoint, paging, saving
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("folder", type=Path)
+parser.add_argument("--rounds", type=int, default=5)
+args = parser.parse_args()
+size = saving.stored_bytes(args.folder)
+
+
+def copy(to: Path) -> None:
+    for shard in args.folder.glob("*.safetensors"):
+        shutil.copyfile(shard, to / shard.name)
+
+
+def settle(to: Path) -> None:
+    """A copy that is on the disk, as safetensors has what it writes."""
+    copy(to)
+    for shard in to.glob("*.safetensors"):
+        with shard.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def bring(_: Path) -> None:
+    model = checkpoint.load(args.folder, stream=True)
+    for page in paging.pages_of(model):
+        page.bring()
+        page.leave()
+
+
+def load(_: Path) -> None:
+    checkpoint.open_model(str(args.folder), device="cpu", dtype="bfloat16" if BF16 else "float32")
+
+
+BF16 = checkpoint.check_folder(args.folder, str(args.folder)).itemsize == 2
+whole, paged = checkpoint.load(args.folder), checkpoint.load(args.folder, stream=True)
+tokenizer = checkpoint.load_tokenizer(args.folder, str(args.folder))
+WAYS: dict[str, Callable[[Path], None]] = {
+    "copy": copy,
+    "copy, on the disk": settle,
+    "open": load,
+    "open, page by page": bring,
+    "write": lambda to: saving.save(whole, tokenizer, to, args.folder),
+    "write, page by page": lambda to: saving.save(paged, tokenizer, to, args.folder),
+}
+took: dict[str, list[float]] = {name: [] for name in WAYS}
+for number in range(args.rounds + 1):
+    for name, way in WAYS.items():
+        os.sync()  # or what was written before is written out meanwhile
+        with tempfile.TemporaryDirectory(dir=args.folder.absolute().parent) as folder:
+            started = time.perf_counter()
+            way(Path(folder))
+            if number:
+                took[name].append(time.perf_counter() - started)
+print(f"{args.folder.name}, {size / 1e9:.2f} GB\n\n| what | MB/s | of a copy |\n|---|---|---|")
+base = statistics.median(took["copy"])
+for name, times in took.items():
+    took_it = statistics.median(times)
+    print(
+        f"| {name} | {size / 1e6 / took_it:,.0f} ({size / 1e6 / max(times):,.0f}-{size / 1e6 / min(times):,.0f}) | {base / took_it:.0%} |"
+    )
