@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import billhook
-from billhook import cli, masking, operators, report
+from billhook import cli, masking, operators, report, sparsity, support
 from billhook.errors import BillhookError
 from billhook.experts import unfuse
 from billhook.families import ROLES, layers, linears
@@ -194,8 +194,17 @@ def test_layers_that_see_one_another_are_not_shared(folder: Path, text: str) -> 
     given = {"calibration": text, **SMALL}
     with pytest.raises(BillhookError, match=r"in the stream sequential a layer sees what became of those before"):
         billhook.prune(folder, method="wanda", sparsity=0.5, jobs=2, **given)
-    with pytest.raises(BillhookError, match="fasp works in one process"):
+    with pytest.raises(BillhookError, match="in the stream dense_target a layer sees"):
         billhook.prune(folder, ratio=0.3, jobs=2, **given)
+
+
+def test_a_process_that_comes_to_do_several_parts_starts_each_from_the_unpruned_model(folder: Path, text: str) -> None:
+    how = masking.Masking("wanda", sparsity.Pattern(0.5), ROLES, "dense", support.Settings())
+    found = []
+    for parts in ([range(1, 3)], [range(0, 1), range(1, 3)]):
+        masking._prepare_worker(str(folder), "cpu", "auto", False, tiny.tokens(8, 32), how)
+        found.append([masking._work(part) for part in parts][-1])
+    assert found[0] == found[1]
 
 
 def test_what_will_be_done_is_said_before(text: str) -> None:

@@ -154,7 +154,10 @@ def _check_answers(address: str) -> None:
 
 
 def _no_answer(address: str, why: str) -> BillhookError:
-    return BillhookError(f"--ray {address}: no Ray cluster answers ({why}): start one with 'ray start --head'")
+    return BillhookError(
+        f"--ray {address}: no Ray cluster answers ({why}): start one with 'ray start --head'; where it wants a token, set "
+        "RAY_AUTH_MODE=token"
+    )
 
 
 def _room(machines: list[dict[str, float]], address: str, device: str) -> tuple[int, int, int]:

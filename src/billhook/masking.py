@@ -169,7 +169,7 @@ def _shared(
     """Every worker takes some layers that follow one another."""
     given = (hands.name, str(model.device), hands.dtype, is_paged(model), tokens, how)
     done: list[Masked] = []
-    with clock("workers"), crew(hands, str(model.device), _open_worker, given) as (size, each):
+    with clock("workers"), crew(hands, str(model.device), _prepare_worker, given) as (size, each):
         parts = portions(len(layers(model)), size)
         tick("pruning in workers", 0, len(parts))
         for n, (found, weights) in enumerate(each(_work, parts)):
@@ -182,17 +182,17 @@ def _shared(
     return done
 
 
-_worker: dict[str, Any] = {}  # of a process of its own: the model it has opened, and what to do
+_worker: dict[str, Any] = {}  # of a process of its own: how to open the model, and what to do
 
 
-def _open_worker(name: str, device: str, dtype: str, stream: bool, tokens: Tokens, how: Masking) -> None:
-    model = checkpoint.open_model(name, device=device, dtype=dtype, stream=stream).model
-    _worker.update(model=model, tokens=tokens, how=how)
+def _prepare_worker(name: str, device: str, dtype: str, stream: bool, tokens: Tokens, how: Masking) -> None:
+    _worker.update(opens={"name": name, "device": device, "dtype": dtype, "stream": stream}, tokens=tokens, how=how)
 
 
 def _work(part: range) -> tuple[list[Masked], dict[int, bytes]]:
-    """What became of some layers, and by layer their weights, as safetensors."""
-    model, how = _worker["model"], _worker["how"]
+    """What became of some layers, and by layer their weights, as safetensors.  Of a model opened anew: a process may come to
+    do several parts, and the layers before each are the unpruned ones."""
+    model, how = checkpoint.open_model(**_worker["opens"]).model, _worker["how"]
     with torch.no_grad():
         done = _made(model, _worker["tokens"], how, part, Clock(), quiet)
     weights = {}
