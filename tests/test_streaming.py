@@ -335,7 +335,6 @@ REFUSED = {
     "--ratio 0.2 --score taylor1_vector": "needs gradients of the whole model",
     "--speedup 1.2": "times the whole model",
     "--method slicegpt --ratio 0.2": "cuts all layers at once",
-    "--method wanda --sparsity 0.5 --stream dense --jobs 2": "every process open the model",
     "--method layerchop --layers 2 --preset taylor": "needs gradients",
 }
 

@@ -124,9 +124,12 @@ def _in_cluster(
 ) -> Iterator[Any]:
     shared = ray.put(common)
     waiting = [task.remote(setup, setup.hex(), function, shared, item) for item in items]
+    done = 0
     try:
         for one in waiting:
-            yield ray.get(one)
+            found = ray.get(one)
+            done += 1
+            yield found
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, BillhookError):
             raise error.cause from None
@@ -136,8 +139,9 @@ def _in_cluster(
             f"--ray: a task was lost {RETRIES + 1} times ({first_line(error)}): its machine may lack memory"
         ) from error
     finally:
-        for one in waiting:  # nothing where all are done
-            ray.cancel(one, force=True)
+        # behind one that failed; Ray 2.60 aborts this process where a task that is forced to end has just ended
+        for one in waiting[done + 1 :]:
+            ray.cancel(one)
 
 
 def _check_answers(address: str) -> None:

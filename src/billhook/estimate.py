@@ -1,9 +1,7 @@
 """What a prune will come to, before it: parameters, memory, disk, operations and time, from a rehearsal on this machine."""
 
 import os
-import resource
 import shutil
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ from billhook.checkpoint import DTYPES, ROOM
 from billhook.errors import BillhookError
 from billhook.families import layers
 from billhook.masking import check
-from billhook.memory import free_bytes
+from billhook.memory import free_bytes, peak_growth
 from billhook.paging import finite
 from billhook.plan import Plan
 from billhook.progress import Clock, Tick, quiet
@@ -29,12 +27,11 @@ from billhook.skeleton import why_whole
 
 ROWS = 4096  # of a head, to time it
 PROBED = 1 << 25  # bytes that are read, copied and written to see how fast this machine does it
-STEPS, BATCHES, LOADS = (
-    96,
-    40,
-    3,
-)  # of the model as it is written, by which it is verified: one token, 32 tokens, opened
+STEPS = 96  # passes of one token that verify what was written, in all generations,
+BATCHES = 40  # of 32 tokens,
+LOADS = 3  # and how often it is opened
 PAGED = 6  # passes that verify one whose weights stay in their files
+READ = 2  # times that such weights are read while they are pruned: to be used, and to see whether they were edited
 
 
 def estimate(
@@ -63,9 +60,10 @@ def estimate(
     stored = checkpoint.check_folder(folder, name)
     model = checkpoint.open_skeleton(name, tick)
     dtype = DTYPES.get(chosen.dtype, torch.float32 if device.type == "cpu" else stored)
-    with clock("reading the text"):
+    peak = psutil.Process().memory_info().rss
+    with clock("reading the text"), peak_growth(torch.device("cpu")) as growth:
         tokens = _windows(name, model, chosen, tick)
-    rss, peak = psutil.Process().memory_info().rss, _highest()
+    peak, rss = peak + growth(), psutil.Process().memory_info().rss
     tick("rehearsing", 0, 1)
     plan = _plan(model, chosen, stored)
     found = rehearsal.rehearse(model, chosen, plan, dtype, device) if tokens else None
@@ -74,7 +72,7 @@ def estimate(
     stream = stream_weights if stream_weights is not None else _streams(folder, chosen, held, device)
     speeds = _speeds(folder, output)
     stages = {"starting": Cost(started, 0.0), "reading the text": Cost(clock.seconds["reading the text"], 0.0)}
-    stages["loading"] = Cost(0.0 if stream else stored_bytes(folder) / speeds.load, 0.0)
+    stages["loading"] = Cost((READ if stream else 1) * stored_bytes(folder) / speeds.load, 0.0)
     if found:
         stages |= _pruning(found, len(layers(model)) - len(plan.layers), len(plan.layers))
     stages["writing and verifying"] = Cost(
@@ -105,12 +103,6 @@ def estimate(
         "streamed": stream,
         "rehearsed_widths": found and f"1/{found.shrunk}",
     }
-
-
-def _highest() -> int:
-    """The most memory that this process has held."""
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
 
 
 def _why_not(chosen: Recipe) -> str:
