@@ -23,7 +23,7 @@ import transformers as T
 from processes import Child
 from safetensors.torch import load_file, save_file
 
-from billhook import checkpoint, cli, clients
+from billhook import atomic, checkpoint, cli, clients
 
 Tensors = dict[str, torch.Tensor]
 Damage = Callable[[Path], object]
@@ -419,6 +419,20 @@ def test_a_signal_leaves_nothing_half_written(where: Any, stage: str, sent: sign
     process.send(sent)
     assert process.ended() == ENDS[sent]
     assert snapshot(bench.tmp) == before
+
+
+def test_an_interrupt_as_the_folder_is_made_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Path.mkdir
+
+    def interrupted(path: Path, *args: Any, **how: Any) -> None:
+        made(path, *args, **how)
+        if path.suffix == ".partial":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "mkdir", interrupted)
+    with pytest.raises(KeyboardInterrupt), atomic.folder(tmp_path / "new" / "out"):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def await_that(what: Callable[[], object], runs: Callable[[], bool]) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -38,13 +39,14 @@ def folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     check_free(out, overwrite)
     out = out.resolve()  # a link stays a link; the temporary sibling is on the disk that the link leads to
     made = [parent for parent in out.parents if not parent.exists()]
+    # named before it is made: an interrupt between the two would leave it
+    work = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    except OSError as error:
-        remove_empty(made)
-        raise BillhookError(f"cannot write {out}: {error.strerror or error}") from error
-    try:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            work.mkdir(mode=0o700)
+        except OSError as error:
+            raise BillhookError(f"cannot write {out}: {error.strerror or error}") from error
         yield work
         try:
             _put(work, out)
