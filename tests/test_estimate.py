@@ -17,7 +17,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "ffn": {"ratio": 0.1},
     "dense, heads too": {"ratio": 0.1, "stream": "dense", "axes": ("ffn", "heads")},
     "layers": {"method": "layerchop", "drop": "1"},
-    "wanda": {"method": "wanda", "sparsity": 0.5},
+    "first spared": {"ratio": 0.1, "allocation": "skip:1,0", "layout": "per_layer"},
+    "wanda": {"method": "wanda", "sparsity": 0.5, "layer_sparsity": {2: 0.3}},
     "sparsegpt": {"method": "sparsegpt", "pattern": "2:4"},
 }
 GIVEN: dict[str, Any] = {"samples": 20, "seq_len": 32, "multiple_of": 1}

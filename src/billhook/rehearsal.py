@@ -8,7 +8,7 @@ import copy
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +153,8 @@ def _pruned(model: Any, chosen: Recipe, plan: Plan, tokens: Tokens, clock: Clock
     with tempfile.TemporaryDirectory() as folder:
         journal = Journal(Path(folder), model)
         if chosen.masks:
-            masking.mask(model, tokens, planning.masking_of(chosen), clock=clock, journal=journal)
+            how = replace(planning.masking_of(chosen), by_layer={})  # whose numbers are the whole model's
+            masking.mask(model, tokens, how, clock=clock, journal=journal)
         else:
             given = (model, tokens, _own_plan(model, plan), planning.method_settings(chosen))
             carry_out(chosen.method)(*given, stream=chosen.stream, journal=journal, clock=clock)
@@ -247,10 +248,10 @@ def _narrow(config: Any, factor: int) -> Any:
 
 
 def _own_plan(model: Any, plan: Plan) -> Plan:
-    """The whole model's plan for the first layers, at their widths."""
+    """What the layers lose that lose most, as far as it fits: the first ones may be spared."""
     drops = {}
     for axis in axes(model, plan.kinds):
-        wanted = plan.drops.get((axis.layer, axis.kind), 0)
+        wanted = max(count for (_, kind), count in plan.drops.items() if kind == axis.kind)
         block = axis.units // axis.blocks
         drops[axis.layer, axis.kind] = min(wanted // axis.blocks, block - 1) * axis.blocks
     return Plan(drops)
