@@ -73,6 +73,7 @@ GIVEN = {"samples": 8, "seq_len": 32, "multiple_of": 1}
 WAYS = {
     "fasp": {"ratio": 0.3, "stream": "dense", "axes": ("ffn", "heads")},
     "fistapruner": {"method": "fistapruner", "sparsity": 0.5},
+    "adapruner": {"method": "adapruner", "ratio": 0.3, "trials": 4, "pool": 12, "pool_len": 16, "clusters": 2},
 }
 
 

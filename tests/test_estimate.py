@@ -73,6 +73,7 @@ def test_operations_grow_with_the_text_where_they_do(folders: dict[str, Path], t
         (["--method", "adapruner"], "a search runs as long as its trials do"),
         (["--method", "layerchop", "--preset", "angular"], "presets other than by position try layers"),
         (["--samples", "10000"], "10000"),
+        (["--jobs", "2"], "it tells what one process takes"),
     ],
 )
 def test_what_cannot_be_told_is_refused(flags: list[str], says: str, folders: dict[str, Path], tmp_path: Path) -> None:
@@ -80,6 +81,24 @@ def test_what_cannot_be_told_is_refused(flags: list[str], says: str, folders: di
     given = ["prune", str(folders["llama"]), "--ratio", "0.3", "--calibration", text, "--seq-len", "32", *flags]
     error = CliRunner().invoke(cli.app, [*given, "--dry-run", "-o", str(tmp_path / "out")]).exception
     assert isinstance(error, BillhookError) and says in str(error)
+
+
+def test_a_mixture_whose_first_layer_has_no_experts_is_rehearsed_by_its_last(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    given = {"calibration": str(folders["qwen2_moe"] / "text.txt"), **GIVEN, "ratio": 0.25, "axes": ("expert_ffn",)}
+    given["multiple_of"] = 8
+    stages = estimate(str(folders["qwen2_moe"]), recipe(**given), tmp_path / "o")["stages"]
+    assert stages["gram"]["flops"] > 0 and stages["restoration"]["flops"] > 0
+
+
+def test_what_the_prune_would_refuse_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    given = ["prune", str(folders["qwen2_moe"]), "--method", "wanda", "--sparsity", "0.5", "--dry-run"]
+    given += ["--calibration", str(folders["llama"] / "text.txt"), "--seq-len", "32"]
+    taken = CliRunner().invoke(cli.app, [*given, "-o", str(folders["llama"])]).exception
+    streamed = CliRunner().invoke(cli.app, [*given, "--stream-weights", "-o", str(tmp_path / "o")]).exception
+    assert isinstance(taken, BillhookError) and isinstance(streamed, BillhookError)
+    assert "is a mixture of experts" in str(streamed)
 
 
 def test_nothing_is_written(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -70,8 +70,7 @@ def open_model(
         one_of("dtype", dtype, ("auto", *DTYPES))
     ]
     if stream is None:
-        size = stored_parameters(path) * torch.empty((), dtype=compute).element_size()
-        stream = size > ROOM * free_bytes(where) and not why_whole(path, name)
+        stream = too_large(path, compute, where) and not why_whole(path, name)
     if stream:
         return Opened(open_paged(path, name, compute, where), load_tokenizer(path, name), name, path, stored)
     tick("loading", 0, 1)
@@ -100,6 +99,11 @@ def load(
         compute = {"auto": stored, **DTYPES}[dtype] if isinstance(dtype, str) else dtype
         return open_paged(Path(name), name, compute, resolve_device(device))
     return _load(Path(name), name, dtype).to(resolve_device(device))
+
+
+def too_large(path: Path, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a folder's weights would take more than `ROOM` of the memory that is free."""
+    return stored_parameters(path) * dtype.itemsize > ROOM * free_bytes(device)
 
 
 def check_positions(opened: Opened, seq_len: int) -> None:

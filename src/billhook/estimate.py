@@ -12,7 +12,7 @@ import psutil
 import torch
 
 from billhook import budget, checkpoint, data, feasible, planning, rehearsal
-from billhook.checkpoint import DTYPES, ROOM
+from billhook.checkpoint import DTYPES, Opened
 from billhook.errors import BillhookError
 from billhook.families import layers
 from billhook.masking import check
@@ -20,6 +20,7 @@ from billhook.memory import free_bytes, peak_growth
 from billhook.paging import finite
 from billhook.plan import Plan
 from billhook.progress import Clock, Tick, quiet
+from billhook.pruning import draw
 from billhook.recipe import Recipe
 from billhook.rehearsal import Cost, Rehearsed
 from billhook.saving import stored_bytes
@@ -60,21 +61,29 @@ def estimate(
     stored = checkpoint.check_folder(folder, name)
     model = checkpoint.open_skeleton(name, tick)
     dtype = DTYPES.get(chosen.dtype, torch.float32 if device.type == "cpu" else stored)
-    peak = psutil.Process().memory_info().rss
+    if stream_weights and (why := why_whole(folder, name)):
+        raise BillhookError(f"--stream-weights: {name} {why}")
+    peak, tokens = psutil.Process().memory_info().rss, 0
     with clock("reading the text"), peak_growth(torch.device("cpu")) as growth:
-        tokens = _windows(name, model, chosen, tick)
+        if planning.needs_text(chosen):
+            opened = Opened(model, checkpoint.load_tokenizer(folder, name), name, folder, stored)
+            checkpoint.check_positions(opened, chosen.seq_len)
+            _, texts = draw(opened, chosen, data.calibration_text(chosen.calibration, tick))
+            tokens = texts.calibration.numel()
     peak, rss = peak + growth(), psutil.Process().memory_info().rss
     tick("rehearsing", 0, 1)
     plan = _plan(model, chosen, stored)
     found = rehearsal.rehearse(model, chosen, plan, dtype, device) if tokens else None
     total, cut = budget.total_parameters(model), budget.saved_by(model, plan)
     held, written = dtype.itemsize * total, stored.itemsize * (total - cut)
-    stream = stream_weights if stream_weights is not None else _streams(folder, chosen, held, device)
+    stream = stream_weights
+    if stream is None:
+        stream = checkpoint.too_large(folder, dtype, device) and not why_whole(folder, name)
     speeds = _speeds(folder, output)
     stages = {"starting": Cost(started, 0.0), "reading the text": Cost(clock.seconds["reading the text"], 0.0)}
     stages["loading"] = Cost((READ if stream else 1) * stored_bytes(folder) / speeds.load, 0.0)
     if found:
-        stages |= _pruning(found, len(layers(model)) - len(plan.layers), len(plan.layers))
+        stages |= _pruning(found, len(layers(model)), len(set(rehearsal.cut_layers(model, plan)) - set(plan.layers)))
     stages["writing and verifying"] = Cost(
         _verifying(model, 1 - cut / total, written, speeds, started, dtype, device, stream), 0.0
     )
@@ -84,7 +93,7 @@ def estimate(
     states = states if hidden_budget is None else min(states, hidden_budget)
     pruning = states + (found.work_bytes if found else 0)
     if stream:
-        layer = dtype.itemsize * budget.layer_parameters(model, 0)
+        layer = dtype.itemsize * budget.layer_parameters(model, len(layers(model)) - 1)
         ends = dtype.itemsize * model.get_input_embeddings().weight.numel()
         highest = rss + max(ends, layer + pruning)
     else:
@@ -92,13 +101,13 @@ def estimate(
     decoder = budget.decoder_parameters(model)
     return {
         "parameters": {"before": total, "after": total - cut},
-        "decoder_parameters": {"before": decoder, "after": decoder - budget.saved_by(model, plan)},
+        "decoder_parameters": {"before": decoder, "after": decoder - cut},
         "stages": {stage: {"seconds": one.seconds, "flops": one.flops} for stage, one in stages.items()},
         "seconds": sum(one.seconds for one in stages.values()),
         "flops": sum(one.flops for one in stages.values()),
         "peak_bytes": max(peak, highest),
         "free_bytes": free_bytes(device),
-        "disk_bytes": dtype.itemsize * decoder + written,
+        "disk_bytes": feasible.disk_bytes(model, dtype, stored, cut),
         "disk_free_bytes": shutil.disk_usage(feasible.above(output)).free,
         "streamed": stream,
         "rehearsed_widths": found and f"1/{found.shrunk}",
@@ -127,35 +136,12 @@ def _plan(model: Any, chosen: Recipe, stored: torch.dtype) -> Plan:
     return planning.make_plan(model, chosen, planning.Texts(nothing, nothing), stored)
 
 
-def _windows(name: str, model: Any, chosen: Recipe, tick: Tick) -> int:
-    """Tokens that will be read, all of them windows that are there."""
-    if not planning.needs_text(chosen):
-        return 0
-    limit = getattr(model.config, "max_position_embeddings", chosen.seq_len)
-    if chosen.seq_len > limit:
-        raise BillhookError(f"seq-len {chosen.seq_len} is beyond the {limit} positions of {name}: lower --seq-len")
-    tokenizer = checkpoint.open_tokenizer(name, tick)
-    text = data.calibration_text(chosen.calibration, tick)
-    return data.windows(text, tokenizer, chosen.seq_len, chosen.samples, chosen.seed).tokens.numel()
-
-
-def _streams(folder: Path, chosen: Recipe, size: int, device: torch.device) -> bool:
-    """Whether the weights would stay in their files by themselves."""
-    if feasible.why_whole(chosen, None) or why_whole(folder, str(folder)):
-        return False
-    return size > ROOM * free_bytes(device)
-
-
-def _pruning(found: Rehearsed, kept: int, gone: int) -> dict[str, Cost]:
-    """Every stage over all layers; those that go whole are passed through once."""
+def _pruning(found: Rehearsed, total: int, cut: int) -> dict[str, Cost]:
+    """Every stage: forward over all layers, the others over those that are cut."""
     stages = {}
-    for stage in {**found.first, **found.further}:
-        none = Cost(0.0, 0.0)
-        first, further = found.first.get(stage, none), found.further.get(stage, none)
-        passed = gone if stage == "forward" else 0
-        stages[stage] = Cost(
-            first.seconds + (kept - 1 + passed) * further.seconds, first.flops + (kept - 1 + passed) * further.flops
-        )
+    for stage, first in found.first.items():
+        further, times = found.further[stage], (total if stage == "forward" else cut) - 1
+        stages[stage] = Cost(first.seconds + times * further.seconds, first.flops + times * further.flops)
     return stages
 
 

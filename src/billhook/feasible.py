@@ -61,11 +61,17 @@ def above(output: Path) -> Path:
     return next(one for one in output.expanduser().absolute().parents if one.exists())
 
 
+def disk_bytes(model: Any, computed: torch.dtype, stored: torch.dtype, gone: int = 0) -> int:
+    """Of all layers as they are done, and of a result without `gone` parameters."""
+    return computed.itemsize * budget.decoder_parameters(model) + stored.itemsize * (
+        budget.total_parameters(model) - gone
+    )
+
+
 def check_room(opened: Opened, work: Path) -> None:
     """Refuse a disk too small for the layers as they are done and for the result, before anything is computed."""
     model, there = opened.model, above(work)
-    layer, result = (torch.empty((), dtype=dtype).element_size() for dtype in (model.dtype, opened.dtype))
-    need = layer * budget.decoder_parameters(model) + result * budget.total_parameters(model)
+    need = disk_bytes(model, model.dtype, opened.dtype)
     if (free := shutil.disk_usage(there).free) < need:
         raise BillhookError(
             f"{there} has {free / 1e9:,.2f} GB free, and this takes up to {need / 1e9:,.2f}, for the result and for its layers as they are "

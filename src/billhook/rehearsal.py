@@ -7,7 +7,7 @@ narrower FFN: products grow by what enters them, solvers by its cube.
 import copy
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -65,19 +65,21 @@ def rehearse(whole: Any, chosen: Recipe, plan: Plan, dtype: torch.dtype, device:
 
     Args:
         whole: the model, without weights.
-        plan: of the whole model, of which the first two layers are rehearsed.
+        plan: of the whole model; of the layers that have what it cuts, the last two are rehearsed.
         dtype: to compute in.
     """
     windows = min(chosen.samples, WINDOWS)
     length, factor = _chosen_sizes(whole, chosen, plan, device)
-    config = _narrow(whole.config, factor)
+    config, cut = _narrow(whole.config, factor), cut_layers(whole, plan)
+    order = sorted(range(len(layers(whole))), key=lambda n: (n in cut, n))  # those that are cut come last
+    one, two = order[-1:], order[-2:]
     tokens = torch.randint(VOCABULARY, (windows, length), generator=torch.Generator().manual_seed(0))
-    model = random_layers(config, 1, dtype, device)
+    model = random_layers(config, one, dtype, device)
     small = Shapes.of(model, chosen, plan)
     few = tokens[:, :SHORTEST]  # by which operations are counted, apart, for it takes time; and all is warm then
-    counted = [_counted(random_layers(config, count, dtype, device), chosen, plan, few) for count in (1, 2)]
+    counted = [_counted(random_layers(config, numbers, dtype, device), chosen, plan, few) for numbers in (one, two)]
     alone, work = _timed(model, chosen, plan, tokens)
-    both, _ = _timed(random_layers(config, 2, dtype, device), chosen, plan, tokens)
+    both, _ = _timed(random_layers(config, two, dtype, device), chosen, plan, tokens)
     grown, text = Shapes.of(whole, chosen, plan).over(small), chosen.samples * chosen.seq_len
     attends = 1 + _attention_share(whole, chosen.seq_len)  # which the counter passes by
     first, further = {}, {}
@@ -91,30 +93,37 @@ def rehearse(whole: Any, chosen: Recipe, plan: Plan, dtype: torch.dtype, device:
             first[stage] = Cost(seconds[0], flops[0])
             further[stage] = Cost(max(0.0, seconds[1] - seconds[0]), flops[1] - flops[0])
         else:
-            first[stage] = further[stage] = Cost(seconds[1] / 2, flops[1] / 2)
+            alike = min(len(cut), 2)
+            first[stage] = further[stage] = Cost(seconds[1] / alike, flops[1] / alike)
     return Rehearsed(first, further, round(work * grown["gram"]), factor)
 
 
+def cut_layers(model: Any, plan: Plan) -> list[int]:
+    """The layers that have what a plan cuts: in a mixture some may be without experts; all, where it cuts no axis."""
+    return sorted({axis.layer for axis in axes(model, plan.kinds)}) or list(range(len(layers(model))))
+
+
 def _attention_share(model: Any, length: int) -> float:
-    """Operations of scores and values in the first layer, as a share of those of its weights."""
-    one, weights = attention(model, 0), sum(p.numel() for p in layers(model)[0].parameters() if p.ndim > 1)
+    """Operations of scores and values in the last layer, as a share of those of its weights."""
+    one = attention(model, len(layers(model)) - 1)
+    weights = sum(p.numel() for p in layers(model)[-1].parameters() if p.ndim > 1)
     return 2 * length * one.heads * one.head_dim / weights
 
 
 @torch.no_grad()
 def passes(whole: Any, dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
     """Seconds of one layer for one token of two texts, and for 32 tokens of each."""
-    model = random_layers(whole.config, 1, dtype, device)
+    model = random_layers(whole.config, [len(layers(whole)) - 1], dtype, device)
     state, calls = enter(model, [torch.zeros(shape, dtype=torch.long) for shape in (STEP, BATCH)])
     step, batch = (seconds(lambda n=n: run(layers(model)[0], state[n], calls[n][0])) for n in range(2))
     return step, batch
 
 
-def random_layers(config: Any, count: int, dtype: torch.dtype, device: torch.device) -> Any:
-    """The first layers of a random model, with a small vocabulary and no head."""
+def random_layers(config: Any, numbers: Collection[int], dtype: torch.dtype, device: torch.device) -> Any:
+    """Some layers of a random model, with a small vocabulary and no head."""
     model = bare(copy.deepcopy(config), dtype)
     unfuse(model)
-    drop_layers(model, range(count, len(layers(model))))
+    drop_layers(model, set(range(len(layers(model)))) - set(numbers))
     width = model.get_input_embeddings().weight.shape[1]
     model.set_input_embeddings(nn.Embedding(VOCABULARY, width, dtype=dtype, device=device))
     head = model.get_output_embeddings()
@@ -205,7 +214,7 @@ def seconds(act: Callable[[], Any], repeats: int = 3) -> float:
 
 @dataclass(frozen=True)
 class Shapes:
-    """What the cost of a layer grows with: its weights, and the squares and cubes of what enters its readers."""
+    """What the cost of a layer grows with, of the last that is cut: its weights, and the squares and cubes of what enters its readers."""
 
     weights: int
     squares: int
@@ -213,17 +222,19 @@ class Shapes:
 
     @classmethod
     def of(cls, model: Any, chosen: Recipe, plan: Plan) -> "Shapes":
+        last = cut_layers(model, plan)[-1]
         if chosen.masks:
             targets = planning.masking_of(chosen).targets
-            names = [name for n, _, name in masking.every(model, targets) if n == 0]
+            names = [name for n, _, name in masking.every(model, targets) if n == last]
         else:
-            names = [axis.reader_module for axis in axes(model, plan.kinds) if axis.layer == 0]
+            names = [axis.reader_module for axis in axes(model, plan.kinds) if axis.layer == last]
         sizes = [shape(linear(model, name))[1] for name in names]
-        return cls(budget.layer_parameters(model, 0), sum(n**2 for n in sizes), sum(n**3 for n in sizes))
+        return cls(budget.layer_parameters(model, last), sum(n**2 for n in sizes), sum(n**3 for n in sizes))
 
     def over(self, other: "Shapes") -> Mapping[str, float]:
         """By stage, how many times what `other` costs."""
-        return {stage: getattr(self, size) / (getattr(other, size) or 1) for stage, size in GROWS.items()}
+        pairs = {stage: (getattr(self, size), getattr(other, size)) for stage, size in GROWS.items()}
+        return {stage: own / its if its else 1.0 for stage, (own, its) in pairs.items()}
 
 
 def _chosen_sizes(model: Any, chosen: Recipe, plan: Plan, device: torch.device) -> tuple[int, int]:

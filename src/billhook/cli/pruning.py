@@ -25,12 +25,14 @@ from billhook.cli.shared import (
     SeqLen,
     Stream,
     app,
+    check_free_of,
     choice,
     listed,
     out,
     progress,
     prune_to,
 )
+from billhook.errors import BillhookError
 from billhook.estimate import estimate
 from billhook.families import ROLES
 from billhook.layout import LAYOUTS
@@ -341,6 +343,9 @@ def prune_command(
         dtype=dtype,
     )
     if dry_run:
+        if jobs > 1 or ray:
+            raise BillhookError("--dry-run: it tells what one process takes: leave out --jobs and --ray")
+        check_free_of(model, output, overwrite)
         _rehearse(model, chosen, output, stream_weights, hidden_budget, json)
         return
     means = {"statistics": statistics, "jobs": jobs, "ray": ray, "stream_weights": stream_weights, "fresh": fresh}

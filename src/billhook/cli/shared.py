@@ -186,12 +186,16 @@ def progress() -> Iterator[Tick]:
         yield tick
 
 
+def check_free_of(model: str, output: Path, overwrite: bool) -> Path:
+    """The output folder, which may be written and is not the model's own."""
+    output, source = Path(os.path.expanduser(output)), Path(os.path.expanduser(model))
+    check_out(output, source if source.exists() else None, overwrite)
+    return output
+
+
 def prune_to(model: str, chosen: Recipe, output: Path, overwrite: bool, **means: Any) -> Result:
     """Prune into a folder that is reserved before the work starts, so that an unwritable place costs no time."""
-    output, source = Path(os.path.expanduser(output)), Path(os.path.expanduser(model))
-    if not source.exists():
-        source = None
-    check_out(output, source, overwrite)
+    output = check_free_of(model, output, overwrite)
     kept = unfinished(output)
     new, made = not kept.exists(), [parent for parent in kept.parents if not parent.exists()]
     try:
