@@ -29,6 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
         "plan",
         "memory",
         "writing",
+        "tensorfile",
         *STANDALONE,
         "gguf_archs",
         "pages.tables",
@@ -102,7 +103,7 @@ MATHEMATICS = {
     "knee",
     "merging",
 }
-STRUCTURE = {"axes", "families", "surgery", "layout", "experts", "known", "residual", "rotation", "paging"}
+STRUCTURE = {"tensorfile", "axes", "families", "surgery", "layout", "experts", "known", "residual", "rotation", "paging"}
 NAME_FAMILIES = {"families", "modeling_per_layer", "gguf_archs"}
 ROOM = re.compile(r"\..*")  # methods.fasp -> methods.*
 LAZY = {"", "__main__"}

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from typer.testing import CliRunner
 
 import billhook
-from billhook import checkpoint, journal, paging, residual
+from billhook import checkpoint, journal, paging, residual, saving
 from billhook.chopping import PRESETS
 from billhook.cli import app
 from billhook.errors import BillhookError
@@ -65,7 +65,10 @@ def same(a: Path, b: Path) -> bool:
 @pytest.mark.parametrize(
     ("family", "case"), [("llama", case) for case in CASES] + [(one, case) for one in FAMILIES[1:] for case in OTHERS]
 )
-def test_streamed_is_as_in_memory(family: str, case: str, tmp_path: Path, text_file: Path) -> None:
+def test_streamed_is_as_in_memory(
+    family: str, case: str, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saving, "SHARD", 2**13)
     model = written(family, tmp_path / "model")
     a = pruned(model, text_file, tmp_path / "a", **CASES[case])
     b = pruned(model, text_file, tmp_path / "b", stream_weights=True, **CASES[case])
@@ -133,16 +136,16 @@ class CutOffError(Exception):
 
 def cut_off(monkeypatch: pytest.MonkeyPatch, after: int) -> Callable[[], None]:
     """Have the journal's writer fail once it has settled `after` files; undone by what is returned."""
-    settle, seen = journal._settle, [0]
+    rename, seen = journal.rename, [0]
 
     def settled(work: Path, to: Path) -> None:
         if seen[0] == after:
             raise CutOffError
         seen[0] += 1
-        settle(work, to)
+        rename(work, to)
 
-    monkeypatch.setattr(journal, "_settle", settled)
-    return lambda: monkeypatch.setattr(journal, "_settle", settle)
+    monkeypatch.setattr(journal, "rename", settled)
+    return lambda: monkeypatch.setattr(journal, "rename", rename)
 
 
 STREAMS = [

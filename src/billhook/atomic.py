@@ -1,4 +1,4 @@
-"""Outputs appear whole or not at all: a temporary sibling, then a rename."""
+"""Outputs appear whole or not at all: a temporary sibling, on the disk, then a rename."""
 
 import errno
 import os
@@ -83,7 +83,7 @@ def file(out: Path) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".partial", dir=out.parent) as work:
             yield Path(work) / out.name
-            (Path(work) / out.name).replace(out)
+            rename(Path(work) / out.name, out)
     except OSError as error:
         raise BillhookError(f"cannot write {out}: {error.strerror or error}; nothing half-written was left") from error
 
@@ -94,10 +94,26 @@ def write_text(path: Path, text: str) -> None:
         work.write_text(text, encoding="utf-8")
 
 
+def rename(work: Path, to: Path) -> None:
+    """Give a written file its name once its content is on the disk: no power loss leaves half of it under that."""
+    _settle(work)
+    work.replace(to)
+    _settle(to.parent)
+
+
+def _settle(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, are on the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
 def _put(work: Path, out: Path) -> None:
     """Rename `work` to `out`; what `out` held before goes only once the new is in place."""
-    for path in work.rglob("*"):  # safetensors writes 0600; give the modes that any other file would have
-        path.chmod(0o777 & ~_umask() if path.is_dir() else 0o666 & ~_umask())
+    for path in [*work.rglob("*"), work]:
+        _settle(path)
     work.chmod(0o777 & ~_umask())
     if not out.exists():
         work.rename(out)
@@ -113,7 +129,7 @@ def _put(work: Path, out: Path) -> None:
 
 
 def disk_full(error: BaseException) -> str:
-    """What the disk said, if it was the disk.  safetensors wraps the system's error in a text of its own."""
+    """What the disk said, if it was the disk.  What is written in Rust (tokenizers) wraps the system's error in a text of its own."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
         return os.strerror(error.errno)
     codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from billhook import atomic, store
+from billhook import atomic, store, tensorfile
 from billhook.axes import Axis, Slot, reader_weight
 from billhook.errors import BillhookError, first_line
 from billhook.families import axes
@@ -92,7 +92,7 @@ def _kept(
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with atomic.file(path) as work:
-            save_file(make(), work)
+            tensorfile.write(make(), work)
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
@@ -157,7 +157,7 @@ class _Gradients:
     def close(self, cluster: int) -> None:
         """Bfloat16 is enough: three digits of entries that are summed over a unit."""
         file = self.folder / str(cluster)
-        save_file({self.names[param]: both.bfloat16().cpu() for param, both in self.open.items()}, file)
+        tensorfile.write({self.names[param]: both.bfloat16() for param, both in self.open.items()}, file)
         self.open.clear()
 
     def of(self, param: nn.Parameter, clusters: int) -> Tensor:

@@ -5,19 +5,17 @@ saw before a layer is computed anew from the layers themselves, which is a forwa
 """
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from billhook import paging
-from billhook.atomic import disk_full
+from billhook import paging, tensorfile
+from billhook.atomic import disk_full, rename
 from billhook.axes import Axis
 from billhook.errors import BillhookError, first_line
 from billhook.families import axes, layers, row_of
@@ -62,11 +60,11 @@ class Journal:
         said = {"found": found, "drops": [(axis.kind, axis.reader.param, units.tolist()) for axis, units in drops]}
         work = self.folder / "layer.partial"
         try:
-            save_file({name: one.cpu().contiguous() for name, one in tensors.items()}, work)
-            _settle(work, weights)
+            tensorfile.write(tensors, work)
+            rename(work, weights)
             work.write_text(json.dumps(said), encoding="utf-8")
-            _settle(work, record)
-        except (OSError, SafetensorError) as error:
+            rename(work, record)
+        except OSError as error:
             work.unlink(missing_ok=True)
             why = disk_full(error) or first_line(error)
             raise BillhookError(f"cannot write {weights}: {why}; the layers before it are kept") from error
@@ -89,15 +87,3 @@ class Journal:
     def _file(self, n: int, ending: str) -> Path:
         assert self.folder is not None
         return self.folder / f"layer-{n}.{ending}"
-
-
-def _settle(work: Path, to: Path) -> None:
-    """Give a written file its name once its content is on the disk: no power loss leaves half of it under that."""
-    with work.open("rb") as file:
-        os.fsync(file.fileno())
-    work.replace(to)
-    folder = os.open(to.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

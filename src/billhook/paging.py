@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from billhook import tensorfile
 from billhook.errors import BillhookError
 
 PAGE = "billhook_page"  # attribute of a module that is one
@@ -73,7 +73,7 @@ class Pager:
             weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         file = self.folder / f"{page}.safetensors"
         work = file.with_suffix(".partial")
-        save_file({name: one.cpu().contiguous() for name, one in tensors.items()}, work)
+        tensorfile.write(tensors, work)
         work.replace(file)
         self.place(file, list(tensors))
 

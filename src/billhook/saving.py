@@ -2,24 +2,25 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as transformers_logging
 
-from billhook import layout
+from billhook import layout, tensorfile
 from billhook.experts import fuse
 from billhook.memory import return_freed
 from billhook.paging import held, is_paged, pages_of
 from billhook.shards import INDEX
 
-SHARD = 2**27  # bytes of a file of a model that is written a page at a time
+SHARD = 2**27  # bytes of a file of a model that is written a page at a time; one in memory is a single file
+WEIGHTS = "model.safetensors"
 TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -37,15 +38,13 @@ def save(model: Any, tokenizer: Any, to: Path, source: Path | None) -> None:
     The config says what the tensors are, in the plainest layout that can.
     """
     fuse(model)
-    try:
-        with quiet_transformers():
-            if is_paged(model):
-                _save_paged(model, to)
-            else:
-                # our own classes load no names but their own: transformers renames by class (GPT-NeoX's head is embed_out on disk)
-                model.save_pretrained(to, save_original_format=layout.layout_of(model) == "uniform")
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
+    with quiet_transformers():
+        _save_weights(_pages(model) if is_paged(model) else iter([_whole(model)]), to)
+        model.config.architectures = [type(model).__name__]
+        model.config.dtype = model.dtype
+        model.config.save_pretrained(to)
+        if model.can_generate():
+            model.generation_config.save_pretrained(to)
     config = to / "config.json"
     said = layout.config_json(model, json.loads(config.read_text(encoding="utf-8")))
     config.write_text(json.dumps(said, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -59,29 +58,37 @@ def save(model: Any, tokenizer: Any, to: Path, source: Path | None) -> None:
             shutil.copyfile(file, to / file.name)
 
 
-def _save_paged(model: Any, to: Path) -> None:
-    """As `save_pretrained` does, a shard of about `SHARD` bytes at a time."""
+def _save_weights(shards: Iterator[Mapping[str, Tensor]], to: Path) -> None:
+    """A file for every shard; an index where there are several."""
     files: list[Path] = []
     placed: dict[str, int] = {}
     size = 0
-    for tensors in _shards(model):
+    for tensors in shards:
         files.append(to / f"{len(files)}.safetensors")
-        save_file({name: one.cpu().contiguous() for name, one in tensors.items()}, files[-1], {"format": "pt"})
+        tensorfile.write(tensors, files[-1])
         placed |= dict.fromkeys(tensors, len(files) - 1)
-        size += sum(one.numel() * one.element_size() for one in tensors.values())
+        size += sum(map(_bytes, tensors.values()))
         return_freed()
+    if len(files) == 1:
+        files[0].rename(to / WEIGHTS)
+        return
     names = [f"model-{n:05}-of-{len(files):05}.safetensors" for n in range(1, len(files) + 1)]
     for file, name in zip(files, names, strict=True):
         file.rename(to / name)
     index = {"metadata": {"total_size": size}, "weight_map": {key: names[n] for key, n in sorted(placed.items())}}
     (to / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(to)
-    if model.can_generate():
-        model.generation_config.save_pretrained(to)
 
 
-def _shards(model: Any) -> Iterator[dict[str, Tensor]]:
+def _whole(model: Any) -> dict[str, Tensor]:
+    """Every tensor of a model in memory, a tied one once, under the names that its class has on disk."""
+    own: dict[int, str] = {}  # the first name of each: a tied one has that of the embedding table
+    every = model.state_dict(keep_vars=True)
+    tensors = {name: one.data for name, one in every.items() if own.setdefault(id(one), name) == name}
+    # our own classes load no names but their own: transformers renames by class (GPT-NeoX's head is embed_out on disk)
+    return revert_weight_conversion(model, tensors) if layout.layout_of(model) == "uniform" else tensors
+
+
+def _pages(model: Any) -> Iterator[dict[str, Tensor]]:
     """The parameters of a paged model, a tied one once, some pages at a time."""
     seen: set[int] = set()
     found: dict[str, Tensor] = {}
@@ -90,11 +97,15 @@ def _shards(model: Any) -> Iterator[dict[str, Tensor]]:
         seen |= {id(one) for one in page.parameters().values()}
         with held(page.module):
             found |= {name: one for name, one in page.parameters().items() if name in own}
-        if sum(one.numel() * one.element_size() for one in found.values()) >= SHARD:
+        if sum(map(_bytes, found.values())) >= SHARD:
             yield found
             found = {}
     if found:
         yield found
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def stored_bytes(path: Path) -> int:

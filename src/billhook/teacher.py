@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from billhook import atomic, store
+from billhook import atomic, store, tensorfile
 from billhook.errors import BillhookError, first_line
 from billhook.losses import most_likely
 from billhook.precision import computing
@@ -85,7 +84,7 @@ def lessons(
         if n % share[1] == share[0] and not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
             with atomic.file(path) as work:
-                save_file(_answers(teacher, shard, k, states, autocast), work)
+                tensorfile.write(_answers(teacher, shard, k, states, autocast), work)
     tick(STAGE, len(files), len(files))
     return Lessons(files, states)
 
