@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 from typer.testing import CliRunner
 
 import billhook
-from billhook import cli
+from billhook import cli, planning, rehearsal
 from billhook.errors import BillhookError
 from billhook.estimate import estimate
+from billhook.plan import Plan
 from billhook.recipe import recipe
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -107,3 +109,22 @@ def test_nothing_is_written(folders: dict[str, Path], tmp_path: Path) -> None:
     done = CliRunner().invoke(cli.app, [*given, "--multiple-of", "1", "--dry-run", "-o", str(tmp_path / "out")])
     assert done.exit_code == 0 and "in all" in done.output
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("way", ["ffn", "sparsegpt"])
+def test_operations_of_a_narrowed_rehearsal_are_those_of_the_whole_width(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = tiny.model("llama", intermediate_size=1024)
+    given = recipe(**{**GIVEN, **WAYS[way]})
+    none = torch.zeros(0, 32, dtype=torch.long)
+    plan = planning.make_plan(whole, given, planning.Texts(none, none), torch.float32) if given.ratio else Plan()
+    found = []
+    for about, shrunk in ((1e9, 1), (0.0, 8)):
+        monkeypatch.setattr(rehearsal, "ABOUT", about)
+        monkeypatch.setattr(rehearsal, "SHORTEST", 32)
+        found.append(rehearsal.rehearse(whole, given, plan, torch.float32, torch.device("cpu")))
+        assert found[-1].shrunk == shrunk
+    for stage, expected in found[0].further.items():
+        if stage not in rehearsal.BY_TOKEN:  # which count from shorter windows and by weights and squares
+            assert found[1].further[stage].flops == pytest.approx(expected.flops, rel=0.1), stage

@@ -103,7 +103,18 @@ MATHEMATICS = {
     "knee",
     "merging",
 }
-STRUCTURE = {"tensorfile", "axes", "families", "surgery", "layout", "experts", "known", "residual", "rotation", "paging"}
+STRUCTURE = {
+    "tensorfile",
+    "axes",
+    "families",
+    "surgery",
+    "layout",
+    "experts",
+    "known",
+    "residual",
+    "rotation",
+    "paging",
+}
 NAME_FAMILIES = {"families", "modeling_per_layer", "gguf_archs"}
 ROOM = re.compile(r"\..*")  # methods.fasp -> methods.*
 LAZY = {"", "__main__"}

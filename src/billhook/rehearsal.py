@@ -1,7 +1,7 @@
 """What a layer of a model costs to prune on this machine: the prune itself, on one and on two random layers of its shapes.
 
 The second layer is what every further one costs.  Where a layer would take long, it is rehearsed on shorter windows and with a
-narrower FFN: products grow by what enters them, solvers by its cube.
+narrower FFN: passes grow by weights, Grams by squares of what enters them, all else as its operations do from width to width.
 """
 
 import copy
@@ -12,7 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.optimize import nnls
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -37,7 +39,8 @@ SHORTEST, LARGEST = 32, 8  # tokens of a window, and divisor of the width
 MULTIPLE = 32
 VOCABULARY = 256
 BY_TOKEN = ("forward", "gram")  # stages that grow with the text; the others do not
-GROWS = {"forward": "weights", "saving": "weights", "surgery": "weights", "gram": "squares", "solver": "cubes"}
+GROWS = {"forward": "weights", "saving": "weights", "surgery": "weights", "gram": "squares"}
+DEGREE = 3  # of what a layer's operations are in the width of its FFN: a factorisation's
 STEP, BATCH = (2, 1), (2, 32)  # windows and tokens of a forward pass with a cache, and of a short one
 
 
@@ -70,21 +73,31 @@ def rehearse(whole: Any, chosen: Recipe, plan: Plan, dtype: torch.dtype, device:
     """
     windows = min(chosen.samples, WINDOWS)
     length, factor = _chosen_sizes(whole, chosen, plan, device)
-    config, cut = _narrow(whole.config, factor), cut_layers(whole, plan)
+    config, cut, shares = _narrow(whole.config, factor), cut_layers(whole, plan), _most(whole, plan)
     order = sorted(range(len(layers(whole))), key=lambda n: (n in cut, n))  # those that are cut come last
     one, two = order[-1:], order[-2:]
     tokens = torch.randint(VOCABULARY, (windows, length), generator=torch.Generator().manual_seed(0))
     model = random_layers(config, one, dtype, device)
     small = Shapes.of(model, chosen, plan)
     few = tokens[:, :SHORTEST]  # by which operations are counted, apart, for it takes time; and all is warm then
-    counted = [_counted(random_layers(config, numbers, dtype, device), chosen, plan, few) for numbers in (one, two)]
-    alone, work = _timed(model, chosen, plan, tokens)
-    both, _ = _timed(random_layers(config, two, dtype, device), chosen, plan, tokens)
-    grown, text = Shapes.of(whole, chosen, plan).over(small), chosen.samples * chosen.seq_len
+
+    def count(config: Any, numbers: Collection[int]) -> dict[str, float]:
+        return _counted(random_layers(config, numbers, dtype, device), chosen, shares, few)
+
+    counted = [count(config, numbers) for numbers in (one, two)]
+    alone, work = _timed(model, chosen, shares, tokens)
+    both, _ = _timed(random_layers(config, two, dtype, device), chosen, shares, tokens)
+    text, grown = chosen.samples * chosen.seq_len, dict[str, float]()
+    if factor > 1 and _width(whole.config):
+        narrower = [_narrow(whole.config, factor * 2**by) for by in range(1, DEGREE + 1)]
+        grown = by_width(
+            _width(whole.config), {_width(config): counted[1]} | {_width(c): count(c, two) for c in narrower}
+        )
+    grown |= Shapes.of(whole, chosen, plan).over(small)
     attends = 1 + _attention_share(whole, chosen.seq_len)  # which the counter passes by
     first, further = {}, {}
     for stage in both:
-        times = grown.get(stage, grown["solver"])
+        times = grown.get(stage, 1.0)
         by_time, by_count = (text / n.numel() if stage in BY_TOKEN else 1.0 for n in (tokens, few))
         by_count *= attends if stage == "forward" else 1.0
         seconds = [found.get(stage, 0.0) * times * by_time for found in (alone, both)]
@@ -96,6 +109,21 @@ def rehearse(whole: Any, chosen: Recipe, plan: Plan, dtype: torch.dtype, device:
             alike = min(len(cut), 2)
             first[stage] = further[stage] = Cost(seconds[1] / alike, flops[1] / alike)
     return Rehearsed(first, further, round(work * grown["gram"]), factor)
+
+
+def by_width(whole: int, counted: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
+    """By stage, how many times the operations at the first of some widths those at the width `whole` are.
+
+    They are a polynomial in the width, none of whose terms is negative: what reads an FFN is factored by its cube, and multiplied by
+    its Gram by its square; what writes one grows with it; attention does not.
+    """
+    widths, found = np.array(list(counted)) / whole, {}
+    for stage, first in next(iter(counted.values())).items():
+        operations = np.array([one.get(stage, 0.0) for one in counted.values()])
+        if operations.all():
+            terms, _ = nnls(widths[:, None] ** np.arange(DEGREE + 1) / operations[:, None], np.ones(len(widths)))
+            found[stage] = float(terms.sum() / first)
+    return found
 
 
 def cut_layers(model: Any, plan: Plan) -> list[int]:
@@ -140,24 +168,24 @@ def random_layers(config: Any, numbers: Collection[int], dtype: torch.dtype, dev
     return model.eval().requires_grad_(False)
 
 
-def _timed(model: Any, chosen: Recipe, plan: Plan, tokens: Tokens) -> tuple[dict[str, float], int]:
+def _timed(model: Any, chosen: Recipe, shares: Mapping[str, float], tokens: Tokens) -> tuple[dict[str, float], int]:
     """Seconds of every stage, and by how many bytes memory grows."""
     clock = Clock()
     with peak_growth(model.get_input_embeddings().weight.device) as growth:
-        _pruned(model, chosen, plan, tokens, clock)
+        _pruned(model, chosen, shares, tokens, clock)
     return clock.seconds, growth()
 
 
-def _counted(model: Any, chosen: Recipe, plan: Plan, tokens: Tokens) -> dict[str, float]:
+def _counted(model: Any, chosen: Recipe, shares: Mapping[str, float], tokens: Tokens) -> dict[str, float]:
     """Operations of every stage."""
     counter = FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
     clock = _Counting(counter)
     with counter:
-        _pruned(model, chosen, plan, tokens, clock)
+        _pruned(model, chosen, shares, tokens, clock)
     return clock.flops
 
 
-def _pruned(model: Any, chosen: Recipe, plan: Plan, tokens: Tokens, clock: Clock) -> None:
+def _pruned(model: Any, chosen: Recipe, shares: Mapping[str, float], tokens: Tokens, clock: Clock) -> None:
     """The prune itself, in place; what is done is written and thrown away."""
     with tempfile.TemporaryDirectory() as folder:
         journal = Journal(Path(folder), model)
@@ -165,7 +193,7 @@ def _pruned(model: Any, chosen: Recipe, plan: Plan, tokens: Tokens, clock: Clock
             how = replace(planning.masking_of(chosen), by_layer={})  # whose numbers are the whole model's
             masking.mask(model, tokens, how, clock=clock, journal=journal)
         else:
-            given = (model, tokens, _own_plan(model, plan), planning.method_settings(chosen))
+            given = (model, tokens, _own_plan(model, shares), planning.method_settings(chosen))
             carry_out(chosen.method)(*given, stream=chosen.stream, journal=journal, clock=clock)
 
 
@@ -252,17 +280,32 @@ def _chosen_sizes(model: Any, chosen: Recipe, plan: Plan, device: torch.device) 
 
 def _narrow(config: Any, factor: int) -> Any:
     """A config of a narrower FFN, where it has a key for that."""
-    small, key = copy.deepcopy(config), family_of(config.model_type).keys.get("width")
-    if factor > 1 and key and isinstance(width := getattr(small, key, None), int):
-        setattr(small, key, max(MULTIPLE, width // factor // MULTIPLE * MULTIPLE))
+    small = copy.deepcopy(config)
+    if factor > 1 and (width := _width(config)):
+        setattr(
+            small, family_of(config.model_type).keys["width"], max(MULTIPLE, width // factor // MULTIPLE * MULTIPLE)
+        )
     return small
 
 
-def _own_plan(model: Any, plan: Plan) -> Plan:
-    """What the layers lose that lose most, as far as it fits: the first ones may be spared."""
-    drops = {}
+def _width(config: Any) -> int:
+    """Of the FFN; 0 where the config has no key for it."""
+    width = getattr(config, family_of(config.model_type).keys.get("width", ""), None)
+    return width if isinstance(width, int) else 0
+
+
+def _most(model: Any, plan: Plan) -> dict[str, float]:
+    """By kind, the share of their units that the layers lose that lose most: the first ones may be spared."""
+    shares = dict.fromkeys(plan.kinds, 0.0)
     for axis in axes(model, plan.kinds):
-        wanted = max(count for (_, kind), count in plan.drops.items() if kind == axis.kind)
+        shares[axis.kind] = max(shares[axis.kind], plan.drops.get((axis.layer, axis.kind), 0) / axis.units)
+    return shares
+
+
+def _own_plan(model: Any, shares: Mapping[str, float]) -> Plan:
+    """So much of every layer, as far as it fits."""
+    drops = {}
+    for axis in axes(model, tuple(shares)):
         block = axis.units // axis.blocks
-        drops[axis.layer, axis.kind] = min(wanted // axis.blocks, block - 1) * axis.blocks
+        drops[axis.layer, axis.kind] = min(round(shares[axis.kind] * block), block - 1) * axis.blocks
     return Plan(drops)
