@@ -35,13 +35,12 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
         "pages.tables",
     ),
     (
-        *("linalg", "losses", "atomic", "amounts", "llamacpp", "gguf_vocab", "knee", "depth"),
+        *("linalg", "losses", "atomic", "paging", "amounts", "llamacpp", "gguf_vocab", "knee", "depth"),
         *("pages.charts", "pages.recovery_tables", "pages.search_tables"),
     ),
     (
         "store",
         "claim",
-        "paging",
         "hidden",
         "shards",
         "pages.cut_tables",
@@ -51,7 +50,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
         "pace",
         "demo",
     ),
-    ("crew", "scores", "taylor", "solution", "allocate", "choose", "restore", "sparsity", "axes", "merging"),
+    ("crew", "grams", "scores", "taylor", "solution", "allocate", "choose", "restore", "sparsity", "axes", "merging"),
     ("families", "support", "data", "teacher", "pages.headline"),
     ("surgery", "observe", "gradients", "layout", "quality", "trainables", "zeros", "experts", "known", "residual"),
     (

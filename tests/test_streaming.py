@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import tiny
 import torch
@@ -404,3 +405,13 @@ def test_a_model_that_would_not_fit_is_streamed(tmp_path: Path, monkeypatch: pyt
     assert not paging.is_paged(opened())
     monkeypatch.setattr(checkpoint, "free_bytes", lambda device: 100_000)
     assert paging.is_paged(opened())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_random_number_is_drawn(case: str, tmp_path: Path, text_file: Path) -> None:
+    """So there is no generator whose state a layer's record would have to hold: a seed decides the windows, and the claim has them."""
+    model = written("llama", tmp_path / "model")
+    states = [torch.random.get_rng_state(), numpy.random.get_state()[1]]
+    pruned(model, text_file, tmp_path / "out", **CASES[case])
+    assert torch.equal(states[0], torch.random.get_rng_state())
+    assert numpy.array_equal(states[1], numpy.random.get_state()[1])

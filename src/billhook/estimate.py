@@ -116,7 +116,7 @@ def estimate(
 
 def _why_not(chosen: Recipe) -> str:
     """Why a cost cannot be told beforehand, or ''."""
-    measured = feasible.why_whole(chosen, None)
+    measured = feasible.why_whole(chosen)
     if measured and not chosen.searches:
         return measured
     reasons = {

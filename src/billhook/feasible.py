@@ -39,7 +39,7 @@ def check_shared(chosen: Recipe, hands: Hands) -> None:
         raise BillhookError(why)
 
 
-def why_whole(chosen: Recipe, statistics: Any) -> str:
+def why_whole(chosen: Recipe) -> str:
     """Why a prune needs all weights at once, or ''."""
     reasons = {
         "a search tries candidates on the whole model": chosen.searches or chosen.shears,
@@ -51,7 +51,6 @@ def why_whole(chosen: Recipe, statistics: Any) -> str:
         in ("sensitivity", "auto", "global"),
         f"score {chosen.score} needs gradients of the whole model": chosen.score in GRADIENT_SCORES,
         f"preset {chosen.preset} needs gradients of the whole model": chosen.chops and chosen.preset == "taylor",
-        "--statistics reads all weights for its key": statistics is not None,
     }
     return next((why for why, so in reasons.items() if so), "")
 

@@ -19,14 +19,18 @@ from billhook.atomic import disk_full, rename
 from billhook.axes import Axis
 from billhook.errors import BillhookError, first_line
 from billhook.families import axes, layers, row_of
+from billhook.grams import Grams
 from billhook.surgery import remove
 
 
 class Journal:
-    """What `folder` holds of a prune of `model`, and what joins it.  None: nothing is kept."""
+    """What `folder` holds of a prune of `model`, and what joins it.  None: nothing is kept.
 
-    def __init__(self, folder: Path | None, model: PreTrainedModel) -> None:
-        self.folder, self.model = folder, model
+    `grams`: of the dense stream, for this prune and others.
+    """
+
+    def __init__(self, folder: Path | None, model: PreTrainedModel, grams: Grams | None = None) -> None:
+        self.folder, self.model, self.grams = folder, model, grams
         self.records: dict[int, dict[str, Any]] = {}
         for n in range(len(layers(model))) if folder else ():
             if (record := self._file(n, "json")).exists():

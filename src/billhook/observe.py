@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from billhook.axes import Axis
 from billhook.errors import BillhookError
 from billhook.families import as_output, axes, layers
+from billhook.grams import Grams
 from billhook.hidden import State, keep
 from billhook.memory import return_freed
 from billhook.paging import held
@@ -57,6 +58,8 @@ class Evidence:
 @runtime_checkable
 class Finished(Protocol):
     """Layers that an earlier run of the same work has finished (billhook.journal)."""
+
+    grams: Grams | None  # of the dense stream, kept for other work
 
     @property
     def records(self) -> Collection[int]: ...
@@ -110,6 +113,19 @@ def walk(  # noqa: PLR0913
     batches += [(batch, True) for batch in tokens[count:].split(rows) if len(batch)]
     by_layer = [[axis for axis in axes(model, kinds) if axis.layer == n] for n in range(len(layers(model)))]
     end = len(by_layer) if at is None else max(at, default=-1) + 1
+    kept = finished.grams if finished is not None and stream == "dense" else None
+    wanted = [n for n in range(end) if n not in gone and (at is None or n in at)]
+    if finished is not None and kept and kept.has(axis.reader_module for n in wanted for axis in by_layer[n]):
+        for n in wanted:
+            if n in finished.records:
+                finished.replay(n)
+                continue
+            tick("statistics", n, end)
+            with held(layers(model)[n]):
+                yield Layer(n, by_layer[n], *_recalled(kept, by_layer[n], model.device, clock))
+            return_freed()
+        tick("statistics", end, end)
+        return
     with clock("forward"):
         states, calls = enter(model, [batch for batch, _ in batches], keep)
         leading = _gone_from(0, gone)
@@ -128,18 +144,41 @@ def walk(  # noqa: PLR0913
             with clock("forward"), held(module):
                 on.pruned()
             continue
-        wanted = at is None or n in at
         with held(module):
-            if not wanted:
+            if n not in wanted:
                 on.gather([], batches, share, clock, onward=True)
                 continue
             # a layer's Grams may be most of the memory: none is the generator's once they are handed out
-            yield Layer(n, by_layer[n], *on.gather(by_layer[n], batches, share, clock))
+            yield Layer(n, by_layer[n], *_kept(kept, on.gather(by_layer[n], batches, share, clock), clock))
             return_freed()  # or the holes that the cuts leave pile up (docs/LOG.md)
             if n + 1 < end:
                 with clock("forward"):
                     on.pruned()
     tick("statistics", end, end)
+
+
+def _kept(
+    grams: Grams | None, sums: tuple[dict[str, Evidence], dict[str, Evidence]], clock: Clock
+) -> tuple[dict[str, Evidence], dict[str, Evidence]]:
+    """`sums`, once they are on disk if they are to be."""
+    with clock("gram"):
+        for name, fit in sums[0].items() if grams else ():
+            assert grams is not None
+            grams.keep(name, fit.gram, sums[1][name].gram if name in sums[1] else None)
+    return sums
+
+
+def _recalled(
+    grams: Grams, found: list[Axis], device: torch.device, clock: Clock
+) -> tuple[dict[str, Evidence], dict[str, Evidence]]:
+    """The evidence that an earlier walk in the dense stream has kept."""
+    sums: tuple[dict[str, Evidence], dict[str, Evidence]] = ({}, {})
+    with clock("gram"):
+        for name in {axis.reader_module for axis in found}:
+            for side, gram in zip(sums, grams.read(name, device), strict=True):
+                if gram is not None:
+                    side[name] = Evidence(gram)
+    return sums
 
 
 @dataclass

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from billhook.errors import BillhookError
 from billhook.families import layers, linears, row_of, wanted
+from billhook.grams import Grams
 from billhook.hidden import State, keep
 from billhook.memory import return_freed
 from billhook.observe import BATCH_TOKENS, Finished, enter, gram_of, run
@@ -104,9 +105,17 @@ def operators(
         BillhookError: an activation is not finite; the message names the module.
     """
     clock = clock or Clock()
+    at = range(len(layers(model))) if at is None else at
+    kept = finished.grams if finished is not None and stream == "dense" else None
+    if (
+        finished is not None
+        and kept
+        and kept.has(_input(model, n, named) for n in at for named in _groups(model, n, roles))
+    ):
+        yield from _recalled(model, kept, roles, finished, at, clock, tick)
+        return
     with clock("forward"):
         batches = _entered(model, tokens, len(tokens) - int(held_out * len(tokens)))
-    at = range(len(layers(model))) if at is None else at
     mixed = f"{row_of(model).experts}."
     for n, module in enumerate(layers(model)[: at.stop]):
         tick("pruning", max(n - at.start, 0), len(at))
@@ -114,8 +123,7 @@ def operators(
             _replayed(n, module, finished, batches, stream, clock)
             continue
         with held(module):
-            groups = [{r: path for r, path in one.items() if wanted(r, roles)} for one in linears(model, n)]
-            groups = [named for named in groups if named] if n in at else []
+            groups = _groups(model, n, roles) if n in at else []
             unpruned = copy.deepcopy(module) if stream in WITH_TARGET else None
             # the experts of a layer compute side by side, and have the same roles
             alike = [list(some) for _, some in itertools.groupby(groups, key=tuple)]
@@ -130,11 +138,43 @@ def operators(
                     fit, apart = (found.get((path, side)) for side in (False, True))
                     assert fit is not None
                     _check_finite(next(iter(named.values())), fit)
+                    if kept:
+                        with clock("gram"):
+                            kept.keep(_input(model, n, named), fit.gram, apart and apart.gram)
                     yield Group(n, named, fit, apart)
             if n + 1 < at.stop and not (stream == "dense" and groups):
                 with clock("forward"):
                     _passed(n, module, unpruned, batches, alone=stream in ALONE)
             return_freed()
+    tick("pruning", len(at), len(at))
+
+
+def _groups(model: PreTrainedModel, n: int, roles: Sequence[str]) -> list[dict[str, str]]:
+    """Of layer n the operators of each group that have one of `roles`, path by role."""
+    groups = [{role: path for role, path in one.items() if wanted(role, roles)} for one in linears(model, n)]
+    return [named for named in groups if named]
+
+
+def _input(model: PreTrainedModel, n: int, named: Mapping[str, str]) -> str:
+    """What the Gram of a group's input is kept by: the path of the first operator that has it, whichever are pruned."""
+    return next(next(iter(one.values())) for one in linears(model, n) if set(named.values()) <= set(one.values()))
+
+
+def _recalled(
+    model: PreTrainedModel, grams: Grams, roles: Sequence[str], finished: Finished, at: range, clock: Clock, tick: Tick
+) -> Iterator[Group]:
+    """Every group by what an earlier walk in the dense stream has kept."""
+    for n in at:
+        tick("pruning", n - at.start, len(at))
+        if n in finished.records:
+            finished.replay(n)
+            continue
+        with held(layers(model)[n]):
+            for named in _groups(model, n, roles):
+                with clock("gram"):
+                    fit, apart = grams.read(_input(model, n, named), model.device)
+                yield Group(n, named, Sums(fit), None if apart is None else Sums(apart))
+        return_freed()
     tick("pruning", len(at), len(at))
 
 

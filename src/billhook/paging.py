@@ -186,6 +186,20 @@ def pages_of(model: Any) -> list[Page]:
     return vars(model)["billhook_pager"].pages
 
 
+def parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and its name, a tied one once, in the order of the modules; a paged model's are brought a page at a time."""
+    if not is_paged(model):
+        yield from model.named_parameters()
+        return
+    seen: set[int] = set()
+    for page in pages_of(model):
+        own = {name for name, one in page.parameters().items() if id(one) not in seen}
+        seen |= {id(one) for one in page.parameters().values()}
+        if own:
+            with held(page.module, edits=False):
+                yield from ((name, one) for name, one in page.parameters().items() if name in own)
+
+
 def place(model: Any, file: Path, names: list[str]) -> None:
     """Have parameters of a paged model come from a file that has them under their own names; nothing to do for one in memory."""
     if is_paged(model):
@@ -208,8 +222,12 @@ def renumber(model: Any) -> None:
 
 
 @contextmanager
-def held(module: nn.Module) -> Iterator[None]:
-    """A decoder layer's weights are in memory while open, and kept if they were edited; nothing to do for a model in memory."""
+def held(module: nn.Module, *, edits: bool = True) -> Iterator[None]:
+    """A decoder layer's weights are in memory while open, and kept if they were edited; nothing to do for a model in memory.
+
+    Args:
+        edits: whether they may be, which to find out they are compared with their file.
+    """
     page: Page | None = vars(module).get(PAGE)
     if page is None:
         yield
@@ -220,4 +238,4 @@ def held(module: nn.Module) -> Iterator[None]:
     except BaseException:
         page.leave()
         raise
-    page.leave(edited=True)
+    page.leave(edited=edits)

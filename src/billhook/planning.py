@@ -25,7 +25,6 @@ from billhook.methods.layerchop import Settings as Patching
 from billhook.methods.layerchop import check_patch
 from billhook.methods.slicegpt import Settings as Slicing
 from billhook.observe import walk
-from billhook.paging import is_paged
 from billhook.plan import Plan
 from billhook.progress import Clock, Tick, quiet
 from billhook.recipe import BUDGETS, Recipe
@@ -361,7 +360,7 @@ def _apart(losses: Mapping[int, float], count: int) -> list[int]:
 def _key(model: PreTrainedModel, chosen: Recipe, name: str, texts: Texts) -> dict[str, Any]:
     """All that decides what is measured."""
     decides = ("kinds", "score", "ridge", "restoration", "dtype")
-    weights = "" if is_paged(model) else store.weights_sha256(model)  # which keeps no statistics
+    weights = store.weights_sha256(model)
     return {"curves": name, "weights": weights, **_hashes(texts)} | {k: getattr(chosen, k) for k in decides}
 
 

@@ -1,5 +1,6 @@
 """Prune a model by a recipe, and prove what was written."""
 
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -34,6 +35,7 @@ from billhook.crew import Hands
 from billhook.errors import BillhookError
 from billhook.experts import fuse, unfuse
 from billhook.families import layers
+from billhook.grams import Grams
 from billhook.journal import Journal
 from billhook.known import check_known
 from billhook.memory import peak_growth
@@ -73,7 +75,8 @@ def prune(  # noqa: PLR0913
     Args:
         model: a folder, a hub id, a .gguf file, `demo`, or a transformers model in memory (which is cut in place).
         tokenizer: needed with a model in memory.
-        statistics: a folder that keeps what an allocation measured, for another ratio or allocation.
+        statistics: a folder that keeps what an allocation measured, and in the dense stream what a method did (billhook.grams),
+            for another ratio, allocation or method.
         tick: called with (stage, done, total) as the work proceeds.
         announce: called with one line, what will be cut, before anything is.
         study: a folder of this search alone, where the method searches: after a kill the same call goes on.
@@ -97,9 +100,9 @@ def prune(  # noqa: PLR0913
     if hands.many:
         feasible.check_shared(chosen, hands)
     if isinstance(model, str | os.PathLike):
-        if stream_weights and (why := feasible.why_whole(chosen, statistics)):
+        if stream_weights and (why := feasible.why_whole(chosen)):
             raise BillhookError(f"--stream-weights: {why}")
-        stream = None if stream_weights is None and not feasible.why_whole(chosen, statistics) else bool(stream_weights)
+        stream = None if stream_weights is None and not feasible.why_whole(chosen) else bool(stream_weights)
         how = {"device": chosen.device, "dtype": chosen.dtype, "stream": stream}
         opened = checkpoint.open_model(os.fspath(model), **how, tick=tick)
     else:
@@ -162,7 +165,7 @@ def prune_opened(
                 seen = {"folder": folder, "means": means, "clock": clock, "tick": tick}
                 hunt = shearing.search(model, chosen, how, *judged[1:], texts.calibration, **seen)
                 how = hunt.how
-            journal = _journal(opened, chosen, windows, plan, work, means.fresh)
+            journal = _journal(opened, chosen, windows, texts.calibration, plan, work, means.fresh, folder)
             zeros = _masked(model, how, texts.calibration, means, journal, announce, clock, tick)
         else:
             plan = planning.make_plan(model, wanted, texts, opened.dtype, scores, folder, clock, tick)
@@ -191,7 +194,7 @@ def prune_opened(
             if means.hands.many and not chosen.searches:
                 cuts = sharing.shared(*given, means.hands, scores=scores, clock=clock, tick=tick)
             else:
-                journal = _journal(opened, chosen, windows, plan, work, means.fresh)
+                journal = _journal(opened, chosen, windows, texts.calibration, plan, work, means.fresh, folder)
                 how = {"scores": scores, "stream": chosen.stream, "journal": journal}
                 cuts = carry_out(chosen.method)(*given, **how, clock=clock, tick=tick)
     finish(model, chosen, opened.dtype)
@@ -229,9 +232,19 @@ def prune_opened(
 
 
 def _journal(
-    opened: Opened, chosen: Recipe, windows: data.Windows, plan: Plan, work: Path | None, fresh: bool
+    opened: Opened,
+    chosen: Recipe,
+    windows: data.Windows,
+    tokens: Tokens,
+    plan: Plan,
+    work: Path | None,
+    fresh: bool,
+    statistics: Path | None,
 ) -> Journal:
-    """What was finished of this very prune: the same settings, model, text, plan (which may come of timings) and code."""
+    """What was finished of this very prune: the same settings, model, text, plan (which may come of timings) and code.
+
+    With it the Grams in `statistics` of this model and text, which the dense stream takes and leaves there.
+    """
     if work is not None:
         assert opened.folder is not None
         claim.claim(
@@ -245,7 +258,12 @@ def _journal(
             },
             fresh,
         )
-    return Journal(work, opened.model)
+    grams = None
+    if statistics and chosen.stream == "dense":
+        model, seen = opened.model, hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+        key = {"weights": store.weights_sha256(model), "tokens": seen, "windows": len(tokens)}
+        grams = Grams(statistics, key | {"computed in": str(model.dtype), "on": model.device.type})
+    return Journal(work, opened.model, grams)
 
 
 def _masked(

@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from billhook import layout, tensorfile
 from billhook.experts import fuse
 from billhook.memory import return_freed
-from billhook.paging import held, is_paged, pages_of
+from billhook.paging import is_paged, parameters
 from billhook.shards import INDEX
 
 SHARD = 2**27  # bytes of a file of a model that is written a page at a time; one in memory is a single file
@@ -90,13 +90,9 @@ def _whole(model: Any) -> dict[str, Tensor]:
 
 def _pages(model: Any) -> Iterator[dict[str, Tensor]]:
     """The parameters of a paged model, a tied one once, some pages at a time."""
-    seen: set[int] = set()
     found: dict[str, Tensor] = {}
-    for page in pages_of(model):
-        own = {name for name, one in page.parameters().items() if id(one) not in seen}
-        seen |= {id(one) for one in page.parameters().values()}
-        with held(page.module):
-            found |= {name: one for name, one in page.parameters().items() if name in own}
+    for name, one in parameters(model):
+        found[name] = one
         if sum(map(_bytes, found.values())) >= SHARD:
             yield found
             found = {}

@@ -12,6 +12,7 @@ from torch import nn
 
 from billhook import atomic
 from billhook.errors import BillhookError, first_line
+from billhook.paging import parameters
 
 
 def kept(folder: Path | None, name: str, key: dict[str, Any], measure: Callable[[], Any]) -> Any:
@@ -42,10 +43,10 @@ def has(folder: Path | None, name: str, key: dict[str, Any]) -> bool:
 def weights_sha256(model: nn.Module) -> str:
     """Of every parameter's name, shape and values."""
     found = hashlib.sha256()
-    for name, param in model.named_parameters():
+    for name, param in parameters(model):
         values = param.detach().cpu().contiguous().flatten().view(torch.uint8)
         found.update(f"{name} {tuple(param.shape)} {param.dtype}".encode())
-        found.update(values.numpy().tobytes())
+        found.update(values.numpy().data)
     return found.hexdigest()
 
 

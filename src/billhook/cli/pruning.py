@@ -196,7 +196,10 @@ def prune_command(
     ] = DEFAULT.floor,
     statistics: Annotated[
         Path | None,
-        typer.Option(help="folder that keeps what an allocation measured, for another ratio", show_default=False),
+        typer.Option(
+            help="folder that keeps what an allocation measured, and the Grams of the dense stream, for other ratios and methods",
+            show_default=False,
+        ),
     ] = None,
     vocab_from: Annotated[
         list[str] | None,
