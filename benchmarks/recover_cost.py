@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 
 from billhook import checkpoint, pace, reading, teacher, trainables
+from billhook.course import Course, Judge
 from billhook.losses import divergence
 from billhook.precision import autocast_dtype, computing
-from billhook.training import Course, Healer, Judge, _stacked, _Steps
+from billhook.training import Healer, _stacked, _Steps
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("student")

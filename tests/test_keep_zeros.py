@@ -14,7 +14,7 @@ from processes import Child
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from billhook import checkpoint, cli, pruning, recovering, runs, surgery, trainables, training, zeros
+from billhook import checkpoint, cli, course, pruning, recovering, runs, surgery, trainables, training, zeros
 from billhook.errors import BillhookError
 from billhook.families import layers
 
@@ -133,7 +133,7 @@ def test_every_checkpoint_has_the_zeros(bench: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
     monkeypatch.setattr(training, "KEPT", 100)
     recover(bench, trainable="all")
-    found = training.checkpoints(bench / "work")
+    found = course.checkpoints(bench / "work")
     assert len(found) == 10
     old = linears(checkpoint.load(bench / "sparse"))
     for one in found:
@@ -238,7 +238,7 @@ def killed(bench: Path, **more: Any) -> None:
         recovering.recover(bench / "sparse", work=bench / "work", **settings(bench, **more))
 
     process, until = Child(work), time.monotonic() + 120
-    while process.runs and time.monotonic() < until and not training.checkpoints(bench / "work"):
+    while process.runs and time.monotonic() < until and not course.checkpoints(bench / "work"):
         time.sleep(0.001)
     process.send(signal.SIGKILL)
     code, _, said = process.ended()
@@ -263,7 +263,7 @@ def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(
     monkeypatch.setattr(training, "SAVE_SECONDS", 0.1)
     more = {"trainable": trainable, "tokens": (60 if end is killed else 30) * LENGTH}
     end(bench, **more)
-    assert training.step_of(training.checkpoints(bench / "work")[-1]) < more["tokens"] // LENGTH
+    assert course.step_of(course.checkpoints(bench / "work")[-1]) < more["tokens"] // LENGTH
     lines: list[str] = []
     again = recovering.recover(bench / "sparse", work=bench / "work", announce=lines.append, **settings(bench, **more))
     whole = recover(bench, work="whole", **more)
@@ -286,12 +286,12 @@ def test_the_mask_is_the_students_not_a_checkpoints(bench: Path, monkeypatch: py
         true(self, *args, **more)
 
     monkeypatch.setattr(zeros.Keeper, "on_optimizer_step", spy)
-    *_, before, last = training.checkpoints(bench / "work")
-    (last / training.WHOLE).unlink()
+    *_, before, last = course.checkpoints(bench / "work")
+    (last / course.WHOLE).unlink()
     tensors = load_file(before / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"].zero_()
     save_file(tensors, before / "model.safetensors", metadata={"format": "pt"})
-    training.mark_whole(before)
+    course.mark_whole(before)
     again = recover(bench, trainable="decoder")
     assert seen and all(
         torch.equal(seen[0][name], weight == 0) for name, weight in linears(checkpoint.load(bench / "sparse")).items()

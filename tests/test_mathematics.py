@@ -1,15 +1,17 @@
 """Grams, scores, restoration, choice and budget against literal arithmetic on the activations themselves."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
-from billhook import linalg, observe
+from billhook import linalg, observe, restore, scores
 from billhook.choose import Candidates, lowest, solve
 from billhook.errors import BillhookError
 from billhook.linalg import damped, factor
 from billhook.observe import gram_of
-from billhook.restore import least_squares, relative_error
+from billhook.restore import least_squares
 from billhook.scores import SCORES, energy_columns, obs_columns, wanda_columns
 
 TINY_DAMPING = 1e-12
@@ -22,6 +24,13 @@ def draw(seed: int, tokens: int = 60, size: int = 9, out: int = 5) -> tuple[Tens
     X, W, E = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
     kept = torch.randperm(size, generator=generator)[: max(1, size // 2 + seed % 3)].sort().values
     return X * torch.linspace(0.3, 3, size, dtype=torch.float64), W, E, kept
+
+
+def relative_error(
+    W: Tensor, V: Tensor | None, G: Tensor, kept: Tensor, C: Tensor | None = None, lack: float = 0.0
+) -> float:
+    whole = restore.energy(W, G)
+    return math.sqrt(restore.squared_error(W, V, G, kept, C, lack) / whole) if whole > 0 else 0.0
 
 
 def close(found: Tensor, expected: Tensor, relative: float = 1e-5) -> bool:
@@ -84,6 +93,23 @@ def test_relative_error_is_that_of_the_activations(seed: int, lacking: bool) -> 
     C, energy = (E.T @ X, float(E.square().sum())) if lacking else (None, 0.0)
     assert relative_error(W, V, X.T @ X, kept, C, energy) == pytest.approx(direct, rel=1e-9)
     assert relative_error(W, W, X.T @ X, torch.arange(W.shape[1])) == 0
+    as_they_were = relative_error(W, W[:, kept], X.T @ X, kept, C, energy)
+    assert relative_error(W, None, X.T @ X, kept, C, energy) == pytest.approx(as_they_were, rel=1e-9)
+
+
+def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    X, W, E, kept = draw(3, size=11, out=7)
+    G, C = X.T @ X, E.T @ X
+
+    def found() -> list[Tensor]:
+        numbers = [restore.energy(W, G), restore.squared_error(W, W[:, kept] * 0.9, G, kept, C, 2.0)]
+        return [obs_columns(W, G, 1e-3), least_squares(W, G, kept, 1e-3, C)[0], torch.tensor(numbers)]
+
+    whole = found()
+    monkeypatch.setattr(restore, "ROWS", 3)
+    monkeypatch.setattr(scores, "ROWS", 2)
+    monkeypatch.setattr(scores, "BLOCK", 4)
+    assert all(close(a, b, 1e-9) for a, b in zip(found(), whole, strict=True))
 
 
 @pytest.mark.parametrize("damping", [TINY_DAMPING, 1e-2])
@@ -152,7 +178,7 @@ def test_factor_refuses_what_is_no_gram(gram: Tensor) -> None:
 
 def test_factor_without_damping_comes_to_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     tries = iter(range(400))  # a StopIteration is a factor that would not have ended
-    monkeypatch.setattr(linalg, "damped", lambda gram, damping: damped(gram + 0 * next(tries), damping))
+    monkeypatch.setattr(linalg, "damped", lambda gram, damping, _: damped(gram + 0 * next(tries), damping))
     lower, used = factor(indefinite(-0.005), 0.0)
     assert lower.isfinite().all() and 0 < used <= linalg.DAMPING_LIMIT
 

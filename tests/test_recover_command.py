@@ -20,7 +20,7 @@ from processes import Child
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
-from billhook import cli, pruning, recovering, teacher, training
+from billhook import cli, course, pruning, recovering, teacher, training
 from billhook.errors import BillhookError
 
 LENGTH = 16
@@ -82,7 +82,7 @@ def killed(bench: Path, after: float, **more: Any) -> bool:
     """Run in another process, killed `after` seconds from its first checkpoint; whether it was in time."""
     process, until = Child(recovered, bench, settings(bench, **more), fresh=True), time.monotonic() + 120
     while process.runs and time.monotonic() < until:
-        if any(training.step_of(one) for one in training.checkpoints(bench / "work")):
+        if any(course.step_of(one) for one in course.checkpoints(bench / "work")):
             time.sleep(after)
             break
         time.sleep(0.001)
@@ -117,16 +117,16 @@ def test_a_run_that_had_only_to_write_trains_no_more(bench: Path, monkeypatch: p
 @pytest.mark.parametrize("damage", ["truncated", "missing", "unmarked"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage: str, bench: Path) -> None:
     whole, lines = run(bench), []
-    *_, before, last = training.checkpoints(bench / "work")
+    *_, before, last = course.checkpoints(bench / "work")
     file = last / "optimizer.pt"
     if damage == "truncated":
         file.write_bytes(file.read_bytes()[:-100])
     elif damage == "missing":
         file.unlink()
     else:
-        (last / training.WHOLE).unlink()
+        (last / course.WHOLE).unlink()
     again = run(bench, lines=lines)
-    assert f"{last} is not whole: going on from step {training.step_of(before)}" in lines
+    assert f"{last} is not whole: going on from step {course.step_of(before)}" in lines
     assert same(whole, again)
 
 
@@ -169,7 +169,7 @@ def test_fresh_loses_nothing_to_bad_input(
 def test_the_rate_trials_are_kept(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = run(bench, lr="auto", tokens=320)
     monkeypatch.setattr(recovering, "_loss_after", None)
-    for one in training.checkpoints(bench / "work"):
+    for one in course.checkpoints(bench / "work"):
         shutil.rmtree(one)
     assert same(first, run(bench, lr="auto", tokens=320))
 
@@ -330,8 +330,8 @@ def test_a_loss_that_becomes_none_keeps_the_last_good_checkpoint(bench: Path, mo
         BillhookError, match=r"finite at step 46 of 60: the checkpoint of step 4\d is kept in .*checkpoint-4\d"
     ):
         run(bench)
-    last = training.checkpoints(bench / "work")[-1]
-    assert training.is_whole(last)
+    last = course.checkpoints(bench / "work")[-1]
+    assert course.is_whole(last)
     assert all(value.isfinite().all() for value in load_file(last / "model.safetensors").values())
     monkeypatch.setattr(training, "divergence", true)
     assert len(run(bench).healing["losses"]) == STEPS

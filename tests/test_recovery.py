@@ -27,13 +27,13 @@ from billhook import (
     trainables,
     training,
 )
+from billhook.course import Judge
 from billhook.errors import BillhookError
 from billhook.experts import unfuse
 from billhook.families import layers, row_of
 from billhook.precision import autocast_dtype
 from billhook.recovery import recovery
 from billhook.trainables import Cut
-from billhook.training import Judge
 
 LENGTH = 16
 SETTINGS: dict[str, Any] = {"seq_len": LENGTH, "device": "cpu", "precision": "float32", "lr": 1e-3}

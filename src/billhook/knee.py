@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import f as f_distribution
+from scipy.special import fdtri  # of scipy.stats alone the import takes half a second
 
 GRID = 400  # places between the second and the last but one ratio that are tried
 CONFIDENCE = 0.9
@@ -48,7 +48,7 @@ def knee(ratios: Sequence[float | int], losses: Sequence[float | int]) -> Knee |
     _, (_, below, more) = fits[best]
     if more <= 0 or below + more < BEND * below:
         return None
-    slack = 1 + f_distribution.ppf(CONFIDENCE, 1, len(x) - 4) / (len(x) - 4)
+    slack = 1 + fdtri(1, len(x) - 4, CONFIDENCE) / (len(x) - 4)
     likely = tried[errors <= max(errors[best] * slack, 1e-12)]
     return Knee(float(tried[best]), float(likely[0]), float(likely[-1]), float(below), float(below + more))
 

@@ -211,6 +211,7 @@ class _Passage:
                 _add(sums[batches[b][1]], found, inputs, lack)
         with clock("gram"):
             _complete(sums)
+        return_freed()
         return sums
 
     def step(self, b: int, after: Tensor, share: float) -> Tensor | None:

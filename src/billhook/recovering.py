@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
 
 from billhook import atomic, report, store, trainables
+from billhook.course import Course, Diverged, Judge, checkpoints
 from billhook.errors import BillhookError
 from billhook.memory import peak_growth
 from billhook.progress import Tick, quiet, unheard
@@ -27,7 +28,9 @@ from billhook.recovery import recovery
 from billhook.result import check_out
 from billhook.runs import BY_FORM, TRIAL, TRIAL_STEPS, Run, on_cpu, prepare, rates_of, shared, where
 from billhook.surgery import cast
-from billhook.training import Course, Diverged, Healer, Judge, checkpoints
+
+if TYPE_CHECKING:
+    from billhook.training import Healer
 
 
 @dataclass
@@ -213,7 +216,7 @@ def _check_zeros(run: Run, healed: Any) -> None:
         raise BillhookError(f"{filled:,} zeros of {run.student.name} were filled in training: nothing is written")
 
 
-def _outcome(run: Run, healer: Healer, tried: Sequence[dict[str, float]], stopped: str, kept: int) -> dict[str, Any]:
+def _outcome(run: Run, healer: "Healer", tried: Sequence[dict[str, float]], stopped: str, kept: int) -> dict[str, Any]:
     """The record of a recovery: plain data, which the report shows."""
     course, chosen, judged = healer.course, run.chosen, healer.judged
     done, step = len(healer.losses), course.step_tokens

@@ -3,6 +3,7 @@
 What methods that restore in closed form share: `restore` on an Evidence, and the three errors that a Cut records.
 """
 
+import math
 from collections.abc import Callable
 
 from billhook import restore
@@ -25,9 +26,13 @@ def errors(
 ) -> tuple[float, float, float | None]:
     """Relative errors of the kept columns as they were, of V, and off the text of a fit without the held-out windows."""
     seen = fitted_on if held is None else fitted_on + held
-    unseen = None if held is None else _error(W, fit(fitted_on), held, kept)
-    return _error(W, W[:, kept], seen, kept), _error(W, V, seen, kept), unseen
+    whole = restore.energy(W, seen.gram)
+    before, after = _error(W, None, seen, kept, whole), _error(W, V, seen, kept, whole)
+    if held is None:
+        return before, after, None
+    return before, after, _error(W, fit(fitted_on), held, kept, restore.energy(W, held.gram))
 
 
-def _error(W: Weight, V: Narrowed, evidence: Evidence, kept: Kept) -> float:
-    return restore.relative_error(W, V, evidence.gram, kept, evidence.cross, evidence.energy)
+def _error(W: Weight, V: Narrowed | None, evidence: Evidence, kept: Kept, whole: float) -> float:
+    square = restore.squared_error(W, V, evidence.gram, kept, evidence.cross, evidence.energy)
+    return math.sqrt(square / whole) if whole > 0 else 0.0

@@ -5,6 +5,8 @@ import torch
 from billhook.linalg import factor
 from billhook.tensors import Cross, Gram, Kept, Narrowed, Weight
 
+ROWS = 512  # of a reader at a time: in float64 a whole one takes as much as its Gram
+
 
 def least_squares(W: Weight, G: Gram, kept: Kept, damping: float, C: Cross | None = None) -> tuple[Narrowed, float]:
     """The kept columns that best reproduce the whole reader, and the damping used.
@@ -17,25 +19,45 @@ def least_squares(W: Weight, G: Gram, kept: Kept, damping: float, C: Cross | Non
     than toward zero: as delta grows V becomes W_S, plain pruning.  float64 inside; V has W's dtype.
     """
     kept_set = _mask(len(G), kept)
-    lower, used = factor(G[kept.unsqueeze(1), kept], damping)
-    pull = W[:, ~kept_set].double() @ G[~kept_set][:, kept]
-    if C is not None:
-        pull = pull + C[:, kept]
-    V = torch.cholesky_solve(pull.T, lower).T
-    V += W[:, kept]
-    return V.to(W.dtype), used
+    lower, used = factor(G, damping, kept)
+    across = G[(~kept_set).nonzero(), kept]
+    V = W[:, kept]
+    for start in range(0, len(W), ROWS):
+        some = slice(start, start + ROWS)
+        pull = W[some, ~kept_set].double() @ across
+        if C is not None:
+            pull += C[some, kept]
+        V[some] = torch.cholesky_solve(pull.T, lower).T + V[some]
+    return V, used
 
 
-def relative_error(W: Weight, V: Narrowed, G: Gram, kept: Kept, C: Cross | None = None, energy: float = 0.0) -> float:
-    """||V X_S^T - (W X^T + E^T)||_F / ||W X^T||_F from sums alone, energy = ||E||_F^2.
+def energy(W: Weight, G: Gram) -> float:
+    """||W X^T||_F^2, of what a reader puts out."""
+    total = G.new_zeros(())
+    for rows in W.split(ROWS):
+        w = rows.double()
+        total += ((w @ G) * w).sum()
+    return total.item()
 
-    With D = V - W, zero-filled: the square is tr(D G D^T) - 2 tr(D C^T) + ||E||^2.
+
+def squared_error(
+    W: Weight, V: Narrowed | None, G: Gram, kept: Kept, C: Cross | None = None, lack: float = 0.0
+) -> float:
+    """||V X_S^T - (W X^T + E^T)||_F^2 from sums alone, lack = ||E||_F^2; V None: the kept columns as they were.
+
+    With D = V - W, zero-filled: tr(D G D^T) - 2 tr(D C^T) + ||E||^2.
     """
-    D = -W.double()
-    D[:, kept] += V.double()
-    square = ((D @ G) * D).sum() + energy - (2 * (D * C).sum() if C is not None else 0.0)
-    whole = ((W.double() @ G) * W.double()).sum()
-    return float((square.clamp(min=0) / whole).sqrt()) if whole > 0 else 0.0
+    pruned = ~_mask(len(G), kept)
+    if V is None:  # D is zero in the kept columns, mostly a small share of the work
+        G, C = G[pruned][:, pruned], None if C is None else C[:, pruned]
+    total = G.new_tensor(lack)
+    for start in range(0, len(W), ROWS):
+        some = slice(start, start + ROWS)
+        D = -W[some].double() if V is not None else -W[some, pruned].double()
+        if V is not None:
+            D[:, kept] += V[some].double()
+        total += ((D @ G) * D).sum() - (2 * (D * C[some]).sum() if C is not None else 0.0)
+    return max(total.item(), 0.0)
 
 
 def _mask(size: int, chosen: Kept) -> torch.Tensor:

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
 from billhook import checkpoint, claim, data, pace, report, store, teacher, zeros
+from billhook.course import Course, Judge
 from billhook.errors import BillhookError
 from billhook.memory import return_freed
 from billhook.precision import autocast_dtype
@@ -22,7 +23,9 @@ from billhook.reading import HELD_OUT, Texts, order_of, read
 from billhook.recovery import HALVED, Recovery
 from billhook.teacher import Lessons
 from billhook.trainables import KEEPING_ZEROS, TRAINABLE, Cut
-from billhook.training import Course, Healer, Judge
+
+if TYPE_CHECKING:
+    from billhook.training import Healer
 
 POINTS = (3, 10)  # judgements in a run, at least and at most
 JUDGING = 0.15  # of the training's cost, between those bounds
@@ -80,7 +83,9 @@ class Run:
         """The student as it was pruned, ready to train."""
         return _ready(self.student.name, self.chosen, self.student.cut)
 
-    def healer(self, course: Course, judge: Judge, work: Path, tick: Tick) -> Healer:
+    def healer(self, course: Course, judge: Judge, work: Path, tick: Tick) -> "Healer":
+        from billhook.training import Healer  # brings 120 MB, for whoever trains alone
+
         model = self.start()
         healer = Healer(model, course, self.lessons, judge, work, tick)
         if self.chosen.keep_zeros and self.chosen.trainable not in BY_FORM:

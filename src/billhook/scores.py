@@ -7,11 +7,13 @@ Scores compare columns of one reader; across readers their scales differ.
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from billhook.linalg import factor
 from billhook.tensors import Columns, Gram, Weight
 
-OBS_COLUMNS = 512  # of L^-1 at a time
+BLOCK = 512  # rows and columns of L^-1 at a time
+ROWS = 512  # of a reader: in float64 a whole one may take as much as its Gram
 
 
 def wanda_columns(W: Weight, G: Gram, damping: float = 0.0) -> Columns:
@@ -29,15 +31,22 @@ def obs_columns(W: Weight, G: Gram, damping: float = 1e-3) -> Columns:
 
     Optimal brain surgery (Hassibi & Stork 1993) over whole columns, as in OSSCAR (arXiv:2403.12983).
     """
-    energy = W.double().square().sum(0)
+    energy = sum((rows.double().square().sum(0) for rows in W.split(ROWS)), torch.zeros(()))
     lower, _ = factor(G, damping)
-    # (L L^T)^-1 has the squared column norms of L^-1 on its diagonal: half the work of forming the inverse, and less memory
-    norms = []
-    for start in range(0, len(G), OBS_COLUMNS):
-        unit = torch.zeros(len(G), min(OBS_COLUMNS, len(G) - start), dtype=G.dtype, device=G.device)
-        unit[start:].fill_diagonal_(1)
-        norms.append(torch.linalg.solve_triangular(lower, unit, upper=False).square_().sum(0))
-    return energy / torch.cat(norms)
+    # (L L^T)^-1 has the squared column norms of L^-1 on its diagonal: a third of the work of forming the inverse, and less memory
+    return energy / torch.cat([_inverse_columns(lower, at).square_().sum(0) for at in range(0, len(G), BLOCK)])
+
+
+def _inverse_columns(lower: Gram, at: int) -> Tensor:
+    """The columns of L^-1 from `at` on, a block of them, from row `at` down, above which they are zero."""
+    width = min(BLOCK, len(lower) - at)
+    found = torch.eye(len(lower) - at, width, dtype=lower.dtype, device=lower.device)
+    for row in range(at, len(lower), BLOCK):
+        here = slice(row - at, row - at + BLOCK)
+        found[here] -= lower[row : row + BLOCK, at:row] @ found[: row - at]
+        block = lower[row : row + BLOCK, row : row + BLOCK]
+        found[here] = torch.linalg.solve_triangular(block, found[here], upper=False)
+    return found
 
 
 SCORES: dict[str, Callable[[Weight, Gram, float], Columns]] = {

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from billhook import store, teacher
+from billhook.course import Course, Judge
 from billhook.memory import return_freed
 from billhook.precision import autocast_dtype
 from billhook.progress import Tick, quiet
@@ -21,7 +22,6 @@ from billhook.quality import of_losses
 from billhook.reading import Texts, judged_by, order_of
 from billhook.recovery import rows_for
 from billhook.trainables import train_decoder
-from billhook.training import Course, Healer, Judge
 
 RATE = 3e-4  # for all alike; it left 1.66 times the perplexity where 5e-4 left 1.73 (docs/LOG.md)
 TOP_K = 256
@@ -86,6 +86,8 @@ def after_a_heal(
         def tried(gone: Sequence[int], nth: int) -> dict[str, Any]:
             def of_all(stage: str, done: int, total: int) -> None:
                 tick("healing candidates", nth * steps + done, len(candidates) * steps)
+
+            from billhook.training import Healer  # brings 120 MB, for whoever trains alone
 
             student = copy.deepcopy(model).float()
             cut(student, gone)

@@ -12,6 +12,7 @@ from transformers.initialization import no_init_weights
 from billhook.errors import BillhookError, first_line
 from billhook.families import family_of, layers, row_of
 from billhook.known import check_known
+from billhook.memory import return_large
 from billhook.paging import paged
 from billhook.saving import quiet_transformers
 from billhook.shards import AGAIN, read_json, stored
@@ -36,6 +37,7 @@ def open_paged(path: Path, name: str, dtype: torch.dtype, device: torch.device) 
         raise BillhookError(f"{name}: transformers could not build it ({first_line(error)})") from error
     model.config._name_or_path = str(path)
     files, keys = _places(path, name, model)
+    return_large()
     paged(model, files, keys, device, [f"{row_of(model).layers}.{n}" for n in range(len(layers(model)))])
     check_known(model)
     return model.eval().requires_grad_(False)

@@ -1,0 +1,117 @@
+"""What a training run is, who judges it, and which of its checkpoints are whole: all but the training (billhook.training)."""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from billhook import atomic
+from billhook.data import Windows
+from billhook.errors import BillhookError
+from billhook.precision import computing
+from billhook.quality import paired, perplexity
+from billhook.tensors import Tokens
+
+WHOLE = "whole.json"  # a checkpoint's last file: sizes of all others
+WORSE = 0.01  # the least rise of a perplexity that counts as one
+
+
+@dataclass(frozen=True)
+class Course:
+    """All that decides a training run but the model and its teacher."""
+
+    windows: Tokens
+    order: Sequence[int]  # windows by number, step by step, over all passes
+    rows: int  # windows in a step
+    lr: float
+    micro_batch: int = 1  # windows in one forward
+    warmup: float = 0.05  # share of the steps
+    states: bool = False
+    autocast: torch.dtype | None = None
+    cpu: bool = False
+    seed: int = 0
+    points: Sequence[int] = ()  # steps after which the model is judged
+
+    @property
+    def steps(self) -> int:
+        return len(self.order) // self.rows
+
+    @property
+    def step_tokens(self) -> int:
+        return self.rows * self.windows.shape[1]
+
+
+@dataclass
+class Judge:
+    """Held-out texts, and the rule by which training stops before its time."""
+
+    texts: Sequence[Windows]
+    guards: Sequence[str] = ()  # texts whose getting worse stops the training
+    autocast: torch.dtype | None = None
+    seconds: float = field(default=0.0, init=False)
+
+    def __call__(self, model: Any) -> dict[str, list[float]]:
+        """Mean losses of every text's windows."""
+        started = time.perf_counter()
+        model.eval()
+        with computing(model.device, self.autocast):
+            found = {text.source: list(perplexity(model, text).window_losses) for text in self.texts}
+        self.seconds += time.perf_counter() - started
+        return found
+
+    def verdict(self, judged: Sequence[dict[str, Any]]) -> str:
+        """Why training should stop: a text is worse than it was, by more than two paired standard errors; '' if none is."""
+        if len(judged) < 2:
+            return ""
+        for text in self.guards:
+            best = min(judged[:-1], key=lambda one: sum(one["losses"][text]))["losses"][text]
+            now = judged[-1]["losses"][text]
+            if not all(map(math.isfinite, now)):
+                return text
+            factor, error = paired(best, now)
+            if factor > 1 + max(WORSE, 2 * (error or 0.0)):
+                return text
+        return ""
+
+    def best(self, judged: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The one with the least loss over the guards."""
+        return min(judged, key=lambda one: _finite_sum(one["losses"], self.guards))
+
+
+class Diverged(BillhookError):
+    """The loss, or its gradient, is no longer a number."""
+
+
+def checkpoints(work: Path) -> list[Path]:
+    """The Trainer's checkpoint folders, by step."""
+    return sorted((path for path in work.glob("checkpoint-*") if path.is_dir()), key=step_of)
+
+
+def mark_whole(checkpoint: Path) -> None:
+    """Say that nothing is missing from a checkpoint: its last file lists the sizes of all others."""
+    sizes = {str(file.relative_to(checkpoint)): file.stat().st_size for file in checkpoint.rglob("*") if file.is_file()}
+    atomic.write_text(checkpoint / WHOLE, json.dumps(sizes) + "\n")
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint has all that it had when it was written."""
+    try:
+        sizes = json.loads((checkpoint / WHOLE).read_text(encoding="utf-8"))
+        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
+def step_of(checkpoint: Path) -> int:
+    """After which step a checkpoint was written."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _finite_sum(losses: dict[str, list[float]], names: Sequence[str]) -> float | int:
+    found = sum(sum(losses[name]) / len(losses[name]) for name in names)
+    return found if math.isfinite(found) else math.inf
