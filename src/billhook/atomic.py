@@ -117,6 +117,7 @@ def _put(work: Path, out: Path) -> None:
     work.chmod(0o777 & ~_umask())
     if not out.exists():
         work.rename(out)
+        _settle(out.parent)
         return
     old = work.with_suffix(".old")
     out.rename(old)
@@ -125,6 +126,7 @@ def _put(work: Path, out: Path) -> None:
     except BaseException:
         old.rename(out)
         raise
+    _settle(out.parent)
     shutil.rmtree(old)
 
 

@@ -11,7 +11,7 @@ import psutil
 import torch
 
 M_MMAP_THRESHOLD = -3  # malloc.h
-LARGE = 16_000_000  # bytes; at 1 MB a prune took a tenth longer, for 0.05 GB less
+LARGE = 1_000_000  # bytes
 
 
 def return_freed() -> None:
@@ -23,8 +23,7 @@ def return_freed() -> None:
 def return_large() -> None:
     """From now on have the C library take large blocks from the system one by one, and give each back when it is freed.
 
-    glibc does so from 128 kB on at first, and from up to 32 MB after it has freed some: the holes that these leave were 0.1 GB
-    of 1.3 in the prune of docs/LOG.md, "Larger than memory".
+    glibc does so from 128 kB on at first, and from up to 32 MB on once it has freed some, whose holes then stay.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, LARGE)

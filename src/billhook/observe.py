@@ -9,7 +9,7 @@ Nothing is kept for all layers: one hidden state per token (two where there is a
 
 import inspect
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -116,15 +116,7 @@ def walk(  # noqa: PLR0913
     kept = finished.grams if finished is not None and stream == "dense" else None
     wanted = [n for n in range(end) if n not in gone and (at is None or n in at)]
     if finished is not None and kept and kept.has(axis.reader_module for n in wanted for axis in by_layer[n]):
-        for n in wanted:
-            if n in finished.records:
-                finished.replay(n)
-                continue
-            tick("statistics", n, end)
-            with held(layers(model)[n]):
-                yield Layer(n, by_layer[n], *_recalled(kept, by_layer[n], model.device, clock))
-            return_freed()
-        tick("statistics", end, end)
+        yield from _recalled(model, kept, {n: by_layer[n] for n in wanted}, finished, clock, tick)
         return
     with clock("forward"):
         states, calls = enter(model, [batch for batch, _ in batches], keep)
@@ -169,16 +161,28 @@ def _kept(
 
 
 def _recalled(
-    grams: Grams, found: list[Axis], device: torch.device, clock: Clock
-) -> tuple[dict[str, Evidence], dict[str, Evidence]]:
-    """The evidence that an earlier walk in the dense stream has kept."""
-    sums: tuple[dict[str, Evidence], dict[str, Evidence]] = ({}, {})
-    with clock("gram"):
-        for name in {axis.reader_module for axis in found}:
-            for side, gram in zip(sums, grams.read(name, device), strict=True):
-                if gram is not None:
-                    side[name] = Evidence(gram)
-    return sums
+    model: PreTrainedModel, grams: Grams, wanted: Mapping[int, list[Axis]], finished: Finished, clock: Clock, tick: Tick
+) -> Iterator[Layer]:
+    """The layers `wanted`, each with its axes, by what an earlier walk in the dense stream has kept."""
+
+    def read(found: list[Axis]) -> tuple[dict[str, Evidence], dict[str, Evidence]]:
+        sums: tuple[dict[str, Evidence], dict[str, Evidence]] = ({}, {})
+        with clock("gram"):
+            for name in {axis.reader_module for axis in found}:
+                for side, gram in zip(sums, grams.read(name, model.device), strict=True):
+                    if gram is not None:
+                        side[name] = Evidence(gram)
+        return sums
+
+    for n, found in wanted.items():
+        if n in finished.records:
+            finished.replay(n)
+            continue
+        tick("statistics", n, len(wanted))
+        with held(layers(model)[n]):
+            yield Layer(n, found, *read(found))
+        return_freed()
+    tick("statistics", len(wanted), len(wanted))
 
 
 @dataclass
