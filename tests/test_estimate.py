@@ -129,3 +129,13 @@ def test_operations_of_a_narrowed_rehearsal_are_those_of_the_whole_width(
     for stage, expected in found[0].further.items():
         if stage not in rehearsal.BY_TOKEN:  # which count from shorter windows and by weights and squares
             assert found[1].further[stage].flops == pytest.approx(expected.flops, rel=0.1), stage
+
+
+def test_what_counts_no_operation_grows_with_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rehearsal, "ABOUT", 0.0)  # so that the FFN is narrowed
+    monkeypatch.setattr(rehearsal, "_timed", lambda *_: ({"forward": 1.0, "gram": 1.0, "solver": 2.0}, 0))
+    whole = tiny.model("llama", intermediate_size=2048)
+    given = recipe(**{**GIVEN, **WAYS["wanda"]})
+    found = rehearsal.rehearse(whole, given, Plan(), torch.float32, torch.device("cpu"))
+    weights = [2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * width + 2 * 32 for width in (2048, 256)]  # attention, FFN, norms
+    assert found.shrunk == 8 and found.further["solver"].seconds == pytest.approx(weights[0] / weights[1])

@@ -11,7 +11,6 @@ optional extra, `pip install 'billhook[ray]'`; only this module knows it.
 import functools
 import logging
 import multiprocessing
-import os
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -99,9 +98,6 @@ def _prepared(threads: int, prepare: Callable[..., None], given: tuple[Any, ...]
 def _cluster(
     address: str, device: str, prepare: Callable[..., None], given: tuple[Any, ...]
 ) -> Iterator[tuple[int, Each]]:
-    os.environ.setdefault(
-        "RAY_BACKEND_LOG_LEVEL", "error"
-    )  # or it warns every second of an address that does not answer
     try:
         import ray
     except ImportError as error:

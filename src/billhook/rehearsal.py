@@ -97,7 +97,7 @@ def rehearse(whole: Any, chosen: Recipe, plan: Plan, dtype: torch.dtype, device:
     attends = 1 + _attention_share(whole, chosen.seq_len)  # which the counter passes by
     first, further = {}, {}
     for stage in both:
-        times = grown.get(stage, 1.0)
+        times = grown.get(stage, grown["forward"])  # where no operation is counted, numbers are compared and moved
         by_time, by_count = (text / n.numel() if stage in BY_TOKEN else 1.0 for n in (tokens, few))
         by_count *= attends if stage == "forward" else 1.0
         seconds = [found.get(stage, 0.0) * times * by_time for found in (alone, both)]
