@@ -29,6 +29,7 @@ def open_paged(path: Path, name: str, dtype: torch.dtype, device: torch.device) 
     if why := why_whole(path, name):
         raise BillhookError(f"{name} {why}: {WHOLE}")
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    return_large()  # before every weight is allocated for a moment, which would leave the heap as large as the model
     try:
         model = bare(config, dtype)
         if (path / "generation_config.json").exists():
@@ -37,7 +38,6 @@ def open_paged(path: Path, name: str, dtype: torch.dtype, device: torch.device) 
         raise BillhookError(f"{name}: transformers could not build it ({first_line(error)})") from error
     model.config._name_or_path = str(path)
     files, keys = _places(path, name, model)
-    return_large()
     paged(model, files, keys, device, [f"{row_of(model).layers}.{n}" for n in range(len(layers(model)))])
     check_known(model)
     return model.eval().requires_grad_(False)
