@@ -48,25 +48,45 @@ def test_portions_are_even_and_whole() -> None:
 
 @pytest.mark.parametrize("hands", [Hands(2), Hands(ray="auto")], ids=["jobs", "ray"])
 def test_every_process_is_prepared_and_results_come_in_order(hands: Hands, cluster: str) -> None:
-    with crew(hands, "cpu", worker_tasks.prepare, (100,)) as (size, each):
-        assert list(each(worker_tasks.add, range(5), 3)) == [100, 103, 106, 109, 112]
-        with pytest.raises(BillhookError, match=r"^item 0 cannot work$"):
-            list(each(worker_tasks.fail, range(2)))
-    assert size == hands.jobs  # a Ray task takes all cores of a machine
+    with crew(hands, "cpu", worker_tasks.prepare, (100,)) as gang:
+        assert list(gang.each(worker_tasks.add, range(5), 3)) == [100, 103, 106, 109, 112]
+        with pytest.raises(BillhookError, match=r"^item [01] cannot work$"):  # whichever is first to say so
+            list(gang.each(worker_tasks.fail, range(2)))
+    assert gang.size == hands.jobs  # a Ray task takes all cores of a machine
+
+
+@pytest.mark.parametrize("hands", [Hands(2), Hands(ray="auto")], ids=["jobs", "ray"])
+def test_what_a_generator_yields_comes_as_it_is_made(hands: Hands, cluster: str, tmp_path: Path) -> None:
+    """The second thing is made only once the first was seen: a flow that waited for the end would never end."""
+    with crew(hands, "cpu", worker_tasks.prepare, (10,)) as gang:
+        seen = []
+        for one in gang.flow(worker_tasks.count_when_asked, ["a", "b", "c"], str(tmp_path)):
+            (tmp_path / one).touch()
+            seen.append(one)
+        assert sorted(seen) == ["a0", "a1", "a2", "b0", "b1", "b2", "c0", "c1", "c2"]
+        assert [one for one in seen if one[0] == "b"] == ["b0", "b1", "b2"]
+        assert list(gang.flow(worker_tasks.count_when_asked, [], str(tmp_path))) == []
 
 
 def test_what_a_dead_ray_worker_had_is_done_again(cluster: str, tmp_path: Path) -> None:
-    with crew(Hands(ray=cluster), "cpu", worker_tasks.prepare, (10,)) as (_, each):
-        assert list(each(worker_tasks.die_once, range(3), str(tmp_path))) == [10, 11, 12]
+    with crew(Hands(ray=cluster), "cpu", worker_tasks.prepare, (10,)) as gang:
+        assert list(gang.each(worker_tasks.die_once, range(3), str(tmp_path))) == [10, 11, 12]
+    assert (tmp_path / "dead").exists()
+
+
+def test_what_a_dead_ray_worker_had_yielded_comes_once(cluster: str, tmp_path: Path) -> None:
+    with crew(Hands(ray=cluster), "cpu", worker_tasks.prepare, (100,)) as gang:
+        found = list(gang.flow(worker_tasks.die_midway, range(2), str(tmp_path)))
+    assert sorted(found) == [100, 101, 102, 110, 111, 112]
     assert (tmp_path / "dead").exists()
 
 
 def test_a_dead_process_of_this_machine_is_said(tmp_path: Path) -> None:
     with (
-        crew(Hands(2), "cpu", worker_tasks.prepare, (10,)) as (_, each),
+        crew(Hands(2), "cpu", worker_tasks.prepare, (10,)) as gang,
         pytest.raises(BillhookError, match=r"--jobs: a worker process died"),
     ):
-        list(each(worker_tasks.die_once, range(3), str(tmp_path)))
+        list(gang.each(worker_tasks.die_once, range(3), str(tmp_path)))
 
 
 GIVEN = {"samples": 8, "seq_len": 32, "multiple_of": 1}

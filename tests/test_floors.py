@@ -69,7 +69,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
     ),
     ("restream", "skeleton", "journal"),
     ("methods.*", "checkpoint", "speed", "zeroshot", "report", "course", "reading", "pool"),
-    ("methods", "clients", "sensitivity", "chopping", "evaluate", "training", "pages.page"),
+    ("methods", "clients", "spreading", "sensitivity", "chopping", "evaluate", "training", "pages.page"),
     ("allocation", "slicing", "timing", "publish", "blocks", "masking", "sharing"),
     ("space", "trials"),
     ("samplers",),

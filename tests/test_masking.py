@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import billhook
-from billhook import cli, masking, operators, report, sparsity, support
+from billhook import cli, masking, operators, report, sparsity, spreading, support
 from billhook.errors import BillhookError
 from billhook.experts import unfuse
 from billhook.families import ROLES, layers, linears
@@ -202,9 +203,10 @@ def test_a_process_that_comes_to_do_several_parts_starts_each_from_the_unpruned_
     how = masking.Masking("wanda", sparsity.Pattern(0.5), ROLES, "dense", support.Settings())
     found = []
     for parts in ([range(1, 3)], [range(0, 1), range(1, 3)]):
-        masking._prepare_worker(str(folder), "cpu", "auto", False, tiny.tokens(8, 32), how)
-        found.append([masking._work(part) for part in parts][-1])
-    assert found[0] == found[1]
+        opens = {"name": str(folder), "device": "cpu", "dtype": "auto", "stream": False}
+        spreading._prepare(opens, math.inf, masking._packed, (tiny.tokens(8, 32), how))
+        found.append([list(spreading._work(list(part))) for part in parts][-1])
+    assert [n for n, *_ in found[0]] == [1, 2] and found[0] == found[1]
 
 
 def test_what_will_be_done_is_said_before(text: str) -> None:

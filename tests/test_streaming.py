@@ -184,6 +184,34 @@ def test_what_was_cut_off_goes_on_to_the_same_bits(
             assert again.report[part] == whole.report[part]
 
 
+@pytest.mark.parametrize("settings", [STREAMS[0], {"method": "fistapruner", "pattern": "2:4"}], ids=["fasp", "zeros"])
+def test_what_workers_had_done_is_kept(
+    settings: dict[str, Any], tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command that spreads the layers is killed itself, and goes on with workers, or alone."""
+    model, more = written("llama", tmp_path / "model"), {"hidden_budget": "40KB", **settings}
+    whole = billhook.prune(model, calibration=str(text_file), samples=10, seq_len=32, **settings)
+    whole.save(tmp_path / "whole")
+    for jobs in (1, 2):
+        work = tmp_path / f"work-{jobs}"
+        undo = cut_off(monkeypatch, 4)
+        with pytest.raises(CutOffError):
+            pruned(model, text_file, tmp_path / "never", work=work, jobs=2, **more)
+        undo()
+        assert len(list(work.glob("layer-*.json"))) == 2
+        again = billhook.prune(model, calibration=str(text_file), samples=10, seq_len=32, work=work, jobs=jobs, **more)
+        assert same(tmp_path / "whole", again.save(tmp_path / f"again-{jobs}"))
+        for part in ("cuts", "zeros"):
+            assert again.report[part] == whole.report[part]
+
+
+def test_a_hidden_budget_holds_in_workers(tmp_path: Path, text_file: Path) -> None:
+    with pytest.raises(BillhookError, match=r"--hidden-budget 100 bytes: the hidden states of one batch"):
+        pruned(
+            written("llama", tmp_path / "model"), text_file, tmp_path / "out", jobs=2, hidden_budget=100, **STREAMS[0]
+        )
+
+
 def test_every_expert_loses_its_own_again(tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer has as many axes of one kind as experts."""
     model, settings = written("mixtral", tmp_path / "model"), {"ratio": 0.2, "axes": ("expert_ffn",), "multiple_of": 8}

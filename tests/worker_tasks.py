@@ -2,6 +2,8 @@
 
 import os
 import signal
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from billhook.errors import BillhookError
@@ -27,3 +29,20 @@ def die_once(folder: str, item: int) -> int:
         (Path(folder) / "dead").touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return kept["start"] + item
+
+
+def die_midway(folder: str, item: int) -> Iterator[int]:
+    """Three things, of which the first to come that far dies before the second."""
+    for n in range(3):
+        if item == 1 and n == 1 and not (Path(folder) / "dead").exists():
+            (Path(folder) / "dead").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield kept["start"] + 10 * item + n
+
+
+def count_when_asked(folder: str, item: str) -> Iterator[str]:
+    """Three things, each once the one before has a file."""
+    for n in range(3):
+        while n and not (Path(folder) / f"{item}{n - 1}").exists():
+            time.sleep(0.01)
+        yield f"{item}{n}"

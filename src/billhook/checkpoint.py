@@ -75,10 +75,9 @@ def open_model(
         return Opened(open_paged(path, name, compute, where), load_tokenizer(path, name), name, path, stored)
     tick("loading", 0, 1)
     model = _load(path, name, compute).to(where)
-    for (
-        param
-    ) in model.parameters():  # off the mapped file, which would stay in memory whole until its last tensor is cut
-        param.data = param.data.clone()
+    if compute == stored and where.type == "cpu":  # or every weight was copied on the way
+        for param in model.parameters():  # off the mapped file, which stays in memory whole until its last tensor goes
+            param.data = param.data.clone()
     _take_apart(model)
     tick("loading", 1, 1)
     return Opened(model, load_tokenizer(path, name), name, path, stored)

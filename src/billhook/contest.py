@@ -307,8 +307,8 @@ def _workers(opened: Opened, by: Judged, jobs: int) -> Iterator[Callable[[list[R
         return
     device = str(opened.model.device)
     given = (opened.name, device, str(by.dtype).removeprefix("torch."), by)
-    with crew(Hands(jobs), device, _open_worker, given) as (_, each):
-        yield lambda chosen, tick: list(each(_in_worker, chosen))
+    with crew(Hands(jobs), device, _open_worker, given) as gang:
+        yield lambda chosen, tick: list(gang.each(_in_worker, chosen))
 
 
 @cache

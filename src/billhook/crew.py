@@ -1,7 +1,9 @@
 """Work in several processes: of this machine, or of a Ray cluster, which places it and does again what a dead worker had.
 
-    with crew(hands, "cpu", open_worker, (name, dtype)) as (size, each):
-        for found in each(function, items):  # in the order of the items
+    with crew(hands, "cpu", open_worker, (name, dtype)) as gang:
+        for found in gang.each(function, items):  # in the order of the items
+            ...
+        for found in gang.flow(generator, items):  # what the generator yields for any of them, as it comes
             ...
 
 `prepare(*given)` is called once in every process, which then may keep what it made in a global of its module.  ray is an
@@ -9,13 +11,14 @@ optional extra, `pip install 'billhook[ray]'`; only this module knows it.
 """
 
 import functools
+import itertools
 import logging
 import multiprocessing
 import socket
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +57,30 @@ class Hands:
 OWN = Hands()
 
 
+@dataclass(frozen=True)
+class Crew:
+    """Processes that wait for work."""
+
+    size: int
+    flow: Each  # function is a generator; what it yields for all items, those of one item in order
+
+    def each(self, function: Callable[..., Any], items: Iterable[Any], *common: Any) -> Iterator[Any]:
+        """`function(*common, item)` of each item, in the order of the items."""
+        early: dict[int, Any] = {}
+        ready = itertools.count()
+        due = next(ready)
+        for n, found in self.flow(_numbered, enumerate(items), function, *common):
+            early[n] = found
+            while due in early:
+                yield early.pop(due)
+                due = next(ready)
+
+
+def _numbered(function: Callable[..., Any], *given: Any) -> Iterator[tuple[int, Any]]:
+    *common, (n, item) = given
+    yield n, function(*common, item)
+
+
 def portions(total: int, count: int) -> list[range]:
     """`total` things in at most `count` runs that follow one another, as even as can be."""
     count = min(count, total)
@@ -61,8 +88,8 @@ def portions(total: int, count: int) -> list[range]:
 
 
 @contextmanager
-def crew(hands: Hands, device: str, prepare: Callable[..., None], given: tuple[Any, ...]) -> Iterator[tuple[int, Each]]:
-    """How many processes there are, and what has all of them work.
+def crew(hands: Hands, device: str, prepare: Callable[..., None], given: tuple[Any, ...]) -> Iterator[Crew]:
+    """Processes, each prepared when it is first needed.
 
     Args:
         device: what they compute on: a Ray task takes a GPU where this is one, else all cores of a machine.
@@ -75,18 +102,44 @@ def crew(hands: Hands, device: str, prepare: Callable[..., None], given: tuple[A
             yield found
         return
     threads = max(1, torch.get_num_threads() // hands.jobs)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(hands.jobs, context, _prepared, (threads, prepare, given)) as pool:
+    one = functools.partial(
+        ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"), _prepared, (threads, prepare, given)
+    )
+    with ExitStack() as stack:
+        yield Crew(hands.jobs, functools.partial(_flow, [stack.enter_context(one()) for _ in range(hands.jobs)]))
 
-        def each(function: Callable[..., Any], items: Iterable[Any], *common: Any) -> Iterator[Any]:
-            try:
-                yield from pool.map(functools.partial(function, *common), items)
-            except BrokenProcessPool as error:
-                raise BillhookError(
-                    "--jobs: a worker process died, perhaps for want of memory: use fewer jobs"
-                ) from error
 
-        yield hands.jobs, each
+def _flow(
+    idle: Sequence[ProcessPoolExecutor], function: Callable[..., Iterator[Any]], items: Iterable[Any], *common: Any
+) -> Iterator[Any]:
+    """Pools of one process, for a generator goes on where it began; each makes the next thing while the last is used."""
+    todo, busy = iter(items), dict[Future[list[Any]], ProcessPoolExecutor]()
+    try:
+        while True:
+            for pool, item in zip(idle, todo, strict=False):  # a pool first, or an item would be lost
+                busy[pool.submit(_step, functools.partial(function, *common, item))] = pool
+            if not busy:
+                return
+            idle = []
+            for future in wait(busy, return_when=FIRST_COMPLETED).done:
+                pool = busy.pop(future)
+                if found := future.result():
+                    busy[pool.submit(_step)] = pool
+                    yield found[0]
+                else:
+                    idle.append(pool)
+    except BrokenProcessPool as error:
+        raise BillhookError("--jobs: a worker process died, perhaps for want of memory: use fewer jobs") from error
+
+
+_begun: list[Iterator[Any]] = []  # the generator that this process is at
+
+
+def _step(begins: Callable[[], Iterator[Any]] | None = None) -> list[Any]:
+    """The next thing of the generator that `begins`, or of the one before; nothing at its end."""
+    if begins is not None:
+        _begun[:] = [begins()]
+    return list(itertools.islice(_begun[0], 1))
 
 
 def _prepared(threads: int, prepare: Callable[..., None], given: tuple[Any, ...]) -> None:
@@ -95,9 +148,7 @@ def _prepared(threads: int, prepare: Callable[..., None], given: tuple[Any, ...]
 
 
 @contextmanager
-def _cluster(
-    address: str, device: str, prepare: Callable[..., None], given: tuple[Any, ...]
-) -> Iterator[tuple[int, Each]]:
+def _cluster(address: str, device: str, prepare: Callable[..., None], given: tuple[Any, ...]) -> Iterator[Crew]:
     try:
         import ray
     except ImportError as error:
@@ -111,25 +162,26 @@ def _cluster(
             raise _no_answer(address, first_line(error)) from error
     try:
         size, cores, gpus = _room([node["Resources"] for node in ray.nodes() if node["Alive"]], address, device)
-        task = ray.remote(_on_a_worker).options(num_cpus=cores, num_gpus=gpus, max_retries=RETRIES)
+        how = {"num_cpus": cores, "num_gpus": gpus, "max_retries": RETRIES, "num_returns": "streaming"}
         setup = ray.put((store.code_sha256(), cores, prepare, given))
-        yield size, functools.partial(_in_cluster, ray, task, setup)
+        yield Crew(size, functools.partial(_in_cluster, ray, ray.remote(_on_a_worker).options(**how), setup))
     finally:
         if own:
             ray.shutdown()
 
 
 def _in_cluster(
-    ray: Any, task: Any, setup: Any, function: Callable[..., Any], items: Iterable[Any], *common: Any
+    ray: Any, task: Any, setup: Any, function: Callable[..., Iterator[Any]], items: Iterable[Any], *common: Any
 ) -> Iterator[Any]:
     shared = ray.put(common)
     waiting = [task.remote(setup, setup.hex(), function, shared, item) for item in items]
-    done = 0
     try:
-        for one in waiting:
-            found = ray.get(one)
-            done += 1
-            yield found
+        while waiting:
+            (first,), _ = ray.wait(waiting)
+            if (one := next(first, None)) is None:
+                waiting.remove(first)
+            else:
+                yield ray.get(one)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, BillhookError):
             raise error.cause from None
@@ -139,8 +191,7 @@ def _in_cluster(
             f"--ray: a task was lost {RETRIES + 1} times ({first_line(error)}): its machine may lack memory"
         ) from error
     finally:
-        # behind one that failed; Ray 2.60 aborts this process where a task that is forced to end has just ended
-        for one in waiting[done + 1 :]:
+        for one in waiting:  # not by force: Ray 2.60 aborts this process where such a task has just ended
             ray.cancel(one)
 
 
@@ -186,10 +237,10 @@ _ready: dict[str, str] = {}  # what this worker process is prepared for
 def _on_a_worker(
     setup: tuple[str, int, Callable[..., None], tuple[Any, ...]],
     name: str,
-    function: Callable[..., Any],
+    function: Callable[..., Iterator[Any]],
     common: tuple[Any, ...],
     item: Any,
-) -> Any:
+) -> Iterator[Any]:
     code, cores, prepare, given = setup
     if code != store.code_sha256():
         raise BillhookError("--ray: a worker has another version of billhook: install the same one on every machine")
@@ -197,4 +248,4 @@ def _on_a_worker(
         torch.set_num_threads(max(1, cores))
         prepare(*given)
         _ready["name"] = name
-    return function(*common, item)
+    yield from function(*common, item)

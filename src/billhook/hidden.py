@@ -38,8 +38,14 @@ class Room:
 _room: ContextVar[Room | None] = ContextVar("room", default=None)
 
 
+def limit() -> int | float:
+    """Bytes that are kept in memory at most."""
+    room = _room.get()
+    return float("inf") if room is None else room.limit
+
+
 @contextmanager
-def budget(limit: int | None) -> Iterator[None]:
+def budget(limit: int | float | None) -> Iterator[None]:
     """Keep at most so many bytes of hidden states in memory while open; None: all."""
     before = _room.set(Room(float("inf") if limit is None else limit))
     try:

@@ -15,17 +15,17 @@ from safetensors.torch import load, save
 from torch import nn
 from transformers import PreTrainedModel
 
-from billhook import checkpoint, sparsity
-from billhook.crew import OWN, Hands, crew, portions
+from billhook import sparsity
+from billhook.crew import OWN, Hands
 from billhook.errors import BillhookError
 from billhook.families import FUSED, layers, linear, linears, wanted, weight_of
 from billhook.journal import Journal
 from billhook.methods import METHODS
 from billhook.operators import ALONE, HELD_OUT, Group, Sums, operators
 from billhook.paging import held as in_memory
-from billhook.paging import is_paged
 from billhook.progress import Clock, Tick, quiet
 from billhook.sparsity import Pattern, Support
+from billhook.spreading import spread
 from billhook.support import Settings, Target, squared_error
 from billhook.tensors import Tokens, Weight
 from billhook.zeros import SPARSE
@@ -119,7 +119,7 @@ def mask(
     Args:
         tokens: calibration windows (windows, length).
         hands: several, where the stream lets no layer see what became of another.
-        journal: keeps every layer once it is done, and has those that an earlier run of the same work has; of one worker alone.
+        journal: keeps every layer once it is done, and has those that an earlier run of the same work has.
 
     Raises:
         BillhookError: as `check`; an activation is not finite; a Gram that cannot be factored (names the layer); layers that see
@@ -130,31 +130,39 @@ def mask(
         raise BillhookError(
             f"{hands.what}: in the stream {how.stream} a layer sees what became of those before: use --stream {' or '.join(ALONE)}, or one process"
         )
+    clock, journal = clock or Clock(), journal or Journal(None, model)
+    done = [Masked(**one) for one in journal.found]
     if hands.many:
-        return _shared(model, tokens, how, hands, clock or Clock(), tick)
-    return _made(model, tokens, how, None, clock or Clock(), tick, journal)
+        sparse = _shared(model, tokens, how, hands, journal, clock, tick)
+    else:
+        sparse = _by_layer(model, tokens, how, None, clock, tick, journal)
+    for n, found in sparse:
+        with clock("saving"):
+            journal.commit(n, [asdict(one) for one in found], [])
+        done += found
+    return sorted(done, key=lambda one: one.layer)
 
 
-def _made(
+def _by_layer(
     model: PreTrainedModel,
     tokens: Tokens,
     how: Masking,
-    at: range | None,
+    at: Sequence[int] | None,
     clock: Clock,
     tick: Tick,
-    journal: Journal | None = None,
-) -> list[Masked]:
+    finished: Journal | None = None,
+) -> Iterator[tuple[int, list[Masked]]]:
+    """The layers `at`, each once it is sparse, and still in memory."""
     fitted = (len(tokens) - int(HELD_OUT * len(tokens))) * tokens.shape[1]
     how = replace(how, settings=replace(how.settings, tokens=fitted))
-    journal = journal or Journal(None, model)
-    groups = operators(model, tokens, how.targets, stream=how.stream, at=at, finished=journal, clock=clock, tick=tick)
-    done, last = [Masked(**one) for one in journal.found], {n: _last(model, n, how) for n in range(len(layers(model)))}
-    for group in groups:
+    last, done = {n: _last(model, n, how) for n in range(len(layers(model)))}, list[Masked]()
+    for group in operators(
+        model, tokens, how.targets, stream=how.stream, at=at, finished=finished, clock=clock, tick=tick
+    ):
         done += [_masked(model, group, role, name, how, clock) for role, name in group.names.items()]
         if last[group.layer] in group.names.values():
-            with clock("saving"):
-                journal.commit(group.layer, [asdict(one) for one in done if one.layer == group.layer], [])
-    return done
+            yield group.layer, done
+            done = []
 
 
 def _last(model: PreTrainedModel, layer: int, how: Masking) -> str:
@@ -164,43 +172,23 @@ def _last(model: PreTrainedModel, layer: int, how: Masking) -> str:
 
 
 def _shared(
-    model: PreTrainedModel, tokens: Tokens, how: Masking, hands: Hands, clock: Clock, tick: Tick
-) -> list[Masked]:
-    """Every worker takes some layers that follow one another."""
-    given = (hands.name, str(model.device), hands.dtype, is_paged(model), tokens, how)
-    done: list[Masked] = []
-    with clock("workers"), crew(hands, str(model.device), _prepare_worker, given) as (size, each):
-        parts = portions(len(layers(model)), size)
-        tick("pruning in workers", 0, len(parts))
-        for n, (found, weights) in enumerate(each(_work, parts)):
-            done += found
-            for layer, packed in weights.items():
-                with in_memory(layers(model)[layer]):
-                    for name, weight in load(packed).items():
-                        weight_of(model, name).copy_(weight)
-            tick("pruning in workers", n + 1, len(parts))
-    return done
+    model: PreTrainedModel, tokens: Tokens, how: Masking, hands: Hands, journal: Journal, clock: Clock, tick: Tick
+) -> Iterator[tuple[int, list[Masked]]]:
+    """The same, by workers, in any order."""
+    for n, found, weights in spread(model, hands, _packed, (tokens, how), journal, clock=clock, tick=tick):
+        with in_memory(layers(model)[n]):
+            for name, weight in load(weights).items():
+                weight_of(model, name).copy_(weight)
+            yield n, found
 
 
-_worker: dict[str, Any] = {}  # of a process of its own: how to open the model, and what to do
-
-
-def _prepare_worker(name: str, device: str, dtype: str, stream: bool, tokens: Tokens, how: Masking) -> None:
-    _worker.update(opens={"name": name, "device": device, "dtype": dtype, "stream": stream}, tokens=tokens, how=how)
-
-
-def _work(part: range) -> tuple[list[Masked], dict[int, bytes]]:
-    """What became of some layers, and by layer their weights, as safetensors.  Of a model opened anew: a process may come to
-    do several parts, and the layers before each are the unpruned ones."""
-    model, how = checkpoint.open_model(**_worker["opens"]).model, _worker["how"]
-    with torch.no_grad():
-        done = _made(model, _worker["tokens"], how, part, Clock(), quiet)
-    weights = {}
-    for layer, names in itertools.groupby(every(model, how.targets), key=lambda one: one[0]):
-        if layer in part:
-            with in_memory(layers(model)[layer]):
-                weights[layer] = save({name: weight_of(model, name).cpu().contiguous() for _, _, name in names})
-    return done, weights
+def _packed(
+    model: PreTrainedModel, tokens: Tokens, how: Masking, at: Sequence[int]
+) -> Iterator[tuple[int, list[Masked], bytes]]:
+    """Every layer `at`, with its weights as safetensors."""
+    for n, found in _by_layer(model, tokens, how, at, Clock(), quiet):
+        names = [name for one in linears(model, n) for role, name in one.items() if wanted(role, how.targets)]
+        yield n, found, save({name: weight_of(model, name).cpu().contiguous() for name in names})
 
 
 def _masked(model: PreTrainedModel, group: Group, role: str, name: str, how: Masking, clock: Clock) -> Masked:

@@ -87,7 +87,7 @@ def operators(
     roles: Sequence[str],
     *,
     stream: str,
-    at: range | None = None,
+    at: Sequence[int] | None = None,
     held_out: float = HELD_OUT,
     finished: Finished | None = None,
     clock: Clock | None = None,
@@ -97,7 +97,7 @@ def operators(
 
     Args:
         tokens: calibration windows (windows, length).
-        at: the layers whose operators are yielded; the walk ends with the last.  None: all.
+        at: the layers whose operators are yielded, in order; the walk ends with the last.  None: all.
         held_out: share of the windows, the last ones, whose sums are kept apart.
         finished: layers that are made what they became and passed through, not yielded.
 
@@ -117,8 +117,8 @@ def operators(
     with clock("forward"):
         batches = _entered(model, tokens, len(tokens) - int(held_out * len(tokens)))
     mixed = f"{row_of(model).experts}."
-    for n, module in enumerate(layers(model)[: at.stop]):
-        tick("pruning", max(n - at.start, 0), len(at))
+    for n, module in enumerate(layers(model)[: at[-1] + 1 if at else 0]):
+        tick("pruning", sum(one < n for one in at), len(at))
         if finished is not None and n in finished.records:
             _replayed(n, module, finished, batches, stream, clock)
             continue
@@ -142,7 +142,7 @@ def operators(
                         with clock("gram"):
                             kept.keep(_input(model, n, named), fit.gram, apart and apart.gram)
                     yield Group(n, named, fit, apart)
-            if n + 1 < at.stop and not (stream == "dense" and groups):
+            if n < at[-1] and not (stream == "dense" and groups):
                 with clock("forward"):
                     _passed(n, module, unpruned, batches, alone=stream in ALONE)
             return_freed()
@@ -161,11 +161,17 @@ def _input(model: PreTrainedModel, n: int, named: Mapping[str, str]) -> str:
 
 
 def _recalled(
-    model: PreTrainedModel, grams: Grams, roles: Sequence[str], finished: Finished, at: range, clock: Clock, tick: Tick
+    model: PreTrainedModel,
+    grams: Grams,
+    roles: Sequence[str],
+    finished: Finished,
+    at: Sequence[int],
+    clock: Clock,
+    tick: Tick,
 ) -> Iterator[Group]:
     """Every group by what an earlier walk in the dense stream has kept."""
-    for n in at:
-        tick("pruning", n - at.start, len(at))
+    for done, n in enumerate(at):
+        tick("pruning", done, len(at))
         if n in finished.records:
             finished.replay(n)
             continue

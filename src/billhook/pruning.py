@@ -121,9 +121,7 @@ def prune(  # noqa: PLR0913
         fresh,
         replace(hands, name=os.path.abspath(opened.name) if Path(opened.name).exists() else opened.name),
     )
-    journals = (
-        work is not None and opened.folder is not None and not hands.many and not (chosen.searches or chosen.shears)
-    )
+    journals = work is not None and opened.folder is not None and not (chosen.searches or chosen.shears)
     kept = Path(work) if journals and work is not None else None
     if kept:
         feasible.check_room(opened, kept)
@@ -191,10 +189,11 @@ def prune_opened(
             announce(report.plan_line(model, plan, chosen.budget, chosen.patches))
         if plan.kinds or plan.layers or narrowed:
             given = (model, texts.calibration, plan, planning.method_settings(chosen))
+            journal = _journal(opened, chosen, windows, texts.calibration, plan, work, means.fresh, folder)
             if means.hands.many and not chosen.searches:
-                cuts = sharing.shared(*given, means.hands, scores=scores, clock=clock, tick=tick)
+                how = {"scores": scores, "journal": journal}
+                cuts = sharing.shared(*given, means.hands, **how, clock=clock, tick=tick)
             else:
-                journal = _journal(opened, chosen, windows, texts.calibration, plan, work, means.fresh, folder)
                 how = {"scores": scores, "stream": chosen.stream, "journal": journal}
                 cuts = carry_out(chosen.method)(*given, **how, clock=clock, tick=tick)
     finish(model, chosen, opened.dtype)

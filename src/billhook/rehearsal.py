@@ -33,8 +33,8 @@ from billhook.surgery import drop_layers
 from billhook.tensors import Tokens
 
 WINDOWS = 10  # of which one is held out, as of every ten
-ABOUT = 8.0  # seconds that all of it may take, where a layer lets it
-PASSES, SOLVES = 8, 24  # of a layer's weights, and of its Grams' cubes, in a rehearsal: roughly
+ABOUT = 16.0  # seconds that all of it may take, where a layer lets it
+PASSES, SOLVES = 8, 8  # of a layer's weights, and of its Grams' cubes, in a rehearsal: roughly
 SHORTEST, LARGEST = 32, 8  # tokens of a window, and divisor of the width
 MULTIPLE = 32
 VOCABULARY = 256

@@ -1,6 +1,7 @@
 """Cut a model in several processes: in the dense stream no layer sees what became of another, so each process takes some."""
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -8,14 +9,15 @@ import torch
 from safetensors.torch import load, save
 from transformers import PreTrainedModel
 
-from billhook import checkpoint
-from billhook.crew import Hands, crew, portions
+from billhook.crew import Hands
 from billhook.cuts import Cut
 from billhook.families import axes, layers
+from billhook.journal import Journal
 from billhook.methods.fasp import Piece, carry_out, pieces
-from billhook.paging import held, is_paged
+from billhook.paging import held
 from billhook.plan import Plan
 from billhook.progress import Clock, Tick, quiet
+from billhook.spreading import spread
 from billhook.surgery import drop_layers
 from billhook.tensors import Scores, Tokens
 
@@ -31,53 +33,55 @@ def shared(
     hands: Hands,
     *,
     scores: Mapping[tuple[int, str], Scores] | None = None,
+    journal: Journal | None = None,
     clock: Clock | None = None,
     tick: Tick = quiet,
 ) -> list[Cut]:
-    """Bit by bit what `fasp(stream="dense")` does by its `settings`, in processes that each take layers which follow one another.
+    """Bit by bit what `fasp(stream="dense")` does by its `settings`, in processes that each take some layers.
+
+    Args:
+        journal: keeps every layer once it is done, and has those that an earlier run of the same work has.
 
     Raises:
         BillhookError: as `fasp` and `crew`.
     """
-    clock = clock or Clock()
-    given = (hands.name, str(model.device), hands.dtype, is_paged(model), tokens, plan, settings, scores or {})
-    cuts: list[Cut] = []
-    with clock("workers"), crew(hands, str(model.device), _open_worker, given) as (size, each):
-        parts = portions(len(layers(model)), size)
-        tick("pruning in workers", 0, len(parts))
-        for n, found in enumerate(each(_work, parts)):
-            for layer, said in found.items():
-                with held(layers(model)[layer]):
-                    cuts += _carried_out(model, plan, said, clock)
-            tick("pruning in workers", n + 1, len(parts))
+    clock, journal = clock or Clock(), journal or Journal(None, model)
+    cuts, given = [Cut(**one) for one in journal.found], (tokens, plan, settings, scores or {})
+    for n, said in spread(model, hands, _said, given, journal, gone=plan.layers, clock=clock, tick=tick):
+        every = {(axis.kind, axis.reader.param): axis for axis in axes(model, plan.kinds)}
+        with held(layers(model)[n]):
+            for kind, reader, units, packed, cut in said:
+                drop, weight = torch.tensor(units, dtype=torch.long), load(packed)["weight"].to(model.device)
+                carry_out(model, Piece(every[kind, reader], drop, weight, Cut(**cut)), clock)
+            with clock("saving"):
+                drops = [(every[kind, reader], torch.tensor(units)) for kind, reader, units, _, _ in said]
+                journal.commit(n, [one[-1] for one in said], drops)
+        cuts += [Cut(**one[-1]) for one in said]
     drop_layers(model, plan.layers)
-    return cuts
+    return sorted(cuts, key=lambda one: one.layer)
 
 
-def _carried_out(model: PreTrainedModel, plan: Plan, said: list[Said], clock: Clock) -> list[Cut]:
-    """Cut one layer as a worker says."""
-    every = {(axis.kind, axis.reader.param): axis for axis in axes(model, plan.kinds)}
-    found = []
-    for kind, reader, units, packed, cut in said:
-        drop = torch.tensor(units, dtype=torch.long)
-        piece = Piece(every[kind, reader], drop, load(packed)["weight"].to(model.device), Cut(**cut))
-        carry_out(model, piece, clock)
-        found.append(piece.cut)
-    return found
-
-
-_worker: dict[str, Any] = {}  # of a process of its own: the model it has opened, and what to do
-
-
-def _open_worker(name: str, device: str, dtype: str, stream: bool, *given: Any) -> None:
-    _worker.update(model=checkpoint.open_model(name, device=device, dtype=dtype, stream=stream).model, given=given)
-
-
-def _work(part: range) -> dict[int, list[Said]]:
-    """What becomes of some layers, by layer."""
-    found: dict[int, list[Said]] = {}
-    for one in pieces(_worker["model"], *_worker["given"], at=part):
-        packed = save({"weight": one.weight.cpu().contiguous()})
-        said = (one.axis.kind, one.axis.reader.param, one.drop.tolist(), packed, asdict(one.cut))
-        found.setdefault(one.axis.layer, []).append(said)
-    return found
+def _said(
+    model: PreTrainedModel,
+    tokens: Tokens,
+    plan: Plan,
+    settings: Any,
+    scores: Mapping[tuple[int, str], Scores],
+    at: Collection[int],
+) -> Iterator[tuple[int, list[Said]]]:
+    """What becomes of every layer `at`."""
+    every = pieces(model, tokens, plan, settings, scores, at=at)
+    for n, found in itertools.groupby(every, key=lambda one: one.axis.layer):
+        yield (
+            n,
+            [
+                (
+                    one.axis.kind,
+                    one.axis.reader.param,
+                    one.drop.tolist(),
+                    save({"weight": one.weight.cpu().contiguous()}),
+                    asdict(one.cut),
+                )
+                for one in found
+            ],
+        )

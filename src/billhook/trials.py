@@ -157,8 +157,8 @@ def workers(bench: Bench, hands: Hands) -> Iterator[Bench]:
         yield bench
         return
     device = str(bench.model.device)
-    with crew(hands, device, _open_worker, (hands.name, device, hands.dtype, bench.autocast)) as (_, each):
-        yield replace(bench, each=each)
+    with crew(hands, device, _open_worker, (hands.name, device, hands.dtype, bench.autocast)) as gang:
+        yield replace(bench, each=gang.each)
 
 
 _worker: dict[str, Any] = {}  # of a process of its own: the model it has opened

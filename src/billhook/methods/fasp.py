@@ -109,7 +109,7 @@ def fasp(
             journal.commit(number, [asdict(p.cut) for p in pieces], [(p.axis, p.drop) for p in pieces])
         cuts += [one.cut for one in pieces]
     drop_layers(model, plan.layers)
-    return cuts
+    return sorted(cuts, key=lambda one: one.layer)  # an earlier run may have been of several processes
 
 
 @torch.no_grad()
