@@ -23,7 +23,8 @@ import transformers as T
 from processes import Child
 from safetensors.torch import load_file, save_file
 
-from billhook import atomic, checkpoint, cli, clients
+from billhook import atomic, checkpoint, claim, cli, clients
+from billhook.errors import BillhookError
 
 Tensors = dict[str, torch.Tensor]
 Damage = Callable[[Path], object]
@@ -433,6 +434,24 @@ def test_an_interrupt_as_the_folder_is_made_leaves_nothing(tmp_path: Path, monke
     with pytest.raises(KeyboardInterrupt), atomic.folder(tmp_path / "new" / "out"):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_process_left_goes_and_what_another_works_on_stays(tmp_path: Path) -> None:
+    left, other, young, unlike = (
+        tmp_path / name for name in (".out.1.partial", ".out.2.partial", ".out.3.partial", ".outer.1.partial")
+    )
+    for one in (left, other, young, unlike):
+        one.mkdir()
+        (one / "model.safetensors").write_text("x")
+        os.utime(one, (0, 0) if one != young else None)
+    with atomic._locked(other), atomic.folder(tmp_path / "out") as work:
+        assert not left.exists() and all(one.exists() for one in (other, young, unlike, work))
+    with pytest.raises(BillhookError, match="is not a run's folder"):
+        claim.claim(tmp_path, {}, fresh=False)
+    half = tmp_path / "work" / ".run.json.1.partial"
+    half.mkdir(parents=True)
+    claim.claim(half.parent, {"settings": {}}, fresh=False)
+    assert (half.parent / claim.NAME).exists()
 
 
 def await_that(what: Callable[[], object], runs: Callable[[], bool]) -> None:

@@ -1,16 +1,20 @@
 """Outputs appear whole or not at all: a temporary sibling, on the disk, then a rename."""
 
 import errno
+import fcntl
+import glob
 import os
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from billhook.errors import BillhookError
 
+FRESH = 10.0  # seconds in which a folder may not be locked yet
 MARK = "billhook.json"  # every folder billhook writes holds one; --overwrite replaces nothing else
 
 
@@ -44,22 +48,52 @@ def folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     try:
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
+            for left in out.parent.glob(partial(out.name)):
+                _remove_abandoned(left)
             work.mkdir(mode=0o700)
         except OSError as error:
             raise BillhookError(f"cannot write {out}: {error.strerror or error}") from error
-        yield work
-        try:
-            _put(work, out)
-        except OSError as error:  # a mount point, say
-            raise BillhookError(
-                f"cannot write {out}: {error.strerror or error}; nothing half-written was left"
-            ) from error
+        with _locked(work):
+            yield work
+            try:
+                _put(work, out)
+            except OSError as error:  # a mount point, say
+                raise BillhookError(
+                    f"cannot write {out}: {error.strerror or error}; nothing half-written was left"
+                ) from error
     except BaseException as error:
         shutil.rmtree(work, ignore_errors=True)
         remove_empty(made)
         if full := disk_full(error):
             raise BillhookError(f"cannot write {out}: {full}; nothing half-written was left") from error
         raise
+
+
+def partial(name: str) -> str:
+    """The pattern of what an output of that name is called until it is whole."""
+    return f".{glob.escape(name)}.*.partial"
+
+
+@contextmanager
+def _locked(work: Path) -> Iterator[bool]:
+    """Lock a folder while open, as long as this process lives; whether it could be: another has it, or the file system has no locks."""
+    own = os.open(work, os.O_RDONLY)
+    try:
+        fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        free = True
+    except OSError:
+        free = False
+    try:
+        yield free
+    finally:
+        os.close(own)
+
+
+def _remove_abandoned(work: Path) -> None:
+    """Remove what a process that was killed has left half-written: it may be as large as a model."""
+    with suppress(OSError), _locked(work) as free:  # or gone meanwhile
+        if free and time.time() - work.stat().st_mtime > FRESH:
+            shutil.rmtree(work)
 
 
 def check_file(path: Path) -> None:
