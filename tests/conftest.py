@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 # `checked` before billhook: what is imported after it is checked as it says; `processes` says what their server imports
-import checked  # noqa: F401
+import checked
 import processes  # noqa: F401
 import tiny
 
@@ -29,6 +29,11 @@ def _collections_are_short() -> None:
         _frozen[0] = len(sys.modules)
         gc.collect()
         gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _checks_begin_anew() -> None:
+    checked.begin()
 
 
 @pytest.fixture(autouse=True)

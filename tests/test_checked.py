@@ -1,4 +1,4 @@
-"""What the tests check at every call: types, and of tensors their shapes."""
+"""What the tests check the first times that each of them calls a function: types, and of tensors their shapes."""
 
 from typing import Any
 
