@@ -149,8 +149,9 @@ def _merge(model: PreTrainedModel, axis: Axis, members: list[int], routing: Rout
 def _error(layer: Mixture, *, held_out: bool) -> float | None:
     """||B'(x) - B(x)||_F / ||B(x)||_F of the mixture as it is now; None without windows of that side."""
     off, whole = 0.0, 0.0
-    for x, y, side in layer.seen:
+    for given, put_out, side in layer.seen:
         if side == held_out:
+            x, y = given.read(), put_out.read()
             off += float((layer.block(x) - y).float().square().sum(dtype=torch.float64))
             whole += float(y.float().square().sum(dtype=torch.float64))
     return (off / whole) ** 0.5 if whole > 0 else None
