@@ -71,6 +71,7 @@ def experts(
         count = plan.drops.get((layer.layer, "experts"), 0)
         if count and layer.layer not in plan.layers:
             cuts.append(_reduced(model, by_layer[layer.layer], layer, count, settings.way, draw, clock))
+        layer.seen.clear()  # states of all of the text, which would stay until the next layer's are there
     drop_layers(model, plan.layers)
     return cuts
 
