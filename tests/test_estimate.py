@@ -1,11 +1,13 @@
 """What --dry-run says, against the prune itself."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import billhook
@@ -95,12 +97,16 @@ def test_a_mixture_whose_first_layer_has_no_experts_is_rehearsed_by_its_last(
 
 
 def test_what_the_prune_would_refuse_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    given = ["prune", str(folders["qwen2_moe"]), "--method", "wanda", "--sparsity", "0.5", "--dry-run"]
+    model = tmp_path / "model"
+    shutil.copytree(folders["qwen2_moe"], model)
+    joined = {key: one.contiguous() for key, one in tiny.model("qwen2_moe").state_dict().items()}
+    save_file(joined, model / "model.safetensors", {"format": "pt"})
+    given = ["prune", str(model), "--method", "wanda", "--sparsity", "0.5", "--dry-run"]
     given += ["--calibration", str(folders["llama"] / "text.txt"), "--seq-len", "32"]
     taken = CliRunner().invoke(cli.app, [*given, "-o", str(folders["llama"])]).exception
     streamed = CliRunner().invoke(cli.app, [*given, "--stream-weights", "-o", str(tmp_path / "o")]).exception
     assert isinstance(taken, BillhookError) and isinstance(streamed, BillhookError)
-    assert "is a mixture of experts" in str(streamed)
+    assert "stored under another name or in one with others" in str(streamed)
 
 
 def test_nothing_is_written(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_routing_counts_what_the_router_does() -> None:
     found = list(mixtures(model, IDS, held_out=0.25))
     assert [one.layer for one in found] == [0, 1, 2]
     routing = found[1].routing
-    x = torch.cat([given for given, _, held in found[1].seen if not held]).flatten(0, -2)
+    x = torch.cat([given.read() for given, _, held in found[1].seen if not held]).flatten(0, -2)
     router: Any = model.get_submodule(router_path(model, 1))
     logits, weights, index = router(x)
     assert routing.tokens == len(x) == 6 * 32 and routing.frequency.sum() == 2 * len(x)

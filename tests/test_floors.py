@@ -53,6 +53,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
     ("crew", "grams", "scores", "taylor", "solution", "allocate", "choose", "restore", "sparsity", "axes", "merging"),
     ("families", "support", "data", "teacher", "pages.headline"),
     ("surgery", "observe", "gradients", "layout", "quality", "trainables", "zeros", "experts", "known", "residual"),
+    ("naming",),
     (
         "budget",
         "saving",

@@ -212,9 +212,13 @@ def test_a_hidden_budget_holds_in_workers(tmp_path: Path, text_file: Path) -> No
         )
 
 
-def test_every_expert_loses_its_own_again(tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("streamed", [False, True])
+def test_every_expert_loses_its_own_again(
+    streamed: bool, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A layer has as many axes of one kind as experts."""
     model, settings = written("mixtral", tmp_path / "model"), {"ratio": 0.2, "axes": ("expert_ffn",), "multiple_of": 8}
+    settings["stream_weights"] = streamed
     whole, work = pruned(model, text_file, tmp_path / "whole", **settings), tmp_path / "work"
     undo = cut_off(monkeypatch, 4)
     with pytest.raises(CutOffError):
@@ -380,11 +384,6 @@ def test_what_needs_all_weights_is_refused(flags: str, command: list[object], tm
     given = command if "--method" not in flags else [one for one in command if one not in ("--multiple-of", 2)]
     assert REFUSED[flags] in run(*given, *flags.split(), "--stream-weights")
     assert not (tmp_path / "out").exists()
-
-
-def test_a_mixture_is_not_streamed(tmp_path: Path) -> None:
-    with pytest.raises(BillhookError, match=r"is a mixture of experts.*--no-stream-weights"):
-        checkpoint.open_model(str(written("mixtral", tmp_path / "model")), stream=True)
 
 
 def cut_short(folder: Path) -> str:

@@ -25,7 +25,7 @@ from billhook.paging import finite
 from billhook.progress import Tick, quiet
 from billhook.saving import quiet_transformers, save, stored_parameters
 from billhook.shards import AGAIN, main_dtype, read_json
-from billhook.skeleton import open_paged, why_whole
+from billhook.skeleton import open_paged
 from billhook.surgery import cast
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -70,7 +70,7 @@ def open_model(
         one_of("dtype", dtype, ("auto", *DTYPES))
     ]
     if stream is None:
-        stream = too_large(path, compute, where) and not why_whole(path, name)
+        stream = too_large(path, compute, where)
     if stream:
         return Opened(open_paged(path, name, compute, where), load_tokenizer(path, name), name, path, stored)
     tick("loading", 0, 1)

@@ -24,7 +24,7 @@ from billhook.pruning import draw
 from billhook.recipe import Recipe
 from billhook.rehearsal import Cost, Rehearsed
 from billhook.saving import stored_bytes
-from billhook.skeleton import why_whole
+from billhook.skeleton import open_paged
 
 ROWS = 4096  # of a head, to time it
 PROBED = 1 << 25  # bytes that are read, copied and written to see how fast this machine does it
@@ -61,8 +61,9 @@ def estimate(
     stored = checkpoint.check_folder(folder, name)
     model = checkpoint.open_skeleton(name, tick)
     dtype = DTYPES.get(chosen.dtype, torch.float32 if device.type == "cpu" else stored)
-    if stream_weights and (why := why_whole(folder, name)):
-        raise BillhookError(f"--stream-weights: {name} {why}")
+    stream = checkpoint.too_large(folder, dtype, device) if stream_weights is None else stream_weights
+    if stream:
+        open_paged(folder, name, dtype, device)  # which says what cannot be read by parts
     peak, tokens = psutil.Process().memory_info().rss, 0
     with clock("reading the text"), peak_growth(torch.device("cpu")) as growth:
         if planning.needs_text(chosen):
@@ -76,9 +77,6 @@ def estimate(
     found = rehearsal.rehearse(model, chosen, plan, dtype, device) if tokens else None
     total, cut = budget.total_parameters(model), budget.saved_by(model, plan)
     held, written = dtype.itemsize * total, stored.itemsize * (total - cut)
-    stream = stream_weights
-    if stream is None:
-        stream = checkpoint.too_large(folder, dtype, device) and not why_whole(folder, name)
     speeds = _speeds(folder, output)
     stages = {"starting": Cost(started, 0.0), "reading the text": Cost(clock.seconds["reading the text"], 0.0)}
     stages["loading"] = Cost((READ if stream else 1) * stored_bytes(folder) / speeds.load, 0.0)

@@ -12,6 +12,9 @@ from transformers import PreTrainedModel
 
 from billhook.errors import BillhookError
 from billhook.families import layers, mixture, row_of
+from billhook.paging import is_paged
+
+JOINED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}  # of the stock class: what it joins
 
 
 class Expert(nn.Module):
@@ -52,14 +55,14 @@ def unfuse(model: PreTrainedModel) -> None:
         stock: Any = mixture(model, n)
         if stock is None or isinstance(stock, Experts):
             continue
-        if not all(isinstance(getattr(stock, name, None), nn.Parameter) for name in ("gate_up_proj", "down_proj")):
+        if not all(isinstance(getattr(stock, name, None), nn.Parameter) for name in JOINED):
             raise BillhookError(
                 f"layer {n}: its experts are not stored as gate_up_proj and down_proj: this checkpoint is not a stock "
                 f"{model.config.model_type}"
             )
         parts = zip(stock.gate_up_proj, stock.down_proj, strict=True)
         apart = Experts(Expert(gate_up, down, stock.act_fn) for gate_up, down in parts)
-        for name in ("gate_up_proj", "down_proj"):
+        for name in JOINED:
             stock.register_parameter(name, None)
         vars(apart)["stock"] = stock  # no submodule: it has no weights
         layers(model)[n].set_submodule(row_of(model).experts, apart)
@@ -67,6 +70,8 @@ def unfuse(model: PreTrainedModel) -> None:
 
 def fuse(model: PreTrainedModel) -> None:
     """Put the experts of every layer together again, in place, as many and as wide as they are now.
+
+    Those of a model that stays in its files stay apart, as they are there (billhook.naming).
 
     Raises:
         BillhookError: those of one layer differ in width, which no stock class can hold.
@@ -78,6 +83,8 @@ def fuse(model: PreTrainedModel) -> None:
         widths = {one.down_proj.in_features for one in every}
         if len(widths) > 1:
             raise BillhookError(f"layer {n}: its experts are {min(widths)} to {max(widths)} wide, and must be equal")
+        if is_paged(model):
+            continue
         joined = {
             "gate_up_proj": [torch.cat([one.gate_proj.weight, one.up_proj.weight]) for one in every],
             "down_proj": [one.down_proj.weight for one in every],

@@ -11,8 +11,10 @@ from transformers import PreTrainedModel
 
 from billhook.errors import BillhookError
 from billhook.families import layers, mixture, router_path, row_of
+from billhook.hidden import State, keep
 from billhook.memory import return_freed
 from billhook.observe import BATCH_TOKENS, enter, run
+from billhook.paging import held
 from billhook.progress import Clock, Tick, quiet
 from billhook.tensors import Gram, Scores, Tokens
 
@@ -41,7 +43,7 @@ class Mixture:
     layer: int
     routing: Routing
     block: nn.Module
-    seen: list[tuple[Tensor, Tensor, bool]]
+    seen: list[tuple[State, State, bool]]
 
 
 @torch.no_grad()
@@ -54,7 +56,8 @@ def mixtures(
     clock: Clock | None = None,
     tick: Tick = quiet,
 ) -> Iterator[Mixture]:
-    """Yield every layer that mixes experts, apart (billhook.experts), on the inputs that `stream` says.
+    """Yield every layer that mixes experts, apart (billhook.experts), on the inputs that `stream` says; its weights are there until
+    the next one is asked for.
 
     Raises:
         BillhookError: an activation is not finite; the message names the module.
@@ -67,30 +70,40 @@ def mixtures(
     ]
     batches = [(part, side) for part, side in batches if len(part)]
     with clock("forward"):
-        states, calls = enter(model, [part for part, _ in batches])
+        states, calls = enter(model, [part for part, _ in batches], keep)
     for n, module in enumerate(layers(model)):
         tick("routing", n, len(layers(model)))
+        passed = [one[n] for one in calls]
         experts: Any = mixture(model, n)
         if experts is None:
-            with clock("forward"):
-                states = [run(module, state, calls[b][n]) for b, state in enumerate(states)]
+            with clock("forward"), held(module, edits=False):
+                _onward(module, states, passed)
             continue
         block = module.get_submodule(row_of(model).experts.rpartition(".")[0])
         zeros = torch.zeros(len(experts), dtype=torch.float64)
         routing, seen = Routing(0, zeros, zeros.clone(), torch.zeros(len(zeros), len(zeros), dtype=torch.float64)), []
-        after = []
-        for b, state in enumerate(states):
-            with clock("forward"), _tapped(model, n, block, experts) as found:
-                after.append(run(module, state, calls[b][n]))
-            seen.append((found["in"], found["out"], batches[b][1]))
-            if not batches[b][1]:
-                with clock("routing"):
-                    _count(routing, found, n)
-        yield Mixture(n, routing, block, seen)
-        return_freed()
-        with clock("forward"):
-            states = after if stream == "dense" else [run(module, state, calls[b][n]) for b, state in enumerate(states)]
+        with held(module):
+            for b, state in enumerate(states):
+                with clock("forward"), _tapped(model, n, block, experts) as found:
+                    after = run(module, state.read(), passed[b])
+                seen.append((keep(found["in"]), keep(found["out"]), batches[b][1]))
+                if stream == "dense":
+                    states[b] = keep(after)
+                if not batches[b][1]:
+                    with clock("routing"):
+                        _count(routing, found, n)
+            yield Mixture(n, routing, block, seen)
+            return_freed()
+            if stream != "dense":
+                with clock("forward"):
+                    _onward(module, states, passed)
     tick("routing", 1, 1)
+
+
+def _onward(module: nn.Module, states: list[State], passed: list[dict[str, Any]]) -> None:
+    """Every batch through a layer, in place."""
+    for b, state in enumerate(states):
+        states[b] = keep(run(module, state.read(), passed[b]))
 
 
 def _count(routing: Routing, found: dict[Any, Any], layer: int) -> None:

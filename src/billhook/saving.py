@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from billhook import layout, tensorfile
 from billhook.experts import fuse
 from billhook.memory import return_freed
+from billhook.naming import stored_as
 from billhook.paging import is_paged, parameters
 from billhook.shards import INDEX
 
@@ -89,10 +91,11 @@ def _whole(model: Any) -> dict[str, Tensor]:
 
 
 def _pages(model: Any) -> Iterator[dict[str, Tensor]]:
-    """The parameters of a paged model, a tied one once, some pages at a time."""
-    found: dict[str, Tensor] = {}
-    for name, one in parameters(model):
-        found[name] = one
+    """What `_whole` has of a paged model, under the same names, some pages at a time."""
+    names, found = stored_as(model), dict[str, Tensor]()
+    buffers = ((name, one) for name, one in model.named_buffers() if name in names)
+    for name, one in chain(parameters(model), buffers):
+        found[names[name]] = one
         if sum(map(_bytes, found.values())) >= SHARD:
             yield found
             found = {}

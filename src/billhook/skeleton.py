@@ -10,12 +10,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.initialization import no_init_weights
 
 from billhook.errors import BillhookError, first_line
-from billhook.families import family_of, layers, row_of
+from billhook.experts import unfuse
+from billhook.families import layers, row_of
 from billhook.known import check_known
 from billhook.memory import return_large
+from billhook.naming import loaded_as, stored_as
 from billhook.paging import paged
 from billhook.saving import quiet_transformers
-from billhook.shards import AGAIN, read_json, stored
+from billhook.shards import AGAIN, stored
 
 WHOLE = "load it whole (--no-stream-weights)"
 
@@ -24,10 +26,8 @@ def open_paged(path: Path, name: str, dtype: torch.dtype, device: torch.device) 
     """The model of a folder that was checked, its weights left where they are; computes in `dtype` on `device`.
 
     Raises:
-        BillhookError: it is of a family that cannot stay in its files, or what is stored does not fit its config.
+        BillhookError: what is stored does not fit its config, or is stored in a way in which it cannot be read by parts.
     """
-    if why := why_whole(path, name):
-        raise BillhookError(f"{name} {why}: {WHOLE}")
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     return_large()  # before every weight is allocated for a moment, which would leave the heap as large as the model
     try:
@@ -38,7 +38,10 @@ def open_paged(path: Path, name: str, dtype: torch.dtype, device: torch.device) 
         raise BillhookError(f"{name}: transformers could not build it ({first_line(error)})") from error
     model.config._name_or_path = str(path)
     files, keys = _places(path, name, model)
-    paged(model, files, keys, device, [f"{row_of(model).layers}.{n}" for n in range(len(layers(model)))])
+    pager = paged(model, files, keys, device, [f"{row_of(model).layers}.{n}" for n in range(len(layers(model)))])
+    buffers = dict(model.named_buffers())
+    for one, tensor in pager.read([one for one in buffers if one in keys]):  # small, and in memory from here on
+        buffers[one].data = tensor.to(device, buffers[one].dtype, copy=True)
     check_known(model)
     return model.eval().requires_grad_(False)
 
@@ -51,28 +54,25 @@ def bare(config: Any, dtype: torch.dtype) -> Any:
     return model
 
 
-def why_whole(path: Path, name: str) -> str:
-    """Why a model must be loaded whole, or ''."""
-    row = family_of(read_json(path / "config.json", name).get("model_type"))
-    return "is a mixture of experts, whose experts are stored as one tensor and pruned apart" if row.experts else ""
-
-
 def _places(path: Path, name: str, model: Any) -> tuple[dict[str, Path], dict[str, str]]:
-    """The file of every parameter, and its name there; a tied one has its first."""
-    held, first = stored(path, name), dict[int, str]()
-    files, keys = {}, {}
-    for param, meta in model.named_parameters(remove_duplicate=False):
-        own = first.setdefault(id(meta), param)
-        places = (own, param, own.removeprefix(f"{model.base_model_prefix}."))  # as some older folders are written
-        key = next((one for one in places if one in held), None)
+    """The file of every tensor that is stored, and its name there; a tied one has its first.  Takes experts apart."""
+    held = stored(path, name)
+    names, within = loaded_as(model, held), f"{model.base_model_prefix}."
+    unfuse(model)
+    for one, own in stored_as(model).items():
+        for key in (own, own.removeprefix(within)):  # as some older folders are written
+            names |= {one: key} if key in held and one not in names else {}
+    files, keys, first = {}, {}, dict[int, str]()
+    for one, meta in model.state_dict(keep_vars=True).items():
+        key = next((names[n] for n in (first.setdefault(id(meta), one), one) if n in names), None)
         if key is None or held[key].shape != tuple(meta.shape):
             raise BillhookError(
-                f"{name}: tensor {param} is missing, stored under another name, or of another shape than config.json says: {AGAIN}, or "
-                f"{WHOLE}"
+                f"{name}: tensor {one} is missing, stored under another name or in one with others, or of another shape than config.json "
+                f"says: {AGAIN}, or {WHOLE}"
             )
-        files[param], keys[param] = held[key].file, key
+        files[one], keys[one] = held[key].file, key
     ignored = "|".join(model._keys_to_ignore_on_load_unexpected or ()) or "(?!)"
-    known = {*keys.values(), *files}
+    known = {*keys.values(), *(names[one] for one in keys if one in names)}
     if extra := [key for key in held if key not in known and not re.search(ignored, key)]:
         raise BillhookError(
             f"{name}: {len(extra)} tensors have no place in the model that config.json describes, first {extra[0]}: {AGAIN}"

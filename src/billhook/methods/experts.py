@@ -71,6 +71,7 @@ def experts(
         count = plan.drops.get((layer.layer, "experts"), 0)
         if count and layer.layer not in plan.layers:
             cuts.append(_reduced(model, by_layer[layer.layer], layer, count, settings.way, draw, clock))
+        layer.seen.clear()  # states of all of the text, which would stay until the next layer's are there
     drop_layers(model, plan.layers)
     return cuts
 
@@ -149,8 +150,9 @@ def _merge(model: PreTrainedModel, axis: Axis, members: list[int], routing: Rout
 def _error(layer: Mixture, *, held_out: bool) -> float | None:
     """||B'(x) - B(x)||_F / ||B(x)||_F of the mixture as it is now; None without windows of that side."""
     off, whole = 0.0, 0.0
-    for x, y, side in layer.seen:
+    for given, put_out, side in layer.seen:
         if side == held_out:
+            x, y = given.read(), put_out.read()
             off += float((layer.block(x) - y).float().square().sum(dtype=torch.float64))
             whole += float(y.float().square().sum(dtype=torch.float64))
     return (off / whole) ** 0.5 if whole > 0 else None
