@@ -272,7 +272,8 @@ def spill_in(model: Any, folder: Path) -> None:
     """Have pages of a paged model that are edited go to a folder of their own, which is emptied and goes with the model."""
     if is_paged(model):
         shutil.rmtree(folder, ignore_errors=True)
-        pager_of(model).spilled.folder = folder
+        spilled = pager_of(model).spilled
+        spilled.folder, spilled.made = folder, False
 
 
 def parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
