@@ -426,13 +426,18 @@ def test_nothing_is_left_where_nothing_was_done(command: list[object], tmp_path:
     assert sorted(one.name for one in tmp_path.iterdir() if "out" in one.name) == []
 
 
+@pytest.mark.parametrize(
+    ("flags", "free"),
+    {"": 100_000, "--method slicegpt --stream-weights": 400_000, "--method slicegpt": 100_000}.items(),
+)
 def test_a_disk_too_small_is_refused_before_the_work(
-    command: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    flags: str, free: int, command: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
     assert re.search(
-        r"has 0.00 GB free, and this takes up to 0.00.*choose another output", run(*command, "--ratio", 0.2)
+        r"has 0.00 GB free, and this takes up to 0.00.*choose another output",
+        run(*command, "--ratio", 0.2, *flags.split()),
     )
     assert not (tmp_path / "out.unfinished").exists()
 
