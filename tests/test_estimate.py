@@ -76,6 +76,7 @@ def test_operations_grow_with_the_text_where_they_do(folders: dict[str, Path], t
         (["--allocation", "auto"], "allocation auto tries cuts on the whole model"),
         (["--method", "adapruner"], "a search runs as long as its trials do"),
         (["--method", "layerchop", "--preset", "angular"], "presets other than by position try layers"),
+        (["--method", "slicegpt"], "slicegpt cuts all layers at once"),
         (["--samples", "10000"], "10000"),
         (["--jobs", "2"], "it tells what one process takes"),
     ],

@@ -17,7 +17,7 @@ from billhook import cli, clients, layout, report, residual, restream, rotation,
 from billhook.budget import decoder_parameters, saved_by, total_parameters
 from billhook.errors import BillhookError
 from billhook.families import axes, weight_of
-from billhook.methods.slicegpt import Settings, channel_scores, slicegpt
+from billhook.methods.slicegpt import Settings, _inputs, channel_scores, slicegpt
 from billhook.observe import gram_of
 from billhook.plan import Plan
 from billhook.progress import Clock, quiet
@@ -193,6 +193,19 @@ def test_the_score_is_the_squared_error_that_a_zeroed_channel_makes() -> None:
     slicegpt(cut, IDS, Plan(residual=8), Settings(restoration=False))
     by_hand = expected.argsort()[8:].sort().values
     assert torch.equal(residual.ends(cut)[0].weight, residual.ends(model)[0].weight[:, by_hand])
+
+
+@pytest.mark.parametrize("family", CUT)
+def test_inputs_layer_by_layer_are_those_of_a_forward_pass(family: str) -> None:
+    model, seen = tiny.model(family), {}
+    for readers in residual.residual(model).readers:
+        hook: Any = lambda module, args, readers=readers: seen.update({readers: args[0].flatten(0, -2)})  # noqa: E731
+        model.get_submodule(readers[0]).register_forward_pre_hook(hook)
+    model(IDS)
+    asked, expected = dict(_inputs(model, IDS, quiet)), dict(seen)
+    assert asked.keys() == expected.keys()
+    for readers, x in asked.items():
+        torch.testing.assert_close(x, expected[readers], rtol=1e-5, atol=1e-6)
 
 
 def test_turning_first_costs_less() -> None:

@@ -1,5 +1,6 @@
 """A model that stays in its files, and a prune that is killed: the same bits as one in memory that was left alone."""
 
+import gc
 import json
 import os
 import random
@@ -7,6 +8,7 @@ import re
 import resource
 import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,9 +41,16 @@ CASES: dict[str, dict[str, Any]] = {
     "wanda": {"method": "wanda", "sparsity": 0.5},
     "fistapruner": {"method": "fistapruner", "pattern": "2:4"},
     "admm": {"method": "admm", "sparsity": 0.6, "stream": "dense_target"},
+    "slicegpt": {"method": "slicegpt", "ratio": 0.2, "multiple_of": 4},
+    "slicegpt as it is": {"method": "slicegpt", "ratio": 0.2, "multiple_of": 4, "rotate": False},
+    "slicegpt unrestored": {"method": "slicegpt", "ratio": 0.2, "multiple_of": 4, "restoration": False},
 }
 OTHERS = ("fasp", "fistapruner", "layerchop")
 FAMILIES = ("llama", "gpt2", "gemma2", "phi3", "opt")  # tied, transposed, scaled, fused, with biases
+SLICED = {  # norms over heads, fused, untied; and scaled, tied, with norms behind writers, which no rotation passes
+    "slicegpt": ("qwen3", "phi3", "mistral"),
+    "slicegpt as it is": ("qwen3", "phi3", "gemma2", "gemma3_text"),
+}
 
 
 def written(family: str, to: Path, shards: str = "5GB") -> Path:
@@ -64,7 +73,10 @@ def same(a: Path, b: Path) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("family", "case"), [("llama", case) for case in CASES] + [(one, case) for one in FAMILIES[1:] for case in OTHERS]
+    ("family", "case"),
+    [("llama", case) for case in CASES]
+    + [(one, case) for one in FAMILIES[1:] for case in OTHERS]
+    + [(one, case) for case, families in SLICED.items() for one in families],
 )
 def test_streamed_is_as_in_memory(
     family: str, case: str, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
@@ -109,26 +121,117 @@ def test_a_paged_model_computes_what_it_would_in_memory(family: str, tmp_path: P
     assert torch.equal(*greedy)
 
 
-@pytest.mark.parametrize("case", ["fasp", "fistapruner", "layerchop"])
+@pytest.mark.parametrize("case", ["fasp", "fistapruner", "layerchop", "slicegpt", "slicegpt as it is"])
 def test_one_layer_is_there_at_a_time(
     case: str, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    there, most = set[str](), list[int]()
+    """Of each model, and where there are two, the same of both."""
+    there, most = set[tuple[str, int]](), list[int]()
     bring, leave = paging.Page.bring, paging.Page.leave
 
     def brought(page: paging.Page) -> None:
         bring(page)
-        there.add(page.name)
-        most.append(len(there))
+        there.add((page.name, id(page.pager)))
+        most.append(len({name for name, _ in there}))
+        assert len({pager for _, pager in there}) == len(there)
 
     def left(page: paging.Page, edited: bool = False) -> None:
         leave(page, edited)
-        there.difference_update([page.name] if not page.users else [])
+        there.difference_update([(page.name, id(page.pager))] if not page.users else [])
 
     monkeypatch.setattr(paging.Page, "bring", brought)
     monkeypatch.setattr(paging.Page, "leave", left)
     pruned(written("llama", tmp_path / "model"), text_file, tmp_path / "out", stream_weights=True, **CASES[case])
     assert max(most) == 1 and not there
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    return {name: one.clone() for name, one in paging.parameters(model)}
+
+
+def test_a_twin_keeps_its_weights_and_files_go_once_nobody_reads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    model = checkpoint.open_model(str(written("llama", tmp_path / "model")), stream=True).model
+    source, first, deep = tensors(tmp_path / "model"), layers(model)[0], layers(model)[1]
+
+    def spilled() -> list[str]:
+        return sorted(one.name.partition("-")[0] for one in tmp_path.glob("billhook-pages-*/*"))
+
+    def double(module: Any) -> None:
+        with paging.held(module):
+            module.mlp.up_proj.weight.data.mul_(2)
+
+    double(first)
+    double(first)  # whose first file nobody reads any more
+    assert spilled() == ["model.layers.0"]
+    twin = paging.twin(model)
+    before = weights(model)
+    assert {name: float((before[name] / one).mean()) for name, one in source.items() if "0.mlp.up" in name} == {
+        "model.layers.0.mlp.up_proj.weight": 4.0
+    }
+    double(first)
+    double(deep)
+    assert spilled() == ["model.layers.0", "model.layers.0", "model.layers.1"]
+    kept = weights(twin)
+    assert all(torch.equal(one, kept[name]) for name, one in before.items())
+    assert torch.equal(
+        weights(model)["model.layers.0.mlp.up_proj.weight"], 2 * kept["model.layers.0.mlp.up_proj.weight"]
+    )
+    layers(twin)[0] = torch.nn.Identity()
+    paging.renumber(twin)
+    assert spilled() == ["model.layers.0", "model.layers.1"]
+    del model, twin, first, deep
+    gc.collect()
+    assert not list(tmp_path.glob("billhook-pages-*"))
+
+
+def test_what_is_tied_stays_so_until_it_is_untied(tmp_path: Path) -> None:
+    model = checkpoint.open_model(str(written("llama", tmp_path / "model")), stream=True).model
+    embedding, head = residual.ends(model)
+    with paging.held(embedding):
+        embedding.weight.data.mul_(2)
+        embedding.weight = torch.nn.Parameter(embedding.weight.data[:, :16].clone(), False)
+    assert head.weight is embedding.weight and head.weight.shape[1] == 16
+    with paging.held(head), paging.held(embedding):
+        assert torch.equal(head.weight, embedding.weight)
+    head.weight = torch.nn.Parameter(embedding.weight.clone(), False)
+    with paging.held(embedding):
+        embedding.weight.data.zero_()
+    with paging.held(head):
+        assert head.weight.abs().sum() > 0
+
+
+@pytest.mark.parametrize("amiss", [False, True])
+def test_edited_pages_lie_beside_the_output_and_go(
+    amiss: bool, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is a folder for what a prune keeps; what a killed one left there goes when the next begins."""
+    model, work, spill = written("llama", tmp_path / "model"), tmp_path / "work", paging.Pager.spill
+    (work / "pages").mkdir(parents=True)
+    (work / "pages" / "left").write_text("x")
+    (work / "run.json").write_text("{}")
+    most = [0]
+
+    def counted(pager: paging.Pager, page: str, tensors: Any) -> None:
+        spill(pager, page, tensors)
+        assert not (work / "pages" / "left").exists()
+        most.append(sum(one.stat().st_size for one in (work / "pages").iterdir()))
+        if amiss and len(most) == 8:
+            raise CutOffError
+
+    monkeypatch.setattr(paging.Pager, "spill", counted)
+    given: dict[str, Any] = {"calibration": str(text_file), "samples": 10, "seq_len": 32, "stream_weights": True}
+    if amiss:
+        with pytest.raises(CutOffError):
+            billhook.prune(model, work=work, fresh=True, **given, **CASES["slicegpt"])
+    else:
+        billhook.prune(model, work=work, fresh=True, **given, **CASES["slicegpt"])
+        stored = sum(one.nbytes for one in tensors(model).values())
+        assert max(most) < 3 * stored
+    gc.collect()
+    assert not (work / "pages").exists()
 
 
 class CutOffError(Exception):
@@ -359,13 +462,18 @@ def test_nothing_is_left_where_nothing_was_done(command: list[object], tmp_path:
     assert sorted(one.name for one in tmp_path.iterdir() if "out" in one.name) == []
 
 
+@pytest.mark.parametrize(
+    ("flags", "free"),
+    {"": 100_000, "--method slicegpt --stream-weights": 400_000, "--method slicegpt": 100_000}.items(),
+)
 def test_a_disk_too_small_is_refused_before_the_work(
-    command: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    flags: str, free: int, command: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
     assert re.search(
-        r"has 0.00 GB free, and this takes up to 0.00.*choose another output", run(*command, "--ratio", 0.2)
+        r"has 0.00 GB free, and this takes up to 0.00.*choose another output",
+        run(*command, "--ratio", 0.2, *flags.split()),
     )
     assert not (tmp_path / "out.unfinished").exists()
 
@@ -374,7 +482,6 @@ REFUSED = {
     "--ratio 0.2 --allocation sensitivity --layout per_layer": "tries cuts on the whole model",
     "--ratio 0.2 --score taylor1_vector": "needs gradients of the whole model",
     "--speedup 1.2": "times the whole model",
-    "--method slicegpt --ratio 0.2": "cuts all layers at once",
     "--method layerchop --layers 2 --preset taylor": "needs gradients",
 }
 

@@ -105,7 +105,7 @@ def estimate(
         "flops": sum(one.flops for one in stages.values()),
         "peak_bytes": max(peak, highest),
         "free_bytes": free_bytes(device),
-        "disk_bytes": feasible.disk_bytes(model, dtype, stored, cut),
+        "disk_bytes": feasible.disk_bytes(model, chosen, dtype, stored, cut),
         "disk_free_bytes": shutil.disk_usage(feasible.above(output)).free,
         "streamed": stream,
         "rehearsed_widths": found and f"1/{found.shrunk}",
@@ -119,6 +119,7 @@ def _why_not(chosen: Recipe) -> str:
         return measured
     reasons = {
         "a search runs as long as its trials do": chosen.searches,
+        f"{chosen.method} cuts all layers at once": chosen.slices,
         "--select and presets other than by position try layers": chosen.chops and planning.needs_text(chosen),
         f"{chosen.method} counts what its text does": chosen.routes,
         "allocation standardised compares scores of the whole model": chosen.allocation == "standardised",

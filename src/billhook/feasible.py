@@ -11,7 +11,9 @@ from billhook.checkpoint import Opened
 from billhook.crew import Hands
 from billhook.errors import BillhookError
 from billhook.methods import METHODS
+from billhook.paging import is_paged
 from billhook.recipe import Recipe
+from billhook.residual import ends
 from billhook.taylor import GRADIENT_SCORES
 
 
@@ -45,7 +47,6 @@ def why_whole(chosen: Recipe) -> str:
         "a search tries candidates on the whole model": chosen.searches or chosen.shears,
         "--select healed trains candidates": chosen.select == "healed",
         "--vocab-from cuts the embedding table": bool(chosen.vocab_from),
-        "slicegpt cuts all layers at once": chosen.slices,
         "--speedup times the whole model": chosen.speedup is not None,
         f"allocation {chosen.allocation} tries cuts on the whole model": chosen.allocation
         in ("sensitivity", "auto", "global"),
@@ -60,17 +61,26 @@ def above(output: Path) -> Path:
     return next(one for one in output.expanduser().absolute().parents if one.exists())
 
 
-def disk_bytes(model: Any, computed: torch.dtype, stored: torch.dtype, gone: int = 0) -> int:
-    """Of all layers as they are done, and of a result without `gone` parameters."""
-    return computed.itemsize * budget.decoder_parameters(model) + stored.itemsize * (
-        budget.total_parameters(model) - gone
-    )
+def disk_bytes(model: Any, chosen: Recipe, computed: torch.dtype, stored: torch.dtype, gone: int = 0) -> int:
+    """Of what a prune keeps while it works, and of a result without `gone` parameters."""
+    return computed.itemsize * _kept(model, chosen) + stored.itemsize * (budget.total_parameters(model) - gone)
 
 
-def check_room(opened: Opened, work: Path) -> None:
-    """Refuse a disk too small for the layers as they are done and for the result, before anything is computed."""
+def _kept(model: Any, chosen: Recipe) -> int:
+    """Parameters that lie on the disk while it works, at most: all layers as they are done; of a stream that is cut in its files,
+    all that was turned, and beside it what is cut."""
+    if not chosen.slices:
+        return budget.decoder_parameters(model)
+    embedding, head = ends(model)
+    untied = embedding.weight.numel() if chosen.rotate and head.weight is embedding.weight else 0
+    copies = 2 if chosen.rotate and chosen.restoration else 1
+    return copies * (budget.total_parameters(model) + untied) if is_paged(model) else 0
+
+
+def check_room(opened: Opened, chosen: Recipe, work: Path) -> None:
+    """Refuse a disk too small for what a prune keeps and for the result, before anything is computed."""
     model, there = opened.model, above(work)
-    need = disk_bytes(model, model.dtype, opened.dtype)
+    need = disk_bytes(model, chosen, model.dtype, opened.dtype)
     if (free := shutil.disk_usage(there).free) < need:
         raise BillhookError(
             f"{there} has {free / 1e9:,.2f} GB free, and this takes up to {need / 1e9:,.2f}, for the result and for its layers as they are "

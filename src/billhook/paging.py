@@ -6,15 +6,19 @@ call ends; while it is `held` it stays, may be edited, and goes to a file of its
 
     with held(layer):
         ...  # weights are there, and may be changed or replaced
+    for names in by_page(model, every):
+        ...  # those of one page, which is held
 """
 
+import copy
 import shutil
 import tempfile
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from billhook import tensorfile
-from billhook.errors import BillhookError
+from billhook.errors import BillhookError, first_line
 
 PAGE = "billhook_page"  # attribute of a module that is one
 
@@ -33,15 +37,43 @@ def finite(tensor: Tensor) -> bool:
     return not tensor.numel() or all(bool(end.isfinite()) for end in tensor.aminmax())
 
 
-@dataclass
+class Spilled:
+    """Files of pages that were edited, of a model and its twins: one that none of them reads any more goes, all when they do."""
+
+    def __init__(self) -> None:
+        self.pagers: weakref.WeakSet[Pager] = weakref.WeakSet()
+        self.folder: Path | None = None  # None: a temporary one
+        self.made, self.numbers, self.written = False, count(), set[Path]()
+
+    def file(self, page: str) -> Path:
+        """A new one: what a twin reads is not written over."""
+        if not self.made:
+            self.folder = self.folder or Path(tempfile.mkdtemp(prefix="billhook-pages-"))
+            self.folder.mkdir(parents=True, exist_ok=True)
+            weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+            self.made = True
+        assert self.folder is not None
+        return self.folder / f"{page}-{next(self.numbers)}.safetensors"
+
+    def sweep(self) -> None:
+        needed = {file for pager in self.pagers for file in pager.files.values()}
+        for file in self.written - needed:
+            file.unlink(missing_ok=True)
+        self.written &= needed
+
+
+@dataclass(eq=False)
 class Pager:
     """Where every parameter of a paged model lies."""
 
     files: dict[str, Path]  # by the parameter's name in the model
     keys: dict[str, str]  # its name in that file
     device: torch.device
-    folder: Path | None = None  # for pages that were edited; None: a temporary one
+    spilled: Spilled = field(default_factory=Spilled)
     pages: list["Page"] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.spilled.pagers.add(self)
 
     def read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         """Parameters by name, as they are stored, each to be copied before the next is asked for: they lie in a mapped file.
@@ -67,15 +99,29 @@ class Pager:
         self.keys |= {name: name for name in names}
 
     def spill(self, page: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep edited parameters in a file of their own, from now on theirs."""
-        if self.folder is None:
-            self.folder = Path(tempfile.mkdtemp(prefix="billhook-pages-"))
-            weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
-        file = self.folder / f"{page}.safetensors"
-        work = file.with_suffix(".partial")
-        tensorfile.write(tensors, work)
-        work.replace(file)
+        """Keep edited parameters in a file of their own, from now on theirs.
+
+        Raises:
+            BillhookError: it cannot be written.
+        """
+        file = self.spilled.file(page)
+        try:
+            tensorfile.write(tensors, file)
+        except OSError as error:
+            file.unlink(missing_ok=True)
+            raise BillhookError(
+                f"cannot write weights to {file}: {first_line(error)}: free some room, or choose another output"
+            ) from error
+        self.spilled.written.add(file)
         self.place(file, list(tensors))
+
+    def standing(self) -> dict[int, list[tuple[str, nn.Module, str]]]:
+        """By parameter everywhere that it stands, a tied one more than once: its name, the module, its name there."""
+        found: dict[int, list[tuple[str, nn.Module, str]]] = defaultdict(list)
+        for page in self.pages:
+            for name, (owner, leaf) in page.owners().items():
+                found[id(owner._parameters[leaf])].append((name, owner, leaf))
+        return found
 
 
 @dataclass
@@ -97,7 +143,7 @@ class Page:
     def bring(self) -> None:
         self.users += 1
         if self.users == 1:
-            owners = self._owners()
+            owners = self.owners()
             for name, tensor in self.pager.read(list(owners)):
                 owner, leaf = owners[name]
                 meta = self.away[name] = getattr(owner, leaf)
@@ -109,22 +155,33 @@ class Page:
         self.users -= 1
         if self.users:
             return
-        owners = self._owners()
-        now = self.parameters()
-        if edited and self._differs(now):
+        now, away = self.parameters(), self.away
+        for name, (owner, leaf) in self.owners().items():
+            owner._parameters[leaf] = away[name]
+        self.away = {}
+        spilled = edited and self._differs(now)
+        if spilled:
             self.pager.spill(self.name, now)
-        for name, (owner, leaf) in owners.items():
-            old, meta = now[name], self.away[name]
-            if old.shape != meta.shape:
-                meta = nn.Parameter(torch.empty_like(old, device="meta"), old.requires_grad)
-            owner._parameters[leaf] = meta
-        self.away.clear()
+        if spilled or any(now[name].shape != away[name].shape for name in now):
+            self._share(now, away)
+            self.pager.spilled.sweep()
+
+    def _share(self, now: Mapping[str, nn.Parameter], away: Mapping[str, nn.Parameter]) -> None:
+        """Have what stands for edited parameters follow their sizes, and what is tied to them their files."""
+        standing, pager = self.pager.standing(), self.pager
+        for name, new in now.items():
+            meta = away[name]
+            if new.shape != meta.shape:
+                meta = nn.Parameter(torch.empty_like(new, device="meta"), new.requires_grad)
+            for other, owner, leaf in standing[id(away[name])]:
+                owner._parameters[leaf] = meta
+                pager.files[other], pager.keys[other] = pager.files[name], pager.keys[name]
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """By name in the model, as they are now."""
-        return {name: getattr(owner, leaf) for name, (owner, leaf) in self._owners().items()}
+        return {name: getattr(owner, leaf) for name, (owner, leaf) in self.owners().items()}
 
-    def _owners(self) -> dict[str, tuple[nn.Module, str]]:
+    def owners(self) -> dict[str, tuple[nn.Module, str]]:
         """By the name of each parameter in the model: the module that holds it, and its name there."""
         found = {}
         for path, module in self.module.named_modules() if self.whole else [("", self.module)]:
@@ -161,19 +218,39 @@ def paged(model: Any, files: dict[str, Path], keys: dict[str, str], device: torc
 
 
 def _hook(page: Page) -> None:
-    def before(module: nn.Module, _: Any) -> None:
-        page.called = "forward" not in vars(module)  # one that is passed by needs no weights
-        if page.called:
-            page.bring()
-
-    def after(module: nn.Module, *_: Any) -> None:
-        if page.called:
-            page.leave()
-
     vars(page.module)[PAGE] = page
     page.pager.pages.append(page)
-    page.module.register_forward_pre_hook(before)
-    page.module.register_forward_hook(after, always_call=True)
+    page.module.register_forward_pre_hook(_before)
+    page.module.register_forward_hook(_after, always_call=True)
+
+
+def _before(module: nn.Module, _: Any) -> None:
+    page: Page = vars(module)[PAGE]
+    page.called = "forward" not in vars(module)  # one that is passed by needs no weights
+    if page.called:
+        page.bring()
+
+
+def _after(module: nn.Module, *_: Any) -> None:
+    page: Page = vars(module)[PAGE]
+    if page.called:
+        page.leave()
+
+
+def twin(model: Any) -> Any:
+    """A copy of a model, which keeps its weights whatever becomes of the first one's; of a paged one, none of whose pages is
+    held, no weight is copied."""
+    if not is_paged(model):
+        return copy.deepcopy(model)
+    first = pager_of(model)
+    pager = Pager(dict(first.files), dict(first.keys), first.device, first.spilled)
+    pager.pages = [replace(page, pager=pager, away={}) for page in first.pages]
+    old, new = (first, *first.pages), (pager, *pager.pages)
+    found = copy.deepcopy(model, {id(one): own for one, own in zip(old, new, strict=True)})
+    modules = dict(found.named_modules())
+    for page in pager.pages:
+        page.module = modules[page.prefix]
+    return found
 
 
 def is_paged(model: Any) -> bool:
@@ -181,9 +258,22 @@ def is_paged(model: Any) -> bool:
     return "billhook_pager" in vars(model)
 
 
+def pager_of(model: Any) -> Pager:
+    """What knows where the parameters of a paged model lie."""
+    return vars(model)["billhook_pager"]
+
+
 def pages_of(model: Any) -> list[Page]:
     """The pages of a paged model, in the order of its modules."""
-    return vars(model)["billhook_pager"].pages
+    return pager_of(model).pages
+
+
+def spill_in(model: Any, folder: Path) -> None:
+    """Have pages of a paged model that are edited go to a folder of their own, which is emptied and goes with the model."""
+    if is_paged(model):
+        shutil.rmtree(folder, ignore_errors=True)
+        spilled = pager_of(model).spilled
+        spilled.folder, spilled.made = folder, False
 
 
 def parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
@@ -203,14 +293,14 @@ def parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
 def place(model: Any, file: Path, names: list[str]) -> None:
     """Have parameters of a paged model come from a file that has them under their own names; nothing to do for one in memory."""
     if is_paged(model):
-        vars(model)["billhook_pager"].place(file, names)
+        pager_of(model).place(file, names)
 
 
 def renumber(model: Any) -> None:
     """Have the pages of a model follow where their modules are now, once some are gone; nothing to do for one in memory."""
     if not is_paged(model):
         return
-    pager: Pager = vars(model)["billhook_pager"]
+    pager = pager_of(model)
     now = {id(module): path for path, module in model.named_modules()}
     pager.pages = [page for page in pager.pages if id(page.module) in now]
     files, keys = {}, {}
@@ -219,6 +309,7 @@ def renumber(model: Any) -> None:
         for old, new in zip(before, page.parameters(), strict=True):
             files[new], keys[new] = pager.files[old], pager.keys[old]
     pager.files, pager.keys = files, keys
+    pager.spilled.sweep()
 
 
 @contextmanager
@@ -239,3 +330,23 @@ def held(module: nn.Module, *, edits: bool = True) -> Iterator[None]:
         page.leave()
         raise
     page.leave(edited=edits)
+
+
+def by_page(model: Any, names: Iterable[str], *, edits: bool = True) -> Iterator[list[str]]:
+    """Paths of parameters or modules, those of one page at a time, which is held; of a model in memory all at once.
+
+    Args:
+        edits: as of `held`.
+    """
+    if not is_paged(model):
+        yield list(names)
+        return
+    pages = {page.prefix: page.module for page in pages_of(model)}
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        parts = name.split(".")
+        above = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+        found[next(path for path in above if path in pages)].append(name)
+    for path, here in found.items():
+        with held(pages[path], edits=edits):
+            yield here

@@ -19,6 +19,7 @@ from billhook import (
     hidden,
     layout,
     masking,
+    paging,
     planning,
     quality,
     report,
@@ -51,6 +52,7 @@ from billhook.tensors import Tokens
 from billhook.trials import Means
 
 SAMPLE = 2**20  # characters of the calibration text by which a cut vocabulary is judged
+PAGES = "pages"  # folder of a prune's own folder: weights that it changed and no journal keeps, where they stream
 VOCABULARY_STEP = 64  # rows of an embedding: what kernels and tensor parallelism like
 
 
@@ -124,7 +126,7 @@ def prune(  # noqa: PLR0913
     journals = work is not None and opened.folder is not None and not (chosen.searches or chosen.shears)
     kept = Path(work) if journals and work is not None else None
     if kept:
-        feasible.check_room(opened, kept)
+        feasible.check_room(opened, chosen, kept)
     with hidden.budget(amounts.amount(hidden_budget, amounts.BYTES, "hidden-budget")):
         return prune_opened(opened, chosen, tick, statistics, announce, means, kept)
 
@@ -257,6 +259,7 @@ def _journal(
             },
             fresh,
         )
+        paging.spill_in(opened.model, work / PAGES)
     grams = None
     if statistics and chosen.stream == "dense":
         model, seen = opened.model, hashlib.sha256(tokens.numpy().tobytes()).hexdigest()

@@ -28,8 +28,10 @@ from transformers.pytorch_utils import Conv1D
 from billhook.axes import Slot, blocks
 from billhook.errors import BillhookError
 from billhook.families import layers, linear, linears, row_of, shape
+from billhook.paging import by_page
 from billhook.tensors import Kept, Units
 
+ROWS = 8192  # of a weight in float64 at a time
 EPS = "rms_norm_eps"  # config key: of all norms of a model
 EPS_NAMES = ("variance_epsilon", "eps")  # what norm modules call it
 SIZE_NAMES = ("hidden_size", "embed_dim")  # what other modules call the residual dimension
@@ -161,7 +163,8 @@ def added(model: PreTrainedModel, channels: int) -> int:
 @torch.no_grad()
 def silence(model: PreTrainedModel, drop: Units) -> None:
     """Zero the channels `drop` in all that writes them: the reference that `cut` must match."""
-    for slot in writes(model, residual(model)):
+    slots = {slot.param: slot for slot in writes(model, residual(model))}
+    for slot in (slots[param] for params in by_page(model, slots) for param in params):
         param = model.get_parameter(slot.param)
         param.data.index_fill_(slot.dim, slot.index[drop.cpu()].flatten().to(param.device), 0)
 
@@ -177,26 +180,25 @@ def cut(model: PreTrainedModel, kept: Kept) -> None:
     found = residual(model)
     before, after = found.channels, len(kept)
     grown = math.sqrt(before / after)
-    feeds = {norm: model.get_submodule(name) for norm, name in flow(model, found).before.items()}
+    feeding = set(flow(model, found).before.values())
     scaled = _scale_by_size(model, before)
-    for slot in (*writes(model, found), *reads(model, found)):
-        old = model.get_parameter(slot.param)
-        _put(model, slot.param, old.detach().index_select(slot.dim, kept.to(old.device)), old.requires_grad)
+    same = last_norm(model, found) if scaled and found.tied else ""  # whose head grows instead
+    slots = {slot.param: slot for slot in (*writes(model, found), *reads(model, found))}
+    for params in by_page(model, slots):
+        for param in params:
+            old, name = model.get_parameter(param), param.rpartition(".")[0]
+            _put(model, param, old.detach().index_select(slots[param].dim, kept.to(old.device)), old.requires_grad)
+            module: Any = model.get_submodule(name)
+            if name in found.norms and name != same:
+                set_gain(module, gain(module) * grown)
+            elif (name in feeding and param.endswith(".weight")) or (name == found.embedding and scaled):
+                _grow(module, grown)
     embedding, head = ends(model)
     embedding.embedding_dim = after
     if scaled:
-        embedding.weight.data = _times(embedding.weight, grown)
         _rescale_embedding(embedding, after)
     if found.tied:
         head.weight, head.in_features = embedding.weight, after
-    last = last_norm(model, found)
-    for name in found.norms:
-        norm = model.get_submodule(name)
-        if not (scaled and found.tied and name == last):  # whose head has grown already
-            set_gain(norm, gain(norm) * grown)
-    for name in found.inner:
-        for param in feeds[name].parameters():
-            param.data = _times(param.data, grown)
     eps = float(getattr(model.config, EPS)) * before / after
     for name in (*found.norms, *found.inner):
         norm = model.get_submodule(name)
@@ -215,8 +217,11 @@ def _put(model: PreTrainedModel, name: str, value: Tensor, trains: bool) -> None
         owner.nx, owner.nf = owner.weight.shape
 
 
-def _times(weight: Tensor, factor: float) -> Tensor:
-    return (weight.detach().double() * factor).to(weight.dtype)
+def _grow(module: nn.Module, factor: float) -> None:
+    """Multiply all parameters of a module, in place."""
+    for param in module.parameters():
+        for rows in param.data.split(ROWS):
+            rows.copy_(rows.double() * factor)
 
 
 def _update_sizes(model: PreTrainedModel, before: int, after: int) -> None:

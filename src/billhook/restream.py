@@ -13,8 +13,9 @@ SliceGPT itself restores nothing.  Readers alone or writers alone are no help (d
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,15 +24,16 @@ from transformers import PreTrainedModel
 
 from billhook.errors import BillhookError
 from billhook.families import axes, layers, linears, weight_of
+from billhook.hidden import State, keep
 from billhook.linalg import factor
 from billhook.memory import return_freed
-from billhook.observe import BATCH_TOKENS, enter, gram_of, run
+from billhook.observe import BATCH_TOKENS, add_upper, enter, mirrored, run
 from billhook.operators import seen
+from billhook.paging import held, renumber
 from billhook.progress import Clock, Tick
-from billhook.residual import flow, last_norm, residual
+from billhook.residual import ROWS, flow, last_norm, residual
 from billhook.tensors import Cross, Gram, Kept, Tokens, Weight
 
-ROWS = 8192  # of a head in float64 at a time
 LAST = 3  # step of a layer: q, k and v; o; gate and up; down
 
 
@@ -39,8 +41,8 @@ LAST = 3  # step of a layer: q, k and v; o; gate and up; down
 class _Batch:
     """Some windows on their way through both models."""
 
-    state: Tensor
-    dense: Tensor
+    state: State
+    dense: State
     calls: list[dict[str, Any]]  # what either model passes to each layer
 
 
@@ -58,6 +60,8 @@ def restore(
 ) -> None:
     """Refit the cut `model` to the unpruned `dense`, in place; the layers of `dense` are given up one by one.
 
+    Of a paged model (billhook.paging) a layer of each is there at a time.
+
     Args:
         tokens: calibration windows (windows, length).
         kept: the channels of `dense` that `model` has.
@@ -71,45 +75,49 @@ def restore(
     adds = axes(dense, ("ffn",))[0].ends_layer  # or a norm, or a factor, stands between writers and the stream
     parts = list(tokens.split(max(1, BATCH_TOKENS // tokens.shape[1])))
     with clock("forward"):
-        batches = [_Batch(s, d, c) for s, d, c in zip(enter(model, parts)[0], *enter(dense, parts), strict=True)]
+        states = (enter(model, parts, keep)[0], *enter(dense, parts, keep))
+        batches = [_Batch(*one) for one in zip(*states, strict=True)]
     for n, layer in enumerate(layers(model)):
         tick("restoration", n, total)
         unpruned = layers(dense)[n]
-        for step, names in enumerate(linears(model, n)):
-            writes = step % 2 == 1
-            if writes and not adds:
-                continue
-            first = next(iter(names.values()))
+        with held(layer), held(unpruned, edits=False):
+            for step, names in enumerate(linears(model, n)):
+                writes = step % 2 == 1
+                if writes and not adds:
+                    continue
+                first = next(iter(names.values()))
+                G, T = _sums(first, batches, partial(_pair, n, layer, unpruned, first, step, kept), clock)
+                with clock("restoration"):
+                    for name in names.values():
+                        target = T if writes else weight_of(dense, name).to(T) @ T * (grown if name in fed else 1)
+                        _refit(weight_of(model, name), target, G, share, damping)
             with clock("forward"):
-                pairs = [_pair(n, layer, unpruned, first, step, one, kept) for one in batches]
-            with clock("restoration"):
-                G, T = _sums(first, pairs)
-                for name in names.values():
-                    target = T if writes else weight_of(dense, name).to(T) @ T * (grown if name in fed else 1)
-                    _refit(weight_of(model, name), target, G, share, damping)
-        with clock("forward"):
-            for one in batches:
-                one.state, one.dense = run(layer, one.state, one.calls[n]), run(unpruned, one.dense, one.calls[n])
+                for one in batches:
+                    one.state = keep(run(layer, one.state.read(), one.calls[n]))
+                    one.dense = keep(run(unpruned, one.dense.read(), one.calls[n]))
         layers(dense)[n] = nn.Identity()
+        renumber(dense)
         return_freed()
     tick("restoration", total, total)
     if not found.tied:
         norms = [one.get_submodule(last_norm(one, place)) for one, place in ((model, found), (dense, whole))]
-        with clock("restoration"):
-            G, T = _sums(found.head, [(norms[0](one.state), norms[1](one.dense)) for one in batches])
-            for V, W in zip(
-                weight_of(model, found.head).split(ROWS), weight_of(dense, whole.head).split(ROWS), strict=True
-            ):
+        with held(norms[0], edits=False), held(norms[1], edits=False):
+            G, T = _sums(
+                found.head, batches, lambda one: (norms[0](one.state.read()), norms[1](one.dense.read())), clock
+            )
+        heads = model.get_submodule(found.head), dense.get_submodule(whole.head)
+        with clock("restoration"), held(heads[0]), held(heads[1], edits=False):
+            for V, W in zip(*(weight_of(one, found.head).split(ROWS) for one in (model, dense)), strict=True):
                 _refit(V, W.to(T) @ T, G, share, damping)
 
 
 def _pair(
-    n: int, layer: nn.Module, unpruned: nn.Module, name: str, step: int, one: _Batch, kept: Kept
+    n: int, layer: nn.Module, unpruned: nn.Module, name: str, step: int, kept: Kept, one: _Batch
 ) -> tuple[Tensor, Tensor]:
     """What enters a weight of the cut layer, X*, and beside it X for a reader, T for a writer."""
     path = name.partition(f".{n}.")[2]
     (inputs, after), (unpruned_inputs, dense) = (
-        seen(module, [path], state, one.calls[n], step == LAST)
+        seen(module, [path], state.read(), one.calls[n], step == LAST)
         for module, state in ((layer, one.state), (unpruned, one.dense))
     )
     x, y = inputs[path], unpruned_inputs[path]
@@ -117,20 +125,27 @@ def _pair(
         return x, y
     own: Any = layer.get_submodule(path)
     if after is None or dense is None:
-        before, aim = one.state, one.dense + unpruned.get_submodule(path)(y)
+        before, aim = one.state.read(), one.dense.read() + unpruned.get_submodule(path)(y)
     else:
         before, aim = after - own(x), dense
     lacks = aim[..., kept.to(aim.device)] - before
     return x, lacks if own.bias is None else lacks - own.bias
 
 
-def _sums(name: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Gram, Cross]:
-    """X*^T X*, and X^T X* or T^T X*."""
-    grams, crosses = [], []
-    for x, t in ((x.flatten(0, -2).float(), t.flatten(0, -2).float()) for x, t in pairs):
-        grams.append(gram_of(x))
-        crosses.append((t.T @ x).to(grams[0]))
-    G, T = sum(grams[1:], grams[0]), sum(crosses[1:], crosses[0])
+def _sums(
+    name: str, batches: Sequence[_Batch], pair: Callable[[_Batch], tuple[Tensor, Tensor]], clock: Clock
+) -> tuple[Gram, Cross]:
+    """X*^T X*, and X^T X* or T^T X*, of the pair that each batch gives."""
+    upper, T = None, None
+    for one in batches:
+        with clock("forward"):
+            x, t = (found.flatten(0, -2).float() for found in pair(one))
+        with clock("restoration"):
+            upper = add_upper(upper, x)
+            here = (t.T @ x).to(upper)
+            T = here if T is None else T.add_(here)
+    assert upper is not None and T is not None
+    G = mirrored(upper)
     if not (G.isfinite().all() and T.isfinite().all()):
         raise BillhookError(f"what enters {name} is not finite: weights or dtype overflow; try --dtype float32")
     return G, T

@@ -14,10 +14,9 @@ from transformers import PreTrainedModel
 
 from billhook.errors import BillhookError
 from billhook.families import weight_of
-from billhook.residual import ELSE, Flow, Residual, ends, flow, gain, residual, set_gain, writes
+from billhook.paging import by_page
+from billhook.residual import ELSE, ROWS, Flow, Residual, ends, flow, gain, residual, set_gain, writes
 from billhook.tensors import Gram
-
-ROWS = 8192  # of a weight in float64 at a time
 
 
 def check(model: PreTrainedModel) -> None:
@@ -56,22 +55,26 @@ def fold(model: PreTrainedModel) -> None:
         head.weight = nn.Parameter(embedding.weight.detach().clone(), embedding.weight.requires_grad)
         model.config.tie_word_embeddings = False
         vars(model)["all_tied_weights_keys"] = {}  # what transformers leaves out when it saves
-    gains = {name: gain(model.get_submodule(name)) for name in found.norms}
-    for name, norm in seen.into.items():
-        weight = weight_of(model, name)
-        weight.copy_(weight.double() * gains[norm])
-    for name, old in gains.items():
-        set_gain(model.get_submodule(name), torch.ones_like(old))
+    every = (name for names in by_page(model, found.norms, edits=False) for name in names)
+    gains = {name: gain(model.get_submodule(name)) for name in every}
+    for name in (name for names in by_page(model, (*seen.into, *gains)) for name in names):
+        if name in gains:
+            set_gain(model.get_submodule(name), torch.ones_like(gains[name]))
+            continue
+        for rows in weight_of(model, name).split(ROWS):
+            rows.copy_(rows.double() * gains[seen.into[name]])
 
 
 @torch.no_grad()
 def rotate(model: PreTrainedModel, Q: Gram) -> None:
     """Turn the residual stream of a folded model by the orthogonal Q (channels, channels), in place: x becomes x Q."""
     found = residual(model)
-    for slot in writes(model, found):
-        _turn(model.get_parameter(slot.param).data.movedim(slot.dim, -1), Q)
-    for name in (name for group in found.readers for name in group):
-        _turn(weight_of(model, name), Q)
+    written = {slot.param: slot.dim for slot in writes(model, found)}
+    readers = [name for group in found.readers for name in group]
+    for name in (name for names in by_page(model, (*written, *readers)) for name in names):
+        _turn(
+            model.get_parameter(name).data.movedim(written[name], -1) if name in written else weight_of(model, name), Q
+        )
 
 
 def _turn(weight: Tensor, Q: Gram) -> None:

@@ -21,9 +21,7 @@ the norm of d with zeros in place of those that go, which is the paper's too.
 5. Restore    every linear weight, from a copy of the unpruned model (billhook.restream); the paper does not
 """
 
-import copy
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,11 +32,15 @@ from transformers import PreTrainedModel
 from billhook import choose
 from billhook.cuts import Cut
 from billhook.errors import BillhookError
-from billhook.families import weight_of
-from billhook.observe import BATCH_TOKENS, add_upper, mirrored
+from billhook.families import layers, linears, weight_of
+from billhook.hidden import keep
+from billhook.memory import return_freed
+from billhook.observe import BATCH_TOKENS, add_upper, enter, mirrored
+from billhook.operators import seen
+from billhook.paging import by_page, held, twin
 from billhook.plan import Plan
 from billhook.progress import Clock, Tick, quiet
-from billhook.residual import cut, residual
+from billhook.residual import ROWS, cut, last_norm, residual
 from billhook.restream import restore
 from billhook.rotation import fold, rotate
 from billhook.tensors import Gram, Scores, Tokens
@@ -89,7 +91,7 @@ def slicegpt(
         with clock("forward"):
             scores = channel_scores(model, tokens, tick)
         stay = choose.lowest(scores, plan.residual)[1]
-    dense = copy.deepcopy(model) if settings.restoration else None
+    dense = twin(model) if settings.restoration else None
     with clock("surgery"):
         cut(model, stay)
     if dense is not None:
@@ -98,6 +100,7 @@ def slicegpt(
     return []
 
 
+@torch.no_grad()
 def channel_scores(model: PreTrainedModel, tokens: Tokens, tick: Tick = quiet) -> Scores:
     """s (channels), float64."""
     energy: dict[tuple[str, ...], Tensor] = {}
@@ -105,10 +108,11 @@ def channel_scores(model: PreTrainedModel, tokens: Tokens, tick: Tick = quiet) -
         here = x.square().sum(0, dtype=torch.float64)
         energy[readers] = energy[readers] + here if readers in energy else here
     s = torch.zeros_like(next(iter(energy.values())))
-    for readers, of_input in energy.items():
-        for name in readers:
-            E = of_input * weight_of(model, name).double().square().sum(0).to(of_input)
-            s += E / E.sum().clamp_min(torch.finfo(E.dtype).tiny)
+    of_input = {name: here for readers, here in energy.items() for name in readers}
+    for name in (name for names in by_page(model, of_input, edits=False) for name in names):
+        norms = sum(rows.double().square().sum(0) for rows in weight_of(model, name).split(ROWS))
+        E = of_input[name] * torch.as_tensor(norms).to(s)
+        s += E / E.sum().clamp_min(torch.finfo(E.dtype).tiny)
     _check_finite(s)
     return s.cpu()
 
@@ -124,27 +128,29 @@ def _gram(model: PreTrainedModel, tokens: Tokens, tick: Tick) -> Gram:
 
 
 def _inputs(model: PreTrainedModel, tokens: Tokens, tick: Tick) -> Iterator[tuple[tuple[str, ...], Tensor]]:
-    """What enters the readers that share an input, X_r (tokens, channels), batch by batch.
+    """What enters the readers that share an input, X_r (tokens, channels), layer by layer, and batch by batch.
 
-    The head never runs: what it would read is the base model's output.
+    The head never runs: what it would read is what the norm before it puts out.
     """
-    found, seen = residual(model), dict[tuple[str, ...], Tensor]()
-
-    def tap(readers: tuple[str, ...]) -> Callable[..., None]:
-        return lambda _, args: seen.update({readers: args[0]})
-
-    *inside, head = found.readers
-    batches = tokens.split(max(1, BATCH_TOKENS // tokens.shape[1]))
-    with ExitStack() as hooks:
-        for readers in inside:
-            hooks.callback(model.get_submodule(readers[0]).register_forward_pre_hook(tap(readers)).remove)
-        for n, batch in enumerate(batches):
-            tick("statistics", n, len(batches))
-            out = model.base_model(batch.to(model.device), use_cache=False)
-            seen[head] = out.last_hidden_state
-            for readers, x in seen.items():
-                yield readers, x.flatten(0, -2).float()
-    tick("statistics", len(batches), len(batches))
+    found, total = residual(model), len(layers(model))
+    states, calls = enter(model, list(tokens.split(max(1, BATCH_TOKENS // tokens.shape[1]))), keep)
+    for n, layer in enumerate(layers(model)):
+        tick("statistics", n, total)
+        groups = [tuple(group.values()) for group in linears(model, n)[::2]]
+        readers = {group[0].partition(f".{n}.")[2]: group for group in groups}
+        with held(layer, edits=False):
+            for b in range(len(states)):
+                inputs, after = seen(layer, list(readers), states[b].read(), calls[b][n], whole=True)
+                assert after is not None
+                states[b] = keep(after)
+                for path, x in inputs.items():
+                    yield readers[path], x.flatten(0, -2).float()
+        return_freed()
+    norm = model.get_submodule(last_norm(model, found))
+    with held(norm, edits=False):
+        for state in states:
+            yield found.readers[-1], norm(state.read()).flatten(0, -2).float()
+    tick("statistics", total, total)
 
 
 def _check_finite(found: Tensor) -> None:
