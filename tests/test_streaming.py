@@ -315,13 +315,20 @@ def test_a_hidden_budget_holds_in_workers(tmp_path: Path, text_file: Path) -> No
         )
 
 
+EXPERTS = {"method": "experts", "ratio": 0.3}
+MIXED = (
+    {"ratio": 0.2, "axes": ("expert_ffn",), "multiple_of": 8},  # a layer has as many axes of one kind as experts
+    {**EXPERTS, "experts": "random"},
+    {**EXPERTS, "experts": "uncurl", "stream": "sequential"},
+)
+
+
 @pytest.mark.parametrize("streamed", [False, True])
-def test_every_expert_loses_its_own_again(
-    streamed: bool, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("how", MIXED, ids=["fasp", "random", "uncurl"])
+def test_a_mixture_goes_on(
+    streamed: bool, how: dict[str, Any], tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A layer has as many axes of one kind as experts."""
-    model, settings = written("mixtral", tmp_path / "model"), {"ratio": 0.2, "axes": ("expert_ffn",), "multiple_of": 8}
-    settings["stream_weights"] = streamed
+    model, settings = written("mixtral", tmp_path / "model"), {**how, "stream_weights": streamed}
     whole, work = pruned(model, text_file, tmp_path / "whole", **settings), tmp_path / "work"
     undo = cut_off(monkeypatch, 4)
     with pytest.raises(CutOffError):

@@ -13,7 +13,7 @@ from billhook.errors import BillhookError
 from billhook.families import layers, mixture, router_path, row_of
 from billhook.hidden import State, keep
 from billhook.memory import return_freed
-from billhook.observe import BATCH_TOKENS, enter, run
+from billhook.observe import BATCH_TOKENS, Finished, enter, run
 from billhook.paging import held
 from billhook.progress import Clock, Tick, quiet
 from billhook.tensors import Gram, Scores, Tokens
@@ -53,11 +53,15 @@ def mixtures(
     *,
     stream: str = "dense",
     held_out: float = 0.1,
+    finished: Finished | None = None,
     clock: Clock | None = None,
     tick: Tick = quiet,
 ) -> Iterator[Mixture]:
     """Yield every layer that mixes experts, apart (billhook.experts), on the inputs that `stream` says; its weights are there until
     the next one is asked for.
+
+    Args:
+        finished: layers that are made what they became and passed through, not yielded.
 
     Raises:
         BillhookError: an activation is not finite; the message names the module.
@@ -74,6 +78,13 @@ def mixtures(
     for n, module in enumerate(layers(model)):
         tick("routing", n, len(layers(model)))
         passed = [one[n] for one in calls]
+        if finished is not None and n in finished.records:
+            with clock("forward"), held(module, edits=False):
+                _onward(module, states if stream == "dense" else [], passed)
+            finished.replay(n)
+            with clock("forward"), held(module, edits=False):
+                _onward(module, states if stream != "dense" else [], passed)
+            continue
         experts: Any = mixture(model, n)
         if experts is None:
             with clock("forward"), held(module, edits=False):

@@ -13,7 +13,7 @@ reduces for a task: the calibration text says which.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from billhook import choose, merging
 from billhook.axes import Axis, owners
 from billhook.cuts import Cut
 from billhook.families import axes
+from billhook.journal import Journal
 from billhook.plan import Plan
 from billhook.progress import Clock, Tick, quiet
 from billhook.routing import Mixture, Routing, mixtures
@@ -53,6 +54,7 @@ def experts(
     settings: Settings = Settings(),
     *,
     stream: str = "dense",
+    journal: Journal | None = None,
     clock: Clock | None = None,
     tick: Tick = quiet,
     **_: Any,
@@ -61,16 +63,27 @@ def experts(
 
     Args:
         tokens: calibration windows (windows, length).
+        journal: keeps every layer once it is done, and has those that an earlier run of the same work has.
 
     Returns:
         what became of each mixture: relative errors of what it puts out, without and with the merge.
     """
-    clock, draw, cuts = clock or Clock(), torch.Generator().manual_seed(settings.seed), []
+    clock, journal, draw = (
+        clock or Clock(),
+        journal or Journal(None, model),
+        torch.Generator().manual_seed(settings.seed),
+    )
+    cuts = [Cut(**one) for one in journal.found]
+    for cut in cuts:
+        _at_random(cut.units, draw)  # as the earlier run did, so that the rest are drawn alike
     by_layer = {axis.layer: axis for axis in axes(model, ("experts",))}
-    for layer in mixtures(model, tokens, stream=stream, clock=clock, tick=tick):
-        count = plan.drops.get((layer.layer, "experts"), 0)
-        if count and layer.layer not in plan.layers:
-            cuts.append(_reduced(model, by_layer[layer.layer], layer, count, settings.way, draw, clock))
+    for layer in mixtures(model, tokens, stream=stream, finished=journal, clock=clock, tick=tick):
+        n, count = layer.layer, plan.drops.get((layer.layer, "experts"), 0)
+        if count and n not in plan.layers:
+            cut, drop = _reduced(model, by_layer[n], layer, count, settings.way, draw, clock)
+            with clock("saving"):
+                journal.commit(n, [asdict(cut)], [(by_layer[n], drop)])
+            cuts.append(cut)
         layer.seen.clear()  # states of all of the text, which would stay until the next layer's are there
     drop_layers(model, plan.layers)
     return cuts
@@ -78,7 +91,7 @@ def experts(
 
 def _reduced(
     model: PreTrainedModel, axis: Axis, layer: Mixture, count: int, way: str, draw: torch.Generator, clock: Clock
-) -> Cut:
+) -> tuple[Cut, Units]:
     with clock("score"):
         routing = layer.routing
         groups = _alike(routing, axis.units - count, axis.blocks) if way == "uncurl" else []
@@ -92,16 +105,20 @@ def _reduced(
     with clock("errors"):
         share = float(routing.output[drop].sum() / routing.output.sum()) if routing.output.sum() > 0 else 0.0
         own, held = _error(layer, held_out=False), _error(layer, held_out=True)
-    return Cut(axis.layer, axis.kind, axis.units, len(drop), 0.0, dropped or 0.0, own or 0.0, held, share)
+    return Cut(axis.layer, axis.kind, axis.units, len(drop), 0.0, dropped or 0.0, own or 0.0, held, share), drop
 
 
 def _scores(way: str, routing: Routing, draw: torch.Generator) -> Scores:
     every: Mapping[str, Scores] = {
         "reap": routing.saliency,
         "frequency": routing.frequency,
-        "random": torch.rand(len(routing.frequency), generator=draw, dtype=torch.float64),
+        "random": _at_random(len(routing.frequency), draw),
     }
     return every[way]
+
+
+def _at_random(units: int, draw: torch.Generator) -> Scores:
+    return torch.rand(units, generator=draw, dtype=torch.float64)
 
 
 def _alike(routing: Routing, left: int, blocks: int) -> list[list[int]]:
