@@ -277,17 +277,20 @@ def spill_in(model: Any, folder: Path) -> None:
 
 
 def parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter and its name, a tied one once, in the order of the modules; a paged model's are brought a page at a time."""
-    if not is_paged(model):
-        yield from model.named_parameters()
-        return
-    seen: set[int] = set()
-    for page in pages_of(model):
-        own = {name for name, one in page.parameters().items() if id(one) not in seen}
-        seen |= {id(one) for one in page.parameters().values()}
-        if own:
-            with held(page.module, edits=False):
-                yield from ((name, one) for name, one in page.parameters().items() if name in own)
+    """Every parameter and its name, a tied one once, in the order of the modules.
+
+    Those of a paged model lie in their mapped files, but for what is held or has another dtype there: to read them takes less than
+    new memory (docs/LOG.md, "Larger than memory").
+
+    Raises:
+        BillhookError: one holds NaN or infinite values.
+    """
+    for name, one in model.named_parameters():
+        if is_paged(model) and one.is_meta:
+            ((_, stored),) = pager_of(model).read([name])
+            yield name, stored.to(pager_of(model).device, one.dtype)
+        else:
+            yield name, one
 
 
 def place(model: Any, file: Path, names: list[str]) -> None:
