@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import checked
 import processes  # noqa: F401
 import tiny
+from folders import written
 
 from billhook import clients
 
@@ -79,3 +80,10 @@ def text_file(tmp_path: Path) -> Path:
     path = tmp_path / "words.txt"
     path.write_text(tiny.text())
     return path
+
+
+@pytest.fixture
+def command(tmp_path: Path, text_file: Path) -> list[object]:
+    model = written("llama", tmp_path / "model")
+    given = ["--calibration", text_file, "--samples", 10, "--seq-len", 32, "--multiple-of", 2]
+    return ["prune", model, "-o", tmp_path / "out", *given]

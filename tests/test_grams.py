@@ -66,6 +66,25 @@ def test_another_cut_runs_no_layer(
     assert same(plain[1], pruned(model, text_file, tmp_path / "second", statistics=kept, **second))
 
 
+@pytest.mark.parametrize("how", [{**FASP, "ratio": 0.2}, {**MASKS, "sparsity": 0.3}], ids=["fasp", "zeros"])
+def test_workers_keep_and_take_them(
+    how: dict[str, Any], tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, kept = tmp_path / "model", tmp_path / "kept"
+    tiny.model("llama").save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    given = {"statistics": kept, **how}
+    a = pruned(folder, text_file, tmp_path / "a", jobs=2, **given)
+    assert same(a, pruned(folder, text_file, tmp_path / "b", jobs=2, **given))
+    with monkeypatch.context() as patch:
+        forbid_passes(patch)
+        assert same(a, pruned(folder, text_file, tmp_path / "c", **given))
+    for file in kept.glob("gram*.safetensors"):
+        file.write_bytes(b"")
+    with pytest.raises(BillhookError, match="cannot be read"):
+        pruned(folder, text_file, tmp_path / "d", jobs=2, **given)
+
+
 def test_a_streamed_model_shares_them(tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, kept = tmp_path / "model", tmp_path / "kept"
     tiny.model("llama").save_pretrained(folder)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from folders import FASP, pruned, run, same, tensors, written
 from safetensors.torch import load_file, save_file
-from test_streaming import FASP, pruned, run, same, tensors, written
 from transformers import AutoModelForCausalLM
 
 from billhook import checkpoint, clients, experts, layout, naming, paging, saving

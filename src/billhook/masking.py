@@ -183,10 +183,10 @@ def _shared(
 
 
 def _packed(
-    model: PreTrainedModel, tokens: Tokens, how: Masking, at: Sequence[int]
+    model: PreTrainedModel, tokens: Tokens, how: Masking, at: Sequence[int], journal: Journal
 ) -> Iterator[tuple[int, list[Masked], bytes]]:
     """Every layer `at`, with its weights as safetensors."""
-    for n, found in _by_layer(model, tokens, how, at, Clock(), quiet):
+    for n, found in _by_layer(model, tokens, how, at, Clock(), quiet, journal):
         names = [name for one in linears(model, n) for role, name in one.items() if wanted(role, how.targets)]
         yield n, found, save({name: weight_of(model, name).cpu().contiguous() for name in names})
 

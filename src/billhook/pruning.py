@@ -264,7 +264,7 @@ def _journal(
     if statistics and chosen.stream == "dense":
         model, seen = opened.model, hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
         key = {"weights": store.weights_sha256(model), "tokens": seen, "windows": len(tokens)}
-        grams = Grams(statistics, key | {"computed in": str(model.dtype), "on": model.device.type})
+        grams = Grams(statistics.absolute(), key | {"computed in": str(model.dtype), "on": model.device.type})
     return Journal(work, opened.model, grams)
 
 

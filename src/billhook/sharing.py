@@ -68,9 +68,10 @@ def _said(
     settings: Any,
     scores: Mapping[tuple[int, str], Scores],
     at: Collection[int],
+    journal: Journal,
 ) -> Iterator[tuple[int, list[Said]]]:
     """What becomes of every layer `at`."""
-    every = pieces(model, tokens, plan, settings, scores, at=at)
+    every = pieces(model, tokens, plan, settings, scores, at=at, finished=journal)
     for n, found in itertools.groupby(every, key=lambda one: one.axis.layer):
         yield (
             n,

@@ -25,10 +25,10 @@ def spread(
     clock: Clock,
     tick: Tick,
 ) -> Iterator[Any]:
-    """What `work(model, *given, at)` yields in the processes, as it comes, where `at` are layers that one of them has.
+    """What `work(model, *given, at, empty)` yields in the processes, as it comes, where `at` are layers that one of them has.
 
     Args:
-        work: a generator that yields once for each layer, of a model of its own.
+        work: a generator that yields once for each layer, of a model of its own; `empty` is a journal of it with the same Grams.
         journal: layers that are made what they became, and given to nobody; whoever takes what is yielded commits it there.
         gone: layers that nobody is to do.
 
@@ -40,8 +40,9 @@ def spread(
     total = len(layers(model))
     todo = [n for n in range(total) if n not in journal.records and n not in gone]
     opens = {"name": hands.name, "device": str(model.device), "dtype": hands.dtype, "stream": is_paged(model)}
+    what = (opens, hidden.limit(), work, given, journal.grams)
     tick("pruning in workers", total - len(todo), total)
-    with clock("workers"), crew(hands, str(model.device), _prepare, (opens, hidden.limit(), work, given)) as gang:
+    with clock("workers"), crew(hands, str(model.device), _prepare, what) as gang:
         parts = [[todo[n] for n in part] for part in portions(len(todo), gang.size)]
         for done, found in enumerate(gang.flow(_work, parts), total - len(todo) + 1):
             yield found
@@ -49,17 +50,16 @@ def spread(
     tick("pruning in workers", total, total)
 
 
-_worker: dict[str, Any] = {}  # of a process of its own: how to open the model, and what to do
+_worker: dict[str, tuple[Any, ...]] = {}  # of a process of its own: how to open the model, and what to do
 
 
-def _prepare(
-    opens: dict[str, Any], limit: int | float, work: Callable[..., Iterator[Any]], given: tuple[Any, ...]
-) -> None:
-    _worker.update(opens=opens, limit=limit, work=work, given=given)
+def _prepare(*what: Any) -> None:
+    _worker["what"] = what
 
 
 def _work(at: list[int]) -> Iterator[Any]:
     """Of a model opened anew: a process may come to do several parts, and the layers before each are the unpruned ones."""
-    model = checkpoint.open_model(**_worker["opens"]).model
-    with torch.no_grad(), hidden.budget(_worker["limit"]):
-        yield from _worker["work"](model, *_worker["given"], at)
+    opens, limit, work, given, grams = _worker["what"]
+    model = checkpoint.open_model(**opens).model
+    with torch.no_grad(), hidden.budget(limit):
+        yield from work(model, *given, at, Journal(None, model, grams))

@@ -156,9 +156,14 @@ def pieces(
     scores: Mapping[tuple[int, str], Scores],
     *,
     at: Collection[int],
+    finished: Journal,
 ) -> Iterator[Piece]:
-    """What becomes of the layers `at` in the dense stream; the model stays as it is."""
-    for layer in walk(model, tokens, plan.kinds, gone=plan.layers, at=at):
+    """What becomes of the layers `at` in the dense stream; the model stays as it is.
+
+    Args:
+        finished: has Grams, or takes them, where any are kept.
+    """
+    for layer in walk(model, tokens, plan.kinds, gone=plan.layers, at=at, finished=finished):
         for axis in layer.axes:
             place = (axis.layer, axis.kind)
             yield _piece(model, axis, layer, plan.drops.get(place, 0), settings, Clock(), scores.get(place))
