@@ -111,7 +111,8 @@ def walk(  # noqa: PLR0913
     rows = max(1, BATCH_TOKENS // tokens.shape[1])
     batches = [(batch, False) for batch in tokens[:count].split(rows)]
     batches += [(batch, True) for batch in tokens[count:].split(rows) if len(batch)]
-    by_layer = [[axis for axis in axes(model, kinds) if axis.layer == n] for n in range(len(layers(model)))]
+    every = axes(model, kinds)
+    by_layer = [[axis for axis in every if axis.layer == n] for n in range(len(layers(model)))]
     end = len(by_layer) if at is None else max(at, default=-1) + 1
     kept = finished.grams if finished is not None and stream == "dense" else None
     wanted = [n for n in range(end) if n not in gone and (at is None or n in at)]
