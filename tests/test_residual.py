@@ -17,6 +17,7 @@ from billhook import cli, clients, layout, report, residual, restream, rotation,
 from billhook.budget import decoder_parameters, saved_by, total_parameters
 from billhook.errors import BillhookError
 from billhook.families import axes, weight_of
+from billhook.journal import Journal
 from billhook.methods.slicegpt import Settings, _inputs, channel_scores, slicegpt
 from billhook.observe import gram_of
 from billhook.plan import Plan
@@ -246,7 +247,7 @@ def test_restoration_leaves_what_lost_nothing(family: str) -> None:
     dense, kept = tiny.model(family), torch.arange(32)
     model = copy.deepcopy(dense)
     how: dict[str, Any] = {"share": 1.0, "damping": 1e-6, "clock": Clock(), "tick": quiet}
-    restream.restore(model, copy.deepcopy(dense), IDS, kept, **how)
+    restream.restore(model, copy.deepcopy(dense), IDS, kept, Journal(None, model), **how)
     torch.testing.assert_close(model(IDS).logits, dense(IDS).logits, rtol=1e-3, atol=1e-3)
 
 

@@ -1,5 +1,6 @@
 """A prune that is cut off, killed, or out of disk: the same command goes on to the same bits."""
 
+import importlib
 import os
 import random
 import re
@@ -97,6 +98,27 @@ def test_a_hidden_budget_holds_in_workers(tmp_path: Path, text_file: Path) -> No
         pruned(
             written("llama", tmp_path / "model"), text_file, tmp_path / "out", jobs=2, hidden_budget=100, **STREAMS[0]
         )
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("after", [1, 4])
+def test_a_narrowed_stream_goes_on_as_it_was_turned(
+    after: int, rotated: bool, streamed: bool, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One file says how, and two are of each layer that was restored; nothing is computed twice that these were made by."""
+    model, settings = written("llama", tmp_path / "model"), {"method": "slicegpt", "ratio": 0.3, "multiple_of": 8}
+    settings |= {"rotate": rotated, "stream_weights": streamed}
+    whole, work = pruned(model, text_file, tmp_path / "whole", **settings), tmp_path / "work"
+    undo = cut_off(monkeypatch, after)
+    with pytest.raises(CutOffError):
+        pruned(model, text_file, tmp_path / "never", work=work, **settings)
+    undo()
+    assert len(list(work.glob("layer-*.json"))) == after // 3
+    with monkeypatch.context() as patch:
+        for name in ("_gram", "channel_scores"):
+            patch.delattr(importlib.import_module("billhook.methods.slicegpt"), name)
+        assert same(whole, pruned(model, text_file, tmp_path / "again", work=work, **settings))
 
 
 EXPERTS = {"method": "experts", "ratio": 0.3}

@@ -74,7 +74,10 @@ def _kept(model: Any, chosen: Recipe) -> int:
     embedding, head = ends(model)
     untied = embedding.weight.numel() if chosen.rotate and head.weight is embedding.weight else 0
     copies = 2 if chosen.rotate and chosen.restoration else 1
-    return copies * (budget.total_parameters(model) + untied) if is_paged(model) else 0
+    restored = (
+        budget.decoder_parameters(model) if chosen.restoration else 0
+    )  # each layer in place of what was cut of it
+    return copies * (budget.total_parameters(model) + untied) if is_paged(model) else restored
 
 
 def check_room(opened: Opened, chosen: Recipe, work: Path) -> None:

@@ -5,7 +5,8 @@ saw before a layer is computed anew from the layers themselves, which is a forwa
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,17 +63,27 @@ class Journal:
         within = f"{row_of(self.model).layers}.{n}."
         tensors = {f"{within}{name}": one.data for name, one in layers(self.model)[n].named_parameters()}
         said = {"found": found, "drops": [(axis.kind, axis.reader.param, units.tolist()) for axis, units in drops]}
-        work = self.folder / "layer.partial"
-        try:
+        with self._writing(weights) as work:
             tensorfile.write(tensors, work)
             rename(work, weights)
             work.write_text(json.dumps(said), encoding="utf-8")
             rename(work, record)
-        except OSError as error:
-            work.unlink(missing_ok=True)
-            why = disk_full(error) or first_line(error)
-            raise BillhookError(f"cannot write {weights}: {why}; the layers before it are kept") from error
         paging.place(self.model, weights, list(tensors))
+
+    def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gives, kept where layers are: those that are done go by it, and it may differ in its last bits where it is made again.
+
+        Raises:
+            BillhookError: the disk is full, or cannot be written.
+        """
+        if self.folder is None:
+            return make()
+        file = self.folder / f"{name}.safetensors"
+        if not file.exists():
+            with self._writing(file) as work:
+                tensorfile.write({name: make()}, work)
+                rename(work, file)
+        return load_file(file)[name]
 
     def replay(self, n: int) -> None:
         """Make layer n what it was committed as."""
@@ -87,6 +98,17 @@ class Journal:
         for name, tensor in load_file(file).items():
             param = self.model.get_parameter(name)
             param.data = tensor.to(param)
+
+    @contextmanager
+    def _writing(self, file: Path) -> Iterator[Path]:
+        """A place to write what becomes `file`."""
+        work = file.with_name("layer.partial")
+        try:
+            yield work
+        except OSError as error:
+            work.unlink(missing_ok=True)
+            why = disk_full(error) or first_line(error)
+            raise BillhookError(f"cannot write {file}: {why}; the layers before it are kept") from error
 
     def _file(self, n: int, ending: str) -> Path:
         assert self.folder is not None

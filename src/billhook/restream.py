@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from billhook.errors import BillhookError
 from billhook.families import axes, layers, linears, weight_of
 from billhook.hidden import State, keep
+from billhook.journal import Journal
 from billhook.linalg import factor
 from billhook.memory import return_freed
 from billhook.observe import BATCH_TOKENS, add_upper, enter, mirrored, run
@@ -52,6 +53,7 @@ def restore(
     dense: PreTrainedModel,
     tokens: Tokens,
     kept: Kept,
+    journal: Journal,
     *,
     share: float,
     damping: float,
@@ -65,6 +67,7 @@ def restore(
     Args:
         tokens: calibration windows (windows, length).
         kept: the channels of `dense` that `model` has.
+        journal: keeps every layer once it is refitted, and has those that an earlier run of the same work has.
 
     Raises:
         BillhookError: an activation is not finite; the message names the module.
@@ -80,8 +83,11 @@ def restore(
     for n, layer in enumerate(layers(model)):
         tick("restoration", n, total)
         unpruned = layers(dense)[n]
+        done = n in journal.records
+        if done:
+            journal.replay(n)
         with held(layer), held(unpruned, edits=False):
-            for step, names in enumerate(linears(model, n)):
+            for step, names in enumerate(linears(model, n) if not done else ()):
                 writes = step % 2 == 1
                 if writes and not adds:
                     continue
@@ -91,6 +97,9 @@ def restore(
                     for name in names.values():
                         target = T if writes else weight_of(dense, name).to(T) @ T * (grown if name in fed else 1)
                         _refit(weight_of(model, name), target, G, share, damping)
+            if not done:
+                with clock("saving"):
+                    journal.commit(n, [], [])
             with clock("forward"):
                 for one in batches:
                     one.state = keep(run(layer, one.state.read(), one.calls[n]))

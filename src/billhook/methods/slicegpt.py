@@ -34,6 +34,7 @@ from billhook.cuts import Cut
 from billhook.errors import BillhookError
 from billhook.families import layers, linears, weight_of
 from billhook.hidden import keep
+from billhook.journal import Journal
 from billhook.memory import return_freed
 from billhook.observe import BATCH_TOKENS, add_upper, enter, mirrored
 from billhook.operators import seen
@@ -62,6 +63,7 @@ def slicegpt(
     plan: Plan,
     settings: Settings = Settings(),
     *,
+    journal: Journal | None = None,
     clock: Clock | None = None,
     tick: Tick = quiet,
     **_: Any,
@@ -70,6 +72,7 @@ def slicegpt(
 
     Args:
         tokens: calibration windows (windows, length).
+        journal: keeps Q or s, and every layer that is restored, and has those that an earlier run of the same work has.
 
     Returns:
         nothing: it cuts no axis of a layer.
@@ -77,26 +80,24 @@ def slicegpt(
     Raises:
         BillhookError: the model's stream cannot be cut, or rotated, or an activation is not finite.
     """
-    clock, kept = clock or Clock(), residual(model).channels - plan.residual
+    clock, journal, kept = clock or Clock(), journal or Journal(None, model), residual(model).channels - plan.residual
     settings = settings if plan.residual else replace(settings, restoration=False)
     if plan.rotate:
         fold(model)
-        with clock("forward"):
-            C = _gram(model, tokens, tick)
+        Q = journal.once("rotation", lambda: _rotation(model, tokens, clock, tick))
         with clock("rotation"):
-            Q = torch.linalg.eigh(C).eigenvectors.flip(1)
-            rotate(model, Q)
+            rotate(model, Q.to(model.device))
         stay = torch.arange(kept)
     else:
         with clock("forward"):
-            scores = channel_scores(model, tokens, tick)
+            scores = journal.once("scores", lambda: channel_scores(model, tokens, tick))
         stay = choose.lowest(scores, plan.residual)[1]
     dense = twin(model) if settings.restoration else None
     with clock("surgery"):
         cut(model, stay)
     if dense is not None:
         how = {"share": settings.correction, "damping": settings.damping}
-        restore(model, dense, tokens, stay, **how, clock=clock, tick=tick)
+        restore(model, dense, tokens, stay, journal, **how, clock=clock, tick=tick)
     return []
 
 
@@ -115,6 +116,14 @@ def channel_scores(model: PreTrainedModel, tokens: Tokens, tick: Tick = quiet) -
         s += E / E.sum().clamp_min(torch.finfo(E.dtype).tiny)
     _check_finite(s)
     return s.cpu()
+
+
+def _rotation(model: PreTrainedModel, tokens: Tokens, clock: Clock, tick: Tick) -> Gram:
+    """Q, of a folded model."""
+    with clock("forward"):
+        C = _gram(model, tokens, tick)
+    with clock("rotation"):
+        return torch.linalg.eigh(C).eigenvectors.flip(1)
 
 
 def _gram(model: PreTrainedModel, tokens: Tokens, tick: Tick) -> Gram:
