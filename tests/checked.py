@@ -5,6 +5,7 @@ And each is checked the first times that a test calls it: a loop that calls it a
 """
 
 import functools
+import inspect
 import typing
 from collections import Counter
 from collections.abc import Callable
@@ -33,10 +34,10 @@ def _jaxtyped(*, typechecker: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """What pytest's --jaxtyping-packages puts over every function and class; half of the time of small tests was its own."""
 
     def decorated(one: Any) -> Any:
-        if isinstance(one, type):
-            return _with_shapes(typechecker=typechecker)(one)
-        shaped = any(map(_has_shapes, one.__annotations__.values()))
+        shaped = isinstance(one, type) or any(map(_has_shapes, one.__annotations__.values()))
         checked = _with_shapes(typechecker=typechecker)(one) if shaped else typechecker(one)
+        if isinstance(one, type) or inspect.isgeneratorfunction(one):  # which Ray asks
+            return checked
 
         @functools.wraps(one)
         def sometimes(*args: Any, **given: Any) -> Any:

@@ -122,13 +122,14 @@ def test_nothing_is_written(folders: dict[str, Path], tmp_path: Path) -> None:
 def test_operations_of_a_narrowed_rehearsal_are_those_of_the_whole_width(
     way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = tiny.model("llama", intermediate_size=2048)
+    whole = tiny.model("llama", intermediate_size=1024)
     given = recipe(**{**GIVEN, **WAYS[way]})
     none = torch.zeros(0, 32, dtype=torch.long)
     plan = planning.make_plan(whole, given, planning.Texts(none, none), torch.float32) if given.ratio else Plan()
     found = []
-    monkeypatch.setattr(scores, "BLOCK", 16)  # below which operations are no polynomial
-    for about, shrunk in ((1e9, 1), (0.0, 8)):
+    monkeypatch.setattr(scores, "BLOCK", 32)  # below which operations are no polynomial
+    monkeypatch.setattr(rehearsal, "LARGEST", 4)  # then 8, 16 and 32: no narrower than that
+    for about, shrunk in ((1e9, 1), (0.0, 4)):
         monkeypatch.setattr(rehearsal, "ABOUT", about)
         monkeypatch.setattr(rehearsal, "SHORTEST", 32)
         found.append(rehearsal.rehearse(whole, given, plan, torch.float32, torch.device("cpu")))

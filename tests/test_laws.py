@@ -139,12 +139,14 @@ def test_a_uniform_cut_is_a_stock_checkpoint(family: str, kind: str, tmp_path: P
 
 
 def test_a_per_layer_cut_loads_with_and_without_billhook(tmp_path: Path) -> None:
+    """In stock transformers, a process of its own that takes a third of a second for each, one kind of every family and all of one."""
     saved = {}
-    for family in FAMILIES:
-        for kind in KINDS:
+    for number, family in enumerate(FAMILIES):
+        kinds = [
+            kind for kind in KINDS if cuttable(tiny.model(family), kind) and not row_of(tiny.model(family)).experts
+        ]
+        for kind in kinds:
             model = uneven(family, kind)
-            if row_of(model).experts or not cuttable(model, kind):
-                continue
             assert layout.layout_of(model) == "per_layer"
             folder = tmp_path / f"{family}_{kind}"
             folder.mkdir()
@@ -153,7 +155,9 @@ def test_a_per_layer_cut_loads_with_and_without_billhook(tmp_path: Path) -> None
             assert clients.verify(folder, model)["cache_drift"] < 1e-5
             again = checkpoint.load(folder)
             assert layout.layer_sizes(again) == layout.layer_sizes(model)
-            saved[folder] = model(IDS).logits
+            if family == "llama" or kind == kinds[number % len(kinds)]:
+                saved[folder] = model(IDS).logits
+    assert {folder.name.rpartition("_")[2] for folder in saved} == {"ffn", "heads", "groups", "value"}
     subprocess.run(
         [sys.executable, "-c", STOCK, *map(str, saved)], check=True, env={**os.environ, "HF_HOME": str(tmp_path)}
     )
