@@ -89,6 +89,30 @@ def test_a_dead_process_of_this_machine_is_said(tmp_path: Path) -> None:
         list(gang.each(worker_tasks.die_once, range(3), str(tmp_path)))
 
 
+EMPLOYER = """
+import time, worker_tasks
+from billhook.crew import Hands, crew
+
+if __name__ == "__main__":
+    with crew(Hands(2), "cpu", worker_tasks.prepare, (0,)) as gang:
+        print(*gang.each(worker_tasks.pid, range(2)), flush=True)
+        time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+def test_workers_end_with_whom_they_work_for(tmp_path: Path) -> None:
+    """Killed, it tells them nothing."""
+    script, environment = tmp_path / "employer.py", os.environ | {"PYTHONPATH": HERE}
+    script.write_text(EMPLOYER)
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, env=environment) as employer:
+        assert employer.stdout is not None
+        workers = [psutil.Process(int(one)) for one in employer.stdout.readline().split()]
+        assert len(workers) == 2 and all(one.is_running() for one in workers)
+        employer.kill()
+    assert not psutil.wait_procs(workers, timeout=20)[1]
+
+
 GIVEN = {"samples": 8, "seq_len": 32, "multiple_of": 1}
 WAYS = {
     "fasp": {"ratio": 0.3, "stream": "dense", "axes": ("ffn", "heads")},

@@ -19,6 +19,10 @@ def add(step: int, item: int) -> int:
     return kept["start"] + step * item
 
 
+def pid(item: int) -> int:
+    return os.getpid()
+
+
 def fail(item: int) -> int:
     raise BillhookError(f"item {item} cannot work")
 

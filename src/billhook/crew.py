@@ -14,7 +14,9 @@ import functools
 import itertools
 import logging
 import multiprocessing
+import os
 import socket
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -143,8 +145,17 @@ def _step(begins: Callable[[], Iterator[Any]] | None = None) -> list[Any]:
 
 
 def _prepared(threads: int, prepare: Callable[..., None], given: tuple[Any, ...]) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     prepare(*given)
+
+
+def _end_with_parent() -> None:
+    """A process that waits for work is told that there will be none, but not by one that was killed; and holds a model."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 @contextmanager
