@@ -68,14 +68,12 @@ class Crew:
 
     def each(self, function: Callable[..., Any], items: Iterable[Any], *common: Any) -> Iterator[Any]:
         """`function(*common, item)` of each item, in the order of the items."""
-        early: dict[int, Any] = {}
-        ready = itertools.count()
-        due = next(ready)
+        early, due = dict[int, Any](), 0
         for n, found in self.flow(_numbered, enumerate(items), function, *common):
             early[n] = found
             while due in early:
                 yield early.pop(due)
-                due = next(ready)
+                due += 1
 
 
 def _numbered(function: Callable[..., Any], *given: Any) -> Iterator[tuple[int, Any]]:
