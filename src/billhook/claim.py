@@ -34,9 +34,9 @@ def claim(work: Path, key: dict[str, Any], fresh: bool, keep: Sequence[str] = ()
                 f"{work} holds an unfinished run that differs in {', '.join(differing)}: repeat its own command, or start "
                 "over with --fresh"
             )
-    elif work.exists() and any(
-        not one.match(atomic.partial(NAME)) for one in work.iterdir()
-    ):  # killed while it claimed
+    elif work.exists() and not all(
+        one.match(atomic.partial(NAME)) for one in work.iterdir()
+    ):  # of one killed right here
         raise BillhookError(f"{work} is not a run's folder, and would become one: remove it, or choose another output")
     work.mkdir(parents=True, exist_ok=True)
     atomic.write_text(path, json.dumps(key) + "\n")

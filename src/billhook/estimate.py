@@ -49,10 +49,10 @@ def estimate(
     Nothing of the model is loaded: its shapes are, and the calibration text, which is read as the prune will.
 
     Raises:
-        BillhookError: the prune could not be done, or what it costs depends on what it finds.
+        BillhookError: the prune could not be done, or what it costs cannot be told beforehand.
     """
     if why := _why_not(chosen):
-        raise BillhookError(f"--dry-run: {why}: what that costs depends on what it finds")
+        raise BillhookError(f"--dry-run: {why}: what that costs cannot be told beforehand")
     started = time.time() - psutil.Process().create_time()
     clock, device = Clock(), checkpoint.resolve_device(chosen.device)
     folder = checkpoint.locate(name, tick)

@@ -68,16 +68,13 @@ def disk_bytes(model: Any, chosen: Recipe, computed: torch.dtype, stored: torch.
 
 def _kept(model: Any, chosen: Recipe) -> int:
     """Parameters that lie on the disk while it works, at most: all layers as they are done; of a stream that is cut in its files,
-    all that was turned, and beside it what is cut."""
-    if not chosen.slices:
+    all that was turned, and beside it what is cut, which layers that are done take the place of."""
+    if not (chosen.slices and is_paged(model)):
         return budget.decoder_parameters(model)
     embedding, head = ends(model)
     untied = embedding.weight.numel() if chosen.rotate and head.weight is embedding.weight else 0
     copies = 2 if chosen.rotate and chosen.restoration else 1
-    restored = (
-        budget.decoder_parameters(model) if chosen.restoration else 0
-    )  # each layer in place of what was cut of it
-    return copies * (budget.total_parameters(model) + untied) if is_paged(model) else restored
+    return copies * (budget.total_parameters(model) + untied)
 
 
 def check_room(opened: Opened, chosen: Recipe, work: Path) -> None:

@@ -11,7 +11,7 @@ import psutil
 import torch
 
 M_MMAP_THRESHOLD = -3  # malloc.h
-LARGE = 1_000_000  # bytes: peaks of 1,290 MB, and 1,309 with sixteen times as much, in as many seconds (docs/LOG.md)
+LARGE = 1_000_000  # bytes: a peak of 1,113 MB, and 1,117 with sixteen times as much (docs/LOG.md)
 
 
 def return_freed() -> None:

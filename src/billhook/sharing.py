@@ -49,14 +49,15 @@ def shared(
     cuts, given = [Cut(**one) for one in journal.found], (tokens, plan, settings, scores or {})
     for n, said in spread(model, hands, _said, given, journal, gone=plan.layers, clock=clock, tick=tick):
         every = {(axis.kind, axis.reader.param): axis for axis in axes(model, plan.kinds)}
+        found = []
         with held(layers(model)[n]):
             for kind, reader, units, packed, cut in said:
                 drop, weight = torch.tensor(units, dtype=torch.long), load(packed)["weight"].to(model.device)
-                carry_out(model, Piece(every[kind, reader], drop, weight, Cut(**cut)), clock)
+                found.append(Piece(every[kind, reader], drop, weight, Cut(**cut)))
+                carry_out(model, found[-1], clock)
             with clock("saving"):
-                drops = [(every[kind, reader], torch.tensor(units)) for kind, reader, units, _, _ in said]
-                journal.commit(n, [one[-1] for one in said], drops)
-        cuts += [Cut(**one[-1]) for one in said]
+                journal.commit(n, [asdict(one.cut) for one in found], [(one.axis, one.drop) for one in found])
+        cuts += [one.cut for one in found]
     drop_layers(model, plan.layers)
     return sorted(cuts, key=lambda one: one.layer)
 
@@ -73,16 +74,9 @@ def _said(
     """What becomes of every layer `at`."""
     every = pieces(model, tokens, plan, settings, scores, at=at, finished=journal)
     for n, found in itertools.groupby(every, key=lambda one: one.axis.layer):
-        yield (
-            n,
-            [
-                (
-                    one.axis.kind,
-                    one.axis.reader.param,
-                    one.drop.tolist(),
-                    save({"weight": one.weight.cpu().contiguous()}),
-                    asdict(one.cut),
-                )
-                for one in found
-            ],
-        )
+        yield n, [_plain(one) for one in found]
+
+
+def _plain(one: Piece) -> Said:
+    weight = save({"weight": one.weight.cpu().contiguous()})
+    return one.axis.kind, one.axis.reader.param, one.drop.tolist(), weight, asdict(one.cut)

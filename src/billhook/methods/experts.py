@@ -68,12 +68,8 @@ def experts(
     Returns:
         what became of each mixture: relative errors of what it puts out, without and with the merge.
     """
-    clock, journal, draw = (
-        clock or Clock(),
-        journal or Journal(None, model),
-        torch.Generator().manual_seed(settings.seed),
-    )
-    cuts = [Cut(**one) for one in journal.found]
+    clock, journal = clock or Clock(), journal or Journal(None, model)
+    draw, cuts = torch.Generator().manual_seed(settings.seed), [Cut(**one) for one in journal.found]
     for cut in cuts:
         _at_random(cut.units, draw)  # as the earlier run did, so that the rest are drawn alike
     by_layer = {axis.layer: axis for axis in axes(model, ("experts",))}
