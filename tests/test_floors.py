@@ -35,7 +35,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
         "pages.tables",
     ),
     (
-        *("linalg", "losses", "atomic", "paging", "amounts", "llamacpp", "gguf_vocab", "knee", "depth"),
+        *("documents", "linalg", "losses", "atomic", "paging", "amounts", "llamacpp", "gguf_vocab", "knee", "depth"),
         *("pages.charts", "pages.recovery_tables", "pages.search_tables"),
     ),
     (

@@ -1,0 +1,107 @@
+"""JSON that billhook reads back: one reader, which names the file, the key and what it should be."""
+
+import json
+import stat
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from billhook.errors import BillhookError, first_line
+
+LARGEST = 2**26  # bytes of a file: an index of half a million tensors has half of that
+SHOWN = 60  # characters of a value that is wrong
+Document = TypeVar("Document", bound=BaseModel)
+
+
+def read_object(path: Path, what: str, remedy: str, largest: int = LARGEST) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Args:
+        what: the file, as messages call it.
+        remedy: what to do where it cannot be read.
+
+    Raises:
+        BillhookError: it is no plain file, larger than `largest` bytes, not UTF-8, not JSON as the standard has it (no NaN), nested
+            too deeply, or holds no object.
+        FileNotFoundError: there is none.
+    """
+    return parsed_object(read_bytes(path, what, remedy, largest), what, remedy)
+
+
+def parsed_object(content: bytes, what: str, remedy: str) -> dict[str, Any]:
+    """The JSON object in what a file holds; see `read_object`."""
+    try:
+        found = json.loads(content.decode("utf-8"), parse_constant=_refuse)
+    except RecursionError:
+        raise BillhookError(f"{what} cannot be read (nested too deeply): {remedy}") from None
+    except ValueError as error:  # not UTF-8 and not JSON are kinds of it
+        raise BillhookError(f"{what} cannot be read ({first_line(error)}): {remedy}") from error
+    if not isinstance(found, dict):
+        raise BillhookError(f"{what} holds {_kind(found)}, not a JSON object: {remedy}")
+    return found
+
+
+def read_as(kind: type[Document], path: Path, what: str, remedy: str, largest: int = LARGEST) -> Document:
+    """The JSON object in a file, each key of the type that `kind` gives it.
+
+    Raises:
+        BillhookError: as `read_object`, or a key is missing or of another type; names it.
+        FileNotFoundError: there is no such file.
+    """
+    return typed(kind, read_object(path, what, remedy, largest), what, remedy)
+
+
+def typed(kind: type[Document], content: Any, what: str, remedy: str) -> Document:
+    """Plain data as `kind`.
+
+    Raises:
+        BillhookError: a key is missing or of another type; names `what` and the key.
+    """
+    try:
+        return kind.model_validate(content)
+    except (ValidationError, RecursionError) as error:
+        raise BillhookError(f"{what}: {_wrong(error)}: {remedy}") from None
+
+
+def read_bytes(path: Path, what: str, remedy: str, largest: int = LARGEST) -> bytes:
+    """What a plain file of at most `largest` bytes holds.
+
+    Raises:
+        BillhookError: it is a device, a pipe or a folder, is larger, or cannot be read.
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        seen = path.stat()
+        if not stat.S_ISREG(seen.st_mode):
+            raise BillhookError(f"{what} is not a plain file: {remedy}")
+        if seen.st_size > largest:
+            raise BillhookError(f"{what} has {seen.st_size:,} bytes, more than the {largest:,} it can hold: {remedy}")
+        with path.open("rb") as file:
+            return file.read(largest)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise BillhookError(f"{what} cannot be read ({error.strerror or error}): {remedy}") from error
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no number of JSON's")
+
+
+def _wrong(error: ValidationError | RecursionError) -> str:
+    """The first key that is wrong and what it should be."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    first = error.errors(include_url=False)[0]
+    key = ".".join(map(str, first["loc"])) or "it"
+    should = first["msg"][:1].lower() + first["msg"][1:]
+    if first["type"] == "missing":
+        return f"{key} is missing"
+    given = repr(first["input"])
+    return f"{key} is {given if len(given) <= SHOWN else given[:SHOWN] + '…'}: {should}"
+
+
+def _kind(value: Any) -> str:
+    names = {list: "a list", str: "a string", bool: "a truth value", int: "a number", float: "a number"}
+    return names.get(type(value), "null")
