@@ -3,11 +3,12 @@ VENV ?= .venv
 PYTHON ?= python3
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-slow bench-allocation bench-depth bench-recovery bench-search bench-masks bench-mixtures families check clean
+.PHONY: help demo test test-slow test-latest bench-allocation bench-depth bench-recovery bench-search bench-masks bench-mixtures families check clean
 help:
 	@echo "make demo       prune a real model and see what it cost (first run fetches about 120 MB)"
 	@echo "make test       the fast test suite"
 	@echo "make test-slow  the tests on the real model"
+	@echo "make test-latest  the fast test suite with the newest releases of what billhook needs, in an environment of its own"
 	@echo "make bench-allocation CALIBRATION=train.txt TEXTS='valid.txt demo'   the table of allocations and layouts (hours)"
 	@echo "make bench-depth TRAIN=train.txt TEXTS='valid.txt demo'   which layers to drop, for which training budget (hours; goes on)"
 	@echo "make bench-recovery STUDENT=smaller TRAIN=train.txt TEXTS='valid.txt demo'   what heals a cut best (goes on)"
@@ -16,7 +17,7 @@ help:
 	@echo "make bench-mixtures CALIBRATION=train.txt TEXTS=valid.txt   fewer experts in a small mixture, trained for it (minutes)"
 	@echo "make families   write docs/families.md anew"
 	@echo "make check      lint, format, types"
-	@echo "make clean      remove $(VENV)"
+	@echo "make clean      remove $(VENV) and $(VENV)-latest"
 
 demo: $(VENV)/.base
 	$(VENV)/bin/billhook demo
@@ -26,6 +27,15 @@ test: $(VENV)/.test
 
 test-slow: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -m slow
+
+# whatever is newest today, but for torch, of which only the version is fixed that constraints.txt names
+test-latest:
+	@rm -rf $(VENV)-latest
+	@$(PYTHON) -m venv $(VENV)-latest
+	@grep '^torch==' constraints.txt > $(VENV)-latest/torch.txt
+	@$(VENV)-latest/bin/python -m pip install --quiet --disable-pip-version-check -c $(VENV)-latest/torch.txt -e '.[test]'
+	$(VENV)-latest/bin/python -m pip list | grep -i -E '^(torch|transformers|accelerate|peft|pytest) '
+	$(VENV)-latest/bin/python -m pytest -n 2 --dist worksteal
 
 bench-allocation: $(VENV)/.base
 	$(VENV)/bin/python benchmarks/allocation.py demo $(CALIBRATION) $(TEXTS) --evaluate-dtype bfloat16
@@ -54,7 +64,7 @@ check: $(VENV)/.dev
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python src
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-latest
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("billhook needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'

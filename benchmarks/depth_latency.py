@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from billhook import budget, checkpoint
+from billhook.cached import after
 from billhook.families import layers
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -33,10 +34,10 @@ def seconds(module: Any, embed: Any) -> tuple[float, float]:
     given = {"inputs_embeds": embed(ids)} if embed else {"input_ids": ids}
     one = {"inputs_embeds": embed(ids[:, :1])} if embed else {"input_ids": ids[:, :1]}
     started = time.perf_counter()
-    cache = module(**given, use_cache=True).past_key_values
+    step = module(**given, use_cache=True)
     filled = time.perf_counter()
     for _ in range(args.new_tokens):
-        cache = module(**one, past_key_values=cache, use_cache=True).past_key_values
+        step = module(**one, **after(step))
     return filled - started, (time.perf_counter() - filled) / args.new_tokens
 
 

@@ -16,7 +16,7 @@ from test_allocation import deep, planned
 from test_bad_input import Bench
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from billhook import budget, checkpoint, timing
+from billhook import budget, cached, checkpoint, timing
 from billhook.errors import BillhookError
 from billhook.families import axes, layers
 from billhook.methods.fasp import Settings, fasp
@@ -51,7 +51,7 @@ def stored(folder: Path) -> tuple[int, int]:
 def cache_bytes(model: PreTrainedModel, context: int, batch: int) -> int:
     """Of keys and values after `context` tokens."""
     cache = DynamicCache(config=model.config)
-    model(tiny.tokens(batch, context), past_key_values=cache, use_cache=True)
+    model(tiny.tokens(batch, context), **{cached.NAME: cache}, use_cache=True)
     return sum(t.numel() * t.itemsize for layer in cache.layers for t in (layer.keys, layer.values))
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tiny
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from billhook import budget, cli, evaluate, quality, report, speed
+from billhook import budget, cached, cli, evaluate, quality, report, speed
 from billhook.data import Text, Windows
 from billhook.data import windows as cut_windows
 from billhook.errors import BillhookError
@@ -89,12 +90,13 @@ class Sleeper:
     config: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(vocab_size=7))
     device: torch.device = CPU
 
-    def __call__(self, ids: Tensor, past_key_values: int = 0, **_: object) -> SimpleNamespace:
-        assert ids.shape[0] == 1 and ids.shape[1] == (1 if past_key_values else 16)
-        self.now[0] += self.token if past_key_values else next(self.prompt)
-        self.order += [] if past_key_values else [self.name]
+    def __call__(self, ids: Tensor, **given: Any) -> SimpleNamespace:
+        seen = given.get(cached.NAME, 0)
+        assert ids.shape[0] == 1 and ids.shape[1] == (1 if seen else 16)
+        self.now[0] += self.token if seen else next(self.prompt)
+        self.order += [] if seen else [self.name]
         self.lengths.append(ids.shape[1])
-        return SimpleNamespace(logits=torch.zeros(1, 1, 7), past_key_values=past_key_values + ids.shape[1])
+        return SimpleNamespace(logits=torch.zeros(1, 1, 7), **{cached.NAME: seen + ids.shape[1]})
 
 
 def test_speeds_are_medians_of_turns_taken_by_all_models(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
         "errors",
         "tensors",
         "precision",
+        "cached",
         "progress",
         "cuts",
         "plan",

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from billhook import llamacpp
+from billhook.cached import after
 from billhook.checkpoint import load, load_tokenizer
 from billhook.errors import BillhookError, one_of
 from billhook.export import write_gguf
@@ -199,7 +200,7 @@ def _cache_drift(model: Any, ids: torch.Tensor, steps: int = 64) -> float:
     step = model(ids[:, :half], use_cache=True)
     stepped = []
     for part in ids[:, half:].split(max(1, half // steps), dim=1):
-        step = model(part, past_key_values=step.past_key_values, use_cache=True)
+        step = model(part, **after(step))
         stepped.append(step.logits)
     return float((torch.cat(stepped, 1) - whole).float().norm() / whole.float().norm())
 

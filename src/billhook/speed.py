@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from billhook.budget import kv_cache_entries
+from billhook.cached import after
 from billhook.memory import peak_growth
 from billhook.plan import Plan
 from billhook.progress import Tick, quiet
@@ -108,7 +109,7 @@ def _generate_timed(model: Any, batch: int, context: int, new_tokens: int) -> tu
     synchronise(model.device)
     first = time.perf_counter()
     for _ in range(new_tokens):
-        step = model(token, past_key_values=step.past_key_values, use_cache=True)
+        step = model(token, **after(step))
         token = step.logits[:, -1:].argmax(-1)
     synchronise(model.device)
     return first - start, time.perf_counter() - first
