@@ -5,7 +5,6 @@ import subprocess
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -39,15 +38,6 @@ def test_samples_are_drawn_by_the_seed() -> None:
         assert len(some) == len(set(some)) == 12 and set(some) < set(everything)
     assert sorted(rows(windows(ALPHABET, TOKENIZER, 10, samples=21))) == sorted(everything)
     assert windows(ALPHABET, TOKENIZER, 10, samples=12).available == 21
-
-
-def test_special_tokens_are_not_added() -> None:
-    adding = SimpleNamespace(bos=True)
-
-    def tokenize(text: str, add_special_tokens: bool = True, **_: object) -> SimpleNamespace:
-        return SimpleNamespace(input_ids=[256] * (adding.bos and add_special_tokens) + list(text.encode()))
-
-    assert windows(Text("t", "abcd"), tokenize, 4).tokens.tolist() == [[97, 98, 99, 100]]
 
 
 def test_hashes_change_with_what_they_hash() -> None:

@@ -30,6 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
         "plan",
         "memory",
         "writing",
+        "around",
         "tensorfile",
         *STANDALONE,
         "gguf_archs",

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import transformers as T
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 SHAPE = dict(
     vocab_size=258, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, bos_token_id=256, eos_token_id=257
@@ -129,13 +129,15 @@ def tokens(windows: int = 2, length: int = 16, seed: int = 1) -> torch.Tensor:
     return torch.randint(256, (windows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def tokenizer() -> T.PreTrainedTokenizerFast:
-    """One token a byte."""
+def tokenizer(around: str = "$A") -> T.PreTrainedTokenizerFast:
+    """One token a byte; `around` says what it puts around a text, "<s> $A </s>" both."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {symbol: n for n, symbol in enumerate(alphabet)} | {"<s>": 256, "</s>": 257}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
+    if around != "$A":
+        backend.post_processor = processors.TemplateProcessing(around, special_tokens=[("<s>", 256), ("</s>", 257)])
     return T.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>")
 
 

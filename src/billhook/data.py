@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from billhook import demo
+from billhook.around import around, begins_with
 from billhook.errors import BillhookError
 from billhook.progress import Tick, quiet
 from billhook.tensors import Tokens
@@ -40,7 +41,13 @@ class Windows:
     available: int  # full windows that the text holds
     text_sha256: str
     sha256: str  # of the token ids chosen, in order
-    bytes: tuple[int, ...] = ()  # of text that each window's tokens but the first stand for, where asked for
+    bytes: tuple[int, ...] = ()  # of text that each window's predicted tokens stand for, where asked for
+    begins_with: tuple[str, ...] = ()  # special tokens at the start of every window, by name; they count in its length
+
+    @property
+    def first(self) -> int:
+        """Where the tokens that are predicted begin: behind those that the tokenizer puts, or else behind the first of the text."""
+        return max(1, len(self.begins_with))
 
 
 def calibration_text(source: str, tick: Tick = quiet) -> Text:
@@ -73,6 +80,9 @@ def windows(
 ) -> Windows:
     """Non-overlapping windows of `length` tokens, the remainder dropped; `samples` of them drawn by `seed`, or all in order.
 
+    A tokenizer that begins a text with a token (BOS) has it at the start of every window: a model trained so works in no other
+    way.  Such a window holds the fewer tokens of text.  An end token is never put.
+
     Args:
         spans: also count the bytes of text in each window, which takes some memory for a long text.
 
@@ -82,7 +92,13 @@ def windows(
     located = spans and tokenizer.is_fast
     encoded = tokenizer(text.text, add_special_tokens=False, verbose=False, return_offsets_mapping=located)
     ids = torch.tensor(encoded.input_ids, dtype=torch.long)
-    count = len(ids) // length
+    leading = torch.tensor(around(tokenizer)[0], dtype=torch.long)
+    room = length - len(leading)
+    if room < 1:
+        raise BillhookError(
+            f"a window of {length} tokens has no room for text behind the {len(leading)} that the tokenizer begins with: raise --seq-len"
+        )
+    count = len(ids) // room
     if not count:
         raise BillhookError(
             f"text {text.name!r} has {len(ids)} tokens, less than one window of {length}: use more text or a smaller --seq-len"
@@ -91,29 +107,36 @@ def windows(
         raise BillhookError(
             f"text {text.name!r} has {count} windows of {length} tokens, fewer than the {samples} asked for: lower --samples"
         )
-    tokens, sizes = ids[: count * length].view(count, length), ()
+    tokens, sizes = ids[: count * room].view(count, room), ()
     if spans:
         ends = [end for _, end in encoded.offset_mapping] if located else None
-        sizes = _window_bytes(text.text, tokenizer, tokens, ends)
+        sizes = _window_bytes(text.text, tokenizer, tokens, ends, 0 if len(leading) else 1)
+    tokens = torch.cat([leading.expand(count, -1), tokens], 1) if len(leading) else tokens
     if samples is not None:
         drawn = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples]
         tokens, sizes = tokens[drawn], tuple(sizes[n] for n in drawn.tolist()) if sizes else ()
     sha256 = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
-    return Windows(text.name, tokens, count, text.sha256, sha256, sizes)
+    return Windows(text.name, tokens, count, text.sha256, sha256, sizes, begins_with(tokenizer))
 
 
 def fingerprint(tokenizer: Any) -> str:
-    """The same for tokenizers that give every token the same id: perplexities per token then compare."""
-    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
+    """The same for tokenizers that give every token the same id and begin alike: perplexities per token then compare."""
+    known, leading = sorted(tokenizer.get_vocab().items()), around(tokenizer)[0]
+    said = json.dumps([known, leading] if leading else known)
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
-def _window_bytes(text: str, tokenizer: Any, tokens: Tokens, ends: list[int] | None) -> tuple[int, ...]:
-    """UTF-8 bytes from the end of each window's first token to the end of its last; `ends` counts characters."""
+def _window_bytes(text: str, tokenizer: Any, tokens: Tokens, ends: list[int] | None, first: int) -> tuple[int, ...]:
+    """UTF-8 bytes of each row's tokens from `first` on, which is 0 or 1; `ends` counts characters, for tokens one after the other.
+
+    They begin where the token before ends, so that what a tokenizer leaves out between two tokens counts as well.
+    """
     length = tokens.shape[1]
     if ends is None:  # a tokenizer in Python says no positions
-        return tuple(len(tokenizer.decode(row[1:]).encode()) for row in tokens)
-    firsts = range(0, len(tokens) * length, length)
-    return tuple(len(text[ends[n] : ends[n + length - 1]].encode()) for n in firsts)
+        return tuple(len(tokenizer.decode(row[first:]).encode()) for row in tokens)
+    before = [0, *ends]
+    rows = range(0, len(tokens) * length, length)
+    return tuple(len(text[before[n + first] : before[n + length]].encode()) for n in rows)
 
 
 def check_vocabulary(windows: Windows, model: Any, name: str) -> None:

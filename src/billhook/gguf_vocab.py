@@ -14,6 +14,7 @@ from typing import Any
 
 from tokenizers import Regex, pre_tokenizers
 
+from billhook.around import around
 from billhook.errors import BillhookError
 from billhook.gguf_archs import (
     BYTE_LEVEL,
@@ -207,19 +208,12 @@ def _special(tokenizer: Any, bos: int | None) -> Json:
         raise BillhookError(
             "the tokenizer has no eos_token, and llama.cpp would take token 11 for it: set tokenizer.eos_token"
         )
-    first, last = _around(tokenizer)
+    first, last = around(tokenizer)
     if first not in ([], [ids["bos"]]) or last not in ([], [ids["eos"]]):
         raise _refused(f"it puts {first} before and {last} after a text, not its bos_token and eos_token")
     ids["bos"] = bos if ids["bos"] is None else ids["bos"]
     found = {f"ggml.{name}_token_id": n for name, n in ids.items() if n is not None}
     return {**found, "ggml.add_bos_token": bool(first), "ggml.add_eos_token": bool(last)}
-
-
-def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The ids that the tokenizer puts before and after a text."""
-    bare, full = (tokenizer("a", add_special_tokens=added).input_ids for added in (False, True))
-    start = next(n for n in range(len(full)) if full[n : n + len(bare)] == bare)
-    return full[:start], full[start + len(bare) :]
 
 
 def _templates(templates: str | dict[str, str] | None) -> Json:

@@ -27,6 +27,7 @@ class Pool:
     source: tuple[int, ...]  # of each window, by number
     clusters: Clusters
     left_out: int  # windows of little information, and repeated ones
+    begins_with: tuple[str, ...]  # special tokens at the start of each
 
 
 def draw(
@@ -40,12 +41,13 @@ def draw(
     Raises:
         BillhookError: a text has too few windows.
     """
-    parts, source, left_out = [], [], 0
+    parts, source, left_out, begins_with = [], [], 0, ()
     for n, text in enumerate(texts):
         wanted = count // len(texts) + (n < count % len(texts))
-        every = data.windows(text, tokenizer, length).tokens
-        telling = informative(every)
-        left_out += len(every) - len(telling)
+        every = data.windows(text, tokenizer, length)
+        telling = informative(every.tokens, len(every.begins_with))
+        left_out += len(every.tokens) - len(telling)
+        begins_with = every.begins_with
         if len(telling) < wanted:
             raise BillhookError(
                 f"text {text.name!r} has {len(telling)} windows of {length} tokens for the pool, fewer than {wanted}: use more text, or "
@@ -55,17 +57,17 @@ def draw(
         parts.append(telling[order[:wanted]])
         source += [n] * wanted
     tokens = torch.cat(parts)
-    return Pool(
-        tokens, tuple(text.name for text in texts), tuple(source), grouped(tokens, embedding, clusters, seed), left_out
-    )
+    groups = grouped(tokens, embedding, clusters, seed)
+    return Pool(tokens, tuple(text.name for text in texts), tuple(source), groups, left_out, begins_with)
 
 
-def informative(windows: Tokens) -> Tensor:
-    """The windows, each once, without those that say the least."""
+def informative(windows: Tokens, leading: int = 0) -> Tensor:
+    """The windows, each once, without those that say the least; the first `leading` tokens of each, the same in all, say nothing."""
     _, first = np.unique(windows.numpy(), axis=0, return_index=True)
     windows = windows[np.sort(first)]
-    counts = torch.bincount(windows.flatten()).double()
-    bits = -(counts / counts.sum()).log2()[windows].mean(1)
+    text = windows[:, leading:]
+    counts = torch.bincount(text.flatten()).double()
+    bits = -(counts / counts.sum()).log2()[text].mean(1)
     return windows[bits.argsort(stable=True)[int(UNINFORMATIVE * len(windows)) :].sort().values]
 
 

@@ -213,6 +213,7 @@ def prune_opened(
             "probes": len(texts.probe),
             "windows_available": windows.available,
             "seq_len": chosen.seq_len,
+            "begins_with": list(windows.begins_with),
             "text_sha256": windows.text_sha256,
             "tokens_sha256": windows.sha256,
         },

@@ -36,15 +36,17 @@ class Perplexity:
     standard_error: float | None  # of the perplexity, from the spread of the windows' mean losses; none of one window
     bits_per_byte: float | None  # compares across tokenizers, as perplexity does not
     seq_len: int
-    tokens: int  # predicted: length - 1 in each window
+    tokens: int  # predicted: length - 1 in each window, or fewer behind several special tokens
     bytes: int | None  # of text that they stand for
     text_sha256: str
     window_losses: tuple[float, ...]  # mean nats a token
     against: Against | None = None
+    begins_with: tuple[str, ...] = ()  # special tokens at the start of each window
 
 
 def perplexity(model: Any, windows: Windows, tick: Tick = quiet) -> Perplexity:
-    """Perplexity of `model` over all windows: every token but a window's first is predicted from those before it."""
+    """Perplexity of `model` over all windows: every token of text is predicted from those before it, but the first of a window
+    that no special token begins."""
     return perplexities([model], windows, tick=tick)[0]
 
 
@@ -57,7 +59,7 @@ def perplexities(
     Args:
         reference: compare the others with the first, batch by batch: nothing is kept of either but sums.
     """
-    length, stage = windows.tokens.shape[1], f"perplexity on {windows.source}"
+    length, first, stage = windows.tokens.shape[1], windows.first, f"perplexity on {windows.source}"
     rows = max(1, BATCH_TOKENS // length)
     losses: list[list[float]] = [[] for _ in models]
     compared: list[list[tuple[float, float]]] = [[] for _ in models]
@@ -65,8 +67,8 @@ def perplexities(
         tick(stage, n * rows, len(windows.tokens))
         expected: list[Tensor] = []
         for m, model in enumerate(models):
-            for row, found in enumerate(_log_probabilities(model, batch)):
-                losses[m].append(torch.nn.functional.nll_loss(found, batch[row, 1:].to(found.device)).item())
+            for row, found in enumerate(_log_probabilities(model, batch, first)):
+                losses[m].append(torch.nn.functional.nll_loss(found, batch[row, first:].to(found.device)).item())
                 if reference and m:
                     compared[m].append(_compare(expected[row].to(found.device), found))
                 elif reference:
@@ -79,10 +81,10 @@ def perplexities(
     ]
 
 
-def _log_probabilities(model: Any, batch: Tokens) -> Iterator[Tensor]:
-    """Of each window, float32 (length - 1, vocabulary), one at a time."""
+def _log_probabilities(model: Any, batch: Tokens, first: int) -> Iterator[Tensor]:
+    """Of each window's tokens from `first` on, float32 (length - first, vocabulary), one window at a time."""
     for logits in model(batch.to(model.device), use_cache=False).logits:
-        yield torch.log_softmax(logits[:-1].float(), -1)
+        yield torch.log_softmax(logits[first - 1 : -1].float(), -1)
 
 
 def _compare(expected: Tensor, found: Tensor) -> tuple[float, float]:
@@ -93,7 +95,7 @@ def _compare(expected: Tensor, found: Tensor) -> tuple[float, float]:
 
 def _summed(windows: Windows, losses: list[float], size: int | None, against: Against | None) -> Perplexity:
     length, mean = windows.tokens.shape[1], statistics.fmean(losses)
-    tokens, value = len(losses) * (length - 1), _exp(mean)
+    tokens, value = len(losses) * (length - windows.first), _exp(mean)
     return Perplexity(
         windows.source,
         value,
@@ -105,6 +107,7 @@ def _summed(windows: Windows, losses: list[float], size: int | None, against: Ag
         windows.text_sha256,
         tuple(losses),
         against,
+        windows.begins_with,
     )
 
 

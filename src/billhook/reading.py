@@ -24,6 +24,7 @@ class Texts:
     train: Tokens  # windows in the order drawn
     judged: tuple[Windows, ...]  # of the training text held out, and of the others
     guards: tuple[str, ...]  # names of those others
+    begins_with: tuple[str, ...] = ()  # special tokens at the start of every window
 
 
 def read(
@@ -40,7 +41,9 @@ def read(
     # from the end of the order in which a prune draws: its calibration windows, which it fits, come last and are never held out
     tokens = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed)).flip(0)]
     held = min(HELD_OUT, len(tokens) // 10)
-    own = Windows(f"{'+'.join(one.source for one in found)}, held out", tokens[:held], held, "", "")
+    begins_with = found[0].begins_with
+    name = f"{'+'.join(one.source for one in found)}, held out"
+    own = Windows(name, tokens[:held], held, "", "", begins_with=begins_with)
     others = []
     for text in data.evaluation_texts(held_out, tick):
         if text.sha256 in [one.text_sha256 for one in found]:
@@ -54,16 +57,18 @@ def read(
         tokens[held:],
         (*([own] if held else []), *others),
         tuple(one.source for one in others),
+        begins_with,
     )
 
 
-def judged_by(texts: Texts) -> dict[str, dict[str, int]]:
+def judged_by(texts: Texts) -> dict[str, dict[str, Any]]:
     """What a reader of a perplexity must know, by text."""
     return {
         text.source: {
             "windows": len(text.tokens),
             "seq_len": text.tokens.shape[1],
-            "tokens": text.tokens[:, 1:].numel(),
+            "begins_with": list(text.begins_with),
+            "tokens": text.tokens[:, text.first :].numel(),
         }
         for text in texts.judged
     }

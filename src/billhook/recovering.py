@@ -242,6 +242,7 @@ def _outcome(run: Run, healer: "Healer", tried: Sequence[dict[str, float]], stop
         "passes": done * course.rows / len(course.windows),
         "tokens": len(course.order) * chosen.seq_len,
         "seq_len": chosen.seq_len,
+        "begins_with": list(run.texts.begins_with),
         "batch_tokens": step,
         "steps": course.steps,
         "lr": course.lr,

@@ -61,8 +61,11 @@ class Trial:
     losses: dict[str, list[float]] = field(default_factory=dict)  # of each rung
 
 
-def validation(windows: Tokens, seed: int) -> Validation:
+def validation(windows: Tokens, seed: int, leading: int = 0) -> Validation:
     """Split windows of full length, in an order drawn by `seed`: the last ones decide, the others are cut into short ones.
+
+    Args:
+        leading: special tokens that begin every window, and then every short one.
 
     Raises:
         BillhookError: they are too few.
@@ -75,7 +78,9 @@ def validation(windows: Tokens, seed: int) -> Validation:
     final, short = min(FINAL, len(windows) // 3), min(SHORT, windows.shape[1])
     order = torch.Generator().manual_seed(seed)
     windows = windows[torch.randperm(len(windows), generator=order)]
-    pieces = windows[final:, : windows.shape[1] // short * short].reshape(-1, short)
+    first, text, room = windows[:1, :leading], windows[final:, leading:], short - leading
+    pieces = text[:, : text.shape[1] // room * room].reshape(-1, room)
+    pieces = torch.cat([first.expand(len(pieces), -1), pieces], 1)
     pieces = pieces[torch.randperm(len(pieces), generator=order)]
     proxy = min(PROXY, len(pieces) // 3)
     return Validation(pieces[:proxy], pieces[proxy:], windows[:final])

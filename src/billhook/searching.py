@@ -27,6 +27,7 @@ import torch
 from transformers import PreTrainedModel
 
 from billhook import data, pool, store
+from billhook.around import around
 from billhook.checkpoint import Opened
 from billhook.claim import claim
 from billhook.data import Text
@@ -85,7 +86,7 @@ def read(opened: Opened, chosen: Recipe, tick: Tick = quiet) -> Material:
     texts, split, judges = judged(opened, chosen, tick)
     embedding = opened.model.get_input_embeddings().weight.detach()
     found = pool.draw(texts, opened.tokenizer, embedding, chosen.pool, chosen.pool_len, chosen.clusters, chosen.seed)
-    samples = tuple(map(opened.tokenizer.decode, found.tokens))
+    samples = tuple(map(opened.tokenizer.decode, found.tokens[:, len(found.begins_with) :]))
     return Material(data.joined(texts), found, split, judges, samples)
 
 
@@ -100,16 +101,17 @@ def judged(opened: Opened, chosen: Recipe, tick: Tick = quiet) -> tuple[Sequence
         judges = data.evaluation_texts(chosen.validation, tick)
     else:
         texts, judges = zip(*(_split(text) for text in texts), strict=True)
+    leading = len(around(opened.tokenizer)[0])  # the same in all windows: not what makes two texts one
     windows = torch.cat([data.windows(text, opened.tokenizer, chosen.seq_len).tokens for text in judges])
-    known = torch.cat([data.windows(text, opened.tokenizer, chosen.pool_len).tokens.flatten() for text in texts])
-    twice = pool.overlapping(windows, known[None])
+    known = [data.windows(text, opened.tokenizer, chosen.pool_len).tokens[:, leading:].flatten() for text in texts]
+    twice = pool.overlapping(windows[:, leading:], torch.cat(known)[None])
     if chosen.validation and twice.any():
         raise BillhookError(
             f"{int(twice.sum())} of the {len(windows)} windows of --validation are also in the calibration text, and would judge what they "
             "have calibrated: name another"
         )
     # a text repeats itself here and there
-    return texts, validation(windows[~twice], chosen.seed), tuple(text.name for text in judges)
+    return texts, validation(windows[~twice], chosen.seed, leading), tuple(text.name for text in judges)
 
 
 def _split(text: Text) -> tuple[Text, Text]:
@@ -357,6 +359,7 @@ def _said_pool(material: Material, evidence: PoolEvidence, winner: Candidate) ->
     return {
         "sources": list(pool.sources),
         "seq_len": pool.tokens.shape[1],
+        "begins_with": list(pool.begins_with),
         "left_out": pool.left_out,
         "source": list(pool.source),
         "clusters": pool.clusters.tolist(),

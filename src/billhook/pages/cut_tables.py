@@ -6,6 +6,7 @@ from typing import Any
 
 from billhook.pages.recovery_tables import recovery_rows, selection_words
 from billhook.pages.search_tables import choice_words
+from billhook.pages.tables import begun_words
 from billhook.pages.words import finite, mebibytes, number, percent, ranges, signed
 
 KINDS = {"ffn": "FFN channels", "heads": "query heads", "groups": "KV groups", "value": "value channels"}
@@ -119,9 +120,8 @@ def calibration_words(cut: Mapping[str, Any]) -> str:
         return "none was needed"
     seed = (cut.get("recipe") or {}).get("seed")
     probes = f", {text['probes']} more to probe with" if text.get("probes") else ""
-    return f"{text['windows']:,} windows of {text['seq_len']:,} tokens of {text['source']}{probes}" + (
-        f", seed {seed}" if seed is not None else ""
-    )
+    said = [f"{text['windows']:,} windows of {text['seq_len']:,} tokens of {text['source']}{probes}", begun_words(text)]
+    return ", ".join(filter(None, [*said, f"seed {seed}" if seed is not None else ""]))
 
 
 def widths(cuts: Sequence[Mapping[str, Any]]) -> str:

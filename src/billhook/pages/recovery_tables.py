@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from billhook.pages.tables import window_words
+from billhook.pages.tables import begun_words, window_words
 from billhook.pages.words import count, finite, mebibytes, number, percent, places, ranges, rate, ratio
 
 TRAINED = {
@@ -152,7 +152,8 @@ def condition_rows(recovery: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Where the numbers of a recovery come from: texts with their hashes, time and memory."""
     of = f"{recovery['windows']:,} of {recovery['windows_available']:,} windows of {recovery['seq_len']:,} tokens"
     sums = [f"sha256 {one}" for one in recovery.get("text_sha256") or ()]
-    rows = [("trained on", ", ".join([f"{of} of {texts_words(recovery)}, seed {recovery['seed']}", *sums]))]
+    said = [f"{of} of {texts_words(recovery)}", begun_words(recovery), f"seed {recovery['seed']}", *sums]
+    rows = [("trained on", ", ".join(filter(None, said)))]
     rows += [(f"text {text}", window_words(score)) for text, score in (recovery.get("judged_by") or {}).items()]
     took = [f"{stage} {number(s, '{:,.1f}')}" for stage, s in (recovery.get("seconds") or {}).items()]
     rows += [("seconds", ", ".join(took))] if took else []

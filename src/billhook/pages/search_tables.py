@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from billhook.pages.tables import begun_words
 from billhook.pages.words import NONE, finite, number, percent, ranges
 
 STANDARD = "the best fixed metric"
@@ -86,7 +87,10 @@ def pool_words(search: Mapping[str, Any]) -> str:
         clusters = len(set(pool["clusters"]))
         groups = f", sorted into {clusters} clusters" if clusters > 1 else ""
         texts = " and ".join(map(str, pool["sources"]))
-        said.append(f"A pool of {len(pool['source']):,} windows of {pool['seq_len']:,} tokens of {texts}{groups}{out}.")
+        begun = f", {begun_words(pool)}" if begun_words(pool) else ""
+        said.append(
+            f"A pool of {len(pool['source']):,} windows of {pool['seq_len']:,} tokens of {texts}{begun}{groups}{out}."
+        )
     if shapes:
         of = {"proxy": "for the proxy", "rungs": "in turn for trials", "final": "to decide in the end"}
         parts = [f"{_windows(shapes[part])} {what}" for part, what in of.items() if part in shapes]

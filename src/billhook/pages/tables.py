@@ -52,7 +52,13 @@ def same_tokens(scores: Iterable[Mapping[str, Any]]) -> bool:
 def window_words(score: Mapping[str, Any]) -> str:
     """Where a perplexity is from, as far as it is recorded."""
     tokens = f"{score['tokens']:,} tokens" if score.get("tokens") else ""
-    return ", ".join(filter(None, (tokens, f"windows of {score['seq_len']}" if score.get("seq_len") else "")))
+    length = f"windows of {score['seq_len']}" if score.get("seq_len") else ""
+    return ", ".join(filter(None, (tokens, length, begun_words(score))))
+
+
+def begun_words(score: Mapping[str, Any]) -> str:
+    """Which special tokens begin every window; '' where none do."""
+    return f"each begins with {' '.join(map(str, score['begins_with']))}" if score.get("begins_with") else ""
 
 
 def measures(models: Sequence[Mapping[str, Any]]) -> list[Measure]:
@@ -122,7 +128,8 @@ def _quality(models: Sequence[Mapping[str, Any]]) -> list[Measure]:
         of = [perplexity_of(m, text, seq_len) for m in models]
         alike = same_tokens(of)
         tokens = " / ".join(dict.fromkeys(number(p.get("tokens"), "{:,.0f}") for p in of if p))
-        conditions = f"{tokens} tokens, windows of {seq_len}"
+        begun = [words for words in dict.fromkeys(begun_words(p) for p in of) if words]
+        conditions = ", ".join([f"{tokens} tokens", f"windows of {seq_len}", *begun])
         cells = [with_error(p.get("perplexity"), p.get("standard_error")) for p in of]
         change = ratio(of[-1].get("perplexity"), of[0].get("perplexity")) if alike else NONE
         rows.append(Measure("quality", f"perplexity on {text}", conditions, cells, change if len(of) > 1 else ""))
