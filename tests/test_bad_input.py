@@ -232,7 +232,7 @@ MODELS: dict[str, tuple[Damage, str]] = {
     "empty": (in_order(shutil.rmtree, Path.mkdir), "tiny-llama is an empty folder: expected config.json and"),
     "no config": (delete("config.json"), "tiny-llama has no config.json"),
     "broken config": (write("config.json", '{"a":'), "tiny-llama: config.json cannot be read .*line 1"),
-    "config is a list": (write("config.json", "[]"), "tiny-llama: config.json is not a JSON object"),
+    "config is a list": (write("config.json", "[]"), "tiny-llama: config.json holds a list, not a JSON object"),
     "config without family": (write("config.json", "{}"), "family None is not supported: billhook knows llama"),
     "config with two families": (config(model_type=["llama"]), "family .*llama.* is not supported"),
     "config without layers": (config(num_hidden_layers=0), "tiny-llama.* no (decoder )?layers"),

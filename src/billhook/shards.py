@@ -1,33 +1,22 @@
 """What the safetensors files of a model folder hold: whole, in a known dtype, and where their index says."""
 
 import hashlib
-import json
+import os
+import re
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from pydantic import BaseModel, ConfigDict
 
-from billhook.errors import BillhookError, first_line
+from billhook.documents import read_object, typed
+from billhook.errors import BillhookError
+from billhook.headers import Stored, read_header, shown
 
 STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # safetensors' names
 INDEX = "model.safetensors.index.json"
 AGAIN = "fetch or copy the model again"
-
-
-@dataclass(frozen=True)
-class Stored:
-    """One tensor of a folder."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str  # safetensors' name
-
-    @property
-    def elements(self) -> int:
-        return torch.Size(self.shape).numel()
 
 
 def stored(path: Path, name: str) -> dict[str, Stored]:
@@ -40,7 +29,7 @@ def stored(path: Path, name: str) -> dict[str, Stored]:
         BillhookError: a file is missing, truncated or pickled, a dtype is unknown, or the index says otherwise; names the file and the tensor.
     """
     index = path / INDEX
-    mapped = _weight_map(index, name) if index.exists() else {}
+    mapped = _weight_map(index, name) if os.path.lexists(index) else {}
     files = sorted({path / file for file in mapped.values()} or path.glob("*.safetensors"))
     if not files:
         if pickles := [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")]:
@@ -51,24 +40,16 @@ def stored(path: Path, name: str) -> dict[str, Stored]:
         raise BillhookError(f"{name} holds no *.safetensors: {AGAIN}")
     found: dict[str, Stored] = {}
     for file in files:
-        if not file.exists():
-            first = next(key for key, of in mapped.items() if of == file.name)
-            raise BillhookError(
-                f"{name}: shard {file.name} is missing, though {INDEX} names it (for {first}, say): {AGAIN}"
-            )
         try:
-            with safe_open(file, framework="pt") as shard:
-                for key in shard.keys():  # noqa: SIM118
-                    piece = shard.get_slice(key)
-                    found[key] = Stored(file, tuple(piece.get_shape()), piece.get_dtype())
-        except (SafetensorError, OSError) as error:
-            raise BillhookError(
-                f"{name}: shard {file.name} is damaged or truncated ({_lost(file) or first_line(error)}): {AGAIN}"
-            ) from error
+            found |= read_header(file, f"{name}: shard {file.name}", AGAIN)
+        except FileNotFoundError as error:
+            first = next((key for key, of in mapped.items() if of == file.name), "")
+            why = f", though {INDEX} names it (for {shown(first)}, say)" if first else ": it is a link to nothing"
+            raise BillhookError(f"{name}: shard {file.name} is missing{why}: {AGAIN}") from error
     for key, file in mapped.items():
         if key not in found or found[key].file.name != file:
             where = f"it is in {found[key].file.name}" if key in found else "no shard holds it"
-            raise BillhookError(f"{name}: {INDEX} says that {file} holds {key}, but {where}: {AGAIN}")
+            raise BillhookError(f"{name}: {INDEX} says that {file} holds {shown(key)}, but {where}: {AGAIN}")
     if strange := {one.dtype for one in found.values()} - set(STORED):
         raise BillhookError(
             f"{name} stores weights as {', '.join(sorted(strange))}: dequantise to float32, bfloat16 or float16 first"
@@ -84,7 +65,7 @@ def digest(path: Path) -> str:
         found.update(f"{file.name} {seen.st_size} {seen.st_mtime_ns}".encode())
         with file.open("rb") as content:
             length = int.from_bytes(content.read(8), "little") if file.suffix == ".safetensors" else seen.st_size
-            found.update(content.read(length))
+            found.update(content.read(min(length, seen.st_size)))
     return found.hexdigest()[:16]
 
 
@@ -107,32 +88,26 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
         BillhookError: there is no such file, or it holds none.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path, f"{name}: {path.name}", AGAIN)
     except FileNotFoundError as error:
         raise BillhookError(f"{name} has no {path.name}: give a folder that holds a whole model") from error
-    except (ValueError, OSError) as error:
-        raise BillhookError(f"{name}: {path.name} cannot be read ({first_line(error)}): {AGAIN}") from error
-    if not isinstance(content, dict):
-        raise BillhookError(f"{name}: {path.name} is not a JSON object")
-    return content
+
+
+class Index(BaseModel):
+    """Which file holds each tensor."""
+
+    model_config = ConfigDict(strict=True)
+
+    weight_map: dict[str, str]
 
 
 def _weight_map(index: Path, name: str) -> dict[str, str]:
-    mapped = read_json(index, name).get("weight_map")
-    if not isinstance(mapped, dict):
-        raise BillhookError(f"{name}: {index.name} holds no weight_map: {AGAIN}")
+    """The name of its file by tensor, every one of a file in this folder."""
+    what = f"{name}: {index.name}"
+    mapped = typed(Index, read_json(index, name), what, AGAIN).weight_map
+    for key, file in mapped.items():
+        if not re.fullmatch(r"[^/\\\x00]+\.safetensors", file):
+            raise BillhookError(
+                f"{what}: {shown(key)} is said to be in {shown(file)}, no .safetensors file of this folder: {AGAIN}"
+            )
     return mapped
-
-
-def _lost(file: Path) -> str:
-    """The first tensor that ends beyond the end of a file, or '' where the header cannot be read either."""
-    try:
-        with file.open("rb") as content:
-            length = int.from_bytes(content.read(8), "little")
-            header = json.loads(content.read(length))
-            ends = {key: one["data_offsets"][1] for key, one in header.items() if key != "__metadata__"}
-        size = file.stat().st_size - 8 - length
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError):
-        return ""
-    beyond = sorted((end, key) for key, end in ends.items() if end > size)
-    return f"{beyond[0][1]} and all after it are cut off" if beyond else ""
