@@ -27,12 +27,12 @@ from billhook import (
     trainables,
     training,
 )
-from billhook.course import Judge
+from billhook.course import Course, Judge
 from billhook.errors import BillhookError
 from billhook.experts import unfuse
 from billhook.families import layers, row_of
 from billhook.precision import autocast_dtype
-from billhook.recovery import recovery
+from billhook.recovery import OBJECTIVES, recovery
 from billhook.trainables import Cut
 
 LENGTH = 16
@@ -276,6 +276,17 @@ def test_a_run_is_judged_at_its_end_and_not_too_often(steps: int) -> None:
     assert len(points) <= 10
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 20, 1000])
+@pytest.mark.parametrize("warmup", [0.0, 0.05, 0.5, 0.99])
+def test_every_step_has_a_rate_and_one_has_all_of_it(steps: int, warmup: float) -> None:
+    course = Course(tiny.tokens(1, LENGTH), [0] * steps, 1, 1e-3, warmup=warmup)
+    shares = [course.share_of_lr(n) for n in range(steps)]
+    peak = shares.index(1.0)
+    assert peak == min(round(warmup * steps), steps - 1)
+    assert all(a < b for a, b in pairwise(shares[: peak + 1])) and all(a > b for a, b in pairwise(shares[peak:]))
+    assert all(0 < share <= 1 for share in shares)
+
+
 def judged(*values: tuple[float, ...]) -> list[dict[str, Any]]:
     return [{"step": n, "losses": {"other": list(one)}} for n, one in enumerate(values)]
 
@@ -356,6 +367,18 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(
 ) -> None:
     healing = recover(folder, tmp_path / "work", **given(texts, folder, top_k=258)).healing
     assert abs(healing["losses"][0]) < 1e-5  # Adam then walks, whatever the gradient's size
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("warmup", [0.0, 0.9])
+def test_a_run_of_one_step_trains_at_the_full_rate(
+    objective: str, warmup: float, student: Path, folder: Path, texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    asked = given(texts, folder, objective=objective, tokens=2 * LENGTH, batch_tokens=2 * LENGTH, lr=1e-2, guard=False)
+    found = recover(student, tmp_path / "work", **asked, warmup=warmup)
+    before, after = load_file(student / "model.safetensors"), found.model.state_dict()
+    moved = max((after[name] - value).abs().max().item() for name, value in before.items())
+    assert found.healing["steps"] == 1 and moved == pytest.approx(1e-2, rel=1e-3)  # Adam's first step is its rate
 
 
 @pytest.mark.parametrize("trainable", trainables.TRAINABLE)

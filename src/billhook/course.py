@@ -45,6 +45,17 @@ class Course:
     def step_tokens(self) -> int:
         return self.rows * self.windows.shape[1]
 
+    @property
+    def warming(self) -> int:
+        """Steps below the full rate at the start; one at least has all of it."""
+        return min(round(self.warmup * self.steps), self.steps - 1)
+
+    def share_of_lr(self, step: int) -> float:
+        """What of `lr` the step after `step` others trains at: a line up from above zero, then a cosine down towards it."""
+        if step < self.warming:
+            return (step + 1) / (self.warming + 1)
+        return (1 + math.cos(math.pi * (step - self.warming) / (self.steps - self.warming))) / 2
+
 
 @dataclass
 class Judge:

@@ -108,7 +108,8 @@ def setting_words(recovery: Mapping[str, Any]) -> str:
     planned, done = recovery["steps"], len(recovery.get("losses") or ())
     steps = f"{planned:,}" if done in (0, planned) else f"{done:,} of {planned:,}"
     likeliest = f"; the teacher's {recovery['top_k']:,} likeliest tokens" if recovery["objective"] == "distill" else ""
-    warmup = f", warmed up over {percent(recovery['warmup'], 0)} of them" if recovery.get("warmup") else ""
+    warming = round((recovery.get("warmup") or 0) * planned)
+    warmup = f", warmed up over {percent(recovery['warmup'], 0)} of them" if warming else ""
     several = f", {recovery['processes']} processes" if (recovery.get("processes") or 1) > 1 else ""
     what = f"{objective_words(recovery)}{likeliest}"
     how_much = f"{tokens_words(recovery)} ({passes_words(recovery)})"
