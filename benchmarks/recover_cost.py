@@ -58,7 +58,7 @@ def bare() -> float:
             batch = _stacked([items[step * args.rows + row]])
             with computing(torch.device("cpu"), autocast):
                 logits = fresh(batch["tokens"], use_cache=False).logits
-            loss = divergence(logits[:, :-1], batch["ids"], batch["chances"], batch["tail"])
+            loss = divergence(logits[:, :-1], batch["ids"], batch["chances"], batch["tail"]).mean()
             (loss / args.rows).backward()
         torch.nn.utils.clip_grad_norm_(fresh.parameters(), 1.0)
         optimizer.step()

@@ -74,7 +74,7 @@ def some_logits(seed: int = 0, size: int = 50) -> torch.Tensor:
 
 def test_the_divergence_is_the_whole_one_where_all_tokens_are_kept() -> None:
     ours, theirs = some_logits(0).requires_grad_(True), some_logits(1)
-    found = losses.divergence(ours, *losses.most_likely(theirs, 50))
+    found = losses.divergence(ours, *losses.most_likely(theirs, 50)).mean()
     expected = torch.nn.functional.kl_div(
         ours.log_softmax(-1).flatten(0, 1), theirs.log_softmax(-1).flatten(0, 1), log_target=True, reduction="batchmean"
     )
@@ -86,7 +86,7 @@ def test_the_divergence_is_the_whole_one_where_all_tokens_are_kept() -> None:
 
 def test_a_tail_counts_as_one_token_and_only_lowers_the_divergence() -> None:
     ours, theirs = some_logits(0), some_logits(1)
-    by_k = [losses.divergence(ours, *losses.most_likely(theirs, k)).item() for k in (1, 5, 20, 50)]
+    by_k = [losses.divergence(ours, *losses.most_likely(theirs, k)).mean().item() for k in (1, 5, 20, 50)]
     assert all(a < b for a, b in pairwise(by_k))
     ids, chances, tail = losses.most_likely(theirs, 5)
     p = torch.cat([chances.exp(), tail.unsqueeze(-1)], -1)
@@ -98,15 +98,15 @@ def test_a_tail_counts_as_one_token_and_only_lowers_the_divergence() -> None:
 def test_a_student_that_says_the_same_loses_nothing_even_after_half_precision() -> None:
     logits = some_logits()
     ids, chances, tail = losses.most_likely(logits, 20)
-    assert abs(losses.divergence(logits, ids, chances, tail).item()) < 1e-6
-    assert abs(losses.divergence(logits, ids, chances.half(), tail).item()) < 1e-4
+    assert abs(losses.divergence(logits, ids, chances, tail).mean().item()) < 1e-6
+    assert abs(losses.divergence(logits, ids, chances.half(), tail).mean().item()) < 1e-4
 
 
 def test_the_divergence_survives_certainty() -> None:
     sure = torch.full((1, 1, 9), -200.0)
     sure[0, 0, 3] = 200.0
     wrong = sure.roll(1, -1).requires_grad_(True)
-    found = losses.divergence(wrong, *losses.most_likely(sure, 4))
+    found = losses.divergence(wrong, *losses.most_likely(sure, 4)).mean()
     (slope,) = torch.autograd.grad(found, wrong)
     assert found.item() == pytest.approx(400, rel=1e-3) and slope.isfinite().all()
 
@@ -119,8 +119,8 @@ def test_next_token_is_transformers_own_loss() -> None:
 
 def test_misalignment_sees_directions_alone() -> None:
     states = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
-    assert losses.misalignment(states, 5 * states).item() == pytest.approx(0, abs=1e-6)
-    assert losses.misalignment(states, -states).item() == pytest.approx(2, abs=1e-6)
+    assert losses.misalignment(states, 5 * states).mean().item() == pytest.approx(0, abs=1e-6)
+    assert losses.misalignment(states, -states).mean().item() == pytest.approx(2, abs=1e-6)
 
 
 # ---- the teacher
@@ -379,6 +379,36 @@ def test_a_run_of_one_step_trains_at_the_full_rate(
     before, after = load_file(student / "model.safetensors"), found.model.state_dict()
     moved = max((after[name] - value).abs().max().item() for name, value in before.items())
     assert found.healing["steps"] == 1 and moved == pytest.approx(1e-2, rel=1e-3)  # Adam's first step is its rate
+
+
+@pytest.mark.parametrize(("objective", "states"), [("distill", "off"), ("distill", "on"), ("ce", "off")])
+def test_windows_in_a_forward_decide_nothing(
+    objective: str, states: str, student: Path, folder: Path, texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    asked = given(texts, folder, objective=objective, states=states, tokens=3 * 4 * LENGTH, batch_tokens=4 * LENGTH)
+    asked |= {"top_k": 258, "guard": False, "lr": 1e-2}
+    found = [
+        recover(student, tmp_path / str(n), **asked, lessons=tmp_path / "lessons", micro_batch=n) for n in (1, 2, 4)
+    ]
+    for other in found[1:]:
+        assert other.healing["losses"] == pytest.approx(found[0].healing["losses"], rel=1e-4)
+        for one, same in zip(found[0].model.parameters(), other.model.parameters(), strict=True):
+            torch.testing.assert_close(one, same, atol=1e-4, rtol=0)
+    windows = reading.read(asked["text"], asked["held_out"], tiny.tokenizer(), LENGTH, 0).train[:4]
+    before, dense = checkpoint.load(student), checkpoint.load(folder)
+    with torch.no_grad():  # what is printed is the loss by its name, whatever is aligned besides
+        own = before(windows).logits
+        theirs = losses.most_likely(dense(windows).logits[:, :-1], 258)
+        true = losses.next_token(own, windows) if objective == "ce" else losses.divergence(own[:, :-1], *theirs).mean()
+    assert found[0].healing["losses"][0] == pytest.approx(true.item(), rel=1e-3)
+
+
+def test_what_is_aligned_pulls_as_hard_as_the_divergence_and_is_not_in_the_loss() -> None:
+    x = torch.tensor([0.5, 2.0, 3.0], requires_grad=True)
+    found = losses.beside(x**2, 7 * x)
+    (slope,) = torch.autograd.grad(found, x)
+    assert found.item() == pytest.approx((x**2).mean().item())
+    torch.testing.assert_close(slope, (2 * x + x).detach() / 3)  # x^2 / 7x of 7, of each row
 
 
 @pytest.mark.parametrize("trainable", trainables.TRAINABLE)

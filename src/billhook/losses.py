@@ -1,15 +1,16 @@
 """What a model is trained on after a cut: distances to the teacher's predictions and states, and the text itself.
 
 Logits are (rows, length, vocabulary), states (rows, length, hidden); every loss is a mean over tokens, in nats where it is a
-divergence.  Float32 inside, whatever comes in.
+divergence: of each row, or of all.  Float32 inside, whatever comes in.
 """
 
 import torch
 from torch import Tensor
 
-from billhook.tensors import Chosen, LogChances, Logits, States, Tail, Tokens
+from billhook.tensors import Chosen, LogChances, Logits, Rows, States, Tail, Tokens
 
 SMALLEST = 1e-12  # a share of probability that counts as none
+LEAST_APART = 1e-6  # of 1 - cos: beneath it states count as aligned
 
 
 def most_likely(logits: Logits, k: int) -> tuple[Chosen, LogChances, Tail]:
@@ -20,8 +21,8 @@ def most_likely(logits: Logits, k: int) -> tuple[Chosen, LogChances, Tail]:
     return ids, chances, (1 - chances.exp().sum(-1)).clamp(min=0)
 
 
-def divergence(logits: Logits, ids: Chosen, chances: LogChances, tail: Tail) -> Tensor:
-    """KL(teacher || student) where both count all tokens but the teacher's `ids` as one.
+def divergence(logits: Logits, ids: Chosen, chances: LogChances, tail: Tail) -> Rows:
+    """Of each row KL(teacher || student) where both count all tokens but the teacher's `ids` as one.
 
         sum_k p_k (log p_k - log q_k) + p_tail (log p_tail - log q_tail)
 
@@ -34,7 +35,7 @@ def divergence(logits: Logits, ids: Chosen, chances: LogChances, tail: Tail) -> 
     log_q = logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True)
     rest = (1 - log_q.exp().sum(-1)).clamp(min=SMALLEST)
     known = (p * (p.clamp(min=SMALLEST).log() - log_q)).sum(-1)
-    return (known + tail * (tail.clamp(min=SMALLEST) / rest).log()).mean()
+    return (known + tail * (tail.clamp(min=SMALLEST) / rest).log()).mean(-1)
 
 
 def next_token(logits: Logits, tokens: Tokens) -> Tensor:
@@ -42,6 +43,16 @@ def next_token(logits: Logits, tokens: Tokens) -> Tensor:
     return torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def misalignment(states: States, wanted: States) -> Tensor:
-    """Mean of 1 - cos between states: a norm between them and what reads them would scale away all else."""
-    return (1 - torch.cosine_similarity(states.float(), wanted.float(), dim=-1)).mean()
+def misalignment(states: States, wanted: States) -> Rows:
+    """Of each row the mean of 1 - cos between states: a norm between them and what reads them would scale away all else."""
+    return (1 - torch.cosine_similarity(states.float(), wanted.float(), dim=-1)).mean(-1)
+
+
+def beside(distance: Rows, apart: Rows) -> Tensor:
+    """Has what is `apart` pull as hard as `distance`, whatever its own scale (Minitron, arXiv:2407.14679, section 3).
+
+    The value is the mean of `distance` alone.  Its gradient is that and, row by row, `apart`'s as a share of `distance`: rows
+    weigh the same whatever others a forward pass holds beside them.
+    """
+    pull = distance.detach() / apart.detach().clamp(min=LEAST_APART) * apart
+    return (distance + pull - pull.detach()).mean()

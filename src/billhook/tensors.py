@@ -19,6 +19,7 @@ Logits = Float[Tensor, "rows length vocabulary"]
 Chosen = Int[Tensor, "rows predicted k"]  # the teacher's most likely tokens, the most likely first
 LogChances = Float[Tensor, "rows predicted k"]  # their log-probabilities
 Tail = Float[Tensor, "rows predicted"]  # probability of all other tokens together
+Rows = Float[Tensor, " rows"]  # one number for each window of a forward pass
 States = Float[Tensor, "rows length hidden"]
 SlotWindows = Float[Tensor, "slots windows units"]  # of each slot of an axis, in each window
 SlotMixtures = Float[Tensor, "mixtures slots units"]  # of each slot, for each mixture of clusters of windows

@@ -20,7 +20,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 
 from billhook.course import Course, Diverged, Judge, checkpoints, is_whole, mark_whole, step_of
 from billhook.errors import BillhookError
-from billhook.losses import divergence, misalignment, next_token
+from billhook.losses import beside, divergence, misalignment, next_token
 from billhook.progress import Tick, quiet
 from billhook.saving import quiet_transformers
 from billhook.teacher import EMBEDDED, HIDDEN, Lessons
@@ -80,13 +80,15 @@ class Healer(Trainer):
         if self.lessons is None:
             loss = next_token(out.logits, tokens)
         else:
-            loss = divergence(out.logits[:, :-1], inputs["ids"], inputs["chances"], inputs["tail"])
-        if self.course.states:
-            apart = misalignment(out.hidden_states[EMBEDDED], inputs["embedded"])
-            apart = apart + misalignment(out.hidden_states[HIDDEN], inputs["hidden"])
-            # as large as the divergence, whatever its own scale (Minitron, arXiv:2407.14679, section 3)
-            loss = loss + loss.detach() / apart.detach().clamp(min=1e-6) * apart
+            apart = divergence(out.logits[:, :-1], inputs["ids"], inputs["chances"], inputs["tail"])
+            loss = beside(apart, self._misaligned(out, inputs)) if self.course.states else apart.mean()
         return (loss, out) if return_outputs else loss
+
+    @staticmethod
+    def _misaligned(out: Any, inputs: dict[str, Any]) -> Tensor:
+        ends = (EMBEDDED, "embedded"), (HIDDEN, "hidden")
+        first, second = (misalignment(out.hidden_states[at], inputs[name]) for at, name in ends)
+        return first + second
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         """The course's own: transformers' schedules have a rate of zero in the first step of a warm-up."""

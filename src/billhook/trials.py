@@ -125,7 +125,7 @@ def tried(
                     loss = next_token(own, batch[row : row + 1])
                 else:
                     loss = divergence(own[:, :-1], *(each[row : row + 1] for each in taught[n]))
-                found.append(loss.item())
+                found.append(loss.mean().item())
     return found
 
 
