@@ -29,6 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
         "cuts",
         "plan",
         "memory",
+        "modes",
         "writing",
         "around",
         "tensorfile",

@@ -32,6 +32,7 @@ class Course:
     micro_batch: int = 1  # windows in one forward
     warmup: float = 0.05  # share of the steps
     states: bool = False
+    dropout: bool = False  # as the model's config has it
     autocast: torch.dtype | None = None
     cpu: bool = False
     seed: int = 0

@@ -41,6 +41,7 @@ from billhook.journal import Journal
 from billhook.known import check_known
 from billhook.memory import peak_growth
 from billhook.methods import METHODS, carry_out
+from billhook.modes import evaluating
 from billhook.plan import Plan
 from billhook.progress import Clock, Tick, quiet, unheard
 from billhook.reading import read
@@ -75,7 +76,8 @@ def prune(  # noqa: PLR0913
     """Prune a model by a recipe.
 
     Args:
-        model: a folder, a hub id, a .gguf file, `demo`, or a transformers model in memory (which is cut in place).
+        model: a folder, a hub id, a .gguf file, `demo`, or a transformers model in memory, which is cut in place: without
+            its dropout, whatever mode it comes in, and given back in that mode.
         tokenizer: needed with a model in memory.
         statistics: a folder that keeps what an allocation measured, and in the dense stream what a method did (billhook.grams),
             for another ratio, allocation or method.
@@ -127,7 +129,8 @@ def prune(  # noqa: PLR0913
     kept = Path(work) if journals and work is not None else None
     if kept:
         feasible.check_room(opened, chosen, kept)
-    with hidden.budget(amounts.amount(hidden_budget, amounts.BYTES, "hidden-budget")):
+    budgeted = hidden.budget(amounts.amount(hidden_budget, amounts.BYTES, "hidden-budget"))
+    with evaluating(opened.model), budgeted:
         return prune_opened(opened, chosen, tick, statistics, announce, means, kept)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from billhook import atomic, clients, report, saving
+from billhook.modes import evaluating
 from billhook.pages import page
 from billhook.paging import is_paged
 from billhook.progress import Tick, quiet
@@ -32,7 +33,8 @@ def publish(
     tick("saving", 0, 2)
     saving.save(model, tokenizer, work, source)
     tick("saving", 1, 2)
-    record["verified"] = clients.verify(work, model)
+    with evaluating(model):
+        record["verified"] = clients.verify(work, model)
     record["loads"] = [] if is_paged(model) else [clients.check(work, "transformers")]  # which loads it whole
     atomic.write_text(work / atomic.MARK, report.to_json(record))
     atomic.write_text(work / "README.md", report.model_card(record))

@@ -113,6 +113,11 @@ def recover(
         rate = chosen.lr or _best_rate(tried)
         if process.is_main_process:
             announce(_line(run, rate))
+            if run.student.noise and not chosen.dropout:
+                rates = ", ".join(f"{key} {rate:g}" for key, rate in run.student.noise.items())
+                announce(
+                    f"trained without the dropout of its config ({rates}), which stays there: --dropout trains with it"
+                )
         guards = run.texts.guards if chosen.guard else ()
         judge = Judge(run.texts.judged, guards, run.course.autocast)
         healer = run.healer(replace(run.course, lr=rate), judge, work, run.tick)
@@ -234,6 +239,7 @@ def _outcome(run: Run, healer: "Healer", tried: Sequence[dict[str, float]], stop
         "trainable": chosen.trainable,
         "rank": chosen.rank if chosen.trainable in BY_FORM else None,
         "keep_zeros": chosen.keep_zeros,
+        "dropout": chosen.dropout,
         "zeros": run.student.census.total if run.chosen.keeps_zeros else None,
         "texts": list(chosen.text),
         "text_sha256": list(run.texts.sha256),

@@ -45,6 +45,7 @@ class Recovery(BaseModel):
     top_k: int = Field(default=256, ge=1)  # of the teacher's next tokens
     rank: int = Field(default=32, ge=1)  # of lora; of spp, blocks of rows
     keep_zeros: bool | None = None  # of a sparse model; None: refuse to train one, unless it is by spp
+    dropout: bool = False  # the config's own
     guard: bool = True
     precision: str = "auto"
     device: str = "auto"

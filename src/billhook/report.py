@@ -292,6 +292,7 @@ def recover_command(recovery: dict[str, Any], student: str = "OUT", out: str = "
     ]
     if (keep := recovery.get("keep_zeros")) is not None:
         settings.append("--keep-zeros" if keep else "--no-keep-zeros")
+    settings += ["--dropout"] if recovery.get("dropout") else []
     several = recovery.get("processes") or 1
     start = f"accelerate launch --num_processes {several} -m billhook" if several > 1 else "billhook"
     return f"{start} recover {shlex.quote(student)} {' '.join(settings)} -o {out}"

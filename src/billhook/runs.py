@@ -16,6 +16,7 @@ from billhook import checkpoint, claim, data, pace, report, store, teacher, zero
 from billhook.course import Course, Judge
 from billhook.errors import BillhookError
 from billhook.memory import return_freed
+from billhook.modes import noise
 from billhook.precision import autocast_dtype
 from billhook.progress import Clock, Tick
 from billhook.quality import of_losses
@@ -54,6 +55,7 @@ class Student:
     sha256: str
     record: dict[str, Any] | None  # its billhook.json
     census: zeros.Census
+    noise: dict[str, float]  # dropout and the like that its config asks for
 
     @property
     def cut(self) -> Cut | None:
@@ -136,6 +138,7 @@ def prepare(
         micro_batch=min(chosen.micro_batch, rows),
         warmup=chosen.warmup,
         states=chosen.states == "on" or (chosen.states == "auto" and chosen.objective == "distill" and left <= HALVED),
+        dropout=chosen.dropout,
         autocast=autocast,
         cpu=where(process).type == "cpu",
         seed=chosen.seed,
@@ -163,6 +166,7 @@ def _look(
         store.weights_sha256(opened.model),
         report.stored_cut(opened.folder),
         zeros.census(opened.model),
+        noise(opened.model.config),
     )
     _check_zeros(student, chosen)
     if chosen.states == "on" and (student.record or {}).get("residual"):

@@ -76,6 +76,7 @@ class Healer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         tokens = inputs["tokens"]
+        model.train(self.course.dropout)  # of what a model does in training alone there is nothing else
         out = model(input_ids=tokens, use_cache=False, output_hidden_states=self.course.states)
         if self.lessons is None:
             loss = next_token(out.logits, tokens)

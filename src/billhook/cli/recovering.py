@@ -94,6 +94,9 @@ def recover_command(
             show_default=False,
         ),
     ] = DEFAULT.keep_zeros,
+    dropout: Annotated[
+        bool, typer.Option(help="train with the dropout that the model's config asks for, if any; a teacher has none")
+    ] = DEFAULT.dropout,
     guard: Annotated[bool, typer.Option(help="stop when a held-out text gets worse")] = DEFAULT.guard,
     lessons: Annotated[
         Path | None,
@@ -137,6 +140,7 @@ def recover_command(
         top_k=top_k,
         rank=rank,
         keep_zeros=keep_zeros,
+        dropout=dropout,
         guard=guard,
         precision=precision,
         device=device,
