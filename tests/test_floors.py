@@ -30,8 +30,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
         "plan",
         "memory",
         "modes",
-        "writing",
         "around",
+        "greedy",
+        "generation",
         "tensorfile",
         *STANDALONE,
         "gguf_archs",
@@ -39,6 +40,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
     ),
     (
         *("documents", "linalg", "losses", "atomic", "paging", "amounts", "llamacpp", "gguf_vocab", "knee", "depth"),
+        "writing",
         *("pages.charts", "pages.recovery_tables", "pages.search_tables"),
     ),
     (

@@ -15,6 +15,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from tokenizers import processors
 
 from billhook import data, quality, zeroshot
 from billhook.errors import BillhookError
@@ -151,6 +152,21 @@ def test_an_open_answer_has_no_chance(tmp_path: Path) -> None:
     }
     row = measure(task_file(tmp_path, docs=documents(2), **open_answer))
     assert (row["metric"], row["accuracy"], row["chance"], row["acc_norm"]) == ("exact_match", 0.0, None, None)
+
+
+def test_scores_are_of_the_model_alone(tmp_path: Path) -> None:
+    """Not of its settings of `generate`, nor of an end that its tokenizer puts behind every text."""
+    docs = [{"question": "say b", "options": ["b"], "gold": 0, "answer": tiny.text(3)}]
+    open_answer = {"output_type": "generate_until", "doc_to_choice": None, "doc_to_target": "answer"}
+    exact = {"metric_list": [{"metric": "exact_match"}], "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4}}
+    tasks = load_tasks([str(task_file(tmp_path)), str(task_file(tmp_path, "written", docs, **open_answer, **exact))])
+    model, ending = tiny.model("llama"), tiny.tokenizer()
+    expected = evaluate(model, tiny.tokenizer(), tasks)
+    ending.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A $B </s>", special_tokens=[("</s>", 257)]
+    )
+    model.generation_config.stop_strings = ["a"]
+    assert evaluate(model, ending, tasks) == expected
 
 
 def test_a_task_that_is_finished_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

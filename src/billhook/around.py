@@ -1,6 +1,9 @@
 """What a tokenizer puts around a text by itself: the token that begins it, the one that ends it."""
 
+import copy
 from typing import Any
+
+from tokenizers import processors
 
 
 def around(tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -13,3 +16,20 @@ def around(tokenizer: Any) -> tuple[list[int], list[int]]:
 def begins_with(tokenizer: Any) -> tuple[str, ...]:
     """The tokens that begin every text, by name."""
     return tuple(map(str, tokenizer.convert_ids_to_tokens(around(tokenizer)[0])))
+
+
+def open_ended(tokenizer: Any) -> Any:
+    """A tokenizer that puts before a text what this one does, and nothing behind: what goes on has not ended."""
+    before, behind = around(tokenizer)
+    if not behind:
+        return tokenizer
+    changed = copy.deepcopy(tokenizer)
+    if changed.is_fast:
+        names = changed.convert_ids_to_tokens(before)
+        plain = processors.TemplateProcessing(
+            single=[*names, "$A"], pair=[*names, "$A", "$B"], special_tokens=list(zip(names, before, strict=True))
+        )
+        changed.backend_tokenizer.post_processor = plain
+    else:
+        changed.add_eos_token = False
+    return changed

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from gguf import GGUFReader
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from billhook import demo
+from billhook import demo, generation
 from billhook.atomic import folder
 from billhook.errors import BillhookError, first_line, one_of
 from billhook.experts import unfuse
@@ -291,8 +291,10 @@ def _load(path: Path, name: str, dtype: torch.dtype | str) -> Any:
                 use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
+                generation_config=GenerationConfig(),  # or what is wrong in the folder's ends the load
             )
             model, info = loaded
+            model.generation_config = generation.read(path)
     except Exception as error:  # transformers raises OSError, ValueError, RuntimeError, KeyError… for a bad folder
         raise BillhookError(f"{name}: transformers could not load it ({first_line(error)})") from error
     other = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]  # (name, shape, shape)

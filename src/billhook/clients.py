@@ -19,6 +19,7 @@ from billhook.cached import after
 from billhook.checkpoint import load, load_tokenizer
 from billhook.errors import BillhookError, one_of
 from billhook.export import write_gguf
+from billhook.greedy import continued
 from billhook.layout import layer_sizes
 from billhook.modeling_per_layer import V_HEAD_DIM
 from billhook.paging import is_paged
@@ -96,7 +97,9 @@ def _check_transformers(path: Path, python: str) -> dict[str, Any]:
         "it counts other parameters": answer["parameters"] != stored_parameters(path),
         "billhook was there": not answer["stock"],
     }
-    return _verdict("transformers", path, answer["version"], problems, {"logits_drift": drift})
+    refused = answer.get("refused_generation_config")  # which its from_pretrained then ends in, here as in the source
+    seen = {"logits_drift": drift} | ({"refused_generation_config": refused} if refused else {})
+    return _verdict("transformers", path, answer["version"], problems, seen)
 
 
 def _check_vllm(path: Path, python: str) -> dict[str, Any]:
@@ -175,12 +178,10 @@ def _logits(model: Any, prompts: list[list[int]]) -> torch.Tensor:
     return model(torch.tensor(prompts)).logits
 
 
-@torch.no_grad()
 def _greedy(model: Any, prompts: list[list[int]]) -> list[list[int]]:
-    ids = torch.tensor(prompts)
-    # an end that no token is: other clients go on behind one, and do not keep it from being written as min_new_tokens does
-    new = {"max_new_tokens": NEW_TOKENS, "eos_token_id": model.config.vocab_size, "do_sample": False, "pad_token_id": 0}
-    return model.generate(ids, **new)[:, ids.shape[1] :].tolist()
+    return continued(
+        model, torch.tensor(prompts), NEW_TOKENS
+    ).tolist()  # to the last: other clients go on behind an end
 
 
 def _probe(model: PreTrainedModel) -> torch.Tensor:

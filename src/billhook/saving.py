@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as transformers_logging
 
-from billhook import layout, tensorfile
+from billhook import generation, layout, tensorfile
 from billhook.experts import fuse
 from billhook.headers import read_header
 from billhook.memory import return_freed
@@ -46,7 +46,7 @@ def save(model: Any, tokenizer: Any, to: Path, source: Path | None) -> None:
         model.config.dtype = model.dtype
         model.config.save_pretrained(to)
         if model.can_generate():
-            model.generation_config.save_pretrained(to)
+            generation.write(model, to, source)
     config = to / "config.json"
     said = layout.config_json(model, json.loads(config.read_text(encoding="utf-8")))
     config.write_text(json.dumps(said, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
+from billhook import generation
 from billhook.errors import BillhookError, first_line
 from billhook.experts import unfuse
 from billhook.families import layers, row_of
@@ -32,8 +33,8 @@ def open_paged(path: Path, name: str, dtype: torch.dtype, device: torch.device) 
     return_large()  # before every weight is allocated for a moment, which would leave the heap as large as the model
     try:
         model = bare(config, dtype)
-        if (path / "generation_config.json").exists():
-            model.generation_config = GenerationConfig.from_pretrained(path)
+        with quiet_transformers():
+            model.generation_config = generation.read(path)
     except Exception as error:  # a config that the class refuses: transformers raises many kinds
         raise BillhookError(f"{name}: transformers could not build it ({first_line(error)})") from error
     model.config._name_or_path = str(path)

@@ -3,7 +3,8 @@
     python transformers_client.py FOLDER < request.json
 
 `prompts` are lists of token ids of one length, `new_tokens` how many to add, `threads` how many to use.  The answer holds the logits of the prompts
-(float32, base64), the greedy continuations with and without a cache, the number of parameters, and the client's version.
+(float32, base64), the greedy continuations with and without a cache, the number of parameters, the client's version, and why it
+refuses generation_config.json, if it does: the continuations are plain, by none of the settings in that file.
 A checkpoint that names its own modelling file is one that billhook wrote: the file is run.
 """
 
@@ -25,24 +26,12 @@ def main():
     torch.set_num_threads(request["threads"])
     with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
         own_code = "auto_map" in json.load(file)
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, trust_remote_code=own_code, use_safetensors=True
-    ).eval()
+    model = opened(folder, own_code)
     transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=own_code)
     ids = torch.tensor(request["prompts"])
     with torch.no_grad():
         logits = model(ids).logits.float()
-        greedy = [
-            model.generate(
-                ids,
-                max_new_tokens=request["new_tokens"],
-                eos_token_id=model.config.vocab_size,  # none: go on to the last
-                do_sample=False,
-                use_cache=cache,
-                pad_token_id=0,
-            )[:, ids.shape[1] :].tolist()
-            for cache in (True, False)
-        ]
+        greedy = [generated(model, ids, request["new_tokens"], cache) for cache in (True, False)]
     rows = base64.b64encode(logits.contiguous().numpy().astype("<f4").tobytes()).decode()
     answer = {
         "version": transformers.__version__,
@@ -51,9 +40,41 @@ def main():
         "greedy": greedy[0],
         "greedy_without_cache": greedy[1],
         "stock": "billhook" not in sys.modules,
+        "refused_generation_config": refused_settings(folder),
     }
     json.dump(answer, channel)
     channel.close()
+
+
+def opened(folder, own_code):
+    """The model in float32, none of its generation settings with it."""
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        trust_remote_code=own_code,
+        use_safetensors=True,
+        generation_config=transformers.GenerationConfig(),  # in place of the folder's, which may be broken
+    ).eval()
+    model.generation_config = transformers.GenerationConfig()  # nor any that config.json has
+    return model
+
+
+def generated(model, ids, new_tokens, use_cache):
+    """The tokens that `generate` adds, the likeliest each time; nothing ends them early."""
+    settings = transformers.GenerationConfig(max_new_tokens=new_tokens, do_sample=False, use_cache=use_cache)
+    made = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+    return made[:, ids.shape[1] :].tolist()
+
+
+def refused_settings(folder):
+    """Why this transformers cannot read generation_config.json; empty where it can, or there is none."""
+    if not os.path.exists(os.path.join(folder, "generation_config.json")):
+        return ""
+    try:
+        transformers.GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # OSError, ValueError, TypeError… by what is wrong in it
+        return str(error).strip().split("\n")[0] or type(error).__name__
+    return ""
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ def main():
         max_num_seqs=4,
         skip_tokenizer_init=True,
         trust_remote_code=own_code,
+        generation_config="vllm",  # its own defaults, and not the folder's file
         model_impl=request.get("implementation", "auto"),
     )
     sampling = vllm.SamplingParams(max_tokens=request["new_tokens"], temperature=0, ignore_eos=True, detokenize=False)

@@ -4,6 +4,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
+from billhook.around import open_ended
+from billhook.greedy import continued, ends
+
 PROMPTS = (
     "The capital of France is",
     "Water boils when",
@@ -19,17 +24,16 @@ DISTINCT = (1, 2, 3)  # Li et al. 2016, distinct-n
 def continuations(
     model: Any, tokenizer: Any, prompts: Sequence[str] = PROMPTS, new_tokens: int = NEW_TOKENS
 ) -> tuple[list[str], dict[str, float | None]]:
-    """Greedy continuations, the prompts excluded, and what `variety` says of their tokens."""
+    """Plain greedy continuations, the prompts excluded, and what `variety` says of their tokens."""
     texts, written = [], []
+    encode, last = open_ended(tokenizer), ends(model)
     for prompt in prompts:
-        inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-        room = getattr(model.config, "max_position_embeddings", math.inf) - inputs.input_ids.shape[1]
+        given = encode(prompt).input_ids
+        room = getattr(model.config, "max_position_embeddings", math.inf) - len(given)
         ids: list[int] = []
-        if room > 0:
-            end = model.config.eos_token_id or 0
-            most = min(new_tokens, room)
-            made = model.generate(**inputs, max_new_tokens=most, do_sample=False, pad_token_id=_first(end))
-            ids = made[0, inputs.input_ids.shape[1] :].tolist()
+        if given and room > 0:
+            start, most = torch.tensor([given], device=model.device), new_tokens if room > new_tokens else int(room)
+            ids = continued(model, start, most, last)[0].tolist()
         written.append(ids)
         texts.append(tokenizer.decode(ids, skip_special_tokens=True))
     return texts, variety(written)
@@ -52,7 +56,3 @@ def variety(written: Sequence[Sequence[int]]) -> dict[str, float | None]:
 
 def _runs(ids: Sequence[int], n: int) -> list[tuple[int, ...]]:
     return [tuple(ids[start : start + n]) for start in range(len(ids) - n + 1)]
-
-
-def _first(token: int | list[int]) -> int:
-    return token[0] if isinstance(token, list) else token

@@ -21,8 +21,10 @@ import numpy as np
 import torch
 import yaml
 
+from billhook.around import open_ended
 from billhook.atomic import write_text
 from billhook.errors import BillhookError, first_line
+from billhook.greedy import unasked
 from billhook.progress import Tick, quiet
 from billhook.saving import quiet_transformers
 
@@ -30,6 +32,7 @@ SEED = 1234  # lm-eval's own for numpy, torch and few-shot examples; its own for
 METRICS = ("acc", "exact_match")  # what counts as accuracy, first found
 CLEARLY = 2  # standard errors above chance from which a score is worth comparing
 CHOICES = "multiple_choice"
+WRITES = "generate_until"
 WHERE = ("data_files", "data_dir")  # of dataset_kwargs: may be written relative to the task file
 FILE_NAME = re.compile(r"[^\w-]")  # what a task's name may hold and a file's had better not
 NOT_CONTENT = ("metadata", "dataset_kwargs", "dataset_path", "dataset_name")  # where a task lies; its documents count
@@ -97,7 +100,7 @@ def evaluate(
         own number for the task.
     """
     rows: list[dict[str, Any]] = []
-    subject = _model_hash(model, tokenizer) if kept else ""
+    subject = _model_hash(model, open_ended(tokenizer)) if kept else ""
     with _silence(), _seeded(seed):
         wrapped = None
         for name, task in tasks.items():
@@ -256,7 +259,8 @@ def _wrap(model: Any, tokenizer: Any, batch_size: int) -> Any:
 
     wrapper: Any = HFLM
     # a copy: HFLM gives a tokenizer without padding one
-    return wrapper(pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal", batch_size=batch_size)
+    encode = copy.deepcopy(open_ended(tokenizer))
+    return wrapper(pretrained=model, tokenizer=encode, backend="causal", batch_size=batch_size)
 
 
 def _score(wrapped: Any, task: Any, limit: int | None, seed: int, tick: Tick) -> dict[str, Any]:
@@ -273,9 +277,10 @@ def _score(wrapped: Any, task: Any, limit: int | None, seed: int, tick: Tick) ->
 
     task.set_fewshot_seed(seed)
     with ExitStack() as stack:
-        if task.OUTPUT_TYPE != "generate_until":  # where every token is a pass
+        if task.OUTPUT_TYPE != WRITES:  # where every token is a pass
             stack.callback(wrapped.model.register_forward_hook(count).remove)
         # the standard error of a mean is closed; other metrics, not reported here, draw so many samples
+        stack.enter_context(unasked(wrapped.model))
         results = run(wrapped, {"tasks": {name: task}}, limit=limit, bootstrap_iters=2, log_samples=False)
     found = results["results"][name]
     metric = next(key for wanted in METRICS for key in found if key.partition(",")[0] == wanted)
@@ -318,7 +323,8 @@ def _key(subject: str, task: Any, limit: int | None, seed: int) -> str:
     import lm_eval
 
     config = {key: value for key, value in task.dump_config().items() if key not in NOT_CONTENT}
-    digest = hashlib.sha256(_json([subject, lm_eval.__version__, config, limit, seed]))
+    how = ["greedily, by none of the model's own settings"] if task.OUTPUT_TYPE == WRITES else []
+    digest = hashlib.sha256(_json([subject, lm_eval.__version__, config, limit, seed, *how]))
     shown = task.fewshot_docs() if task.get_config("num_fewshot") else None
     for doc in chain(islice(task.eval_docs, limit), shown or ()):
         digest.update(_json(doc))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from billhook import atomic, checkpoint, clients, report
@@ -53,9 +54,11 @@ def check_command(
     table = Table("client", "version", "what was seen")
     for one in found:
         drift = f", logits within {one['logits_drift']:.1e}" if "logits_drift" in one else ""
-        table.add_row(one["client"], one["version"], f"the same greedy tokens{drift}")
+        refused = one.get("refused_generation_config")
+        but = f"; generation_config.json it cannot read: {refused}" if refused else ""
+        table.add_row(one["client"], one["version"], escape(f"the same greedy tokens{drift}{but}"))
     for one in failed:
-        table.add_row(one["client"], "—", one["error"])
+        table.add_row(one["client"], "—", escape(one["error"]))
     out.print(table)
 
 
