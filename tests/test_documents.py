@@ -24,17 +24,18 @@ class Sizes(BaseModel):
         (b'{"a": "\xff"}', "cannot be read"),
         (b'{"a": NaN}', "NaN"),
         (b'{"a": ' + b"[" * 100_000, "nested too deeply"),
+        (b'{"a": ' + b"[" * 101 + b"]" * 101 + b"}", "nested too deeply"),
         (b'{"a": ' + b"9" * 10_000 + b"}", "cannot be read"),
         (b"[1]", "a list"),
         (b"null", "null"),
-        (b'{"a": "' + b"x" * 300 + b'"}', "more than the 200"),
+        (b'{"a": "' + b"x" * 300 + b'"}', "more than the 300"),
     ],
 )
 def test_an_object_that_cannot_be_read_is_named(tmp_path: Path, content: bytes, said: str) -> None:
     file = tmp_path / "file.json"
     file.write_bytes(content)
     with pytest.raises(BillhookError, match="the file") as error:
-        read_object(file, "the file", "copy it again", 100_100 if len(content) > 1000 else 200)
+        read_object(file, "the file", "copy it again", 100_100 if len(content) > 1000 else 300)
     assert said in str(error.value)
     assert str(error.value).endswith("copy it again")
     assert len(str(error.value)) < 300

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from billhook.errors import BillhookError, first_line
 
 LARGEST = 2**26  # bytes of a file: an index of half a million tensors has half of that
+DEEPEST = 100  # lists and objects within one another: what follows a document down copies, compares and prints it, too
 SHOWN = 60  # characters of a value that is wrong
 Document = TypeVar("Document", bound=BaseModel)
 
@@ -33,6 +34,8 @@ def parsed_object(content: bytes, what: str, remedy: str) -> dict[str, Any]:
     """The JSON object in what a file holds; see `read_object`."""
     try:
         found = json.loads(content.decode("utf-8"), parse_constant=_refuse)
+        if _deep(found):
+            raise RecursionError
     except RecursionError:
         raise BillhookError(f"{what} cannot be read (nested too deeply): {remedy}") from None
     except ValueError as error:  # not UTF-8 and not JSON are kinds of it
@@ -87,6 +90,19 @@ def read_bytes(path: Path, what: str, remedy: str, largest: int = LARGEST) -> by
 
 def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is no number of JSON's")
+
+
+def _deep(document: Any) -> bool:
+    """Whether it is deeper than `DEEPEST`."""
+    level = [document]
+    for _ in range(DEEPEST):
+        level = [
+            within
+            for one in level
+            if isinstance(one, dict | list)
+            for within in (one.values() if isinstance(one, dict) else one)
+        ]
+    return bool(level)
 
 
 def _wrong(error: ValidationError | RecursionError) -> str:
