@@ -12,12 +12,14 @@ import torch
 from gguf import GGUFReader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from billhook import demo, generation
+from billhook import demo, generation, shards
 from billhook.atomic import folder
+from billhook.configs import check_layers, check_values
 from billhook.errors import BillhookError, first_line, one_of
 from billhook.experts import unfuse
 from billhook.families import family_of
 from billhook.gguf_vocab import give_splits
+from billhook.headers import shown
 from billhook.known import check_known
 from billhook.layout import register
 from billhook.memory import free_bytes
@@ -175,36 +177,41 @@ def check_folder(path: Path, name: str) -> torch.dtype:
         raise BillhookError(
             f"{name} is a PEFT adapter: merge it into its base model first (merge_and_unload, then save_pretrained)"
         )
-    check_config(read_json(path / "config.json", name), name)
+    config = read_json(path / "config.json", name)
+    check_config(config, name)
+    check_layers(config, shards.stored(path, name), name)
     return main_dtype(path, name)
 
 
 def check_config(config: dict[str, Any], name: str) -> None:
     """Refuse a config that is not a plain causal LM of a supported family."""
     kind, built = config.get("model_type"), config.get("architectures") or []
-    built = [built] if isinstance(built, str) else built
-    if quantised := config.get("quantization_config"):
+    built = built if isinstance(built, list) else [built]
+    if (quantised := config.get("quantization_config")) is not None:
         method = quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else quantised
         raise BillhookError(
-            f"{name} is quantised ({method}): prune the full-precision checkpoint, or load it with transformers, model.dequantize(), and "
+            f"{name} is quantised ({shown(str(method))}): prune the full-precision checkpoint, or load it with transformers, model.dequantize(), and "
             "save_pretrained that first"
         )
     if config.get("is_encoder_decoder"):
-        raise BillhookError(f"{name} is an encoder-decoder ({kind}): billhook prunes decoder-only causal LMs")
+        raise BillhookError(
+            f"{name} is an encoder-decoder ({shown(str(kind))}): billhook prunes decoder-only causal LMs"
+        )
     if isinstance(text := config.get("text_config"), dict):
         raise BillhookError(
-            f"{name} is multimodal ({kind}): billhook prunes text alone; save its language model by itself first, as a causal LM of "
-            f"type {text.get('model_type', kind)}"
+            f"{name} is multimodal ({shown(str(kind))}): billhook prunes text alone; save its language model by itself first, as a causal LM of "
+            f"type {shown(str(text.get('model_type', kind)))}"
         )
     if built and not any(str(architecture).endswith(("ForCausalLM", "LMHeadModel")) for architecture in built):
         raise BillhookError(
-            f"{name} is a {built[0]}, not a causal LM: billhook prunes decoder-only causal LMs (…ForCausalLM)"
+            f"{name} is a {shown(str(built[0]))}, not a causal LM: billhook prunes decoder-only causal LMs (…ForCausalLM)"
         )
     try:
-        family_of(kind if kind is None else str(kind))
+        family_of(kind if kind is None else shown(str(kind)))
         register(str(kind))
     except BillhookError as error:
         raise BillhookError(f"{name}: {error}") from None
+    check_values(config, name)
     if config.get("num_hidden_layers") == 0:
         raise BillhookError(f"{name} has no decoder layers: there is nothing to prune")
 
