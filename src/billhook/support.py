@@ -149,11 +149,26 @@ def finish(V: Tensor, W: Weight, target: Target, mask: Support, settings: Settin
 def start(
     methods: Mapping[str, Prune], default: str, W: Weight, target: Target, pattern: Pattern, settings: Settings
 ) -> Found:
-    """The weight to refine, `init` or the default: "dense", or that of one of the methods, not refitted."""
+    """The weight to refine, `init` or the default: "dense", or that of one of the methods, not refitted.
+
+    Where an input is dead it is zero, whosever it is: no zeros cost less, and none is to be had by the size of such a weight.
+    """
     name = one_of("start", settings.init or default, ("dense", *methods))
     if name == "dense":
-        return Found(W.double(), settings.damping, {})
-    return methods[name](W, target, pattern, replace(settings, refit=False, init=None))
+        begun = Found(W.double(), settings.damping, {})
+    else:
+        begun = methods[name](W, target, pattern, replace(settings, refit=False, init=None))
+    return replace(begun, weight=begun.weight.masked_fill(dead(target), 0.0))
+
+
+def dead(target: Target) -> Tensor:
+    """Bool (in,): the inputs that are zero in every token.  No error knows their weights."""
+    return target.gram.diagonal() == 0
+
+
+def nearer(V: Weight, first: Weight, W: Weight, target: Target) -> bool:
+    """Whether V is no further off than `first`, over all outputs: NaN never is."""
+    return bool(squared_error(V, W, target).sum() <= squared_error(first, W, target).sum())
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:

@@ -5,7 +5,10 @@ SparseGPT's weights V (the paper: from the dense ones; `init`):
 1. Mask         from |V + U|, sparsity s (1 - (1 - k/K)^3) after k of the first K iterations, fixed from then on;
 2. Projection   Z = (V + U) on the mask;   U = U + V - Z;
 3. Ridge        V = (C' + delta W' + rho (Z - U)) (G' + delta I + rho I)^-1.
-The answer is (V + U) on the mask.
+The answer is (V + U) on the mask, or the start rounded to the pattern, should that be nearer.
+
+A dead input has nothing to put out and no energy to scale: G'_jj is 1 and W'_j is 0 in steps 1 to 3, so that its weights are
+the first to go and delta and rho mean to it what they mean to the others; those that the pattern keeps stay what they were.
 
 Where this differs from the published code.  The one threshold for the matrix follows the cubic schedule (the code
 computes it, but applies the final share from the start there); within N:M groups what the groups would keep is exempt
@@ -19,7 +22,7 @@ from billhook import sparsity
 from billhook.linalg import factor
 from billhook.methods import magnitude, sparsegpt, wanda
 from billhook.sparsity import Pattern, Support
-from billhook.support import Found, Settings, Target, finish, scaled, start, wanted
+from billhook.support import Found, Settings, Target, dead, finish, nearer, scaled, start, wanted
 from billhook.tensors import Weight
 
 STARTS = {"magnitude": magnitude.prune, "wanda": wanda.prune, "sparsegpt": sparsegpt.prune}
@@ -32,13 +35,15 @@ def prune(W: Weight, target: Target, pattern: Pattern, settings: Settings) -> Fo
     """
     begun = start(STARTS, "sparsegpt", W, target, pattern, settings)
     dense, target, scale = scaled(W, target)
-    V = (begun.weight * scale).float()  # heuristic on its way: float32 is exact enough, and twice as fast
+    first = begun.weight * scale
+    V = first.float()  # heuristic on its way: float32 is exact enough, and twice as fast
     U = torch.zeros_like(V)
-    # the diagonal of G' is 1, so that rho counts in its units and one factor damps for both
-    lower, total = factor(target.gram, settings.damping + settings.rho)
+    idle = dead(target)
+    # so the diagonal of G' is 1, rho counts in its units and one factor damps for both
+    lower, total = factor(target.gram + torch.diag(idle.to(target.gram)), settings.damping + settings.rho)
     damping = total - settings.rho
     inverse = torch.cholesky_inverse(lower).float()
-    pull = (wanted(dense, target) + damping * dense).float()
+    pull = (wanted(dense, target) + damping * dense.masked_fill(idle, 0.0)).float()
     mask = torch.ones_like(V, dtype=torch.bool)
     for k in range(1, settings.iterations + 1):
         if k <= settings.gradual:
@@ -46,7 +51,12 @@ def prune(W: Weight, target: Target, pattern: Pattern, settings: Settings) -> Fo
         Z = (V + U) * mask
         U = U + V - Z
         V = (pull + settings.rho * (Z - U)) @ inverse
-    V = finish(V + U, dense, target, mask, settings)
+    V = (V + U).double().masked_fill(~mask, 0.0)
+    stay = sparsity.keep(first.abs(), pattern, "matrix", settings.zeros)
+    first = first.masked_fill(~stay, 0.0)
+    if not nearer(V, first, dense, target):
+        V, mask = first, stay
+    V = finish(torch.where(idle, dense, V), dense, target, mask, settings)
     return Found(V / scale, damping, {})
 
 

@@ -25,7 +25,7 @@ import torch
 from billhook import sparsity
 from billhook.methods import magnitude, sparsegpt, wanda
 from billhook.sparsity import Pattern, Support
-from billhook.support import Found, Settings, Target, finish, scaled, squared_error, start, wanted
+from billhook.support import Found, Settings, Target, dead, finish, scaled, squared_error, start, wanted
 from billhook.tensors import Cross, Gram, Weight
 
 STARTS = {"magnitude": magnitude.prune, "wanda": wanda.prune, "sparsegpt": sparsegpt.prune}
@@ -116,8 +116,7 @@ def filled(V: Weight, W: Weight, target: Target, mask: Support, L: float) -> Wei
     """V, where entries of the support that are zero take one gradient step: of length 1/L, it cannot raise the error.  Those of
     dead inputs, which no error knows, stay what they were."""
     gradient = V @ target.gram - wanted(W, target)
-    dead = target.gram.diagonal() == 0
-    return torch.where(mask & (V == 0), torch.where(dead, W, -gradient / L), V)
+    return torch.where(mask & (V == 0), torch.where(dead(target), W, -gradient / L), V)
 
 
 def error_of(V: Weight, W: Weight, target: Target) -> float:

@@ -4,6 +4,7 @@ H = G + delta I, delta = damping * mean(diag G);  H^-1 = U^T U, U upper triangul
 1. Mask         of the weights of the block in all rows, those of smallest w_ij^2 / U_jj^2; N:M at every M-th column.
 2. Sweep        column j gives up its pruned weights, and its error e = (w - q) / U_jj goes to the columns right of it:
                 W_:,k -= e U_jk, at once within the block, at its end for the rest.
+Should the sweep end further off than W on the mask, as it can where damping is next to none, that is the answer.
 
 Where this differs from the published code.  The number of zeros is exact over the matrix; the factor comes from one
 Cholesky of the reversed H, without its inverse.  A target of its own is met exactly: with
@@ -16,21 +17,23 @@ from torch import Tensor
 from billhook import sparsity
 from billhook.linalg import factor
 from billhook.sparsity import Pattern, Support
-from billhook.support import Found, Settings, Target, finish
+from billhook.support import Found, Settings, Target, dead, finish, nearer
 from billhook.tensors import Gram, Weight
 
 
 def prune(W: Weight, target: Target, pattern: Pattern, settings: Settings) -> Found:
     """Sweep a weight.  Reads of the settings: damping, zeros, refit, block."""
-    dead = target.gram.diagonal() == 0
-    gram = target.gram + torch.diag(dead.to(target.gram.dtype))
+    idle = dead(target)
+    gram = target.gram + torch.diag(idle.to(target.gram.dtype))
     U, used = inverse_factor(gram, settings.damping)
-    moved = W.double().masked_fill(dead, 0.0)
+    moved = W.double().masked_fill(idle, 0.0)
     if target.cross is not None:
         moved = moved + (target.cross - moved @ target.gram) @ U.T @ U
     # the sweep passes over the weights once: float32 is exact enough, and twice as fast
     swept, mask = sweep(moved.float(), U.float(), pattern, settings)
-    return Found(finish(swept, W, target, mask, settings), used, {"dead": int(dead.sum())})
+    plain = W.double().masked_fill(~mask | idle, 0.0)
+    swept = swept if nearer(swept, plain, W, target) else plain
+    return Found(finish(swept, W, target, mask, settings), used, {"dead": int(idle.sum())})
 
 
 def inverse_factor(gram: Gram, damping: float) -> tuple[Gram, float]:
@@ -58,7 +61,10 @@ def sweep(W: Weight, U: Gram, pattern: Pattern, settings: Settings) -> tuple[Wei
         for j in range(left, right):
             if (j - left) % span == 0:
                 part = slice(j, min(j + span, right))
-                scores = V[part].square() / U.diagonal()[part, None].square()
+                # what overflows on an input that is as good as dead is no number, which nothing could be compared with
+                scores = (V[part].square() / U.diagonal()[part, None].square()).nan_to_num_(
+                    nan=torch.inf, posinf=torch.inf
+                )
                 stay[part] = quota.keep(scores, None if forced is None else forced[part])
             e = V[j] * ~stay[j] / U[j, j]
             V[j:right].addr_(U[j, j:right], e, alpha=-1)
