@@ -39,7 +39,7 @@ args = parser.parse_args()
 CLIENT = Path(__file__).with_name("llm_compressor_client.py")
 scoring = Scoring(args.text, args.windows, args.precision)
 opened = checkpoint.open_model(args.model, device="cpu", dtype="float32")
-common = {"weights": store.weights_sha256(opened.model), "texts": [one.sha256 for one in scoring.texts]}
+common = {"weights": store.model_sha256(opened.model), "texts": [one.sha256 for one in scoring.texts]}
 common |= {"windows": [args.windows, args.precision], "calibration": args.calibration, "samples": args.samples}
 
 

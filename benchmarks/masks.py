@@ -54,7 +54,7 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 scoring = Scoring(args.text, args.windows, args.precision)
-WEIGHTS = store.weights_sha256(checkpoint.open_model(args.model, device="cpu", dtype="float32").model)
+WEIGHTS = store.model_sha256(checkpoint.open_model(args.model, device="cpu", dtype="float32").model)
 common = {"texts": [one.sha256 for one in scoring.texts], "windows": [args.windows, args.precision]}
 
 

@@ -83,7 +83,7 @@ for name, half in (("validation", text[: len(text) // 2]), ("judged", text[len(t
 VALIDATION, JUDGED = (str(args.results / f"{Path(args.valid).stem}-{name}.txt") for name in ("validation", "judged"))
 scoring = Scoring([JUDGED, *args.other], args.windows, args.precision)
 opened = checkpoint.open_model(args.model, device="cpu", dtype="float32")
-WEIGHTS = store.weights_sha256(opened.model)
+WEIGHTS = store.model_sha256(opened.model)
 
 
 def settled(ratio: float, seed: int, **other: Any) -> Recipe:

@@ -20,7 +20,7 @@ from processes import Child
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
-from billhook import cli, course, pruning, recovering, teacher, training
+from billhook import cli, course, pruning, recovering, store, teacher, training
 from billhook.errors import BillhookError
 
 LENGTH = 16
@@ -130,14 +130,23 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage: str, bench: Pa
     assert same(whole, again)
 
 
-def test_another_run_is_not_gone_on_with(bench: Path) -> None:
+def test_another_run_is_not_gone_on_with(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(bench)
     with pytest.raises(
         BillhookError, match=r"holds an unfinished run that differs in lr, seed, training text: .*--fresh"
     ):
         run(bench, lr=2e-3, seed=1)
+    text = (bench / "train.txt").read_text()
     (bench / "train.txt").write_text(tiny.text(1300)[500:])
     with pytest.raises(BillhookError, match="differs in training text"):
+        run(bench)
+    (bench / "train.txt").write_text(text)
+    config = bench / "tiny-llama" / "config.json"
+    config.write_text(config.read_text().replace("10000.0", "500.0"))
+    with pytest.raises(BillhookError, match="differs in teacher's files:"):
+        run(bench)
+    monkeypatch.setattr(store, "code_sha256", lambda: "of another version")
+    with pytest.raises(BillhookError, match="differs in teacher's files, version of billhook:"):
         run(bench)
 
 

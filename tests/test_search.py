@@ -105,7 +105,7 @@ def test_another_search_does_not_take_up_a_study(text: str, tmp_path: Path) -> N
     found(text, study=study)
     with pytest.raises(BillhookError, match=r"holds an unfinished run that differs in ratio"):
         found(text, study=study, ratio=0.4)
-    with pytest.raises(BillhookError, match=r"differs in weights"):
+    with pytest.raises(BillhookError, match=r"differs in model"):
         billhook.prune(tiny.model("llama", 1), tokenizer=tiny.tokenizer(), study=study, calibration=text, **SMALL)
     found(text, study=study, ratio=0.4, fresh=True)
 

@@ -51,7 +51,7 @@ class Judged:
     windows: tuple[Windows, ...]
     dtype: torch.dtype  # that all compute in
     kept: Path | None  # where results are kept, statistics too
-    weights: str  # of the unpruned model
+    model: str  # the unpruned one: its digest and dtype
 
     def key(self, chosen: Recipe | None) -> dict[str, Any]:
         """All that decides a point."""
@@ -62,7 +62,7 @@ class Judged:
             else []
         )
         settings = chosen and chosen.model_dump(mode="json")
-        return {"code": store.code_sha256(), "weights": self.weights, "texts": seen, "read": read, "recipe": settings}
+        return {"code": store.code_sha256(), "model": self.model, "texts": seen, "read": read, "recipe": settings}
 
 
 def contender(text: str) -> Contender:
@@ -103,7 +103,7 @@ def judged(opened: Opened, texts: Sequence[Text], seq_len: int, most: int | None
     for one in windows:
         data.check_vocabulary(one, opened.model, opened.name)
     first = tuple(replace(one, tokens=one.tokens[:most], bytes=one.bytes[:most]) for one in windows)
-    return Judged(first, opened.model.dtype, folder, f"{store.weights_sha256(opened.model)} {opened.dtype}")
+    return Judged(first, opened.model.dtype, folder, f"{store.model_sha256(opened.model)} {opened.dtype}")
 
 
 def unpruned(opened: Opened, by: Judged, tick: Tick = quiet) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def evidence(
         BillhookError: as `gradients.gradient_sums`; what was kept cannot be read.
     """
     key = {
-        "weights": store.weights_sha256(model),
+        **store.model_key(model),
         "windows": store.digest({"tokens": tokens.tolist(), "clusters": clusters.tolist()}),
         "kinds": list(kinds),
     }
@@ -69,7 +69,7 @@ def gate_fishers(
         BillhookError: as `evidence`.
     """
     key = {
-        "weights": store.weights_sha256(model),
+        **store.model_key(model),
         "windows": store.digest({"tokens": tokens.tolist()}),
         "kinds": list(kinds),
     }

@@ -17,10 +17,10 @@ from billhook.tensors import Gram
 
 
 class Grams:
-    """Those in `folder` that belong to `key`, all that decides them: weights, text, and what it is computed in."""
+    """Those in `folder` that belong to `key`, all that decides them: model, code, text, and what it is computed in."""
 
     def __init__(self, folder: Path, key: dict[str, Any]) -> None:
-        self.folder, self.key = folder, key | {"code": store.code_sha256()}
+        self.folder, self.key = folder, key
 
     def has(self, readers: Iterable[str]) -> bool:
         """Whether all of these are there."""

@@ -266,7 +266,7 @@ def _chop_plan(
         raise BillhookError(
             f"{count} of {total} layers would go: at least one goes, and the first and the last stay; name others with --drop"
         )
-    key = {"weights": store.weights_sha256(model), "tokens": _hashes(texts)} if statistics else {}
+    key = store.model_key(model) | {"tokens": _hashes(texts)} if statistics else {}
     return Plan(
         layers=tuple(
             chopping.chosen(
@@ -360,8 +360,7 @@ def _apart(losses: Mapping[int, float], count: int) -> list[int]:
 def _key(model: PreTrainedModel, chosen: Recipe, name: str, texts: Texts) -> dict[str, Any]:
     """All that decides what is measured."""
     decides = ("kinds", "score", "ridge", "restoration", "dtype")
-    weights = store.weights_sha256(model)
-    return {"curves": name, "weights": weights, **_hashes(texts)} | {k: getattr(chosen, k) for k in decides}
+    return {"curves": name, **store.model_key(model), **_hashes(texts)} | {k: getattr(chosen, k) for k in decides}
 
 
 def _hashes(texts: Texts) -> dict[str, str]:

@@ -267,7 +267,7 @@ def _journal(
     grams = None
     if statistics and chosen.stream == "dense":
         model, seen = opened.model, hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
-        key = {"weights": store.weights_sha256(model), "tokens": seen, "windows": len(tokens)}
+        key = store.model_key(model) | {"tokens": seen, "windows": len(tokens)}
         grams = Grams(statistics.absolute(), key | {"computed in": str(model.dtype), "on": model.device.type})
     return Journal(work, opened.model, grams)
 

@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
-from billhook import checkpoint, claim, data, pace, report, store, teacher, zeros
+from billhook import checkpoint, claim, data, pace, report, shards, store, teacher, zeros
 from billhook.course import Course, Judge
 from billhook.errors import BillhookError
 from billhook.memory import return_freed
@@ -121,7 +121,8 @@ def prepare(
     clock = Clock()
     autocast = autocast_dtype(chosen.precision, where(process))
     student, texts, pace_of = _look(name, chosen, autocast, process, tick)
-    key = {"student": student.sha256, "precision": str(autocast), "settings": chosen.model_dump(mode="json")}
+    key = {"student": student.sha256, "version of billhook": store.code_sha256(), "precision": str(autocast)}
+    key |= {"settings": chosen.model_dump(mode="json"), "teacher's files": _files_of(chosen.teacher, tick)}
     if process.is_main_process:
         read_by = hashlib.sha256(texts.train.numpy().tobytes()).hexdigest()
         claim.claim(work, {**key, "training text": read_by}, fresh, keep=("lessons",))
@@ -151,6 +152,14 @@ def prepare(
     return Run(student, chosen, work, process, texts, course, answers, perplexities, tick, clock)
 
 
+def _files_of(name: str, tick: Tick) -> str | None:
+    """What changes when the files of a model do; None where there is no model."""
+    if not name:
+        return None
+    path = checkpoint.locate(name, tick)
+    return shards.digest(path) if path.is_dir() else f"{path.stat().st_size} {path.stat().st_mtime_ns}"
+
+
 def _look(
     name: str, chosen: Recovery, autocast: torch.dtype | None, process: PartialState, tick: Tick
 ) -> tuple[Student, Texts, Callable[[], int]]:
@@ -163,7 +172,7 @@ def _look(
         opened.tokenizer,
         opened.dtype,
         opened.model.config.vocab_size,
-        store.weights_sha256(opened.model),
+        store.model_sha256(opened.model),
         report.stored_cut(opened.folder),
         zeros.census(opened.model),
         noise(opened.model.config),

@@ -65,7 +65,7 @@ def after_a_heal(
     )
     key = {
         **key,
-        "weights": store.weights_sha256(model),
+        **store.model_key(model),
         "windows": store.digest({"train": texts.train[list(set(course.order))].tolist()}),
         "judged": [text.text_sha256 for text in texts.judged],
         "course": [rows, steps, RATE, str(autocast), seed],

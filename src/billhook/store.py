@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,11 @@ from torch import nn
 from billhook import atomic
 from billhook.errors import BillhookError, first_line
 from billhook.paging import parameters
+
+UNCOUNTED = {  # of a config: names, its writer, what the tensors say, and what is handed out besides logits
+    *("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "auto_map"),
+    *("use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict"),
+}
 
 
 def kept(folder: Path | None, name: str, key: dict[str, Any], measure: Callable[[], Any]) -> Any:
@@ -40,13 +46,24 @@ def has(folder: Path | None, name: str, key: dict[str, Any]) -> bool:
     return folder is not None and path(folder, name, key).exists()
 
 
-def weights_sha256(model: nn.Module) -> str:
-    """Of every parameter's name, shape and values."""
+def model_key(model: nn.Module) -> dict[str, str]:
+    """What of a model, and of how it is looked at, decides a result: the start of every key that a result is kept under."""
+    return {"model": model_sha256(model), "version of billhook": code_sha256()}
+
+
+def model_sha256(model: nn.Module) -> str:
+    """Of what a model computes: every parameter's and buffer's name, shape and values, and its config."""
     found = hashlib.sha256()
-    for name, param in parameters(model):
-        values = param.detach().cpu().contiguous().flatten().view(torch.uint8)
-        found.update(f"{name} {tuple(param.shape)} {param.dtype}".encode())
+    buffers = ((name, one) for name, one in model.named_buffers() if not one.is_meta)
+    for name, tensor in chain(parameters(model), buffers):
+        values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         found.update(values.numpy().data)
+    config: Any = getattr(model, "config", None)
+    said = config.to_dict() if config is not None else {}
+    decides = {key: value for key, value in said.items() if key not in UNCOUNTED}
+    decides["attention by"] = getattr(config, "_attn_implementation", None)
+    found.update(json.dumps(decides, sort_keys=True, default=str).encode())
     return found.hexdigest()
 
 

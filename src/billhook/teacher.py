@@ -73,7 +73,7 @@ def lessons(
     """
     shards = windows.split(SHARD)
     key = {
-        "teacher": store.weights_sha256(teacher),
+        **store.model_key(teacher),
         "computed in": str(autocast or teacher.dtype),
         "k": k,
         "states": states,

@@ -96,7 +96,7 @@ class Bench:
 def bench_of(model: PreTrainedModel, objective: str, folder: Path | None) -> Bench:
     """A bench without workers, which computes as fast as the device can."""
     autocast = autocast_dtype("auto", model.device)
-    key = {"weights": store.weights_sha256(model), "computed in": str(autocast or model.dtype)}
+    key = store.model_key(model) | {"computed in": str(autocast or model.dtype)}
     return Bench(model, objective, autocast, folder, key)
 
 

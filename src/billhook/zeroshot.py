@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import yaml
 
+from billhook import store
 from billhook.around import open_ended
 from billhook.atomic import write_text
 from billhook.errors import BillhookError, first_line
@@ -332,13 +333,11 @@ def _key(subject: str, task: Any, limit: int | None, seed: int) -> str:
 
 
 def _model_hash(model: Any, tokenizer: Any) -> str:
-    """A hash of what the model computes: weights, buffers, config and tokenizer."""
+    """A hash of what the model computes, and of what its tokenizer does."""
     digest = hashlib.sha256()
-    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    digest.update(_json([config, tokenizer.special_tokens_map, tokenizer.init_kwargs.get("add_bos_token")]))
+    digest.update(
+        _json([store.model_key(model), tokenizer.special_tokens_map, tokenizer.init_kwargs.get("add_bos_token")])
+    )
     words = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else tokenizer.get_vocab()
     digest.update(_json({key: value for key, value in words.items() if key not in ("padding", "truncation")}))
     return digest.hexdigest()
