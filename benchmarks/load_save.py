@@ -53,7 +53,7 @@ def look(_: Path) -> None:
     checkpoint.load(args.folder)
 
 
-BF16 = checkpoint.check_folder(args.folder, str(args.folder)).itemsize == 2
+BF16 = checkpoint.check_folder(args.folder, str(args.folder)).dtype.itemsize == 2
 whole, paged = checkpoint.load(args.folder), checkpoint.load(args.folder, stream=True)
 tokenizer = checkpoint.load_tokenizer(args.folder, str(args.folder))
 WAYS: dict[str, Callable[[Path], None]] = {

@@ -84,6 +84,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
         "configs",
     ),
     ("naming",),
+    ("contents",),
     (
         "budget",
         "saving",

@@ -1,21 +1,24 @@
 """Checkpoints in: refuse what cannot be pruned before anything is computed."""
 
 import io
+import logging
 import os
 import re
-from contextlib import redirect_stderr
+from contextlib import ExitStack, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from gguf import GGUFReader
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from safetensors import safe_open
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from billhook import demo, generation, shards
+from billhook import demo, shards
 from billhook.atomic import folder
 from billhook.configs import check_layers, check_values
-from billhook.errors import BillhookError, first_line, one_of
+from billhook.contents import Contents
+from billhook.errors import BillhookError, first_line, one_of, reason
 from billhook.experts import unfuse
 from billhook.families import family_of
 from billhook.gguf_vocab import give_splits
@@ -25,11 +28,12 @@ from billhook.layout import register
 from billhook.memory import free_bytes
 from billhook.paging import finite
 from billhook.progress import Tick, quiet
-from billhook.saving import quiet_transformers, save, stored_parameters
-from billhook.shards import AGAIN, main_dtype, read_json
-from billhook.skeleton import open_paged
+from billhook.saving import quiet_transformers, save
+from billhook.shards import AGAIN, read_json
+from billhook.skeleton import give_settings, open_paged, read_contents, shapes
 from billhook.surgery import cast
 
+LOG = logging.getLogger("billhook")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROOM = 0.8  # of the free memory that a model loaded whole may take
 
@@ -67,16 +71,18 @@ def open_model(
         model, tokenizer = _load_gguf(path)
         _take_apart(model).to(where)
         return Opened(model, tokenizer, name, None, torch.float32)
-    stored = check_folder(path, name)
+    found = check_folder(path, name)
+    stored = found.dtype
+    say_unused(found)
     compute = {"auto": torch.float32 if where.type == "cpu" else stored, **DTYPES}[
         one_of("dtype", dtype, ("auto", *DTYPES))
     ]
     if stream is None:
-        stream = too_large(path, compute, where)
+        stream = too_large(found, compute, where)
     if stream:
-        return Opened(open_paged(path, name, compute, where), load_tokenizer(path, name), name, path, stored)
+        return Opened(open_paged(found, compute, where), load_tokenizer(path, name), name, path, stored)
     tick("loading", 0, 1)
-    model = _load(path, name, compute).to(where)
+    model = _load(found, compute).to(where)
     if compute == stored and where.type == "cpu":  # or every weight was copied on the way
         for param in model.parameters():  # off the mapped file, which stays in memory whole until its last tensor goes
             param.data = param.data.clone()
@@ -95,16 +101,16 @@ def load(
         BillhookError: the folder is not a whole, plain, supported causal LM.
     """
     name = os.fspath(path)
-    stored = check_folder(Path(name), name)
+    found = check_folder(Path(name), name)
+    compute = {"auto": found.dtype, **DTYPES}[dtype] if isinstance(dtype, str) else dtype
     if stream:
-        compute = {"auto": stored, **DTYPES}[dtype] if isinstance(dtype, str) else dtype
-        return open_paged(Path(name), name, compute, resolve_device(device))
-    return _load(Path(name), name, dtype).to(resolve_device(device))
+        return open_paged(found, compute, resolve_device(device))
+    return _load(found, compute).to(resolve_device(device))
 
 
-def too_large(path: Path, dtype: torch.dtype, device: torch.device) -> bool:
+def too_large(found: Contents, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a folder's weights would take more than `ROOM` of the memory that is free."""
-    return stored_parameters(path) * dtype.itemsize > ROOM * free_bytes(device)
+    return sum(one.elements for one in found.tensors.values()) * dtype.itemsize > ROOM * free_bytes(device)
 
 
 def check_positions(opened: Opened, seq_len: int) -> None:
@@ -119,13 +125,9 @@ def open_skeleton(name: str, tick: Tick = quiet) -> Any:
     path = locate(name, tick)
     if path.suffix == ".gguf":
         return _take_apart(_load_gguf(path)[0])
-    check_folder(path, name)
-    try:
-        with torch.device("meta"), quiet_transformers():
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, trust_remote_code=False))
-    except Exception as error:  # a config that the class refuses: transformers raises many kinds
-        raise BillhookError(f"{name}: transformers could not build it ({first_line(error)})") from error
-    return _take_apart(model)
+    found = check_folder(path, name)
+    say_unused(found)
+    return _take_apart(shapes(found.config, name))
 
 
 def _take_apart(model: Any) -> Any:
@@ -167,8 +169,8 @@ def load_tokenizer(path: Path, name: str) -> Any:
         ) from error
 
 
-def check_folder(path: Path, name: str) -> torch.dtype:
-    """Refuse a folder that is not a whole, plain, supported causal LM; return the dtype that most of it is stored in."""
+def check_folder(path: Path, name: str) -> Contents:
+    """Refuse a folder that is not a whole, plain, supported causal LM; return what its files hold."""
     if not path.is_dir():
         raise BillhookError(f"{name} is not a model folder")
     if not any(path.iterdir()):
@@ -180,7 +182,16 @@ def check_folder(path: Path, name: str) -> torch.dtype:
     config = read_json(path / "config.json", name)
     check_config(config, name)
     check_layers(config, shards.stored(path, name), name)
-    return main_dtype(path, name)
+    return read_contents(path, name)
+
+
+def say_unused(found: Contents) -> None:
+    """Say once what is stored and is no part of the model; transformers leaves it out, too."""
+    if found.unused:
+        LOG.warning(
+            "%s: %d stored tensors are not used by its model, first %s: left out, as transformers leaves them",
+            *(found.name, len(found.unused), found.unused[0]),
+        )
 
 
 def check_config(config: dict[str, Any], name: str) -> None:
@@ -288,31 +299,33 @@ def _load_gguf(path: Path) -> tuple[Any, Any]:
     return model.eval().requires_grad_(False), tokenizer
 
 
-def _load(path: Path, name: str, dtype: torch.dtype | str) -> Any:
+def _load(found: Contents, dtype: torch.dtype) -> Any:
+    """The model of a folder, whole: transformers is given the tensors of its contents and no others."""
+    name = found.name
     try:
-        with quiet_transformers():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path,
+        with quiet_transformers(), ExitStack() as opened:
+            files = {
+                one.file: opened.enter_context(safe_open(one.file, framework="pt")) for one in found.tensors.values()
+            }
+            kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(found.config)]
+            loaded: Any = kind.from_pretrained(
+                None,
+                config=found.config,
+                state_dict={key: files[one.file].get_slice(one.key) for key, one in found.tensors.items()},
                 dtype=dtype,
-                trust_remote_code=False,
-                use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
                 generation_config=GenerationConfig(),  # or what is wrong in the folder's ends the load
             )
             model, info = loaded
-            model.generation_config = generation.read(path)
-    except Exception as error:  # transformers raises OSError, ValueError, RuntimeError, KeyError… for a bad folder
-        raise BillhookError(f"{name}: transformers could not load it ({first_line(error)})") from error
+    except Exception as error:  # transformers raises OSError, ValueError, RuntimeError, KeyError… for bad weights
+        raise BillhookError(f"{name}: transformers could not load it ({reason(error)})") from error
     other = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]  # (name, shape, shape)
-    if missing := sorted(info["missing_keys"]) + sorted(other):
+    if missing := [*sorted(info["missing_keys"]), *sorted(other), *sorted(info["unexpected_keys"])]:
         raise BillhookError(
             f"{name}: {len(missing)} tensors are missing or of another shape than config.json says, first {missing[0]}: {AGAIN}"
         )
-    if extra := sorted(info["unexpected_keys"]):
-        raise BillhookError(
-            f"{name}: {len(extra)} tensors have no place in the model that config.json describes, first {extra[0]}: {AGAIN}"
-        )
+    give_settings(model, found)
     for tensor, param in model.named_parameters():
         if not finite(param.detach()):
             raise BillhookError(f"{name}: tensor {tensor} holds NaN or infinite values")

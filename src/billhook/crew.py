@@ -145,6 +145,7 @@ def _step(begins: Callable[[], Iterator[Any]] | None = None) -> list[Any]:
 def _prepared(threads: int, prepare: Callable[..., None], given: tuple[Any, ...]) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
+    logging.getLogger("billhook").setLevel(logging.ERROR)  # what it warns of was said by the process that began
     prepare(*given)
 
 

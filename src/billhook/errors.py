@@ -10,6 +10,7 @@ class BillhookError(ValueError):
 
 MANY = 40  # names: more do not make a line that anyone reads
 NEAREST = 8
+LONGEST = 300  # characters of what another library says
 
 
 def one_of(what: str, given: str, valid: Iterable[str]) -> str:
@@ -22,6 +23,12 @@ def one_of(what: str, given: str, valid: Iterable[str]) -> str:
     some = (get_close_matches(given, names, NEAREST, 0.4) or names[:NEAREST]) if len(names) > MANY else names
     rest = f", … ({len(names)} in all)" if len(names) > MANY else ""
     raise BillhookError(f"unknown {what} {given!r}: {hint}valid: {', '.join(some)}{rest}")
+
+
+def reason(error: BaseException) -> str:
+    """The whole of what an exception of another library says, in one line."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    return said if len(said) <= LONGEST else said[:LONGEST] + "…"
 
 
 def first_line(error: BaseException) -> str:

@@ -24,6 +24,7 @@ from billhook.pruning import draw
 from billhook.recipe import Recipe
 from billhook.rehearsal import Cost, Rehearsed
 from billhook.saving import stored_bytes
+from billhook.shards import weight_files
 from billhook.skeleton import open_paged
 
 ROWS = 4096  # of a head, to time it
@@ -58,12 +59,12 @@ def estimate(
     folder = checkpoint.locate(name, tick)
     if not folder.is_dir():
         raise BillhookError(f"--dry-run: {name} is no folder of safetensors, which alone says its sizes unread")
-    stored = checkpoint.check_folder(folder, name)
-    model = checkpoint.open_skeleton(name, tick)
+    found = checkpoint.check_folder(folder, name)
+    stored, model = found.dtype, checkpoint.open_skeleton(name, tick)
     dtype = DTYPES.get(chosen.dtype, torch.float32 if device.type == "cpu" else stored)
-    stream = checkpoint.too_large(folder, dtype, device) if stream_weights is None else stream_weights
+    stream = checkpoint.too_large(found, dtype, device) if stream_weights is None else stream_weights
     if stream:
-        open_paged(folder, name, dtype, device)  # which says what cannot be read by parts
+        open_paged(found, dtype, device)  # which says what cannot be read by parts
     peak, tokens = psutil.Process().memory_info().rss, 0
     with clock("reading the text"), peak_growth(torch.device("cpu")) as growth:
         if planning.needs_text(chosen):
@@ -74,14 +75,16 @@ def estimate(
     peak, rss = peak + growth(), psutil.Process().memory_info().rss
     tick("rehearsing", 0, 1)
     plan = _plan(model, chosen, stored)
-    found = rehearsal.rehearse(model, chosen, plan, dtype, device) if tokens else None
+    rehearsed = rehearsal.rehearse(model, chosen, plan, dtype, device) if tokens else None
     total, cut = budget.total_parameters(model), budget.saved_by(model, plan)
     held, written = dtype.itemsize * total, stored.itemsize * (total - cut)
     speeds = _speeds(folder, output)
     stages = {"starting": Cost(started, 0.0), "reading the text": Cost(clock.seconds["reading the text"], 0.0)}
     stages["loading"] = Cost((READ if stream else 1) * stored_bytes(folder) / speeds.load, 0.0)
-    if found:
-        stages |= _pruning(found, len(layers(model)), len(set(rehearsal.cut_layers(model, plan)) - set(plan.layers)))
+    if rehearsed:
+        stages |= _pruning(
+            rehearsed, len(layers(model)), len(set(rehearsal.cut_layers(model, plan)) - set(plan.layers))
+        )
     stages["writing and verifying"] = Cost(
         _verifying(model, 1 - cut / total, written, speeds, started, dtype, device, stream), 0.0
     )
@@ -89,7 +92,7 @@ def estimate(
     states = tokens * model.get_input_embeddings().weight.shape[1] * dtype.itemsize
     states *= 2 if chosen.stream == "dense_target" else 1  # the unpruned model's beside the pruned one's
     states = states if hidden_budget is None else min(states, hidden_budget)
-    pruning = states + (found.work_bytes if found else 0)
+    pruning = states + (rehearsed.work_bytes if rehearsed else 0)
     if stream:
         layer = dtype.itemsize * budget.layer_parameters(model, len(layers(model)) - 1)
         ends = dtype.itemsize * model.get_input_embeddings().weight.numel()
@@ -108,7 +111,7 @@ def estimate(
         "disk_bytes": feasible.disk_bytes(model, chosen, dtype, stored, cut),
         "disk_free_bytes": shutil.disk_usage(feasible.above(output)).free,
         "streamed": stream,
-        "rehearsed_widths": found and f"1/{found.shrunk}",
+        "rehearsed_widths": rehearsed and f"1/{rehearsed.shrunk}",
     }
 
 
@@ -153,7 +156,7 @@ class Speeds:
 
 
 def _speeds(folder: Path, output: Path) -> Speeds:
-    file = max(folder.glob("*.safetensors"), key=lambda one: one.stat().st_size)
+    file = max(weight_files(folder, str(folder))[0], key=lambda one: one.stat().st_size)
     count = min(PROBED, file.stat().st_size)
 
     def load() -> None:

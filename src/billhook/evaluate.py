@@ -11,6 +11,7 @@ from billhook.data import Text
 from billhook.errors import BillhookError
 from billhook.progress import Tick, quiet
 from billhook.quality import Perplexity, perplexities
+from billhook.saving import stored_bytes
 from billhook.speed import memory, speeds
 from billhook.writing import NEW_TOKENS, PROMPTS, continuations
 from billhook.zeroshot import retention
@@ -35,7 +36,7 @@ class Subject:
     @classmethod
     def of(cls, opened: Opened, name: str | None = None) -> "Subject":
         """An opened model; its size on disk where it came as safetensors."""
-        stored = opened.folder and sum(f.stat().st_size for f in opened.folder.glob("*.safetensors"))
+        stored = opened.folder and stored_bytes(opened.folder)
         return cls(name or opened.name, opened.model, opened.tokenizer, stored)
 
 

@@ -52,6 +52,7 @@ class Stored:
     """One tensor of a folder."""
 
     file: Path
+    key: str  # its name there
     shape: tuple[int, ...]
     dtype: str  # safetensors' name
 
@@ -92,7 +93,7 @@ def read_header(file: Path, what: str, remedy: str) -> dict[str, Stored]:
             pass
     except (SafetensorError, OSError) as error:
         raise BillhookError(f"{damaged} ({first_line(error)}): {remedy}") from error
-    return {key: Stored(file, tuple(one.shape), one.dtype) for key, one in entries.items()}
+    return {key: Stored(file, key, tuple(one.shape), one.dtype) for key, one in entries.items()}
 
 
 def shown(name: str) -> str:

@@ -6,6 +6,7 @@ can be told apart, and what it loads on the names alone.  A tensor that would be
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -65,20 +66,27 @@ def _mark(number: int, name: str) -> Tensor:
     return torch.arange(number * size, (number + 1) * size).view(WEIGHT[::-1] if "down_proj" in name else WEIGHT)
 
 
-def loaded_as(model: Any, stored: Iterable[str]) -> dict[str, str]:
-    """The first of the names `stored` that transformers would load for each tensor of a stock model, where it would load it as it is.
+@dataclass(frozen=True)
+class Loaded:
+    """What transformers would do with stored tensors."""
 
-    The model remembers which rules it took, as one that is loaded does: what is saved goes by them.
-    """
+    names: dict[str, str]  # by tensor of the model: the first stored one that it would load for it as it is
+    merged: dict[str, str]  # by stored one that it would make part of a tensor: that tensor of the model
+    rules: list[Any]  # of transformers, that were needed
+
+
+def loaded_as(model: Any, stored: Iterable[str]) -> Loaded:
+    """What transformers would load for each tensor of a stock model, of those called `stored`."""
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    names, own, prefix = dict[str, str](), model.state_dict(), model.base_model_prefix
+    names, merged, own, prefix = dict[str, str](), dict[str, str](), model.state_dict(), model.base_model_prefix
     for key in sorted(stored, key=dot_natural_key):
         name, converted = rename_source_key(key, renamings, converters, prefix, own)
         if name not in own and key in own:  # which a rule would have renamed
             name, converted = key, None
         if name in own and converted is None:
             names.setdefault(name, key)
-    model._weight_conversions = [rule for rule in rules if rule.was_used()]
-    return names
+        elif name in own:
+            merged[key] = name
+    return Loaded(names, merged, [rule for rule in rules if rule.was_used()])

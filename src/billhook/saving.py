@@ -15,14 +15,12 @@ from transformers.utils import logging as transformers_logging
 
 from billhook import generation, layout, tensorfile
 from billhook.experts import fuse
-from billhook.headers import read_header
 from billhook.memory import return_freed
 from billhook.naming import stored_as
 from billhook.paging import is_paged, parameters
-from billhook.shards import AGAIN, INDEX
+from billhook.shards import INDEX, SINGLE, stored, weight_files
 
 SHARD = 2**27  # bytes of a file of a model that is written a page at a time; one in memory is a single file
-WEIGHTS = "model.safetensors"
 TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -72,7 +70,7 @@ def _save_weights(shards: Iterator[Mapping[str, Tensor]], to: Path) -> None:
         size += sum(map(_bytes, tensors.values()))
         return_freed()
     if len(files) == 1:
-        files[0].rename(to / WEIGHTS)
+        files[0].rename(to / SINGLE)
         return
     names = [f"model-{n:05}-of-{len(files):05}.safetensors" for n in range(1, len(files) + 1)]
     for file, name in zip(files, names, strict=True):
@@ -108,14 +106,13 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def stored_bytes(path: Path) -> int:
-    """Of a folder's safetensors files."""
-    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    """Of the safetensors files of a folder that are its model's."""
+    return sum(file.stat().st_size for file in weight_files(path, str(path))[0])
 
 
 def stored_parameters(path: Path) -> int:
-    """Elements of all tensors in a folder's safetensors files."""
-    every = (read_header(file, str(file), AGAIN).values() for file in path.glob("*.safetensors"))
-    return sum(one.elements for held in every for one in held)
+    """Elements of all tensors in a folder's safetensors files that are its model's."""
+    return sum(one.elements for one in stored(path, str(path)).values())
 
 
 def elements(model: torch.nn.Module) -> int:

@@ -1,5 +1,6 @@
 """The command line: parse, call, print.  Bad input prints one line and leaves with exit code 2."""
 
+import logging
 import signal
 import sys
 from importlib.metadata import version
@@ -16,6 +17,7 @@ __all__ = ["app", "comparing", "main", "measuring", "pruning", "recovering", "ru
 # typer brings a click of its own or the real one, by version; both derive every parse error from one class
 UsageError = cast(type[typer.BadParameter], typer.BadParameter.__mro__[1])
 INTERRUPTED = 130
+LOG = logging.getLogger("billhook")
 
 
 def _show_version(wanted: bool | None) -> None:
@@ -34,8 +36,31 @@ def _top(
     """What every command shares."""
 
 
+class _Said(logging.Handler):
+    """What billhook warns of, a line on standard error each, once in a command."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = " ".join(record.getMessage().split())
+        if line not in self.lines:
+            self.lines.add(line)
+            typer.echo(f"billhook: warning: {line}", err=True)
+
+
 def main() -> NoReturn:
     """Entry point: exit code 0, 2 for bad input with one line on standard error, 130 for Ctrl-C."""
+    said = _Said()
+    LOG.addHandler(said)
+    try:
+        _run()
+    finally:
+        LOG.removeHandler(said)
+
+
+def _run() -> NoReturn:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary folders go, as with Ctrl-C
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False) or 0
