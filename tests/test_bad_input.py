@@ -241,7 +241,10 @@ MODELS: dict[str, tuple[Damage, str]] = {
     "no weights": (delete("*.safetensors"), "tiny-llama holds no .*safetensors"),
     "shard truncated": (second_of_three_shards(cut_short), "model-00002-of-00003.safetensors is damaged" + AGAIN),
     "shard missing": (second_of_three_shards(Path.unlink), "model-00002-of-00003.safetensors is missing" + AGAIN),
-    "index without map": (write("model.safetensors.index.json", '{"weight_map": []}'), "index.json.*weight_map"),
+    "index without map": (
+        in_order(delete("*.safetensors"), write("model.safetensors.index.json", '{"weight_map": []}')),
+        "index.json.*weight_map",
+    ),
     "tensor missing": (weights(lambda t: {k: t[k] for k in t if k != UP}), f"1 tensor.* missing.*first {UP}"),
     "NaN": (weights(lambda t: t | {UP: t[UP] * torch.nan}), f"tensor {UP} holds NaN"),
     "integers": (weights(lambda t: {k: t[k].to(torch.int8) for k in t}), "stores weights as I8: dequantise"),

@@ -17,6 +17,7 @@ Header = dict[str, Any]
 UP = "model.layers.1.mlp.up_proj.weight"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SHARD = "weights.safetensors"
 DEEP = "[" * 100_000 + "]" * 100_000
 
 
@@ -116,9 +117,16 @@ def made(kind: str, file: Path) -> None:
 @pytest.mark.parametrize("kind", ["folder", "pipe", "nothing", "itself", "device"])
 @pytest.mark.parametrize("file", [WEIGHTS, "config.json", INDEX])
 def test_what_is_no_plain_file(file: str, kind: str, folder: Path) -> None:
+    if file == INDEX:
+        apart(folder)
     (folder / file).touch()
     made(kind, folder / file)
     refused(folder, file, "not a plain file|link to nothing|has no|cannot be read")
+
+
+def apart(folder: Path) -> None:
+    """Weights that an index alone makes a model's: beside a single file it is not read."""
+    (folder / WEIGHTS).rename(folder / SHARD)
 
 
 INDICES: dict[str, tuple[object, str]] = {
@@ -135,18 +143,20 @@ INDICES: dict[str, tuple[object, str]] = {
     "a zero byte": ({"weight_map": {UP: "a\0.safetensors"}}, f"{UP} is said to be in a.x00.safetensors, no"),
     "no such file": ({"weight_map": {UP: "a.safetensors"}}, f"shard a.safetensors is missing, though .*{UP}"),
     "a long name": ({"weight_map": {UP: "a" * 300 + ".safetensors"}}, "cannot be read .File name too long"),
-    "no such tensor": ({"weight_map": {"a": WEIGHTS}}, f"says that {WEIGHTS} holds a, but no shard holds it"),
+    "no such tensor": ({"weight_map": {"a": SHARD}}, f"says that {SHARD} holds a, but no shard holds it"),
 }
 
 
 @pytest.mark.parametrize(("content", "words"), INDICES.values(), ids=list(INDICES))
 def test_an_index_that_names_what_is_not_there(content: object, words: str, folder: Path) -> None:
+    apart(folder)
     (folder / INDEX).write_text(json.dumps(content))
     refused(folder, words)
 
 
 @pytest.mark.parametrize("content", [b"\xff", b"{", DEEP.encode(), b'{"weight_map": NaN}', b""])
 def test_an_index_that_cannot_be_read(content: bytes, folder: Path) -> None:
+    apart(folder)
     (folder / INDEX).write_bytes(content)
     refused(folder, INDEX, "cannot be read")
 
