@@ -596,6 +596,20 @@ def test_a_search_that_found_nothing_better_says_so() -> None:
     )
 
 
+def test_a_search_says_its_odds_and_where_windows_were_seen_again() -> None:
+    report = examples.search()
+    found = report["cut"]["search"]
+    found |= {"needed": 2.18, "odds": 0.02275, "rung_windows": 200}
+    words = section(report, SEARCH)
+    assert "on windows that no trial saw; one that is no better would pass one time in 44." in words
+    assert "they took 200 windows in turn, and began again after 77." in words
+    found |= {"accepted": False, "rung_windows": 77}
+    words = section(report, SEARCH)
+    assert (
+        "no more than 2.2 standard errors: energy on the whole pool is taken." in words and "began again" not in words
+    )
+
+
 def test_a_search_without_numbers_leaves_out_what_has_none() -> None:
     report = examples.search()
     found = report["cut"]["search"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from billhook.pages.search_tables import outcome_words
 from billhook.plan import Plan, even
 from billhook.progress import quiet
 from billhook.recipe import recipe
-from billhook.rounds import Trial, fronts, gained, validation
+from billhook.rounds import FINAL, Trial, fronts, gained, validation, verdict
 from billhook.samplers import SAMPLERS, Study
 from billhook.solution import Solution, digest, fixed, mixtures
 from billhook.space import (
@@ -149,6 +150,25 @@ def test_no_window_serves_two_ends(text: str) -> None:
     assert len(set(pieces)) == len(pieces) == 40 - len(split.final) and not finals & set(pieces)
     with pytest.raises(BillhookError, match="has 11 windows of 64 tokens, and a search needs 12"):
         validation(windows[:11], 0)
+
+
+@pytest.mark.parametrize("windows", [4, 8, FINAL])
+def test_a_candidate_that_is_no_better_passes_one_time_in_44(windows: int) -> None:
+    draw, tries = random.Random(windows), 4000
+    passed = 0
+    for _ in range(tries):
+        standard = [draw.gauss(3, 1) for _ in range(windows)]  # windows differ more than candidates do
+        passed += verdict(standard, [x + draw.gauss(0, 0.02) for x in standard])["accepted"]
+    assert 0.015 < passed / tries < 0.03
+    better = [draw.gauss(3, 1) for _ in range(windows)]
+    assert verdict(better, [x - draw.gauss(0.1, 0.02) for x in better])["accepted"]
+
+
+def test_what_has_no_error_is_not_believed_unless_it_is_all_there_is() -> None:
+    inf, nan = math.inf, math.nan
+    assert verdict([inf, inf], [2.0, 3.0])["accepted"]
+    for standard, own in (([2.0, 3.0], [inf, 2.0]), ([2.0, 3.0], [nan, 2.0]), ([2.0, 3.0], [2.0, 3.0]), ([3.0], [2.0])):
+        assert not verdict(standard, own)["accepted"]
 
 
 @pytest.mark.parametrize("better", [True, False])

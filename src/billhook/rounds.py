@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from scipy.special import ndtr, stdtrit
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -32,6 +33,10 @@ FINAL = 16  # windows of full length that decide in the end; a third of the text
 PROXY = 32  # short windows whose gates' Fisher drops candidates untried; a third of what is left where that is short
 LEAST = 12  # windows of full length
 PROMOTED = 12
+SURE = 2.0  # standard errors that a gain over many windows must exceed to be believed
+ODDS = float(
+    ndtr(-SURE)
+)  # that a candidate which is just as good passes: one time in 44, whatever the number of windows
 
 
 @dataclass(frozen=True)
@@ -293,3 +298,16 @@ def gained(standard: Sequence[float], own: Sequence[float]) -> dict[str, float |
     less = [a - b for a, b in zip(standard, own, strict=True)]
     error = statistics.stdev(less) / math.sqrt(len(less)) if len(less) > 1 and all(map(math.isfinite, less)) else None
     return {"gain": statistics.fmean(less), "standard_error": error}
+
+
+def verdict(standard: Sequence[float], own: Sequence[float]) -> dict[str, Any]:
+    """What `own` gains, and whether that is believed; a candidate that is no better is believed to be with odds of `ODDS`.
+
+    With n windows the error is itself uncertain: what `SURE` is to a normal, Student's t of n - 1 degrees of freedom has at
+    2.2 errors for 16 windows, and at 3.3 for 4.
+    """
+    found = gained(standard, own)
+    needed = float(stdtrit(max(len(own) - 1, 1), 1 - ODDS))
+    gain, error = found["gain"] or 0.0, found["standard_error"]
+    believed = gain == math.inf if error is None else gain > needed * error
+    return {**found, "needed": needed, "odds": ODDS, "accepted": believed}

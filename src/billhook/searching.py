@@ -7,7 +7,7 @@
                 does not see again, and the sampler is told by how much each is worse than the standard on these very windows.
 4. Ladder       the best go on to more windows, those on the front of gain and steadiness to restoration, and one is left.
 5. Acceptance   it is taken if windows that nothing has seen say, paired, that it beats the best of the standards, restored like it
-                and FASP's own score among them, by more than a standard error.
+                and FASP's own score among them, by more than two standard errors.
 
 Steps 3 to 5 are billhook's: of the paper the outline is public (a joint space of data and metrics, candidates scored by the pruned
 model, TPE).  A search that trusts a few hundred tokens lowers its own loss and raises everyone else's (docs/LOG.md).
@@ -38,7 +38,7 @@ from billhook.plan import Plan
 from billhook.pool import Pool
 from billhook.progress import Clock, Tick, quiet
 from billhook.recipe import Recipe
-from billhook.rounds import PROMOTED, RUNGS, Search, Trial, Validation, gained, validation
+from billhook.rounds import PROMOTED, RUNGS, Search, Trial, Validation, gained, validation, verdict
 from billhook.samplers import Study
 from billhook.solution import Place, PoolEvidence, scores, shares
 from billhook.space import Candidate
@@ -186,6 +186,7 @@ def search(  # noqa: PLR0913
         "pool": _said_pool(material, at.evidence, winner),
         "judges": list(material.judges),
         "validation": {part: list(getattr(texts, part).shape) for part in ("proxy", "rungs", "final")},
+        "rung_windows": at.used,
     }
     return Found(_scores(at, winner), at.plan(winner), record)
 
@@ -236,8 +237,7 @@ class Finals:
         order = sorted(range(len(every)), key=lambda n: _or_worst(statistics.fmean(losses[n][0])))
         standard = next(n for n in order if n < len(standards))
         best = next((n for n in order if n >= len(standards)), None)
-        gain = gained(losses[standard][1], losses[standard if best is None else best][1])
-        accepted = best is not None and (gain["gain"] or 0.0) > (gain["standard_error"] or 0.0)
+        decided = verdict(losses[standard][1], losses[standard if best is None else best][1])
         rows = [
             {
                 "name": name,
@@ -248,16 +248,15 @@ class Finals:
             }
             for name, one, (on_rung, on_final) in zip(names, every, losses, strict=True)
         ]
-        taken = best if accepted and best is not None else standard
+        taken = best if decided["accepted"] and best is not None else standard
         return {
             "candidate": every[taken],
             "losses": losses[taken][1],
-            "accepted": accepted,
             "standard": names[standard],
             "chosen": None if best is None else names[best],
             "by_fasp": best is not None and every[best].solution is None,
             "finalists": rows,
-            **gain,
+            **decided,
             "restoration": self.settings.restoration,
         }
 

@@ -5,7 +5,7 @@
 3. Rounds     a sampler asks for a few candidates; those whose zeros differ from all before are tried, zeros in place, on a few
               windows that the next round does not see again, against the standard on these very windows.
 4. Ladder     the best go on to more windows, those on the front of gain and steadiness are pruned as the result will be.
-5. Acceptance as in billhook.searching: windows that nothing has seen, paired, by more than a standard error.
+5. Acceptance as in billhook.searching: windows that nothing has seen, paired, by more than two standard errors.
 
 The paper scores trials by the distance of logits on its calibration prompts and searches each layer's sparsity afterwards;
 here a slope and a bend over depth are dimensions of the same search.  Its steps 4 and 5 are billhook's.
@@ -34,7 +34,7 @@ from billhook.methods.optishear import FUNCTIONS, SCALES, Metric, norms_of, scor
 from billhook.operators import operators
 from billhook.progress import Clock, Tick, quiet
 from billhook.recipe import Recipe
-from billhook.rounds import BATCH, PROMOTED, RUNGS, Trial, Validation, fronts, gained
+from billhook.rounds import BATCH, PROMOTED, RUNGS, Trial, Validation, fronts, gained, verdict
 from billhook.samplers import Study
 from billhook.searching import FINALISTS, HERE, RESTORED_ON, deadline, said
 from billhook.space import Dimension, groups_of
@@ -237,6 +237,7 @@ def search(  # noqa: PLR0913
         **ended,
         "judges": list(judges),
         "validation": {part: list(getattr(texts, part).shape) for part in ("rungs", "final")},
+        "rung_windows": at.used,
     }
     return Found(with_candidate(how, winner, at.total), record)
 
@@ -319,8 +320,7 @@ def _finals(at: Shears, finalists: Sequence[Trial], calibration: Tokens) -> dict
     at.tick("pruning finalists", len(every), len(every))
     order = sorted(range(1, len(every)), key=lambda n: statistics.fmean(losses[n][0]))
     best = order[0] if order else 0
-    gain = gained(losses[0][1], losses[best][1])
-    accepted = best > 0 and (gain["gain"] or 0.0) > (gain["standard_error"] or 0.0)
+    decided = verdict(losses[0][1], losses[best][1])
     rows = [
         {
             "name": name,
@@ -331,12 +331,11 @@ def _finals(at: Shears, finalists: Sequence[Trial], calibration: Tokens) -> dict
         for (name, _), (on_rung, on_final) in zip(every, losses, strict=True)
     ]
     return {
-        "candidate": every[best if accepted else 0][1],
-        "accepted": accepted,
+        "candidate": every[best if decided["accepted"] else 0][1],
         "standard": STANDARD,
         "chosen": every[best][0] if best else None,
         "finalists": rows,
-        **gain,
+        **decided,
         "restoration": False,
     }
 

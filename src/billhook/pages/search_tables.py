@@ -52,8 +52,18 @@ def outcome_words(search: Mapping[str, Any]) -> str:
         return f"{tried}: none differs from what was known, and the best of that, {standard}, is taken."
     gain = f"{_gained(search)} on windows that no trial saw"
     if search.get("accepted"):
-        return f"{tried}: {chosen_words(search)} beats {STANDARD}, {standard}, by {gain}."
-    return f"{tried}: the best, {chosen_words(search)}, gains {gain}, no more than its standard error: {standard} is taken."
+        odds = search.get("odds")
+        equal = f"; one that is no better would pass one time in {1 / odds:.0f}" if finite(odds) and odds else ""
+        return f"{tried}: {chosen_words(search)} beats {STANDARD}, {standard}, by {gain}{equal}."
+    return (
+        f"{tried}: the best, {chosen_words(search)}, gains {gain}, no more than {_needed(search)}: {standard} is taken."
+    )
+
+
+def _needed(search: Mapping[str, Any]) -> str:
+    """What a gain must exceed; searches of before the record said so took one standard error."""
+    needed = search.get("needed")
+    return f"{number(needed, '{:.1f}')} standard errors" if finite(needed) else "its standard error"
 
 
 def chosen_words(search: Mapping[str, Any]) -> str:
@@ -95,6 +105,11 @@ def pool_words(search: Mapping[str, Any]) -> str:
         of = {"proxy": "for the proxy", "rungs": "in turn for trials", "final": "to decide in the end"}
         parts = [f"{_windows(shapes[part])} {what}" for part, what in of.items() if part in shapes]
         said.append(f"Judged on {' and '.join(map(str, search.get('judges') or ()))}: {', '.join(parts)}.")
+        if "rungs" in shapes and (search.get("rung_windows") or 0) > shapes["rungs"][0]:
+            said.append(
+                f"The text is short for so many trials: they took {search['rung_windows']:,} windows in turn, and began "
+                f"again after {shapes['rungs'][0]:,}."
+            )
     if search.get("objective", "nll") != "nll":
         said.append(f"Objective of the trials: {search['objective']}.")
     return " ".join(said)
@@ -201,7 +216,7 @@ def choice_words(search: Mapping[str, Any]) -> str:
     """What was chosen, in one line."""
     winner = search.get("winner") or {}
     own, shape = winner.get("solution"), winner.get("shape")
-    how = "" if search.get("accepted") else f"; {STANDARD}: no trial was better beyond its standard error"
+    how = "" if search.get("accepted") else f"; {STANDARD}: no trial was better beyond {_needed(search)}"
     said = [] if own else [str(winner["metric"])] if winner.get("metric") else ["FASP's own score"]
     said += [f"{name} {_shift(winner[name])}" for name in ("slope", "bend") if winner.get(name)]
     if own:
