@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from billhook import gradients
 from billhook.axes import Axis, Slot
 from billhook.errors import BillhookError
+from billhook.experts import unfuse
 from billhook.families import axes, layers, row_of
 from billhook.gradients import gradient_sums
 from billhook.taylor import (
@@ -368,8 +369,10 @@ def test_layers_that_run_again_on_the_way_back_give_the_same(family: str, monkey
         )
 
 
-def test_gradients_that_do_not_fit_are_refused_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny.model("llama")
+@pytest.mark.parametrize("family", tiny.STRUCTURES)
+def test_gradients_that_do_not_fit_are_refused_before_the_work(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model(family)
+    unfuse(model)
     assert not gradients._short_of_memory(model, 12, 0)
     most = next(free for free in range(0, 10**8, 10**4) if _fits(model, free, monkeypatch))
     monkeypatch.setattr(gradients, "free_bytes", lambda device: most)

@@ -5,6 +5,7 @@ import math
 import random
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -320,6 +321,18 @@ def test_precision_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert autocast_dtype("auto", cpu) is torch.bfloat16 and autocast_dtype("float32", cpu) is None
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
     assert autocast_dtype("auto", cpu) is None and autocast_dtype("bfloat16", cpu) is torch.bfloat16
+
+
+@pytest.mark.parametrize(("generation", "fast"), [(7, False), (8, True), (9, True)])
+def test_emulated_bfloat16_is_not_fast(generation: int, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By torch's own rule, of a GPU that is pretended: those of generation 7 multiply bfloat16, in software."""
+    gpu, given = torch.device("cuda"), SimpleNamespace(major=generation)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: given)
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda _: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert (autocast_dtype("auto", gpu) is torch.bfloat16) == fast and autocast_dtype("float32", gpu) is None
 
 
 def test_pace_changes_no_weight() -> None:

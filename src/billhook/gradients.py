@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from billhook.axes import Axis, Slot
 from billhook.errors import BillhookError, one_of
-from billhook.families import KINDS, axes, layers
+from billhook.families import KINDS, axes, layers, shape
 from billhook.memory import free_bytes
 from billhook.progress import Tick, quiet
 from billhook.taylor import GradientSums, UnitSums
@@ -126,8 +127,8 @@ def _short_of_memory(model: PreTrainedModel, length: int, held: int) -> bool:
     Raises:
         BillhookError: even then they do not fit; says what is needed.
     """
-    inner = [[m for m in layer.modules() if isinstance(m, nn.Linear)] for layer in layers(model)]
-    kept = [KEPT * 4 * length * sum(m.in_features + m.out_features for m in each) for each in inner]
+    inner = [[m for m in layer.modules() if isinstance(m, nn.Linear | Conv1D)] for layer in layers(model)]
+    kept = [KEPT * 4 * length * sum(sum(shape(m)) for m in each) for each in inner]
     ends = 4 * length * (LOGITS * model.config.vocab_size + len(kept) * model.config.hidden_size)
     free, least = free_bytes(model.device), held + ends + max(kept, default=0)
     if least > free:

@@ -14,7 +14,8 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """What matrix products are computed in; None: in the weights' own dtype."""
     fast = {
         "cpu": lambda: any(torch.cpu.get_capabilities().get(name) for name in FAST_BFLOAT16),
-        "cuda": torch.cuda.is_bf16_supported,
+        # by default torch counts GPUs that emulate it, from before 2020, which are slower then than in float32
+        "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
     }
     wanted = precision == "bfloat16" or (precision == "auto" and device.type in fast and fast[device.type]())
     return torch.bfloat16 if wanted else None
