@@ -48,7 +48,7 @@ def _no_other_process(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
     """The check in a process of its own takes seconds, most of them imports: tests that mean it ask for `stock_client`."""
     if "stock_client" not in request.fixturenames and "slow" not in request.keywords:
         monkeypatch.setattr(
-            clients, "check", lambda path, client, python=None: {"client": client, "version": "not run"}
+            clients, "check", lambda path, client, python=None, trust=False: {"client": client, "version": "not run"}
         )
 
 

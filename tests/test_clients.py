@@ -93,6 +93,8 @@ def test_a_modelling_file_that_computes_otherwise_is_refused(tmp_path: Path) -> 
     code.write_text(code.read_text() + DISHONEST)
     words = r"does not serve .*/out as billhook does: its logits differ by 1\.0e-03 of their size$"
     with pytest.raises(BillhookError, match=words):
+        clients.check(folder, "transformers", trust=True)
+    with pytest.raises(BillhookError, match=f"{code} is not as billhook writes it, and is not run"):
         clients.check(folder, "transformers")
 
 
@@ -247,7 +249,7 @@ def test_check_prints_a_table(bench: Bench) -> None:
     assert (code, err) == (0, "") and "llama.cpp is not here" in " ".join(out.split())
 
 
-def _pretended(path: Path, client: str, python: str | None = None) -> dict[str, Any]:
+def _pretended(path: Path, client: str, python: str | None = None, trust: bool = False) -> dict[str, Any]:
     if client == "llama.cpp":
         raise BillhookError("llama.cpp is not here")
     drift = {"logits_drift": 2e-7} if client == "transformers" else {}

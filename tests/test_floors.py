@@ -88,6 +88,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
     (
         "budget",
         "saving",
+        "own_code",
         "export",
         "vocabulary",
         "refit",

@@ -164,6 +164,10 @@ def load_tokenizer(path: Path, name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise many kinds for a missing or broken file
+        if "trust_remote_code" in str(error):
+            raise BillhookError(
+                f"{name}: its tokenizer is code in the folder (auto_map), which billhook does not run: save it as a tokenizer.json"
+            ) from None
         raise BillhookError(
             f"{name}: no tokenizer could be loaded ({first_line(error)}): copy its tokenizer files into the folder"
         ) from error
@@ -284,8 +288,10 @@ def _load_gguf(path: Path) -> tuple[Any, Any]:
     """Dequantise a GGUF; what is left of its quantisation would keep transformers from saving it."""
     try:
         with quiet_transformers(), redirect_stderr(io.StringIO()):  # its own bar, which no setting turns off
-            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            model = AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
+            )
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
             splits = GGUFReader(path).get_field("tokenizer.ggml.pre")
     except Exception as error:  # gguf and transformers raise many kinds for a file they cannot read
         raise BillhookError(f"{path}: transformers could not read it as GGUF ({first_line(error)})") from error

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from billhook import llamacpp
+from billhook import llamacpp, own_code
 from billhook.cached import after
 from billhook.checkpoint import load, load_tokenizer
 from billhook.errors import BillhookError, one_of
@@ -66,12 +66,13 @@ def verify(path: Path, model: Any) -> dict[str, Any]:
     return {"client": "transformers", "logits": "equal", "parameters_on_disk": written, "cache_drift": drift}
 
 
-def check(path: Path, client: str, python: str | None = None) -> dict[str, Any]:
+def check(path: Path, client: str, python: str | None = None, trust: bool = False) -> dict[str, Any]:
     """Load a checkpoint in a separate process of a stock client, without billhook, and compare with billhook's own load.
 
     Args:
         client: of CHECKS.
         python: the interpreter that has the client; this one if not given.
+        trust: run whatever code lies in the folder, of model and tokenizer; else none but what billhook wrote (billhook.own_code).
 
     Returns:
         the client's name and version, whether it was compared by logits too, and `equal`.
@@ -79,13 +80,14 @@ def check(path: Path, client: str, python: str | None = None) -> dict[str, Any]:
     Raises:
         BillhookError: the client is not there, cannot load the checkpoint, or gives other tokens or logits.
     """
-    return CHECKS[one_of("client", client, CHECKS)](path, python or sys.executable)
+    return CHECKS[one_of("client", client, CHECKS)](path, python or sys.executable, trust)
 
 
-def _check_transformers(path: Path, python: str) -> dict[str, Any]:
+def _check_transformers(path: Path, python: str, trust: bool) -> dict[str, Any]:
+    code = {"model_code": trust or own_code.needed(path), "tokenizer_code": trust}
     model, prompts = load(path, dtype="float32"), _prompts(path)
     # as many threads as here: sums in another order could tip a near tie, and the whole prune would be refused for it
-    request = {"prompts": prompts, "new_tokens": NEW_TOKENS, "threads": torch.get_num_threads()}
+    request = {"prompts": prompts, "new_tokens": NEW_TOKENS, "threads": torch.get_num_threads(), **code}
     answer = _ask(python, "transformers", path, request)
     logits = torch.frombuffer(bytearray(base64.b64decode(answer["logits"]["float32"])), dtype=torch.float32)
     own = _logits(model, prompts)
@@ -102,18 +104,20 @@ def _check_transformers(path: Path, python: str) -> dict[str, Any]:
     return _verdict("transformers", path, answer["version"], problems, seen)
 
 
-def _check_vllm(path: Path, python: str) -> dict[str, Any]:
+def _check_vllm(path: Path, python: str, trust: bool) -> dict[str, Any]:
+    code = trust or own_code.needed(path)
     model, prompts = load(path, dtype="float32"), _prompts(path)
     if any(V_HEAD_DIM in sizes for sizes in layer_sizes(model)):
         raise BillhookError(
             f"{path} has value heads narrower than its key heads (axis value), which vllm does not serve"
         )
-    answer = _ask(python, "vllm", path, {"prompts": prompts, "new_tokens": NEW_TOKENS})
+    answer = _ask(python, "vllm", path, {"prompts": prompts, "new_tokens": NEW_TOKENS, "model_code": code})
     problems = {"it generates other tokens": answer["greedy"] != _greedy(model, prompts)}
     return _verdict("vllm", path, answer["version"], problems, {})
 
 
-def _check_llamacpp(path: Path, python: str) -> dict[str, Any]:
+def _check_llamacpp(path: Path, python: str, trust: bool) -> dict[str, Any]:
+    del trust  # a GGUF holds no code
     model, prompts = load(path, dtype="float32"), _prompts(path)
     tokenizer = load_tokenizer(path, str(path))
     with tempfile.TemporaryDirectory() as folder:
@@ -131,7 +135,7 @@ def _check_llamacpp(path: Path, python: str) -> dict[str, Any]:
     return _verdict("llama.cpp", path, answer["version"], problems, {"logits_drift": drift})
 
 
-CHECKS: dict[str, Callable[[Path, str], dict[str, Any]]] = {
+CHECKS: dict[str, Callable[[Path, str, bool], dict[str, Any]]] = {
     "transformers": _check_transformers,
     "vllm": _check_vllm,
     "llama.cpp": _check_llamacpp,

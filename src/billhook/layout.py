@@ -123,11 +123,17 @@ def config_json(model: PreTrainedModel, written: dict[str, Any]) -> dict[str, An
     return config | {
         "model_type": per_layer.MODEL_TYPE.format(stock),
         "architectures": [f"PerLayer{row.classes[-1]}"],
-        "auto_map": {auto.__name__: f"{CODE.stem}.PerLayer{own}" for auto, own in zip(AUTO, row.classes, strict=True)},
+        "auto_map": auto_map(stock),
         "per_layer_config": {
             str(n): {key: one.get(key, whole(model, n, key)) for key in differing} for n, one in enumerate(found)
         },
     }
+
+
+def auto_map(stock: str) -> dict[str, str]:
+    """Where transformers finds the classes of a per-layer model of a family."""
+    classes = zip(AUTO, family_of(stock).classes, strict=True)
+    return {auto.__name__: f"{CODE.stem}.PerLayer{own}" for auto, own in classes}
 
 
 def write_code(to: Path) -> None:

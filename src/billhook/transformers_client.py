@@ -5,7 +5,7 @@
 `prompts` are lists of token ids of one length, `new_tokens` how many to add, `threads` how many to use.  The answer holds the logits of the prompts
 (float32, base64), the greedy continuations with and without a cache, the number of parameters, the client's version, and why it
 refuses generation_config.json, if it does: the continuations are plain, by none of the settings in that file.
-A checkpoint that names its own modelling file is one that billhook wrote: the file is run.
+`model_code` and `tokenizer_code` say whether code of the folder may run.
 """
 
 import base64
@@ -24,10 +24,8 @@ def main():
     os.dup2(2, 1)
     folder, request = sys.argv[1], json.load(sys.stdin)
     torch.set_num_threads(request["threads"])
-    with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-        own_code = "auto_map" in json.load(file)
-    model = opened(folder, own_code)
-    transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=own_code)
+    model = opened(folder, request["model_code"])
+    transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=request["tokenizer_code"])
     ids = torch.tensor(request["prompts"])
     with torch.no_grad():
         logits = model(ids).logits.float()
@@ -46,12 +44,12 @@ def main():
     channel.close()
 
 
-def opened(folder, own_code):
+def opened(folder, model_code):
     """The model in float32, none of its generation settings with it."""
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=torch.float32,
-        trust_remote_code=own_code,
+        trust_remote_code=model_code,
         use_safetensors=True,
         generation_config=transformers.GenerationConfig(),  # in place of the folder's, which may be broken
     ).eval()

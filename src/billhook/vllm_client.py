@@ -2,11 +2,11 @@
 
     python vllm_client.py FOLDER < request.json
 
-`prompts` are lists of token ids, `new_tokens` how many to add, greedily; the answer holds the continuations.
+`prompts` are lists of token ids, `new_tokens` how many to add, greedily; `model_code` says whether code of the folder may
+run; the answer holds the continuations.
 """
 
 import json
-import os
 import sys
 
 import vllm  # pyright: ignore[reportMissingImports]
@@ -15,8 +15,6 @@ import vllm  # pyright: ignore[reportMissingImports]
 def main():
     """The answer is the last line of standard output; vLLM may print before it."""
     folder, request = sys.argv[1], json.load(sys.stdin)
-    with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-        own_code = "auto_map" in json.load(file)
     longest = max(map(len, request["prompts"])) + request["new_tokens"]
     model = vllm.LLM(
         model=folder,
@@ -25,7 +23,7 @@ def main():
         max_model_len=longest,
         max_num_seqs=4,
         skip_tokenizer_init=True,
-        trust_remote_code=own_code,
+        trust_remote_code=request["model_code"],
         generation_config="vllm",  # its own defaults, and not the folder's file
         model_impl=request.get("implementation", "auto"),
     )

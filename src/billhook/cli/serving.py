@@ -27,9 +27,15 @@ def check_command(
         str | None,
         typer.Option(help="interpreter that has the client", show_default="the one that runs billhook"),
     ] = None,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="let the client run code that lies in OUT, of model and tokenizer"),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Load OUT in a separate process of a stock client, without billhook, and compare tokens and logits with billhook's own.
+
+    Of the code in OUT only the modelling file that billhook itself wrote is run, if it was not changed.
 
     With --client all, what fails is listed and the exit code stays 0: few machines have every client.
 
@@ -42,7 +48,7 @@ def check_command(
         for n, name in enumerate(wanted):
             tick("checking", n, len(wanted))
             try:
-                found.append(clients.check(path, name, python))
+                found.append(clients.check(path, name, python, trust_remote_code))
             except BillhookError as error:
                 if client != "all":
                     raise
