@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import transformers as T
 from processes import Child
 from safetensors.torch import load_file, save_file
 
+from billhook import __main__ as command_line
 from billhook import atomic, checkpoint, claim, cli, clients
 from billhook.errors import BillhookError
 
@@ -81,11 +82,9 @@ class Bench:
 
 
 @pytest.fixture
-def bench(folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> Iterator[Bench]:
+def bench(folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> Bench:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # it read the environment on import
-    at_sigterm = signal.getsignal(signal.SIGTERM)
-    yield Bench(folder, text_file, monkeypatch, capsys)
-    signal.signal(signal.SIGTERM, at_sigterm)
+    return Bench(folder, text_file, monkeypatch, capsys)
 
 
 COMMANDS = {  # PRUNE and EVALUATE work, but for the MODEL or the option that follows
@@ -309,6 +308,11 @@ def holding(path: Path, name: str) -> Path:
     return path
 
 
+def linked(path: Path, to: str = "") -> Path:
+    path.symlink_to(to or path.name)
+    return path
+
+
 OUTPUTS: dict[str, tuple[Callable[[Bench], Path], list[str], str]] = {
     "taken": (lambda b: holding(b.tmp / "taken", "x"), [], "taken .*not empty: .*--overwrite"),
     "not ours": (lambda b: holding(b.tmp / "taken", "x"), ["--overwrite"], "taken was not written by billhook"),
@@ -320,6 +324,18 @@ OUTPUTS: dict[str, tuple[Callable[[Bench], Path], list[str], str]] = {
     "below a file": (lambda b: b.text / "a" / "b", [], "cannot write .*words.txt/a/b: Not a directory"),
     "under /proc": (lambda _: Path("/proc/billhook/out"), [], "cannot write /proc/billhook/out: No such file"),
     "too long a name": (lambda b: b.tmp / "new" / ("y" * 300), [], "name too long"),
+    "no room for its siblings": (lambda b: b.tmp / "new" / ("y" * 245), [], "cannot write .*yyy: File name too long"),
+    "too deep": (lambda b: b.tmp.joinpath(*["y" * 200] * 20), [], "name too long"),
+    "here": (lambda _: Path("."), [], "output '.' is no name of its own"),
+    "above": (lambda b: b.tmp / "..", [], r"output .*\.\.' is no name of its own"),
+    "all": (lambda _: Path("/"), [], "output '/' is no name of its own"),
+    "not UTF-8": (lambda b: b.tmp / os.fsdecode(b"\xff\xfe"), [], r"cannot write .*\\udcff.*not UTF-8"),
+    "a link to itself": (
+        lambda b: linked(b.tmp / "loop"),
+        [],
+        "cannot write .*loop: Too many levels of symbolic links",
+    ),
+    "a link to nothing": (lambda b: linked(b.tmp / "link", "gone"), [], "link exists and is not a folder"),
 }
 
 
@@ -342,17 +358,19 @@ def test_an_output_behind_a_link_is_written_there(bench: Bench) -> None:
     assert link.is_symlink() and (real / "model.safetensors").exists() and not list(bench.tmp.glob(".*"))
 
 
-@pytest.mark.parametrize("failing", [1, 2])
+@pytest.mark.parametrize("failing", [0, 1, 2])
 def test_a_failing_replacement_loses_nothing(failing: int, bench: Bench) -> None:
     rename, calls = Path.rename, 0
+
+    def busy(path: Path, *_: object) -> Path:
+        raise OSError(16, "Device or resource busy", str(path))  # what a mount point answers
 
     def fail_once(path: Path, target: Path) -> Path:
         nonlocal calls
         calls += 1
-        if calls == failing:  # what a mount point answers
-            raise OSError(16, "Device or resource busy", str(path))
-        return rename(path, target)
+        return busy(path) if calls == failing else rename(path, target)
 
+    bench.patch.setattr(atomic, "exchanged", lambda *_: False if failing else busy(*_))
     bench.patch.setattr(Path, "rename", fail_once)
     bench.refuses("out.*busy", *bench.prune("--overwrite", out=holding(bench.tmp / "out", "billhook.json")))
 
@@ -381,13 +399,16 @@ def test_a_recipe_that_cannot_be_run(content: str | None, words: str, bench: Ben
 
 
 INTERRUPTED = "billhook: interrupted; nothing half-written was left\n"
-ENDS = {signal.SIGINT: (130, "", INTERRUPTED), signal.SIGTERM: (143, "", "")}
+ENDS = {
+    signal.SIGINT: (130, "", INTERRUPTED),
+    signal.SIGTERM: (143, "", INTERRUPTED.replace("interrupted", "terminated")),
+}
 
 
 def started(arguments: list[object], bench: Bench) -> Child:
     """The command line in a process of its own."""
     bench.patch.setattr(sys, "argv", ["billhook", *map(str, arguments)])
-    return Child(cli.main)
+    return Child(command_line.main)
 
 
 @pytest.mark.parametrize("limit", [500, 2**16], ids=["config", "weights"])
@@ -421,7 +442,10 @@ def test_a_signal_leaves_nothing_half_written(where: Any, stage: str, sent: sign
         assert signs.read(1) == b"!", process.ended()
     assert list(bench.tmp.glob(".out.*.partial/*.safetensors" if stage == "verify" else ".out.*.partial"))
     process.send(sent)
-    assert process.ended() == ENDS[sent]
+    code, said, why = ENDS[sent]
+    if stage == "verify":
+        why = f"{why[:-1]}; what was done is in {bench.tmp}/out.unfinished: the same command goes on, --fresh starts over\n"
+    assert process.ended() == (code, said, why)
     assert snapshot(bench.tmp) == before
 
 
@@ -439,22 +463,14 @@ def test_an_interrupt_as_the_folder_is_made_leaves_nothing(tmp_path: Path, monke
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_killed_process_left_goes_and_what_another_works_on_stays(tmp_path: Path) -> None:
-    left, other, young, unlike = (
-        tmp_path / name for name in (".out.1.partial", ".out.2.partial", ".out.3.partial", ".outer.1.partial")
-    )
-    for one in (left, other, young, unlike):
-        one.mkdir()
-        (one / "model.safetensors").write_text("x")
-        os.utime(one, (0, 0) if one != young else None)
-    with atomic._locked(other), atomic.folder(tmp_path / "out") as work:
-        assert not left.exists() and all(one.exists() for one in (other, young, unlike, work))
+def test_a_folder_of_others_is_no_run_s(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
     with pytest.raises(BillhookError, match="is not a run's folder"):
         claim.claim(tmp_path, {}, fresh=False)
-    half = tmp_path / "work" / ".run.json.1.partial"
+    half = tmp_path / "work" / ".run.json.billhook.partial"
     half.mkdir(parents=True)
     claim.claim(half.parent, {"settings": {}}, fresh=False)
-    assert (half.parent / claim.NAME).exists()
+    assert [one.name for one in half.parent.iterdir()] == [claim.NAME]
 
 
 def await_that(what: Callable[[], object], runs: Callable[[], bool]) -> None:

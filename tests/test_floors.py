@@ -21,7 +21,7 @@ STANDALONE = {  # run where billhook is not: with checkpoints, or by a client's 
 FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do not import each other
     ("pages", "pages.scales", "pages.words", "pages.markup"),
     (
-        "errors",
+        *("errors", "ending", "locks", "renaming"),
         "tensors",
         "precision",
         "cached",

@@ -1,21 +1,24 @@
-"""Entry point: the libraries take seconds to load, and Ctrl-C leaves cleanly meanwhile."""
+"""Entry point: the libraries take seconds to load, and signals end it cleanly meanwhile, too."""
 
 import logging
 import os
-import signal
 import sys
 import warnings
-from typing import Any, NoReturn
+from typing import NoReturn
 
 
 def main() -> NoReturn:
     """Run the command line."""
+    from billhook import ending
+
+    ending.heed_signals()
     _hush_libraries()
-    signal.signal(signal.SIGINT, _leave)  # an exception amid other people's imports could end anywhere
     from billhook import cli
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    cli.main()
+    try:
+        cli.main()
+    finally:
+        ending.ignore_signals()
 
 
 def _hush_libraries() -> None:
@@ -28,11 +31,6 @@ def _hush_libraries() -> None:
     logging.getLogger().addHandler(logging.NullHandler())  # without one, Python prints what loggers warn of
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-
-
-def _leave(*_: Any) -> NoReturn:
-    os.write(2, b"billhook: interrupted; nothing half-written was left\n")
-    os._exit(130)
 
 
 if __name__ == "__main__":

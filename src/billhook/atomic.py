@@ -1,25 +1,50 @@
 """Outputs appear whole or not at all: a temporary sibling, on the disk, then a rename."""
 
 import errno
-import fcntl
-import glob
 import os
 import secrets
 import shutil
-import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
+from billhook.ending import unbroken, undoing
 from billhook.errors import BillhookError
+from billhook.locks import Lock, alone, locked
+from billhook.renaming import exchanged, rename_where_free
 
-FRESH = 10.0  # seconds in which a folder may not be locked yet
 MARK = "billhook.json"  # every folder billhook writes holds one; --overwrite replaces nothing else
+LONGEST = "model-00001-of-00001.safetensors"  # of the names in an output, about
+SHOWN = 150  # characters of either end of a path
+
+
+def check_name(out: Path) -> None:
+    """Raise BillhookError if `out` is no name for an output, or leaves no room for those of its hidden siblings."""
+    said = str(out).encode(errors="backslashreplace").decode()
+    said = said if len(said) <= 2 * SHOWN else f"{said[:SHOWN]}…{said[-SHOWN:]}"
+    if out.name in ("", ".."):
+        raise BillhookError(f"output {said!r} is no name of its own: write one")
+    try:
+        str(out).encode()
+    except UnicodeEncodeError:
+        raise BillhookError(f"cannot write {said}: its name is not UTF-8: choose another output") from None
+    try:
+        with suppress(FileNotFoundError):
+            out.stat()  # a link that leads to itself
+        longest = hidden(out.resolve(), "partial") / LONGEST
+        above = next(one for one in longest.parents if one.exists())
+        for one in (longest, *(above / name for name in longest.relative_to(above).parts)):
+            with suppress(FileNotFoundError):
+                one.lstat()
+    except OSError as error:
+        raise BillhookError(f"cannot write {said}: {error.strerror or error}") from error
 
 
 def check_free(out: Path, overwrite: bool) -> None:
-    """Raise BillhookError if writing the folder `out` would destroy something."""
+    """Raise BillhookError if writing the folder `out` would destroy something, or it is no name for one."""
+    check_name(out)
+    _bring_back(out)
     if not out.exists() and not out.is_symlink():
         return
     if not out.is_dir():
@@ -35,69 +60,166 @@ def check_free(out: Path, overwrite: bool) -> None:
 
 @contextmanager
 def folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary sibling of `out` that becomes `out` when the context ends well, and vanishes when it does not.
+    """A hidden sibling of `out` that becomes `out` when the context ends well, and vanishes when it does not.
 
     Raises:
-        BillhookError: `out` is taken or cannot be written, or the disk is full; nothing is left behind.
+        BillhookError: `out` is taken or cannot be written, another command is writing it, or the disk is full; nothing is left
+            behind.  Or it was taken meanwhile: then the work has a name beside it, which is said.
     """
     check_free(out, overwrite)
     out = out.resolve()  # a link stays a link; the temporary sibling is on the disk that the link leads to
+    with _beside(out) as (work, lock):
+        if lock != "ours":
+            raise BillhookError(_why_not(work, out, lock))
+        if out.exists():
+            _remove(hidden(out, "old"))
+        yield work
+        with _saying(out):  # a mount point, say
+            for path in [*work.rglob("*"), work]:
+                _settle(path)
+            work.chmod(0o777 & ~_umask())
+            with unbroken():
+                _put(work, out, overwrite)
+
+
+def hidden(out: Path, what: str) -> Path:
+    """What stands beside an output while it is worked on: `partial`, the work; `old`, what it takes the place of."""
+    return out.with_name(f".{out.name}.billhook.{what}")
+
+
+def is_hidden(path: Path) -> bool:
+    """Whether it is such a thing, of any output."""
+    return path.match(".*.billhook.*")
+
+
+@contextmanager
+def _beside(out: Path) -> Iterator[tuple[Path, Lock]]:
+    """A folder beside `out`, empty and ours alone if it could be had; it goes unless it got another name, and so do the parents that
+    were made for it unless something is in them.
+
+    What a process that was killed left in it goes first.
+    """
     made = [parent for parent in out.parents if not parent.exists()]
-    # named before it is made: an interrupt between the two would leave it
-    work = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
-    try:
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            for left in out.parent.glob(partial(out.name)):
-                _remove_abandoned(left)
-            work.mkdir(mode=0o700)
-        except OSError as error:
-            raise BillhookError(f"cannot write {out}: {error.strerror or error}") from error
-        with _locked(work):
-            yield work
-            try:
-                _put(work, out)
-            except OSError as error:  # a mount point, say
-                raise BillhookError(
-                    f"cannot write {out}: {error.strerror or error}; nothing half-written was left"
-                ) from error
-    except BaseException as error:
-        shutil.rmtree(work, ignore_errors=True)
+    work, known = hidden(out, "partial"), list[os.stat_result]()
+
+    def undo() -> None:
+        with suppress(OSError):
+            if known and os.path.samestat(known[0], work.stat()):
+                shutil.rmtree(work, ignore_errors=True)
         remove_empty(made)
+
+    try:
+        with undoing(undo), ExitStack() as stack:
+            with unbroken():
+                with _saying(out, ""):
+                    out.parent.mkdir(parents=True, exist_ok=True)
+                    lock, _ = stack.enter_context(alone(work, 0o700))
+                if lock == "ours":
+                    known.append(work.stat())
+            stack.callback(undo)  # while it is locked
+            if known:
+                for left in work.iterdir():
+                    _remove(left)
+            yield work, lock
+    except BaseException as error:
+        if not known:
+            _remove_unused(work)
+            remove_empty(made)
         if full := disk_full(error):
             raise BillhookError(f"cannot write {out}: {full}; nothing half-written was left") from error
         raise
 
 
-def partial(name: str) -> str:
-    """The pattern of what an output of that name is called until it is whole."""
-    return f".{glob.escape(name)}.*.partial"
-
-
 @contextmanager
-def _locked(work: Path) -> Iterator[bool]:
-    """Lock a folder while open, as long as this process lives; whether it could be: another has it, or the file system has no locks."""
-    own = os.open(work, os.O_RDONLY)
+def _saying(out: Path, more: str = "; nothing half-written was left") -> Iterator[None]:
     try:
-        fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        free = True
-    except OSError:
-        free = False
-    try:
-        yield free
-    finally:
-        os.close(own)
+        yield
+    except OSError as error:
+        raise BillhookError(f"cannot write {out}: {error.strerror or error}{more}") from error
 
 
-def _remove_abandoned(work: Path) -> None:
-    """Remove what a process that was killed has left half-written: it may be as large as a model."""
-    with suppress(OSError), _locked(work) as free:  # or gone meanwhile
-        if free and time.time() - work.stat().st_mtime > FRESH:
+def _why_not(work: Path, out: Path, lock: Lock) -> str:
+    if lock == "taken":
+        return f"another command is writing {out}: wait until it has ended, or choose another output"
+    return (
+        f"{work} is there, and its file system has no locks to tell whether another command is writing {out}: "
+        "remove it if none is"
+    )
+
+
+def _put(work: Path, out: Path, overwrite: bool) -> None:
+    """Give `work` the name `out`, which at no moment stands for nothing; what it stood for before goes once the new is in place.
+
+    Raises:
+        BillhookError: something is there that was not when the work began; the work has another name.
+    """
+    try:
+        check_free(out, overwrite)
+        if out.is_dir() and any(out.iterdir()):
+            _replace(work, out)
+        else:
+            work.rename(out)  # in place of nothing, or of an empty folder
+    except BillhookError:
+        raise _in_the_way(work, out) from None
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise _in_the_way(work, out) from error
+        raise
+    _settle(out.parent)
+
+
+def _replace(work: Path, out: Path) -> None:
+    with locked(out):  # whoever finds it under its hidden name leaves it
+        if exchanged(work, out):
+            old = work
+        else:
+            old = hidden(out, "old")
+            out.rename(old)
+            try:
+                work.rename(out)
+            except BaseException:
+                old.rename(out)
+                raise
+        _settle(out.parent)
+        _remove(old)
+
+
+def _in_the_way(work: Path, out: Path) -> BillhookError:
+    return BillhookError(
+        f"{out} came to be while this worked, and is not its own: what was to be there is whole in {_spare(work, out)}"
+    )
+
+
+def _spare(work: Path, out: Path) -> Path:
+    """The next free name beside `out`, which `work` now has."""
+    for n in count(1):
+        with suppress(FileExistsError):
+            found = out.with_name(f"{out.name}.{n}")
+            rename_where_free(work, found)
+            return found
+    raise AssertionError
+
+
+def _bring_back(out: Path) -> None:
+    """Where a process was killed between taking an output's name from the old and giving it to the new: the old has it again."""
+    out = out.resolve()
+    old = hidden(out, "old")
+    if old.is_dir() and not os.path.lexists(out):
+        with suppress(OSError), locked(old) as lock:
+            if lock != "taken":
+                rename_where_free(old, out)
+
+
+def _remove_unused(work: Path) -> None:
+    """Remove a folder that no process has: an interrupt came as it was made."""
+    with suppress(OSError), locked(work) as lock:
+        if lock == "ours":
             shutil.rmtree(work)
 
 
 def check_file(path: Path) -> None:
     """Raise BillhookError if `write_text` could not write there: before the work, not after it."""
+    check_name(path)
     above = next(parent for parent in path.absolute().parents if parent.exists())
     if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
         why = os.strerror(errno.EISDIR if path.is_dir() else errno.EACCES if above.is_dir() else errno.ENOTDIR)
@@ -105,21 +227,33 @@ def check_file(path: Path) -> None:
 
 
 @contextmanager
-def file(out: Path) -> Iterator[Path]:
+def file(out: Path, overwrite: bool = True) -> Iterator[Path]:
     """A path in a temporary sibling folder; what is written there becomes `out` when the context ends well.
 
+    Two processes may write the same one: each writes its own, and the last stays.
+
     Raises:
-        BillhookError: nothing can be written there.
+        BillhookError: nothing can be written there; or it is not to be overwritten, and was taken meanwhile: then what was
+            written has a name beside it, which is said.
     """
     check_file(out)
     out = out.resolve()  # a link stays a link
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".partial", dir=out.parent) as work:
-            yield Path(work) / out.name
-            rename(Path(work) / out.name, out)
-    except OSError as error:
-        raise BillhookError(f"cannot write {out}: {error.strerror or error}; nothing half-written was left") from error
+    with _saying(out), _beside(out) as (work, lock), ExitStack() as stack:
+        if lock != "ours":
+            work = hidden(out, f"{secrets.token_hex(4)}.partial")
+            stack.enter_context(undoing(lambda: _remove(work)))
+            stack.callback(_remove, work)
+            work.mkdir(mode=0o700)
+        yield work / out.name
+        if overwrite:
+            rename(work / out.name, out)
+            return
+        _settle(work / out.name)
+        try:
+            rename_where_free(work / out.name, out)
+        except FileExistsError:
+            raise _in_the_way(work / out.name, out) from None
+        _settle(out.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -144,24 +278,13 @@ def _settle(path: Path) -> None:
         os.close(opened)
 
 
-def _put(work: Path, out: Path) -> None:
-    """Rename `work` to `out`; what `out` held before goes only once the new is in place."""
-    for path in [*work.rglob("*"), work]:
-        _settle(path)
-    work.chmod(0o777 & ~_umask())
-    if not out.exists():
-        work.rename(out)
-        _settle(out.parent)
-        return
-    old = work.with_suffix(".old")
-    out.rename(old)
-    try:
-        work.rename(out)
-    except BaseException:
-        old.rename(out)
-        raise
-    _settle(out.parent)
-    shutil.rmtree(old)
+def _remove(path: Path) -> None:
+    """A file or folder, if it is there, and what of it can be removed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def disk_full(error: BaseException) -> str:

@@ -53,7 +53,6 @@ from billhook.tensors import Tokens
 from billhook.trials import Means
 
 SAMPLE = 2**20  # characters of the calibration text by which a cut vocabulary is judged
-PAGES = "pages"  # folder of a prune's own folder: weights that it changed and no journal keeps, where they stream
 VOCABULARY_STEP = 64  # rows of an embedding: what kernels and tensor parallelism like
 
 
@@ -130,7 +129,7 @@ def prune(  # noqa: PLR0913
     if kept:
         feasible.check_room(opened, chosen, kept)
     budgeted = hidden.budget(amounts.amount(hidden_budget, amounts.BYTES, "hidden-budget"))
-    with evaluating(opened.model), budgeted:
+    with evaluating(opened.model), budgeted, claim.held(kept), claim.held(means.study):
         return prune_opened(opened, chosen, tick, statistics, announce, means, kept)
 
 
@@ -263,7 +262,7 @@ def _journal(
             },
             fresh,
         )
-        paging.spill_in(opened.model, work / PAGES)
+        paging.spill_in(opened.model, work / claim.PAGES)
     grams = None
     if statistics and chosen.stream == "dense":
         model, seen = opened.model, hashlib.sha256(tokens.numpy().tobytes()).hexdigest()

@@ -5,10 +5,9 @@ The teacher answers once, to disk; then one model is in memory.  All that a kill
 
 import math
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import PartialState
 
-from billhook import atomic, report, store, trainables
+from billhook import atomic, claim, report, store, trainables
 from billhook.course import Course, Diverged, Judge, checkpoints
 from billhook.errors import BillhookError
 from billhook.memory import peak_growth
@@ -105,7 +104,8 @@ def recover(
             return recover(model, work=scratch, lessons=lessons, tick=tick, announce=announce, **chosen.model_dump())
     work = Path(work)
     process = PartialState(cpu=on_cpu(chosen.device))
-    with peak_growth(where(process)) as growth, _kept_if_begun(work):
+    own = claim.held(work) if process.is_main_process else nullcontext()
+    with own, peak_growth(where(process)) as growth, _kept_if_begun(work):
         answers = Path(lessons) if lessons else work / "lessons"
         heard = tick if process.is_main_process else quiet
         run = prepare(os.fspath(model), chosen, work, answers, process, heard, fresh=fresh)
@@ -143,12 +143,12 @@ def recover(
 @contextmanager
 def _kept_if_begun(work: Path) -> Iterator[None]:
     """Of a run that is refused nothing stays, unless it has checkpoints or has asked the teacher."""
-    known = work.exists()
+    known = (work / claim.NAME).exists()
     try:
         yield
     except BillhookError:
         if not known and not checkpoints(work) and not any(work.glob("lessons/*")):
-            shutil.rmtree(work, ignore_errors=True)
+            claim.remove(work)
         raise
 
 

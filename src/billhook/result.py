@@ -57,6 +57,7 @@ class Result:
 
 def check_out(out: Path, source: Path | None, overwrite: bool) -> None:
     """Refuse an output folder that is taken, or that would put result and source inside each other."""
+    atomic.check_name(out)
     if source is not None:
         here, there = out.resolve(), source.resolve()
         if here == there or there in here.parents:

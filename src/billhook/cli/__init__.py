@@ -1,13 +1,14 @@
 """The command line: parse, call, print.  Bad input prints one line and leaves with exit code 2."""
 
 import logging
-import signal
 import sys
 from importlib.metadata import version
 from typing import Annotated, NoReturn, cast
 
+import psutil
 import typer
 
+from billhook import ending
 from billhook.cli import comparing, measuring, pruning, recovering, running, searching, serving
 from billhook.cli.shared import app
 from billhook.errors import BillhookError
@@ -18,6 +19,7 @@ __all__ = ["app", "comparing", "main", "measuring", "pruning", "recovering", "ru
 UsageError = cast(type[typer.BadParameter], typer.BadParameter.__mro__[1])
 INTERRUPTED = 130
 LOG = logging.getLogger("billhook")
+PATIENCE = 2.0  # seconds for the processes that this one started to clear up after themselves
 
 
 def _show_version(wanted: bool | None) -> None:
@@ -51,7 +53,7 @@ class _Said(logging.Handler):
 
 
 def main() -> NoReturn:
-    """Entry point: exit code 0, 2 for bad input with one line on standard error, 130 for Ctrl-C."""
+    """Entry point: exit code 0, 2 for bad input with one line on standard error; signals are `billhook.ending`'s."""
     said = _Said()
     LOG.addHandler(said)
     try:
@@ -61,9 +63,9 @@ def main() -> NoReturn:
 
 
 def _run() -> NoReturn:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary folders go, as with Ctrl-C
     try:
-        code = app(sys.argv[1:] or ["--help"], standalone_mode=False) or 0
+        with ending.undoing(_end_children):
+            code = app(sys.argv[1:] or ["--help"], standalone_mode=False) or 0
     except BillhookError as error:
         _fail(str(error))
     except OSError as error:
@@ -75,6 +77,16 @@ def _run() -> NoReturn:
     if code == INTERRUPTED:  # newer typers turn Ctrl-C into this code without a word
         typer.echo("billhook: interrupted; nothing half-written was left", err=True)
     sys.exit(code)
+
+
+def _end_children() -> None:
+    """Workers, and interpreters of other clients."""
+    tracker = "multiprocessing.resource_tracker"  # ends by itself, once it has cleared up after the others
+    children = [one for one in psutil.Process().children() if tracker not in " ".join(one.cmdline())]
+    for one in children:
+        one.terminate()
+    for one in psutil.wait_procs(children, PATIENCE)[1]:
+        one.kill()
 
 
 def _fail(message: str) -> NoReturn:

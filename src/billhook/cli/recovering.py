@@ -1,17 +1,14 @@
 """Commands that train, and say beforehand what training buys: recover, plan."""
 
 import os
-import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from accelerate import PartialState
 
-from billhook import atomic, report
+from billhook import atomic, claim, report
 from billhook.cli.shared import (
     Device,
     Json,
@@ -22,15 +19,18 @@ from billhook.cli.shared import (
     app,
     choice,
     err,
+    going_on,
     out,
     progress,
     unfinished,
 )
 from billhook.forecast import SECONDS, forecast
 from billhook.precision import PRECISIONS
-from billhook.recovering import recover
+from billhook.progress import Tick, quiet
+from billhook.recovering import Recovered, recover
 from billhook.recovery import OBJECTIVES, STATES, STEPS, Recovery, recovery
 from billhook.result import check_out
+from billhook.runs import on_cpu
 from billhook.trainables import WORDS
 
 DEFAULT = Recovery(teacher="demo", tokens=1)
@@ -149,13 +149,18 @@ def recover_command(
     output, source = Path(os.path.expanduser(output)), Path(os.path.expanduser(model))
     check_out(output, source if source.exists() else None, overwrite)
     work = unfinished(output)
-    with progress() as tick, _going_on(work):
-        found = recover(model, work=work, lessons=lessons, fresh=fresh, tick=tick, announce=_say, **chosen.model_dump())
-        if not PartialState().is_main_process:
-            return
-        with atomic.folder(output, overwrite) as folder:
-            found.write(folder, tick)
-    shutil.rmtree(work)
+
+    def train(tick: Tick) -> Recovered:
+        how = {"tick": tick, "announce": _say, **chosen.model_dump()}
+        return recover(model, work=work, lessons=lessons, fresh=fresh, **how)
+
+    if not PartialState(cpu=on_cpu(chosen.device)).is_main_process:
+        train(quiet)
+        return
+    with atomic.folder(output, overwrite) as folder, going_on(work), progress() as tick:
+        found = train(tick)
+        found.write(folder, tick)
+    claim.remove(work)
     if json:
         typer.echo(report.to_json(found.report), nl=False)
         return
@@ -205,17 +210,6 @@ def plan_command(
     out.print(f"{found['why'][:1].upper()}{found['why'][1:]}:\n", soft_wrap=True)
     for line in found["commands"]:
         out.print(f"  {line}", soft_wrap=True, highlight=False)
-
-
-@contextmanager
-def _going_on(work: Path) -> Iterator[None]:
-    """Say what Ctrl-C leaves."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if work.exists():
-            _say(f"what was done is in {work}: the same command goes on, --fresh starts over")
-        raise
 
 
 def _say(line: str) -> None:

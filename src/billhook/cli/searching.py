@@ -1,6 +1,6 @@
 """The command that searches for calibration samples and metric before it prunes: search."""
 
-import shutil
+import os
 import time
 from pathlib import Path
 from typing import Annotated
@@ -22,7 +22,6 @@ from billhook.cli.shared import (
     SeqLen,
     app,
     choice,
-    err,
     listed,
     out,
     prune_to,
@@ -167,17 +166,8 @@ def search_command(
         device=device,
         dtype=dtype,
     )
-    folder = study or unfinished(output)
-    try:
-        found = prune_to(model, chosen, output, overwrite, study=folder, fresh=fresh, jobs=jobs, ray=ray).report
-    except KeyboardInterrupt:
-        if folder.exists():
-            err.print(
-                f"billhook: what was done is in {folder}: the same command goes on, --fresh starts over", soft_wrap=True
-            )
-        raise
-    if not study:
-        shutil.rmtree(folder)
+    folder = Path(os.path.expanduser(study)) if study else unfinished(output)
+    found = prune_to(model, chosen, output, overwrite, study=folder, fresh=fresh, jobs=jobs, ray=ray).report
     if json:
         typer.echo(report.to_json(found), nl=False)
         return

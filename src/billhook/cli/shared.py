@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from billhook import atomic, checkpoint, report
+from billhook import atomic, checkpoint, claim, ending, report
 from billhook.errors import BillhookError
 from billhook.pages import tables
 from billhook.progress import Tick
@@ -175,7 +174,8 @@ def progress() -> Iterator[Tick]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err, disable=not err.is_terminal) as bars:
+    bars = Progress(*columns, console=err, disable=not err.is_terminal)
+    with ending.undoing(_show_cursor), bars:
         tasks: dict[str, TaskID] = {}
 
         def tick(stage: str, done: int, total: int) -> None:
@@ -184,6 +184,12 @@ def progress() -> Iterator[Tick]:
             bars.update(tasks[stage], completed=min(done, total), total=total)
 
         yield tick
+
+
+def _show_cursor() -> None:
+    """A bar hides it; rich's own way waits for a thread that may wait for this one."""
+    if err.is_terminal:
+        os.write(2, b"\x1b[?25h\n")
 
 
 def check_free_of(model: str, output: Path, overwrite: bool) -> Path:
@@ -197,23 +203,36 @@ def prune_to(model: str, chosen: Recipe, output: Path, overwrite: bool, **means:
     """Prune into a folder that is reserved before the work starts, so that an unwritable place costs no time."""
     output = check_free_of(model, output, overwrite)
     kept = unfinished(output)
-    new, made = not kept.exists(), [parent for parent in kept.parents if not parent.exists()]
-    try:
-        with progress() as tick, atomic.folder(output, overwrite) as work:
-            result = prune(model, tick=tick, announce=_say, work=kept, **means, **chosen.model_dump())
-            result.write(work, tick)
-    except BaseException:
-        if any(kept.glob("layer-*.json")):
-            _say(f"billhook: what was done is in {kept}: the same command goes on, --fresh starts over")
-        elif new and not means.get("study"):
-            shutil.rmtree(kept, ignore_errors=True)
-            atomic.remove_empty(made)
-        raise
-    if result.kept:
-        shutil.rmtree(result.kept, ignore_errors=True)
+    with atomic.folder(output, overwrite) as work, going_on(means.get("study") or kept), progress() as tick:
+        result = prune(model, tick=tick, announce=_say, work=kept, **means, **chosen.model_dump())
+        result.write(work, tick)
+    if result.kept or means.get("study") == kept:
+        claim.remove(kept)
     if cut := result.report["vocabulary"]:
         _warn_of_vocabulary(cut)
     return result
+
+
+@contextmanager
+def going_on(work: Path) -> Iterator[None]:
+    """Have the folder of a run that goes on where it was cut off; whatever ends it, what is there is said, and nothing stays if nothing is."""
+    new = not work.exists()
+
+    def left() -> str:
+        return f"what was done is in {work}: the same command goes on, --fresh starts over" if claim.begun(work) else ""
+
+    def clear() -> None:
+        if new and not claim.begun(work):
+            claim.remove(work)
+
+    with claim.held(work), ending.undoing(clear), ending.saying(left):
+        try:
+            yield
+        except BaseException:
+            if said := left():
+                _say(f"billhook: {said}")
+            clear()
+            raise
 
 
 def _warn_of_vocabulary(cut: dict[str, Any]) -> None:
