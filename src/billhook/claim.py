@@ -18,7 +18,7 @@ NAME = "run.json"
 ELSEWHERE = {"device"}  # settings that a run may go on with others of
 REMOVED = {"removed": True}  # what lies there while all else goes, so that whoever comes next goes on with that
 PAGES = "pages"  # folder in a run's folder: weights that it changed, where they stream, of no use to another process
-_held = set[Path]()  # by this process
+_held = set[tuple[int, str]]()  # by which process: a forked one has a copy
 
 
 @contextmanager
@@ -28,11 +28,11 @@ def held(work: Path | None) -> Iterator[None]:
     Raises:
         BillhookError: another process works in it; it holds what no run has made; it cannot be made.
     """
-    if work is None or work.resolve() in _held:
+    if work is None or (here := (os.getpid(), os.path.realpath(work))) in _held:
         yield
         return
     check(work)
-    made, here = [one for one in (work, *work.parents) if not one.exists()], work.resolve()
+    made = [one for one in (work, *work.parents) if not one.exists()]
     with undoing(lambda: atomic.remove_empty(made)), ExitStack() as stack:
         try:
             work.parent.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ import itertools
 import logging
 import multiprocessing
 import os
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,12 +23,14 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from multiprocessing.util import Finalize
+from typing import Any, NoReturn
 
 import torch
 
-from billhook import store
+from billhook import ending, store
 from billhook.errors import BillhookError, first_line
+from billhook.scratch import scratch
 
 RETRIES = 3  # of what a worker had that died
 PATIENCE = 5.0  # seconds for a Ray address to answer
@@ -117,7 +120,8 @@ def _flow(
     try:
         while True:
             for pool, item in zip(idle, todo, strict=False):  # a pool first, or an item would be lost
-                busy[pool.submit(_step, functools.partial(function, *common, item))] = pool
+                with _heard_by_this_process_alone():  # a process starts with its first work
+                    busy[pool.submit(_step, functools.partial(function, *common, item))] = pool
             if not busy:
                 return
             idle = []
@@ -132,6 +136,16 @@ def _flow(
         raise BillhookError("--jobs: a worker process died, perhaps for want of memory: use fewer jobs") from error
 
 
+@contextmanager
+def _heard_by_this_process_alone() -> Iterator[None]:
+    """A terminal sends Ctrl-C to all processes of a command: those that are started now leave it to this one."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 _begun: list[Iterator[Any]] = []  # the generator that this process is at
 
 
@@ -144,6 +158,10 @@ def _step(begins: Callable[[], Iterator[Any]] | None = None) -> list[Any]:
 
 def _prepared(threads: int, prepare: Callable[..., None], given: tuple[Any, ...]) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGTERM, _end)
+    here = ExitStack()
+    here.enter_context(scratch())
+    Finalize(None, here.close, exitpriority=0)
     torch.set_num_threads(threads)
     logging.getLogger("billhook").setLevel(logging.ERROR)  # what it warns of was said by the process that began
     prepare(*given)
@@ -154,6 +172,12 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
+    _end()
+
+
+def _end(*_: object) -> NoReturn:
+    """At once, with what must not outlive a process gone."""
+    ending.undo_all()
     os._exit(1)
 
 

@@ -166,7 +166,7 @@ def _speeds(folder: Path, output: Path) -> Speeds:
         finite(half)
 
     def write() -> None:
-        with tempfile.NamedTemporaryFile(dir=feasible.above(output)) as made:
+        with tempfile.TemporaryFile(dir=feasible.above(output)) as made:
             made.write(bytes(count))
             made.flush()
             os.fsync(made.fileno())

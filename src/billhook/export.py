@@ -84,7 +84,9 @@ def interleaved(rows: Tensor, heads: int) -> Tensor:
 
 
 @torch.no_grad()
-def write_gguf(model: Any, tokenizer: Any, path: Path, quantize: str = "F16", tick: Tick = quiet) -> dict[str, Any]:
+def write_gguf(
+    model: Any, tokenizer: Any, path: Path, quantize: str = "F16", tick: Tick = quiet, *, overwrite: bool = True
+) -> dict[str, Any]:
     """Write `model` and `tokenizer` as the GGUF file `path`, which appears whole or not at all.
 
     `quantize` is one of QUANTIZE.  Matrices get that type, vectors stay F32, embedding and head stay Q8_0 where it is
@@ -103,7 +105,7 @@ def write_gguf(model: Any, tokenizer: Any, path: Path, quantize: str = "F16", ti
     words = vocabulary(tokenizer, shape.vocabulary, model.config.bos_token_id)
     metadata = describe(model.config, shape, arch) | words
     pieces = list(_pieces(model, shape, arch))
-    with atomic.file(path) as work:
+    with atomic.file(path, overwrite) as work:
         if quantizer:
             plain = work.with_name("plain.gguf")
             _write(plain, arch, metadata, pieces, "F16", tick)

@@ -102,6 +102,7 @@ def prune(  # noqa: PLR0913
     hands = Hands(jobs, ray, dtype=chosen.dtype)
     if hands.many:
         feasible.check_shared(chosen, hands)
+    store.check_folder(Path(statistics) if statistics else None, "--statistics")
     if isinstance(model, str | os.PathLike):
         if stream_weights and (why := feasible.why_whole(chosen)):
             raise BillhookError(f"--stream-weights: {why}")

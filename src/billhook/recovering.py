@@ -103,6 +103,7 @@ def recover(
         with tempfile.TemporaryDirectory() as scratch:
             return recover(model, work=scratch, lessons=lessons, tick=tick, announce=announce, **chosen.model_dump())
     work = Path(work)
+    store.check_folder(Path(lessons) if lessons else None, "--lessons")
     process = PartialState(cpu=on_cpu(chosen.device))
     own = claim.held(work) if process.is_main_process else nullcontext()
     with own, peak_growth(where(process)) as growth, _kept_if_begun(work):

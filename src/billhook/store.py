@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Callable
 from functools import cache
 from itertools import chain
@@ -19,6 +21,25 @@ UNCOUNTED = {  # of a config: names, its writer, what the tensors say, and what 
     *("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "auto_map"),
     *("use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict"),
 }
+
+
+KEPT = re.compile(r"[\w.-]+-[0-9a-f]{16}\.(json|safetensors)|lessons")  # names of what lies in such a folder
+
+
+def check_folder(folder: Path | None, what: str) -> None:
+    """Raise BillhookError if a folder holds anything but such results: it is a model's, or somebody's, and not to be written in."""
+    if folder is None:
+        return
+    atomic.check_name(folder)
+    if not os.path.lexists(folder):
+        return
+    if not folder.is_dir():
+        raise BillhookError(f"{what} {folder} is not a folder: name an empty or a new one")
+    for one in folder.iterdir():
+        if not KEPT.fullmatch(one.name) and not atomic.is_hidden(one):
+            raise BillhookError(
+                f"{what} {folder} holds {one.name!a}, which is no result that billhook keeps: name an empty or a new folder"
+            )
 
 
 def kept(folder: Path | None, name: str, key: dict[str, Any], measure: Callable[[], Any]) -> Any:

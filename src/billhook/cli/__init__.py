@@ -12,6 +12,7 @@ from billhook import ending
 from billhook.cli import comparing, measuring, pruning, recovering, running, searching, serving
 from billhook.cli.shared import app
 from billhook.errors import BillhookError
+from billhook.scratch import scratch
 
 __all__ = ["app", "comparing", "main", "measuring", "pruning", "recovering", "running", "searching", "serving"]
 
@@ -64,7 +65,7 @@ def main() -> NoReturn:
 
 def _run() -> NoReturn:
     try:
-        with ending.undoing(_end_children):
+        with scratch(), ending.undoing(_end_children):
             code = app(sys.argv[1:] or ["--help"], standalone_mode=False) or 0
     except BillhookError as error:
         _fail(str(error))

@@ -82,7 +82,7 @@ def compare_command(
     for one in contenders:  # impossible settings cost no work
         for share in ratio:
             contest.settled(one, share, common)
-    check_outputs(json, html)
+    check_outputs(json, html, model)
     started = time.perf_counter()
     with progress() as tick:
         opened, by = _opened(model, text, windows, common, tick)
@@ -122,7 +122,7 @@ def sweep_command(
     shares, one = _ratios(ratios), contest.contender(method)
     common = {**_common(calibration, samples, seq_len, seed, device, dtype), "stream": stream}
     chosen = [contest.settled(one, share, common) for share in shares]
-    check_outputs(json, html)
+    check_outputs(json, html, model)
     started = time.perf_counter()
     with progress() as tick:
         opened, by = _opened(model, text, windows, common, tick)

@@ -103,8 +103,8 @@ def evaluate_command(
         [counts(batch_sizes, "batch-sizes"), counts(context_lengths, "context-lengths")],
     )
     check_seq_len(seq_len)
-    check_outputs(json, html)
     names = ([against] if against else []) + models
+    check_outputs(json, html, *names)
     if len(set(names)) < len(names):
         raise BillhookError(f"{next(n for n in names if names.count(n) > 1)} is named twice")
     with progress() as tick:

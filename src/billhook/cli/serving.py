@@ -13,6 +13,7 @@ from billhook.cli.shared import Json, Model, Overwrite, app, choice, out, progre
 from billhook.errors import BillhookError, one_of
 from billhook.export import QUANTIZE, write_gguf
 from billhook.gguf_archs import QUANTIZER
+from billhook.result import check_apart
 
 FORMATS = ("gguf",)
 
@@ -85,12 +86,13 @@ def export_command(
     """
     one_of("format", format, FORMATS)
     output = Path(os.path.expanduser(output))
+    check_apart(output, Path(os.path.expanduser(model)))
     if output.exists() and not overwrite:
         raise BillhookError(f"{output} exists: choose another file, or --overwrite")
     atomic.check_file(output)
     with progress() as tick:
         opened = checkpoint.open_model(model, device="cpu", dtype="float32", tick=tick)
-        found = write_gguf(opened.model, opened.tokenizer, output, quantize, tick)
+        found = write_gguf(opened.model, opened.tokenizer, output, quantize, tick, overwrite=overwrite)
     if json:
         typer.echo(report.to_json(found), nl=False)
         return

@@ -26,7 +26,7 @@ from billhook.pages import tables
 from billhook.progress import Tick
 from billhook.pruning import prune
 from billhook.recipe import Recipe
-from billhook.result import Result, check_out
+from billhook.result import Result, check_apart, check_out
 
 app = typer.Typer(
     name="billhook",
@@ -154,12 +154,14 @@ def check_seq_len(seq_len: int) -> None:
         raise BillhookError(f"seq-len {seq_len}: a window needs at least 2 tokens")
 
 
-def check_outputs(json: Path | None, html: Path | None) -> None:
-    """Refuse, before the work, files that could not be written after it."""
+def check_outputs(json: Path | None, html: Path | None, *models: str) -> None:
+    """Refuse, before the work, files that could not be written after it, or would be among a model's own."""
     if html and html.suffix not in (".html", ".htm"):
         raise BillhookError(f"--report {html}: name a file that ends in .html")
     for path in (json if json != Path("-") else None, html, html and html.with_suffix(".json")):
         if path:
+            for model in models:
+                check_apart(path, Path(os.path.expanduser(model)))
             atomic.check_file(path)
 
 

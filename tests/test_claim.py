@@ -1,0 +1,119 @@
+"""The folder of a run: one process at a time works in it, and a kill as it goes leaves it known as one that goes."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import Child
+
+from billhook import claim, scratch
+from billhook.errors import BillhookError
+
+KEY = {"settings": {"ratio": 0.2}, "model": "a"}
+
+
+def run_of(work: Path) -> Path:
+    claim.claim(work, KEY, fresh=False)
+    for name in ("layer-0.json", "layer-0.safetensors", "layer.partial"):
+        (work / name).write_text("{}")
+    for name in ("pages", "lessons", "checkpoint-3"):
+        (work / name).mkdir()
+        (work / name / "one").write_text("x")
+    return work
+
+
+def ended_at(step: int, work: Callable[[], object]) -> bool:
+    """Do it in a process that ends before its nth removal; whether it ended there."""
+    child = os.fork()
+    if not child:
+        seen = [0]
+
+        def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+            def one(*given: Any, **how: Any) -> Any:
+                if seen[0] == step:
+                    os._exit(9)
+                seen[0] += 1
+                return call(*given, **how)
+
+            return one
+
+        os.unlink, os.rmdir = counted(os.unlink), counted(os.rmdir)
+        work()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+REMOVALS = {"removed": False, "started over": True}
+
+
+@pytest.mark.parametrize("fresh", REMOVALS.values(), ids=list(REMOVALS))
+def test_killed_as_it_is_removed_it_is_known_as_a_run_s(fresh: bool, tmp_path: Path) -> None:
+    for step in range(60):
+        work = run_of(tmp_path / f"work-{step}")
+        other = {"settings": {"ratio": 0.3}, "model": "a"}
+        died = ended_at(step, lambda: claim.claim(work, other, True, ("lessons",)) if fresh else claim.remove(work))  # noqa: B023
+        if claim.begun(work) and (work / "layer-0.json").exists():  # not begun to go
+            claim.claim(work, KEY, fresh=False)
+            assert (work / "layer-0.safetensors").exists() and (work / "pages" / "one").exists()
+        else:
+            claim.claim(
+                work, other, fresh=False, keep=("lessons",)
+            )  # whatever comes next takes what is left for its own
+            assert {one.name for one in work.iterdir()} <= {claim.NAME, "lessons"}
+            assert not fresh or (work / "lessons" / "one").exists()
+        if not died:
+            break
+    assert step > 5 and not died
+
+
+def test_one_process_works_in_a_folder(tmp_path: Path) -> None:
+    work = tmp_path / "new" / "work"
+
+    def enter() -> None:
+        with claim.held(work):
+            claim.claim(work, KEY, fresh=False)
+
+    with claim.held(work), claim.held(work):  # what has it may ask again
+        code, _, said = Child(enter).ended(30)
+        assert code == 1 and "another command works in" in said and not (work / claim.NAME).exists()
+    assert not (tmp_path / "new").exists()
+    enter()
+    assert claim.begun(run_of(work)) and not claim.begun(tmp_path)
+    claim.remove(work)
+    assert not work.exists()
+
+
+def test_what_no_run_made_is_not_removed(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    claim.remove(tmp_path)
+    with pytest.raises(BillhookError, match="is not a run's folder"), claim.held(tmp_path):
+        pass
+    assert (tmp_path / "notes.txt").exists()
+
+
+def test_temporary_files_go_with_their_process_or_with_the_next_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scratch.tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "billhook-notes").mkdir()
+
+    def killed() -> None:
+        with scratch.scratch():
+            Path(scratch.tempfile.mkdtemp(), "pages").write_text("large")
+            os._exit(9)
+
+    assert Child(killed).ended(30)[0] == 9
+    assert len(list(tmp_path.glob("billhook-*/*/pages"))) == 1
+    with scratch.scratch():
+        here = Path(scratch.tempfile.mkdtemp()).parent
+        assert not list(tmp_path.glob("billhook-*/*/pages"))
+        with scratch.scratch():  # another one's is left
+            assert here.exists()
+    assert [one.name for one in tmp_path.iterdir()] == ["billhook-notes"] and scratch.tempfile.tempdir == str(tmp_path)
+    monkeypatch.setattr(scratch.tempfile, "mkdtemp", lambda **_: (_ for _ in ()).throw(OSError(28, "full")))
+    with scratch.scratch():
+        assert scratch.tempfile.tempdir == str(tmp_path)
+    shutil.rmtree(tmp_path)
