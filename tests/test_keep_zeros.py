@@ -342,7 +342,7 @@ def test_zeros_and_fsdp(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def student_of(bench: Path) -> runs.Student:
     model = checkpoint.load(bench / "sparse")
-    return runs.Student("sparse", None, None, torch.float32, 258, "", None, zeros.census(model))
+    return runs.Student("sparse", None, None, torch.float32, 258, "", None, zeros.census(model), {})
 
 
 def test_zeros_may_be_let_go(bench: Path) -> None:

@@ -332,6 +332,7 @@ def _load(found: Contents, dtype: torch.dtype) -> Any:
             f"{name}: {len(missing)} tensors are missing or of another shape than config.json says, first {missing[0]}: {AGAIN}"
         )
     give_settings(model, found)
+    model.name_or_path = model.config._name_or_path = str(found.path)  # where peft looks for its base
     for tensor, param in model.named_parameters():
         if not finite(param.detach()):
             raise BillhookError(f"{name}: tensor {tensor} holds NaN or infinite values")
