@@ -16,11 +16,12 @@ from transformers import PreTrainedModel
 
 from billhook import llamacpp, own_code
 from billhook.cached import after
-from billhook.checkpoint import load, load_tokenizer
-from billhook.errors import BillhookError, one_of
+from billhook.checkpoint import ROOM, load, load_tokenizer
+from billhook.errors import BillhookError, first_line, one_of
 from billhook.export import write_gguf
 from billhook.greedy import continued
 from billhook.layout import layer_sizes
+from billhook.memory import free_bytes
 from billhook.modeling_per_layer import V_HEAD_DIM
 from billhook.paging import is_paged
 from billhook.saving import elements, stored_parameters
@@ -35,6 +36,9 @@ CLIENT_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB, where vLLM runs on a CPU
 }
 ERROR = re.compile(r"(\[\w+\]: )?[\w.]*(Error|Exception)\b")
+# half the digits of float32: a stale cache index costs a tenth and more (tests/test_laws.py has them), SmolLM2 itself drifts by 2e-6, cut by
+# a quarter on four windows by 1.3e-5; in bfloat16 rounding alone may cost a right model as much as a wrong index
+CACHE_TOLERANCE = torch.finfo(torch.float32).eps ** 0.5  # of the logits' norm
 LLAMACPP_TOLERANCE = 1e-3  # of the logits' norm, float32 weights and cache: other kernels, the same numbers
 
 
@@ -43,23 +47,29 @@ def verify(path: Path, model: Any) -> dict[str, Any]:
     """Reload a written folder with stock transformers and compare it with the model in memory.
 
     Returns what was seen.  Raises BillhookError if the logits differ by a bit, the tensors on disk are not as many as the
-    model's, a tied embedding came back untied, or generation with a cache goes another way than without.
+    model's, a tied embedding came back untied, or generation with a cache goes another way than without, in float32.
     """
     written = stored_parameters(path)
     expected = elements(model)
     again = load(path, device=str(model.device), stream=is_paged(model))
     ids = _probe(model)
-    same = torch.equal(model(ids).logits, again(ids).logits)
-    drift = _cache_drift(again, ids, **({"steps": STEPS_PAGED} if is_paged(model) else {}))
+    same = torch.equal(model(ids, use_cache=False).logits, again(ids, use_cache=False).logits)
     tied = (again.get_output_embeddings().weight is again.get_input_embeddings().weight) == bool(
         again.config.tie_word_embeddings
     )
+    if again.dtype != torch.float32:
+        del again  # before what takes twice its place
+        again = _in_float32(path, model)
+    try:
+        drift = _cache_drift(again, ids.to(again.device), **({"steps": STEPS_PAGED} if is_paged(model) else {}))
+    except (RuntimeError, IndexError, ValueError) as error:  # masks and positions of another length, by a wrong index
+        raise BillhookError(f"{path} did not survive reloading: with a cache it fails ({first_line(error)})") from error
     problems = {
         f"the tensors on disk hold {written:,} parameters, the model {expected:,}": written != expected,
         "logits after reloading differ from the model in memory (one cast by .to(dtype) has rounded rotary frequencies: "
         "load it with dtype=…)": not same,
         "the embedding is not tied as the config says": not tied,
-        f"logits with and without cache differ by {drift:.1e} of their size": drift > _cache_tolerance(again.dtype),
+        f"logits with and without cache differ by {drift:.1e} of their size": not drift <= CACHE_TOLERANCE,
     }
     if found := [text for text, wrong in problems.items() if wrong]:
         raise BillhookError(f"{path} did not survive reloading: {'; '.join(found)}")
@@ -93,7 +103,7 @@ def _check_transformers(path: Path, python: str, trust: bool) -> dict[str, Any]:
     own = _logits(model, prompts)
     drift = float((logits.view(answer["logits"]["shape"]) - own).norm() / own.norm())
     problems = {
-        f"its logits differ by {drift:.1e} of their size": drift > _cache_tolerance(torch.float32),
+        f"its logits differ by {drift:.1e} of their size": not drift <= CACHE_TOLERANCE,
         "it generates other tokens": answer["greedy"] != _greedy(model, prompts),
         "it generates other tokens with a cache than without": answer["greedy"] != answer["greedy_without_cache"],
         "it counts other parameters": answer["parameters"] != elements(model),
@@ -188,6 +198,13 @@ def _greedy(model: Any, prompts: list[list[int]]) -> list[list[int]]:
     ).tolist()  # to the last: other clients go on behind an end
 
 
+def _in_float32(path: Path, model: Any) -> Any:
+    """What was written, to be computed without the roundings of its own dtype: on the model's device where there is room."""
+    needed = elements(model) * torch.float32.itemsize
+    device = torch.device("cpu") if needed > ROOM * free_bytes(model.device) else model.device
+    return load(path, dtype=torch.float32, device=str(device), stream=is_paged(model))
+
+
 def _probe(model: PreTrainedModel) -> torch.Tensor:
     """Two rows of fixed token ids, within the model's vocabulary and positions."""
     length = min(64, getattr(model.config, "max_position_embeddings", 64))
@@ -201,20 +218,10 @@ def _cache_drift(model: Any, ids: torch.Tensor, steps: int = 64) -> float:
     A stale `layer_idx` shows here, and nowhere else.
     """
     half = ids.shape[1] // 2
-    whole = model(ids).logits[:, half:]
+    whole = model(ids, use_cache=False).logits[:, half:]
     step = model(ids[:, :half], use_cache=True)
     stepped = []
     for part in ids[:, half:].split(max(1, half // steps), dim=1):
         step = model(part, **after(step))
         stepped.append(step.logits)
     return float((torch.cat(stepped, 1) - whole).float().norm() / whole.float().norm())
-
-
-def _cache_tolerance(dtype: torch.dtype) -> float:
-    """Half the digits of the dtype, or a hundred roundings if that is more, as in bfloat16.
-
-    A stale cache index costs a tenth and more (tests/test_laws.py has one).  SmolLM2 itself drifts by 2e-6 in float32, cut by a
-    quarter on four windows by 1.3e-5: rounding, but more than a hundred times that of float32.
-    """
-    eps = torch.finfo(dtype).eps
-    return max(100 * eps, eps**0.5)

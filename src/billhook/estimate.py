@@ -31,7 +31,7 @@ ROWS = 4096  # of a head, to time it
 PROBED = 1 << 25  # bytes that are read, copied and written to see how fast this machine does it
 STEPS = 96  # passes of one token that verify what was written, in all generations,
 BATCHES = 40  # of 32 tokens,
-LOADS = 3  # and how often it is opened
+LOADS = 4  # and how often it is opened, once less where it is stored in float32
 PAGED = 6  # passes that verify one whose weights stay in their files
 READ = 2  # times that such weights are read while they are pruned: to be used, and to see whether they were edited
 
