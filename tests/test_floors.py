@@ -30,6 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
         "plan",
         "memory",
         "modes",
+        "overlap",
         "around",
         "greedy",
         "generation",
@@ -84,6 +85,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
     ("families", "support", "data", "teacher", "pages.headline"),
     (
         "surgery",
+        "fitted",
         "observe",
         "gradients",
         "layout",

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from billhook import pool
+from billhook import overlap, pool
 from billhook.data import Text
 from billhook.errors import BillhookError
 
@@ -46,9 +46,9 @@ def test_windows_of_usual_tokens_and_repeated_ones_are_left_out() -> None:
 def test_overlap_is_seen_at_any_offset() -> None:
     text = torch.randint(50_000, (4096,), generator=torch.Generator().manual_seed(1))
     own, far = text[:2048].view(-1, 128), text[2048:].view(-1, 128)
-    assert not pool.overlapping(far, own).any()
+    assert not overlap.overlapping(far, own).any()
     shifted = torch.cat([far[:3], text[777 : 777 + 256].view(-1, 128)])
-    assert pool.overlapping(shifted, own).tolist() == [False] * 3 + [True] * 2
+    assert overlap.overlapping(shifted, own).tolist() == [False] * 3 + [True] * 2
 
 
 def test_too_few_windows_are_said() -> None:

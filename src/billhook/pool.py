@@ -14,8 +14,6 @@ from billhook.errors import BillhookError
 from billhook.tensors import Clusters, Tokens
 
 UNINFORMATIVE = 0.1  # share of each text's windows that are left out: those whose tokens are the most usual ones
-RUN = 32  # tokens: what two texts share of at least this length, and somewhat more, is the same text
-STRIDE = 16
 
 
 @dataclass(frozen=True)
@@ -79,16 +77,3 @@ def grouped(windows: Tokens, embedding: Tensor, clusters: int, seed: int) -> Clu
     sizes = np.bincount(found, minlength=clusters)
     rank = {int(old): new for new, old in enumerate(np.argsort(-sizes, kind="stable"))}
     return torch.tensor([rank[int(one)] for one in found])
-
-
-def overlapping(windows: Tokens, others: Tensor) -> Tensor:
-    """Which of `windows` share a run of about `RUN` tokens or more with one of `others`, as a mask."""
-    known = set(_runs(others, 1).flatten().tolist())
-    return torch.tensor([any(run in known for run in each) for each in _runs(windows, STRIDE).tolist()])
-
-
-def _runs(windows: Tensor, stride: int) -> Tensor:
-    """A number for every run of `RUN` tokens of each window (or of the whole window, if it is shorter)."""
-    length = min(RUN, windows.shape[1])
-    weights = torch.randint(2**62, (length,), generator=torch.Generator().manual_seed(0))
-    return (windows.unfold(1, length, stride) * weights).sum(-1)  # int64 wraps around: a hash

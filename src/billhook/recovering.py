@@ -114,6 +114,8 @@ def recover(
         rate = chosen.lr or _best_rate(tried)
         if process.is_main_process:
             announce(_line(run, rate))
+            if run.texts.doubt:
+                announce(run.texts.doubt)
             if run.student.noise and not chosen.dropout:
                 rates = ", ".join(f"{key} {rate:g}" for key, rate in run.student.noise.items())
                 announce(
@@ -260,6 +262,7 @@ def _outcome(run: Run, healer: "Healer", tried: Sequence[dict[str, float]], stop
         "processes": run.process.num_processes,
         "seed": chosen.seed,
         "held_out": list(chosen.held_out),
+        "held_out_doubt": run.texts.doubt or None,
         "losses": healer.losses,
         "evaluations": [
             {

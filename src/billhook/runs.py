@@ -185,7 +185,7 @@ def _look(
         )
     if chosen.trainable in ("seam", "lora"):
         _makers(chosen)[chosen.trainable](opened.model, student.cut, chosen.rank)  # refuse now what cannot be trained
-    texts = read(chosen.text, chosen.held_out, student.tokenizer, chosen.seq_len, chosen.seed, tick)
+    texts = read(chosen.text, chosen.held_out, student.tokenizer, chosen.seq_len, chosen.seed, tick, student.record)
     for text in texts.judged:
         data.check_vocabulary(text, opened.model, name)
     size = sum(param.numel() for param in opened.model.parameters())

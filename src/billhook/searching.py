@@ -33,6 +33,7 @@ from billhook.claim import claim
 from billhook.data import Text
 from billhook.errors import BillhookError
 from billhook.methods.fasp import Settings, fasp
+from billhook.overlap import overlapping
 from billhook.pages.search_tables import OF_FASP
 from billhook.plan import Plan
 from billhook.pool import Pool
@@ -104,7 +105,7 @@ def judged(opened: Opened, chosen: Recipe, tick: Tick = quiet) -> tuple[Sequence
     leading = len(around(opened.tokenizer)[0])  # the same in all windows: not what makes two texts one
     windows = torch.cat([data.windows(text, opened.tokenizer, chosen.seq_len).tokens for text in judges])
     known = [data.windows(text, opened.tokenizer, chosen.pool_len).tokens[:, leading:].flatten() for text in texts]
-    twice = pool.overlapping(windows[:, leading:], torch.cat(known)[None])
+    twice = overlapping(windows[:, leading:], torch.cat(known)[None])
     if chosen.validation and twice.any():
         raise BillhookError(
             f"{int(twice.sum())} of the {len(windows)} windows of --validation are also in the calibration text, and would judge what they "
