@@ -1,6 +1,7 @@
 """A prune that is cut off, killed, or out of disk: the same command goes on to the same bits."""
 
 import importlib
+import itertools
 import os
 import random
 import re
@@ -8,7 +9,8 @@ import resource
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from hashlib import sha256 as digest
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,10 @@ from folders import FASP, CutOffError, pruned, run, same, written
 from safetensors.torch import load_file, save_file
 
 import billhook
-from billhook import clients, journal
+from billhook import clients, journal, observe, operators
 from billhook.errors import BillhookError
 from billhook.families import layers
+from billhook.methods import MASKING
 
 
 def cut_off(monkeypatch: pytest.MonkeyPatch, after: int) -> Callable[[], None]:
@@ -91,6 +94,65 @@ def test_what_workers_had_done_is_kept(
         assert same(tmp_path / "whole", again.save(tmp_path / f"again-{jobs}"))
         for part in ("cuts", "zeros"):
             assert again.report[part] == whole.report[part]
+
+
+MASKS = [
+    {"method": method, "sparsity": 0.5, "stream": stream}
+    for method in MASKING
+    for stream in operators.STREAMS
+    if method != "optishear"  # whose search comes before, and then it is wanda
+]
+ALL = [{**FASP, "axes": ("ffn", "groups"), "stream": stream} for stream in observe.STREAMS] + MASKS
+SLOW = [one for one in ALL if one.get("method", "wanda") != "wanda"]
+APART = [
+    {**FASP, "ratio": 0.1, "stream": "dense", "allocation": "skip:1,0", "layout": "per_layer"},
+    {"method": "wanda", "sparsity": 0.5, "stream": "dense", "targets": ("q", "up")},
+    {"method": "wanda", "sparsity": 0.5, "stream": "layer_target", "targets": ("down",)},
+]
+
+
+def left_by(whole: Path, done: Iterable[int], work: Path) -> Path:
+    """A folder in which those layers alone are done."""
+    shutil.copytree(whole, work, ignore=lambda _, names: [one for one in names if one.startswith("layer-")])
+    for file in (file for n in done for file in whole.glob(f"layer-{n}.*")):
+        shutil.copy(file, work)
+    return work
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param(one, marks=pytest.mark.slow) if one in SLOW else one for one in [*ALL, *APART]],
+    ids=lambda one: "-".join(map(str, one.values())),
+)
+def test_whichever_layers_are_done_the_others_end_in_the_same_bits(
+    settings: dict[str, Any], tmp_path: Path, text_file: Path
+) -> None:
+    """Processes that share the layers finish them in any order; who works alone goes on from there, and the other way round."""
+    model = written("llama", tmp_path / "model")
+
+    def made(work: Path, jobs: int = 1) -> billhook.Result:
+        return billhook.prune(
+            model, calibration=str(text_file), samples=10, seq_len=32, work=work, jobs=jobs, **settings
+        )
+
+    whole = made(tmp_path / "all")
+    there = sorted(int(one.stem.partition("-")[2]) for one in (tmp_path / "all").glob("layer-*.json"))
+    alone = settings["stream"] in operators.ALONE
+    sizes = range(len(there)) if settings in SLOW else (1,)
+    parts = [done for size in sizes for done in itertools.combinations(there, size)]
+    for done in parts if alone else [done for done in parts if list(done) == there[: len(done)]]:
+        again = made(left_by(tmp_path / "all", done, tmp_path / f"alone-{done}"))
+        assert states(again) == states(whole), done
+        for part in ("cuts", "zeros"):
+            assert again.report[part] == whole.report[part], done
+    if alone and settings in SLOW:
+        for done in parts:
+            assert states(made(left_by(tmp_path / "all", done, tmp_path / f"shared-{done}"), 2)) == states(whole), done
+
+
+def states(result: billhook.Result) -> dict[str, str]:
+    """Every tensor of the model that came out, as the digest of its bits."""
+    return {name: digest(one.numpy().tobytes()).hexdigest() for name, one in result.model.state_dict().items()}
 
 
 def test_a_hidden_budget_holds_in_workers(tmp_path: Path, text_file: Path) -> None:

@@ -231,9 +231,9 @@ def _gathered(
                 here = Sums(gram) if y is None else Sums(gram, (y.T @ x).to(gram), gram_of(y))
                 key = path, batch.held_out
                 found[key] = found[key] + here if key in found else here
-        if whole:
+        if whole:  # in the dense stream alone, where both are one
             assert after is not None
-            batch.state = keep(after)
+            batch.state = batch.target = keep(after)
     return found
 
 
