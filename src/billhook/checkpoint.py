@@ -1,27 +1,25 @@
 """Checkpoints in: refuse what cannot be pruned before anything is computed."""
 
-import io
 import logging
 import os
 import re
-from contextlib import ExitStack, redirect_stderr
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGUFReader
 from safetensors import safe_open
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoTokenizer, GenerationConfig
 
-from billhook import demo, shards
+from billhook import demo, gguf_in, shards
 from billhook.atomic import folder
 from billhook.configs import check_layers, check_values
 from billhook.contents import Contents
 from billhook.errors import BillhookError, first_line, one_of, reason
 from billhook.experts import unfuse
 from billhook.families import family_of
-from billhook.gguf_vocab import give_splits
+from billhook.gguf_file import alone, is_gguf
 from billhook.headers import shown
 from billhook.known import check_known
 from billhook.layout import register
@@ -31,7 +29,6 @@ from billhook.progress import Tick, quiet
 from billhook.saving import quiet_transformers, save
 from billhook.shards import AGAIN, read_json
 from billhook.skeleton import give_settings, open_paged, read_contents, shapes
-from billhook.surgery import cast
 
 LOG = logging.getLogger("billhook")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -65,10 +62,10 @@ def open_model(
     """
     where = resolve_device(device)
     path = locate(name, tick)
-    if path.suffix == ".gguf":
+    if is_gguf(path):
         if stream:
             raise BillhookError(f"{name}: a GGUF is dequantised whole: --stream-weights wants a folder of safetensors")
-        model, tokenizer = _load_gguf(path)
+        model, tokenizer = gguf_in.open_gguf(path)
         _take_apart(model).to(where)
         return Opened(model, tokenizer, name, None, torch.float32)
     found = check_folder(path, name)
@@ -123,8 +120,8 @@ def check_positions(opened: Opened, seq_len: int) -> None:
 def open_skeleton(name: str, tick: Tick = quiet) -> Any:
     """The model without its weights, on the meta device: shapes and config, whatever the model's size."""
     path = locate(name, tick)
-    if path.suffix == ".gguf":
-        return _take_apart(_load_gguf(path)[0])
+    if is_gguf(path):
+        return _take_apart(gguf_in.open_gguf(path)[0])
     found = check_folder(path, name)
     say_unused(found)
     return _take_apart(shapes(found.config, name))
@@ -140,7 +137,7 @@ def _take_apart(model: Any) -> Any:
 def open_tokenizer(name: str, tick: Tick = quiet) -> Any:
     """The tokenizer of MODEL, without its weights where it is a folder."""
     path = locate(name, tick)
-    return _load_gguf(path)[1] if path.suffix == ".gguf" else load_tokenizer(path, name)
+    return gguf_in.read_tokenizer(path) if is_gguf(path) else load_tokenizer(path, name)
 
 
 def resolve_device(device: str) -> torch.device:
@@ -238,7 +235,7 @@ def demo_folder(tick: Tick = quiet) -> Path:
         gguf = demo.model_gguf(tick)
         tick("dequantising", 0, 1)
         with folder(out) as work:
-            save(*_load_gguf(gguf), work, None)
+            save(*gguf_in.open_gguf(gguf), work, None)
         tick("dequantising", 1, 1)
     return out
 
@@ -253,10 +250,10 @@ def locate(name: str, tick: Tick = quiet) -> Path:
         return demo_folder(tick)
     path = Path(os.path.expanduser(name))  # Path's own raises for a user that is not known
     if path.exists():
-        if path.is_file() and path.suffix != ".gguf":
+        if path.is_file() and not is_gguf(path):
             raise BillhookError(f"{name} is a file: give the model's folder, a hub id, a .gguf file or 'demo'")
-        return path
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) or path.suffix == ".gguf":
+        return alone(path) if path.is_dir() else path
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) or is_gguf(path):
         raise BillhookError(
             f"model {name} does not exist: give a folder, a hub id (owner/name), a .gguf file or 'demo'"
         )
@@ -282,27 +279,6 @@ def _download(name: str, tick: Tick) -> Path:
         ) from error
     tick(f"fetching {name}", 1, 1)
     return Path(found)
-
-
-def _load_gguf(path: Path) -> tuple[Any, Any]:
-    """Dequantise a GGUF; what is left of its quantisation would keep transformers from saving it."""
-    try:
-        with quiet_transformers(), redirect_stderr(io.StringIO()):  # its own bar, which no setting turns off
-            model = AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
-            )
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-            splits = GGUFReader(path).get_field("tokenizer.ggml.pre")
-    except Exception as error:  # gguf and transformers raise many kinds for a file they cannot read
-        raise BillhookError(f"{path}: transformers could not read it as GGUF ({first_line(error)})") from error
-    family_of(model.config.model_type)
-    if splits is not None:  # transformers 5.23 cuts every GGUF's text as its class does, whatever the file says
-        give_splits(tokenizer, splits.contents())
-    model.config.__dict__.pop("quantization_config", None)
-    model.config.architectures = [type(model).__name__]
-    vars(model)["hf_quantizer"] = None
-    cast(model, torch.float32)
-    return model.eval().requires_grad_(False), tokenizer
 
 
 def _load(found: Contents, dtype: torch.dtype) -> Any:

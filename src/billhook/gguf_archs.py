@@ -79,6 +79,67 @@ IN_LAYER: Mapping[str, str] = MappingProxyType(
 )
 COMMON = frozenset(f"{name}.weight" for name in (*TOP.values(), *IN_LAYER.values())) - OWN_HEAD - HEAD_NORMS
 
+NAMES = {**TOP, **IN_LAYER}
+BIASES = {"attention_bias": QKV_BIASES | {"attn_output.bias"}, "mlp_bias": MLP_BIASES}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a module's weight and bias come from: tensors of a layer, and what is done with them (gguf_in.HOW)."""
+
+    tensors: tuple[str, ...]
+    how: str = "as it is"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a file of one architecture becomes a model.  What stands neither here nor in the tables below is refused by name."""
+
+    family: str
+    sources: Mapping[str, Source]  # module path, in the layer or in the model -> tensors
+    biases: Mapping[str, frozenset[str]]  # config key -> tensors, any of which says that it is set
+    factors: bool = False  # knows a factor for each rotary frequency
+
+
+def _sources(**other: Source) -> Mapping[str, Source]:
+    """Each module from the tensor that export writes it to, but for some, by their name in the file."""
+    return MappingProxyType({path: other.get(name, Source((name,))) for path, name in NAMES.items()})
+
+
+FUSED_QKV = {f"attn_{part}": Source(("attn_qkv",), f"rows of {part}") for part in "qkv"}
+TURNED = {f"attn_{part}": Source((f"attn_{part}",), f"turned {part}") for part in "qk"}
+READINGS: Mapping[str, Reading] = MappingProxyType(
+    {
+        "llama": Reading("llama", _sources(**TURNED), BIASES, factors=True),
+        "deci": Reading("llama", _sources(**TURNED), BIASES, factors=True),
+        "qwen2": Reading("qwen2", _sources(), {}),
+        "qwen3": Reading("qwen3", _sources(), {"attention_bias": QKV_BIASES}),
+        "openelm": Reading("qwen3", _sources(**FUSED_QKV), {}),
+    }
+)
+ALWAYS: Mapping[str, object] = (
+    MappingProxyType(  # a field under the architecture's name that says what is so in any case
+        {
+            "attention.causal": True,
+            "expert_count": 0,
+            "expert_used_count": 0,
+            "leading_dense_block_count": 0,
+            "attention.max_alibi_bias": 0.0,
+            "attention.clamp_kqv": 0.0,
+            "attention.scale": 0.0,  # llama.cpp's word for the usual one
+            "attn_logit_softcapping": 0.0,
+            "final_logit_softcapping": 0.0,
+            "logit_scale": 1.0,
+            "residual_scale": 1.0,
+            "embedding_scale": 1.0,
+            "nextn_predict_layers": 0,
+        }
+    )
+)
+NOTHING = frozenset(  # fields that say nothing of what the model computes
+    {"tensor_data_layout", "rope.scaling.finetuned", "use_parallel_residual"}
+)
+
 BYTE_LEVEL = "gpt2"  # tokenizer.ggml.model of byte-level BPE, whatever splits the text
 SENTENCEPIECE = "llama"  # and of SentencePiece BPE
 NO_SPLITS = "default"  # tokenizer.ggml.pre of SentencePiece, which has none
@@ -113,5 +174,19 @@ PRE_TOKENIZERS: Mapping[str, Splits] = MappingProxyType(  # tokenizer.ggml.pre; 
         "qwen2": Splits((QWEN2,)),
         "tekken": Splits((TEKKEN,), ignore_merges=True),
         "gpt-4o": Splits((GPT4O,)),
+    }
+)
+ALIASES: Mapping[str, str] = MappingProxyType(  # other names by which llama.cpp cuts text as one of these
+    {
+        other: name
+        for name, others in {
+            "gpt-2": "phi-2 jina-es jina-de jina-v2-es jina-v2-de gigachat mpt olmo jais trillion granite-docling a.x-4.0 mellum",
+            "smollm": "starcoder refact command-r codeshell exaone minerva-7b mellum2",
+            "llama-bpe": "llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano",
+            "smaug-bpe": "dbrx",
+            "qwen2": "deepseek-r1-qwen kormo f2llmv2 stablelm2 hunyuan solar-open megrez",
+            "gpt-4o": "llama4 kanana2 talkie",
+        }.items()
+        for other in others.split()
     }
 )
