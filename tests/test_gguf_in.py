@@ -335,3 +335,31 @@ def test_the_parts_of_a_split_file_are_read_as_one(tmp_path: Path) -> None:
     (tmp_path / "m-00001-of-00002.gguf").rename(tmp_path / "m.gguf")
     assert "is one of 2 parts, and its name is not NAME-00001-of-00002.gguf" in refused(tmp_path / "m.gguf")
     assert "m-00001-of-00002.gguf is not beside it" in refused(tmp_path / "m-00002-of-00002.gguf")
+
+
+PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+ODD: dict[str, Fields] = {  # settings that a config can have: what changes a model is written or refused
+    "partial": {"rope_parameters": {**PLAIN, "partial_rotary_factor": 0.5}},
+    "dynamic": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
+    "yarn": {"rope_parameters": {**YARN, "rope_theta": 1e4}},
+    "base": {"rope_parameters": {**PLAIN, "rope_theta": 5e5}},
+    "window": {"sliding_window": 8},
+    "activation": {"hidden_act": "gelu"},
+    "epsilon": {"rms_norm_eps": 1e-2},
+    "scales": {"logits_scaling": 4.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 3},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "head size": {"head_dim": 4},
+    "not causal": {"is_causal": False},
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("odd", ODD)
+def test_export_writes_the_same_model_or_refuses(odd: str, family: str, tmp_path: Path) -> None:
+    model = built(family, **ODD[odd])
+    try:
+        write_gguf(model, tiny.tokenizer(), tmp_path / "model.gguf", "F32")
+    except BillhookError as error:
+        assert "\n" not in str(error)
+    else:
+        assert torch.equal(logits(opened(tmp_path / "model.gguf").model), logits(model))

@@ -211,6 +211,8 @@ def _check(config: Any) -> None:
     """Refuse what every architecture would compute differently, in silence."""
     if config.hidden_act not in ("silu", "swish"):
         raise BillhookError(f"llama.cpp computes SiLU in this family's FFN, not {config.hidden_act}: {FOLDER}")
+    if getattr(config, "is_causal", True) is False:
+        raise BillhookError(f"llama.cpp's positions see only those before them, and this model's see all: {FOLDER}")
     window, longest = getattr(config, "sliding_window", None), config.max_position_embeddings
     if (
         window
