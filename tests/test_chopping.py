@@ -12,9 +12,12 @@ import transformers as T
 
 from billhook import chopping, depth, pruning
 from billhook.errors import BillhookError
+from billhook.experts import unfuse
 from billhook.families import layers
 from billhook.pages.words import ranges
 from billhook.surgery import drop_layers
+
+ROUTERS = ("mlp.gate.weight", "mlp.router.weight", "block_sparse_moe.gate.weight", "mlp.shared_expert_gate.weight")
 
 
 def deep(count: int = 6, seed: int = 0) -> T.PreTrainedModel:
@@ -127,26 +130,67 @@ def test_taylor_keeps_the_first_four_and_the_last_two() -> None:
     assert set(chopping.chosen(deep(9), "taylor", 2, tokens, tokens)) <= {4, 5, 6}
 
 
+@pytest.mark.parametrize("total", [1, 2, 3, 6, 8])
+def test_taylor_keeps_them_where_few_layers_are(total: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, most = tiny.tokens(1, 16), max(total - 6, 0)
+    if most:
+        assert chopping.chosen(deep(total), "taylor", most, tokens, tokens) == list(range(4, 4 + most))
+    monkeypatch.setattr(chopping, "element_sums", None)  # refused before anything is measured
+    with pytest.raises(BillhookError, match=f"first 4 and the last 2 of {total} layers: at most {most} can go"):
+        chopping.chosen(deep(total), "taylor", most + 1, tokens, tokens)
+
+
+@pytest.mark.parametrize("family", tiny.CONFIGS)
+def test_taylor_sums_over_every_linear_weight(family: str) -> None:
+    """Whatever has two dimensions in a layer, by autograd over the loss of all windows, but for routers and their like."""
+    model, tokens = tiny.model(family), tiny.tokens(2, 12)
+    unfuse(model)
+    found = chopping.taylor_scores(model, tokens)
+    assert not any(param.requires_grad or param.grad is not None for param in model.parameters())
+    logits = model.requires_grad_(True)(tokens, use_cache=False).logits[:, :-1].float()
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    for n, layer in enumerate(layers(model)):
+        expected = 0.0
+        for name, param in layer.named_parameters():
+            if param.ndim > 1 and name not in ROUTERS:
+                assert param.ndim == 2
+                expected += 0.0 if param.grad is None else (param * param.grad).abs().sum().item()
+        assert found[n] == pytest.approx(len(tokens) * expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("preset", chopping.PRESETS)
+@pytest.mark.parametrize("total", [1, 2])
+def test_a_model_without_inner_layers_has_none_to_give(total: int, preset: str, tmp_path: Path) -> None:
+    deep(total).save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text").write_text(tiny.text())
+    given = dict(method="layerchop", preset=preset, calibration=str(tmp_path / "text"), samples=4, seq_len=32, probes=2)
+    for wanted in ({"ratio": 0.3}, {"ratio": 0.01}, {"params": "20K"}, {"layers": 1}, {"memory": "60KB"}):
+        with pytest.raises(BillhookError, match=r"first and the last (layer )?stay|a model may have") as caught:
+            pruning.prune(str(tmp_path / "model"), **given, **wanted)
+        assert "\n" not in str(caught.value)
+
+
 def test_what_was_measured_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, tokens = deep(), tiny.tokens(3, 24)
+    model, tokens = deep(9), tiny.tokens(3, 24)
     once = [chopping.chosen(model, p, 2, tokens, tokens, folder=tmp_path, key={}) for p in chopping.MEASURED]
     monkeypatch.setattr(chopping, "run", None)
-    monkeypatch.setattr(chopping, "gradient_sums", None)
+    monkeypatch.setattr(chopping, "element_sums", None)
     assert once == [chopping.chosen(model, p, 2, tokens, tokens, folder=tmp_path, key={}) for p in chopping.MEASURED]
 
 
 @pytest.mark.parametrize("preset", chopping.PRESETS)
 def test_a_chopped_model_is_written_whole(preset: str, tmp_path: Path, text_file: Path) -> None:
-    deep().save_pretrained(tmp_path / "model")
+    deep(8).save_pretrained(tmp_path / "model")
     tiny.tokenizer().save_pretrained(tmp_path / "model")
     given = dict(method="layerchop", preset=preset, calibration=str(text_file), samples=4, seq_len=32, probes=2)
-    result = pruning.prune(str(tmp_path / "model"), ratio=0.34, **given)
+    result = pruning.prune(str(tmp_path / "model"), ratio=0.25, **given)
     out = result.save(tmp_path / "out")
     told = json.loads((out / "billhook.json").read_text())
     gone, kept = told["dropped_layers"], told["kept_layers"]
-    assert len(gone) == 2 and sorted(gone + kept) == list(range(6)) and {0, 5} <= set(kept)
+    assert len(gone) == 2 and sorted(gone + kept) == list(range(8)) and {0, 7} <= set(kept)
     again = T.AutoModelForCausalLM.from_pretrained(out)
-    assert again.config.num_hidden_layers == len(layers(again)) == 4
+    assert again.config.num_hidden_layers == len(layers(again)) == 6
     assert (told["calibration"]["windows"] == 0) == (preset in depth.FREE)
 
 

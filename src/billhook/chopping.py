@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook import depth, store
-from billhook.families import layers
-from billhook.gradients import WINDOW, gradient_sums
+from billhook.errors import BillhookError
+from billhook.families import layers, linears
+from billhook.gradients import WINDOW, element_sums
 from billhook.observe import enter, head, run
 from billhook.progress import Tick, quiet
-from billhook.taylor import taylor1_element
 from billhook.tensors import Probes, Tokens
 
 MEASURED = {
@@ -52,6 +52,9 @@ def chosen(
         tokens: windows for what one pass measures.
         probe: fewer windows, for losses: each layer or block that is tried takes a pass of its own over them.
         folder: keeps what was measured under `key`, for other counts.
+
+    Raises:
+        BillhookError: the preset keeps more layers than would be left.
     """
     total = len(layers(model))
     if preset in depth.POSITIONS:
@@ -80,8 +83,13 @@ def chosen(
             found = kept(preset, lambda: losses_without_each(model, probe, gone, tick), step=n)
             gone.append(min(left, key=lambda m: found[m]))
         return sorted(gone)
-    scores = kept(preset, lambda: taylor_scores(model, tokens, tick))
     first, last = KEPT_BY_TAYLOR
+    if count > (most := max(total - first - last, 0)):
+        raise BillhookError(
+            f"--preset taylor keeps the first {first} and the last {last} of {total} layers: at most {most} can go, and "
+            f"{count} would; ask for less, or use another --preset"
+        )
+    scores = kept(preset, lambda: taylor_scores(model, tokens, tick))
     spared = [math.inf if n < first or n >= total - last else score for n, score in enumerate(scores)]
     return depth.lowest(spared, count)
 
@@ -127,11 +135,17 @@ def losses_without_blocks(model: PreTrainedModel, probe: Probes, count: int, tic
 
 
 def taylor_scores(model: PreTrainedModel, tokens: Tokens, tick: Tick = quiet) -> list[float]:
-    """sum |w dL/dw| over the linear weights of each layer."""
-    sums = gradient_sums(model, tokens[:, :WINDOW], ("groups", "ffn"), mean_gradient=True, tick=tick)
+    """sum |w dL/dw| over the linear weights of each layer: attention's, every FFN's, every expert's.
+
+    Routers have no part in it: the paper names the weights that project (q, k, v, o, gate, up, down), and they only choose.
+    """
+    layer_of = {
+        f"{path}.weight": n for n in range(len(layers(model))) for one in linears(model, n) for path in one.values()
+    }
     found = [0.0] * len(layers(model))
-    for (layer, _), one in sums.items():
-        found[layer] += taylor1_element(one).sum().item()
+    sums = element_sums(model, tokens[:, :WINDOW], list(layer_of), tick)
+    for layer, one in zip(layer_of.values(), sums, strict=True):
+        found[layer] += one
     return found
 
 

@@ -7,7 +7,7 @@ As soon as the backward pass has the gradient of a parameter, it is reduced to s
 gradients are held at once.  What takes memory is one window's activations.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from billhook.axes import Axis, Slot
+from billhook.axes import Axis, Slot, blocks
 from billhook.errors import BillhookError, one_of
 from billhook.families import KINDS, axes, layers, shape
 from billhook.memory import free_bytes
@@ -82,6 +82,25 @@ def gradient_sums(
         for slot, found in uses[param]:
             found.mean_absolute = pooled(_entries(param, total, slot.dim), slot)[1]
     return sums
+
+
+def element_sums(model: PreTrainedModel, tokens: Tokens, names: Sequence[str], tick: Tick = quiet) -> list[float]:
+    """sum |w * sum_n dL_n/dw| over the entries of each parameter of `names`, L_n the loss of window n as above.
+
+    A float32 copy of those parameters is held; one that no window reaches, as an expert may be, has 0.
+
+    Raises:
+        BillhookError: as `gradient_sums`.
+    """
+    params = [model.get_parameter(name) for name in names]
+    totals = {param: torch.zeros_like(param, dtype=torch.float32) for param in params}
+
+    def take(n: int, param: nn.Parameter, grad: Tensor, entries: Mapping[int, Tensor]) -> None:
+        totals[param].add_(grad)
+
+    slots = [Slot(name, 0, blocks(len(param))) for name, param in zip(names, params, strict=True)]
+    each_window(model, tokens, slots, take, held=sum(4 * one.numel() for one in totals.values()), tick=tick)
+    return [_entries(param, totals[param], 0)[1].sum().item() for param in params]
 
 
 def each_window(

@@ -285,12 +285,21 @@ def _chop_plan(
 
 
 def _by_depth(model: PreTrainedModel) -> Planner:
-    """Parameters to save -> that many layers from the middle, which stand for whichever will go."""
+    """Parameters to save -> that many layers from the middle, which stand for whichever will go.
+
+    Raises:
+        BillhookError: the model has no layer between its first and its last.
+    """
     total = len(layers(model))
+    if total < 3:  # noqa: PLR2004
+        raise BillhookError(
+            f"the first and the last layer stay, and this model has {total}: none can go for a budget; name one with --drop, or "
+            "use a method that cuts inside the layers: fasp"
+        )
     inner = sum(budget.layer_parameters(model, n) for n in range(1, total - 1))
 
     def make(saving: float | int) -> Plan:
-        count = round(saving * max(total - 2, 1) / inner)
+        count = round(saving * (total - 2) / inner)
         if not 0 < count <= total - 2:
             raise BillhookError(
                 f"the budget asks for {saving:,.0f} parameters, {count} of {total} layers: at least one goes, and the first and "
@@ -298,7 +307,7 @@ def _by_depth(model: PreTrainedModel) -> Planner:
             )
         return Plan(layers=tuple(depth.middle(total, count)))
 
-    return Planner(make, inner, inner / max(total - 2, 1))
+    return Planner(make, inner, inner / (total - 2))
 
 
 def _auto(
