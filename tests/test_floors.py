@@ -85,7 +85,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
         "axes",
         "merging",
     ),
-    ("families", "support", "data", "teacher", "pages.headline"),
+    ("families", "older", "support", "data", "teacher", "pages.headline"),
     (
         "surgery",
         "fitted",

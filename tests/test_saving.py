@@ -27,7 +27,7 @@ def test_a_checkpoint_is_what_transformers_writes(family: str, tmp_path: Path) -
 
     assert {f.name for f in ours.iterdir()} == {f.name for f in theirs.iterdir()}
     said, expected = (json.loads((of / "config.json").read_text()) for of in (ours, theirs))
-    assert said == layout.config_json(model, expected)
+    assert said.items() >= layout.config_json(model, expected).items()  # and keys of older releases
     found, stored = held(ours), held(theirs)
     assert found.keys() == stored.keys()
     assert all(torch.equal(found[name], one) and found[name].dtype == one.dtype for name, one in stored.items())

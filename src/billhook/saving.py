@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as transformers_logging
 
-from billhook import generation, layout, tensorfile
+from billhook import generation, layout, older, tensorfile
 from billhook.experts import fuse
+from billhook.families import OLDER_ROTARY, OLDER_TYPE, stock_type
 from billhook.memory import return_freed
 from billhook.naming import stored_as
 from billhook.paging import is_paged, parameters
@@ -46,10 +47,23 @@ def save(model: Any, tokenizer: Any, to: Path, source: Path | None) -> None:
         if model.can_generate():
             generation.write(model, to, source)
     config = to / "config.json"
-    said = layout.config_json(model, json.loads(config.read_text(encoding="utf-8")))
+    said = _for_older(layout.config_json(model, json.loads(config.read_text(encoding="utf-8"))))
     config.write_text(json.dumps(said, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if "auto_map" in said:
         layout.write_code(to)
+    _save_tokenizer(tokenizer, to, source)
+    older.name_tokenizer(to)
+
+
+def _for_older(config: dict[str, Any]) -> dict[str, Any]:
+    """A config, for readers of transformers 4 too."""
+    family = stock_type(config["model_type"])
+    kind = "type" if family in OLDER_TYPE else "rope_type"
+    return older.with_older_keys(config, OLDER_ROTARY.get(family, older.ROTARY), kind)
+
+
+def _save_tokenizer(tokenizer: Any, to: Path, source: Path | None) -> None:
+    """The files of a tokenizer: those of `source` as they are, if given."""
     if source is None:
         tokenizer.save_pretrained(to)
         return
