@@ -83,15 +83,21 @@ def chosen(
             found = kept(preset, lambda: losses_without_each(model, probe, gone, tick), step=n)
             gone.append(min(left, key=lambda m: found[m]))
         return sorted(gone)
+    may_go = _range_of_taylor(total, count)
+    scores = kept(preset, lambda: taylor_scores(model, tokens, tick))
+    return depth.lowest([score if n in may_go else math.inf for n, score in enumerate(scores)], count)
+
+
+def _range_of_taylor(total: int, count: int) -> range:
+    """The layers of which `count` may go."""
     first, last = KEPT_BY_TAYLOR
-    if count > (most := max(total - first - last, 0)):
+    may_go = range(first, max(total - last, first))
+    if count > len(may_go):
         raise BillhookError(
-            f"--preset taylor keeps the first {first} and the last {last} of {total} layers: at most {most} can go, and "
+            f"--preset taylor keeps the first {first} and the last {last} of {total} layers: at most {len(may_go)} can go, and "
             f"{count} would; ask for less, or use another --preset"
         )
-    scores = kept(preset, lambda: taylor_scores(model, tokens, tick))
-    spared = [math.inf if n < first or n >= total - last else score for n, score in enumerate(scores)]
-    return depth.lowest(spared, count)
+    return may_go
 
 
 def block_influence(model: PreTrainedModel, tokens: Tokens, tick: Tick = quiet) -> list[float]:

@@ -291,7 +291,7 @@ def _by_depth(model: PreTrainedModel) -> Planner:
         BillhookError: the model has no layer between its first and its last.
     """
     total = len(layers(model))
-    if total < 3:  # noqa: PLR2004
+    if total < 3:
         raise BillhookError(
             f"the first and the last layer stay, and this model has {total}: none can go for a budget; name one with --drop, or "
             "use a method that cuts inside the layers: fasp"
