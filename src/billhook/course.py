@@ -2,13 +2,16 @@
 
 import json
 import math
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from billhook import atomic
 from billhook.data import Windows
@@ -18,6 +21,8 @@ from billhook.quality import paired, perplexity
 from billhook.tensors import Tokens
 
 WHOLE = "whole.json"  # a checkpoint's last file: sizes of all others
+# how all begins that torch.save says of a file that it cannot write
+TORCH_WRITES = ("[enforce fail at inline_container.cc", "basic_ios::clear")
 WORSE = 0.01  # the least rise of a perplexity that counts as one
 
 
@@ -117,6 +122,33 @@ def is_whole(checkpoint: Path) -> bool:
         return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError):
         return False
+
+
+def last_whole(work: Path) -> str:
+    """What a run that ends here leaves to go on from, in words."""
+    found = [one for one in checkpoints(work) if is_whole(one)]
+    return f"the checkpoint of step {step_of(found[-1])} is kept in {found[-1]}" if found else "none was saved yet"
+
+
+@contextmanager
+def saving(checkpoint: Path) -> Iterator[None]:
+    """Write a checkpoint, or have nothing of it: one that the disk does not take goes, and its space is free again.
+
+    Raises:
+        BillhookError: the disk is full, or files may not be as large; says which checkpoint is left.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError, BillhookError) as error:
+        why = atomic.disk_full(error.__cause__ or error)
+        if not why and str(error).startswith(TORCH_WRITES):
+            why = "the disk is full, or files may not be as large"
+        if not why:
+            raise
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        raise BillhookError(
+            f"cannot write {checkpoint}: {why}; {last_whole(checkpoint.parent)}: make room, then give the same command again"
+        ) from error
 
 
 def step_of(checkpoint: Path) -> int:

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from billhook.course import Course, Diverged, Judge, checkpoints, is_whole, mark_whole, step_of
+from billhook.course import Course, Diverged, Judge, checkpoints, is_whole, last_whole, mark_whole, saving, step_of
 from billhook.errors import BillhookError
 from billhook.losses import beside, divergence, misalignment, next_token
 from billhook.progress import Tick, quiet
@@ -102,13 +102,13 @@ class Healer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Called after every step, before a checkpoint is written: the place to stop a run that has gone wrong."""
         if any(not math.isfinite(logs.get(name, 0.0)) for name in ("loss", "grad_norm")):
-            step = self.state.global_step
-            found = [one for one in checkpoints(self.work) if is_whole(one)]
-            kept = (
-                f"the checkpoint of step {step_of(found[-1])} is kept in {found[-1]}" if found else "none was saved yet"
-            )
+            step, kept = self.state.global_step, last_whole(self.work)
             raise Diverged(f"the loss is no longer finite at step {step} of {self.course.steps}: {kept}; lower --lr")
         super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with saving(self.work / f"checkpoint-{self.state.global_step}"):
+            super()._save_checkpoint(model, trial)
 
     def heal(self, announce: Callable[[str], object]) -> None:
         """Train to the end, or from the last whole checkpoint to the end; the judge may end it earlier."""
@@ -184,7 +184,8 @@ class Watch(TrainerCallback):
             return
         here = self.healer.work / f"checkpoint-{state.global_step}"
         (here / "training_args.bin").unlink(missing_ok=True)  # a pickle of code, which nothing here reads
-        mark_whole(here)
+        with saving(here):
+            mark_whole(here)
         judged = self.healer.judged
         best = self.healer.judge.best(judged)["step"] if judged else None
         for old in checkpoints(self.healer.work)[:-KEPT]:
