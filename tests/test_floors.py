@@ -33,6 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
         "overlap",
         "around",
         "greedy",
+        "interpreters",
         "generation",
         "tensorfile",
         *STANDALONE,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from billhook import llamacpp, own_code
+from billhook import interpreters, llamacpp, own_code
 from billhook.cached import after
 from billhook.checkpoint import ROOM, load, load_tokenizer
 from billhook.errors import BillhookError, first_line, one_of
@@ -74,6 +74,19 @@ def verify(path: Path, model: Any) -> dict[str, Any]:
     if found := [text for text, wrong in problems.items() if wrong]:
         raise BillhookError(f"{path} did not survive reloading: {'; '.join(found)}")
     return {"client": "transformers", "logits": "equal", "parameters_on_disk": written, "cache_drift": drift}
+
+
+def check_startable() -> None:
+    """Refuse work whose result stock transformers could not be asked about, in a process of its own.
+
+    Raises:
+        BillhookError: no such process starts, or it would not find its packages.
+    """
+    if why := interpreters.why_not("torch", "transformers"):
+        raise BillhookError(
+            f"what is written could not be checked: {sys.executable or 'Python'}, started anew, has no stock transformers ({why}): "
+            "install torch and transformers where billhook is"
+        )
 
 
 def check(path: Path, client: str, python: str | None = None, trust: bool = False) -> dict[str, Any]:
@@ -159,11 +172,11 @@ def _verdict(client: str, path: Path, version: str, problems: dict[str, bool], s
 
 
 def _ask(python: str, client: str, path: Path, request: dict[str, Any]) -> dict[str, Any]:
-    """The answer of a client's script, run isolated (-I): nothing of this process is there."""
+    """The answer of a client's script, run isolated (billhook.interpreters)."""
     script = Path(__file__).with_name(f"{client}_client.py")
     try:
         done = subprocess.run(
-            [python, "-I", str(script), str(path)],
+            interpreters.command(python, script, str(path)),
             input=json.dumps(request),
             capture_output=True,
             text=True,

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from billhook import interpreters
 from billhook.errors import BillhookError
 from billhook.gguf_archs import CLIENT_PACKAGE
 
@@ -15,7 +16,7 @@ CLIENT = Path(__file__).with_name("llamacpp_client.py")
 
 
 def run(python: str | Path, gguf_path: Path, request: dict[str, Any], timeout: float | None = None) -> dict[str, Any]:
-    """What llama.cpp makes of `gguf_path`, in a process of the interpreter `python` (run with -I: its own packages only).
+    """What llama.cpp makes of `gguf_path`, in a process of the interpreter `python`, isolated (billhook.interpreters).
 
     `request` holds any of: `tokenize`, texts; `logits`, lists of token ids; `prompts`, lists of token ids, with
     `new_tokens`, how many to add to each; `windows`, lists of token ids; `speed`, a dict of `prompt`, `new_tokens` and
@@ -30,7 +31,7 @@ def run(python: str | Path, gguf_path: Path, request: dict[str, Any], timeout: f
         BillhookError: there is no such interpreter, it has no llama-cpp-python, or llama.cpp could not do it; the
             message ends with what llama.cpp said last.
     """
-    command = [str(python), "-I", str(CLIENT), str(gguf_path)]
+    command = interpreters.command(str(python), CLIENT, str(gguf_path))
     try:
         done = subprocess.run(
             command, input=json.dumps(request), capture_output=True, text=True, errors="replace", timeout=timeout

@@ -37,7 +37,7 @@ def main():
         "logits": {"shape": list(logits.shape), "float32": rows},
         "greedy": greedy[0],
         "greedy_without_cache": greedy[1],
-        "stock": "billhook" not in sys.modules,
+        "stock": sys.modules.get("billhook") is None,
         "refused_generation_config": refused_settings(folder),
     }
     json.dump(answer, channel)

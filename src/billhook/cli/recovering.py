@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from accelerate import PartialState
 
-from billhook import atomic, claim, report
+from billhook import atomic, claim, clients, report
 from billhook.cli.shared import (
     Device,
     Json,
@@ -148,6 +148,7 @@ def recover_command(
     )
     output, source = Path(os.path.expanduser(output)), Path(os.path.expanduser(model))
     check_out(output, source if source.exists() else None, overwrite)
+    clients.check_startable()
     work = unfinished(output)
 
     def train(tick: Tick) -> Recovered:

@@ -20,7 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from billhook import atomic, checkpoint, claim, ending, report
+from billhook import atomic, checkpoint, claim, clients, ending, report
 from billhook.errors import BillhookError
 from billhook.pages import tables
 from billhook.progress import Tick
@@ -204,6 +204,7 @@ def check_free_of(model: str, output: Path, overwrite: bool) -> Path:
 def prune_to(model: str, chosen: Recipe, output: Path, overwrite: bool, **means: Any) -> Result:
     """Prune into a folder that is reserved before the work starts, so that an unwritable place costs no time."""
     output = check_free_of(model, output, overwrite)
+    clients.check_startable()
     kept = unfinished(output)
     with atomic.folder(output, overwrite) as work, going_on(means.get("study") or kept), progress() as tick:
         result = prune(model, tick=tick, announce=_say, work=kept, **means, **chosen.model_dump())
