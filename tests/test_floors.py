@@ -34,7 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
         "around",
         "greedy",
         "interpreters",
-        "generation",
+        *("generation", "belongings"),
         "tensorfile",
         *STANDALONE,
         "gguf_archs",

@@ -32,6 +32,16 @@ from billhook.skeleton import give_settings, open_paged, read_contents, shapes
 
 LOG = logging.getLogger("billhook")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FETCHED = [
+    "*.json",
+    "*.safetensors",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.tiktoken",
+    "*.bpe",
+    "tokenizer.model.v*",
+]  # from the hub
 ROOM = 0.8  # of the free memory that a model loaded whole may take
 
 
@@ -270,7 +280,7 @@ def _download(name: str, tick: Tick) -> Path:
     try:
         config = read_json(Path(hf_hub_download(name, "config.json")), name)
         check_config(config, name)  # refuse before the weights come
-        found = snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"])
+        found = snapshot_download(name, allow_patterns=FETCHED)
     except BillhookError:
         raise
     except Exception as error:  # the hub client raises dozens of kinds, offline ones among them

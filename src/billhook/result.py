@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from billhook import atomic, report
+from billhook import atomic, belongings, report
 from billhook.errors import BillhookError
 from billhook.progress import Tick, quiet
 from billhook.publish import publish
@@ -53,6 +53,8 @@ class Result:
         """Fill the existing folder `work` and verify it."""
         source = None if self.trimmed else self.source
         publish(self.model, self.tokenizer, source, self.report, self.page, work, tick)
+        if self.trimmed and self.source:
+            belongings.leave(self.source, work)
 
 
 def check_out(out: Path, source: Path | None, overwrite: bool) -> None:

@@ -1,7 +1,6 @@
 """Checkpoints out: a plain folder that says what its tensors are."""
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
@@ -13,7 +12,7 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as transformers_logging
 
-from billhook import generation, layout, older, tensorfile
+from billhook import belongings, generation, layout, older, tensorfile
 from billhook.experts import fuse
 from billhook.families import OLDER_ROTARY, OLDER_TYPE, stock_type
 from billhook.memory import return_freed
@@ -22,15 +21,6 @@ from billhook.paging import is_paged, parameters
 from billhook.shards import INDEX, SINGLE, stored, weight_files
 
 SHARD = 2**27  # bytes of a file of a model that is written a page at a time; one in memory is a single file
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "*.model",
-)
 
 
 def save(model: Any, tokenizer: Any, to: Path, source: Path | None) -> None:
@@ -67,9 +57,7 @@ def _save_tokenizer(tokenizer: Any, to: Path, source: Path | None) -> None:
     if source is None:
         tokenizer.save_pretrained(to)
         return
-    for pattern in TOKENIZER_FILES:
-        for file in source.glob(pattern):
-            shutil.copyfile(file, to / file.name)
+    belongings.carry(source, to, getattr(tokenizer, "vocab_files_names", {}).values())
 
 
 def _save_weights(shards: Iterator[Mapping[str, Tensor]], to: Path) -> None:
