@@ -1,26 +1,33 @@
 """Mixtures of experts: apart and together, fewer of them, merged ones, and what they cannot do."""
 
+import functools
 import json
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from folders import written
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from typer.testing import CliRunner
 
 import billhook
-from billhook import budget, checkpoint, clients, layout, merging, saving
+from billhook import budget, checkpoint, clients, contest, evaluate, layout, merging, saving
 from billhook.cli import app
+from billhook.data import Text
 from billhook.errors import BillhookError
-from billhook.experts import Experts, fuse, unfuse
+from billhook.experts import Experts, fuse, is_apart, unfuse
 from billhook.families import axes, layers, mixture, router_path, row_of
 from billhook.methods.experts import WAYS, Settings, experts
 from billhook.modeling_per_layer import FAMILIES
 from billhook.plan import Plan
 from billhook.routing import mixtures
+from billhook.speed import memory
 from billhook.surgery import drop_layers, remove
 
 MIXED = [name for name, row in FAMILIES.items() if row.experts]
@@ -124,6 +131,55 @@ def test_a_token_pays_for_the_experts_it_goes_to() -> None:
     )
     inside = 3 * (2 * 3 * 16 * 32 + 6 * 32)  # two experts a layer, and all of the router's rows
     assert budget.macs_per_token(model, 0) == outside + inside
+    for family in MIXED:
+        assert budget.macs_per_token(opened(family), 7) == budget.macs_per_token(tiny.model(family), 7)
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is computed in the forwards of models, by operation and shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[Any] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found[str(func), *(tuple(one.shape) for one in args if isinstance(one, torch.Tensor))] += 1
+        return func(*args, **(kwargs or {}))
+
+    def of(self, model: Any) -> Any:
+        own = model.forward
+
+        @functools.wraps(own)
+        def forward(*args: Any, **named: Any) -> Any:
+            with self:
+                return own(*args, **named)
+
+        model.forward = forward
+        return model
+
+
+@pytest.mark.parametrize("family", MIXED)
+def test_what_is_measured_is_the_stock_forward(family: str, tmp_path: Path) -> None:
+    """Every operation, as often and on the same shapes, as of a model that transformers loads."""
+    folder, words = written(family, tmp_path / "mixture"), Text("words", tiny.text())
+    asked = evaluate.Measures(
+        texts=[words], seq_len=16, max_windows=2, contexts=(16,), prompts=("Once",), new_tokens=2, repeats=1
+    )
+    ours = checkpoint.open_model(str(folder))
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    stock = replace(ours, model=loaded.requires_grad_(False))  # which torch computes by other operations
+    counts, judgements = [], []
+    for one in (ours, stock):
+        counted = Operations()
+        counted.of(one.model)
+        found = evaluate.side_by_side([evaluate.Subject.of(one)], asked)
+        seen = contest.unpruned(one, contest.judged(one, [words], 16, 2, None))
+        memory(one.model, 1, 16)
+        counts.append(counted.found)
+        judgements.append((found[0]["perplexities"], found[0]["macs_per_token"], seen["perplexities"]))
+    assert counts[0] == counts[1] and counts[0].total() > 1000
+    assert judgements[0] == judgements[1]
+    assert is_apart(ours.model) and not is_apart(stock.model)
 
 
 def test_routing_counts_what_the_router_does() -> None:

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from billhook.axes import Axis
 from billhook.errors import BillhookError, one_of
-from billhook.families import KINDS, WIDTHS, attention, axes, experts_per_token, layers, refusal, row_of, sizes
+from billhook.families import KINDS, WIDTHS, attention, axes, experts_per_token, layers, mixture, refusal, row_of, sizes
 from billhook.layout import stock_holder
 from billhook.modeling_per_layer import MIXED
 from billhook.plan import Plan
@@ -47,6 +47,10 @@ def macs_per_token(model: PreTrainedModel, context: int) -> int:
     for axis in axes(model, ("experts",)):  # of which a token sees a few, and the router's rows, all of them
         rows, hidden = model.get_parameter(axis.reader.param).shape
         linear += rows * hidden - (rows - experts_per_token(model)) * (axis.price(model) - hidden)
+        if not isinstance(
+            experts := mixture(model, axis.layer), nn.ModuleList
+        ):  # together: neither linear nor of the price
+            linear += experts_per_token(model) * sum(p.numel() for p in experts.parameters()) // rows
     found = [attention(model, n) for n in range(len(layers(model)))]
     return linear + context * sum(2 * one.heads * one.head_dim for one in found)
 

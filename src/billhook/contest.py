@@ -17,6 +17,7 @@ from billhook.checkpoint import Opened
 from billhook.crew import Hands, crew
 from billhook.data import Text, Windows
 from billhook.errors import BillhookError, one_of
+from billhook.experts import together
 from billhook.families import WIDTHS, axes, layers
 from billhook.knee import knee
 from billhook.methods import METHODS
@@ -264,11 +265,13 @@ def _point(model: Any, by: Judged, decoder: int | None, tick: Tick) -> dict[str,
     """A model's size and quality; `decoder`: the parameters of the unpruned decoder."""
     size = budget.parameters(model)
     cast(model, by.dtype)  # what is stored was rounded; all are judged in one dtype
+    with together(model):
+        scores = [asdict(perplexity(model, one, tick)) for one in by.windows]
     return _NOTHING | {
         "parameters": size["parameters"],
         "decoder_parameters": size["decoder_parameters"],
         "achieved_ratio": 1 - size["decoder_parameters"] / decoder if decoder else 0.0,
-        "perplexities": [asdict(perplexity(model, one, tick)) for one in by.windows],
+        "perplexities": scores,
     }
 
 

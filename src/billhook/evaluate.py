@@ -9,6 +9,7 @@ from billhook import budget, data
 from billhook.checkpoint import Opened
 from billhook.data import Text
 from billhook.errors import BillhookError
+from billhook.experts import together
 from billhook.progress import Tick, quiet
 from billhook.quality import Perplexity, perplexities
 from billhook.saving import stored_bytes
@@ -59,7 +60,7 @@ class Measures:
 def side_by_side(
     subjects: Sequence[Subject], measures: Measures, reference: bool = False, tick: Tick = quiet
 ) -> list[dict[str, Any]]:
-    """Every measure of every model, as plain data.
+    """Every measure of every model, as plain data: of mixtures of experts as the stock class computes them.
 
     Args:
         reference: whether the first model is the one that the others are compared with.
@@ -67,6 +68,11 @@ def side_by_side(
     Raises:
         BillhookError: a text is shorter than a window, a context longer than a model's positions; names it.
     """
+    with together(*(subject.model for subject in subjects)):
+        return _measured(subjects, measures, reference, tick)
+
+
+def _measured(subjects: Sequence[Subject], measures: Measures, reference: bool, tick: Tick) -> list[dict[str, Any]]:
     contexts = _contexts(subjects, measures)
     qualities = _qualities(subjects, measures, reference, tick)
     pairs = [(batch, context) for batch in measures.batch_sizes for context in contexts]

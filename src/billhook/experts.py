@@ -1,9 +1,12 @@
 """A mixture of experts as modules, each with linear weights of its own, and back as the stock class stores it.
 
 transformers 5 keeps the experts of a layer in two 3-D parameters.  What works on linear modules (statistics, scores, masks,
-adapters) wants them apart: `unfuse` when a model is opened, `fuse` before it is saved or handed out.
+adapters) wants them apart: `unfuse` when a model is opened, `fuse` before it is saved or handed out.  What is measured is the
+stock class's own forward: `together` while it is.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -94,6 +97,30 @@ def fuse(model: PreTrainedModel) -> None:
             setattr(stock, name, nn.Parameter(torch.stack([one.detach() for one in weights]), learns))
         stock.num_experts, stock.intermediate_dim = len(every), widths.pop()
         layers(model)[n].set_submodule(row_of(model).experts, stock)
+
+
+@contextmanager
+def together(*models: Any) -> Iterator[None]:
+    """While open the experts of models are together, as they are served; afterwards apart where they were.
+
+    Those of a model that stays in its files stay apart.
+
+    Raises:
+        BillhookError: those of one layer differ in width.
+    """
+    mixed = [one for one in models if isinstance(one, PreTrainedModel) and not is_paged(one) and is_apart(one)]
+    for model in mixed:
+        fuse(model)
+    try:
+        yield
+    finally:
+        for model in mixed:
+            unfuse(model)
+
+
+def is_apart(model: PreTrainedModel) -> bool:
+    """Whether a model has experts that were taken apart."""
+    return any(isinstance(module, Experts) for module in model.modules())
 
 
 def _linear(weight: Tensor) -> nn.Linear:

@@ -34,7 +34,7 @@ from billhook import (
 from billhook.checkpoint import Opened
 from billhook.crew import Hands
 from billhook.errors import BillhookError
-from billhook.experts import fuse, unfuse
+from billhook.experts import fuse, together, unfuse
 from billhook.families import layers
 from billhook.grams import Grams
 from billhook.journal import Journal
@@ -367,7 +367,8 @@ def measure(path: Path, chosen: Recipe, tick: Tick = quiet) -> dict[str, float]:
     """The numbers a recipe file may expect: parameters, and perplexity on the demo's evaluation texts."""
     opened = checkpoint.open_model(str(path), device=chosen.device, dtype=chosen.dtype, tick=tick)
     found: dict[str, float] = {"parameters": budget.total_parameters(opened.model)}
-    for text in data.evaluation_texts(["demo"], tick):
-        windows = data.windows(text, opened.tokenizer, chosen.seq_len)
-        found[f"perplexity on {text.name}"] = quality.perplexity(opened.model, windows, tick).perplexity
+    with together(opened.model):
+        for text in data.evaluation_texts(["demo"], tick):
+            windows = data.windows(text, opened.tokenizer, chosen.seq_len)
+            found[f"perplexity on {text.name}"] = quality.perplexity(opened.model, windows, tick).perplexity
     return found
