@@ -118,6 +118,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
         "methods.wanda",
         "methods.sparsegpt",
     ),
+    ("refused",),
     ("skeleton", "journal"),
     ("restream", "gguf_in"),
     ("methods.*", "checkpoint", "speed", "zeroshot", "report", "course", "reading", "pool"),

@@ -5,6 +5,7 @@ import os
 import re
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from safetensors import safe_open
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoTokenizer, GenerationConfig
 
-from billhook import demo, gguf_in, shards
+from billhook import demo, gguf_in, refused, shards
 from billhook.atomic import folder
 from billhook.configs import check_layers, check_values
 from billhook.contents import Contents
@@ -28,7 +29,7 @@ from billhook.paging import finite
 from billhook.progress import Tick, quiet
 from billhook.saving import quiet_transformers, save
 from billhook.shards import AGAIN, read_json
-from billhook.skeleton import give_settings, open_paged, read_contents, shapes
+from billhook.skeleton import give_settings, open_paged, read_contents
 
 LOG = logging.getLogger("billhook")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -42,6 +43,7 @@ FETCHED = [
     "*.bpe",
     "tokenizer.model.v*",
 ]  # from the hub
+SENTENCES = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # packages, and what each is imported as
 ROOM = 0.8  # of the free memory that a model loaded whole may take
 
 
@@ -134,7 +136,7 @@ def open_skeleton(name: str, tick: Tick = quiet) -> Any:
         return _take_apart(gguf_in.open_gguf(path)[0])
     found = check_folder(path, name)
     say_unused(found)
-    return _take_apart(shapes(found.config, name))
+    return _take_apart(refused.build(found.config))  # as it was when its contents were read
 
 
 def _take_apart(model: Any) -> Any:
@@ -169,15 +171,29 @@ def resolve_device(device: str) -> torch.device:
 def load_tokenizer(path: Path, name: str) -> Any:
     """The checkpoint's own tokenizer."""
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise many kinds for a missing or broken file
         if "trust_remote_code" in str(error):
             raise BillhookError(
                 f"{name}: its tokenizer is code in the folder (auto_map), which billhook does not run: save it as a tokenizer.json"
             ) from None
+        lacking = [package for package, module in SENTENCES.items() if not _is_there(module)]
+        if lacking and any(path.glob("*.model")) and not (path / "tokenizer.json").exists():
+            raise BillhookError(
+                f"{name}: its tokenizer is a SentencePiece model, which transformers reads by {' and '.join(SENTENCES)}: "
+                f"pip install {' '.join(lacking)}, or save the tokenizer as a tokenizer.json"
+            ) from error
         raise BillhookError(
-            f"{name}: no tokenizer could be loaded ({first_line(error)}): copy its tokenizer files into the folder"
+            f"{name}: no tokenizer could be loaded ({reason(error)}): copy its tokenizer files into the folder"
         ) from error
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that the module is in
+        return False
 
 
 def check_folder(path: Path, name: str) -> Contents:

@@ -8,16 +8,16 @@ from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
-from billhook import generation
+from billhook import generation, refused
 from billhook.contents import Contents, contents
-from billhook.errors import BillhookError, reason
+from billhook.errors import BillhookError
 from billhook.experts import unfuse
 from billhook.families import layers, row_of
 from billhook.known import check_known
 from billhook.memory import return_large
 from billhook.paging import paged
 from billhook.saving import quiet_transformers
-from billhook.shards import AGAIN
+from billhook.shards import AGAIN, read_json
 
 WHOLE = "load it whole (--no-stream-weights)"
 
@@ -28,25 +28,23 @@ def read_contents(path: Path, name: str) -> Contents:
     Raises:
         BillhookError: transformers refuses its config, what is stored does not fit it, or a file is damaged.
     """
+
+    def said() -> dict[str, Any]:
+        return read_json(path / "config.json", name)
+
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for a value that it refuses
-        raise BillhookError(f"{name}: transformers could not read config.json ({reason(error)})") from error
-    return contents(path, name, config, lambda config: shapes(config, name))
+        raise refused.error_of("could not read it", error, name, said(), refused.read) from error
 
+    def shapes(config: Any) -> Any:
+        try:
+            return refused.build(config)
+        except Exception as error:  # transformers raises many kinds
+            raise refused.error_of("could not build it", error, name, said(), refused.build_first) from error
 
-def shapes(config: Any, name: str) -> Any:
-    """The model of a config on the meta device, buffers too.
-
-    Raises:
-        BillhookError: its class refuses it.
-    """
-    try:
-        with torch.device("meta"), quiet_transformers():
-            return AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # transformers raises many kinds
-        raise BillhookError(f"{name}: transformers could not build it ({reason(error)})") from error
+    return contents(path, name, config, shapes)
 
 
 def open_paged(found: Contents, dtype: torch.dtype, device: torch.device) -> Any:
