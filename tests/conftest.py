@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ import processes  # noqa: F401
 import tiny
 from folders import written
 
-from billhook import clients
+from billhook import clients, history
+from billhook.pages import page
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the subprocesses: on tiny tensors threads only wait for one another
 torch.set_num_threads(1)
@@ -50,6 +52,18 @@ def _no_other_process(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
         monkeypatch.setattr(
             clients, "check", lambda path, client, python=None, trust=False: {"client": client, "version": "not run"}
         )
+
+
+@pytest.fixture(autouse=True)
+def _records_are_read_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever record a command writes, by any method, is one that the commands after it take."""
+    save = page.save
+
+    def saved(path: Path, *given: Any) -> None:
+        save(path, *given)
+        history.read(path.parent)
+
+    monkeypatch.setattr(page, "save", saved)
 
 
 @pytest.fixture(autouse=True)

@@ -37,6 +37,7 @@ VALUES: dict[str, Any] = {  # what stands in a key's place: plain data, or JSON 
     "a text": "text",
     "an empty text": "",
     "a word with a tag": "<script>x</script>\n[red]",
+    "half a character": b'"\\ud800"',
     "true": True,
     "zero": 0,
     "negative": -3,
@@ -228,6 +229,7 @@ def fuzz(
     out: Path | None = None,
     before: Callable[[], object] = lambda: None,
     seconds: float = SECONDS,
+    memory: int = BYTES,
 ) -> list[Outcome]:
     """Run each command on each damage of the file at `path`, which is whole again afterwards.
 
@@ -242,7 +244,7 @@ def fuzz(
             for command in commands:
                 before()
                 damage.put(path)
-                outcome = attempt(command, seconds)
+                outcome = attempt(command, seconds, memory)
                 found.append(outcome)
                 said = command.__name__ if callable(command) else " ".join(map(str, command))[:80]
                 where = f"{path.name}, {damage.name}: {said}"

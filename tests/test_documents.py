@@ -26,6 +26,9 @@ class Sizes(BaseModel):
         (b'{"a": ' + b"[" * 100_000, "nested too deeply"),
         (b'{"a": ' + b"[" * 101 + b"]" * 101 + b"}", "nested too deeply"),
         (b'{"a": ' + b"9" * 10_000 + b"}", "cannot be read"),
+        (b'{"a": -1e999}', "-1e999 is beyond what a number may be"),
+        (b'{"a": "\\ud83d"}', "half a character"),
+        (b'{"\\udc00": 1}', "half a character"),
         (b"[1]", "a list"),
         (b"null", "null"),
         (b'{"a": "' + b"x" * 300 + b'"}', "more than the 300"),
@@ -52,7 +55,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     [
         ({}, "width is missing"),
         ({"width": "x" * 500}, "width is 'x"),
-        ({"width": 1, "names": ["a", 2]}, "names.1 is 2: input should be a valid string"),
+        ({"width": 1, "names": ["a", 2]}, "names.1 is 2: it should be a text"),
     ],
 )
 def test_a_key_of_another_type_is_named(tmp_path: Path, content: dict[str, object], said: str) -> None:

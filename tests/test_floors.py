@@ -63,6 +63,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
         "gguf_words",
         "store",
         "claim",
+        "history",
         "hidden",
         "headers",
         "pages.cut_tables",

@@ -1,6 +1,8 @@
 """JSON that billhook reads back: one reader, which names the file, the key and what it should be."""
 
 import json
+import math
+import re
 import stat
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -12,6 +14,18 @@ from billhook.errors import BillhookError, first_line
 LARGEST = 2**26  # bytes of a file: an index of half a million tensors has half of that
 DEEPEST = 100  # lists and objects within one another: what follows a document down copies, compares and prints it, too
 SHOWN = 60  # characters of a value that is wrong
+HALF = re.compile(r"\\u[dD][89abAB]|\\u[dD][c-fC-F]")  # of a character, which may lack its other half
+PLAIN = {  # pydantic's words for what JSON calls otherwise
+    "model_type": "it should be an object",
+    "model_attributes_type": "it should be an object",
+    "dict_type": "it should be an object",
+    "int_type": "it should be a whole number",
+    "string_type": "it should be a text",
+    "bool_type": "it should be true or false",
+    "float_type": "it should be a number",
+    "list_type": "it should be a list",
+    "string_pattern_mismatch": "it should be a text that is not empty",
+}
 Document = TypeVar("Document", bound=BaseModel)
 
 
@@ -23,8 +37,8 @@ def read_object(path: Path, what: str, remedy: str, largest: int = LARGEST) -> d
         remedy: what to do where it cannot be read.
 
     Raises:
-        BillhookError: it is no plain file, larger than `largest` bytes, not UTF-8, not JSON as the standard has it (no NaN), nested
-            too deeply, or holds no object.
+        BillhookError: it is no plain file, larger than `largest` bytes, not UTF-8, not JSON as the standard has it (no NaN, no
+            number beyond a float, no half a character), nested too deeply, or holds no object.
         FileNotFoundError: there is none.
     """
     return parsed_object(read_bytes(path, what, remedy, largest), what, remedy)
@@ -33,12 +47,15 @@ def read_object(path: Path, what: str, remedy: str, largest: int = LARGEST) -> d
 def parsed_object(content: bytes, what: str, remedy: str) -> dict[str, Any]:
     """The JSON object in what a file holds; see `read_object`."""
     try:
-        found = json.loads(content.decode("utf-8"), parse_constant=_refuse)
+        text = content.decode("utf-8")
+        found = json.loads(text, parse_constant=_refuse, parse_float=_finite)
         if _deep(found):
             raise RecursionError
+        if HALF.search(text):
+            _check_characters(found)
     except RecursionError:
         raise BillhookError(f"{what} cannot be read (nested too deeply): {remedy}") from None
-    except ValueError as error:  # not UTF-8 and not JSON are kinds of it
+    except ValueError as error:  # not UTF-8 and not JSON are kinds of it, and numbers of too many digits
         raise BillhookError(f"{what} cannot be read ({first_line(error)}): {remedy}") from error
     if not isinstance(found, dict):
         raise BillhookError(f"{what} holds {_kind(found)}, not a JSON object: {remedy}")
@@ -105,13 +122,28 @@ def _deep(document: Any) -> bool:
     return bool(level)
 
 
+def _finite(number: str) -> float:
+    found = float(number)
+    if not math.isfinite(found):
+        raise ValueError(f"{number[:SHOWN]} is beyond what a number may be")
+    return found
+
+
+def _check_characters(found: Any) -> None:
+    """Raise ValueError if a text holds half a character, which no file could be written with."""
+    try:
+        json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("a text holds half a character, a lone surrogate") from None
+
+
 def _wrong(error: ValidationError | RecursionError) -> str:
     """The first key that is wrong and what it should be."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
     first = error.errors(include_url=False)[0]
     key = ".".join(map(str, first["loc"])) or "it"
-    should = first["msg"][:1].lower() + first["msg"][1:]
+    should = PLAIN.get(first["type"], first["msg"][:1].lower() + first["msg"][1:]).removeprefix("value error, ")
     if first["type"] == "missing":
         return f"{key} is missing"
     given = repr(first["input"])

@@ -15,8 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel
 
-from billhook import depth
-from billhook.atomic import MARK
+from billhook import depth, history
 from billhook.budget import decoder_parameters, saved_by, total_parameters
 from billhook.families import axes
 from billhook.pages import tables
@@ -114,12 +113,12 @@ def assemble(
 
 
 def stored_cut(folder: Path | None) -> dict[str, Any] | None:
-    """What billhook.json in a checkpoint says was cut; None where there is none, or one that cannot be read."""
-    try:
-        found = json.loads((folder / MARK).read_text(encoding="utf-8")) if folder else None
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) and "cuts" in found else None
+    """What billhook.json in a checkpoint says was cut; None where there is none, or nothing was.
+
+    Raises:
+        BillhookError: it cannot be read, or a key is missing or of another type; names it.
+    """
+    return history.read(folder) if folder else None
 
 
 def to_json(report: dict[str, Any]) -> str:
@@ -186,7 +185,7 @@ def model_card(report: dict[str, Any]) -> str:
     if recipe:
         training = "" if recoveries else " without training"
         done, tags = ["pruned"], [*tags, "pruned", recipe["method"]]
-        story = [f"pruned{training} by {recipe['method']} ({report['paper']})"]
+        story = [f"pruned{training} by {recipe['method']} ({report.get('paper') or 'no paper'})"]
     if recoveries:
         done, tags = [*done, "recovered"], [*tags, "recovered"]
         story += [f"trained by {tables.plain(recovered_words(one))}" for one in recoveries]
@@ -239,7 +238,7 @@ def command(report: dict[str, Any]) -> str:
     sliced = bool(report.get("residual"))
     idle = (*idle, *SCORE_FLAGS) if sliced else idle
     healed = recipe.get("select") == "healed"
-    idle = (*idle, "preset") if recipe["drop"] or recipe["keep"] or healed else idle
+    idle = (*idle, "preset") if recipe.get("drop") or recipe.get("keep") or healed else idle
     idle = idle if healed else (*idle, *HEAL_FLAGS)
     idle = idle if report["calibration"].get("probes") else (*idle, "probes")
     patched = recipe.get("patch", "none") != "none"
@@ -249,34 +248,37 @@ def command(report: dict[str, Any]) -> str:
         for key, value in recipe.items()
         if key in CARD_FLAGS and key not in idle and value not in (None, "")
     )
-    turned = " --no-rotate" if sliced and not recipe["rotate"] else ""
+    turned = " --no-rotate" if sliced and not recipe.get("rotate") else ""
     turned += "" if recipe.get("restoration", True) else " --no-restoration"
     return f"billhook prune {report['parent']} {settings}{turned} -o OUT"
 
 
 def _zeros_command(parent: str, recipe: dict[str, Any]) -> str:
-    given = {**recipe, "layer_sparsity": ",".join(f"{n}:{share:g}" for n, share in recipe["layer_sparsity"].items())}
+    shares = recipe.get("layer_sparsity") or {}
+    given = {**recipe, "layer_sparsity": ",".join(f"{n}:{share:g}" for n, share in shares.items())}
+    said = {key: given.get(key) for key in ZEROS_FLAGS}
     settings = [
-        f"--{key.replace('_', '-')} {_flag(given[key])}" for key in ZEROS_FLAGS if given[key] not in (None, "", [])
+        f"--{key.replace('_', '-')} {_flag(value)}" for key, value in said.items() if value not in (None, "", [])
     ]
     published = recipe["method"] == "fistapruner"
-    switches = [f"--{'' if recipe[key] else 'no-'}{key}" for key in ("refit", "normalised") if recipe[key] or published]
-    switches += [] if recipe["keep_zeros"] else ["--no-keep-zeros"]
+    on = {key: bool(recipe.get(key)) for key in ("refit", "normalised")}
+    switches = [f"--{'' if given else 'no-'}{key}" for key, given in on.items() if given or published]
+    switches += [] if recipe.get("keep_zeros", True) else ["--no-keep-zeros"]
     return f"billhook prune {parent} {' '.join([*settings, *switches])} -o OUT"
 
 
 def _search_command(parent: str, recipe: dict[str, Any]) -> str:
-    given = {**recipe, "calibration": recipe["calibration"].split("+")}
-    given |= {key: ",".join(recipe[key]) for key in ("axes", "targets")}
+    given = {**recipe, "calibration": recipe.get("calibration", "").split("+")}
+    given |= {key: ",".join(recipe.get(key, ())) for key in ("axes", "targets")}
     idle = UNIT_SEARCH if recipe["method"] == "optishear" else ()
     settings = " ".join(
         f"--{key.replace('_', '-')} {shlex.quote(str(value))}"
         for key in SEARCH_FLAGS
         if key not in idle
-        for value in (given[key] if isinstance(given[key], list) else [given[key]])
+        for value in (given[key] if isinstance(given.get(key), list) else [given.get(key)])
         if value not in (None, "")
     )
-    return f"billhook search {parent} {settings}{'' if recipe['restoration'] else ' --no-restoration'} -o OUT"
+    return f"billhook search {parent} {settings}{'' if recipe.get('restoration', True) else ' --no-restoration'} -o OUT"
 
 
 def recover_command(recovery: dict[str, Any], student: str = "OUT", out: str = "OUT2") -> str:
@@ -356,4 +358,4 @@ def _jsonable(value: Any) -> Any:
 
 
 def _flag(value: Any) -> str:
-    return ",".join(value) if isinstance(value, list) else str(value)
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
