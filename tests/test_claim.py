@@ -1,5 +1,6 @@
 """The folder of a run: one process at a time works in it, and a kill as it goes leaves it known as one that goes."""
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 from processes import Child
 
-from billhook import claim, scratch
+from billhook import claim, locks, scratch
 from billhook.errors import BillhookError
 
 KEY = {"settings": {"ratio": 0.2}, "model": "a"}
@@ -84,6 +85,29 @@ def test_one_process_works_in_a_folder(tmp_path: Path) -> None:
     assert claim.begun(run_of(work)) and not claim.begun(tmp_path)
     claim.remove(work)
     assert not work.exists()
+
+
+def test_without_locks_a_folder_is_worked_in_and_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def none(*_: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    def lines() -> list[str]:
+        said = [one.getMessage() for one in caplog.records]
+        caplog.clear()
+        return said
+
+    work = tmp_path / "work"
+    with claim.held(work):
+        run_of(work)
+    assert not lines()
+    monkeypatch.setattr(locks.fcntl, "flock", none)
+    for one in (work, tmp_path / "new"):  # which no one else can have made, and others may come to
+        with claim.held(one), claim.held(one):
+            assert one.is_dir()
+        (line,) = lines()
+        assert line.startswith(f"{one}: its file system has no locks: let no other command work there")
 
 
 def test_what_no_run_made_is_not_removed(tmp_path: Path) -> None:

@@ -113,7 +113,9 @@ def _beside(out: Path) -> Iterator[tuple[Path, Lock]]:
             with unbroken():
                 with _saying(out, ""):
                     out.parent.mkdir(parents=True, exist_ok=True)
-                    lock, _ = stack.enter_context(alone(work, 0o700))
+                    lock, new = stack.enter_context(alone(work, 0o700))
+                if new and lock == "unknown":  # no one else can have made it
+                    lock = "ours"
                 if lock == "ours":
                     known.append(work.stat())
             stack.callback(undo)  # while it is locked

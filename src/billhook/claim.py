@@ -1,6 +1,7 @@
 """A folder that long work is kept in belongs to one run, and one process at a time works in it: what run it is, lies in run.json."""
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from billhook.ending import unbroken, undoing
 from billhook.errors import BillhookError
 from billhook.locks import alone
 
+LOG = logging.getLogger("billhook")
 NAME = "run.json"
 ELSEWHERE = {"device"}  # settings that a run may go on with others of
 REMOVED = {"removed": True}  # what lies there while all else goes, so that whoever comes next goes on with that
@@ -41,6 +43,10 @@ def held(work: Path | None) -> Iterator[None]:
             raise BillhookError(f"cannot write {work}: {error.strerror or error}") from error
         if lock == "taken":
             raise BillhookError(f"another command works in {work}: wait until it has ended")
+        if lock == "unknown":
+            LOG.warning(
+                "%s: its file system has no locks: let no other command work there until this one has ended", work
+            )
         stack.callback(atomic.remove_empty, made)  # while it is locked
         _held.add(here)
         stack.callback(_held.remove, here)

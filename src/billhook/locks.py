@@ -30,8 +30,6 @@ def locked(folder: Path) -> Iterator[Lock]:
 def alone(folder: Path, mode: int = 0o777) -> Iterator[tuple[Lock, bool]]:
     """The same of a folder that is made if it is not there: the lock, of the one that has the name, and whether it was made.
 
-    Where there are no locks, a folder that was made here is ours, for no one else can make it.
-
     Raises:
         OSError: it cannot be made or read.
     """
@@ -47,7 +45,7 @@ def alone(folder: Path, mode: int = 0o777) -> Iterator[tuple[Lock, bool]]:
                 break
             os.close(own)
     try:
-        yield "ours" if made and lock == "unknown" else lock, made
+        yield lock, made
     finally:
         os.close(own)
 
