@@ -27,7 +27,7 @@ from billhook.methods.experts import WAYS, Settings, experts
 from billhook.modeling_per_layer import FAMILIES
 from billhook.plan import Plan
 from billhook.routing import mixtures
-from billhook.speed import memory
+from billhook.speed import memory, speeds
 from billhook.surgery import drop_layers, remove
 
 MIXED = [name for name, row in FAMILIES.items() if row.experts]
@@ -159,8 +159,11 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("family", MIXED)
-def test_what_is_measured_is_the_stock_forward(family: str, tmp_path: Path) -> None:
+def test_what_is_measured_is_the_stock_forward(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every operation, as often and on the same shapes, as of a model that transformers loads."""
+    monkeypatch.setattr(evaluate, "speeds", functools.partial(speeds, new_tokens=1))
     folder, words = written(family, tmp_path / "mixture"), Text("words", tiny.text())
     asked = evaluate.Measures(
         texts=[words], seq_len=16, max_windows=2, contexts=(16,), prompts=("Once",), new_tokens=2, repeats=1

@@ -47,9 +47,8 @@ def macs_per_token(model: PreTrainedModel, context: int) -> int:
     for axis in axes(model, ("experts",)):  # of which a token sees a few, and the router's rows, all of them
         rows, hidden = model.get_parameter(axis.reader.param).shape
         linear += rows * hidden - (rows - experts_per_token(model)) * (axis.price(model) - hidden)
-        if not isinstance(
-            experts := mixture(model, axis.layer), nn.ModuleList
-        ):  # together: neither linear nor of the price
+        experts: Any = mixture(model, axis.layer)
+        if not isinstance(experts, nn.ModuleList):  # together: neither linear nor of the price
             linear += experts_per_token(model) * sum(p.numel() for p in experts.parameters()) // rows
     found = [attention(model, n) for n in range(len(layers(model)))]
     return linear + context * sum(2 * one.heads * one.head_dim for one in found)
