@@ -90,7 +90,7 @@ def test_a_record_may_hold_any_line_separator(tmp_path: Path) -> None:
         ("a.jsonl", b'["text"]', "line 1: no field 'text'"),
         ("a.txt", b"abc\xff", r"not UTF-8 \(byte 3\)"),
         ("a.txt", b" \n", "is empty"),
-        ("a.md", b"x", "holds no .txt and no .jsonl"),
+        ("a.md", b"x", "holds no .txt, .jsonl, .ndjson, .json, .csv, .parquet file"),
     ],
 )
 def test_bad_text_is_refused(name: str, content: bytes, message: str, tmp_path: Path) -> None:

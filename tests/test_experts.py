@@ -159,9 +159,7 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("family", MIXED)
-def test_what_is_measured_is_the_stock_forward(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_measured_is_the_stock_forward(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every operation, as often and on the same shapes, as of a model that transformers loads."""
     monkeypatch.setattr(evaluate, "speeds", functools.partial(speeds, new_tokens=1))
     folder, words = written(family, tmp_path / "mixture"), Text("words", tiny.text())

@@ -66,6 +66,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
         "history",
         "hidden",
         "headers",
+        "textfile",
         "pages.cut_tables",
         "pages.healing",
         "pages.searched",
@@ -177,6 +178,7 @@ OPTIONAL = {
     "lm_eval",
     "peft",
     "optuna",
+    "pyarrow",
     "ray",
     "tqdm",
 }  # may be imported inside a function

@@ -16,6 +16,7 @@ from billhook.around import around, begins_with
 from billhook.errors import BillhookError
 from billhook.progress import Tick, quiet
 from billhook.tensors import Tokens
+from billhook.textfile import READERS, is_text, name_of, read_folder, read_text
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+){0,2}")
 
@@ -149,52 +150,17 @@ def check_vocabulary(windows: Windows, model: Any, name: str) -> None:
 
 
 def _read(source: str) -> Text:
+    kinds = f"give a text file ({', '.join(READERS)}, each also .gz), a folder of them, a hub data set or 'demo'"
     if not source.strip():
-        raise BillhookError("no text named: give a text file, a .jsonl, a folder of either, a hub data set or 'demo'")
+        raise BillhookError(f"no text named: {kinds}")
     path = Path(os.path.expanduser(source))
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl") and p.is_file())
-        if not files:
-            raise BillhookError(f"text folder {source} holds no .txt and no .jsonl file")
-        return Text(path.name, "\n\n".join(map(read_text, files)))
+        return Text(path.name, read_folder(path))
     if path.exists():
-        return Text(path.stem, read_text(path))
-    if path.suffix in (".txt", ".jsonl") or source.startswith(("/", ".", "~")) or not HUB_NAME.fullmatch(source):
-        raise BillhookError(
-            f"text {source} does not exist: give a text file, a .jsonl, a folder of either, a hub data set or 'demo'"
-        )
+        return Text(name_of(path), read_text(path))
+    if is_text(path) or source.startswith(("/", ".", "~")) or not HUB_NAME.fullmatch(source):
+        raise BillhookError(f"text {source} does not exist: {kinds}")
     return Text(source, _hub(source))
-
-
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, of a .jsonl its `text` fields.
-
-    Raises:
-        BillhookError: it cannot be read, or is empty.
-    """
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BillhookError(f"text {path} is not UTF-8 (byte {error.start}): convert it first") from error
-    except OSError as error:
-        raise BillhookError(f"text {path} cannot be read: {error.strerror}") from error
-    if path.suffix == ".jsonl":
-        text = "\n\n".join(_record(path, n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip())
-    if not text.strip():
-        raise BillhookError(f"text {path} is empty")
-    return text
-
-
-def _record(path: Path, number: int, line: str) -> str:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise BillhookError(f"text {path}, line {number}: not JSON ({error.msg})") from error
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise BillhookError(f"text {path}, line {number}: no field 'text' that holds a string")
-    if re.search("[\ud800-\udfff]", record["text"]):
-        raise BillhookError(f"text {path}, line {number}: half a character (a lone surrogate): convert it first")
-    return record["text"]
 
 
 def _hub(source: str) -> str:

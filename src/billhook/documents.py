@@ -91,18 +91,32 @@ def read_bytes(path: Path, what: str, remedy: str, largest: int = LARGEST) -> by
         BillhookError: it is a device, a pipe or a folder, is larger, or cannot be read.
         FileNotFoundError: there is no such file.
     """
+    check_plain(path, what, remedy, largest)
     try:
-        seen = path.stat()
-        if not stat.S_ISREG(seen.st_mode):
-            raise BillhookError(f"{what} is not a plain file: {remedy}")
-        if seen.st_size > largest:
-            raise BillhookError(f"{what} has {seen.st_size:,} bytes, more than the {largest:,} it can hold: {remedy}")
         with path.open("rb") as file:
             return file.read(largest)
     except FileNotFoundError:
         raise
     except OSError as error:
         raise BillhookError(f"{what} cannot be read ({error.strerror or error}): {remedy}") from error
+
+
+def check_plain(path: Path, what: str, remedy: str, largest: int = LARGEST) -> None:
+    """Look at what a path names before it is opened, which a pipe would never end.
+
+    Raises:
+        BillhookError, FileNotFoundError: as `read_bytes`.
+    """
+    try:
+        seen = path.stat()
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:  # a zero in its name
+        raise BillhookError(f"{what} cannot be read ({getattr(error, 'strerror', None) or error}): {remedy}") from error
+    if not stat.S_ISREG(seen.st_mode):
+        raise BillhookError(f"{what} is not a plain file: {remedy}")
+    if seen.st_size > largest:
+        raise BillhookError(f"{what} has {seen.st_size:,} bytes, more than the {largest:,} it can hold: {remedy}")
 
 
 def _refuse(constant: str) -> NoReturn:

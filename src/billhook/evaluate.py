@@ -14,6 +14,7 @@ from billhook.progress import Tick, quiet
 from billhook.quality import Perplexity, perplexities
 from billhook.saving import stored_bytes
 from billhook.speed import memory, speeds
+from billhook.textfile import read_text
 from billhook.writing import NEW_TOKENS, PROMPTS, continuations
 from billhook.zeroshot import retention
 
@@ -22,6 +23,7 @@ PARTS = {
     "texts": "what they write",
 }
 ROOM = 64  # positions left for new tokens where a model is too short for the context asked for
+LONGEST_PROMPT = 2**16  # characters: beyond what most models have positions for
 Tasks = Callable[["Subject", Tick], list[dict[str, Any]]]
 
 
@@ -154,9 +156,11 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     """Prompts from a file, one a line.
 
     Raises:
-        BillhookError: it cannot be read, or holds none.
+        BillhookError: it cannot be read, holds none, or one that is too long.
     """
-    lines = tuple(line for line in data.read_text(path).splitlines() if line.strip())
+    lines = tuple(line for line in read_text(path).splitlines() if line.strip())
     if not lines:
         raise BillhookError(f"prompts {path}: no line holds a prompt")
+    if (longest := max(map(len, lines))) > LONGEST_PROMPT:
+        raise BillhookError(f"prompts {path}: one has {longest:,} characters: at most {LONGEST_PROMPT:,}")
     return lines

@@ -36,7 +36,10 @@ from billhook.recipe import Recipe
 DEFAULT = Recipe(ratio=0.5)
 
 Calibration = Annotated[
-    str, typer.Option(help="text to calibrate on: a file, a .jsonl, a folder of either, a hub data set, or 'demo'")
+    str,
+    typer.Option(
+        help="text to calibrate on: a file (.txt, .jsonl, .json, .csv, .parquet, .gz), a folder of them, a hub data set, or 'demo'"
+    ),
 ]
 Samples = Annotated[int, typer.Option(help="windows to calibrate on")]
 Seed = Annotated[int, typer.Option(help="of the draw of windows")]

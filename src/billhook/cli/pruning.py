@@ -245,7 +245,7 @@ def prune_command(
     calibration: Annotated[
         str,
         typer.Option(
-            help="text file, .jsonl with a 'text' field, folder of either, hub data set name[:config[:split]], or demo"
+            help="text file, records with a 'text' field (.jsonl, .json, .csv, .parquet), any of them .gz, a folder of them, hub data set name[:config[:split]], or demo"
         ),
     ] = DEFAULT.calibration,
     samples: Annotated[int, typer.Option(help="windows of calibration text")] = DEFAULT.samples,
