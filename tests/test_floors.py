@@ -32,6 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
         "modes",
         "overlap",
         "around",
+        "flags",
         "greedy",
         "interpreters",
         *("generation", "belongings"),

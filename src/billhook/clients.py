@@ -52,6 +52,8 @@ def verify(path: Path, model: Any) -> dict[str, Any]:
     written = stored_parameters(path)
     expected = elements(model)
     again = load(path, device=str(model.device), stream=is_paged(model))
+    if again.config._attn_implementation != model.config._attn_implementation:  # of one that was loaded with another
+        again.set_attn_implementation(model.config._attn_implementation)
     ids = _probe(model)
     same = torch.equal(model(ids, use_cache=False).logits, again(ids, use_cache=False).logits)
     tied = (again.get_output_embeddings().weight is again.get_input_embeddings().weight) == bool(

@@ -12,12 +12,21 @@ OTHER_HEADS = ("classifier", "summary")  # of models that predict no next token
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """While open the model is as it is judged; afterwards every module is in the mode it came in, a new one in the model's."""
+    """While open the model is as it is judged, and its outputs have names; afterwards every module is in the mode it came in.
+
+    A new one is in the model's.
+    """
     whole, modes = model.training, {module: module.training for module in model.modules()}
+    config: Any = getattr(model, "config", None)
+    named = getattr(config, "return_dict", None)
     model.eval()
+    if named is False:
+        config.return_dict = True
     try:
         yield
     finally:
+        if named is False:
+            config.return_dict = False
         for module in model.modules():
             module.training = modes.get(module, whole)
 

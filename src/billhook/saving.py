@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as transformers_logging
 
-from billhook import belongings, generation, layout, older, tensorfile
+from billhook import belongings, flags, generation, layout, older, tensorfile
 from billhook.experts import fuse
 from billhook.families import OLDER_ROTARY, OLDER_TYPE, stock_type
 from billhook.memory import return_freed
@@ -38,6 +38,7 @@ def save(model: Any, tokenizer: Any, to: Path, source: Path | None) -> None:
             generation.write(model, to, source)
     config = to / "config.json"
     said = _for_older(layout.config_json(model, json.loads(config.read_text(encoding="utf-8"))))
+    said |= flags.carried(model)
     config.write_text(json.dumps(said, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if "auto_map" in said:
         layout.write_code(to)

@@ -8,7 +8,7 @@ from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
-from billhook import generation, refused
+from billhook import flags, generation, refused
 from billhook.contents import Contents, contents
 from billhook.errors import BillhookError
 from billhook.experts import unfuse
@@ -34,7 +34,7 @@ def read_contents(path: Path, name: str) -> Contents:
 
     try:
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            config = flags.plain(AutoConfig.from_pretrained(path, trust_remote_code=False))
     except Exception as error:  # transformers raises many kinds for a value that it refuses
         raise refused.error_of("could not read it", error, name, said(), refused.read) from error
 
@@ -81,6 +81,7 @@ def give_settings(model: Any, found: Contents) -> None:
     with quiet_transformers():
         model.generation_config = generation.read(found.path)
     model.config._name_or_path = str(found.path)
+    flags.carry(model, found.path)
 
 
 def bare(config: Any, dtype: torch.dtype) -> Any:

@@ -53,6 +53,7 @@ def opened(folder, model_code):
         use_safetensors=True,
         generation_config=transformers.GenerationConfig(),  # in place of the folder's, which may be broken
     ).eval()
+    model.config.return_dict = True  # whatever config.json asks for
     model.generation_config = transformers.GenerationConfig()  # nor any that config.json has
     return model
 
