@@ -21,11 +21,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from billhook import cli
 from billhook.errors import BillhookError
 
+Drawn = TypeVar("Drawn")
 Command = Sequence[object] | Callable[[], object]
 SECONDS, BYTES = 60, 2**30  # what a command may take, of memory beyond what the process has
 DEPTH = 100_000  # of what is nested deeply: no parser's stack holds it
@@ -91,20 +92,22 @@ def file_damages(content: bytes, prefixes: int = 24) -> Iterator[Damage]:
         yield Damage(f"a {kind}", kind=kind)
 
 
-def json_damages(content: bytes, values: Iterable[str] = tuple(VALUES)) -> Iterator[Damage]:
-    """Every key of a JSON document (of lists the first and the last item) with each of `VALUES` in its place, and other documents."""
+def json_damages(
+    content: bytes, values: Iterable[str] = tuple(VALUES), most: int | None = None, seed: int = 0
+) -> Iterator[Damage]:
+    """Every key of a JSON document (of lists the first and the last item) with each of `VALUES` in its place, or `most` of them."""
     document = json.loads(content)
-    for place in places(document):
-        for name in values:
-            yield Damage(
-                f"{'.'.join(map(str, place)) or 'all of it'}: {name}", json_with(document, place, VALUES[name])
-            )
+    pairs = [(place, name) for place in places(document) for name in values]
+    for place, name in sample(pairs, most, seed) if most is not None else pairs:
+        yield Damage(f"{'.'.join(map(str, place)) or 'all of it'}: {name}", json_with(document, place, VALUES[name]))
 
 
-def safetensors_damages(content: bytes, values: Iterable[str] = tuple(VALUES)) -> Iterator[Damage]:
+def safetensors_damages(
+    content: bytes, values: Iterable[str] = tuple(VALUES), most: int | None = None, seed: int = 0
+) -> Iterator[Damage]:
     """A safetensors file whose header is damaged as JSON, or says another length than it has."""
     size = int.from_bytes(content[:8], "little")
-    for damage in json_damages(content[8 : 8 + size], values):
+    for damage in json_damages(content[8 : 8 + size], values, most, seed):
         header = damage.content + b" " * (-len(damage.content) % 8)
         yield Damage(damage.name, len(header).to_bytes(8, "little") + header + content[8 + size :])
     for length in (0, 1, size - 1, size + 1, len(content), 2**31, 2**63, 2**64 - 1):
@@ -140,7 +143,7 @@ def json_with(document: Any, place: Sequence[str | int], value: Any) -> bytes:
     return written.replace(json.dumps(MARK).encode(), value) if isinstance(value, bytes) else written
 
 
-def sample(damages: Iterable[Damage], most: int, seed: int = 0) -> list[Damage]:
+def sample(damages: Iterable[Drawn], most: int, seed: int = 0) -> list[Drawn]:
     """At most so many of them, drawn by the seed."""
     found = list(damages)
     return found if len(found) <= most else random.Random(seed).sample(found, most)

@@ -377,6 +377,9 @@ def test_a_failing_replacement_loses_nothing(failing: int, bench: Bench) -> None
 
 RECIPES: dict[str, tuple[str | None, str]] = {
     "missing": (None, "recipe .*r.yaml cannot be read: .*No such file"),
+    "a bomb": ("model: &a [x, x]\naxes: [*a, *a]", "recipe .*r.yaml cannot be read: it has an alias"),
+    "a date that is none": ("model: 2001-99-99", "recipe .*r.yaml cannot be read: month must be"),
+    "deep": ("model: " + "[" * 2000, "recipe .*r.yaml cannot be read .nested too deeply"),
     "a list": ("- model", "recipe .*r.yaml is not a mapping"),
     "broken": ("model: [x", "recipe .*r.yaml cannot be read"),
     "empty": ("", "recipe .*r.yaml is not a mapping"),

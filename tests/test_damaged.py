@@ -9,9 +9,10 @@ from typing import Any
 import example_reports
 import pytest
 from fuzzing import Damage, Tally, file_damages, fuzz, json_damages, sample
+from kept_files import KEPT, TAKEN
 from rich.console import Console
 
-from billhook import history, report
+from billhook import demo, history, report
 from billhook.errors import BillhookError
 from billhook.pages import page
 
@@ -62,7 +63,7 @@ def test_a_record_is_taken_as_it_was_written(stored: Path) -> None:
 
 def test_a_record_that_is_damaged_is_refused_or_shown(stored: Path) -> None:
     content, tally = stored.read_bytes(), Tally()
-    fuzz(stored, sample([*json_damages(content), *file_damages(content)], FEW), [shown(stored.parent)], tally)
+    fuzz(stored, sample([*json_damages(content, most=FEW), *file_damages(content)], FEW), [shown(stored.parent)], tally)
     assert not tally.faults and tally.counts["refused"] and tally.counts["accepted"], tally
 
 
@@ -85,3 +86,16 @@ def test_the_key_and_what_it_should_be_are_named(stored: Path, place: tuple[Any,
     Damage("", json.dumps(document).encode()).put(stored)
     with pytest.raises(BillhookError, match=f"billhook.json: .*{said}.*: copy the folder again, or remove the file"):
         history.read(stored.parent)
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_billhook_keeps_is_refused_damaged(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BILLHOOK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(demo, "TEXT", demo.TEXT)
+    kept, tally = KEPT[name](tmp_path / "kept"), Tally()
+    kept.read()
+    found = fuzz(kept.path, kept.damages(FEW), [kept.read], tally)
+    assert not tally.faults and (name in TAKEN or tally.counts["refused"]), tally.faults
+    for one in found:
+        assert one.kind != "refused" or str(kept.path.parent) in one.said, one
+    kept.read()

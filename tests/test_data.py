@@ -123,8 +123,9 @@ def test_the_cache_is_where_the_user_says(cache: Path, monkeypatch: pytest.Monke
     assert demo.cache_folder() != cache and "billhook" in demo.cache_folder().parts
 
 
-def test_demo_texts_share_no_article(cache: Path) -> None:
-    where = cache / TEXT.requirement.replace("==", "-")
+def test_demo_texts_share_no_article(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "TEXT", wheel_of(members(300)))
+    where = cache / "some-1"
     where.mkdir(parents=True)
     for name, content in members(300).items():
         (where / name).write_bytes(content)
@@ -134,6 +135,9 @@ def test_demo_texts_share_no_article(cache: Path) -> None:
     assert {*calibrated, *evaluated["news"]} == {f"background {n}" for n in range(300)}
     assert not {*calibrated} & {*evaluated["news"], *evaluated["lee"]}
     assert evaluated["lee"] == ["lee 0 costs £1", "lee 1"]
+    (where / "lee.cor").write_bytes(b"\xff")
+    with pytest.raises(BillhookError, match=r"lee\.cor is not as it was fetched: delete its folder"):
+        evaluation_texts(["demo"])
 
 
 def pip(*, fails: str = "", content: dict[str, bytes] | None = None) -> Callable[..., subprocess.CompletedProcess[str]]:

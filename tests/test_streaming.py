@@ -292,6 +292,22 @@ def not_a_number(folder: Path) -> str:
     return "tensor model.layers.1.mlp.up_proj.weight holds NaN"
 
 
+@pytest.mark.parametrize(("value", "dtype"), [(torch.nan, "float32"), (-torch.inf, "bfloat16"), (1e30, "float16")])
+def test_what_is_no_number_is_named_alike(value: float, dtype: str, tmp_path: Path, text_file: Path) -> None:
+    """The file and the tensor, streamed and not; a number beyond the dtype that is computed in is none."""
+    model = written("llama", tmp_path / "model", "20KB")
+    name = "model.layers.1.mlp.up_proj.weight"
+    (file,) = (one for one in model.glob("*.safetensors") if name in load_file(one))
+    held = load_file(file)
+    held[name][0, 0] = value
+    save_file(held, file, {"format": "pt"})
+    given = ["--calibration", text_file, "--samples", 4, "--seq-len", 32, "--ratio", 0.2, "--dtype", dtype]
+    for streamed in ([], ["--stream-weights"]):
+        said = run("prune", model, "-o", tmp_path / "out", *given, *streamed)
+        assert f"{file}: tensor {name} holds NaN or infinite values" in said.replace("\n", "")
+        assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("damage", [cut_short, lost, misplaced, not_a_number])
 def test_damaged_shards_are_named(damage: Callable[[Path], str], tmp_path: Path, text_file: Path) -> None:
     model = written("llama", tmp_path / "model", "20KB")

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import PreTrainedModel
 
 from billhook import allocate, choose
 from billhook.axes import Axis
 from billhook.budget import Planner, allowed, layer_parameters, limit
+from billhook.documents import read_yaml
 from billhook.errors import BillhookError, one_of
 from billhook.families import axes, layers
 from billhook.plan import Plan, even
@@ -177,10 +177,7 @@ def file_plan(model: PreTrainedModel, kinds: Iterable[str], keep: Mapping[int, M
 
 
 def _read(path: Path) -> dict[int, dict[str, int]]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BillhookError(f"allocation file {path} cannot be read: {str(error).splitlines()[0]}") from error
+    content = read_yaml(path, f"allocation file {path}")
     try:
         return {
             int(layer): {str(kind): _count(units) for kind, units in said.items()} for layer, said in content.items()

@@ -25,7 +25,7 @@ from billhook.headers import shown
 from billhook.known import check_known
 from billhook.layout import register
 from billhook.memory import free_bytes
-from billhook.paging import finite
+from billhook.paging import check_finite
 from billhook.progress import Tick, quiet
 from billhook.saving import quiet_transformers, save
 from billhook.shards import AGAIN, read_json
@@ -336,6 +336,6 @@ def _load(found: Contents, dtype: torch.dtype) -> Any:
     give_settings(model, found)
     model.name_or_path = model.config._name_or_path = str(found.path)  # where peft looks for its base
     for tensor, param in model.named_parameters():
-        if not finite(param.detach()):
-            raise BillhookError(f"{name}: tensor {tensor} holds NaN or infinite values")
+        stored = found.tensors.get(tensor)
+        check_finite(param.detach(), tensor, stored.file if stored else name)
     return model.eval().requires_grad_(False)

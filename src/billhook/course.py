@@ -1,6 +1,6 @@
 """What a training run is, who judges it, and which of its checkpoints are whole: all but the training (billhook.training)."""
 
-import json
+import hashlib
 import math
 import shutil
 import time
@@ -15,12 +15,13 @@ from safetensors import SafetensorError
 
 from billhook import atomic
 from billhook.data import Windows
+from billhook.documents import read_sealed, sealed
 from billhook.errors import BillhookError
 from billhook.precision import computing
 from billhook.quality import paired, perplexity
 from billhook.tensors import Tokens
 
-WHOLE = "whole.json"  # a checkpoint's last file: sizes of all others
+WHOLE = "whole.json"  # a checkpoint's last file: digests of all others
 # how all begins that torch.save says of a file that it cannot write
 TORCH_WRITES = ("[enforce fail at inline_container.cc", "basic_ios::clear")
 WORSE = 0.01  # the least rise of a perplexity that counts as one
@@ -110,18 +111,26 @@ def checkpoints(work: Path) -> list[Path]:
 
 
 def mark_whole(checkpoint: Path) -> None:
-    """Say that nothing is missing from a checkpoint: its last file lists the sizes of all others."""
-    sizes = {str(file.relative_to(checkpoint)): file.stat().st_size for file in checkpoint.rglob("*") if file.is_file()}
-    atomic.write_text(checkpoint / WHOLE, json.dumps(sizes) + "\n")
+    """Say that nothing is missing from a checkpoint: its last file lists the digests of all others."""
+    digests = {str(file.relative_to(checkpoint)): _digest(file) for file in checkpoint.rglob("*") if file.is_file()}
+    atomic.write_text(checkpoint / WHOLE, sealed(digests))
 
 
 def is_whole(checkpoint: Path) -> bool:
     """Whether a checkpoint has all that it had when it was written."""
     try:
-        sizes = json.loads((checkpoint / WHOLE).read_text(encoding="utf-8"))
-        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
+        digests = read_sealed(checkpoint / WHOLE, WHOLE, "")
+        return all(_digest(checkpoint / name) == digest for name, digest in digests.items())
+    except (OSError, BillhookError):
         return False
+
+
+def _digest(file: Path) -> str:
+    """Of a plain file: a pipe has none."""
+    if not file.is_file():
+        return ""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "blake2b").hexdigest()
 
 
 def last_whole(work: Path) -> str:

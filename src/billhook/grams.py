@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from billhook import atomic, store, tensorfile
-from billhook.errors import BillhookError, first_line
+from billhook.headers import load
 from billhook.tensors import Gram
 
 
@@ -32,14 +30,8 @@ class Grams:
         Raises:
             BillhookError: the file cannot be read.
         """
-        path = self._file(reader)
-        try:
-            found = load_file(path)
-            return found["fit"].to(device), found["held_out"].to(device) if "held_out" in found else None
-        except (SafetensorError, OSError, KeyError) as error:
-            raise BillhookError(
-                f"{path} cannot be read ({first_line(error)}): delete it, it will be made again"
-            ) from error
+        found = load(self._file(reader), "delete it, it will be made again", ["fit"])
+        return found["fit"].to(device), found["held_out"].to(device) if "held_out" in found else None
 
     def keep(self, reader: str, fit: Gram, held_out: Gram | None) -> None:
         """Raises BillhookError where the disk does not take them."""

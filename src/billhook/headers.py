@@ -4,7 +4,7 @@ A file is eight bytes, the length of the header; the header, a JSON object; and 
 """
 
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -12,6 +12,8 @@ from typing import Annotated, Any, BinaryIO
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
 
 from billhook.documents import parsed_object, typed
 from billhook.errors import BillhookError, first_line
@@ -94,6 +96,37 @@ def read_header(file: Path, what: str, remedy: str) -> dict[str, Stored]:
     except (SafetensorError, OSError) as error:
         raise BillhookError(f"{damaged} ({first_line(error)}): {remedy}") from error
     return {key: Stored(file, key, tuple(one.shape), one.dtype) for key, one in entries.items()}
+
+
+def load(file: Path, remedy: str, names: Iterable[str] = ()) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file that billhook wrote for itself.
+
+    Args:
+        names: of tensors that it must have.
+
+    Raises:
+        BillhookError: as `read_header`, there is no such file, or a tensor of these is missing.
+    """
+    check_tensors(file, remedy, dict.fromkeys(names))
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise BillhookError(f"{file} cannot be read ({first_line(error)}): {remedy}") from error
+
+
+def check_tensors(file: Path, remedy: str, shapes: Mapping[str, tuple[int, ...] | None]) -> None:
+    """Raise BillhookError unless a safetensors file has these tensors, of these shapes where one is said."""
+    try:
+        found = read_header(file, str(file), remedy)
+    except FileNotFoundError:
+        raise BillhookError(f"{file} is missing: {remedy}") from None
+    for name, shape in shapes.items():
+        if name not in found:
+            raise BillhookError(f"{file} has no tensor {shown(name)}: {remedy}")
+        if shape is not None and found[name].shape != shape:
+            raise BillhookError(
+                f"{file}: tensor {shown(name)} is {_shape(found[name].shape)}, not {_shape(shape)}: {remedy}"
+            )
 
 
 def shown(name: str) -> str:

@@ -4,24 +4,26 @@ A layer is there once its record is, which is written after its weights, each on
 saw before a layer is computed anew from the layers themselves, which is a forward pass, and no statistics.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook import paging, tensorfile
 from billhook.atomic import disk_full, rename
 from billhook.axes import Axis
+from billhook.documents import read_sealed, sealed
 from billhook.errors import BillhookError, first_line
 from billhook.families import axes, layers, row_of
 from billhook.grams import Grams
+from billhook.headers import check_tensors, load
 from billhook.surgery import remove
+
+AGAIN = "start over with --fresh"
 
 
 class Journal:
@@ -35,12 +37,7 @@ class Journal:
         self.records: dict[int, dict[str, Any]] = {}
         for n in range(len(layers(model))) if folder else ():
             if (record := self._file(n, "json")).exists():
-                try:
-                    self.records[n] = json.loads(record.read_text(encoding="utf-8"))
-                except ValueError as error:
-                    raise BillhookError(
-                        f"{record} cannot be read ({first_line(error)}): start over with --fresh"
-                    ) from error
+                self.records[n] = read_sealed(record, str(record), AGAIN)
 
     @property
     def found(self) -> list[dict[str, Any]]:
@@ -66,7 +63,7 @@ class Journal:
         with self._writing(weights) as work:
             tensorfile.write(tensors, work)
             rename(work, weights)
-            work.write_text(json.dumps(said), encoding="utf-8")
+            work.write_text(sealed(said), encoding="utf-8")
             rename(work, record)
         paging.place(self.model, weights, list(tensors))
 
@@ -83,7 +80,7 @@ class Journal:
             with self._writing(file) as work:
                 tensorfile.write({name: make()}, work)
                 rename(work, file)
-        return load_file(file)[name]
+        return load(file, AGAIN, [name])[name]
 
     def replay(self, n: int) -> None:
         """Make layer n what it was committed as."""
@@ -91,11 +88,13 @@ class Journal:
             axis = next(one for one in axes(self.model, (kind,)) if one.reader.param == reader)
             remove(self.model, axis, torch.tensor(units, dtype=torch.long))
         file = self._file(n, "safetensors")
+        within = f"{row_of(self.model).layers}.{n}."
+        shapes = {within + name: tuple(one.shape) for name, one in layers(self.model)[n].named_parameters()}
+        check_tensors(file, AGAIN, shapes)
         if paging.is_paged(self.model):
-            within = f"{row_of(self.model).layers}.{n}."
-            paging.place(self.model, file, [within + name for name, _ in layers(self.model)[n].named_parameters()])
+            paging.place(self.model, file, list(shapes))
             return
-        for name, tensor in load_file(file).items():
+        for name, tensor in load(file, AGAIN, shapes).items():
             param = self.model.get_parameter(name)
             param.data = tensor.to(param)
 

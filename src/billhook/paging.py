@@ -32,6 +32,12 @@ from billhook.errors import BillhookError, first_line
 PAGE = "billhook_page"  # attribute of a module that is one
 
 
+def check_finite(tensor: Tensor, name: str, file: Path | str) -> None:
+    """Raise BillhookError if a weight of a file holds NaN or infinite values, as it is computed with."""
+    if not finite(tensor):
+        raise BillhookError(f"{file}: tensor {name} holds NaN or infinite values")
+
+
 def finite(tensor: Tensor) -> bool:
     """Whether no entry is NaN or infinite; by the extremes, which of bfloat16 takes a tenth of what `isfinite` does."""
     return not tensor.numel() or all(bool(end.isfinite()) for end in tensor.aminmax())
@@ -88,8 +94,7 @@ class Pager:
             for name in here:  # opened for each: what was touched of a mapping counts as memory until it is closed
                 with safe_open(file, framework="pt") as shard:
                     tensor = shard.get_tensor(self.keys[name])
-                    if not finite(tensor):
-                        raise BillhookError(f"{file}: tensor {name} holds NaN or infinite values")
+                    check_finite(tensor, name, file)
                     yield name, tensor
                     del tensor
 
@@ -148,6 +153,8 @@ class Page:
                 owner, leaf = owners[name]
                 meta = self.away[name] = getattr(owner, leaf)
                 own = tensor.to(self.pager.device, meta.dtype, copy=True)
+                if tensor.dtype != meta.dtype:  # which may hold less
+                    check_finite(own, name, self.pager.files[name])
                 owner._parameters[leaf] = nn.Parameter(own, meta.requires_grad)
                 del tensor
 

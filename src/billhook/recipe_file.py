@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from billhook.documents import read_yaml
 from billhook.errors import BillhookError
 from billhook.recipe import Recipe, recipe
 
@@ -25,10 +24,7 @@ def read_recipe(path: Path) -> RecipeFile:
     Raises:
         BillhookError: not a readable YAML mapping, or an unknown or impossible setting.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BillhookError(f"recipe {path} cannot be read: {str(error).splitlines()[0]}") from error
+    content = read_yaml(path, f"recipe {path}")
     if not isinstance(content, dict) or "model" not in content:
         raise BillhookError(f"recipe {path} is not a mapping with a 'model'")
     model, expect = content.pop("model"), content.pop("expect", {})

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from billhook import atomic
-from billhook.errors import BillhookError, first_line
+from billhook.documents import read_sealed, sealed
+from billhook.errors import BillhookError
 from billhook.paging import parameters
 
 UNCOUNTED = {  # of a config: names, its writer, what the tensors say, and what is handed out besides logits
@@ -52,13 +53,10 @@ def kept(folder: Path | None, name: str, key: dict[str, Any], measure: Callable[
         return json.loads(json.dumps(measure()))
     file = path(folder, name, key)
     if file.exists():
-        try:
-            return json.loads(file.read_text(encoding="utf-8"))["found"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BillhookError(f"{file} cannot be read ({first_line(error)}): delete it") from error
-    text = json.dumps({"key": key, "found": measure()})
+        return read_sealed(file, str(file), "delete it, it will be made again")["found"]
+    text = sealed({"key": key, "found": measure()})
     folder.mkdir(parents=True, exist_ok=True)
-    atomic.write_text(file, text + "\n")
+    atomic.write_text(file, text)
     return json.loads(text)["found"]
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from billhook import atomic, store, tensorfile
 from billhook.errors import BillhookError, first_line
+from billhook.headers import check_tensors
 from billhook.losses import most_likely
 from billhook.precision import computing
 from billhook.progress import Tick, quiet
@@ -24,6 +25,7 @@ from billhook.tensors import Tokens
 
 SHARD = 32  # windows in a file: 12 MB of 512 tokens at k = 256
 BATCH_TOKENS = 2048
+AGAIN = "delete it, it will be made again"
 STAGE = "asking the teacher"
 # of hidden_states: the embeddings, and what enters the last layer but one, where Minitron (arXiv:2407.14679) ties a student
 EMBEDDED, HIDDEN = 0, -3
@@ -47,7 +49,7 @@ class Lessons:
             with safe_open(path, framework="pt") as file:
                 found = {key: file.get_slice(key)[row] for key in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise BillhookError(f"{path} is damaged ({first_line(error)}): delete it, it will be made again") from error
+            raise BillhookError(f"{path} is damaged ({first_line(error)}): {AGAIN}") from error
         found["ids"] = found["ids"].long()
         return found
 
@@ -79,6 +81,9 @@ def lessons(
         "states": states,
     }
     files = _files(shards, folder, key)
+    for path, shard in zip(files, shards, strict=True):
+        if path.exists():
+            check_tensors(path, AGAIN, _shapes(teacher, shard, k, states))
     for n, (path, shard) in enumerate(zip(files, shards, strict=True)):
         tick(STAGE, n, len(files))
         if n % share[1] == share[0] and not path.exists():
@@ -92,6 +97,13 @@ def lessons(
 def _files(shards: Sequence[Tensor], folder: Path, key: dict[str, Any]) -> list[Path]:
     said = [{**key, "tokens": hashlib.sha256(one.numpy().tobytes()).hexdigest()} for one in shards]
     return [store.path(folder, "teacher", one, "safetensors") for one in said]
+
+
+def _shapes(teacher: PreTrainedModel, shard: Tokens, k: int, states: bool) -> dict[str, tuple[int, ...] | None]:
+    """Of the tensors that answer a shard."""
+    rows, length = shard.shape
+    most = (rows, length - 1, min(k, teacher.config.vocab_size))
+    return {"ids": most, "chances": most, "tail": most[:2], **dict.fromkeys(("embedded", "hidden") if states else ())}
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ import yaml
 from billhook import store
 from billhook.around import open_ended
 from billhook.atomic import write_text
+from billhook.documents import read_sealed, sealed
 from billhook.errors import BillhookError, first_line
 from billhook.greedy import unasked
 from billhook.progress import Tick, quiet
@@ -112,7 +113,7 @@ def evaluate(
                 wrapped = wrapped or _wrap(model, tokenizer, batch_size)
                 row = _score(wrapped, task, limit, seed, tick)
                 if place:
-                    write_text(place, json.dumps(row) + "\n")
+                    write_text(place, sealed(row))
             tick(f"task {name}", row["samples"], row["samples"])
             rows.append(row)
     return rows
@@ -314,8 +315,8 @@ def _found(place: Path | None) -> dict[str, Any] | None:
     if place is None or not place.exists():
         return None
     try:
-        return json.loads(place.read_text(encoding="utf-8"))
-    except ValueError:  # not one of ours; written anew
+        return read_sealed(place, str(place), "")
+    except BillhookError:  # not one of ours, or damaged; written anew
         return None
 
 
