@@ -23,6 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
     (
         *("errors", "ending", "locks", "renaming"),
         "tensors",
+        "doubles",
         "precision",
         "cached",
         "progress",
@@ -142,7 +143,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do 
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 NUMERIC = {"torch", "numpy", "scipy"}  # what mathematics may stand on
-WORDS = {"errors", "tensors"}
+WORDS = {"errors", "tensors", "doubles"}  # what mathematics and structure may both stand on
 MATHEMATICS = {
     "depth",
     "linalg",

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook import depth, store
+from billhook.doubles import precise
 from billhook.errors import BillhookError
 from billhook.families import layers, linears
 from billhook.gradients import WINDOW, element_sums
@@ -110,7 +111,7 @@ def block_influence(model: PreTrainedModel, tokens: Tokens, tick: Tick = quiet) 
         tick(STAGE, w, len(tokens))
         for n, (before, after) in enumerate(pairwise(states)):
             cosine = torch.cosine_similarity(before[:, 1:].float(), after[:, 1:].float(), dim=-1)
-            sums[n] += cosine.sum(dtype=torch.float64).item()
+            sums[n] += precise(cosine).sum().item()
     tick(STAGE, len(tokens), len(tokens))
     return [1 - one / (tokens.numel() - len(tokens)) for one in sums]
 
@@ -122,7 +123,7 @@ def angular_distances(model: PreTrainedModel, tokens: Tokens, tick: Tick = quiet
         tick(STAGE, w, len(tokens))
         last.append(torch.cat([state[:, -1] for state in states]))
     tick(STAGE, len(tokens), len(tokens))
-    x = torch.nn.functional.normalize(torch.stack(last, 1).double(), dim=-1)  # (states, windows, hidden)
+    x = torch.nn.functional.normalize(precise(torch.stack(last, 1)), dim=-1)  # (states, windows, hidden)
     cosine = torch.einsum("awh,bwh->abw", x, x).clamp(-1, 1)
     return (cosine.arccos() / math.pi).mean(-1).tolist()
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from billhook.axes import Axis, Slot, blocks
+from billhook.doubles import place, precise
 from billhook.errors import BillhookError, one_of
 from billhook.families import KINDS, axes, layers, shape
 from billhook.memory import free_bytes
@@ -169,7 +170,7 @@ def _by_layer(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _zeros(model: PreTrainedModel, axis: Axis, slot: Slot) -> UnitSums:
-    where = _exact(model.get_parameter(slot.param).device)
+    where = place(model.get_parameter(slot.param).device)
     return UnitSums(*torch.zeros(5, axis.units, dtype=torch.float64, device=where))
 
 
@@ -234,7 +235,7 @@ def _entries(weight: Tensor, grad: Tensor, dim: int) -> Tensor:
     step = max(1, CHUNK.get(weight.device.type, CHUNK_ELSEWHERE) * weight.shape[dim] // weight.numel())
     found = []
     for w, g in zip(weight.split(step, dim), grad.split(step, dim), strict=True):
-        products = (w.float() * g.float()).to(_exact(w.device)).double().movedim(dim, 0).reshape(w.shape[dim], -1)
+        products = precise(w.float() * g.float()).movedim(dim, 0).reshape(w.shape[dim], -1)
         found.append(torch.stack([products.sum(1), products.abs().sum(1), products.square().sum(1)]))
     return torch.cat(found, 1)
 
@@ -242,8 +243,3 @@ def _entries(weight: Tensor, grad: Tensor, dim: int) -> Tensor:
 def pooled(entries: Tensor, slot: Slot) -> Tensor:
     """Sums over the entries of a dimension (3, entries) added up by unit: (3, units)."""
     return entries[:, slot.index.to(entries.device)].sum(2)
-
-
-def _exact(device: torch.device) -> torch.device:
-    """Where float64 sums are held: MPS has none."""
-    return torch.device("cpu") if device.type == "mps" else device

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from billhook import atomic, store, tensorfile
+from billhook.doubles import place
 from billhook.headers import load
 from billhook.tensors import Gram
 
@@ -30,8 +31,8 @@ class Grams:
         Raises:
             BillhookError: the file cannot be read.
         """
-        found = load(self._file(reader), "delete it, it will be made again", ["fit"])
-        return found["fit"].to(device), found["held_out"].to(device) if "held_out" in found else None
+        found, where = load(self._file(reader), "delete it, it will be made again", ["fit"]), place(device)
+        return found["fit"].to(where), found["held_out"].to(where) if "held_out" in found else None
 
     def keep(self, reader: str, fit: Gram, held_out: Gram | None) -> None:
         """Raises BillhookError where the disk does not take them."""

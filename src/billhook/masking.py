@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from billhook import sparsity
 from billhook.crew import OWN, Hands
+from billhook.doubles import precise
 from billhook.errors import BillhookError
 from billhook.families import FUSED, layers, linear, linears, wanted, weight_of
 from billhook.journal import Journal
@@ -195,7 +196,8 @@ def _masked(model: PreTrainedModel, group: Group, role: str, name: str, how: Mas
     weight, solve = weight_of(model, name), METHODS[how.method].linear
     assert solve is not None
     before = int((weight == 0).sum())
-    W, settings = weight.double().contiguous(), replace(how.settings, zeros=held(weight, how))
+    W = precise(weight).contiguous()
+    settings = replace(how.settings, zeros=held(W, how))
     with clock("solver"):
         target = target_of(W, group.fit)
         try:
@@ -204,7 +206,7 @@ def _masked(model: PreTrainedModel, group: Group, role: str, name: str, how: Mas
             raise BillhookError(f"{name}: {error}") from error
     weight.copy_(found.weight)
     with clock("errors"):
-        V = weight.double()
+        V = precise(weight)
         off = None if group.held_out is None else _error(V, W, target_of(W, group.held_out))
         own = _error(V, W, target)
     zeros = int((weight == 0).sum())

@@ -16,6 +16,7 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from billhook.doubles import precise
 from billhook.tensors import Gram, Scores, Units
 
 
@@ -49,5 +50,5 @@ def aligned(rows: Sequence[tuple[Tensor, Tensor]]) -> Units:
 def weighted(weights: Sequence[Tensor], frequency: Scores) -> Tensor:
     """Step 4; a plain mean where none was ever chosen."""
     shares = frequency / frequency.sum() if frequency.sum() > 0 else torch.full_like(frequency, 1 / len(frequency))
-    total = sum((share * one.double() for share, one in zip(shares, weights, strict=True)), torch.zeros(()))
-    return total.to(weights[0].dtype)
+    total = sum((share * precise(one) for share, one in zip(shares, weights, strict=True)), torch.zeros(()))
+    return total.to(weights[0].dtype).to(weights[0].device)

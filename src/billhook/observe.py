@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from billhook.axes import Axis
+from billhook.doubles import place, precise
 from billhook.errors import BillhookError
 from billhook.families import as_output, axes, layers
 from billhook.grams import Grams
@@ -252,8 +253,8 @@ def add_upper(total: Gram | None, x: Tensor) -> Gram:
     """Add the upper block triangle of X^T X to `total`, in place."""
     x = x.flatten(0, -2).float()
     size = x.shape[1]
-    if total is None:  # MPS has no float64
-        total = torch.zeros(size, size, dtype=torch.float64, device="cpu" if x.device.type == "mps" else x.device)
+    if total is None:
+        total = torch.zeros(size, size, dtype=torch.float64, device=place(x.device))
     step = -(-size // GRAM_BLOCKS)
     for chunk in x.split(2 * BATCH_TOKENS):
         for i in range(0, size, step):
@@ -279,8 +280,8 @@ def _add(sums: dict[str, Evidence], found: list[Axis], inputs: dict[str, Tensor]
         here = Evidence(add_upper(before.gram if before else None, x))
         if lack is not None and ends:
             e = lack.flatten(0, -2).float()
-            here.cross = (e.T @ x).to(here.gram) + (before.cross if before and before.cross is not None else 0.0)
-            here.energy = e.square().sum(dtype=torch.float64).item() + (before.energy if before else 0.0)
+            here.cross = precise(e.T @ x) + (before.cross if before and before.cross is not None else 0.0)
+            here.energy = precise(e.square()).sum().item() + (before.energy if before else 0.0)
         sums[name] = here
 
 

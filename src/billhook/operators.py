@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from billhook.doubles import precise
 from billhook.errors import BillhookError
 from billhook.families import layers, linears, row_of, wanted
 from billhook.grams import Grams
@@ -228,7 +229,7 @@ def _gathered(
                 # what an expert sees is other tokens where the router saw something else: it has no target
                 y = dense[path].flatten(0, -2).float() if dense and not path.startswith(mixed) else None
                 gram = gram_of(x)
-                here = Sums(gram) if y is None else Sums(gram, (y.T @ x).to(gram), gram_of(y))
+                here = Sums(gram) if y is None else Sums(gram, precise(y.T @ x), gram_of(y))
                 key = path, batch.held_out
                 found[key] = found[key] + here if key in found else here
         if whole:  # in the dense stream alone, where both are one

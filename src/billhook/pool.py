@@ -10,6 +10,7 @@ from torch import Tensor
 
 from billhook import data
 from billhook.data import Text
+from billhook.doubles import precise
 from billhook.errors import BillhookError
 from billhook.tensors import Clusters, Tokens
 
@@ -71,7 +72,7 @@ def informative(windows: Tokens, leading: int = 0) -> Tensor:
 
 def grouped(windows: Tokens, embedding: Tensor, clusters: int, seed: int) -> Clusters:
     """k-means of the windows' mean embeddings, centred; clusters are numbered by size, and may turn out fewer."""
-    means = embedding[windows.to(embedding.device)].double().mean(1).cpu()
+    means = precise(embedding[windows.to(embedding.device)]).mean(1).cpu()
     clusters = min(clusters, len(windows))
     _, found = kmeans2((means - means.mean(0)).numpy(), clusters, minit="++", rng=np.random.default_rng(seed))
     sizes = np.bincount(found, minlength=clusters)

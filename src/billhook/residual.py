@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from billhook.axes import Slot, blocks
+from billhook.doubles import precise
 from billhook.errors import BillhookError
 from billhook.families import layers, linear, linears, row_of, shape
 from billhook.paging import by_page
@@ -221,7 +222,7 @@ def _grow(module: nn.Module, factor: float) -> None:
     """Multiply all parameters of a module, in place."""
     for param in module.parameters():
         for rows in param.data.split(ROWS):
-            rows.copy_(rows.double() * factor)
+            rows.copy_(precise(rows) * factor)
 
 
 def _update_sizes(model: PreTrainedModel, before: int, after: int) -> None:
@@ -239,17 +240,17 @@ def _eps_name(norm: nn.Module) -> str:
 def offset(norm: Any) -> int:
     """1 where a norm multiplies by 1 + weight, 0 where by its weight: seen on equal inputs, which it brings to 1."""
     equal = torch.full_like(norm.weight, 1000)  # beside which eps is nothing
-    return round(float((norm(equal).double() - norm.weight.double()).mean()))
+    return round(float((precise(norm(equal)) - precise(norm.weight)).mean()))
 
 
 def gain(norm: Any) -> Tensor:
     """What a norm multiplies by, float64."""
-    return norm.weight.detach().double() + offset(norm)
+    return precise(norm.weight.detach()) + offset(norm)
 
 
 def set_gain(norm: Any, gain: Tensor) -> None:
     """Have a norm multiply by `gain`."""
-    norm.weight.data = (gain - offset(norm)).to(norm.weight.dtype)
+    norm.weight.data = (gain - offset(norm)).to(norm.weight.dtype).to(norm.weight.device)
 
 
 def _scale_by_size(model: PreTrainedModel, channels: int) -> bool:

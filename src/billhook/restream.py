@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from billhook.doubles import precise
 from billhook.errors import BillhookError
 from billhook.families import axes, layers, linears, weight_of
 from billhook.hidden import State, keep
@@ -95,7 +96,7 @@ def restore(
                 G, T = _sums(first, batches, partial(_pair, n, layer, unpruned, first, step, kept), clock)
                 with clock("restoration"):
                     for name in names.values():
-                        target = T if writes else weight_of(dense, name).to(T) @ T * (grown if name in fed else 1)
+                        target = T if writes else precise(weight_of(dense, name)) @ T * (grown if name in fed else 1)
                         _refit(weight_of(model, name), target, G, share, damping)
             if not done:
                 with clock("saving"):
@@ -117,7 +118,7 @@ def restore(
         heads = model.get_submodule(found.head), dense.get_submodule(whole.head)
         with clock("restoration"), held(heads[0]), held(heads[1], edits=False):
             for V, W in zip(*(weight_of(one, found.head).split(ROWS) for one in (model, dense)), strict=True):
-                _refit(V, W.to(T) @ T, G, share, damping)
+                _refit(V, precise(W) @ T, G, share, damping)
 
 
 def _pair(
@@ -151,7 +152,7 @@ def _sums(
             x, t = (found.flatten(0, -2).float() for found in pair(one))
         with clock("restoration"):
             upper = add_upper(upper, x)
-            here = (t.T @ x).to(upper)
+            here = precise(t.T @ x)
             T = here if T is None else T.add_(here)
     assert upper is not None and T is not None
     G = mirrored(upper)
@@ -163,5 +164,5 @@ def _sums(
 def _refit(W: Weight, target: Cross, G: Gram, share: float, damping: float) -> None:
     """W_S becomes V, in place; `target` is T^T X*."""
     lower, _ = factor(G, damping)
-    lacks = share * (target - W.to(G) @ G)
-    W.copy_((W.to(G) + torch.cholesky_solve(lacks.T, lower).T).to(W))
+    lacks = share * (target - precise(W) @ G)
+    W.copy_(precise(W) + torch.cholesky_solve(lacks.T, lower).T)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from billhook.doubles import precise
 from billhook.errors import BillhookError
 from billhook.families import weight_of
 from billhook.paging import by_page
@@ -62,7 +63,7 @@ def fold(model: PreTrainedModel) -> None:
             set_gain(model.get_submodule(name), torch.ones_like(gains[name]))
             continue
         for rows in weight_of(model, name).split(ROWS):
-            rows.copy_(rows.double() * gains[seen.into[name]])
+            rows.copy_(precise(rows) * gains[seen.into[name]])
 
 
 @torch.no_grad()
@@ -80,4 +81,4 @@ def rotate(model: PreTrainedModel, Q: Gram) -> None:
 def _turn(weight: Tensor, Q: Gram) -> None:
     """Every row times Q, in place."""
     for rows in weight.view(1, -1).split(ROWS) if weight.ndim == 1 else weight.split(ROWS):
-        rows.copy_((rows.to(Q) @ Q).to(rows))
+        rows.copy_(precise(rows) @ Q)

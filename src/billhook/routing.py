@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from billhook.doubles import precise
 from billhook.errors import BillhookError
 from billhook.families import layers, mixture, router_path, row_of
 from billhook.hidden import State, keep
@@ -122,13 +123,13 @@ def _count(routing: Routing, found: dict[Any, Any], layer: int) -> None:
     if not logits.isfinite().all():
         raise BillhookError(f"the router of layer {layer} puts out what is not finite: try --dtype float32")
     routing.tokens += len(logits)
-    x = logits.double().cpu()
+    x = precise(logits).cpu()
     routing.logits += x.T @ x
     for number in range(len(routing.frequency)):
         token, place = torch.where(index == number)
         routing.frequency[number] += len(token)
         norms = found[number].float().norm(dim=-1) * weights[token, place].float()
-        routing.output[number] += norms.sum(dtype=torch.float64).item()
+        routing.output[number] += precise(norms).sum().item()
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from billhook import masking, sparsity, store
 from billhook.claim import claim
+from billhook.doubles import precise
 from billhook.errors import BillhookError
 from billhook.families import layers
 from billhook.masking import Masking
@@ -135,7 +136,7 @@ class Shears:
         """Path of every weight and what stays of it (out, in)."""
         how = with_candidate(self.how, one, self.total)
         for n, _, name in masking.every(self.model, how.targets):
-            W = masking.weight_of(self.model, name).double()
+            W = precise(masking.weight_of(self.model, name))
             there = masking.held(W, how)
             yield name, sparsity.keep(score(W, self.norms[name], one.metric), how.at(n), "row", there)
 
@@ -152,7 +153,7 @@ class Shears:
             for name, stay in self.zeros(one):
                 whole[name] = masking.weight_of(self.model, name)
                 digest.update(np.packbits(stay.cpu().numpy()).tobytes())
-                masking.put_weight(self.model, name, whole[name].masked_fill(~stay, 0.0))
+                masking.put_weight(self.model, name, whole[name].masked_fill(~stay.to(whole[name].device), 0.0))
             yield digest.hexdigest()[:16]
         finally:
             for name, weight in whole.items():

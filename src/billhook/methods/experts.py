@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from billhook import choose, merging
 from billhook.axes import Axis, owners
 from billhook.cuts import Cut
+from billhook.doubles import precise
 from billhook.families import axes
 from billhook.journal import Journal
 from billhook.plan import Plan
@@ -166,6 +167,6 @@ def _error(layer: Mixture, *, held_out: bool) -> float | None:
     for given, put_out, side in layer.seen:
         if side == held_out:
             x, y = given.read(), put_out.read()
-            off += float((layer.block(x) - y).float().square().sum(dtype=torch.float64))
-            whole += float(y.float().square().sum(dtype=torch.float64))
+            off += float(precise((layer.block(x) - y).float().square()).sum())
+            whole += float(precise(y.float().square()).sum())
     return (off / whole) ** 0.5 if whole > 0 else None

@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 
 from billhook import choose
 from billhook.cuts import Cut
+from billhook.doubles import place, precise
 from billhook.errors import BillhookError
 from billhook.families import layers, linears, weight_of
 from billhook.hidden import keep
@@ -86,7 +87,7 @@ def slicegpt(
         fold(model)
         Q = journal.once("rotation", lambda: _rotation(model, tokens, clock, tick))
         with clock("rotation"):
-            rotate(model, Q.to(model.device))
+            rotate(model, Q.to(place(model.device)))
         stay = torch.arange(kept)
     else:
         with clock("forward"):
@@ -106,12 +107,12 @@ def channel_scores(model: PreTrainedModel, tokens: Tokens, tick: Tick = quiet) -
     """s (channels), float64."""
     energy: dict[tuple[str, ...], Tensor] = {}
     for readers, x in _inputs(model, tokens, tick):
-        here = x.square().sum(0, dtype=torch.float64)
+        here = precise(x.square()).sum(0)
         energy[readers] = energy[readers] + here if readers in energy else here
     s = torch.zeros_like(next(iter(energy.values())))
     of_input = {name: here for readers, here in energy.items() for name in readers}
     for name in (name for names in by_page(model, of_input, edits=False) for name in names):
-        norms = sum(rows.double().square().sum(0) for rows in weight_of(model, name).split(ROWS))
+        norms = sum(precise(rows).square().sum(0) for rows in weight_of(model, name).split(ROWS))
         E = of_input[name] * torch.as_tensor(norms).to(s)
         s += E / E.sum().clamp_min(torch.finfo(E.dtype).tiny)
     _check_finite(s)
