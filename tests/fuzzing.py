@@ -15,6 +15,7 @@ import resource
 import shutil
 import signal
 import sys
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -160,11 +161,12 @@ class Tally:
     inputs: int = 0
     counts: Counter[str] = field(default_factory=Counter)  # refused, accepted
     faults: list[str] = field(default_factory=list)  # with the input and the command
+    worst: float = 0.0  # seconds that a command took
 
     def __str__(self) -> str:
         return (
             f"{self.inputs:,} inputs, {self.counts.total():,} commands: {self.counts['refused']:,} refused, "
-            f"{self.counts['accepted']:,} accepted, {len(self.faults):,} faults"
+            f"{self.counts['accepted']:,} accepted, {len(self.faults):,} faults, {self.worst:.1f} s at most"
         )
 
 
@@ -247,7 +249,9 @@ def fuzz(
             for command in commands:
                 before()
                 damage.put(path)
+                began = time.perf_counter()
                 outcome = attempt(command, seconds, memory)
+                tally.worst = max(tally.worst, time.perf_counter() - began)
                 found.append(outcome)
                 said = command.__name__ if callable(command) else " ".join(map(str, command))[:80]
                 where = f"{path.name}, {damage.name}: {said}"
