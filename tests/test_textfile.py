@@ -95,6 +95,7 @@ def test_a_folder_is_read_whole_and_says_what_is_none(tmp_path: Path, caplog: py
         ("a.jsonl", b'{"text": "x", "n": ' + b"9" * 5000 + b"}", "line 1: not JSON .*digits"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}', "line 2 is not UTF-8"),
         ("a.csv", rows("body"), "has no column 'text' .it has 'id', 'body'"),
+        ("a.csv", bytes(5000), r"has no column 'text' .it has '\\x00.{1,70}$"),
         ("a.csv", b"id,text\n1", "row 1: no field 'text'"),
         ("a.csv", b"id,text\n1,\xff", "line 2 is not UTF-8"),
         ("a.parquet", table("body"), "has no column 'text' .it has 'id', 'body'"),

@@ -4,6 +4,7 @@ A layer is there once its record is, which is written after its weights, each on
 saw before a layer is computed anew from the layers themselves, which is a forward pass, and no statistics.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +37,7 @@ class Journal:
         self.folder, self.model, self.grams = folder, model, grams
         self.records: dict[int, dict[str, Any]] = {}
         for n in range(len(layers(model))) if folder else ():
-            if (record := self._file(n, "json")).exists():
+            if os.path.lexists(record := self._file(n, "json")):
                 self.records[n] = read_sealed(record, str(record), AGAIN)
 
     @property

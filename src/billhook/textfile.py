@@ -23,7 +23,7 @@ LARGEST = 2**30  # bytes of a file, unpacked: its tokens take ten times that
 LONGEST = 2**21  # bytes of a line of text: half a million tokens, where a prune looks at a quarter of a million
 LARGEST_RECORD = 2**27  # bytes of what is parsed at once: it takes four times that
 PLAIN = "give a plain file with a part of it"
-SHOWN = 5  # names in a line
+SHOWN, LONGEST_NAME = 5, 60  # names in a line, characters of one
 
 
 def read_text(path: Path) -> str:
@@ -235,4 +235,4 @@ def _say_cut(path: Path, lines: int) -> None:
 
 def _named(columns: Iterable[str]) -> str:
     names = list(columns)
-    return ", ".join(map(ascii, names[:SHOWN])) + (", …" if len(names) > SHOWN else "")
+    return ", ".join(ascii(name)[:LONGEST_NAME] for name in names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
