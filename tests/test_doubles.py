@@ -27,6 +27,7 @@ FAST: dict[str, Case] = {
     "gradients": ("llama", dict(score="taylor1_element")),
     "slicegpt": ("llama", dict(method="slicegpt", rotate=False)),
     "slicegpt, rotated": ("llama", dict(method="slicegpt", rotate=True)),
+    "slicegpt, a scaled embedding": ("gemma2", dict(method="slicegpt", rotate=False)),
     "layerchop block-influence": ("llama", dict(preset="block-influence", **CHOPPED)),
     "layerchop angular": ("llama", dict(preset="angular", **CHOPPED)),
     "layerchop taylor": ("llama", dict(preset="taylor", **CHOPPED)),
