@@ -10,9 +10,12 @@ import copy
 from typing import Any
 
 import billhook
-from billhook import budget, checkpoint, data, quality
-from billhook.progress import quiet
-from billhook.surgery import cast
+from billhook import data
+from billhook.checkpoints import load
+from billhook.evaluation import perplexity
+from billhook.models import sizes
+from billhook.models.surgery import cast
+from billhook.runtime.progress import quiet
 
 UNIFORM = {"layout": "uniform"}
 PER_LAYER = {"layout": "per_layer"}
@@ -39,16 +42,16 @@ parser.add_argument(
 parser.add_argument("--statistics", default="statistics")
 parser.add_argument("--probes", type=int, default=8, help="windows that sensitivity and auto judge by")
 parser.add_argument("--dtype", default="auto", help="to prune in: on a CPU auto is float32")
-parser.add_argument("--evaluate-dtype", choices=checkpoint.DTYPES, default="float32")
+parser.add_argument("--evaluate-dtype", choices=load.DTYPES, default="float32")
 args = parser.parse_args()
 
-opened = checkpoint.open_model(args.model, dtype=args.dtype)
+opened = load.open_model(args.model, dtype=args.dtype)
 texts = [data.windows(text, opened.tokenizer, 512) for text in data.evaluation_texts(args.texts)]
 
 
 def perplexities(model: Any) -> list[float]:
-    cast(model, checkpoint.DTYPES[args.evaluate_dtype])
-    return [quality.perplexity(model, one).perplexity for one in texts]
+    cast(model, load.DTYPES[args.evaluate_dtype])
+    return [perplexity.perplexity(model, one).perplexity for one in texts]
 
 
 def said(report: dict[str, Any]) -> str:
@@ -63,7 +66,7 @@ print(f"| ratio | layout | allocation | parameters | {names} | FFN widths |")
 print("|---|---|---|---|" + "---|---|" * len(texts) + "---|")
 print(
     "| 0 | | unpruned | "
-    + f"{budget.total_parameters(opened.model):,} | "
+    + f"{sizes.total_parameters(opened.model):,} | "
     + " | ".join(f"{p:.2f} | 1" for p in base)
     + " | |",
     flush=True,

@@ -8,9 +8,10 @@ float32; what vLLM refuses is printed with its reason.
 import argparse
 from pathlib import Path
 
-from billhook import checkpoint, clients
+from billhook.checkpoints import load
+from billhook.checkpoints.clients import check
 from billhook.errors import BillhookError
-from billhook.layout import layer_sizes, layout_of
+from billhook.models.layout import layer_sizes, layout_of
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("folders", nargs="+", type=Path)
@@ -19,11 +20,11 @@ args = parser.parse_args()
 
 print("| checkpoint | layout | differs by layer | vLLM |\n|---|---|---|---|")
 for folder in args.folders:
-    model = checkpoint.load(folder)
+    model = load.load(folder)
     sizes = layer_sizes(model)
     differing = sorted({key for one in sizes for key in one if any(other.get(key) != one[key] for other in sizes)})
     try:
-        found = clients.check(folder, "vllm", args.python)
+        found = check.check(folder, "vllm", args.python)
         seen = f"{found['version']}: the same tokens"
     except BillhookError as error:
         seen = str(error).replace(str(folder), folder.name)

@@ -15,7 +15,7 @@ from typing import Any
 from scoring import Scoring, cells
 
 import billhook
-from billhook import store
+from billhook.runtime import cache
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("model")
@@ -83,7 +83,7 @@ common = {
     "precision": args.precision,
     "texts": [t.sha256 for t in scoring.texts],
 }
-dense = store.kept(args.results, "dense", common, lambda: scoring.of(args.model))
+dense = cache.kept(args.results, "dense", common, lambda: scoring.of(args.model))
 print(f"| ratio | preset | layers dropped | tokens | {scoring.heads} | training tokens/s | seconds |")
 print("|---|---|---|---|" + "---|" * len(scoring.texts) + "---|---|")
 print(f"| 0 | unpruned | | | {cells(dense, dense)} | | |", flush=True)
@@ -92,7 +92,7 @@ for ratio in map(float, args.ratios.split(",")):
         for preset in args.presets.split(","):
             trained = {} if tokens == "0" else {k: getattr(args, k) for k in ("lr", "trainable", "objective", "states")}
             key = {**common, "ratio": ratio, "preset": preset, "tokens": tokens, "patch": args.patch, **trained}
-            found = store.kept(args.results, "cell", key, lambda: cell(preset, ratio, tokens))  # noqa: B023
+            found = cache.kept(args.results, "cell", key, lambda: cell(preset, ratio, tokens))  # noqa: B023
             healing = found["recovery"] or {}
             took = f"{healing['tokens_per_second']:.0f} | {sum(healing['seconds'].values()):.0f}" if healing else " | "
             print(

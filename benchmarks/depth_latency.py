@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from billhook import budget, checkpoint
-from billhook.cached import after
-from billhook.families import layers
+from billhook.checkpoints import load
+from billhook.models import sizes
+from billhook.models.cached import after
+from billhook.models.families import layers
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("models", nargs="+")
@@ -24,7 +25,7 @@ parser.add_argument("--repeats", type=int, default=7)
 parser.add_argument("--dtype", default="auto")
 args = parser.parse_args()
 
-opened = [checkpoint.open_model(name, dtype=args.dtype) for name in args.models]
+opened = [load.open_model(name, dtype=args.dtype) for name in args.models]
 ids = torch.randint(1000, (1, args.context), generator=torch.Generator().manual_seed(0))
 
 
@@ -59,5 +60,5 @@ for (n, what), times in found.items():
         cells += [f"{1e3 * statistics.median(each):.1f} ({1e3 * min(each):.1f}-{1e3 * max(each):.1f})", f"{faster:.2f}"]
     model = opened[n].model
     print(
-        f"| {args.models[n]} | {len(layers(model))} | {budget.total_parameters(model):,} | {what} | {' | '.join(cells)} |"
+        f"| {args.models[n]} | {len(layers(model))} | {sizes.total_parameters(model):,} | {what} | {' | '.join(cells)} |"
     )

@@ -13,10 +13,12 @@ from dataclasses import replace
 
 import torch
 
-from billhook import checkpoint, contest, data
-from billhook.pruning import prune_opened
-from billhook.quality import BATCH_TOKENS, perplexity
-from billhook.recipe import recipe
+from billhook import data
+from billhook.checkpoints import load
+from billhook.evaluation.perplexity import BATCH_TOKENS, perplexity
+from billhook.pruning import compare
+from billhook.pruning.prune import prune_opened
+from billhook.pruning.recipe import recipe
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("model")
@@ -28,9 +30,9 @@ parser.add_argument("--repeats", type=int, default=5)
 parser.add_argument("--ratios", default="0.1,0.2,0.3,0.4,0.5,0.6")
 args = parser.parse_args()
 
-opened = checkpoint.open_model(args.model)
+opened = load.open_model(args.model)
 (text,) = data.evaluation_texts([args.text])
-by = contest.judged(opened, [text], 512, args.windows, None)
+by = compare.judged(opened, [text], 512, args.windows, None)
 
 
 @torch.inference_mode()
@@ -68,7 +70,7 @@ prune = timed(lambda: prune_opened(copied, chosen))
 print(f"| a default prune | {prune:.0f} | |", flush=True)
 ratios = [float(part) for part in args.ratios.split(",")]
 swept = timed(
-    lambda: contest.sweep(
+    lambda: compare.sweep(
         opened,
         "fasp",
         [recipe(ratio=one, calibration=args.calibration, samples=args.samples, stream="dense") for one in ratios],

@@ -11,12 +11,14 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from billhook import checkpoint, data, quality
-from billhook.allocation import even_planner
-from billhook.budget import decoder_parameters, total_parameters
+from billhook import data
+from billhook.checkpoints import load
+from billhook.evaluation import perplexity
 from billhook.methods.fasp import Settings, fasp, fasp_each
-from billhook.plan import Plan
-from billhook.surgery import cast
+from billhook.models.plan import Plan
+from billhook.models.sizes import decoder_parameters, total_parameters
+from billhook.models.surgery import cast
+from billhook.pruning.allocation import even_planner
 
 RATIOS = (0.1, 0.2, 0.3, 0.5)
 DENSE = [(Settings(score=score), ratio) for ratio in RATIOS for score in ("obs", "wanda", "energy")]
@@ -36,10 +38,10 @@ parser.add_argument(
 )
 parser.add_argument("--stream", help="of --part pruned, the cells of this stream alone")
 parser.add_argument("--windows", type=int, help="score at most this many windows of each text")
-parser.add_argument("--evaluate-dtype", choices=checkpoint.DTYPES, default="float32")
+parser.add_argument("--evaluate-dtype", choices=load.DTYPES, default="float32")
 args = parser.parse_args()
 
-opened = checkpoint.open_model(args.model)
+opened = load.open_model(args.model)
 tokens = data.windows(data.calibration_text(args.calibration), opened.tokenizer, 512, 64, 0).tokens
 texts = [data.windows(text, opened.tokenizer, 512) for text in data.evaluation_texts(args.texts)]
 windows = [dataclasses.replace(one, tokens=one.tokens[: args.windows]) for one in texts]
@@ -47,8 +49,8 @@ windows = [dataclasses.replace(one, tokens=one.tokens[: args.windows]) for one i
 
 def perplexities(model: Any) -> list[float]:
     scored = copy.deepcopy(model)
-    cast(scored, checkpoint.DTYPES[args.evaluate_dtype])
-    return [quality.perplexity(scored, one).perplexity for one in windows]
+    cast(scored, load.DTYPES[args.evaluate_dtype])
+    return [perplexity.perplexity(scored, one).perplexity for one in windows]
 
 
 def equal(ratio: float) -> Plan:

@@ -21,7 +21,9 @@ from scoring import Scoring, cells
 from transformers import AutoModelForCausalLM
 
 import billhook
-from billhook import checkpoint, data, store
+from billhook import data
+from billhook.checkpoints import load
+from billhook.runtime import cache
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("model")
@@ -38,13 +40,13 @@ args = parser.parse_args()
 
 CLIENT = Path(__file__).with_name("llm_compressor_client.py")
 scoring = Scoring(args.text, args.windows, args.precision)
-opened = checkpoint.open_model(args.model, device="cpu", dtype="float32")
-common = {"weights": store.model_sha256(opened.model), "texts": [one.sha256 for one in scoring.texts]}
+opened = load.open_model(args.model, device="cpu", dtype="float32")
+common = {"weights": cache.model_sha256(opened.model), "texts": [one.sha256 for one in scoring.texts]}
 common |= {"windows": [args.windows, args.precision], "calibration": args.calibration, "samples": args.samples}
 
 
 def theirs(method: str, budget: str) -> dict[str, Any]:
-    found = checkpoint.open_model(args.model, device="cpu", dtype="float32")
+    found = load.open_model(args.model, device="cpu", dtype="float32")
     windows = data.windows(data.calibration_text(args.calibration), found.tokenizer, 512, args.samples, 0)
     with tempfile.TemporaryDirectory() as scratch:
         model, tokens, out = (str(Path(scratch) / name) for name in ("model", "tokens.safetensors", "out"))
@@ -75,7 +77,7 @@ def zeros(model: torch.nn.Module) -> float:
 
 def ours(method: str, budget: str) -> dict[str, Any]:
     how = {"pattern": budget} if ":" in budget else {"sparsity": float(budget)}
-    found = checkpoint.open_model(args.model, device="cpu", dtype="float32")
+    found = load.open_model(args.model, device="cpu", dtype="float32")
     began = time.perf_counter()
     result = billhook.prune(
         found.model,
@@ -89,14 +91,14 @@ def ours(method: str, budget: str) -> dict[str, Any]:
     return {"losses": scoring(result.model, result.tokenizer), "zeros": zeros(result.model), "seconds": seconds}
 
 
-dense = store.kept(args.results, "dense", {**common, "model": args.model}, lambda: scoring.of(args.model))
+dense = cache.kept(args.results, "dense", {**common, "model": args.model}, lambda: scoring.of(args.model))
 print(f"| zeros | method | by | {scoring.heads} | share of zeros | seconds |")
 print(f"|---|---|---|{'---|' * len(dense)}---|---|")
 for budget in args.budgets.split(","):
     for method in args.methods.split(","):
         for name, make in (("billhook", ours), ("llm-compressor", theirs)):
             key = {**common, "by": name, "method": method, "budget": budget}
-            row = store.kept(args.results, "rival", key, lambda make=make: make(method, budget))  # noqa: B023
+            row = cache.kept(args.results, "rival", key, lambda make=make: make(method, budget))  # noqa: B023
             print(
                 f"| {budget} | {method} | {name} | {cells(row['losses'], dense)} | {row['zeros']:.6f} | {row['seconds']:.0f} |",
                 flush=True,

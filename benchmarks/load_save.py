@@ -16,13 +16,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from billhook import checkpoint, paging, saving
+from billhook.checkpoints import load as load_module
+from billhook.checkpoints import save
+from billhook.checkpoints.load import check_folder, load_tokenizer, open_model
+from billhook.runtime import offload
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("folder", type=Path)
 parser.add_argument("--rounds", type=int, default=5)
 args = parser.parse_args()
-size = saving.stored_bytes(args.folder)
+size = save.stored_bytes(args.folder)
 
 
 def copy(to: Path) -> None:
@@ -39,31 +42,31 @@ def settle(to: Path) -> None:
 
 
 def bring(_: Path) -> None:
-    model = checkpoint.load(args.folder, stream=True)
-    for page in paging.pages_of(model):
+    model = load_module.load(args.folder, stream=True)
+    for page in offload.pages_of(model):
         page.bring()
         page.leave()
 
 
 def load(_: Path) -> None:
-    checkpoint.open_model(str(args.folder), device="cpu", dtype="bfloat16" if BF16 else "float32")
+    open_model(str(args.folder), device="cpu", dtype="bfloat16" if BF16 else "float32")
 
 
 def look(_: Path) -> None:
-    checkpoint.load(args.folder)
+    load_module.load(args.folder)
 
 
-BF16 = checkpoint.check_folder(args.folder, str(args.folder)).dtype.itemsize == 2
-whole, paged = checkpoint.load(args.folder), checkpoint.load(args.folder, stream=True)
-tokenizer = checkpoint.load_tokenizer(args.folder, str(args.folder))
+BF16 = check_folder(args.folder, str(args.folder)).dtype.itemsize == 2
+whole, paged = load_module.load(args.folder), load_module.load(args.folder, stream=True)
+tokenizer = load_tokenizer(args.folder, str(args.folder))
 WAYS: dict[str, Callable[[Path], None]] = {
     "copy": copy,
     "copy, on the disk": settle,
     "load": look,
     "open to be pruned": load,
     "open, page by page": bring,
-    "write": lambda to: saving.save(whole, tokenizer, to, args.folder),
-    "write, page by page": lambda to: saving.save(paged, tokenizer, to, args.folder),
+    "write": lambda to: save.save(whole, tokenizer, to, args.folder),
+    "write, page by page": lambda to: save.save(paged, tokenizer, to, args.folder),
 }
 took: dict[str, list[float]] = {name: [] for name in WAYS}
 for _ in range(args.rounds):

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaConfig
 
-from billhook import checkpoint
+from billhook.checkpoints import load
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("out", type=Path)
@@ -23,7 +23,7 @@ parser.add_argument("--heads", type=int, default=16)
 parser.add_argument("--seed", type=int, default=0)
 args = parser.parse_args()
 
-tokenizer = AutoTokenizer.from_pretrained(checkpoint.demo_folder())
+tokenizer = AutoTokenizer.from_pretrained(load.demo_folder())
 config = LlamaConfig(
     vocab_size=len(tokenizer),
     hidden_size=args.hidden,

@@ -10,11 +10,13 @@ import statistics
 import time
 from dataclasses import replace
 
-from billhook import checkpoint, data, sparsity
-from billhook.masking import weight_of
+from billhook import data
+from billhook.calibration.linears import operators
+from billhook.checkpoints import load
+from billhook.math import sparsity
+from billhook.math.layerwise import Prune, Settings, Target, squared_error
 from billhook.methods import admm, fistapruner, sparsegpt, wanda
-from billhook.operators import operators
-from billhook.support import Prune, Settings, Target, squared_error
+from billhook.methods.masking import weight_of
 from billhook.tensors import Weight
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -45,7 +47,7 @@ ROWS: dict[str, tuple[Prune, Settings]] = {
     "admm, penalty 3": (admm.prune, replace(OWN, rho=3.0)),
 }
 chosen = [int(n) for n in args.layers.split(",")]
-opened = checkpoint.open_model(args.model, device="cpu", dtype="float32")
+opened = load.open_model(args.model, device="cpu", dtype="float32")
 windows = data.windows(data.calibration_text(args.calibration), opened.tokenizer, 512, args.samples, 0)
 kept: list[tuple[Weight, Target, Target]] = []
 for group in operators(

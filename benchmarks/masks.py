@@ -14,7 +14,8 @@ from typing import Any
 from scoring import Scoring, cells
 
 import billhook
-from billhook import checkpoint, store
+from billhook.checkpoints import load
+from billhook.runtime import cache
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("model")
@@ -54,7 +55,7 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 scoring = Scoring(args.text, args.windows, args.precision)
-WEIGHTS = store.model_sha256(checkpoint.open_model(args.model, device="cpu", dtype="float32").model)
+WEIGHTS = cache.model_sha256(load.open_model(args.model, device="cpu", dtype="float32").model)
 common = {"texts": [one.sha256 for one in scoring.texts], "windows": [args.windows, args.precision]}
 
 
@@ -73,7 +74,7 @@ def errors(report: dict[str, Any]) -> str:
     return ", ".join(said)
 
 
-dense = store.kept(args.results, "dense", {**common, "model": args.model}, lambda: scoring.of(args.model))
+dense = cache.kept(args.results, "dense", {**common, "model": args.model}, lambda: scoring.of(args.model))
 print(f"| zeros | method | {scoring.heads} | error | seconds |")
 print(f"|---|---|{'---|' * len(dense)}---|---|")
 print(f"| 0 | unpruned | {cells(dense, dense)} | | |", flush=True)
@@ -89,7 +90,7 @@ for budget in args.budgets.split(","):
             **chosen,
         }
         key["calibration"] = args.calibration
-        found = store.kept(args.results, "row", key, lambda: row(budget, chosen))  # noqa: B023
+        found = cache.kept(args.results, "row", key, lambda: row(budget, chosen))  # noqa: B023
         took = ", ".join(f"{stage} {s:.0f}" for stage, s in found["report"]["seconds"].items())
         print(
             f"| {budget} | {name} | {cells(found['losses'], dense)} | {errors(found['report'])} | {took} |", flush=True

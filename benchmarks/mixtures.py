@@ -16,12 +16,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
-from billhook import checkpoint, quality
-from billhook.experts import fuse
-from billhook.families import axes
-from billhook.layout import update_config
+from billhook.checkpoints import load
+from billhook.evaluation import perplexity
 from billhook.methods.experts import WAYS, Settings, experts
-from billhook.plan import Plan
+from billhook.models.axes import axes
+from billhook.models.experts import fuse
+from billhook.models.layout import update_config
+from billhook.models.plan import Plan
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("calibration")
@@ -111,12 +112,12 @@ some["both"] = torch.cat([some["prose"][:32], some["code"][:32]])[torch.randperm
 def cells(model: Any) -> str:
     found = []
     for name, ids in judged.items():
-        factor, error = quality.paired(dense[name], losses(model, ids))
-        found.append(f"{quality.of_losses(losses(model, ids)):.3f} (×{factor:.3f} ± {error:.3f})")
+        factor, error = perplexity.paired(dense[name], losses(model, ids))
+        found.append(f"{perplexity.of_losses(losses(model, ids)):.3f} (×{factor:.3f} ± {error:.3f})")
     return " | ".join(found)
 
 
-opened = checkpoint.open_model(str(folder), device="cpu")
+opened = load.open_model(str(folder), device="cpu")
 dense = {name: losses(opened.model, ids) for name, ids in judged.items()}
 print("| experts gone | way | calibrated on | prose | code |")
 print("|---|---|---|---|---|")
@@ -125,7 +126,7 @@ for gone in (4, 8):
     for way in WAYS:
         for source in ("both",) if way == "random" else some:
             for seed in range(args.seeds if way == "random" else 1):
-                model = checkpoint.open_model(str(folder), device="cpu").model
+                model = load.open_model(str(folder), device="cpu").model
                 plan = Plan({(axis.layer, "experts"): gone for axis in axes(model, ("experts",))})
                 experts(model, some[source], plan, Settings(way, seed))
                 fuse(model)

@@ -19,17 +19,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from billhook import checkpoint, chopping, data, depth, quality, restore
-from billhook.axes import Axis, reader_weight
-from billhook.families import axes, layers
+from billhook import data
+from billhook.calibration import layer_importance
+from billhook.calibration.forward import BATCH_TOKENS, enter, run
+from billhook.calibration.gram import gram_of
+from billhook.checkpoints import load
+from billhook.evaluation import perplexity
+from billhook.math import layer_presets, restore
 from billhook.methods.fasp import Settings as Restoring
 from billhook.methods.fasp import fasp
 from billhook.methods.layerchop import Settings as Patching
 from billhook.methods.layerchop import layerchop
-from billhook.observe import BATCH_TOKENS, enter, gram_of, run
-from billhook.pages.words import ranges
-from billhook.plan import Plan
-from billhook.surgery import drop_layers
+from billhook.models.axes import Axis, axes, reader_weight
+from billhook.models.families import layers
+from billhook.models.plan import Plan
+from billhook.models.surgery import drop_layers
+from billhook.reports.formatting import ranges
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("model")
@@ -44,7 +49,7 @@ parser.add_argument("--text-names", help="score these texts alone, separated by 
 parser.add_argument("--autocast", action="store_true", help="score in bfloat16 autocast: faster on a CPU")
 args = parser.parse_args()
 
-opened = checkpoint.open_model(args.model)
+opened = load.open_model(args.model)
 drawn = data.windows(data.calibration_text(args.calibration), opened.tokenizer, 512, args.samples + args.probes, 0)
 tokens, probes = drawn.tokens.split([args.samples, args.probes])
 texts = [data.windows(text, opened.tokenizer, 512) for text in data.evaluation_texts(args.texts)]
@@ -54,7 +59,7 @@ windows = [dataclasses.replace(one, tokens=one.tokens[: args.windows]) for one i
 
 def perplexities(model: Any) -> list[float]:
     with torch.autocast("cpu", torch.bfloat16) if args.autocast else nullcontext():
-        return [quality.perplexity(model, one).perplexity for one in windows]
+        return [perplexity.perplexity(model, one).perplexity for one in windows]
 
 
 @torch.no_grad()
@@ -62,7 +67,7 @@ def attention_too(model: Any, gone: tuple[int, ...], settings: Patching) -> None
     """Before each cut, o toward goal = x + correction (dense - x) + E with x what leaves the layer, then down to the same goal."""
     dense, batches = copy.deepcopy(model), list(tokens.split(BATCH_TOKENS // tokens.shape[1]))
     states, calls = enter(model, batches)
-    targets, at = list(states), depth.patched(gone)
+    targets, at = list(states), layer_presets.patched(gone)
     for n in range(at[-1] + 1):
         for b in range(len(batches)):
             targets[b] = run(layers(dense)[n], targets[b], calls[b][n])
@@ -72,7 +77,7 @@ def attention_too(model: Any, gone: tuple[int, ...], settings: Patching) -> None
             goals = []
             for b, state in enumerate(states):
                 x, y = run(layers(model)[n], state, calls[b][n]), targets[b]
-                for m in next(cut for cut in depth.cuts(gone) if cut[0] == n + 1):
+                for m in next(cut for cut in layer_presets.cuts(gone) if cut[0] == n + 1):
                     y = run(layers(dense)[m], y, calls[b][m])
                 goals.append(x + settings.correction * (targets[b] - x) + y - targets[b])
             for axis in (axis for axis in axes(model, ("groups", "ffn")) if axis.layer == n):
@@ -109,8 +114,8 @@ def patch(model: Any, gone: tuple[int, ...], way: str, damping: float, correctio
 def layers_of(name: str) -> tuple[int, ...]:
     preset, _, count = name.partition(":")
     if not count:
-        return tuple(depth.numbered(name.replace("+", ","), len(layers(opened.model))))
-    return tuple(chopping.chosen(opened.model, preset, int(count), tokens, probes))
+        return tuple(layer_presets.numbered(name.replace("+", ","), len(layers(opened.model))))
+    return tuple(layer_importance.chosen(opened.model, preset, int(count), tokens, probes))
 
 
 base = perplexities(opened.model)

@@ -10,13 +10,14 @@ import copy
 import statistics
 import time
 
-from billhook import checkpoint, data
-from billhook.allocation import even_planner
-from billhook.budget import decoder_parameters
-from billhook.memory import peak_growth
+from billhook import data
+from billhook.calibration.walk import STREAMS, walk
+from billhook.checkpoints import load
 from billhook.methods.fasp import Settings, fasp
-from billhook.observe import STREAMS, walk
-from billhook.progress import Clock
+from billhook.models.sizes import decoder_parameters
+from billhook.pruning.allocation import even_planner
+from billhook.runtime.memory import peak_growth
+from billhook.runtime.progress import Clock
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("model")
@@ -29,7 +30,7 @@ parser.add_argument("--seq-len", type=int, default=512)
 parser.add_argument("--repeats", type=int, default=3)
 args = parser.parse_args()
 
-opened = checkpoint.open_model(args.model)
+opened = load.open_model(args.model)
 text = data.calibration_text(args.text)
 windows = data.windows(text, opened.tokenizer, args.seq_len, args.samples)
 plan = even_planner(opened.model, ("ffn",), 32, "uniform").make(args.ratio * decoder_parameters(opened.model))

@@ -4,9 +4,9 @@ import argparse
 import re
 from pathlib import Path
 
-from billhook import atomic
 from billhook.errors import BillhookError
-from billhook.pages.charts import STYLE
+from billhook.reports.charts import STYLE
+from billhook.runtime import atomic
 
 INK = "svg{color:#1f2328;font-family:sans-serif}@media(prefers-color-scheme:dark){svg{color:#e6edf3}}"
 ALONE = ".wide.chart{display:block}"  # nothing else is there to show

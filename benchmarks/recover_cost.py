@@ -16,11 +16,13 @@ from pathlib import Path
 
 import torch
 
-from billhook import checkpoint, pace, reading, teacher, trainables
-from billhook.course import Course, Judge
-from billhook.losses import divergence
-from billhook.precision import autocast_dtype, computing
-from billhook.training import Healer, _stacked, _Steps
+from billhook.checkpoints import load
+from billhook.math.losses import divergence
+from billhook.runtime.precision import autocast_dtype, computing
+from billhook.training import teacher, text_windows, throughput, trainables
+from billhook.training.early_stopping import Judge
+from billhook.training.schedule import Course
+from billhook.training.trainer import Healer, _stacked, _Steps
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("student")
@@ -33,12 +35,12 @@ parser.add_argument("--seconds", type=float, default=15.0, help="for the pace of
 parser.add_argument("--precision", default="auto")
 args = parser.parse_args()
 
-opened = checkpoint.open_model(args.student, device="cpu", dtype="float32")
+opened = load.open_model(args.student, device="cpu", dtype="float32")
 model, autocast = opened.model.requires_grad_(True), autocast_dtype(args.precision, torch.device("cpu"))
-texts = reading.read((args.train,), (), opened.tokenizer, 512, 0)
+texts = text_windows.read((args.train,), (), opened.tokenizer, 512, 0)
 course = Course(texts.train, list(range(args.steps * args.rows)), args.rows, 1e-6, autocast=autocast, cpu=True)
 scratch = Path(tempfile.mkdtemp())
-dense = checkpoint.open_model(args.teacher, device="cpu", dtype="float32").model
+dense = load.open_model(args.teacher, device="cpu", dtype="float32").model
 lessons = teacher.lessons(
     dense, texts.train[: len(course.order)], scratch / "lessons", k=256, states=False, autocast=autocast
 )
@@ -89,7 +91,7 @@ print(f"| share of the bare loop's speed, median of pairs | | {statistics.median
 print("\n| trained | parameters | tokens a second |\n|---|---|---|")
 for name, make in trainables.TRAINABLE.items():
     kept = list(range(12)) + list(range(20, 30))  # a seam in the middle, for the set that needs one
-    trained = make(copy.deepcopy(opened.model), trainables.Cut(kept, 30), 32)
-    rate = pace.training_pace(trained, 512, args.rows, autocast, args.seconds)
+    trained = make(copy.deepcopy(opened.model), trainables.Seam(kept, 30), 32)
+    rate = throughput.training_pace(trained, 512, args.rows, autocast, args.seconds)
     print(f"| {name} | {trainables.trained(trained):,} | {rate:.0f} |", flush=True)
     del trained

@@ -14,7 +14,7 @@ from typing import Any
 from scoring import Scoring, cells
 
 import billhook
-from billhook import store
+from billhook.runtime import cache
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("student")
@@ -70,8 +70,8 @@ common = {
     "teacher": args.teacher,
     "windows": [args.windows, args.precision, *[text.sha256 for text in scoring.texts]],
 }
-dense = store.kept(args.results, "teacher", common, lambda: scoring.of(args.teacher))
-cut = store.kept(args.results, "student", common, lambda: scoring.of(args.student))
+dense = cache.kept(args.results, "teacher", common, lambda: scoring.of(args.teacher))
+cut = cache.kept(args.results, "student", common, lambda: scoring.of(args.student))
 print(f"| trained | tokens | rate | {scoring.heads} | trained parameters | tokens/s | peak MiB |")
 print("|---|---|---|" + "---|" * len(scoring.texts) + "---|---|---|")
 print(
@@ -80,7 +80,7 @@ print(
 )
 for name in args.rows.split(","):
     key = {**common, "row": name} | {k: getattr(args, k) for k in ("tokens", "lr", "states", "batch_tokens", "seed")}
-    found = store.kept(args.results, "row", key, lambda name=name: row(name))
+    found = cache.kept(args.results, "row", key, lambda name=name: row(name))
     healing = found["recovery"]
     print(
         f"| {name} | {healing['tokens']:,} | {healing['lr']:g} | {cells(found['losses'], dense)} | {healing['trained_parameters']:,} | "

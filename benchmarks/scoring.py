@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
-from billhook import checkpoint, data, quality
-from billhook.precision import autocast_dtype, computing
+from billhook import data
+from billhook.checkpoints import load
+from billhook.evaluation import perplexity
+from billhook.runtime.precision import autocast_dtype, computing
 
 Losses = Mapping[str, Sequence[float]]  # mean nats a token of every window, by text
 
@@ -25,7 +27,7 @@ class Scoring:
 
     def of(self, name: str) -> dict[str, list[float]]:
         """A checkpoint's losses."""
-        opened = checkpoint.open_model(name, device="cpu", dtype="float32")
+        opened = load.open_model(name, device="cpu", dtype="float32")
         return self(opened.model, opened.tokenizer)
 
     def __call__(self, model: Any, tokenizer: Any) -> dict[str, list[float]]:
@@ -34,7 +36,7 @@ class Scoring:
             for text in self.texts:
                 windows = data.windows(text, tokenizer, 512)
                 windows = replace(windows, tokens=windows.tokens[: self.windows])
-                found[text.name] = list(quality.perplexity(model, windows).window_losses)
+                found[text.name] = list(perplexity.perplexity(model, windows).window_losses)
         return found
 
 
@@ -42,7 +44,7 @@ def cells(losses: Losses, dense: Losses) -> str:
     """Perplexities with their factor to the unpruned model's, ± one standard error over pairs of windows."""
     said = []
     for text, before in dense.items():
-        factor, error = quality.paired(before, losses[text])
-        mean = quality.of_losses(losses[text])
+        factor, error = perplexity.paired(before, losses[text])
+        mean = perplexity.of_losses(losses[text])
         said.append(f"{mean:.4g} (×{factor:.4g} ± {error:.2g})")
     return " | ".join(said)

@@ -21,23 +21,29 @@ from typing import Any
 import torch
 from scoring import Scoring, cells
 
-from billhook import atomic, checkpoint, choose, data, planning, quality, searching, store
-from billhook.families import axes
-from billhook.gradients import gradient_sums
+from billhook import data
+from billhook.calibration.gradients import gradient_sums
+from billhook.checkpoints import load
+from billhook.evaluation import perplexity
+from billhook.math import selection
+from billhook.math.taylor import taylor1_element
 from billhook.methods.fasp import Settings, fasp
-from billhook.pages import charts
-from billhook.pages.charts import Axis, Point, Series
-from billhook.plan import Plan
-from billhook.progress import quiet
-from billhook.pruning import draw
-from billhook.recipe import Recipe, recipe
-from billhook.rounds import Search, gained
-from billhook.samplers import Study
-from billhook.solution import scores
-from billhook.space import Candidate
-from billhook.surgery import cast, drop_layers, remove
-from billhook.taylor import taylor1_element
-from billhook.trials import Means, bench_of
+from billhook.models.axes import axes
+from billhook.models.plan import Plan
+from billhook.models.surgery import cast, drop_layers, remove
+from billhook.pruning import method_settings, planning
+from billhook.pruning.recipe import Recipe, recipe
+from billhook.pruning.texts import Texts, draw
+from billhook.reports import charts
+from billhook.reports.charts import Axis, Point, Series
+from billhook.runtime import atomic, cache
+from billhook.runtime.progress import quiet
+from billhook.search import adapruner
+from billhook.search.metrics import scores
+from billhook.search.rounds import Search, gained
+from billhook.search.samplers import Study
+from billhook.search.space import Candidate
+from billhook.search.trials import Means, bench_of
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("model")
@@ -82,8 +88,8 @@ for name, half in (("validation", text[: len(text) // 2]), ("judged", text[len(t
     (args.results / f"{Path(args.valid).stem}-{name}.txt").write_text(half)
 VALIDATION, JUDGED = (str(args.results / f"{Path(args.valid).stem}-{name}.txt") for name in ("validation", "judged"))
 scoring = Scoring([JUDGED, *args.other], args.windows, args.precision)
-opened = checkpoint.open_model(args.model, device="cpu", dtype="float32")
-WEIGHTS = store.model_sha256(opened.model)
+opened = load.open_model(args.model, device="cpu", dtype="float32")
+WEIGHTS = cache.model_sha256(opened.model)
 
 
 def settled(ratio: float, seed: int, **other: Any) -> Recipe:
@@ -95,12 +101,12 @@ def settled(ratio: float, seed: int, **other: Any) -> Recipe:
 def searched(ratio: float, seed: int, **other: Any) -> Find:
     def found(restoration: bool) -> tuple[Scores, Plan, dict[str, Any]]:
         chosen = settled(ratio, seed, restoration=restoration, **other)
-        material = searching.read(opened, chosen)
+        material = adapruner.read(opened, chosen)
         _, texts = draw(opened, chosen, material.calibration)
         plan = planning.make_plan(opened.model, chosen, texts, opened.dtype)
         means = Means(jobs=args.jobs, name=args.model)
-        fit, folder = planning.settings_of(chosen), args.results / "evidence"
-        end = searching.search(opened.model, chosen, plan, material, texts.calibration, fit, folder=folder, means=means)
+        fit, folder = method_settings.settings_of(chosen), args.results / "evidence"
+        end = adapruner.search(opened.model, chosen, plan, material, texts.calibration, fit, folder=folder, means=means)
         trials = {} if chosen.space == "paper" else {"judged": judged_trials(chosen, plan, material, folder)}
         return end.scores, end.plan, {**end.record, **trials}
 
@@ -108,7 +114,7 @@ def searched(ratio: float, seed: int, **other: Any) -> Find:
 
 
 def judged_trials(
-    chosen: Recipe, plan: Plan, material: searching.Material, folder: Path
+    chosen: Recipe, plan: Plan, material: adapruner.Material, folder: Path
 ) -> dict[str, list[list[float]]]:
     """Of every promoted trial, by text, what it gains over the standard: on validation windows, and on windows of the text."""
     bench = bench_of(
@@ -147,7 +153,7 @@ def best_fixed(ratio: float) -> Find:
 
     def found(restoration: bool) -> tuple[Scores, Plan, dict[str, Any]]:
         chosen = settled(ratio, 0)
-        material = searching.read(opened, chosen)
+        material = adapruner.read(opened, chosen)
         bench = bench_of(opened.model, chosen.objective, args.results / "evidence")
         at = Search(opened.model, chosen, even(ratio), material.pool, material.validation, bench, quiet)
         at.try_known()
@@ -158,7 +164,7 @@ def best_fixed(ratio: float) -> Find:
 
 def even(ratio: float) -> Plan:
     chosen, nothing = settled(ratio, 0), torch.zeros(0, 512, dtype=torch.long)
-    return planning.make_plan(opened.model, chosen, planning.Texts(nothing, nothing), opened.dtype)
+    return planning.make_plan(opened.model, chosen, Texts(nothing, nothing), opened.dtype)
 
 
 def ranked(values: Sequence[float]) -> list[int]:
@@ -186,7 +192,7 @@ def judged(ratio: float, find: Find) -> dict[str, Any]:
 def cut(model: Any, plan: Plan, unit_scores: Scores) -> None:
     for axis in axes(model, plan.kinds):
         if count := plan.drops.get((axis.layer, axis.kind), 0):
-            remove(model, axis, choose.lowest(unit_scores[axis.layer, axis.kind], count, axis.blocks)[0])
+            remove(model, axis, selection.lowest(unit_scores[axis.layer, axis.kind], count, axis.blocks)[0])
     drop_layers(model, plan.layers)
 
 
@@ -213,7 +219,7 @@ ROWS: dict[str, Callable[[float], dict[str, Find]]] = {
     },
 }
 common = {"weights": WEIGHTS, "texts": [one.sha256 for one in scoring.texts], "windows": [args.windows, args.precision]}
-dense = store.kept(args.results, "dense", common, lambda: scoring(opened.model, opened.tokenizer))
+dense = cache.kept(args.results, "dense", common, lambda: scoring(opened.model, opened.tokenizer))
 print(f"| ratio | scores from | restoration | {scoring.heads} |\n|---|---|---|{'---|' * len(dense)}")
 print(f"| 0 | unpruned | | {cells(dense, dense)} |", flush=True)
 overfit: dict[str, dict[str, list[list[float]]]] = {}  # by what sampled and by text
@@ -223,14 +229,16 @@ for ratio in map(float, args.ratios.split(",")):
         for name, find in ROWS[kind](ratio).items():
             key = {**common, "row": name, "ratio": ratio, "trials": args.trials, "layout": args.layout}
             key["samples"] = args.samples
-            rows[name] = store.kept(args.results, "row", key, lambda find=find: judged(ratio, find))  # noqa: B023
+            rows[name] = cache.kept(args.results, "row", key, lambda find=find: judged(ratio, find))  # noqa: B023
             for text, pairs in rows[name]["record"].get("judged", {}).items():
                 overfit.setdefault(f"{kind}, {ratio:.0%}", {}).setdefault(text, []).extend(pairs)
             for end, losses in rows[name]["losses"].items():
                 print(f"| {ratio:.0%} | {name} | {end} | {cells(losses, dense)} |", flush=True)
         if len(rows) > 1:
             for end in ("without", "with"):
-                factors = [[quality.paired(dense[t], one["losses"][end][t])[0] for t in dense] for one in rows.values()]
+                factors = [
+                    [perplexity.paired(dense[t], one["losses"][end][t])[0] for t in dense] for one in rows.values()
+                ]
                 spread = [
                     f"×{statistics.fmean(each):.3f}, {min(each):.3f} to {max(each):.3f}"
                     for each in zip(*factors, strict=True)

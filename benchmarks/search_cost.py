@@ -13,19 +13,21 @@ from collections.abc import Callable
 
 import torch
 
-from billhook import choose, planning, searching
-from billhook.checkpoint import open_model
+from billhook.calibration.gradients import gradient_sums
+from billhook.checkpoints.load import open_model
 from billhook.data import calibration_text, windows
-from billhook.families import axes
-from billhook.gradients import gradient_sums
-from billhook.progress import quiet
-from billhook.recipe import recipe
-from billhook.rounds import RUNGS, Search
-from billhook.solution import Solution
-from billhook.space import Candidate
-from billhook.surgery import remove
-from billhook.taylor import taylor1_element
-from billhook.trials import bench_of, tried
+from billhook.math import selection
+from billhook.math.taylor import taylor1_element
+from billhook.models.axes import axes
+from billhook.models.surgery import remove
+from billhook.pruning import planning, texts
+from billhook.pruning.recipe import recipe
+from billhook.runtime.progress import quiet
+from billhook.search import adapruner
+from billhook.search.metrics import Solution
+from billhook.search.rounds import RUNGS, Search
+from billhook.search.space import Candidate
+from billhook.search.trials import bench_of, tried
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("model")
@@ -38,8 +40,8 @@ args = parser.parse_args()
 opened = open_model(args.model, device="cpu", dtype="float32")
 model = opened.model
 chosen = recipe(method="adapruner", ratio=args.ratio, calibration=args.train, validation=(args.valid,))
-material, nothing = searching.read(opened, chosen), torch.zeros(0, 512, dtype=torch.long)
-plan = planning.make_plan(model, chosen, planning.Texts(nothing, nothing), opened.dtype)
+material, nothing = adapruner.read(opened, chosen), torch.zeros(0, 512, dtype=torch.long)
+plan = planning.make_plan(model, chosen, texts.Texts(nothing, nothing), opened.dtype)
 bench = bench_of(model, "nll", None)
 started = time.perf_counter()
 at = Search(model, chosen, plan, material.pool, material.validation, bench, quiet)
@@ -65,7 +67,7 @@ def papers_way() -> None:
     smaller = copy.deepcopy(model)
     for axis in axes(smaller, ("ffn",)):
         place = axis.layer, axis.kind
-        remove(smaller, axis, choose.lowest(taylor1_element(sums[place]), plan.drops[place], axis.blocks)[0])
+        remove(smaller, axis, selection.lowest(taylor1_element(sums[place]), plan.drops[place], axis.blocks)[0])
     tried(smaller, {}, rung, None, None, bench.autocast)
 
 

@@ -12,9 +12,12 @@ from pathlib import Path
 
 import torch
 
-from billhook import budget, checkpoint, llamacpp, speed
-from billhook.export import write_gguf
-from billhook.layout import layout_of
+from billhook.checkpoints import load
+from billhook.checkpoints.clients import llamacpp
+from billhook.checkpoints.gguf.write import write_gguf
+from billhook.evaluation import speed
+from billhook.models.layout import layout_of
+from billhook.models.sizes import total_parameters
 
 ROUNDS = 3  # of all models in turns, in llama.cpp
 
@@ -25,7 +28,7 @@ parser.add_argument("--prompt", type=int, default=512)
 parser.add_argument("--new-tokens", type=int, default=32)
 args = parser.parse_args()
 
-opened = [checkpoint.open_model(name, dtype="float32") for name in args.models]
+opened = [load.open_model(name, dtype="float32") for name in args.models]
 speeds = [one for (one,) in speed.speeds([one.model for one in opened], [(1, args.prompt)], args.new_tokens)]
 with tempfile.TemporaryDirectory() as work:
     files = [[Path(work) / f"{n}-{kind}.gguf" for kind in ("F16", "Q8_0")] for n in range(len(opened))]
@@ -34,7 +37,7 @@ with tempfile.TemporaryDirectory() as work:
         write_gguf(one.model, one.tokenizer, packed, "Q8_0")
     sizes = [[file.stat().st_size for file in pair] for pair in files]
     layouts = [layout_of(one.model) for one in opened]
-    counts = [budget.total_parameters(one.model) for one in opened]
+    counts = [total_parameters(one.model) for one in opened]
     vocabulary = opened[0].model.config.vocab_size
     opened.clear()  # their memory, before llama.cpp is timed
     prompt = torch.randint(vocabulary, (args.prompt,), generator=torch.Generator().manual_seed(0)).tolist()

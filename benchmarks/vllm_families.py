@@ -21,13 +21,15 @@ from transformers.utils import logging
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import tiny
 
-from billhook import clients, layout, residual, saving
-from billhook.axes import Axis
+from billhook.checkpoints import save
+from billhook.checkpoints.clients import check
 from billhook.errors import BillhookError
-from billhook.experts import unfuse
-from billhook.families import axes, layers, mixture, refusal, row_of
-from billhook.modeling_per_layer import FAMILIES
-from billhook.surgery import drop_layers, remove
+from billhook.models import layout, residual
+from billhook.models.axes import Axis, axes, refusal
+from billhook.models.experts import unfuse
+from billhook.models.families import layers, mixture, row_of
+from billhook.models.modeling_per_layer import FAMILIES
+from billhook.models.surgery import drop_layers, remove
 
 WIDER = {"hidden_size": 128, "head_dim": 32, "query_pre_attn_scalar": 32, "word_embed_proj_dim": 128}
 FFN = {"intermediate_size": 96, "ffn_dim": 96, "n_inner": 96, "ffn_hidden_size": 512, "moe_intermediate_size": 64}
@@ -90,8 +92,8 @@ def served(model: PreTrainedModel, python: str) -> str:
     """Nothing, or what vLLM says."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            saving.save(model, tiny.tokenizer(), Path(folder), None)
-            clients.check(Path(folder), "vllm", python)
+            save.save(model, tiny.tokenizer(), Path(folder), None)
+            check.check(Path(folder), "vllm", python)
         except BillhookError as error:
             return str(error).replace(folder, "it")
     return ""

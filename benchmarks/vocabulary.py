@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-from billhook import checkpoint, data, vocabulary
+from billhook import data
+from billhook.checkpoints import load
+from billhook.models import vocabulary
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("model")
@@ -21,7 +23,7 @@ parser.add_argument("--sizes", default="0,32768,40960")
 parser.add_argument("--characters", type=int, default=40_000)
 args = parser.parse_args()
 
-opened = checkpoint.open_model(args.model)
+opened = load.open_model(args.model)
 source, scored = data.calibration_text(args.source).text, data.calibration_text(args.text).text[: args.characters]
 
 

@@ -17,8 +17,8 @@ import processes  # noqa: F401
 import tiny
 from folders import written
 
-from billhook import clients, history
-from billhook.pages import page
+from billhook.checkpoints.clients import check
+from billhook.reports import history, page
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the subprocesses: on tiny tensors threads only wait for one another
 torch.set_num_threads(1)
@@ -50,7 +50,7 @@ def _no_other_process(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
     """The check in a process of its own takes seconds, most of them imports: tests that mean it ask for `stock_client`."""
     if "stock_client" not in request.fixturenames and "slow" not in request.keywords:
         monkeypatch.setattr(
-            clients, "check", lambda path, client, python=None, trust=False: {"client": client, "version": "not run"}
+            check, "check", lambda path, client, python=None, trust=False: {"client": client, "version": "not run"}
         )
 
 

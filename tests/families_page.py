@@ -10,13 +10,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 import tiny
 from transformers import PreTrainedModel
 
-from billhook import budget, residual, rotation
+from billhook.checkpoints.gguf.architectures import CHOICES
 from billhook.errors import BillhookError
-from billhook.experts import unfuse
-from billhook.families import KINDS, axes, refusal
-from billhook.gguf_archs import CHOICES
 from billhook.methods import MASKING, METHODS
-from billhook.modeling_per_layer import FAMILIES
+from billhook.models import limits, residual, rotation
+from billhook.models.axes import KINDS, axes, refusal
+from billhook.models.experts import unfuse
+from billhook.models.modeling_per_layer import FAMILIES
 
 TOP = """# Families
 
@@ -96,14 +96,14 @@ def axis_cell(model: PreTrainedModel, kind: str, family: str, note: Notes) -> st
     found = axes(model, (kind,))
     if all(axis.units == axis.blocks for axis in found):
         return f"no {note('each KV group has one query head, so that its groups are its heads' if kind == 'heads' else 'it has one KV group')}"
-    uneven = refused(lambda: budget.check_kinds(model, (kind,), "per_layer"), family)
+    uneven = refused(lambda: limits.check_kinds(model, (kind,), "per_layer"), family)
     if why := (uneven if kind == "value" else refusal(model, kind, "uniform")):
         return f"no {note(why)}" if uneven else f"per_layer {note(why)}"
     return "per_layer" if kind == "value" else "yes"
 
 
 def client_cells(model: PreTrainedModel, family: str, note: Notes) -> list[str]:
-    uneven = refused(lambda: budget.check_kinds(model, ("ffn",), "per_layer"), family)
+    uneven = refused(lambda: limits.check_kinds(model, ("ffn",), "per_layer"), family)
     if "all its FFNs" in uneven or "no per_layer" in uneven:
         uneven = STACKED
     gguf = CHOICES.get(family)

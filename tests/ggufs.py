@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 import tiny
 
-from billhook.export import write_gguf
+from billhook.checkpoints.gguf.write import write_gguf
 
 Fields = dict[str, Any]
 

@@ -11,13 +11,18 @@ from example_reports import cut
 from fuzzing import Damage, file_damages, json_damages, safetensors_damages, sample
 from test_data import members, wheel_of
 
-from billhook import allocation, claim, course, demo, evidence, store, teacher, training, zeroshot
-from billhook.documents import sealed
-from billhook.families import axes
-from billhook.grams import Grams
-from billhook.journal import Journal
-from billhook.recipe_file import read_recipe
-from billhook.surgery import remove
+from billhook import demo
+from billhook.checkpoints.resume import Journal
+from billhook.evaluation import zeroshot
+from billhook.models.axes import axes
+from billhook.models.surgery import remove
+from billhook.pruning import allocation
+from billhook.pruning.recipe_file import read_recipe
+from billhook.runtime import cache, run_folder
+from billhook.runtime.cache import Grams
+from billhook.runtime.documents import sealed
+from billhook.search import evidence
+from billhook.training import schedule, teacher, trainer
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class Kept:
 
 def result(folder: Path) -> Kept:
     def read() -> object:
-        return store.kept(folder, "trial", {"a": 1}, lambda: {"loss": [3.5, float("nan")], "name": "x"})
+        return cache.kept(folder, "trial", {"a": 1}, lambda: {"loss": [3.5, float("nan")], "name": "x"})
 
     read()
     return Kept(next(folder.glob("trial-*")), read)
@@ -50,8 +55,8 @@ def result(folder: Path) -> Kept:
 
 def run_name(folder: Path) -> Kept:
     key = {"model": "m", "settings": {"ratio": 0.2, "axes": ["ffn"]}}
-    claim.claim(folder / "run", key, fresh=False)
-    return Kept(folder / "run" / claim.NAME, lambda: claim.claim(folder / "run", key, fresh=False))
+    run_folder.claim(folder / "run", key, fresh=False)
+    return Kept(folder / "run" / run_folder.NAME, lambda: run_folder.claim(folder / "run", key, fresh=False))
 
 
 def _journal(folder: Path, ending: str) -> Kept:
@@ -118,21 +123,21 @@ def _checkpoint(folder: Path, name: str) -> Kept:
     found = folder / "checkpoint-3"
     found.mkdir(parents=True)
     (found / "optimizer.pt").write_bytes(bytes(range(256)))
-    (found / training.STATE).write_text(json.dumps({"log_history": [{"step": 3, "losses": {"a": [1.0]}}]}))
-    course.mark_whole(found)
+    (found / trainer.STATE).write_text(json.dumps({"log_history": [{"step": 3, "losses": {"a": [1.0]}}]}))
+    schedule.mark_whole(found)
 
     def read() -> object:
-        return course.is_whole(found) and training._history(found)
+        return schedule.is_whole(found) and trainer._history(found)
 
     return Kept(found / name, read)
 
 
 def checkpoint_list(folder: Path) -> Kept:
-    return _checkpoint(folder, course.WHOLE)
+    return _checkpoint(folder, schedule.WHOLE)
 
 
 def checkpoint_state(folder: Path) -> Kept:
-    return _checkpoint(folder, training.STATE)
+    return _checkpoint(folder, trainer.STATE)
 
 
 def checkpoint_optimizer(folder: Path) -> Kept:

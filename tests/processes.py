@@ -16,7 +16,12 @@ from typing import Any
 
 import torch
 
-PRELOADED = ["billhook.cli", "billhook.recovering", "billhook.trials", "transformers.models.llama.modeling_llama"]
+PRELOADED = [
+    "billhook.cli",
+    "billhook.recovery.recover",
+    "billhook.search.trials",
+    "transformers.models.llama.modeling_llama",
+]
 multiprocessing.set_forkserver_preload(PRELOADED)
 
 

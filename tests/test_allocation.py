@@ -17,18 +17,20 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import billhook
-from billhook import allocate, allocation, budget, choose, planning, sensitivity
-from billhook.allocate import Choice, interpolate
-from billhook.axes import Axis
+from billhook.calibration.walk import walk
 from billhook.errors import BillhookError
-from billhook.families import axes, layers
+from billhook.math import knapsack, selection
+from billhook.math.knapsack import Choice, interpolate
 from billhook.methods import METHODS
 from billhook.methods.fasp import Settings, fasp
-from billhook.observe import walk
-from billhook.plan import Plan, even
-from billhook.recipe import recipe
-from billhook.sensitivity import Probe, curves
-from billhook.surgery import drop_layers
+from billhook.models import sizes
+from billhook.models.axes import Axis, axes
+from billhook.models.families import layers
+from billhook.models.plan import Plan, even
+from billhook.models.surgery import drop_layers
+from billhook.pruning import allocation, planning, sensitivity, texts
+from billhook.pruning.recipe import recipe
+from billhook.pruning.sensitivity import Probe, curves
 
 FAMILIES = ["llama", "qwen3", "opt"]
 Whole = dict[int, tuple[float, float]]
@@ -42,7 +44,7 @@ def words(windows: int, length: int = 32, seed: int = 0) -> Tensor:
 
 
 CALIBRATION, PROBE = words(12).split([8, 4])
-TEXTS = planning.Texts(CALIBRATION, PROBE)
+TEXTS = texts.Texts(CALIBRATION, PROBE)
 
 
 def deep(count: int = 4, family: str = "llama") -> PreTrainedModel:
@@ -113,13 +115,13 @@ def test_solve_is_the_least_loss_of_every_way_to_hit_the_target(seed: int, whole
     choices, whole = problem(seed, whole_layers)
     every, half, hits = list(outcomes(choices, whole)), smallest_step(choices) / 2, 0
     for target in np.linspace(1.27, max(saved for saved, _ in every) - 0.41, 7).tolist():
-        counts, gone = allocate.solve(choices, target, whole)
+        counts, gone = knapsack.solve(choices, target, whole)
         saved, loss = outcome(choices, whole, counts, gone)
         assert all(n == 0 for n, choice in zip(counts, choices, strict=True) if choice.layer in gone)
         within = [loss for saved, loss in every if abs(saved - target) <= half]
         assert abs(saved - target) <= (half if within else 8 * half)
         if within:
-            assert min(within) <= loss + 1e-9 and loss <= min(within) * (1 + 2 * allocate.GAP) + 1e-9
+            assert min(within) <= loss + 1e-9 and loss <= min(within) * (1 + 2 * knapsack.GAP) + 1e-9
             hits += 1
     assert hits >= 3
 
@@ -127,8 +129,8 @@ def test_solve_is_the_least_loss_of_every_way_to_hit_the_target(seed: int, whole
 def test_solve_takes_whole_layers_where_they_are_cheap_and_leaves_them_where_they_are_dear() -> None:
     choices, _ = problem(3, False)
     most = sum(choice.savings[-1] for choice in choices if choice.layer == 1)
-    assert allocate.solve(choices, most, {1: (most, 0.0)})[1] == [1]
-    assert allocate.solve(choices, most, {1: (most, 1e3)})[1] == []
+    assert knapsack.solve(choices, most, {1: (most, 0.0)})[1] == [1]
+    assert knapsack.solve(choices, most, {1: (most, 1e3)})[1] == []
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.37, 0.8])
@@ -141,17 +143,17 @@ def test_solve_hits_a_real_models_target_to_half_a_step(ratio: float) -> None:
             losses = np.concatenate([[0], np.cumsum(draw.random(len(drops) - 1))]) * price * len(drops)
             choices.append(Choice(layer, list(drops), [float(price * n) for n in drops], losses.tolist()))
     target = ratio * sum(choice.savings[-1] for choice in choices) + 0.37
-    saved, _ = outcome(choices, {}, *allocate.solve(choices, target))
+    saved, _ = outcome(choices, {}, *knapsack.solve(choices, target))
     assert abs(saved - target) <= 1728 * 32 / 2
 
 
 def test_solve_refuses_more_than_there_is() -> None:
     choices, _ = problem(1, False)
     most = sum(choice.savings[-1] for choice in choices)
-    assert outcome(choices, {}, *allocate.solve(choices, most))[0] == most
+    assert outcome(choices, {}, *knapsack.solve(choices, most))[0] == most
     beyond = most + 4 * smallest_step(choices) + 0.6
     with pytest.raises(BillhookError, match=f"save {beyond:,.0f}, but the axes can save at most {most:,.0f} here"):
-        allocate.solve(choices, beyond)
+        knapsack.solve(choices, beyond)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -213,11 +215,11 @@ def test_an_even_planner_takes_the_same_from_every_layer_that_may_give() -> None
     model = deep()
     price = axes(model, ("ffn",))[0].price(model)
     planner = allocation.even_planner(model, ("ffn",), 4, "uniform", spared=[0], gone=[2])
-    by_layer = budget.layer_parameters(model, 2)
+    by_layer = sizes.layer_parameters(model, 2)
     plan = planner.make(by_layer + 2.0 * 12 * price)
     assert plan == Plan({(0, "ffn"): 0, (1, "ffn"): 12, (3, "ffn"): 12}, (2,))
-    assert budget.saved_by(model, plan) == by_layer + 2 * 12 * price
-    assert budget.saved_by(model, planner.make(float(planner.most))) == planner.most == by_layer + 2 * 44 * price
+    assert sizes.saved_by(model, plan) == by_layer + 2 * 12 * price
+    assert sizes.saved_by(model, planner.make(float(planner.most))) == planner.most == by_layer + 2 * 44 * price
 
 
 @pytest.mark.parametrize("kinds", [("ffn",), ("ffn", "groups"), ("ffn", "value")])
@@ -230,7 +232,7 @@ def test_a_planner_reaches_its_most_and_keeps_the_floor(name: str, kinds: tuple[
         model, kinds, allocation.parse(name), multiple_of=4, floor=0.5, layout="per_layer", curves=losses
     )
     plan = planner.make(float(planner.most))
-    assert budget.saved_by(model, plan) == planner.most
+    assert sizes.saved_by(model, plan) == planner.most
     for place, axis in found.items():
         assert axis.units - plan.drops[place] == axis.units / 2
 
@@ -353,7 +355,7 @@ def test_every_allocation_saves_what_the_ratio_says(family: str, name: str) -> N
     before = {key: param.clone() for key, param in model.named_parameters()}
     plan, target = (
         planned(model, ratio=0.2, allocation=name, **ALLOCATIONS[name]),
-        0.2 * budget.decoder_parameters(model),
+        0.2 * sizes.decoder_parameters(model),
     )
     assert all(torch.equal(param, before[key]) for key, param in model.named_parameters())
     cut = {axis.layer: plan.drops[axis.layer, "ffn"] for axis in found if axis.layer not in plan.layers}
@@ -363,7 +365,7 @@ def test_every_allocation_saves_what_the_ratio_says(family: str, name: str) -> N
         )
         / 2
     )
-    assert abs(budget.saved_by(model, plan) - target) <= slack
+    assert abs(sizes.saved_by(model, plan) - target) <= slack
     assert all((48 - n) % 4 == 0 and n < 48 for n in cut.values())
     assert (len(set(cut.values())) > 1) == (name in ("skip:1,0", "global", "standardised", "sensitivity"))
     assert name != "skip:1,0" or (cut[0] == 0 and len(set(cut.values())) == 2)
@@ -374,7 +376,7 @@ def test_every_allocation_saves_what_the_ratio_says(family: str, name: str) -> N
 def test_an_uneven_plan_is_believed_to_cost_no_more_than_equal_widths(name: str) -> None:
     model = deep()
     plain = planned(model, ratio=0.2)
-    ratio = budget.saved_by(model, plain) / budget.decoder_parameters(model)
+    ratio = sizes.saved_by(model, plain) / sizes.decoder_parameters(model)
     weighed = planning._curves(model, recipe(ratio=ratio), name, TEXTS, {}, planning.Clock(), planning.quiet)
     uneven = planned(model, ratio=ratio, allocation=name, layout="per_layer")
     costs = [
@@ -396,7 +398,7 @@ def test_whole_layers_are_weighed_against_channels() -> None:
     plan = planned(model, ratio=0.3, allocation="sensitivity", layout="per_layer", axes=("ffn", "layers"))
     assert plan.layers == (2,) and all(n != 2 for n, _ in plan.drops)
     price = axes(model, ("ffn",))[0].price(model)
-    assert abs(budget.saved_by(model, plan) - 0.3 * budget.decoder_parameters(model)) <= 4 * price / 2
+    assert abs(sizes.saved_by(model, plan) - 0.3 * sizes.decoder_parameters(model)) <= 4 * price / 2
 
 
 class Spy:
@@ -468,11 +470,11 @@ def test_auto_takes_the_best_of_what_it_tried(monkeypatch: pytest.MonkeyPatch) -
         param.data *= 0.05
     assert planned(model, ratio=0.3, allocation="auto") == tried[losses.index(min(losses))]
     assert [plan.layers for plan in tried][:2] == [(), (3,)] and min(losses) == losses[1]
-    target, price = 0.3 * budget.decoder_parameters(model), axes(model, ("ffn",))[0].price(model)
+    target, price = 0.3 * sizes.decoder_parameters(model), axes(model, ("ffn",))[0].price(model)
     for plan in tried:
         remain = 6 - len(plan.layers)
         assert len({plan.drops[n, "ffn"] for n in range(6) if n not in plan.layers}) == 1
-        assert abs(budget.saved_by(model, plan) - target) <= 4 * price * remain / 2
+        assert abs(sizes.saved_by(model, plan) - target) <= 4 * price * remain / 2
 
 
 def test_auto_tries_fewer_layers_of_full_width() -> None:
@@ -492,10 +494,10 @@ def test_whole_layers_alone_can_meet_a_budget(settings: dict[str, Any]) -> None:
 
 def test_a_size_that_takes_whole_layers_is_reached() -> None:
     model = deep(6)
-    goal = budget.total_parameters(model) - int(0.7 * budget.decoder_parameters(model))
+    goal = sizes.total_parameters(model) - int(0.7 * sizes.decoder_parameters(model))
     plan = planned(model, params=goal, allocation="sensitivity", layout="per_layer", axes=("ffn", "layers"))
     price = axes(model, ("ffn",))[0].price(model)
-    assert abs(budget.total_parameters(model) - budget.saved_by(model, plan) - goal) <= 4 * price
+    assert abs(sizes.total_parameters(model) - sizes.saved_by(model, plan) - goal) <= 4 * price
 
 
 def test_one_layer_always_stays() -> None:
@@ -587,8 +589,8 @@ def test_what_is_measured_is_cut_by_the_score_that_will_cut(
 ) -> None:
     model, seen = tiny.model("llama"), []
     scores = {(n, "ffn"): torch.rand(48, dtype=torch.float64) for n in range(3)}
-    lowest = choose.lowest
-    monkeypatch.setattr("billhook.choose.lowest", lambda s, *rest: seen.append(s) or lowest(s, *rest))
+    lowest = selection.lowest
+    monkeypatch.setattr("billhook.math.selection.lowest", lambda s, *rest: seen.append(s) or lowest(s, *rest))
     layout = "uniform" if allocation_name == "auto" else "per_layer"
     chosen = recipe(ratio=0.3, allocation=allocation_name, layout=layout, multiple_of=4)
     planning.make_plan(model, chosen, TEXTS, torch.float32, scores)

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from processes import Child
 
-from billhook import atomic, locks, renaming
 from billhook.errors import BillhookError
+from billhook.runtime import atomic, locks, renaming
 
 
 def filled(folder: Path, said: str) -> Path:

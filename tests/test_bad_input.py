@@ -24,8 +24,10 @@ from processes import Child
 from safetensors.torch import load_file, save_file
 
 from billhook import __main__ as command_line
-from billhook import atomic, checkpoint, claim, cli, clients
+from billhook import cli
+from billhook.checkpoints import load, verify
 from billhook.errors import BillhookError
+from billhook.runtime import atomic, run_folder
 
 Tensors = dict[str, torch.Tensor]
 Damage = Callable[[Path], object]
@@ -428,9 +430,9 @@ def test_a_full_disk(limit: int, bench: Bench) -> None:
 
 
 MOMENTS = [
-    (checkpoint, "open_model", signal.SIGINT),
-    (clients, "verify", signal.SIGINT),
-    (clients, "verify", signal.SIGTERM),
+    (load, "open_model", signal.SIGINT),
+    (verify, "verify", signal.SIGINT),
+    (verify, "verify", signal.SIGTERM),
 ]
 
 
@@ -469,11 +471,11 @@ def test_an_interrupt_as_the_folder_is_made_leaves_nothing(tmp_path: Path, monke
 def test_a_folder_of_others_is_no_run_s(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     with pytest.raises(BillhookError, match="is not a run's folder"):
-        claim.claim(tmp_path, {}, fresh=False)
+        run_folder.claim(tmp_path, {}, fresh=False)
     half = tmp_path / "work" / ".run.json.billhook.partial"
     half.mkdir(parents=True)
-    claim.claim(half.parent, {"settings": {}}, fresh=False)
-    assert [one.name for one in half.parent.iterdir()] == [claim.NAME]
+    run_folder.claim(half.parent, {"settings": {}}, fresh=False)
+    assert [one.name for one in half.parent.iterdir()] == [run_folder.NAME]
 
 
 def await_that(what: Callable[[], object], runs: Callable[[], bool]) -> None:

@@ -12,24 +12,18 @@ import tiny
 import torch
 
 import billhook
-from billhook import (
-    checkpoint,
-    data,
-    evaluate,
-    pool,
-    quality,
-    reading,
-    recovering,
-    rounds,
-    searching,
-    vocabulary,
-    zeroshot,
-)
-from billhook.around import around
+from billhook import data
+from billhook.checkpoints import load
 from billhook.data import Text, windows
-from billhook.pages import tables
-from billhook.pages.cut_tables import calibration_words
-from billhook.recipe import recipe
+from billhook.evaluation import perplexity, side_by_side, zeroshot
+from billhook.models import vocabulary
+from billhook.pruning.recipe import recipe
+from billhook.recovery import recover
+from billhook.reports import tables
+from billhook.reports.cut_tables import calibration_words
+from billhook.runtime.around import around
+from billhook.search import adapruner, pool, rounds
+from billhook.training import text_windows
 
 BEGIN, END = 256, 257
 BEGUN = tiny.tokenizer("<s> $A")
@@ -75,7 +69,7 @@ def test_a_window_with_no_room_for_text_is_refused() -> None:
 @pytest.mark.parametrize("tokenizer", [BEGUN, TWICE])
 def test_perplexity_counts_tokens_of_text_alone(tokenizer: Any) -> None:
     model, given = tiny.model("llama"), windows(TEXT, tokenizer, 12, samples=5)
-    found = quality.perplexity(model, given)
+    found = perplexity.perplexity(model, given)
     means = []
     for row in given.tokens:
         log = torch.log_softmax(model(row[None]).logits[0].double(), -1)
@@ -152,8 +146,8 @@ def test_all_that_a_prune_reads_begins_so(name: str, seen: list[list[int]], tmp_
 def test_a_search_reads_windows_that_begin_so(tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text(tiny.text(3000, 300))
     given = {"ratio": 0.3, "pool": 24, "pool_len": 33, "seq_len": 64, "calibration": str(tmp_path / "words.txt")}
-    opened = checkpoint.Opened(tiny.model("llama"), BEGUN, "tiny", None, torch.float32)
-    found = searching.read(opened, recipe(method="adapruner", **given))
+    opened = load.Opened(tiny.model("llama"), BEGUN, "tiny", None, torch.float32)
+    found = adapruner.read(opened, recipe(method="adapruner", **given))
     split = found.validation
     for part in (found.pool.tokens, split.proxy, split.rungs, split.final):
         assert (part[:, 0] == BEGIN).all() and (part[:, 1:] != BEGIN).all()
@@ -161,18 +155,18 @@ def test_a_search_reads_windows_that_begin_so(tmp_path: Path) -> None:
     with pytest.raises(
         billhook.BillhookError, match=r"\d+ of the \d+ windows of --validation are also in the calibration"
     ):
-        searching.read(opened, recipe(method="adapruner", validation=(given["calibration"],), **given))
+        adapruner.read(opened, recipe(method="adapruner", validation=(given["calibration"],), **given))
 
 
 def test_training_reads_windows_that_begin_so(tmp_path: Path) -> None:
     names = [tmp_path / "one.txt", tmp_path / "held.txt"]
     for n, name in enumerate(names):
         name.write_text(tiny.text(900, 30 + n))
-    found = reading.read((str(names[0]),), (str(names[1]),), BEGUN, 16, 0)
+    found = text_windows.read((str(names[0]),), (str(names[1]),), BEGUN, 16, 0)
     for tokens in (found.train, *(one.tokens for one in found.judged)):
         assert (tokens[:, 0] == BEGIN).all() and (tokens[:, 1:] != BEGIN).all()
     assert found.begins_with == ("<s>",)
-    for one in reading.judged_by(found).values():
+    for one in text_windows.judged_by(found).values():
         assert one["tokens"] == 15 * one["windows"] and one["begins_with"] == ["<s>"]
 
 
@@ -185,7 +179,7 @@ def test_all_that_a_recovery_trains_and_judges_on_begins_so(
     held.write_text(tiny.text(300, 30))
     asked: dict[str, Any] = {"seq_len": 16, "device": "cpu", "precision": "float32", "lr": 1e-3, "tokens": 320}
     texts = {"text": (str(text_file),), "held_out": (str(held),), "teacher": str(folder)}
-    found = recovering.recover(folder, work=tmp_path / "work", **texts, **asked).report
+    found = recover.recover(folder, work=tmp_path / "work", **texts, **asked).report
     assert seen and {row[0] for row in seen} == {BEGIN}
     (found,) = found["recovery"]
     assert found["begins_with"] == ["<s>"]
@@ -193,9 +187,9 @@ def test_all_that_a_recovery_trains_and_judges_on_begins_so(
 
 
 def test_a_measured_model_is_read_so_and_its_tables_say_it(seen: list[list[int]]) -> None:
-    subject = evaluate.Subject("one", tiny.model("llama"), BEGUN)
-    asked = evaluate.Measures(texts=[TEXT], seq_len=16, max_windows=3, new_tokens=2, parts=("texts",))
-    found = evaluate.side_by_side([subject], asked)
+    subject = side_by_side.Subject("one", tiny.model("llama"), BEGUN)
+    asked = side_by_side.Measures(texts=[TEXT], seq_len=16, max_windows=3, new_tokens=2, parts=("texts",))
+    found = side_by_side.side_by_side([subject], asked)
     assert seen and {row[0] for row in seen if len(row) > 1} == {BEGIN}
     (row,) = (row for row in tables.measures(found) if row.name == "perplexity on words")
     assert row.conditions == "45 tokens, windows of 16, each begins with <s>"

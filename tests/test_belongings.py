@@ -8,7 +8,8 @@ import pytest
 import tiny
 import transformers as T
 
-from billhook import belongings, result, saving
+from billhook.checkpoints import belongings, save
+from billhook.pruning import result
 
 TEMPLATES = {"default": "{{ messages }}", "rag": "{{ documents }}", "tool_use": "{{ tools }}"}
 KEPT = {  # beside what a tokenizer writes
@@ -49,7 +50,7 @@ def test_all_that_belongs_to_a_tokenizer(source: Path, tmp_path: Path, caplog: p
     to = tmp_path / "to"
     to.mkdir()
     with caplog.at_level(logging.WARNING, "billhook"):
-        saving.save(tiny.model("llama"), tiny.tokenizer(), to, source)
+        save.save(tiny.model("llama"), tiny.tokenizer(), to, source)
     assert all((to / name).read_text() == content(name) for name in KEPT)
     found = T.AutoTokenizer.from_pretrained(to)
     assert found.chat_template == TEMPLATES and found.get_vocab() == tiny.tokenizer().get_vocab()

@@ -16,12 +16,15 @@ from test_allocation import deep, planned
 from test_bad_input import Bench
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from billhook import budget, cached, checkpoint, timing
+from billhook.checkpoints import load
 from billhook.errors import BillhookError
-from billhook.families import axes, layers
 from billhook.methods.fasp import Settings, fasp
-from billhook.plan import Plan
-from billhook.recipe import recipe
+from billhook.models import cached, sizes
+from billhook.models.axes import axes
+from billhook.models.families import layers
+from billhook.models.plan import Plan
+from billhook.pruning import latency
+from billhook.pruning.recipe import recipe
 
 bench = test_bad_input.bench
 
@@ -82,16 +85,16 @@ def test_a_number_of_parameters_is_reached(way: str, bench: Bench) -> None:
     before, goal = stored(bench.model)[0], 28_100
     report = pruned(bench, "--params", "28.1K", *WAYS[way])
     after = stored(bench.tmp / "new" / "out")[0]
-    assert abs(after - goal) <= step(checkpoint.load(bench.model), way, 4) / 2
+    assert abs(after - goal) <= step(load.load(bench.model), way, 4) / 2
     assert report["sizes"]["after"]["parameters"] == after < before == report["sizes"]["before"]["parameters"]
     assert "28,100" in json.dumps(report["sizes"])
 
 
 def test_a_ratio_is_reached(bench: Bench) -> None:
-    model = checkpoint.load(bench.model)
+    model = load.load(bench.model)
     pruned(bench, "--ratio", 0.23, *WAYS["sensitivity"])
-    gone = budget.total_parameters(model) - stored(bench.tmp / "new" / "out")[0]
-    assert abs(gone - 0.23 * budget.decoder_parameters(model)) <= step(model, "sensitivity", 4) / 2
+    gone = sizes.total_parameters(model) - stored(bench.tmp / "new" / "out")[0]
+    assert abs(gone - 0.23 * sizes.decoder_parameters(model)) <= step(model, "sensitivity", 4) / 2
 
 
 @pytest.mark.parametrize("way", [*WAYS, "value", "half"])
@@ -100,11 +103,11 @@ def test_a_memory_is_reached(way: str, bench: Bench) -> None:
     if way == "half":
         AutoModelForCausalLM.from_pretrained(bench.model).to(torch.bfloat16).save_pretrained(bench.model)
     more = {"value": [*UNEVEN, "skip:1,0", "--axes", "ffn,value"], "half": ["--axes", "ffn,groups"]} | WAYS
-    whole = stored(bench.model)[1] + cache_bytes(checkpoint.load(bench.model), 96, 2)
+    whole = stored(bench.model)[1] + cache_bytes(load.load(bench.model), 96, 2)
     goal = round(0.88 * whole)
     pruned(bench, "--memory", f"{goal / 1000}kB", "--context", 96, "--batch", 2, "--multiple-of", 2, *more[way])
     out = bench.tmp / "new" / "out"
-    held = stored(out)[1] + cache_bytes(checkpoint.load(out), 96, 2)
+    held = stored(out)[1] + cache_bytes(load.load(out), 96, 2)
     assert held == pytest.approx(goal, rel=0.02)
 
 
@@ -121,16 +124,16 @@ def known_clock(monkeypatch: pytest.MonkeyPatch) -> None:
         first = seconds(tasks[1], 0) * 1e9
         return [seconds(task, 3.5 * first) for task in tasks]
 
-    monkeypatch.setattr(timing, "_in_turns", in_turns)
+    monkeypatch.setattr(latency, "_in_turns", in_turns)
 
 
 @pytest.mark.usefixtures("known_clock")
 @pytest.mark.parametrize("way", WAYS)
 def test_a_speedup_is_reached(way: str, bench: Bench) -> None:
     pruned(bench, "--speedup", 1.2, "--multiple-of", 2, *WAYS[way])
-    before, after = (checkpoint.load(folder) for folder in (bench.model, bench.tmp / "new" / "out"))
-    per_layer = budget.layer_parameters(before, 0)
-    took = [0.5 * per_layer + budget.decoder_parameters(model) for model in (before, after)]
+    before, after = (load.load(folder) for folder in (bench.model, bench.tmp / "new" / "out"))
+    per_layer = sizes.layer_parameters(before, 0)
+    took = [0.5 * per_layer + sizes.decoder_parameters(model) for model in (before, after)]
     assert took[0] / took[1] == pytest.approx(1.2, rel=0.01)
 
 
@@ -142,21 +145,21 @@ def test_a_speedup_is_reached(way: str, bench: Bench) -> None:
 def test_the_table_of_layer_times_adds_up(kinds: tuple[str, ...]) -> None:
     model = tiny.model("llama")
     found = axes(model, kinds)
-    seconds = timing.layer_times(model, tuple(kind for kind in kinds if kind != "layers"))
+    seconds = latency.layer_times(model, tuple(kind for kind in kinds if kind != "layers"))
     plan = Plan(
         {(a.layer, a.kind): a.blocks * (a.layer + 1) for a in found if a.units > 2 * a.blocks},
         (1,) if "layers" in kinds else (),
     )
     plan = Plan({place: n for place, n in plan.drops.items() if place[0] not in plan.layers}, plan.layers)
-    saved = budget.saved_by(model, plan)
-    assert seconds(Plan()) == pytest.approx(3.5e-9 * budget.layer_parameters(model, 0))
+    saved = sizes.saved_by(model, plan)
+    assert seconds(Plan()) == pytest.approx(3.5e-9 * sizes.layer_parameters(model, 0))
     assert seconds(Plan()) - seconds(plan) == pytest.approx(1e-9 * saved) and saved > 0
 
 
 def test_timing_leaves_the_model_as_it_was() -> None:
     model = tiny.model("qwen3")
     before, modules = {k: p.clone() for k, p in model.named_parameters()}, list(model.modules())
-    seconds = timing.layer_times(model, ("ffn", "groups"))
+    seconds = latency.layer_times(model, ("ffn", "groups"))
     assert seconds(Plan()) > 0 and list(model.modules()) == modules
     assert all(torch.equal(p, before[k]) for k, p in model.named_parameters())
 
@@ -193,7 +196,7 @@ def test_what_a_plan_saves_is_what_goes(family: str, mixed: str) -> None:
         return  # every head is a group of its own
     plan = MIXED[mixed](model)
     cut = carried_out(model, plan)
-    assert budget.saved_by(model, plan) == budget.total_parameters(model) - budget.total_parameters(cut)
+    assert sizes.saved_by(model, plan) == sizes.total_parameters(model) - sizes.total_parameters(cut)
     assert len(layers(cut)) == 3 - len(plan.layers) and cut(tiny.tokens()).logits.isfinite().all()
 
 
@@ -204,8 +207,8 @@ def test_the_cache_of_a_plan_is_that_of_the_model_it_leaves(family: str, mixed: 
     if mixed == "ffn+heads" and family == "opt":
         return
     plan = MIXED[mixed](model)
-    assert 4 * budget.kv_cache_entries(model, plan, 24, 3) == cache_bytes(carried_out(model, plan), 24, 3)
-    assert 4 * budget.kv_cache_entries(carried_out(model, plan), Plan(), 24, 3) == 4 * budget.kv_cache_entries(
+    assert 4 * sizes.kv_cache_entries(model, plan, 24, 3) == cache_bytes(carried_out(model, plan), 24, 3)
+    assert 4 * sizes.kv_cache_entries(carried_out(model, plan), Plan(), 24, 3) == 4 * sizes.kv_cache_entries(
         model, plan, 24, 3
     )
 
@@ -213,7 +216,7 @@ def test_the_cache_of_a_plan_is_that_of_the_model_it_leaves(family: str, mixed: 
 @pytest.mark.parametrize("family", ["mistral_sliding", "qwen2_sliding"])
 def test_the_cache_of_a_sliding_window_is_no_longer_than_the_window(family: str) -> None:
     model = tiny.model(family)
-    assert 4 * budget.kv_cache_entries(model, Plan(), 24, 1) == cache_bytes(model, 24, 1)
+    assert 4 * sizes.kv_cache_entries(model, Plan(), 24, 1) == cache_bytes(model, 24, 1)
 
 
 # amounts
@@ -275,8 +278,8 @@ def test_the_smallest_possible_is_possible(name: str, allocation: str, kinds: st
     found = re.search(r"here, ([\d,]+)", str(refused.value))
     assert found
     plan = planned(model, **settings, **{name: found[1]})
-    cached = budget.kv_cache_entries(model, plan, 64, 1)
-    left = budget.total_parameters(model) - budget.saved_by(model, plan)
+    cached = sizes.kv_cache_entries(model, plan, 64, 1)
+    left = sizes.total_parameters(model) - sizes.saved_by(model, plan)
     assert {"params": left, "memory": 4 * (left + cached)}[name] == pytest.approx(
         int(found[1].replace(",", "")), rel=5e-3
     )
@@ -298,7 +301,7 @@ def test_a_speedup_that_cannot_be_had_is_refused_in_its_own_words() -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"params": budget.total_parameters(deep()) - 3},
+        {"params": sizes.total_parameters(deep()) - 3},
         {"ratio": 1e-6, "allocation": "sensitivity", "layout": "per_layer"},
         {"ratio": 1e-6, "allocation": "global", "layout": "per_layer"},
     ],

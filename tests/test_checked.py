@@ -5,18 +5,21 @@ from typing import Any
 import pytest
 import torch
 
-from billhook import budget, choose
+from billhook.math import selection
+from billhook.models import limits
 
 
 @pytest.mark.parametrize("wrong", [("ffn", "uniform"), (("ffn",), 3)], ids=["kinds", "layout"])
 def test_a_wrong_type_is_refused(wrong: tuple[Any, Any]) -> None:
     """Of a function that names no shape: beartype alone has checked it."""
     with pytest.raises(Exception, match=r"check_names.*parameter (kinds|layout)=.* violates type hint"):
-        budget.check_names(*wrong)
+        limits.check_names(*wrong)
 
 
 @pytest.mark.parametrize("wrong", [torch.zeros(2, 2), torch.zeros(4, dtype=torch.long)], ids=["shape", "dtype"])
 def test_a_wrong_shape_is_refused(wrong: torch.Tensor) -> None:
-    choose.lowest(torch.zeros(4), 1)
-    with pytest.raises(Exception, match=r"Type-check error whilst checking the parameters of billhook.choose.lowest"):
-        choose.lowest(wrong, 1)
+    selection.lowest(torch.zeros(4), 1)
+    with pytest.raises(
+        Exception, match=r"Type-check error whilst checking the parameters of billhook.math.selection.lowest"
+    ):
+        selection.lowest(wrong, 1)

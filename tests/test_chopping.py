@@ -10,12 +10,14 @@ import tiny
 import torch
 import transformers as T
 
-from billhook import chopping, depth, pruning
+from billhook.calibration import layer_importance
 from billhook.errors import BillhookError
-from billhook.experts import unfuse
-from billhook.families import layers
-from billhook.pages.words import ranges
-from billhook.surgery import drop_layers
+from billhook.math import layer_presets
+from billhook.models.experts import unfuse
+from billhook.models.families import layers
+from billhook.models.surgery import drop_layers
+from billhook.pruning import prune
+from billhook.reports.formatting import ranges
 
 ROUTERS = ("mlp.gate.weight", "mlp.router.weight", "block_sparse_moe.gate.weight", "mlp.shared_expert_gate.weight")
 
@@ -47,37 +49,40 @@ def loss_of(model: T.PreTrainedModel, tokens: torch.Tensor) -> float:
     ],
 )
 def test_presets_by_hand(preset: str, half: list[int], few: list[int]) -> None:
-    assert depth.POSITIONS[preset](8, 4) == half and depth.POSITIONS[preset](8, 1) == few
+    assert layer_presets.POSITIONS[preset](8, 4) == half and layer_presets.POSITIONS[preset](8, 1) == few
 
 
-@pytest.mark.parametrize("preset", depth.POSITIONS)
+@pytest.mark.parametrize("preset", layer_presets.POSITIONS)
 @pytest.mark.parametrize("total", [3, 8, 30, 33])
 def test_presets_leave_the_first_and_the_last(preset: str, total: int) -> None:
     for count in range(1, total - 1):
-        found = depth.POSITIONS[preset](total, count)
+        found = layer_presets.POSITIONS[preset](total, count)
         assert len(set(found)) == count and found == sorted(found) and found[0] > 0 and found[-1] < total - 1
-        assert set(depth.drawn(total, count, 3)) <= set(range(1, total - 1))
+        assert set(layer_presets.drawn(total, count, 3)) <= set(range(1, total - 1))
 
 
 def test_every_other_layer_goes_at_a_half() -> None:
-    found = depth.max_gap(32, 15)
+    found = layer_presets.max_gap(32, 15)
     assert all(b - a == 2 for a, b in pairwise(found))
 
 
 def test_layers_are_named_in_ranges() -> None:
-    assert depth.numbered("10-12, 20,3", 30) == [3, 10, 11, 12, 20]
+    assert layer_presets.numbered("10-12, 20,3", 30) == [3, 10, 11, 12, 20]
     assert ranges([3, 10, 11, 12, 20]) == "3, 10-12, 20"
 
 
 @pytest.mark.parametrize("text", ["12-10", "1,1", "1-3,2", "30", "-1", "a", "", "1-", "1--2"])
 def test_wrong_names_are_refused(text: str) -> None:
     with pytest.raises(BillhookError, match="layers "):
-        depth.numbered(text, 30)
+        layer_presets.numbered(text, 30)
 
 
 def test_the_losses_are_those_of_models_without_the_layers() -> None:
     model, tokens = deep(), tiny.tokens(3, 24)
-    each, blocks = chopping.losses_without_each(model, tokens, [2]), chopping.losses_without_blocks(model, tokens, 3)
+    each, blocks = (
+        layer_importance.losses_without_each(model, tokens, [2]),
+        layer_importance.losses_without_blocks(model, tokens, 3),
+    )
     assert len(each) == 6 and len(blocks) == 2
     for gone, found in [({n, 2}, each[n]) for n in range(6)] + [({1, 2, 3}, blocks[0]), ({2, 3, 4}, blocks[1])]:
         without = deep()
@@ -90,13 +95,13 @@ def test_block_influence_by_hand() -> None:
     states = model(tokens, output_hidden_states=True).hidden_states[:-1]  # the last one is after the final norm
     for n, (x, y) in enumerate(pairwise(states)):
         cosine = torch.cosine_similarity(x[:, 1:].double(), y[:, 1:].double(), dim=-1).mean().item()
-        assert chopping.block_influence(model, tokens)[n] == pytest.approx(1 - cosine, abs=1e-5)
+        assert layer_importance.block_influence(model, tokens)[n] == pytest.approx(1 - cosine, abs=1e-5)
 
 
 def test_angles_by_hand() -> None:
     model, tokens = deep(), tiny.tokens(3, 24)
     states = model(tokens, output_hidden_states=True).hidden_states[:-1]
-    found = chopping.angular_distances(model, tokens)
+    found = layer_importance.angular_distances(model, tokens)
     cosine = torch.cosine_similarity(states[1][:, -1].double(), states[4][:, -1].double(), dim=-1)
     assert found[1][4] == pytest.approx((cosine.arccos() / math.pi).mean().item(), abs=1e-4)
     assert len(found) == 7 and all(found[n][n] == pytest.approx(0, abs=1e-4) for n in range(7))
@@ -108,8 +113,10 @@ def test_a_layer_that_does_nothing_goes_first(preset: str, quiet_one: int) -> No
     model, tokens = deep(), tiny.tokens(4, 24)
     for param in (layers(model)[quiet_one].mlp.down_proj.weight, layers(model)[quiet_one].self_attn.o_proj.weight):
         param.data *= 0
-    assert chopping.chosen(model, preset, 1, tokens, tokens) == [quiet_one]
-    assert chopping.losses_without_each(model, tokens)[quiet_one] == pytest.approx(loss_of(model, tokens), rel=1e-5)
+    assert layer_importance.chosen(model, preset, 1, tokens, tokens) == [quiet_one]
+    assert layer_importance.losses_without_each(model, tokens)[quiet_one] == pytest.approx(
+        loss_of(model, tokens), rel=1e-5
+    )
 
 
 def test_greedy_is_a_search_of_models() -> None:
@@ -122,22 +129,22 @@ def test_greedy_is_a_search_of_models() -> None:
             drop_layers(without, sorted([*gone, n]))
             losses[n] = loss_of(without, tokens)
         gone.append(min(losses, key=lambda n: losses[n]))
-    assert chopping.chosen(model, "greedy", 2, tokens, tokens) == sorted(gone)
+    assert layer_importance.chosen(model, "greedy", 2, tokens, tokens) == sorted(gone)
 
 
 def test_taylor_keeps_the_first_four_and_the_last_two() -> None:
     tokens = tiny.tokens(2, 24)
-    assert set(chopping.chosen(deep(9), "taylor", 2, tokens, tokens)) <= {4, 5, 6}
+    assert set(layer_importance.chosen(deep(9), "taylor", 2, tokens, tokens)) <= {4, 5, 6}
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 6, 8])
 def test_taylor_keeps_them_where_few_layers_are(total: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens, most = tiny.tokens(1, 16), max(total - 6, 0)
     if most:
-        assert chopping.chosen(deep(total), "taylor", most, tokens, tokens) == list(range(4, 4 + most))
-    monkeypatch.setattr(chopping, "element_sums", None)  # refused before anything is measured
+        assert layer_importance.chosen(deep(total), "taylor", most, tokens, tokens) == list(range(4, 4 + most))
+    monkeypatch.setattr(layer_importance, "element_sums", None)  # refused before anything is measured
     with pytest.raises(BillhookError, match=f"first 4 and the last 2 of {total} layers: at most {most} can go"):
-        chopping.chosen(deep(total), "taylor", most + 1, tokens, tokens)
+        layer_importance.chosen(deep(total), "taylor", most + 1, tokens, tokens)
 
 
 @pytest.mark.parametrize("family", tiny.CONFIGS)
@@ -145,7 +152,7 @@ def test_taylor_sums_over_every_linear_weight(family: str) -> None:
     """Whatever has two dimensions in a layer, by autograd over the loss of all windows, but for routers and their like."""
     model, tokens = tiny.model(family), tiny.tokens(2, 12)
     unfuse(model)
-    found = chopping.taylor_scores(model, tokens)
+    found = layer_importance.taylor_scores(model, tokens)
     assert not any(param.requires_grad or param.grad is not None for param in model.parameters())
     logits = model.requires_grad_(True)(tokens, use_cache=False).logits[:, :-1].float()
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
@@ -158,7 +165,7 @@ def test_taylor_sums_over_every_linear_weight(family: str) -> None:
         assert found[n] == pytest.approx(len(tokens) * expected, rel=1e-3)
 
 
-@pytest.mark.parametrize("preset", chopping.PRESETS)
+@pytest.mark.parametrize("preset", layer_importance.PRESETS)
 @pytest.mark.parametrize("total", [1, 2])
 def test_a_model_without_inner_layers_has_none_to_give(total: int, preset: str, tmp_path: Path) -> None:
     deep(total).save_pretrained(tmp_path / "model")
@@ -167,31 +174,35 @@ def test_a_model_without_inner_layers_has_none_to_give(total: int, preset: str, 
     given = dict(method="layerchop", preset=preset, calibration=str(tmp_path / "text"), samples=4, seq_len=32, probes=2)
     for wanted in ({"ratio": 0.3}, {"ratio": 0.01}, {"params": "20K"}, {"layers": 1}, {"memory": "60KB"}):
         with pytest.raises(BillhookError, match=r"first and the last (layer )?stay|a model may have") as caught:
-            pruning.prune(str(tmp_path / "model"), **given, **wanted)
+            prune.prune(str(tmp_path / "model"), **given, **wanted)
         assert "\n" not in str(caught.value)
 
 
 def test_what_was_measured_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = deep(9), tiny.tokens(3, 24)
-    once = [chopping.chosen(model, p, 2, tokens, tokens, folder=tmp_path, key={}) for p in chopping.MEASURED]
-    monkeypatch.setattr(chopping, "run", None)
-    monkeypatch.setattr(chopping, "element_sums", None)
-    assert once == [chopping.chosen(model, p, 2, tokens, tokens, folder=tmp_path, key={}) for p in chopping.MEASURED]
+    once = [
+        layer_importance.chosen(model, p, 2, tokens, tokens, folder=tmp_path, key={}) for p in layer_importance.MEASURED
+    ]
+    monkeypatch.setattr(layer_importance, "run", None)
+    monkeypatch.setattr(layer_importance, "element_sums", None)
+    assert once == [
+        layer_importance.chosen(model, p, 2, tokens, tokens, folder=tmp_path, key={}) for p in layer_importance.MEASURED
+    ]
 
 
-@pytest.mark.parametrize("preset", chopping.PRESETS)
+@pytest.mark.parametrize("preset", layer_importance.PRESETS)
 def test_a_chopped_model_is_written_whole(preset: str, tmp_path: Path, text_file: Path) -> None:
     deep(8).save_pretrained(tmp_path / "model")
     tiny.tokenizer().save_pretrained(tmp_path / "model")
     given = dict(method="layerchop", preset=preset, calibration=str(text_file), samples=4, seq_len=32, probes=2)
-    result = pruning.prune(str(tmp_path / "model"), ratio=0.25, **given)
+    result = prune.prune(str(tmp_path / "model"), ratio=0.25, **given)
     out = result.save(tmp_path / "out")
     told = json.loads((out / "billhook.json").read_text())
     gone, kept = told["dropped_layers"], told["kept_layers"]
     assert len(gone) == 2 and sorted(gone + kept) == list(range(8)) and {0, 7} <= set(kept)
     again = T.AutoModelForCausalLM.from_pretrained(out)
     assert again.config.num_hidden_layers == len(layers(again)) == 6
-    assert (told["calibration"]["windows"] == 0) == (preset in depth.FREE)
+    assert (told["calibration"]["windows"] == 0) == (preset in layer_presets.FREE)
 
 
 def test_presets_by_position_need_no_text(tmp_path: Path) -> None:
@@ -203,7 +214,7 @@ def test_presets_by_position_need_no_text(tmp_path: Path) -> None:
         {"keep": "0,4,5"},
         {"preset": "both", "layers": 4},
     ):
-        result = pruning.prune(
+        result = prune.prune(
             str(tmp_path / "model"), method="layerchop", calibration=str(tmp_path / "nowhere.txt"), **given
         )
         assert len(layers(result.model)) in (3, 4)
@@ -233,4 +244,4 @@ def test_bad_input(given: dict[str, object], said: str, tmp_path: Path, text_fil
     tiny.tokenizer().save_pretrained(tmp_path / "model")
     settings = {"method": "layerchop", "calibration": str(text_file), "samples": 4, "seq_len": 32, "probes": 2, **given}
     with pytest.raises(BillhookError, match=said):
-        pruning.prune(str(tmp_path / "model"), **settings)
+        prune.prune(str(tmp_path / "model"), **settings)

@@ -4,20 +4,21 @@ import errno
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from processes import Child
 
-from billhook import claim, locks, scratch
 from billhook.errors import BillhookError
+from billhook.runtime import locks, run_folder, scratch
 
 KEY = {"settings": {"ratio": 0.2}, "model": "a"}
 
 
 def run_of(work: Path) -> Path:
-    claim.claim(work, KEY, fresh=False)
+    run_folder.claim(work, KEY, fresh=False)
     for name in ("layer-0.json", "layer-0.safetensors", "layer.partial"):
         (work / name).write_text("{}")
     for name in ("pages", "lessons", "checkpoint-3"):
@@ -55,15 +56,18 @@ def test_killed_as_it_is_removed_it_is_known_as_a_run_s(fresh: bool, tmp_path: P
     for step in range(60):
         work = run_of(tmp_path / f"work-{step}")
         other = {"settings": {"ratio": 0.3}, "model": "a"}
-        died = ended_at(step, lambda: claim.claim(work, other, True, ("lessons",)) if fresh else claim.remove(work))  # noqa: B023
-        if claim.begun(work) and (work / "layer-0.json").exists():  # not begun to go
-            claim.claim(work, KEY, fresh=False)
+        if fresh:
+            died = ended_at(step, partial(run_folder.claim, work, other, True, ("lessons",)))
+        else:
+            died = ended_at(step, partial(run_folder.remove, work))
+        if run_folder.begun(work) and (work / "layer-0.json").exists():  # not begun to go
+            run_folder.claim(work, KEY, fresh=False)
             assert (work / "layer-0.safetensors").exists() and (work / "pages" / "one").exists()
         else:
-            claim.claim(
+            run_folder.claim(
                 work, other, fresh=False, keep=("lessons",)
             )  # whatever comes next takes what is left for its own
-            assert {one.name for one in work.iterdir()} <= {claim.NAME, "lessons"}
+            assert {one.name for one in work.iterdir()} <= {run_folder.NAME, "lessons"}
             assert not fresh or (work / "lessons" / "one").exists()
         if not died:
             break
@@ -74,16 +78,16 @@ def test_one_process_works_in_a_folder(tmp_path: Path) -> None:
     work = tmp_path / "new" / "work"
 
     def enter() -> None:
-        with claim.held(work):
-            claim.claim(work, KEY, fresh=False)
+        with run_folder.held(work):
+            run_folder.claim(work, KEY, fresh=False)
 
-    with claim.held(work), claim.held(work):  # what has it may ask again
+    with run_folder.held(work), run_folder.held(work):  # what has it may ask again
         code, _, said = Child(enter).ended(30)
-        assert code == 1 and "another command works in" in said and not (work / claim.NAME).exists()
+        assert code == 1 and "another command works in" in said and not (work / run_folder.NAME).exists()
     assert not (tmp_path / "new").exists()
     enter()
-    assert claim.begun(run_of(work)) and not claim.begun(tmp_path)
-    claim.remove(work)
+    assert run_folder.begun(run_of(work)) and not run_folder.begun(tmp_path)
+    run_folder.remove(work)
     assert not work.exists()
 
 
@@ -99,12 +103,12 @@ def test_without_locks_a_folder_is_worked_in_and_that_is_said(
         return said
 
     work = tmp_path / "work"
-    with claim.held(work):
+    with run_folder.held(work):
         run_of(work)
     assert not lines()
     monkeypatch.setattr(locks.fcntl, "flock", none)
     for one in (work, tmp_path / "new"):  # which no one else can have made, and others may come to
-        with claim.held(one), claim.held(one):
+        with run_folder.held(one), run_folder.held(one):
             assert one.is_dir()
         (line,) = lines()
         assert line.startswith(f"{one}: its file system has no locks: let no other command work there")
@@ -112,8 +116,8 @@ def test_without_locks_a_folder_is_worked_in_and_that_is_said(
 
 def test_what_no_run_made_is_not_removed(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
-    claim.remove(tmp_path)
-    with pytest.raises(BillhookError, match="is not a run's folder"), claim.held(tmp_path):
+    run_folder.remove(tmp_path)
+    with pytest.raises(BillhookError, match="is not a run's folder"), run_folder.held(tmp_path):
         pass
     assert (tmp_path / "notes.txt").exists()
 

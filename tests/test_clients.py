@@ -18,11 +18,12 @@ from test_bad_input import Bench
 from transformers import PreTrainedModel
 
 import billhook
-from billhook import clients, saving
+from billhook.checkpoints import save
+from billhook.checkpoints.clients import check
+from billhook.checkpoints.save import stored_parameters
 from billhook.errors import BillhookError
-from billhook.families import axes
-from billhook.saving import stored_parameters
-from billhook.surgery import drop_layers, remove
+from billhook.models.axes import axes
+from billhook.models.surgery import drop_layers, remove
 
 bench = test_bad_input.bench
 
@@ -40,7 +41,7 @@ def uneven(family: str) -> PreTrainedModel:
 
 def written(model: PreTrainedModel, folder: Path) -> Path:
     folder.mkdir()
-    saving.save(model, tiny.tokenizer(), folder, None)
+    save.save(model, tiny.tokenizer(), folder, None)
     return folder
 
 
@@ -93,9 +94,9 @@ def test_a_modelling_file_that_computes_otherwise_is_refused(tmp_path: Path) -> 
     code.write_text(code.read_text() + DISHONEST)
     words = r"does not serve .*/out as billhook does: its logits differ by 1\.0e-03 of their size$"
     with pytest.raises(BillhookError, match=words):
-        clients.check(folder, "transformers", trust=True)
+        check.check(folder, "transformers", trust=True)
     with pytest.raises(BillhookError, match=f"{code} is not as billhook writes it, and is not run"):
-        clients.check(folder, "transformers")
+        check.check(folder, "transformers")
 
 
 # clients of the tests' own: what a client says is canned, and tampered with
@@ -105,7 +106,7 @@ def truth(folder: Path, prompts: list[list[int]]) -> Answer:
     """What the transformers client should answer, by another route than billhook's load."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True)
     ids = torch.tensor(prompts)
-    more = {"max_new_tokens": clients.NEW_TOKENS, "min_new_tokens": clients.NEW_TOKENS, "do_sample": False}
+    more = {"max_new_tokens": check.NEW_TOKENS, "min_new_tokens": check.NEW_TOKENS, "do_sample": False}
     with torch.no_grad():
         logits = model(ids).logits.numpy()
     greedy = model.generate(ids, pad_token_id=0, **more)[:, ids.shape[1] :].tolist()
@@ -160,8 +161,8 @@ TAMPERED: dict[str, tuple[Callable[[Answer], object], str]] = {
 
 @pytest.mark.usefixtures("stock_client")
 def test_a_client_that_agrees_passes_and_any_difference_is_named(served: Path, tmp_path: Path) -> None:
-    honest, python = truth(served, clients._prompts(served)), tmp_path / "python"
-    found = clients.check(served, "transformers", saying(python, honest, before="print('loading')"))
+    honest, python = truth(served, check._prompts(served)), tmp_path / "python"
+    found = check.check(served, "transformers", saying(python, honest, before="print('loading')"))
     assert found == {"client": "transformers", "version": "1.2.3", "tokens": "equal", "logits_drift": 0.0}
     for tamper, words in TAMPERED.values():
         answer = json.loads(json.dumps(honest))
@@ -169,19 +170,19 @@ def test_a_client_that_agrees_passes_and_any_difference_is_named(served: Path, t
         with pytest.raises(
             BillhookError, match=f"^transformers 1.2.3 does not serve {served} as billhook does: .*{words}"
         ):
-            clients.check(served, "transformers", saying(python, answer))
+            check.check(served, "transformers", saying(python, answer))
     tokens_alone = {"version": "0.9", "greedy": honest["greedy"]}
-    found = clients.check(served, "vllm", saying(python, tokens_alone, before="print('INFO noise')"))
+    found = check.check(served, "vllm", saying(python, tokens_alone, before="print('INFO noise')"))
     assert found == {"client": "vllm", "version": "0.9", "tokens": "equal"}
     other_token(tokens_alone)
     with pytest.raises(BillhookError, match=r"^vllm 0\.9 does not serve .*: it generates other tokens$"):
-        clients.check(served, "vllm", saying(python, tokens_alone))
+        check.check(served, "vllm", saying(python, tokens_alone))
 
 
 @pytest.mark.usefixtures("stock_client")
 def test_llama_cpp_is_given_a_gguf_and_compared(tmp_path: Path) -> None:
     served, python = written(uneven("llama"), tmp_path / "served"), tmp_path / "python"
-    honest = truth(served, clients._prompts(served))
+    honest = truth(served, check._prompts(served))
     rows = torch.frombuffer(bytearray(base64.b64decode(honest["logits"]["float32"])), dtype=torch.float32)
     each = rows.view(honest["logits"]["shape"]).numpy()
     answer = {
@@ -190,15 +191,15 @@ def test_llama_cpp_is_given_a_gguf_and_compared(tmp_path: Path) -> None:
         "logits": [{"shape": r.shape, "float32": base64.b64encode(r.tobytes()).decode()} for r in each],
     }
     is_gguf = "assert open(sys.argv[3], 'rb').read(4) == b'GGUF'"
-    found = clients.check(served, "llama.cpp", saying(python, answer, before=is_gguf))
+    found = check.check(served, "llama.cpp", saying(python, answer, before=is_gguf))
     assert found == {"client": "llama.cpp", "version": "0.3", "tokens": "equal", "logits_drift": 0.0}
     answer["logits"].reverse()
     with pytest.raises(BillhookError, match=r"^llama.cpp 0\.3 does not serve .*: its logits differ by"):
-        clients.check(served, "llama.cpp", saying(python, answer))
+        check.check(served, "llama.cpp", saying(python, answer))
 
 
 @pytest.mark.usefixtures("stock_client")
-@pytest.mark.parametrize("client", clients.CHECKS)
+@pytest.mark.parametrize("client", check.CHECKS)
 @pytest.mark.parametrize(
     ("code", "words"),
     [
@@ -212,7 +213,7 @@ def test_llama_cpp_is_given_a_gguf_and_compared(tmp_path: Path) -> None:
 )
 def test_a_client_that_fails_is_quoted(client: str, code: str, words: str, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(BillhookError, match=words.format(client)):
-        clients.check(folder, client, interpreter(tmp_path / "python", code))
+        check.check(folder, client, interpreter(tmp_path / "python", code))
 
 
 @pytest.mark.usefixtures("stock_client")
@@ -226,14 +227,14 @@ def test_the_client_runs_apart(folder: Path, tmp_path: Path, monkeypatch: pytest
     )
     monkeypatch.delenv("HF_HUB_OFFLINE")
     with pytest.raises(BillhookError, match=f"asked for 2 of 16 of {folder}$"):
-        clients.check(folder, "transformers", interpreter(tmp_path / "python", code))
+        check.check(folder, "transformers", interpreter(tmp_path / "python", code))
 
 
 # the command
 
 
 def test_check_prints_a_table(bench: Bench) -> None:
-    bench.patch.setattr(clients, "check", _pretended)
+    bench.patch.setattr(check, "check", _pretended)
     code, out, err = bench.run("check", bench.model)
     assert (code, err) == (0, "")
     assert "transformers" in out and "1.2" in out and "the same greedy tokens, logits within 2.0e-07" in out
@@ -260,7 +261,7 @@ def test_a_result_that_the_client_does_not_serve_is_not_written(bench: Bench) ->
     def refuses(*_: object) -> None:
         raise BillhookError("transformers 1.2 does not serve it")
 
-    bench.patch.setattr(clients, "check", refuses)
+    bench.patch.setattr(check, "check", refuses)
     bench.refuses("transformers 1.2 does not serve it", *bench.prune())
 
 

@@ -9,7 +9,7 @@ import pytest
 import tiny
 from folders import run, written
 
-from billhook import checkpoint
+from billhook.checkpoints import load
 from billhook.errors import BillhookError
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -49,7 +49,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_value_that_no_model_has(values: dict[str, Any], words: str, folder: Path) -> None:
     say(folder, **values)
     with pytest.raises(BillhookError, match=words) as error:
-        checkpoint.check_folder(folder, str(folder))
+        load.check_folder(folder, str(folder))
     assert len(str(error.value)) < 600
 
 
@@ -59,7 +59,7 @@ def test_layers_of_every_family_are_counted(family: str, tmp_path: Path) -> None
     key = next(
         key for key in ("n_layer", "num_hidden_layers") if key in json.loads((folder / "config.json").read_text())
     )
-    checkpoint.check_folder(folder, "it")
+    load.check_folder(folder, "it")
     say(folder, **{key: 10**8})
     began = time.monotonic()
     for command in ("inspect", "check"):
@@ -69,7 +69,7 @@ def test_layers_of_every_family_are_counted(family: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("family", tiny.CONFIGS)
 def test_a_config_as_it_is_written_is_taken(family: str) -> None:
-    checkpoint.check_config(tiny.model(family).config.to_dict() | {"dtype": "float32"}, family)
+    load.check_config(tiny.model(family).config.to_dict() | {"dtype": "float32"}, family)
 
 
 def say(folder: Path, **values: Any) -> None:

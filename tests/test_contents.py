@@ -15,8 +15,9 @@ from folders import written
 from safetensors.torch import load_file, save_file
 from test_bad_input import Bench
 
-from billhook import checkpoint, clients, paging, saving, shards
+from billhook.checkpoints import load, save, shards, verify
 from billhook.errors import BillhookError
+from billhook.runtime import offload
 
 bench = test_bad_input.bench
 
@@ -112,11 +113,11 @@ THE_SAME: dict[str, tuple[str, Callable[[Path], None], int]] = {  # and how many
 
 
 def both(folder: Path) -> tuple[Any, Any]:
-    return tuple(checkpoint.open_model(str(folder), stream=stream).model for stream in (False, True))  # type: ignore[return-value]
+    return tuple(load.open_model(str(folder), stream=stream).model for stream in (False, True))  # type: ignore[return-value]
 
 
 def assert_equal(whole: Any, streamed: Any) -> None:
-    own, other = dict(paging.parameters(whole)), {k: one.clone() for k, one in paging.parameters(streamed)}
+    own, other = dict(offload.parameters(whole)), {k: one.clone() for k, one in offload.parameters(streamed)}
     assert own.keys() == other.keys() and all(torch.equal(own[key], other[key]) for key in own)
     assert whole.config.to_dict() == streamed.config.to_dict()
     assert torch.equal(whole(IDS).logits, streamed(IDS).logits)
@@ -127,13 +128,13 @@ def test_what_is_odd_about_a_folder_does_not_change_its_model(
     family: str, damage: Callable[[Path], None], unused: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = written(family, tmp_path / "model")
-    plain = checkpoint.open_model(str(folder))
+    plain = load.open_model(str(folder))
     damage(folder)
     with caplog.at_level(logging.WARNING, "billhook"):
         whole, streamed = both(folder)
     assert_equal(whole, streamed)
     assert torch.equal(whole(IDS).logits, plain.model(IDS).logits)
-    assert checkpoint.open_model(str(folder)).dtype == torch.float32
+    assert load.open_model(str(folder)).dtype == torch.float32
     lines = {record.getMessage() for record in caplog.records}
     assert len(lines) == bool(unused) and all(f"{unused} stored tensors are not used" in line for line in lines)
 
@@ -150,10 +151,10 @@ def test_a_command_says_once_what_is_stored_for_nothing(bench: Bench) -> None:
 
 def test_only_the_set_of_weights_that_transformers_takes_is_counted(tmp_path: Path) -> None:
     folder = written("llama", tmp_path / "model")
-    before = saving.stored_parameters(folder), saving.stored_bytes(folder), shards.digest(folder)
+    before = save.stored_parameters(folder), save.stored_bytes(folder), shards.digest(folder)
     sharded(folder)
     beside("consolidated.safetensors", one=torch.ones(9, 9))(folder)
-    assert (saving.stored_parameters(folder), saving.stored_bytes(folder), shards.digest(folder)) == before
+    assert (save.stored_parameters(folder), save.stored_bytes(folder), shards.digest(folder)) == before
 
 
 OTHERWISE: dict[str, tuple[str, Callable[[Path], None]]] = {
@@ -170,17 +171,17 @@ OTHERWISE: dict[str, tuple[str, Callable[[Path], None]]] = {
 def test_a_head_of_its_own_stays_its_own(family: str, damage: Callable[[Path], None], tmp_path: Path) -> None:
     """Whatever the flag says: the model is untied, its config says so, and what is written comes back equal."""
     folder = written(family, tmp_path / "model")
-    assert checkpoint.open_model(str(folder)).model.config.tie_word_embeddings
+    assert load.open_model(str(folder)).model.config.tie_word_embeddings
     damage(folder)
     whole, streamed = both(folder)
     assert_equal(whole, streamed)
     head, table = whole.get_output_embeddings().weight, whole.get_input_embeddings().weight
     assert head is not table and not torch.equal(head, table) and not whole.config.tie_word_embeddings
-    assert not checkpoint.open_skeleton(str(folder)).config.tie_word_embeddings
+    assert not load.open_skeleton(str(folder)).config.tie_word_embeddings
     for n, model in enumerate((whole, streamed)):
         (out := tmp_path / str(n)).mkdir()
-        saving.save(model, None, out, folder)
-        clients.verify(out, model)
+        save.save(model, None, out, folder)
+        verify.verify(out, model)
         assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
 
 
@@ -244,6 +245,6 @@ def test_a_refusal_is_the_same_in_both_ways(
     found = []
     for stream in (False, True):
         with pytest.raises(BillhookError, match=words) as refusal:
-            checkpoint.open_model(str(folder), stream=stream)
+            load.open_model(str(folder), stream=stream)
         found.append(str(refusal.value))
     assert found[0] == found[1] and "\n" not in found[0]

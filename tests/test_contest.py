@@ -11,21 +11,24 @@ import pytest
 import tiny
 import torch
 
-from billhook import checkpoint, cli, contest, data, pruning
-from billhook.contest import compare, contender, judged, sweep
+from billhook import cli, data
+from billhook.checkpoints import load
 from billhook.errors import BillhookError
-from billhook.families import layers
-from billhook.knee import knee
+from billhook.math.knee import knee
 from billhook.methods.fasp import fasp, fasp_each
-from billhook.plan import Plan
-from billhook.recipe import recipe
+from billhook.models.families import layers
+from billhook.models.plan import Plan
+from billhook.pruning import compare as compare_module
+from billhook.pruning import prune
+from billhook.pruning.compare import Judged, _each, _text_sha256, bend, compare, contender, judged, perplexity, sweep
+from billhook.pruning.recipe import recipe
 
 COMMON = {"samples": 6, "seq_len": 32, "multiple_of": 8}
 
 
 @pytest.fixture
-def opened(folder: Path) -> checkpoint.Opened:
-    return checkpoint.open_model(str(folder))
+def opened(folder: Path) -> load.Opened:
+    return load.open_model(str(folder))
 
 
 @pytest.fixture
@@ -34,7 +37,7 @@ def common(text_file: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def by(opened: checkpoint.Opened, tmp_path: Path) -> contest.Judged:
+def by(opened: load.Opened, tmp_path: Path) -> Judged:
     return judged(opened, [data.Text("words", tiny.text(300))], 32, 4, tmp_path / "kept")
 
 
@@ -74,9 +77,7 @@ def test_a_wrong_contender_is_refused(text: str, said: str) -> None:
         contender(text)
 
 
-def test_contenders_come_out_equal_in_size(
-    opened: checkpoint.Opened, by: contest.Judged, common: dict[str, Any]
-) -> None:
+def test_contenders_come_out_equal_in_size(opened: load.Opened, by: Judged, common: dict[str, Any]) -> None:
     contenders = [contender("fasp:multiple_of=1"), contender("fasp"), contender("fasp:score=wanda,stream=dense")]
     dense, *points = compare(opened, contenders, [0.2, 0.4], by, common)
     assert dense["series"] == "unpruned" and dense["ratio"] == 0
@@ -92,22 +93,20 @@ def test_contenders_come_out_equal_in_size(
 
 
 def test_nothing_is_measured_twice(
-    opened: checkpoint.Opened, by: contest.Judged, common: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    opened: load.Opened, by: Judged, common: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     contenders = [contender("fasp"), contender("fasp:score=wanda")]
     once = compare(opened, contenders[:1], [0.3], by, common)
     both = compare(opened, contenders, [0.3], by, common)
     assert both[:2] == once
-    monkeypatch.setattr(contest, "prune_opened", None)
-    monkeypatch.setattr(contest, "perplexity", None)
+    monkeypatch.setattr(compare_module, "prune_opened", None)
+    monkeypatch.setattr(compare_module, "perplexity", None)
     assert compare(opened, contenders, [0.3], by, common) == both
     with pytest.raises(TypeError):
         compare(opened, contenders, [0.4], by, common)
 
 
-def test_what_a_contender_cannot_do_is_its_error(
-    opened: checkpoint.Opened, by: contest.Judged, common: dict[str, Any]
-) -> None:
+def test_what_a_contender_cannot_do_is_its_error(opened: load.Opened, by: Judged, common: dict[str, Any]) -> None:
     contenders = [contender("fasp:axes=heads"), contender("fasp")]
     _, refused, fine = compare(opened, contenders, [0.4], by, common)
     assert "heads" in refused["error"] and refused["perplexities"] == []
@@ -115,11 +114,11 @@ def test_what_a_contender_cannot_do_is_its_error(
 
 
 def test_processes_of_their_own_find_the_same(
-    opened: checkpoint.Opened, by: contest.Judged, common: dict[str, Any], tmp_path: Path
+    opened: load.Opened, by: Judged, common: dict[str, Any], tmp_path: Path
 ) -> None:
     contenders = [contender("fasp"), contender("fasp:score=wanda"), contender("fasp:score=energy")]
     here = compare(opened, contenders, [0.3], by, common)
-    apart = contest.judged(opened, [data.Text("words", tiny.text(300))], 32, 4, tmp_path / "apart")
+    apart = compare_module.judged(opened, [data.Text("words", tiny.text(300))], 32, 4, tmp_path / "apart")
     there = compare(opened, contenders, [0.3], apart, common, jobs=2)
     drop = lambda points: [{k: v for k, v in p.items() if k not in ("seconds", "perplexities")} for p in points]  # noqa: E731
     assert drop(here) == drop(there)
@@ -129,26 +128,26 @@ def test_processes_of_their_own_find_the_same(
 
 @pytest.mark.parametrize("stream", ["dense", "dense_target"])
 def test_a_sweep_is_the_prunes_it_stands_for(
-    stream: str, opened: checkpoint.Opened, by: contest.Judged, common: dict[str, Any], folder: Path
+    stream: str, opened: load.Opened, by: Judged, common: dict[str, Any], folder: Path
 ) -> None:
     chosen = [recipe(**common, ratio=ratio, stream=stream) for ratio in (0.2, 0.4)]
     dense, *points = sweep(opened, "fasp", chosen, by)
     assert dense["achieved_ratio"] == 0
     for one, point in zip(chosen, points, strict=True):
-        result = pruning.prune_opened(checkpoint.open_model(str(folder)), one)
+        result = prune.prune_opened(load.open_model(str(folder)), one)
         assert point["parameters"] == result.report["sizes"]["after"]["parameters"]
-        assert point["perplexities"][0]["perplexity"] == contest.perplexity(result.model, by.windows[0]).perplexity
+        assert point["perplexities"][0]["perplexity"] == perplexity(result.model, by.windows[0]).perplexity
 
 
 def test_a_sweep_goes_on_where_it_was_cut_off(
-    opened: checkpoint.Opened, by: contest.Judged, common: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    opened: load.Opened, by: Judged, common: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = [recipe(**common, ratio=ratio, stream="dense") for ratio in (0.2, 0.3, 0.4)]
     sweep(opened, "fasp", [chosen[0], chosen[2]], by)
     asked: list[list[float | None]] = []
-    each = contest._each
+    each = _each
     monkeypatch.setattr(
-        contest,
+        compare_module,
         "_each",
         lambda opened, missing, *rest: (asked.append([m.ratio for m in missing]), each(opened, missing, *rest))[1],
     )
@@ -157,11 +156,11 @@ def test_a_sweep_goes_on_where_it_was_cut_off(
 
 
 def test_another_text_is_another_result(
-    opened: checkpoint.Opened, by: contest.Judged, common: dict[str, Any], text_file: Path
+    opened: load.Opened, by: Judged, common: dict[str, Any], text_file: Path
 ) -> None:
     chosen = recipe(**common, ratio=0.3)
     before = by.key(chosen)
-    contest._text_sha256.cache_clear()
+    _text_sha256.cache_clear()
     text_file.write_text(tiny.text(700))
     assert by.key(chosen) != before
 
@@ -284,7 +283,7 @@ def test_the_commands_write_pages_and_numbers(
 
 
 def test_a_prune_leaves_a_page(folder: Path, text_file: Path, tmp_path: Path) -> None:
-    result = pruning.prune(str(folder), ratio=0.3, samples=6, seq_len=32, multiple_of=8, calibration=str(text_file))
+    result = prune.prune(str(folder), ratio=0.3, samples=6, seq_len=32, multiple_of=8, calibration=str(text_file))
     out = result.save(tmp_path / "out")
     told = json.loads((out / "report.json").read_text())
     assert told["kind"] == "prune" and told["cut"]["sizes"] == json.loads((out / "billhook.json").read_text())["sizes"]
@@ -333,5 +332,5 @@ def test_only_a_cheap_knee_is_called_safe(below: float, said: str) -> None:
         {"error": None, "achieved_ratio": x, "perplexities": [{"text": "words", "window_losses": [y, y]}]}
         for x, y in zip(ratios, line(ratios, 0.3, below, 9.0), strict=True)
     ]
-    found = contest.bend(points)
+    found = bend(points)
     assert found is not None and re.match(said, found["verdict"])

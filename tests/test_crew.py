@@ -14,8 +14,8 @@ import tiny
 import worker_tasks
 
 import billhook
-from billhook.crew import Hands, _room, crew, portions
 from billhook.errors import BillhookError
+from billhook.runtime.workers import Hands, _room, crew, portions
 
 ray = pytest.importorskip("ray")
 os.environ["RAY_AUTH_MODE"] = "disabled"  # or it leaves a token in the home folder, which later clusters then ask for
@@ -91,7 +91,7 @@ def test_a_dead_process_of_this_machine_is_said(tmp_path: Path) -> None:
 
 EMPLOYER = """
 import time, worker_tasks
-from billhook.crew import Hands, crew
+from billhook.runtime.workers import Hands, crew
 
 if __name__ == "__main__":
     with crew(Hands(2), "cpu", worker_tasks.prepare, (0,)) as gang:
@@ -126,14 +126,14 @@ def test_ray_makes_the_same_model(way: str, cluster: str, folder: Path) -> None:
     given = {"calibration": str(folder / "text.txt"), **GIVEN, **WAYS[way]}
     alone = billhook.prune(folder, **given)
     spread = billhook.prune(folder, ray=cluster, stream_weights=way == "fasp", **given)
-    with billhook.paging.held(spread.model.model.layers[0]):
+    with billhook.runtime.offload.held(spread.model.model.layers[0]):
         pass
     _assert_equal(alone, spread)
 
 
 def _assert_equal(one: billhook.Result, two: billhook.Result) -> None:
     for n, (a, b) in enumerate(zip(one.model.model.layers, two.model.model.layers, strict=True)):
-        with billhook.paging.held(a), billhook.paging.held(b):
+        with billhook.runtime.offload.held(a), billhook.runtime.offload.held(b):
             found = dict(b.named_parameters())
             for name, param in a.named_parameters():
                 assert param.equal(found[name]), (n, name)

@@ -12,9 +12,9 @@ from fuzzing import Damage, Tally, file_damages, fuzz, json_damages, sample
 from kept_files import KEPT, TAKEN
 from rich.console import Console
 
-from billhook import demo, history, report
+from billhook import demo
 from billhook.errors import BillhookError
-from billhook.pages import page
+from billhook.reports import card, commands, history, page, records, terminal
 
 FEW = 16  # damages of a file that the fast tests try; the slow one tries all
 
@@ -31,21 +31,21 @@ def record() -> dict[str, Any]:
         **{"pattern": "2:4", "targets": ["ffn"], "zeros": 50, "weights": 100, "sparsity": 0.5},
         "operators": operators,
     }
-    return json.loads(report.to_json(found))
+    return json.loads(records.to_json(found))
 
 
 def shown(folder: Path) -> Callable[[], None]:
     """What evaluate, recover and prune make of a record: tables, a card and a page."""
 
     def shows() -> None:
-        if cut := report.stored_cut(folder):
+        if cut := records.stored_cut(folder):
             healing = (cut.get("recovery") or [None])[-1]
-            Console(file=io.StringIO()).print(report.summary_table(cut, "a model"))
-            assert report.model_card(cut).encode()
+            Console(file=io.StringIO()).print(terminal.summary_table(cut, "a model"))
+            assert card.model_card(cut).encode()
             for one in (cut, {**cut, "search": None}, {**cut, "search": None, "zeros": None}):
-                assert report.command(one).encode()
-            said = report.assemble("recover", "a model", {"command": ""}, cut=cut, healing=healing)
-            assert page.render(said).encode() and report.to_json(said)
+                assert commands.command(one).encode()
+            said = records.assemble("recover", "a model", {"command": ""}, cut=cut, healing=healing)
+            assert page.render(said).encode() and records.to_json(said)
 
     return shows
 
@@ -58,7 +58,7 @@ def stored(tmp_path: Path) -> Path:
 
 def test_a_record_is_taken_as_it_was_written(stored: Path) -> None:
     shown(stored.parent)()
-    assert report.stored_cut(stored.parent) == record()
+    assert records.stored_cut(stored.parent) == record()
 
 
 def test_a_record_that_is_damaged_is_refused_or_shown(stored: Path) -> None:

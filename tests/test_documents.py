@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from billhook.documents import read_as, read_object
 from billhook.errors import BillhookError
+from billhook.runtime.documents import read_as, read_object
 
 
 class Sizes(BaseModel):

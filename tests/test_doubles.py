@@ -9,12 +9,15 @@ import tiny
 import torch
 
 import billhook
-from billhook import chopping, doubles, masking, pool, shearing
-from billhook.grams import Grams
+from billhook import tensors
+from billhook.calibration import layer_importance
+from billhook.math.layerwise import Settings
+from billhook.math.sparsity import Pattern
+from billhook.methods import masking
 from billhook.methods.layerchop import PATCHES
 from billhook.methods.optishear import Metric
-from billhook.sparsity import Pattern
-from billhook.support import Settings
+from billhook.runtime.cache import Grams
+from billhook.search import optishear, pool
 
 Case = tuple[str, dict[str, Any]]  # a family, and how it is pruned
 SMALL: dict[str, Any] = dict(seq_len=16, samples=4, multiple_of=2, ratio=0.2)
@@ -44,7 +47,7 @@ SLOW: dict[str, Case] = {
     "optishear": ("llama", dict(method="optishear", **SPARSE)),
     **{
         name: ("llama", dict(preset=preset, **CHOPPED))
-        for preset in chopping.MEASURED
+        for preset in layer_importance.MEASURED
         if (name := f"layerchop {preset}") not in FAST
     },
     **{
@@ -62,7 +65,7 @@ SLOW: dict[str, Case] = {
 
 @pytest.fixture(autouse=True)
 def _known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doubles, "WITHOUT", {no_doubles.NAME})
+    monkeypatch.setattr(tensors, "WITHOUT", {no_doubles.NAME})
 
 
 def pruned(case: Case, text: Path, device: torch.device) -> dict[str, torch.Tensor]:
@@ -110,10 +113,10 @@ def test_a_metric_is_tried_as_on_the_cpu() -> None:
     found = []
     with no_doubles.device():
         for device in (torch.device("cpu"), no_doubles.DEVICE):
-            windows = shearing.Validation(tokens[:0], tokens[:2], tokens[2:])
+            windows = optishear.Validation(tokens[:0], tokens[:2], tokens[2:])
             model = tiny.model("llama", num_hidden_layers=2).to(device)
-            shears = shearing.Shears(model, how, tokens, windows, "nll", None, lambda *_: None)
-            found += shears.losses([shearing.Candidate(Metric(f1="square"))], windows.rungs)
+            shears = optishear.Shears(model, how, tokens, windows, "nll", None, lambda *_: None)
+            found += shears.losses([optishear.Candidate(Metric(f1="square"))], windows.rungs)
     assert found[0][0] == found[1][0] != ""
     assert found[0][1] == pytest.approx(found[1][1])
 
@@ -133,4 +136,4 @@ def test_the_device_refuses_what_an_apple_gpu_refuses() -> None:
                 ask()
         with pytest.raises(RuntimeError, match="same device"):
             x + torch.ones(2)
-        assert doubles.precise(x).equal(torch.ones(2, dtype=torch.float64))
+        assert tensors.precise(x).equal(torch.ones(2, dtype=torch.float64))

@@ -11,11 +11,13 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import billhook
-from billhook import cli, planning, rehearsal, scores
+from billhook import cli
 from billhook.errors import BillhookError
-from billhook.estimate import estimate
-from billhook.plan import Plan
-from billhook.recipe import recipe
+from billhook.math import scores
+from billhook.models.plan import Plan
+from billhook.pruning import planning, rehearsal, texts
+from billhook.pruning.dry_run import estimate
+from billhook.pruning.recipe import recipe
 
 WAYS: dict[str, dict[str, Any]] = {
     "ffn": {"ratio": 0.1},
@@ -125,7 +127,7 @@ def test_operations_of_a_narrowed_rehearsal_are_those_of_the_whole_width(
     whole = tiny.model("llama", intermediate_size=1024)
     given = recipe(**{**GIVEN, **WAYS[way]})
     none = torch.zeros(0, 32, dtype=torch.long)
-    plan = planning.make_plan(whole, given, planning.Texts(none, none), torch.float32) if given.ratio else Plan()
+    plan = planning.make_plan(whole, given, texts.Texts(none, none), torch.float32) if given.ratio else Plan()
     found = []
     monkeypatch.setattr(scores, "BLOCK", 32)  # below which operations are no polynomial
     monkeypatch.setattr(rehearsal, "LARGEST", 4)  # then 8, 16 and 32: no narrower than that

@@ -18,15 +18,19 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from billhook import budget, cached, cli, evaluate, quality, report, speed
+from billhook import cli
 from billhook.data import Text, Windows
 from billhook.data import windows as cut_windows
 from billhook.errors import BillhookError
-from billhook.memory import peak_growth
-from billhook.plan import Plan
-from billhook.quality import perplexities, perplexity
-from billhook.speed import memory, speeds
-from billhook.writing import continuations, variety
+from billhook.evaluation import perplexity as perplexity_module
+from billhook.evaluation import side_by_side, speed
+from billhook.evaluation.continuations import continuations, variety
+from billhook.evaluation.perplexity import perplexities, perplexity
+from billhook.evaluation.speed import memory, speeds
+from billhook.models import cached, sizes
+from billhook.models.plan import Plan
+from billhook.reports import records
+from billhook.runtime.memory import peak_growth
 
 CPU = torch.device("cpu")
 MEGABYTE = 10**6
@@ -58,7 +62,7 @@ def test_perplexity_is_that_by_hand(family: str, monkeypatch: pytest.MonkeyPatch
     by_hand = losses_by_hand(model, given.tokens)
     expected = math.exp(statistics.fmean(by_hand))
     for batch_tokens in (1, 24, 10_000):
-        monkeypatch.setattr(quality, "BATCH_TOKENS", batch_tokens)
+        monkeypatch.setattr(perplexity_module, "BATCH_TOKENS", batch_tokens)
         found = perplexity(model, given)
         assert found.perplexity == pytest.approx(expected, rel=1e-5)
         spread = math.sqrt(sum((loss - statistics.fmean(by_hand)) ** 2 for loss in by_hand) / 4)
@@ -68,7 +72,7 @@ def test_perplexity_is_that_by_hand(family: str, monkeypatch: pytest.MonkeyPatch
 
 def test_perplexity_of_one_window_can_be_written_down() -> None:
     found = perplexity(tiny.model("llama"), windows(count=1))
-    assert json.loads(report.to_json(asdict(found)))["standard_error"] is None
+    assert json.loads(records.to_json(asdict(found)))["standard_error"] is None
 
 
 def test_perplexity_reports_its_progress() -> None:
@@ -153,7 +157,7 @@ def test_memory_counts_tied_weights_once() -> None:
     found = memory(model, 1, 16)
     assert found["weights_bytes"] == stored <= found["peak_bytes"]
     assert memory(model.bfloat16(), 1, 16)["weights_bytes"] == stored // 2
-    assert budget.parameters(model)["parameters"] * 4 == stored
+    assert sizes.parameters(model)["parameters"] * 4 == stored
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2_sliding", "opt"])
@@ -224,14 +228,14 @@ def test_macs_are_what_torch_counts(family: str) -> None:
     model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counted:
         model(tiny.tokens(1, length), use_cache=False)
-    rotary = counted.get_total_flops() // 2 - length * budget.macs_per_token(model, length)
-    assert 0 <= rotary < 0.01 * length * budget.macs_per_token(model, length)  # the angles are a product, too
+    rotary = counted.get_total_flops() // 2 - length * sizes.macs_per_token(model, length)
+    assert 0 <= rotary < 0.01 * length * sizes.macs_per_token(model, length)  # the angles are a product, too
 
 
 def test_side_by_side_says_everything_twice_and_compares() -> None:
     models = [tiny.model("llama"), tiny.model("llama", seed=1)]
-    subjects = [evaluate.Subject(name, m, tiny.tokenizer()) for name, m in zip(("a", "b"), models, strict=True)]
-    asked = evaluate.Measures(
+    subjects = [side_by_side.Subject(name, m, tiny.tokenizer()) for name, m in zip(("a", "b"), models, strict=True)]
+    asked = side_by_side.Measures(
         texts=[Text("words", tiny.text())],
         seq_len=16,
         max_windows=3,
@@ -240,20 +244,20 @@ def test_side_by_side_says_everything_twice_and_compares() -> None:
         new_tokens=4,
         repeats=1,
     )
-    first, second = evaluate.side_by_side(subjects, asked, reference=True)
+    first, second = side_by_side.side_by_side(subjects, asked, reference=True)
     assert first["perplexities"][0]["against"] is None and second["perplexities"][0]["against"]["kl"] > 0
     assert len(first["speeds"]) == 2 and len(first["continuations"]) == len(first["prompts"]) == 5
-    cached = budget.kv_cache_entries(models[0], Plan(), 8, 1) * 4
+    cached = sizes.kv_cache_entries(models[0], Plan(), 8, 1) * 4
     assert first["memory"]["kv_cache_bytes"] == cached
-    assert evaluate.same_tokenizer([first, second])
+    assert side_by_side.same_tokenizer([first, second])
 
 
 def test_a_context_beyond_the_positions_is_refused() -> None:
     model = tiny.model("llama")
-    subject = evaluate.Subject("tiny", model, tiny.tokenizer())
+    subject = side_by_side.Subject("tiny", model, tiny.tokenizer())
     longest = model.config.max_position_embeddings
     with pytest.raises(BillhookError, match=f"context {longest}: tiny has {longest} positions"):
-        evaluate.side_by_side([subject], evaluate.Measures(contexts=(longest,)))
+        side_by_side.side_by_side([subject], side_by_side.Measures(contexts=(longest,)))
 
 
 def test_a_model_left_in_its_files_has_the_same_perplexity_and_nothing_timed(tmp_path: Path) -> None:

@@ -9,13 +9,22 @@ import torch
 from test_gradients import close, left_behind, of_unit, whole_gradients
 from torch import Tensor
 
-from billhook.axes import Slot
+from billhook.calibration.gradients import gradient_sums
 from billhook.errors import BillhookError
-from billhook.evidence import evidence
-from billhook.families import axes
-from billhook.gradients import gradient_sums
-from billhook.solution import LLM_PRUNER, REDUCTIONS, TERMS, PoolEvidence, Solution, fixed, mixtures, scores, shares
-from billhook.taylor import GRADIENT_SCORES, GradientSums
+from billhook.math.taylor import GRADIENT_SCORES, GradientSums
+from billhook.models.axes import Slot, axes
+from billhook.search.evidence import evidence
+from billhook.search.metrics import (
+    LLM_PRUNER,
+    REDUCTIONS,
+    TERMS,
+    PoolEvidence,
+    Solution,
+    fixed,
+    mixtures,
+    scores,
+    shares,
+)
 
 IDS = tiny.tokens(windows=5, length=12)
 CLUSTERS = torch.tensor([0, 1, 0, 1, 1])
@@ -149,7 +158,7 @@ def test_evidence_is_kept_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     model = tiny.model("llama")
     first = evidence(model, IDS, CLUSTERS, KINDS, folder=tmp_path)
     (file,) = tmp_path.iterdir()
-    monkeypatch.setattr("billhook.evidence._gathered", None)
+    monkeypatch.setattr("billhook.search.evidence._gathered", None)
     again = evidence(model, IDS, CLUSTERS, KINDS, folder=tmp_path)
     for place, own in first.units.items():
         assert all(torch.equal(value, vars(again.units[place])[name]) for name, value in vars(own).items())

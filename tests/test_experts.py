@@ -17,18 +17,23 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from typer.testing import CliRunner
 
 import billhook
-from billhook import budget, checkpoint, clients, contest, evaluate, layout, merging, saving
+from billhook.calibration.routers import mixtures
+from billhook.checkpoints import load, save, verify
 from billhook.cli import app
 from billhook.data import Text
 from billhook.errors import BillhookError
-from billhook.experts import Experts, fuse, is_apart, unfuse
-from billhook.families import axes, layers, mixture, router_path, row_of
+from billhook.evaluation import side_by_side
+from billhook.evaluation.speed import memory, speeds
+from billhook.math import merging
 from billhook.methods.experts import WAYS, Settings, experts
-from billhook.modeling_per_layer import FAMILIES
-from billhook.plan import Plan
-from billhook.routing import mixtures
-from billhook.speed import memory, speeds
-from billhook.surgery import drop_layers, remove
+from billhook.models import layout, limits, sizes
+from billhook.models.axes import axes
+from billhook.models.experts import Experts, fuse, is_apart, unfuse
+from billhook.models.families import layers, mixture, router_path, row_of
+from billhook.models.modeling_per_layer import FAMILIES
+from billhook.models.plan import Plan
+from billhook.models.surgery import drop_layers, remove
+from billhook.pruning import compare
 
 MIXED = [name for name, row in FAMILIES.items() if row.experts]
 IDS = tiny.tokens(windows=8, length=32)
@@ -52,7 +57,7 @@ def mixed_folder(tmp_path: Path) -> Path:
 def test_apart_and_together_are_the_same(family: str) -> None:
     model, stock = opened(family), tiny.model(family)
     assert layout.layer_sizes(model) == layout.layer_sizes(stock)
-    assert budget.total_parameters(model) == budget.total_parameters(stock)
+    assert sizes.total_parameters(model) == sizes.total_parameters(stock)
     torch.testing.assert_close(model(IDS).logits, stock(IDS).logits, rtol=1e-5, atol=1e-5)
     fuse(model)
     assert torch.equal(model(IDS).logits, stock(IDS).logits)
@@ -80,21 +85,21 @@ def masked(model: PreTrainedModel, layer: int, drop: torch.Tensor) -> None:
 def test_removing_experts_equals_never_choosing_them(family: str, tmp_path: Path) -> None:
     cut, silent = opened(family), opened(family)
     drop, saved = torch.tensor([1, 4]), 0  # one from each half, which are the groups of a router that has them
-    before = budget.total_parameters(cut)
+    before = sizes.total_parameters(cut)
     for axis in axes(cut, ("experts",)):
         masked(silent, axis.layer, drop)
         saved += 2 * axis.price(cut)
         remove(cut, axis, drop)
-    assert before - budget.total_parameters(cut) == saved > 0
+    assert before - sizes.total_parameters(cut) == saved > 0
     torch.testing.assert_close(cut(IDS).logits, silent(IDS).logits, rtol=1e-4, atol=1e-4)
     fuse(cut)
     layout.update_config(cut)
-    saving.save(cut, tiny.tokenizer(), tmp_path, None)
+    save.save(cut, tiny.tokenizer(), tmp_path, None)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert type(again) is type(cut) and torch.equal(again(IDS).logits, cut(IDS).logits)
     left = getattr(tiny.model(family).config, row_of(cut).keys["experts"]) - 2
     assert getattr(again.config, row_of(cut).keys["experts"]) == left
-    assert clients.verify(tmp_path, cut)["cache_drift"] < 1e-5
+    assert verify.verify(tmp_path, cut)["cache_drift"] < 1e-5
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -102,7 +107,7 @@ def test_a_router_that_chooses_groups_first_loses_experts_evenly(way: str) -> No
     model = opened("glm4_moe")
     found = axes(model, ("experts",))
     rows = [model.get_parameter(axis.reader.param).clone() for axis in found]
-    assert [budget.allowed(model, axis, 1) for axis in found] == [[0, 2, 4]] * 2  # two of a group are the least
+    assert [limits.allowed(model, axis, 1) for axis in found] == [[0, 2, 4]] * 2  # two of a group are the least
     experts(model, IDS, Plan({(axis.layer, "experts"): 4 for axis in found}), Settings(way))
     for axis, before in zip(found, rows, strict=True):
         left = model.get_parameter(axis.reader.param)
@@ -117,7 +122,7 @@ def test_layers_without_a_mixture_stay_so_when_others_go(family: str, tmp_path: 
     plain = [mixture(model, n) is None for n in range(3)]
     assert any(plain) and not all(plain)
     drop_layers(model, [1])
-    saving.save(model, tiny.tokenizer(), tmp_path, None)
+    save.save(model, tiny.tokenizer(), tmp_path, None)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert [mixture(again, n) is None for n in range(2)] == [plain[0], plain[2]]
     assert torch.equal(again(IDS).logits, model(IDS).logits)
@@ -130,9 +135,9 @@ def test_a_token_pays_for_the_experts_it_goes_to() -> None:
         m.weight.numel() for n, m in model.named_modules() if hasattr(m, "in_features") and ".experts." not in n
     )
     inside = 3 * (2 * 3 * 16 * 32 + 6 * 32)  # two experts a layer, and all of the router's rows
-    assert budget.macs_per_token(model, 0) == outside + inside
+    assert sizes.macs_per_token(model, 0) == outside + inside
     for family in MIXED:
-        assert budget.macs_per_token(opened(family), 7) == budget.macs_per_token(tiny.model(family), 7)
+        assert sizes.macs_per_token(opened(family), 7) == sizes.macs_per_token(tiny.model(family), 7)
 
 
 class Operations(TorchDispatchMode):
@@ -161,20 +166,20 @@ class Operations(TorchDispatchMode):
 @pytest.mark.parametrize("family", MIXED)
 def test_what_is_measured_is_the_stock_forward(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every operation, as often and on the same shapes, as of a model that transformers loads."""
-    monkeypatch.setattr(evaluate, "speeds", functools.partial(speeds, new_tokens=1))
+    monkeypatch.setattr(side_by_side, "speeds", functools.partial(speeds, new_tokens=1))
     folder, words = written(family, tmp_path / "mixture"), Text("words", tiny.text())
-    asked = evaluate.Measures(
+    asked = side_by_side.Measures(
         texts=[words], seq_len=16, max_windows=2, contexts=(16,), prompts=("Once",), new_tokens=2, repeats=1
     )
-    ours = checkpoint.open_model(str(folder))
+    ours = load.open_model(str(folder))
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     stock = replace(ours, model=loaded.requires_grad_(False))  # which torch computes by other operations
     counts, judgements = [], []
     for one in (ours, stock):
         counted = Operations()
         counted.of(one.model)
-        found = evaluate.side_by_side([evaluate.Subject.of(one)], asked)
-        seen = contest.unpruned(one, contest.judged(one, [words], 16, 2, None))
+        found = side_by_side.side_by_side([side_by_side.Subject.of(one)], asked)
+        seen = compare.unpruned(one, compare.judged(one, [words], 16, 2, None))
         memory(one.model, 1, 16)
         counts.append(counted.found)
         judgements.append((found[0]["perplexities"], found[0]["macs_per_token"], seen["perplexities"]))
@@ -211,8 +216,8 @@ def test_every_way_leaves_a_stock_model(way: str, family: str, tmp_path: Path) -
     assert [cut.dropped for cut in cuts] == [count] * len(found)
     assert all(0 < cut.error < 5 for cut in cuts)
     layout.update_config(model)
-    saving.save(model, tiny.tokenizer(), tmp_path, None)
-    assert clients.verify(tmp_path, model)["logits"] == "equal"
+    save.save(model, tiny.tokenizer(), tmp_path, None)
+    assert verify.verify(tmp_path, model)["logits"] == "equal"
 
 
 def test_twins_merge_without_loss() -> None:
@@ -317,9 +322,9 @@ def test_a_mixture_without_a_plain_ffn_says_what_it_has(text_file: Path) -> None
 
 
 def test_inspect_counts_experts(mixed_folder: Path) -> None:
-    found = budget.anatomy(checkpoint.open_skeleton(str(mixed_folder)))
+    found = limits.anatomy(load.open_skeleton(str(mixed_folder)))
     rows = {row["axis"]: row for row in found["axes"]}
     assert rows["experts"]["units"] == 6 and rows["expert_ffn"]["units"] == 16
     assert rows["experts"]["parameters_per_unit"] == 3 * 16 * 32 + 32
     assert "every token goes to" in rows["shared"]["refused"]
-    assert json.dumps(found) and len(layers(checkpoint.open_model(str(mixed_folder)).model)) == 3
+    assert json.dumps(found) and len(layers(load.open_model(str(mixed_folder)).model)) == 3

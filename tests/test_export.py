@@ -17,11 +17,15 @@ import tiny
 import torch
 import transformers as T
 
-from billhook import checkpoint, demo, export, gguf_vocab, llamacpp
+from billhook import demo
+from billhook.checkpoints import load
+from billhook.checkpoints.clients import llamacpp
+from billhook.checkpoints.gguf import vocabulary, write
+from billhook.checkpoints.gguf.write import write_gguf
 from billhook.errors import BillhookError
-from billhook.export import write_gguf
-from billhook.families import axes, layers
-from billhook.surgery import remove
+from billhook.models.axes import axes
+from billhook.models.families import layers
+from billhook.models.surgery import remove
 
 LLAMA = os.environ.get("BILLHOOK_LLAMA_PYTHON") or (sys.executable if importlib.util.find_spec("llama_cpp") else "")
 in_llama = pytest.mark.skipif(not LLAMA, reason="BILLHOOK_LLAMA_PYTHON names no Python that has llama-cpp-python")
@@ -282,7 +286,7 @@ def test_progress_is_told(out: Path) -> None:
 @pytest.fixture
 def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A llama-quantize on PATH; the test writes what it does."""
-    tool = tmp_path / "bin" / export.QUANTIZER
+    tool = tmp_path / "bin" / write.QUANTIZER
     tool.parent.mkdir()
     monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
     yield tool
@@ -376,10 +380,10 @@ def test_a_broken_file_is_said_in_one_line(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("cut", [False, True])
 def test_the_demo_in_llama_cpp(cut: bool, out: Path) -> None:
-    opened = checkpoint.open_model("demo", device="cpu")
+    opened = load.open_model("demo", device="cpu")
     model, tokenizer = opened.model, opened.tokenizer
     pre = fields(demo.model_gguf())["tokenizer.ggml.pre"]
-    gguf_vocab.give_splits(tokenizer, pre)  # transformers 5.23 lost them
+    vocabulary.give_splits(tokenizer, pre)  # transformers 5.23 lost them
     if cut:
         for n, axis in enumerate(axes(model, ("ffn",))):
             remove(model, axis, torch.arange(n * 3))

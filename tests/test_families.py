@@ -9,10 +9,10 @@ import tiny
 import torch
 
 import billhook
-from billhook import budget
 from billhook.errors import BillhookError
-from billhook.families import layers
-from billhook.modeling_per_layer import FAMILIES, MIXED
+from billhook.models import limits
+from billhook.models.families import layers
+from billhook.models.modeling_per_layer import FAMILIES, MIXED
 
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"
 CASES: dict[str, dict[str, Any]] = {
@@ -61,7 +61,7 @@ def makes_sense(family: str, case: str) -> bool:
 def test_every_method_runs_or_says_why_not(family: str, case: str, text: str) -> None:
     model = tiny.model(family).bfloat16()
     before = sum(p.numel() for p in layers(model).parameters())
-    shares = {row["axis"]: row["share_of_decoder"] for row in budget.anatomy(tiny_opened(family))["axes"]}
+    shares = {row["axis"]: row["share_of_decoder"] for row in limits.anatomy(tiny_opened(family))["axes"]}
     given = {"calibration": text, "samples": 10, "seq_len": 32, "multiple_of": 8, **CASES[case]}
     if not {"ratio", "layers"} & set(given):  # half of the units of that axis, or a third of the experts
         given["ratio"] = (shares.get(axis_of(case)) or 0.2) * (0.34 if axis_of(case) == "experts" else 0.5)

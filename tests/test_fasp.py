@@ -11,13 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import billhook
-from billhook import tensorfile
-from billhook.axes import reader_weight
-from billhook.families import axes, layers
+from billhook.calibration.walk import STREAMS, walk
 from billhook.methods.fasp import Settings, fasp
-from billhook.observe import STREAMS, walk
-from billhook.plan import even
-from billhook.surgery import cast
+from billhook.models.axes import axes, reader_weight
+from billhook.models.families import layers
+from billhook.models.plan import even
+from billhook.models.surgery import cast
+from billhook.runtime import tensor_files
 
 IDS = tiny.tokens(16, 32)
 
@@ -128,13 +128,13 @@ def test_a_bfloat16_checkpoint_stays_one(tmp_path: Path, text_file: Path) -> Non
 def test_a_failing_reload_leaves_nothing(tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = dict(calibration=str(text_file), samples=8, seq_len=32, multiple_of=4)
     result = billhook.prune(tiny.model("llama"), tokenizer=tiny.tokenizer(), ratio=0.2, **settings)
-    written = tensorfile.write
+    written = tensor_files.write
 
     def corrupt(tensors: dict[str, torch.Tensor], to: Path) -> None:
         first = next(iter(tensors))
         written({**tensors, first: tensors[first] + 1}, to)
 
-    monkeypatch.setattr(tensorfile, "write", corrupt)
+    monkeypatch.setattr(tensor_files, "write", corrupt)
     with pytest.raises(billhook.BillhookError, match="logits after reloading differ"):
         result.save(tmp_path / "deep" / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["words.txt"]

@@ -12,7 +12,7 @@ from folders import written
 from test_bad_input import Bench
 
 import billhook
-from billhook import checkpoint
+from billhook.checkpoints import load
 
 bench = test_bad_input.bench
 
@@ -50,7 +50,7 @@ def test_flags_of_a_config_stay_and_decide_nothing(asked: str, family: str, stre
     assert (code, err) == (0, "")
     written_config = json.loads((out / "config.json").read_text())
     assert {key: written_config.get(key) for key in FLAGS[asked]} == FLAGS[asked]
-    by = checkpoint.load(out).config._attn_implementation
+    by = load.load(out).config._attn_implementation
     assert by == ("eager" if asked == "eager" else "sdpa")
     given = ("--text", bench.text, "--seq-len", 16, "--windows", 2, "--parts", "none" if streamed else "texts")
     code, _, err = bench.run("evaluate", out, "--against", model, *given, "--new-tokens", 2, *where)

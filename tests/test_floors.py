@@ -1,9 +1,10 @@
-"""The import order of the house: every module stands on a floor and imports only from below it, at its top.
+"""The import order of the house: a folder imports folders of lower floors only, at the top of a file; inside one there is no cycle.
 
 `violations` reads source text alone, so the same checker that passes the package is shown to fail on bad sources.
 """
 
 import ast
+import graphlib
 import re
 import sys
 from collections.abc import Iterator
@@ -12,167 +13,48 @@ from pathlib import Path
 import pytest
 
 import billhook
-from billhook.modeling_per_layer import FAMILIES
+from billhook.models.modeling_per_layer import FAMILIES
 
 PACKAGE = Path(billhook.__file__).parent
-STANDALONE = {  # run where billhook is not: with checkpoints, or by a client's own Python
-    *("modeling_per_layer", "transformers_client", "vllm_client", "llamacpp_client"),
-}
-FLOORS: tuple[tuple[str, ...], ...] = (  # low to high; modules of one floor do not import each other
-    ("pages", "pages.scales", "pages.words", "pages.markup"),
-    (
-        *("errors", "ending", "locks", "renaming"),
-        "tensors",
-        "doubles",
-        "precision",
-        "cached",
-        "progress",
-        "cuts",
-        "plan",
-        "memory",
-        "modes",
-        "overlap",
-        "around",
-        "flags",
-        "greedy",
-        "interpreters",
-        *("generation", "belongings"),
-        "tensorfile",
-        *STANDALONE,
-        "gguf_archs",
-        "pages.tables",
-    ),
-    (
-        *(
-            "documents",
-            "linalg",
-            "losses",
-            "atomic",
-            "scratch",
-            "paging",
-            "amounts",
-            "llamacpp",
-            "gguf_vocab",
-            "gguf_file",
-            "gguf_rope",
-            "knee",
-            "depth",
-        ),
-        "writing",
-        *("pages.charts", "pages.recovery_tables", "pages.search_tables"),
-    ),
-    (
-        "gguf_words",
-        "store",
-        "claim",
-        "history",
-        "hidden",
-        "headers",
-        "textfile",
-        "pages.cut_tables",
-        "pages.healing",
-        "pages.searched",
-        "pages.style",
-        "pace",
-        "demo",
-    ),
-    (
-        "shards",
-        "crew",
-        "grams",
-        "scores",
-        "taylor",
-        "solution",
-        "allocate",
-        "choose",
-        "restore",
-        "sparsity",
-        "axes",
-        "merging",
-    ),
-    ("families", "older", "support", "data", "teacher", "pages.headline"),
-    (
-        "surgery",
-        "fitted",
-        "observe",
-        "gradients",
-        "layout",
-        "quality",
-        "trainables",
-        "zeros",
-        "experts",
-        "known",
-        "residual",
-        "configs",
-    ),
-    ("naming",),
-    ("contents",),
-    (
-        "budget",
-        "saving",
-        "own_code",
-        "export",
-        "vocabulary",
-        "refit",
-        "rotation",
-        "evidence",
-        "operators",
-        "routing",
-        "methods.magnitude",
-        "methods.wanda",
-        "methods.sparsegpt",
-    ),
-    ("refused",),
-    ("skeleton", "journal"),
-    ("restream", "gguf_in"),
-    ("methods.*", "checkpoint", "speed", "zeroshot", "report", "course", "reading", "pool"),
-    ("methods", "clients", "spreading", "sensitivity", "chopping", "evaluate", "training", "pages.page"),
-    ("allocation", "slicing", "timing", "publish", "blocks", "masking", "sharing"),
-    ("space", "trials"),
-    ("samplers",),
-    ("recipe",),
-    ("planning", "recovery", "rounds", "recipe_file"),
-    ("runs", "selection", "searching", "result", "feasible"),
-    ("shearing",),
-    ("pruning", "rehearsal"),
-    ("contest", "recovering", "forecast", "estimate"),
-    ("cli.shared",),
-    ("cli.*",),
-    ("cli",),
-    ("", "__main__"),  # the doors: they load the rest on first use, since torch takes seconds
+FLOORS = (  # low to high: folders, and files that stand beside them
+    {"errors", "tensors"},
+    {"math", "runtime"},
+    {"models", "reports", "demo"},
+    {"calibration", "checkpoints", "data"},
+    {"evaluation"},
+    {"training"},
+    {"methods", "recovery"},
+    {"search"},
+    {"pruning"},
+    {"cli"},
+    {"", "__main__"},  # the doors: they load the rest on first use, since torch takes seconds
 )
-FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
+CLIENTS = "checkpoints.clients."
+STANDALONE = {  # run where billhook is not: with checkpoints, or by a client's own Python
+    "models.modeling_per_layer",
+    *(f"{CLIENTS}{name}_client" for name in ("transformers", "vllm", "llamacpp")),
+}
+MAY_IMPORT = {  # folders that may import few others
+    "math": {"errors", "tensors"},
+    "runtime": {"errors", "tensors"},
+    "models": {"errors", "tensors", "runtime"},
+    "reports": {"errors", "runtime"},
+    "recovery": {
+        "errors",
+        "tensors",
+        "runtime",
+        "math",
+        "models",
+        "reports",
+        "checkpoints",
+        "data",
+        "evaluation",
+        "training",
+    },
+    "evaluation": {"errors", "tensors", "runtime", "math", "models", "reports", "checkpoints", "data"},
+}
 NUMERIC = {"torch", "numpy", "scipy"}  # what mathematics may stand on
-WORDS = {"errors", "tensors", "doubles"}  # what mathematics and structure may both stand on
-MATHEMATICS = {
-    "depth",
-    "linalg",
-    "losses",
-    "scores",
-    "taylor",
-    "solution",
-    "allocate",
-    "choose",
-    "restore",
-    "sparsity",
-    "support",
-    "knee",
-    "merging",
-}
-STRUCTURE = {
-    "tensorfile",
-    "axes",
-    "families",
-    "surgery",
-    "layout",
-    "experts",
-    "known",
-    "residual",
-    "rotation",
-    "paging",
-}
-NAME_FAMILIES = {"families", "modeling_per_layer", "gguf_archs"}
-ROOM = re.compile(r"\..*")  # methods.fasp -> methods.*
+NAME_FAMILIES = {"models.families", "models.modeling_per_layer", "checkpoints.gguf.architectures"}
 LAZY = {"", "__main__"}
 OPTIONAL = {
     "datasets",
@@ -185,7 +67,7 @@ OPTIONAL = {
     "tqdm",
 }  # may be imported inside a function
 HEAVY = {
-    "billhook.training"
+    "billhook.training.trainer"
 }  # may be, too: transformers' Trainer brings datasets, pandas and peft, 120 MB and a second
 MAX_LINES = 400
 TOKENIZERS = {"gpt2"}  # names of families that are names of tokenizers, too
@@ -215,8 +97,13 @@ def imports(tree: ast.Module) -> Iterator[tuple[ast.stmt, str]]:
                 yield node, inner if inner.removeprefix("billhook.") in KNOWN else base
 
 
+def room(module: str) -> str:
+    """The folder of a module, or the file that stands beside the folders."""
+    return module.partition(".")[0]
+
+
 def floor(module: str) -> int | None:
-    return FLOOR.get(module, FLOOR.get(ROOM.sub(".*", module)))
+    return next((number for number, rooms in enumerate(FLOORS) if room(module) in rooms), None)
 
 
 def import_violations(module: str, target: str) -> Iterator[str]:
@@ -226,15 +113,13 @@ def import_violations(module: str, target: str) -> Iterator[str]:
     elif top == "billhook":
         here, there = floor(module), floor(inside)
         if here is None or there is None:
-            yield f"{module if here is None else inside} has no floor"
-        elif there >= here:
+            yield f"{room(module if here is None else inside)} has no floor"
+        elif room(module) != room(inside) and there >= here:
             yield f"upward import of billhook.{inside}"
-        if module in MATHEMATICS and inside not in MATHEMATICS | WORDS:
-            yield f"mathematics imports billhook.{inside}"
-        if module in STRUCTURE and inside not in STRUCTURE | STANDALONE | WORDS:
-            yield f"structure imports billhook.{inside}"
-    elif module in MATHEMATICS and top not in NUMERIC and top not in sys.stdlib_module_names:
-        yield f"mathematics imports {top}"
+        elif room(inside) not in MAY_IMPORT.get(room(module), set()) | {room(module)} and room(module) in MAY_IMPORT:
+            yield f"{room(module)} imports billhook.{inside}"
+    elif room(module) == "math" and top not in NUMERIC and top not in sys.stdlib_module_names:
+        yield f"math imports {top}"
 
 
 def texts(tree: ast.Module) -> Iterator[str]:
@@ -293,46 +178,72 @@ def _exports(node: ast.stmt) -> bool:
     return isinstance(node, ast.ImportFrom) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
 
 
+def imports_within(folder: str, known: dict[str, str]) -> dict[str, set[str]]:
+    """Of every module in a folder, those in it that it imports; the folder's own `__init__` has the folder's name."""
+    inside = {module: source for module, source in known.items() if room(module) == folder}
+    return {
+        module: {
+            target.removeprefix("billhook.")
+            for _, target in imports(ast.parse(source))
+            if target.removeprefix("billhook.") in inside
+        }
+        for module, source in inside.items()
+    }
+
+
 @pytest.mark.parametrize("module", KNOWN)
 def test_a_module_keeps_to_its_floor(module: str) -> None:
-    assert floor(module) is not None, f"give {module} a floor in FLOORS"
     assert violations(module, KNOWN[module]) == []
 
 
+@pytest.mark.parametrize("folder", sorted({room(module) for module in KNOWN}))
+def test_no_cycle_in_a_folder(folder: str) -> None:
+    assert list(graphlib.TopologicalSorter(imports_within(folder, KNOWN)).static_order())
+
+
+def test_a_cycle_is_caught() -> None:
+    cycle = {"math.a": "from billhook.math import b", "math.b": "from billhook.math.a import x"}
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(graphlib.CycleError):
+        patch.setitem(KNOWN, "math.a", "")
+        patch.setitem(KNOWN, "math.b", "")
+        list(graphlib.TopologicalSorter(imports_within("math", cycle)).static_order())
+
+
 def test_every_floor_is_inhabited() -> None:
-    assert {name if name in FLOOR else ROOM.sub(".*", name) for name in KNOWN} == set(FLOOR)
-    assert len(FLOOR) == sum(map(len, FLOORS))
+    assert {room(module) for module in KNOWN} == set().union(*FLOORS)
+    assert sum(map(len, FLOORS)) == len(set().union(*FLOORS))
 
 
 @pytest.mark.parametrize(
     ("module", "source", "wrong"),
     [
-        ("axes", "from billhook.families import axes", "upward import of billhook.families"),
+        ("models.axes", "from billhook.calibration.walk import walk", "upward import of billhook.calibration.walk"),
+        ("demo", "import billhook.data", "upward import of billhook.data"),
+        ("data", "from billhook.checkpoints import load", "upward import of billhook.checkpoints.load"),  # same floor
+        ("recovery.setup", "from billhook.methods import METHODS", "upward import of billhook.methods"),
+        ("pruning.recipe", "from billhook import BillhookError", "upward import of billhook"),
+        ("pruning.recipe", "from billhook.utils import helper", "utils has no floor"),
+        ("math.selection", "import billhook.models.axes", "upward import of billhook.models.axes"),
+        ("math.selection", "from billhook.runtime import cache", "upward import of billhook.runtime.cache"),
+        ("math.restore", "from transformers import PreTrainedModel", "math imports transformers"),
+        ("models.surgery", "from billhook.math import restore", "models imports billhook.math.restore"),
+        ("reports.card", "from billhook.math.layer_presets import cuts", "reports imports billhook.math.layer_presets"),
         (
-            "demo",
-            "import billhook.data",
-            "upward import of billhook.data",
-        ),  # data imports demo: the cycle's one edge up
-        ("speed", "from billhook import checkpoint", "upward import of billhook.checkpoint"),  # same floor
-        ("methods.fasp", "from billhook.methods import METHODS", "upward import of billhook.methods"),
-        ("methods.new", "from billhook.methods.fasp import fit", "upward import of billhook.methods.fasp"),
-        ("recipe", "from billhook import BillhookError", "upward import of billhook"),
-        ("recipe", "from billhook.utils import helper", "utils has no floor"),
-        ("choose", "import billhook.axes", "mathematics imports billhook.axes"),
-        ("restore", "from transformers import PreTrainedModel", "mathematics imports transformers"),
-        ("surgery", "from billhook import restore", "structure imports billhook.restore"),
-        ("families", "from billhook.linalg import factor", "structure imports billhook.linalg"),
-        ("recipe", "def f():\n    import yaml", "yaml is not imported at the top"),
-        ("recipe", "if True:\n    from billhook import data", "billhook.data is not imported at the top"),
-        ("recipe", "from . import data", "relative import"),
-        ("linalg", "x = __import__('transformers')", "__import__ hides an import"),
+            "evaluation.speed",
+            "from billhook.calibration.walk import walk",
+            "evaluation imports billhook.calibration.walk",
+        ),
+        ("pruning.recipe", "def f():\n    import yaml", "yaml is not imported at the top"),
+        ("pruning.recipe", "if True:\n    from billhook import data", "billhook.data is not imported at the top"),
+        ("pruning.recipe", "from . import data", "relative import"),
+        ("math.linalg", "x = __import__('transformers')", "__import__ hides an import"),
         ("data", "print('hello')", "print outside cli"),
-        ("surgery", "if kind == 'opt':\n    pass", "family name in 'opt'"),
-        ("surgery", "x = f'{y} is a Llama'", "family name in ' is a Llama'"),
-        ("checkpoint", "from transformers import OPTForCausalLM", "family name in 'OPTForCausalLM'"),
-        ("report", "\n" * 401, "401 lines"),
-        ("", "from billhook.recipe import prune\nVERSION = compute()", "logic in __init__"),
-        ("", "from billhook.recipe import prune\ndef f(): ...", "logic in __init__"),
+        ("models.surgery", "if kind == 'opt':\n    pass", "family name in 'opt'"),
+        ("models.surgery", "x = f'{y} is a Llama'", "family name in ' is a Llama'"),
+        ("checkpoints.load", "from transformers import OPTForCausalLM", "family name in 'OPTForCausalLM'"),
+        ("reports.records", "\n" * 401, "401 lines"),
+        ("", "from billhook.pruning.recipe import prune\nVERSION = compute()", "logic in __init__"),
+        ("", "from billhook.pruning.recipe import prune\ndef f(): ...", "logic in __init__"),
         ("", "import torch\n__all__ = sorted(globals())", "logic in __init__"),
     ],
 )
@@ -345,11 +256,27 @@ def test_the_checker_catches(module: str, source: str, wrong: str) -> None:
     [
         ("data", "def f():\n    from datasets import load_dataset"),
         ("cli", "print('hello')"),
-        ("surgery", '"""Cuts a llama."""\nfrom billhook import axes\n\n\ndef f():\n    """Also an OPT."""'),
-        ("budget", "OPTIONS = 'an option, optional, OPTIMAL'"),
-        ("scores", "import math\n\nimport torch\n\nfrom billhook.linalg import factor"),
-        ("", '"""Doc."""\n\nfrom billhook.recipe import prune\n\n__all__ = ["prune"]'),
+        (
+            "models.surgery",
+            '"""Cuts a llama."""\nfrom billhook.models import axes\n\n\ndef f():\n    """Also an OPT."""',
+        ),
+        ("models.sizes", "OPTIONS = 'an option, optional, OPTIMAL'"),
+        ("math.scores", "import math\n\nimport torch\n\nfrom billhook.math.linalg import factor"),
+        ("", '"""Doc."""\n\nfrom billhook.pruning.recipe import prune\n\n__all__ = ["prune"]'),
     ],
 )
 def test_the_checker_lets_pass(module: str, source: str) -> None:
     assert violations(module, source) == []
+
+
+def test_a_folder_lists_its_files() -> None:
+    for module in KNOWN:
+        folder, _, name = module.rpartition(".")
+        if folder:
+            listed = {line.split()[0] for line in (ast.get_docstring(ast.parse(KNOWN[folder])) or "").splitlines()[2:]}
+            assert name in listed or any(other.startswith(f"{module}.") for other in KNOWN), module
+
+
+def test_the_map_names_every_room() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text()
+    assert all(f"`{one}/`" in page or f"`{one}.py`" in page for one in set().union(*FLOORS) - FLOORS[-1])

@@ -9,26 +9,28 @@ from typing import Any
 import pytest
 import tiny
 
-from billhook import cli, forecast, pace, runs
+from billhook import cli
 from billhook.errors import BillhookError
-from billhook.recipe import recipe
-from billhook.recovery import recovery
+from billhook.pruning.recipe import recipe
+from billhook.recovery import forecast, setup
+from billhook.recovery.settings import recovery
+from billhook.training import throughput
 
 ASKED: dict[str, Any] = {"seq_len": 16, "device": "cpu", "seconds": 0.05}
 
 
 def test_minutes_become_tokens_at_the_speed_measured(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pace, "training_pace", lambda *_: 1000.0)
-    monkeypatch.setattr(pace, "answering_pace", lambda *_: 4000.0)
+    monkeypatch.setattr(throughput, "training_pace", lambda *_: 1000.0)
+    monkeypatch.setattr(throughput, "answering_pace", lambda *_: 4000.0)
     found = forecast.forecast(str(folder), 0.3, 10, **ASKED)
-    each = (1 + runs.JUDGING + 3 * runs.TRIAL) / 1000 + 1 / 4000
+    each = (1 + setup.JUDGING + 3 * setup.TRIAL) / 1000 + 1 / 4000
     assert found["tokens"] == int(600 / each) // 1000 * 1000
     whole = sum(param.numel() for param in tiny.model("llama").parameters())
     assert found["parameters"] < whole and found["training_bytes"] == 16 * found["parameters"]
 
 
 def test_the_commands_are_ones_that_billhook_takes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pace, "training_pace", lambda *_: 1000.0)
+    monkeypatch.setattr(throughput, "training_pace", lambda *_: 1000.0)
     prune, recover = forecast.forecast(str(folder), 0.3, 10, **ASKED)["commands"]
     for line, check in ((prune, recipe), (recover, recovery)):
         words = shlex.split(line)
@@ -79,7 +81,7 @@ def test_a_ratio_that_is_none(ratio: float, folder: Path) -> None:
 
 
 def test_too_little_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pace, "training_pace", lambda *_: 0.01)
+    monkeypatch.setattr(throughput, "training_pace", lambda *_: 0.01)
     with pytest.raises(BillhookError, match="that is no window of 16: give more time"):
         forecast.forecast(str(folder), 0.3, 0.1, **ASKED)
 
@@ -88,7 +90,7 @@ def test_too_little_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_layers_are_not_advised_where_none_can_go(
     ratio: float, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pace, "training_pace", lambda *_: 1000.0)
+    monkeypatch.setattr(throughput, "training_pace", lambda *_: 1000.0)
     tiny.model(family).save_pretrained(tmp_path / "in")
     tiny.tokenizer().save_pretrained(tmp_path / "in")
     prune, _ = forecast.forecast(str(tmp_path / "in"), ratio, 10, **ASKED)["commands"]

@@ -11,8 +11,11 @@ import tiny
 import torch
 import transformers as T
 
-from billhook import atomic, course, pruning, recovering, store, tensorfile
 from billhook.errors import BillhookError
+from billhook.pruning import prune
+from billhook.recovery import recover
+from billhook.runtime import atomic, cache, tensor_files
+from billhook.training import schedule
 
 LENGTH, STEPS, BYTES = 16, 9, 64
 
@@ -23,7 +26,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("full")
     tiny.model("llama").save_pretrained(root / "teacher")
     tiny.tokenizer().save_pretrained(root / "teacher")
-    student = pruning.prune(str(root / "teacher"), method="layerchop", drop="1")
+    student = prune.prune(str(root / "teacher"), method="layerchop", drop="1")
     student.model.save_pretrained(root / "student")
     tiny.tokenizer().save_pretrained(root / "student")
     words = tiny.text(1200)
@@ -32,8 +35,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run(root: Path, work: Path) -> recovering.Recovered:
-    return recovering.recover(
+def run(root: Path, work: Path) -> recover.Recovered:
+    return recover.recover(
         root / "student",
         work=work,
         teacher=str(root / "teacher"),
@@ -49,7 +52,7 @@ def run(root: Path, work: Path) -> recovering.Recovered:
 
 
 @pytest.fixture(scope="module")
-def whole(made: Path) -> recovering.Recovered:
+def whole(made: Path) -> recover.Recovered:
     return run(made, made / "whole")
 
 
@@ -75,12 +78,12 @@ FILES: dict[str, tuple[Any, str, Callable[..., bool]]] = {  # of a checkpoint: w
     "schedule": (torch, "save", lambda _, to: "scheduler" in str(to)),
     "random numbers": (torch, "save", lambda _, to: "rng_state" in str(to)),
     "state": (T.TrainerState, "save_to_json", lambda *_: True),
-    "mark": (atomic, "write_text", lambda to, _: to.name == course.WHOLE),
+    "mark": (atomic, "write_text", lambda to, _: to.name == schedule.WHOLE),
 }
 
 
 def test_checkpoints_that_the_disk_does_not_take(
-    made: Path, whole: recovering.Recovered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: Path, whole: recover.Recovered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reason = "(File too large|the disk is full, or files may not be as large)"
     for before, left in enumerate(("none was saved yet", "the checkpoint of step 3 is kept in .*checkpoint-3")):
@@ -94,7 +97,7 @@ def test_checkpoints_that_the_disk_does_not_take(
                 with pytest.raises(BillhookError, match=rf"^cannot write .*checkpoint-\d: {reason}; {left}: make room"):
                     run(made, tmp_path)
             found = whole_ones(tmp_path)
-            assert course.checkpoints(tmp_path) == found and len(found) == before
+            assert schedule.checkpoints(tmp_path) == found and len(found) == before
     again = run(made, tmp_path)
     assert again.healing["losses"] == whole.healing["losses"]
     theirs = whole.model.state_dict()
@@ -102,13 +105,13 @@ def test_checkpoints_that_the_disk_does_not_take(
 
 
 def whole_ones(work: Path) -> list[Path]:
-    return [one for one in course.checkpoints(work) if course.is_whole(one)]
+    return [one for one in schedule.checkpoints(work) if schedule.is_whole(one)]
 
 
 def test_answers_and_results_that_the_disk_does_not_take(
-    made: Path, whole: recovering.Recovered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: Path, whole: recover.Recovered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    writers = ((tensorfile, "write", "teacher-.*safetensors"), (store.atomic, "write_text", "tokens|teacher-.*json"))
+    writers = ((tensor_files, "write", "teacher-.*safetensors"), (cache.atomic, "write_text", "tokens|teacher-.*json"))
     for owner, attribute, file in writers:
         with monkeypatch.context() as patch:
             patch.setattr(owner, attribute, never_larger(getattr(owner, attribute), lambda *_: True))
@@ -118,7 +121,7 @@ def test_answers_and_results_that_the_disk_does_not_take(
                 run(made, tmp_path / "work")
     assert run(made, tmp_path / "work").healing["losses"] == whole.healing["losses"]
     with monkeypatch.context() as patch:
-        patch.setattr(tensorfile, "write", never_larger(tensorfile.write, lambda *_: True))
+        patch.setattr(tensor_files, "write", never_larger(tensor_files.write, lambda *_: True))
         with pytest.raises(BillhookError, match=r"^cannot write .*out: File too large; nothing half-written was left"):
             whole.save(tmp_path / "out")
     shutil.rmtree(tmp_path / "work")

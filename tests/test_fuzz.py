@@ -17,8 +17,9 @@ from test_export import built
 from test_gguf_damaged import mutations
 from test_textfile import FILES
 
-from billhook import checkpoint, data, demo
-from billhook.export import write_gguf
+from billhook import data, demo
+from billhook.checkpoints import load
+from billhook.checkpoints.gguf.write import write_gguf
 
 EACH = 90  # damages of a file that what reads it meets, where it has more
 LATER = ("model-00003", "model-00004", "model-00005", "model-00006")  # shards: two of them tell as much
@@ -27,7 +28,7 @@ IN_COMMANDS = 2  # of those of a model's folder
 
 def opened(folder: Path, stream: bool) -> Callable[[], object]:
     def opens() -> object:
-        return checkpoint.open_model(str(folder), device="cpu", stream=stream)
+        return load.open_model(str(folder), device="cpu", stream=stream)
 
     return opens
 
@@ -94,7 +95,7 @@ def test_thousands_of_damaged_files(
     whole = tmp_path / "model.gguf"
     write_gguf(built("llama"), tiny.tokenizer(), whole, "F32")
     cut = [Damage(f"GGUF {n}", one) for n, one in enumerate(mutations(whole.read_bytes(), 1, 2 * EACH))]
-    fuzz(whole, cut, [lambda: checkpoint.open_model(str(whole), device="cpu")], tallies["GGUF"])
+    fuzz(whole, cut, [lambda: load.open_model(str(whole), device="cpu")], tallies["GGUF"])
     more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     with capsys.disabled():
         for name, tally in tallies.items():

@@ -13,9 +13,9 @@ import tiny
 from ggufs import written
 from test_export import built
 
-from billhook import checkpoint
+from billhook.checkpoints import load
+from billhook.checkpoints.gguf.write import write_gguf
 from billhook.errors import BillhookError
-from billhook.export import write_gguf
 
 HUGE = (2**31 - 1, 2**32, 2**63, 2**64 - 1)
 
@@ -30,7 +30,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def outcome(path: Path) -> str:
     """Whether a file opened, or was refused as it should be; anything else ends the test."""
     try:
-        checkpoint.open_model(str(path), device="cpu")
+        load.open_model(str(path), device="cpu")
     except BillhookError as error:
         assert str(error).isprintable() and str(path) in str(error)
         return "refused"
@@ -71,13 +71,13 @@ def test_a_wrong_word_or_count_is_named(at: int, put: bytes, message: str, whole
     path = tmp_path / "wrong.gguf"
     path.write_bytes(whole[:at] + put + whole[at + len(put) :])
     with pytest.raises(BillhookError, match=message):
-        checkpoint.open_model(str(path), device="cpu")
+        load.open_model(str(path), device="cpu")
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.gguf")
     with pytest.raises(BillhookError, match=r"pipe\.gguf is not a plain file"):
-        checkpoint.open_model(str(tmp_path / "pipe.gguf"), device="cpu")
+        load.open_model(str(tmp_path / "pipe.gguf"), device="cpu")
 
 
 def test_a_name_that_no_line_can_hold_is_quoted(tmp_path: Path) -> None:

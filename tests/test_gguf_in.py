@@ -14,18 +14,18 @@ from test_export import CASES, IDS, LLAMA3_ROPE, built
 from test_gguf_vocab import TEXT, sentencepiece, trained
 from tokenizers import pre_tokenizers
 
-from billhook import checkpoint
+from billhook.checkpoints import load
+from billhook.checkpoints.gguf.architectures import PRE_TOKENIZERS
+from billhook.checkpoints.gguf.write import write_gguf
 from billhook.errors import BillhookError
-from billhook.export import write_gguf
-from billhook.gguf_archs import PRE_TOKENIZERS
 
 
 def logits(model: Any, length: int = 16) -> torch.Tensor:
     return model(torch.tensor([IDS[:length]]), use_cache=False).logits
 
 
-def opened(path: Path) -> checkpoint.Opened:
-    return checkpoint.open_model(str(path), device="cpu")
+def opened(path: Path) -> load.Opened:
+    return load.open_model(str(path), device="cpu")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -277,7 +277,7 @@ def test_text_is_cut_as_it_was(name: str, tmp_path: Path) -> None:
     tokenizer.add_tokens(["<think>"])
     tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
     write_gguf(built("llama", vocab_size=len(tokenizer)), tokenizer, tmp_path / "model.gguf")
-    found = checkpoint.open_tokenizer(str(tmp_path / "model.gguf"))
+    found = load.open_tokenizer(str(tmp_path / "model.gguf"))
     text = f"{TEXT} <think>a</think></s>"
     assert found(text).input_ids == tokenizer(text).input_ids
     assert found.decode(found(text).input_ids, clean_up_tokenization_spaces=False) == text
@@ -294,7 +294,7 @@ def test_sentencepiece_is_cut_as_it_was(prefix: bool, bos: bool, tmp_path: Path)
     if not prefix:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
     write_gguf(built("llama", vocab_size=len(tokenizer)), tokenizer, tmp_path / "model.gguf")
-    found = checkpoint.open_tokenizer(str(tmp_path / "model.gguf"))
+    found = load.open_tokenizer(str(tmp_path / "model.gguf"))
     for text in ("the and in", "  two  spaces", "x", "é\n"):
         assert found(text).input_ids == tokenizer(text).input_ids
         assert found.decode(found(text).input_ids) == tokenizer.decode(tokenizer(text).input_ids)

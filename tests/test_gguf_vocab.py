@@ -12,10 +12,12 @@ import transformers as T
 from test_export import IDS, LLAMA, built, fields, in_llama
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
-from billhook import checkpoint, gguf_vocab, llamacpp
+from billhook.checkpoints import load
+from billhook.checkpoints.clients import llamacpp
+from billhook.checkpoints.gguf import vocabulary
+from billhook.checkpoints.gguf.architectures import BYTE_LEVEL, PRE_TOKENIZERS, SENTENCEPIECE
+from billhook.checkpoints.gguf.write import write_gguf
 from billhook.errors import BillhookError
-from billhook.export import write_gguf
-from billhook.gguf_archs import BYTE_LEVEL, PRE_TOKENIZERS, SENTENCEPIECE
 
 TEXT = (
     "\n \n\n \t \t\t\n  \n   x 3 33 333 3333 33333 3.3 3..3  7\n\n2 and  12,345.67 'tis I'd CAN'T We'Ve \"told\" -----====\n"
@@ -31,7 +33,7 @@ def out(tmp_path: Path) -> Path:
 def trained(name: str) -> Any:
     """A byte-level tokenizer with splits `name`, merges learned from TEXT, and one token that no merges make."""
     tokenizer = T.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
-    gguf_vocab.give_splits(tokenizer, name)
+    vocabulary.give_splits(tokenizer, name)
     trainer = trainers.BpeTrainer(
         vocab_size=700,
         min_frequency=1,
@@ -135,22 +137,22 @@ def test_sentencepiece_metadata(out: Path) -> None:
 @pytest.mark.parametrize("name", PRE_TOKENIZERS)
 def test_splits_that_are_given_are_named_again(name: str) -> None:
     tokenizer = tiny.tokenizer()
-    gguf_vocab.give_splits(tokenizer, name)
+    vocabulary.give_splits(tokenizer, name)
     again = T.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>")
-    assert gguf_vocab.vocabulary(again, 258)["tokenizer.ggml.pre"] == name
+    assert vocabulary.vocabulary(again, 258)["tokenizer.ggml.pre"] == name
 
 
 def test_the_splits_of_stock_tokenizers_are_known() -> None:
     vocab = {symbol: n for n, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     stock = T.Qwen2Tokenizer(vocab=vocab, merges=[])
-    assert gguf_vocab.vocabulary(stock, len(stock))["tokenizer.ggml.pre"] == "qwen2"
+    assert vocabulary.vocabulary(stock, len(stock))["tokenizer.ggml.pre"] == "qwen2"
     smollm = tiny.tokenizer()
     smollm.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    assert gguf_vocab.vocabulary(smollm, 258)["tokenizer.ggml.pre"] == "smollm"
+    assert vocabulary.vocabulary(smollm, 258)["tokenizer.ggml.pre"] == "smollm"
     before = smollm.backend_tokenizer.to_str()
-    gguf_vocab.give_splits(smollm, "unheard-of")
+    vocabulary.give_splits(smollm, "unheard-of")
     assert smollm.backend_tokenizer.to_str() == before
 
 
@@ -159,7 +161,7 @@ def test_transformers_reads_its_own_model_back(family: str, out: Path) -> None:
     tokenizer = trained("qwen2")
     model = built(family, vocab_size=len(tokenizer))
     write_gguf(model, tokenizer, out, "F32")
-    again = checkpoint.open_model(str(out), device="cpu")
+    again = load.open_model(str(out), device="cpu")
     assert torch.equal(again.model(torch.tensor([IDS])).logits, model(torch.tensor([IDS])).logits)
     assert again.tokenizer(TEXT).input_ids == tokenizer(TEXT).input_ids
 
@@ -190,7 +192,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
 def test_what_llama_cpp_cannot_follow_is_refused_in_one_line(case: str) -> None:
     make, message = REFUSED[case]
     with pytest.raises(BillhookError, match=message) as refused:
-        gguf_vocab.vocabulary(make(), 300 if case == "merges" else 258)
+        vocabulary.vocabulary(make(), 300 if case == "merges" else 258)
     assert "\n" not in str(refused.value)
 
 

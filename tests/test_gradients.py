@@ -10,22 +10,21 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from billhook import gradients
-from billhook.axes import Axis, Slot
+from billhook.calibration import gradients
+from billhook.calibration.gradients import gradient_sums
 from billhook.errors import BillhookError
-from billhook.experts import unfuse
-from billhook.families import axes, layers, row_of
-from billhook.gradients import gradient_sums
-from billhook.taylor import (
+from billhook.math.scores import fluctuation_columns, standardised
+from billhook.math.taylor import (
     GRADIENT_SCORES,
     NEED_MEAN_GRADIENT,
     GradientSums,
     UnitSums,
-    fluctuation_columns,
     gate_fisher,
-    standardised,
     taylor1_element,
 )
+from billhook.models.axes import Axis, Slot, axes
+from billhook.models.experts import unfuse
+from billhook.models.families import layers, row_of
 
 IDS = tiny.tokens(windows=3, length=12)  # longer than the sliding windows of 8
 FAMILIES = tiny.DENSE

@@ -11,8 +11,11 @@ from folders import written
 from tokenizers import processors
 from transformers import GenerationConfig
 
-from billhook import around, checkpoint, generation, greedy, saving, transformers_client
-from billhook.writing import continuations
+from billhook.checkpoints import generation, load, save
+from billhook.checkpoints.clients import transformers_client
+from billhook.evaluation.continuations import continuations
+from billhook.models import greedy
+from billhook.runtime import around
 
 NEW = 6
 ENDING = list(range(0, 258, 3))
@@ -81,10 +84,10 @@ def test_settings_neither_end_nor_change_what_is_done(content: str, tmp_path: Pa
     (folder / generation.NAME).write_text(content)
     expected = [argmax(tiny.model("llama"), row, NEW, []) for row in ids.tolist()]
     for stream in (False, True):
-        model = checkpoint.load(folder, stream=stream)
+        model = load.load(folder, stream=stream)
         assert greedy.continued(model, ids, NEW).tolist() == expected
         (made := tmp_path / f"out-{stream}").mkdir()
-        saving.save(model, tiny.tokenizer(), made, folder)
+        save.save(model, tiny.tokenizer(), made, folder)
         assert (made / generation.NAME).read_text() == content
     stock = transformers_client.opened(str(folder), False)
     for cache in (True, False):
@@ -94,11 +97,11 @@ def test_settings_neither_end_nor_change_what_is_done(content: str, tmp_path: Pa
 def test_settings_that_were_edited_in_memory_are_written(tmp_path: Path) -> None:
     """Also such as transformers reads with a warning and refuses to write."""
     folder = written("llama", tmp_path / "m")
-    model = checkpoint.load(folder)
+    model = load.load(folder)
     model.generation_config.temperature = 0.25
     for name, source in (("from a folder", folder), ("from memory", None)):
         (made := tmp_path / name).mkdir()
-        saving.save(model, tiny.tokenizer(), made, source)
+        save.save(model, tiny.tokenizer(), made, source)
         assert json.loads((made / generation.NAME).read_text())["temperature"] == 0.25
 
 
@@ -107,11 +110,11 @@ def test_settings_that_only_config_json_has_are_the_same_whole_and_streamed(tmp_
     (folder / generation.NAME).unlink()
     config = json.loads((folder / "config.json").read_text()) | {"repetition_penalty": 1.5, "num_return_sequences": 2}
     (folder / "config.json").write_text(json.dumps(config))
-    whole, streamed = (checkpoint.load(folder, stream=stream).generation_config for stream in (False, True))
+    whole, streamed = (load.load(folder, stream=stream).generation_config for stream in (False, True))
     assert whole == streamed
     del config["num_return_sequences"]  # which transformers refuses
     (folder / "config.json").write_text(json.dumps(config))
-    whole, streamed = (checkpoint.load(folder, stream=stream).generation_config for stream in (False, True))
+    whole, streamed = (load.load(folder, stream=stream).generation_config for stream in (False, True))
     assert whole == streamed and whole.repetition_penalty == 1.5
 
 

@@ -10,9 +10,9 @@ import tiny
 import torch
 
 import billhook
-from billhook import hidden
 from billhook.errors import BillhookError
-from billhook.paging import parameters
+from billhook.runtime import activations
+from billhook.runtime.offload import parameters
 
 BATCH = 8 * 32 * 32 * 4  # bytes: windows, tokens, channels, float32
 GIVEN: dict[str, Any] = {"samples": 20, "seq_len": 32, "multiple_of": 1}
@@ -30,7 +30,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_budget_changes_no_bit(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("observe", "operators", "restream", "methods.slicegpt"):
+    for module in ("calibration.walk", "calibration.linears", "methods.slicegpt_restore", "methods.slicegpt"):
         monkeypatch.setattr(import_module(f"billhook.{module}"), "BATCH_TOKENS", 256)
     scratch = tmp_path / "scratch"
     scratch.mkdir()
@@ -38,8 +38,8 @@ def test_a_budget_changes_no_bit(way: str, tmp_path: Path, monkeypatch: pytest.M
     tiny.model("llama").save_pretrained(tmp_path / "model")
     tiny.tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text(tiny.text())
-    written, kept = [], hidden.Room.file
-    monkeypatch.setattr(hidden.Room, "file", lambda room: written.append(kept(room)) or written[-1])
+    written, kept = [], activations.Room.file
+    monkeypatch.setattr(activations.Room, "file", lambda room: written.append(kept(room)) or written[-1])
     given = {"calibration": str(tmp_path / "text.txt"), **GIVEN, **WAYS[way]}
     whole = billhook.prune(tmp_path / "model", **given)
     assert not written
@@ -54,14 +54,14 @@ def test_a_budget_changes_no_bit(way: str, tmp_path: Path, monkeypatch: pytest.M
 
 def test_what_is_kept_comes_back_as_it_was_and_room_is_given_back() -> None:
     first, second = torch.randn(4, 3).bfloat16(), torch.randn(4, 3).bfloat16()
-    with hidden.budget(24):
-        one, two = hidden.keep(first), hidden.keep(second)
+    with activations.budget(24):
+        one, two = activations.keep(first), activations.keep(second)
         assert one.file is None and two.file is not None
         assert one.read() is first and two.read().equal(second)
         del one
-        assert hidden.keep(first).file is None
+        assert activations.keep(first).file is None
         with pytest.raises(
             BillhookError, match=r"--hidden-budget 24 bytes: the hidden states of one batch alone take 48: raise it"
         ):
-            hidden.keep(torch.zeros(4, 3))
-    assert hidden.keep(torch.zeros(1000)).file is None
+            activations.keep(torch.zeros(4, 3))
+    assert activations.keep(torch.zeros(1000)).file is None

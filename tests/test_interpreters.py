@@ -13,7 +13,8 @@ import test_bad_input
 from folders import written
 from test_bad_input import Bench
 
-from billhook import clients, interpreters
+from billhook.checkpoints.clients import check
+from billhook.runtime import interpreters
 
 bench = test_bad_input.bench
 
@@ -81,7 +82,7 @@ def test_a_client_imports_from_where_this_process_does(way: str, bare: str, tmp_
 def test_stock_transformers_may_lie_anywhere(bare: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The client's own code and the real packages: nothing but this process's path leads there."""
     monkeypatch.setattr(sys, "executable", bare)
-    assert clients.check(folder, "transformers")["tokens"] == "equal"
+    assert check.check(folder, "transformers")["tokens"] == "equal"
 
 
 def test_where_no_client_could_be_asked_no_work_begins(

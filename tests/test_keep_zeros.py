@@ -14,9 +14,16 @@ from processes import Child
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from billhook import checkpoint, cli, course, pruning, recovering, runs, surgery, trainables, training, zeros
+from billhook import cli
+from billhook.checkpoints import load
 from billhook.errors import BillhookError
-from billhook.families import layers
+from billhook.models import surgery
+from billhook.models.families import layers
+from billhook.pruning import prune
+from billhook.recovery import recover as recover_module
+from billhook.recovery import setup
+from billhook.recovery.recover import Recovered, recovery
+from billhook.training import keep_zeros, schedule, trainables, trainer
 
 LENGTH = 16
 SETS = ["all", "decoder", "head+last3", "lora", "spp"]  # seam needs a cut: a test of its own
@@ -33,7 +40,7 @@ PATTERNS = {
 
 
 def linears(model: Any) -> dict[str, Tensor]:
-    """The linear weights of the decoder layers, found without billhook.zeros."""
+    """The linear weights of the decoder layers, found without billhook.training.keep_zeros."""
     found = [(n, *pair) for n, layer in enumerate(layers(model)) for pair in layer.named_modules()]
     return {f"{n}.{name}": module.weight for n, name, module in found if isinstance(module, nn.Linear)}
 
@@ -81,8 +88,8 @@ def settings(bench: Path, **more: Any) -> dict[str, Any]:
     return {**found, **more}
 
 
-def recover(bench: Path, student: str = "sparse", work: str = "work", **more: Any) -> recovering.Recovered:
-    return recovering.recover(bench / student, work=bench / work, **settings(bench, **more))
+def recover(bench: Path, student: str = "sparse", work: str = "work", **more: Any) -> Recovered:
+    return recover_module.recover(bench / student, work=bench / work, **settings(bench, **more))
 
 
 def law(before: Any, after: Any, names: set[str] | None = None) -> None:
@@ -102,14 +109,14 @@ def law(before: Any, after: Any, names: set[str] | None = None) -> None:
 @pytest.mark.parametrize("trainable", SETS)
 def test_every_zero_stays_and_the_rest_learns(trainable: str, bench: Path) -> None:
     found = recover(bench, trainable=trainable)
-    before = checkpoint.load(bench / "sparse")
+    before = load.load(bench / "sparse")
     law(before, found.model)
     count = sum(int((weight == 0).sum()) for weight in linears(before).values())
     assert found.healing["zeros"] == count > 0 and found.healing["keep_zeros"] is True
     assert not any(nn.utils.parametrize.is_parametrized(module) for module in found.model.modules())
     (bench / "out").mkdir()
     found.write(bench / "out")
-    law(before, checkpoint.load(bench / "out"))
+    law(before, load.load(bench / "out"))
     assert found.healing["losses"][-1] != found.healing["losses"][0]
 
 
@@ -118,7 +125,7 @@ def test_zeros_of_a_bfloat16_student(trainable: str, bench: Path) -> None:
     written(masked(tiny.model("llama")), bench / "bf16", torch.bfloat16)
     found = recover(bench, "bf16", trainable=trainable, precision="bfloat16")
     assert {param.dtype for param in found.model.parameters()} == {torch.bfloat16}
-    law(checkpoint.load(bench / "bf16"), found.model)
+    law(load.load(bench / "bf16"), found.model)
 
 
 @pytest.mark.parametrize("trainable", ["decoder", "lora", "spp"])
@@ -130,12 +137,12 @@ def test_two_of_four_is_two_of_four_still(trainable: str, bench: Path) -> None:
 
 
 def test_every_checkpoint_has_the_zeros(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(training, "KEPT", 100)
+    monkeypatch.setattr(trainer, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(trainer, "KEPT", 100)
     recover(bench, trainable="all")
-    found = course.checkpoints(bench / "work")
+    found = schedule.checkpoints(bench / "work")
     assert len(found) == 10
-    old = linears(checkpoint.load(bench / "sparse"))
+    old = linears(load.load(bench / "sparse"))
     for one in found:
         tensors = load_file(one / "model.safetensors")
         assert not any(tensors[f"model.layers.{name}.weight"][w == 0].count_nonzero() for name, w in old.items())
@@ -143,15 +150,15 @@ def test_every_checkpoint_has_the_zeros(bench: Path, monkeypatch: pytest.MonkeyP
 
 def test_the_layers_beside_a_cut_keep_theirs(bench: Path) -> None:
     deep = written(tiny.model("llama", num_hidden_layers=4), bench / "deep")
-    pruning.prune(str(deep), method="layerchop", drop="2").save(bench / "cut")
-    masked(checkpoint.load(bench / "cut")).save_pretrained(bench / "cut")  # its record stays beside it
+    prune.prune(str(deep), method="layerchop", drop="2").save(bench / "cut")
+    masked(load.load(bench / "cut")).save_pretrained(bench / "cut")  # its record stays beside it
     found = recover(bench, "cut", trainable="seam")
-    before = checkpoint.load(bench / "cut")
+    before = load.load(bench / "cut")
     law(before, found.model, {name for name in linears(before) if name[0] in "12"})
 
 
 def test_a_rate_is_found_by_trials_that_keep_zeros(bench: Path) -> None:
-    law(checkpoint.load(bench / "sparse"), recover(bench, lr="auto", trainable="spp").model)
+    law(load.load(bench / "sparse"), recover(bench, lr="auto", trainable="spp").model)
 
 
 # ---- the forms
@@ -190,15 +197,15 @@ def test_multipliers_are_those_of_the_paper() -> None:
 def test_masks_are_of_trained_weights_that_have_zeros() -> None:
     model = tiny.model("llama")
     weights = linears(model)
-    assert zeros.census(model).total == 0 and zeros.census(model).share == 0.0
+    assert keep_zeros.census(model).total == 0 and keep_zeros.census(model).share == 0.0
     weights["1.mlp.up_proj"].data[0] = 0.0
     weights["2.mlp.up_proj"].data[0] = 0.0
-    assert zeros.zeros(model) == {}  # all of it is frozen
+    assert keep_zeros.zeros(model) == {}  # all of it is frozen
     weights["1.mlp.up_proj"].requires_grad_(True)
     weights["1.mlp.down_proj"].requires_grad_(True)
-    masks = zeros.zeros(model)
+    masks = keep_zeros.zeros(model)
     assert set(masks) == {"1.mlp.up_proj"} and masks["1.mlp.up_proj"].dtype is torch.bool
-    found = zeros.census(model)
+    found = keep_zeros.census(model)
     assert found.total == 64 and found.share == 64 / sum(weight.numel() for weight in weights.values())
     weights["2.mlp.up_proj"].data[0, :3] = 1.0
     weights["2.mlp.up_proj"].data[5, :9] = 0.0  # of another place
@@ -210,7 +217,7 @@ def test_masks_are_of_trained_weights_that_have_zeros() -> None:
 
 def test_moments_know_nothing_of_zeros_and_decay_cannot_fill_them() -> None:
     model = masked(tiny.model("llama")).requires_grad_(True)
-    before, keeper = masked(tiny.model("llama")), zeros.Keeper(model)
+    before, keeper = masked(tiny.model("llama")), keep_zeros.Keeper(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     for _ in range(3):
         model(tiny.tokens(), labels=tiny.tokens()).loss.backward()
@@ -234,11 +241,11 @@ def killed(bench: Path, **more: Any) -> None:
     """Run in another process, killed once it has a checkpoint."""
 
     def work() -> None:
-        training.SAVE_SECONDS = 0.0  # a checkpoint every step
-        recovering.recover(bench / "sparse", work=bench / "work", **settings(bench, **more))
+        trainer.SAVE_SECONDS = 0.0  # a checkpoint every step
+        recover_module.recover(bench / "sparse", work=bench / "work", **settings(bench, **more))
 
     process, until = Child(work), time.monotonic() + 120
-    while process.runs and time.monotonic() < until and not course.checkpoints(bench / "work"):
+    while process.runs and time.monotonic() < until and not schedule.checkpoints(bench / "work"):
         time.sleep(0.001)
     process.send(signal.SIGKILL)
     code, _, said = process.ended()
@@ -253,48 +260,50 @@ def cut_off(bench: Path, **more: Any) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        recovering.recover(bench / "sparse", work=bench / "work", tick=tick, **settings(bench, **more))
+        recover_module.recover(bench / "sparse", work=bench / "work", tick=tick, **settings(bench, **more))
 
 
 @pytest.mark.parametrize(("trainable", "end"), [("all", killed), ("lora", cut_off), ("spp", cut_off)])
 def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(
     trainable: str, end: Callable[..., None], bench: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "SAVE_SECONDS", 0.1)
+    monkeypatch.setattr(trainer, "SAVE_SECONDS", 0.1)
     more = {"trainable": trainable, "tokens": (60 if end is killed else 30) * LENGTH}
     end(bench, **more)
-    assert course.step_of(course.checkpoints(bench / "work")[-1]) < more["tokens"] // LENGTH
+    assert schedule.step_of(schedule.checkpoints(bench / "work")[-1]) < more["tokens"] // LENGTH
     lines: list[str] = []
-    again = recovering.recover(bench / "sparse", work=bench / "work", announce=lines.append, **settings(bench, **more))
+    again = recover_module.recover(
+        bench / "sparse", work=bench / "work", announce=lines.append, **settings(bench, **more)
+    )
     whole = recover(bench, work="whole", **more)
     assert any("going on from" in line for line in lines)
     assert any("keeping all " in line for line in lines)
     ours, theirs = whole.model.state_dict(), again.model.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert whole.healing["losses"] == again.healing["losses"]
-    law(checkpoint.load(bench / "sparse"), again.model)
+    law(load.load(bench / "sparse"), again.model)
 
 
 def test_the_mask_is_the_students_not_a_checkpoints(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A weight that happens to be zero in a checkpoint is not frozen by it."""
     first = recover(bench, trainable="decoder")
     seen: list[dict[str, Tensor]] = []
-    true = zeros.Keeper.on_optimizer_step
+    true = keep_zeros.Keeper.on_optimizer_step
 
-    def spy(self: zeros.Keeper, *args: Any, **more: Any) -> None:
+    def spy(self: keep_zeros.Keeper, *args: Any, **more: Any) -> None:
         seen.append({name: mask.clone() for name, mask in self.masks.items()})
         true(self, *args, **more)
 
-    monkeypatch.setattr(zeros.Keeper, "on_optimizer_step", spy)
-    *_, before, last = course.checkpoints(bench / "work")
-    (last / course.WHOLE).unlink()
+    monkeypatch.setattr(keep_zeros.Keeper, "on_optimizer_step", spy)
+    *_, before, last = schedule.checkpoints(bench / "work")
+    (last / schedule.WHOLE).unlink()
     tensors = load_file(before / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"].zero_()
     save_file(tensors, before / "model.safetensors", metadata={"format": "pt"})
-    course.mark_whole(before)
+    schedule.mark_whole(before)
     again = recover(bench, trainable="decoder")
     assert seen and all(
-        torch.equal(seen[0][name], weight == 0) for name, weight in linears(checkpoint.load(bench / "sparse")).items()
+        torch.equal(seen[0][name], weight == 0) for name, weight in linears(load.load(bench / "sparse")).items()
     )
     assert again.healing["zeros"] == first.healing["zeros"]
 
@@ -337,30 +346,30 @@ def test_there_must_be_zeros_to_keep(
 def test_zeros_and_fsdp(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(BillhookError, match="launch without --use_fsdp"):
-        runs._check_zeros(student_of(bench), recovering.recovery(**settings(bench)))
+        setup._check_zeros(student_of(bench), recovery(**settings(bench)))
 
 
-def student_of(bench: Path) -> runs.Student:
-    model = checkpoint.load(bench / "sparse")
-    return runs.Student("sparse", None, None, torch.float32, 258, "", None, zeros.census(model), {})
+def student_of(bench: Path) -> setup.Student:
+    model = load.load(bench / "sparse")
+    return setup.Student("sparse", None, None, torch.float32, 258, "", None, keep_zeros.census(model), {})
 
 
 def test_zeros_may_be_let_go(bench: Path) -> None:
     found = recover(bench, keep_zeros=False)
     assert found.healing["keep_zeros"] is False and found.healing["zeros"] is None
-    assert zeros.census(found.model).share < 0.01
+    assert keep_zeros.census(found.model).share < 0.01
 
 
 def test_multipliers_need_no_asking(bench: Path) -> None:
     found = recover(bench, trainable="spp", keep_zeros=None)
-    law(checkpoint.load(bench / "sparse"), found.model)
+    law(load.load(bench / "sparse"), found.model)
     assert found.healing["zeros"] and found.healing["rank"] == 4
 
 
 def test_a_zero_that_was_filled_is_not_written(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(self: zeros.Keeper, model: Any) -> None:
+    def broken(self: keep_zeros.Keeper, model: Any) -> None:
         self.masks, self.kept = {}, {}
 
-    monkeypatch.setattr(zeros.Keeper, "__init__", broken)
+    monkeypatch.setattr(keep_zeros.Keeper, "__init__", broken)
     with pytest.raises(BillhookError, match=r"zeros of .* were filled in training: nothing is written"):
         recover(bench)

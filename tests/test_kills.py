@@ -17,7 +17,8 @@ from processes import Child
 from safetensors.torch import save_file
 
 from billhook import __main__ as command_line
-from billhook import clients, ending
+from billhook.checkpoints.clients import check
+from billhook.runtime import ending
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 ENDS = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -162,7 +163,7 @@ def kills(kind: str, rounds: int, at: Path) -> Counter[str]:
 @pytest.fixture(autouse=True)
 def _no_client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Another interpreter, whose imports would be what nearly every kill meets."""
-    monkeypatch.setattr(clients, "check", lambda *_: {"client": "transformers", "version": "not run"})
+    monkeypatch.setattr(check, "check", lambda *_: {"client": "transformers", "version": "not run"})
     monkeypatch.setenv("BILLHOOK_CACHE", str(tmp_path / "cache"))
 
 

@@ -14,14 +14,15 @@ import torch
 import transformers as T
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from billhook import checkpoint, clients, layout, saving
-from billhook.axes import Axis
-from billhook.budget import check_kinds, decoder_parameters, total_parameters
+from billhook.checkpoints import load, save, verify
 from billhook.errors import BillhookError
-from billhook.experts import unfuse
-from billhook.families import as_output, attention, axes, layers, refusal, row_of
-from billhook.known import check_known
-from billhook.surgery import cast, drop_layers, remove, without, zero
+from billhook.models import layout
+from billhook.models.axes import Axis, axes, refusal
+from billhook.models.experts import unfuse
+from billhook.models.families import as_output, attention, check_known, layers, row_of
+from billhook.models.limits import check_kinds
+from billhook.models.sizes import decoder_parameters, total_parameters
+from billhook.models.surgery import cast, drop_layers, remove, without, zero
 
 FAMILIES = list(tiny.CONFIGS)
 NARROW = ("llama", "gemma2", "qwen3_moe", "gpt2", "bloom", "opt")  # in which what is slow elsewhere is seen
@@ -128,16 +129,16 @@ def test_a_uniform_cut_is_a_stock_checkpoint(family: str, kind: str, tmp_path: P
     for axis in found:
         remove(model, axis, some_units(found[0]))
     layout.update_config(model)
-    saving.save(model, tiny.tokenizer(), tmp_path, None)
+    save.save(model, tiny.tokenizer(), tmp_path, None)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert type(again) is type(model)
     assert torch.equal(again(IDS).logits, model(IDS).logits)
-    assert saving.stored_parameters(tmp_path) == saving.elements(model)
+    assert save.stored_parameters(tmp_path) == save.elements(model)
     tied = again.get_output_embeddings().weight is again.get_input_embeddings().weight
     assert tied == again.config.tie_word_embeddings
     greedy = [again.generate(IDS, max_new_tokens=12, do_sample=False, use_cache=cache) for cache in (True, False)]
     assert torch.equal(*greedy)
-    assert clients.verify(tmp_path, model)["cache_drift"] < 1e-5
+    assert verify.verify(tmp_path, model)["cache_drift"] < 1e-5
 
 
 def test_a_per_layer_cut_loads_with_and_without_billhook(tmp_path: Path) -> None:
@@ -152,10 +153,10 @@ def test_a_per_layer_cut_loads_with_and_without_billhook(tmp_path: Path) -> None
             assert layout.layout_of(model) == "per_layer"
             folder = tmp_path / f"{family}_{kind}"
             folder.mkdir()
-            saving.save(model, tiny.tokenizer(), folder, None)
+            save.save(model, tiny.tokenizer(), folder, None)
             torch.save(IDS, folder / "ids.pt")
-            assert clients.verify(folder, model)["cache_drift"] < 1e-5
-            again = checkpoint.load(folder)
+            assert verify.verify(folder, model)["cache_drift"] < 1e-5
+            again = load.load(folder)
             assert layout.layer_sizes(again) == layout.layer_sizes(model)
             if family == "llama" or kind == kinds[number % len(kinds)]:
                 saved[folder] = model(IDS).logits
@@ -169,14 +170,14 @@ def test_a_per_layer_cut_loads_with_and_without_billhook(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "opt"])
 def test_a_per_layer_checkpoint_can_be_cut_again(family: str, tmp_path: Path) -> None:
-    saving.save(uneven(family, "ffn"), tiny.tokenizer(), tmp_path, None)
-    opened = checkpoint.open_model(str(tmp_path))
+    save.save(uneven(family, "ffn"), tiny.tokenizer(), tmp_path, None)
+    opened = load.open_model(str(tmp_path))
     for axis in axes(opened.model, ("value", "ffn")):
         remove(opened.model, axis, torch.arange(axis.blocks) * (axis.units // axis.blocks))
     second = tmp_path / "again"
     second.mkdir()
-    saving.save(opened.model, opened.tokenizer, second, tmp_path)
-    clients.verify(second, opened.model)
+    save.save(opened.model, opened.tokenizer, second, tmp_path)
+    verify.verify(second, opened.model)
     whole = {a.layer: a.units for a in axes(opened.model, ("ffn",))}
     for axis in axes(opened.model, ("ffn",)):  # as wide as the narrowest, and with whole value heads: stock again
         remove(opened.model, axis, torch.arange(axis.units - min(whole.values())))
@@ -185,14 +186,14 @@ def test_a_per_layer_checkpoint_can_be_cut_again(family: str, tmp_path: Path) ->
 
 
 def test_a_model_that_has_become_even_is_stock_again(tmp_path: Path) -> None:
-    saving.save(uneven("llama", "ffn"), tiny.tokenizer(), tmp_path, None)
-    model = checkpoint.load(tmp_path)
+    save.save(uneven("llama", "ffn"), tiny.tokenizer(), tmp_path, None)
+    model = load.load(tmp_path)
     least = min(axis.units for axis in axes(model, ("ffn",)))
     for axis in axes(model, ("ffn",)):
         remove(model, axis, torch.arange(axis.units - least))
     even = tmp_path / "even"
     even.mkdir()
-    saving.save(model, tiny.tokenizer(), even, None)
+    save.save(model, tiny.tokenizer(), even, None)
     config = json.loads((even / "config.json").read_text())
     assert config["model_type"] == "llama" and "auto_map" not in config and "per_layer_config" not in config
     stock = AutoModelForCausalLM.from_pretrained(even, dtype=torch.float32)
@@ -206,9 +207,9 @@ def test_heads_that_its_own_config_refuses_are_held_by_the_stand_in(tmp_path: Pa
     for axis in axes(model, ("groups",)):
         remove(model, axis, torch.tensor([1]))
     layout.update_config(model)
-    saving.save(model, tiny.tokenizer(), tmp_path, None)
-    assert clients.verify(tmp_path, model)["logits"] == "equal"
-    assert type(checkpoint.load(tmp_path)).__name__ == "MistralForCausalLM"
+    save.save(model, tiny.tokenizer(), tmp_path, None)
+    assert verify.verify(tmp_path, model)["logits"] == "equal"
+    assert type(load.load(tmp_path)).__name__ == "MistralForCausalLM"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -220,8 +221,8 @@ def test_dropping_layers_equals_skipping_them(family: str, gone: tuple[int, ...]
     drop_layers(model, gone)
     assert torch.equal(model(IDS).logits, skipping(IDS).logits)
     assert len(layers(model)) == 3 - len(gone)
-    saving.save(model, tiny.tokenizer(), tmp_path, None)
-    assert clients.verify(tmp_path, model)["cache_drift"] < 1e-5
+    save.save(model, tiny.tokenizer(), tmp_path, None)
+    assert verify.verify(tmp_path, model)["cache_drift"] < 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -285,9 +286,9 @@ def test_a_stale_layer_index_is_refused_and_a_right_model_is_not(
     """Rounding in half precision is as large as the fault is in some models: it must not count."""
     model = tiny.model(family)
     cast(model, getattr(torch, dtype))
-    saving.save(model, tiny.tokenizer(), tmp_path, None)
-    assert clients.verify(tmp_path, model)["cache_drift"] < clients.CACHE_TOLERANCE / 10
-    honest = clients.load
+    save.save(model, tiny.tokenizer(), tmp_path, None)
+    assert verify.verify(tmp_path, model)["cache_drift"] < verify.CACHE_TOLERANCE / 10
+    honest = verify.load
     for last in (True, False):
 
         def spoiled(*given: Any, last: bool = last, **how: Any) -> Any:
@@ -295,8 +296,8 @@ def test_a_stale_layer_index_is_refused_and_a_right_model_is_not(
             stale(found, last)
             return found
 
-        monkeypatch.setattr(clients, "load", spoiled)
+        monkeypatch.setattr(verify, "load", spoiled)
         with pytest.raises(
             BillhookError, match=r"did not survive reloading: (logits with and without|with a cache it)"
         ):
-            clients.verify(tmp_path, model)
+            verify.verify(tmp_path, model)

@@ -13,9 +13,10 @@ import torch
 from test_bad_input import Bench, in_order, write
 from transformers import PreTrainedModel
 
-from billhook import planning, saving, timing
-from billhook.families import axes
-from billhook.surgery import remove
+from billhook.checkpoints import save
+from billhook.models.axes import axes
+from billhook.models.surgery import remove
+from billhook.pruning import latency, planning
 
 bench = test_bad_input.bench
 
@@ -96,7 +97,7 @@ COMMANDS = {  # PRUNE works but for a budget and what follows
 
 def saved(model: PreTrainedModel, folder: Path) -> Path:
     folder.mkdir()
-    saving.save(model, tiny.tokenizer(), folder, None)
+    save.save(model, tiny.tokenizer(), folder, None)
     return folder
 
 
@@ -130,7 +131,7 @@ def test_an_impossible_command(command: str, words: str, bench: Bench, models: d
     in_order(write("good.yaml", "0: {ffn: 48}\n1: {ffn: 32}\n2: {ffn: 16}\n"))(bench.tmp)
     bench.patch.setenv("PATH", "")  # where llama-quantize is not
     bench.patch.chdir(bench.tmp)
-    bench.patch.setattr(timing, "_in_turns", lambda tasks, *_: [4.0, *(1 - 0.1 * n for n in range(len(tasks) - 1))])
+    bench.patch.setattr(latency, "_in_turns", lambda tasks, *_: [4.0, *(1 - 0.1 * n for n in range(len(tasks) - 1))])
     places = {
         name: shutil.copytree(path, bench.tmp / name) for name, path in models.items() if f"{{{name}}}" in command
     }

@@ -12,13 +12,17 @@ import torch
 from safetensors.torch import load_file
 
 import billhook
-from billhook import cli, masking, operators, report, sparsity, spreading, support
+from billhook import cli
+from billhook.calibration.forward import enter, run
+from billhook.calibration.gram import gram_of
+from billhook.calibration.linears import ALONE, STREAMS, WITH_TARGET, operators
 from billhook.errors import BillhookError
-from billhook.experts import unfuse
-from billhook.families import ROLES, layers, linears
-from billhook.methods import MASKING
-from billhook.observe import enter, gram_of, run
-from billhook.recipe import recipe
+from billhook.math import layerwise, sparsity
+from billhook.methods import MASKING, masking, parallel
+from billhook.models.experts import unfuse
+from billhook.models.families import ROLES, layers, linears
+from billhook.pruning.recipe import recipe
+from billhook.reports import commands
 
 SMALL: dict[str, Any] = dict(samples=10, seq_len=48)
 ALL = tiny.ONE_EACH
@@ -67,7 +71,7 @@ def test_every_family_has_exactly_the_zeros_that_were_asked_for(text: str, name:
 
 
 @pytest.mark.parametrize("method", MASKING)
-@pytest.mark.parametrize("stream", operators.STREAMS)
+@pytest.mark.parametrize("stream", STREAMS)
 def test_every_method_runs_in_every_stream_and_repairs_help(text: str, method: str, stream: str) -> None:
     plain, refit = (masked(text, method=method, stream=stream, refit=each).report["zeros"] for each in (False, True))
     for bare, better in zip(plain["operators"], refit["operators"], strict=True):
@@ -98,10 +102,10 @@ def zero_half(model: Any, names: dict[str, str]) -> None:
         weight[:, ::2] = 0
 
 
-@pytest.mark.parametrize("stream", operators.STREAMS)
+@pytest.mark.parametrize("stream", STREAMS)
 def test_the_sums_are_what_the_stream_says(stream: str) -> None:
     dense, model, tokens = tiny.model("llama"), tiny.model("llama"), tiny.tokens(6, 16)
-    for group in operators.operators(model, tokens, ROLES, stream=stream, held_out=0.0):
+    for group in operators(model, tokens, ROLES, stream=stream, held_out=0.0):
         first = next(iter(group.names.values()))
         reference = {
             "dense": dense,
@@ -111,11 +115,11 @@ def test_the_sums_are_what_the_stream_says(stream: str) -> None:
         gram, cross, unpruned = sums(reference, dense, tokens, group.layer, first)
         assert torch.allclose(group.fit.gram, gram, rtol=1e-4, atol=1e-5)
         if group.fit.cross is not None and group.fit.dense is not None:
-            assert stream in operators.WITH_TARGET
+            assert stream in WITH_TARGET
             assert torch.allclose(group.fit.cross, cross, rtol=1e-3, atol=1e-4)
             assert torch.allclose(group.fit.dense, unpruned, rtol=1e-4, atol=1e-5)
         else:
-            assert stream not in operators.WITH_TARGET or torch.allclose(gram, unpruned, rtol=1e-4, atol=1e-5)
+            assert stream not in WITH_TARGET or torch.allclose(gram, unpruned, rtol=1e-4, atol=1e-5)
         zero_half(model, dict(group.names))
 
 
@@ -129,8 +133,8 @@ def only(model: Any, dense: Any, edited: list[int]) -> Any:
 
 def test_held_out_windows_are_kept_apart() -> None:
     model, tokens = tiny.model("llama"), tiny.tokens(10, 16)
-    group = next(iter(operators.operators(model, tokens, ROLES, stream="dense", held_out=0.3)))
-    whole = next(iter(operators.operators(model, tokens, ROLES, stream="dense", held_out=0.0)))
+    group = next(iter(operators(model, tokens, ROLES, stream="dense", held_out=0.3)))
+    whole = next(iter(operators(model, tokens, ROLES, stream="dense", held_out=0.0)))
     assert group.held_out is not None and whole.held_out is None
     assert torch.allclose(
         (group.fit + group.held_out).gram, whole.fit.gram, rtol=1e-5, atol=1e-4
@@ -165,7 +169,7 @@ def test_zeros_are_exact_after_saving(text: str, tmp_path: Path, dtype: str) -> 
         assert ((stored[f"{path}.weight"].view(-1, 4) == 0).sum(1) == 2).all()
     kept = json.loads((out / "billhook.json").read_text())
     assert kept["zeros"]["pattern"] == "2:4" and kept["sizes"]["achieved_ratio"] == 0
-    assert "--pattern 2:4" in report.command(kept) and "nothing smaller or faster" in (out / "README.md").read_text()
+    assert "--pattern 2:4" in commands.command(kept) and "nothing smaller or faster" in (out / "README.md").read_text()
 
 
 def test_zeros_that_were_there_stay_unless_told_otherwise(text: str) -> None:
@@ -182,7 +186,7 @@ def test_zeros_that_were_there_stay_unless_told_otherwise(text: str) -> None:
     assert "50.0% are zero already, and stay so" in lines[0]
 
 
-@pytest.mark.parametrize("stream", operators.ALONE)
+@pytest.mark.parametrize("stream", ALONE)
 def test_processes_that_share_the_layers_make_the_same_bits(folder: Path, text: str, stream: str) -> None:
     given = {"method": "fistapruner", "pattern": "2:4", "calibration": text, "stream": stream, **SMALL}
     one, two = (billhook.prune(folder, jobs=jobs, **given) for jobs in (1, 2))
@@ -200,12 +204,12 @@ def test_layers_that_see_one_another_are_not_shared(folder: Path, text: str) -> 
 
 
 def test_a_process_that_comes_to_do_several_parts_starts_each_from_the_unpruned_model(folder: Path, text: str) -> None:
-    how = masking.Masking("wanda", sparsity.Pattern(0.5), ROLES, "dense", support.Settings())
+    how = masking.Masking("wanda", sparsity.Pattern(0.5), ROLES, "dense", layerwise.Settings())
     found = []
     for parts in ([range(1, 3)], [range(0, 1), range(1, 3)]):
         opens = {"name": str(folder), "device": "cpu", "dtype": "auto", "stream": False}
-        spreading._prepare(opens, math.inf, masking._packed, (tiny.tokens(8, 32), how), None)
-        found.append([list(spreading._work(list(part))) for part in parts][-1])
+        parallel._prepare(opens, math.inf, masking._packed, (tiny.tokens(8, 32), how), None)
+        found.append([list(parallel._work(list(part))) for part in parts][-1])
     assert [n for n, *_ in found[0]] == [1, 2] and found[0] == found[1]
 
 
@@ -263,5 +267,5 @@ def test_the_command_writes_a_checkpoint(
         cli.main()
     said = capsys.readouterr().out
     assert end.value.code == 0 and "zeros" in said and "50.00%" in said.replace(" ", "")
-    again = report.command(json.loads((out / "billhook.json").read_text()))
+    again = commands.command(json.loads((out / "billhook.json").read_text()))
     assert "--method fistapruner --sparsity 0.5 --targets gate,up --init wanda --stream layer_target" in again

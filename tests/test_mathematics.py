@@ -6,13 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from billhook import linalg, observe, restore, scores
-from billhook.choose import Candidates, lowest, solve
+from billhook.calibration import forward
+from billhook.calibration.gram import gram_of
 from billhook.errors import BillhookError
-from billhook.linalg import damped, factor
-from billhook.observe import gram_of
-from billhook.restore import least_squares
-from billhook.scores import SCORES, energy_columns, obs_columns, wanda_columns
+from billhook.math import linalg, restore, scores
+from billhook.math.knapsack import Candidates, even_widths
+from billhook.math.linalg import damped, factor
+from billhook.math.restore import least_squares
+from billhook.math.scores import SCORES, energy_columns, obs_columns, wanda_columns
+from billhook.math.selection import lowest
 
 TINY_DAMPING = 1e-12
 
@@ -40,7 +42,7 @@ def close(found: Tensor, expected: Tensor, relative: float = 1e-5) -> bool:
 @pytest.mark.parametrize("size", [1, 3, 4, 7, 33, 130])
 @pytest.mark.parametrize("shape", [(1,), (50,), (3, 17), (2, 3, 11)])
 def test_gram_is_the_float64_product(size: int, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(observe, "BATCH_TOKENS", 4)  # so that even these are many chunks, the last one short
+    monkeypatch.setattr(forward, "BATCH_TOKENS", 4)  # so that even these are many chunks, the last one short
     x = torch.randn(*shape, size, generator=torch.Generator().manual_seed(size)) + 1
     G, flat = gram_of(x), x.double().view(-1, size)
     assert G.dtype == torch.float64 and torch.equal(G, G.T)
@@ -49,7 +51,7 @@ def test_gram_is_the_float64_product(size: int, shape: tuple[int, ...], monkeypa
 
 
 def test_gram_sums_chunks_in_float64() -> None:
-    rows = 2 * observe.BATCH_TOKENS
+    rows = 2 * forward.BATCH_TOKENS
     large, small = torch.full((rows, 3), 1e4), torch.randn(100, 3, generator=torch.Generator().manual_seed(0))
     assert close(gram_of(torch.cat([large, small])) - gram_of(large), small.double().T @ small.double())
 
@@ -211,7 +213,7 @@ def test_solve_takes_the_nearest_cut_of_one_axis(units: int, step: int) -> None:
     drops = [0, *(d for d in range(1, units) if (units - d) % step == 0)]
     axis = Candidates("ffn", units, 1000, drops)
     for target in torch.linspace(drops[1] * 501.0, drops[-1] * 1000.0, 97).tolist():
-        miss = abs(solve([axis], target)["ffn"] * 1000 - target)
+        miss = abs(even_widths([axis], target)["ffn"] * 1000 - target)
         assert miss == min(abs(d * 1000 - target) for d in drops)
 
 
@@ -224,7 +226,7 @@ def test_solve_hits_what_two_axes_can_hit(heads: Candidates, ffn: Candidates) ->
     totals = [a * heads.price + b * ffn.price for a in heads.drops for b in ffn.drops]
     missed = []
     for target in torch.linspace(2 * half, max(totals), 150).tolist():
-        found = solve([heads, ffn], target)
+        found = even_widths([heads, ffn], target)
         total = found[heads.kind] * heads.price + found["ffn"] * ffn.price
         assert found[heads.kind] in heads.drops and found["ffn"] in ffn.drops
         if min(abs(t - target) for t in totals) <= half < abs(total - target):
@@ -235,10 +237,10 @@ def test_solve_hits_what_two_axes_can_hit(heads: Candidates, ffn: Candidates) ->
 def test_solve_refuses_too_much_and_too_little() -> None:
     both = [Candidates("heads", 9, 2200, [0, 3, 6]), Candidates("ffn", 100, 50, range(0, 100, 10))]
     most = 6 * 2200 + 90 * 50
-    assert solve(both, most + 249.0) == {"heads": 6, "ffn": 90}
+    assert even_widths(both, most + 249.0) == {"heads": 6, "ffn": 90}
     with pytest.raises(BillhookError, match=f"at most {most:,} before"):
-        solve(both, most + 251.0)
+        even_widths(both, most + 251.0)
     with pytest.raises(BillhookError, match=r"smallest step \(500 parameters\)"):
-        solve(both, 249.0)
+        even_widths(both, 249.0)
     with pytest.raises(BillhookError, match="at most 0"):
-        solve([Candidates("ffn", 1, 50, [0])], 10.0)
+        even_widths([Candidates("ffn", 1, 50, [0])], 10.0)

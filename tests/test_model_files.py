@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from folders import run
 
-from billhook import checkpoint
+from billhook.checkpoints import load
 from billhook.errors import BillhookError
-from billhook.headers import META
+from billhook.runtime.headers import META
 
 Header = dict[str, Any]
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -179,6 +179,6 @@ def refused(model: Path, *words: str) -> None:
     said = []
     for stream in (False, True):
         with pytest.raises(BillhookError, match=".*".join(words)) as error:
-            checkpoint.open_model(str(model), stream=stream)
+            load.open_model(str(model), stream=stream)
         said.append(str(error.value))
     assert said[0] == said[1] and len(said[0]) < 700 and "\n" not in said[0]

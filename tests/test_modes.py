@@ -11,9 +11,9 @@ import transformers as T
 from torch import nn
 
 import billhook
-from billhook import recovering
 from billhook.errors import BillhookError
-from billhook.modes import evaluating, noise
+from billhook.models.modes import evaluating, noise
+from billhook.recovery import recover
 
 LENGTH = 16
 # what a config may ask for: its own rates, by family
@@ -93,7 +93,7 @@ def test_a_recovery_has_no_dropout_unless_it_is_asked_for(family: str, text_file
     before, losses = json.loads((tmp_path / "model" / "config.json").read_text()), {}
     said: dict[bool, list[str]] = {False: [], True: []}
     for dropout, lines in said.items():
-        found = recovering.recover(
+        found = recover.recover(
             tmp_path / "model",
             teacher=str(tmp_path / "model"),
             text=(str(text_file),),

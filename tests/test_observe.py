@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from billhook import observe
-from billhook.axes import Axis
+from billhook.calibration import forward
+from billhook.calibration.walk import STREAMS, Evidence, Layer, walk
 from billhook.errors import BillhookError
-from billhook.families import axes, layers
-from billhook.observe import Evidence, Layer, walk
-from billhook.surgery import remove
+from billhook.models.axes import Axis, axes
+from billhook.models.families import layers
+from billhook.models.surgery import remove
 
 FAMILIES = ["llama", "llama_bias", "mistral_sliding", "qwen2_sliding", "qwen3", "opt", "opt_350m"]
 KINDS = ("groups", "ffn")
@@ -128,11 +128,11 @@ def test_the_sliding_window_shows(family: str) -> None:
     assert not any(torch.allclose(narrow.fit[n].gram, full.fit[n].gram, rtol=1e-2) for n in narrow.fit)
 
 
-@pytest.mark.parametrize("stream", observe.STREAMS)
+@pytest.mark.parametrize("stream", STREAMS)
 @pytest.mark.parametrize("family", ["llama", "qwen2_sliding", "opt_350m"])
 def test_the_batch_size_does_not_show(family: str, stream: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def sums(batch_tokens: int) -> Iterator[Tensor]:
-        monkeypatch.setattr(observe, "BATCH_TOKENS", batch_tokens)
+        monkeypatch.setattr(forward, "BATCH_TOKENS", batch_tokens)
         model = tiny.model(family)
         for layer in walk(model, IDS, KINDS, stream=stream, held_out=0.4):
             for _, evidence in (*sorted(layer.fit.items()), *sorted(layer.held_out.items())):
@@ -145,7 +145,7 @@ def test_the_batch_size_does_not_show(family: str, stream: str, monkeypatch: pyt
         assert close(one, all_at_once) and close(two, all_at_once)
 
 
-@pytest.mark.parametrize("stream", observe.STREAMS)
+@pytest.mark.parametrize("stream", STREAMS)
 def test_the_walk_builds_no_graph_and_leaves_gradients_on_outside(stream: str) -> None:
     for layer in walk(tiny.model("llama").requires_grad_(True), IDS, KINDS, stream=stream):
         assert torch.is_grad_enabled()
@@ -164,7 +164,7 @@ def test_held_out_windows_are_kept_apart(stream: str) -> None:
         assert all(close(sums.gram, first[name] + last[name]) for name, sums in layer.fit.items())
 
 
-@pytest.mark.parametrize("stream", observe.STREAMS)
+@pytest.mark.parametrize("stream", STREAMS)
 def test_nothing_hangs_on_a_model_that_was_left_early(stream: str) -> None:
     model = tiny.model("opt")
     before = model(IDS).logits

@@ -12,9 +12,10 @@ import tiny
 import torch
 import transformers as T
 
-from billhook import checkpoint, clients, saving
-from billhook.families import axes
-from billhook.surgery import remove
+from billhook.checkpoints import load, save
+from billhook.checkpoints.clients import check
+from billhook.models.axes import axes
+from billhook.models.surgery import remove
 
 OLDER = "BILLHOOK_TRANSFORMERS_4"  # an interpreter that has transformers 4.57; one is made where it is not set
 IDS = tiny.tokens(2, 64)
@@ -57,7 +58,7 @@ def model_of(family: str, kind: str) -> T.PreTrainedModel:
 
 def written(model: T.PreTrainedModel, to: Path, source: Path | None = None) -> Path:
     to.mkdir()
-    saving.save(model, tiny.tokenizer(), to, source)
+    save.save(model, tiny.tokenizer(), to, source)
     return to
 
 
@@ -75,7 +76,7 @@ def test_both_forms_are_written_and_say_the_same(family: str, kind: str, tmp_pat
             else said["rope_scaling"]["factor" if family != "phi3" else "type"]
         )
         assert (said.get("rope_local_base_freq") == 4321.0) == ("full_attention" in said["rope_parameters"])
-    again = checkpoint.load(out)
+    again = load.load(out)
     assert torch.equal(again(IDS).logits, model(IDS).logits)
     assert (
         again.config.rope_parameters.items() >= model.config.rope_parameters.items()
@@ -85,7 +86,7 @@ def test_both_forms_are_written_and_say_the_same(family: str, kind: str, tmp_pat
     )
     older = {key: value for key, value in said.items() if key not in ("rope_parameters", "dtype")}
     (out / "config.json").write_text(json.dumps(older))  # what 4.x sees of it, which 5.x can read as well
-    assert torch.equal(checkpoint.load(out)(IDS).logits, model(IDS).logits)
+    assert torch.equal(load.load(out)(IDS).logits, model(IDS).logits)
 
 
 def test_a_config_of_4_stays_what_it_says(tmp_path: Path) -> None:
@@ -95,12 +96,12 @@ def test_a_config_of_4_stays_what_it_says(tmp_path: Path) -> None:
     said = json.loads((folder / "config.json").read_text())
     of_4 = {key: value for key, value in said.items() if key not in ("rope_parameters", "dtype")}
     (folder / "config.json").write_text(json.dumps(of_4))
-    out = written(checkpoint.open_model(str(folder)).model, tmp_path / "out", folder)
+    out = written(load.open_model(str(folder)).model, tmp_path / "out", folder)
     found = json.loads((out / "config.json").read_text())
     assert {key: found[key] for key in ("rope_theta", "rope_scaling", "torch_dtype")} == {
         key: of_4[key] for key in ("rope_theta", "rope_scaling", "torch_dtype")
     }
-    assert torch.equal(checkpoint.load(out)(IDS).logits, model(IDS).logits)
+    assert torch.equal(load.load(out)(IDS).logits, model(IDS).logits)
 
 
 @pytest.mark.parametrize("copied", [False, True])
@@ -110,7 +111,7 @@ def test_the_tokenizer_is_of_a_class_that_both_know(copied: bool, tmp_path: Path
     tokenizer.save_pretrained(tmp_path / "model")
     assert "TokenizersBackend" in (tmp_path / "model" / "tokenizer_config.json").read_text()
     (out := tmp_path / "out").mkdir()
-    saving.save(tiny.model("llama"), tokenizer, out, tmp_path / "model" if copied else None)
+    save.save(tiny.model("llama"), tokenizer, out, tmp_path / "model" if copied else None)
     said = json.loads((out / "tokenizer_config.json").read_text())
     assert said["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert "extra_special_tokens" not in said and said["additional_special_tokens"]
@@ -145,7 +146,7 @@ def older(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize(("family", "kind"), KINDS)
 def test_4_57_reads_what_is_written(family: str, kind: str, older: str, tmp_path: Path) -> None:
     """Equal tokens, logits within float32's roundings, and its own tokenizer."""
-    found = clients.check(written(model_of(family, kind), tmp_path / "out"), "transformers", older)
+    found = check.check(written(model_of(family, kind), tmp_path / "out"), "transformers", older)
     assert found["version"].startswith("4.57") and found["logits_drift"] < 1e-4
 
 
@@ -155,5 +156,5 @@ def test_4_57_reads_layers_of_their_own_sizes(family: str, older: str, tmp_path:
     model = model_of(family, "default")
     for axis in axes(model, ("ffn",)):
         remove(model, axis, torch.arange(7 * axis.layer))
-    found = clients.check(written(model, tmp_path / "out"), "transformers", older)
+    found = check.check(written(model, tmp_path / "out"), "transformers", older)
     assert found["version"].startswith("4.57") and found["logits_drift"] < 1e-4

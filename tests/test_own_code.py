@@ -14,8 +14,10 @@ from folders import written
 from test_bad_input import Bench
 from test_clients import interpreter, uneven
 
-from billhook import clients, layout, own_code, saving
+from billhook.checkpoints import own_code, save
+from billhook.checkpoints.clients import check
 from billhook.errors import BillhookError
+from billhook.models import layout
 
 bench = test_bad_input.bench
 
@@ -125,13 +127,13 @@ def test_a_per_layer_folder_is_run_as_billhook_wrote_it_or_not_at_all(
     damage: Callable[[Path], str], tmp_path: Path
 ) -> None:
     (folder := tmp_path / "out").mkdir()
-    saving.save(uneven("llama"), tiny.tokenizer(), folder, None)
+    save.save(uneven("llama"), tiny.tokenizer(), folder, None)
     assert own_code.needed(folder)
     words = damage(folder)
     nothing = interpreter(tmp_path / "python", f"open({str(tmp_path / MARK)!r}, 'w')")
     for client in ("transformers", "vllm"):
         with pytest.raises(BillhookError, match=words):
-            clients.check(folder, client, nothing)
+            check.check(folder, client, nothing)
     assert not (tmp_path / MARK).exists()
 
 

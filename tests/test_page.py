@@ -18,13 +18,14 @@ import example_reports as examples
 import pytest
 from rich.console import Console
 
-from billhook import report as reports
-from billhook.pages import charts, page, recovery_tables, tables
-from billhook.pages.charts import NARROW, WIDE, Axis, Band, Point, Series
-from billhook.pages.cut_tables import cut_rows
-from billhook.pages.scales import fit, linear_ticks, log_ticks, written
-from billhook.pages.search_tables import outcome_words
-from billhook.pages.words import rate
+from billhook.reports import card as card_module
+from billhook.reports import charts, commands, page, recovery_tables, tables, terminal
+from billhook.reports import records as reports
+from billhook.reports.charts import NARROW, WIDE, Axis, Band, Point, Series
+from billhook.reports.cut_tables import cut_rows
+from billhook.reports.formatting import rate
+from billhook.reports.scales import fit, linear_ticks, log_ticks, written
+from billhook.reports.search_tables import outcome_words
 
 VOID = {"meta", "br", "wbr", "hr", "img", "link", "input"}
 SVG = re.compile(r"<svg .*?</svg>", re.DOTALL)
@@ -664,33 +665,35 @@ def test_rows_of_a_recovery() -> None:
 
 def test_a_model_card_says_what_was_trained_and_how_to_do_it_again() -> None:
     found = examples.recover()["cut"]
-    card = reports.model_card(found)
+    card = card_module.model_card(found)
     assert "# demo, pruned and recovered by billhook" in card and "without training" not in card
     assert "pruned by layerchop (arXiv:2501.09412), then trained by distillation from demo" in card
     assert "tags: [billhook, pruned, layerchop, recovered]" in card
-    assert f"Made by `{reports.command(found)}`, then `{reports.recover_command(found['recovery'][0])}` (python" in card
-    assert reports.recover_command(found["recovery"][0]) == (
+    assert (
+        f"Made by `{commands.command(found)}`, then `{commands.recover_command(found['recovery'][0])}` (python" in card
+    )
+    assert commands.recover_command(found["recovery"][0]) == (
         "billhook recover OUT --teacher demo --objective distill --states on --trainable all --tokens 245760 "
         "--text wiki_train --seq-len 512 --batch-tokens 1024 --lr 0.0006 --warmup 0.05 --top-k 256 "
         "--precision bfloat16 --seed 0 -o OUT2"
     )
     later = examples.pretrained()["healing"]
-    twice = reports.model_card({**found, "recovery": [*found["recovery"], later]})
+    twice = card_module.model_card({**found, "recovery": [*found["recovery"], later]})
     assert "-o OUT2`, then `accelerate launch --num_processes 2 -m billhook recover OUT2 --objective ce" in twice
     assert "--text wiki_train --text letters" in twice and "-o OUT3`" in twice
-    untrained = reports.model_card({**examples.cut(), "model_type": "llama"})
+    untrained = card_module.model_card({**examples.cut(), "model_type": "llama"})
     assert "pruned without training by fasp" in untrained and "# demo, pruned by billhook" in untrained
 
 
 def test_a_model_card_of_a_model_that_was_not_cut() -> None:
     record = {"recovery": [examples.pretrained()["healing"]], "versions": examples.VERSIONS}
-    card = reports.model_card(record)
+    card = card_module.model_card(record)
     assert "# smaller, recovered by billhook" in card and "tags: [billhook, recovered]" in card
     assert "A `transformers` checkpoint, trained by continued pretraining, 92,160 tokens of wiki_train" in card
     assert "pruned" not in card and "recover smaller --objective ce" in card and "-o OUT`" in card
-    assert "A `llama` checkpoint" in reports.model_card({**record, "model_type": "llama"})
+    assert "A `llama` checkpoint" in card_module.model_card({**record, "model_type": "llama"})
     rename(record["recovery"][0], "a|b\n<i>")
-    told = reports.model_card(record).partition("Made by")[0]
+    told = card_module.model_card(record).partition("Made by")[0]
     rows = [line for line in told.splitlines() if line.startswith("|")]
     assert len(rows) == 2 + len(cut_rows(record)) and "<i>" not in told
     assert all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows)
@@ -701,7 +704,7 @@ def test_a_summary_shows_brackets_in_names() -> None:
     found["recovery"][0]["texts"] = ["a[/b].txt"]
     console = Console(width=200, file=io.StringIO())
     with console.capture() as told:
-        console.print(reports.summary_table(found, "summary"))
+        console.print(terminal.summary_table(found, "summary"))
     assert "tokens of a[/b].txt at 6e-4" in told.get()
 
 

@@ -14,19 +14,20 @@ import torch
 import transformers as T
 from torch import Tensor
 
-from billhook import cli, depth, planning, pruning, report, restore
-from billhook.axes import reader_weight
-from billhook.cuts import Cut
+from billhook import cli
+from billhook.calibration.walk import walk
 from billhook.errors import BillhookError
-from billhook.families import axes, layers
+from billhook.math import layer_presets, restore
 from billhook.methods.fasp import Settings as Restoring
 from billhook.methods.layerchop import PATCHES, Settings, layerchop
-from billhook.observe import walk
-from billhook.pages import page
-from billhook.pages.cut_tables import cut_rows
-from billhook.plan import Plan
-from billhook.recipe import recipe
-from billhook.surgery import cast, drop_layers
+from billhook.models.axes import axes, reader_weight
+from billhook.models.families import layers
+from billhook.models.plan import Cut, Plan
+from billhook.models.surgery import cast, drop_layers
+from billhook.pruning import method_settings, prune
+from billhook.pruning.recipe import recipe
+from billhook.reports import commands, page
+from billhook.reports.cut_tables import cut_rows
 
 IDS, OTHERS = tiny.tokens(16, 32), tiny.tokens(4, 32, seed=9)
 OTHER = ("granite", "falcon", "falcon_new", "falcon_alibi", "bloom")  # scaled sums; layers that return tuples
@@ -64,9 +65,9 @@ def moved(model: T.PreTrainedModel, dense: T.PreTrainedModel, at: int, resumed: 
 
 
 def test_cuts_are_runs_of_neighbours() -> None:
-    assert depth.cuts([5, 1, 2, 7, 6]) == [[1, 2], [5, 6, 7]]
-    assert depth.patched([0, 1, 4, 6, 7]) == [3, 5]
-    assert depth.patched([0, 1]) == depth.cuts([]) == []
+    assert layer_presets.cuts([5, 1, 2, 7, 6]) == [[1, 2], [5, 6, 7]]
+    assert layer_presets.patched([0, 1, 4, 6, 7]) == [3, 5]
+    assert layer_presets.patched([0, 1]) == layer_presets.cuts([]) == []
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "llama_bias"])
@@ -142,7 +143,7 @@ def test_a_boundless_ridge_leaves_the_model_unpatched(family: str) -> None:
 @pytest.mark.parametrize("gone", [(1,), (2, 3, 4), (0, 2, 5, 6), (1, 3, 5)])
 def test_no_patch_raises_the_error_it_was_fitted_to(gone: tuple[int, ...], damping: float) -> None:
     _, cuts = without(deep(), gone, linear(damping=damping))
-    assert [cut.layer for cut in cuts] == depth.patched(gone)
+    assert [cut.layer for cut in cuts] == layer_presets.patched(gone)
     assert all(cut.error <= cut.error_without * (1 + 1e-9) for cut in cuts)
 
 
@@ -186,9 +187,9 @@ def test_no_patch_is_the_default_and_changes_nothing() -> None:
 
 def test_each_method_has_a_damping_of_its_own() -> None:
     patched = recipe(ratio=0.2, method="layerchop", patch="linear")
-    assert planning.method_settings(patched) == Settings("linear") == linear(Settings.damping)
-    assert planning.settings_of(recipe(ratio=0.2)) == Restoring()
-    assert planning.method_settings(recipe(ratio=0.2, method="layerchop", damping=0.02)).damping == 0.02
+    assert method_settings.method_settings(patched) == Settings("linear") == linear(Settings.damping)
+    assert method_settings.settings_of(recipe(ratio=0.2)) == Restoring()
+    assert method_settings.method_settings(recipe(ratio=0.2, method="layerchop", damping=0.02)).damping == 0.02
 
 
 def test_norms_after_the_sums_are_refused() -> None:
@@ -206,9 +207,9 @@ def parent(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def patch(parent: Path, text_file: Path) -> Callable[..., pruning.Result]:
+def patch(parent: Path, text_file: Path) -> Callable[..., prune.Result]:
     settings = dict(method="layerchop", patch="linear", calibration=str(text_file), samples=12, seq_len=32, probes=2)
-    return lambda **more: pruning.prune(str(parent), **{**settings, **more})
+    return lambda **more: prune.prune(str(parent), **{**settings, **more})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -219,17 +220,17 @@ def test_a_patched_model_is_written_whole(
     model = deep()
     cast(model, dtype)
     settings = dict(method="layerchop", patch="linear", calibration=str(text_file), samples=12, seq_len=32, probes=2)
-    result = pruning.prune(model, tokenizer=tiny.tokenizer(), **settings, **given)
+    result = prune.prune(model, tokenizer=tiny.tokenizer(), **settings, **given)
     out = result.save(tmp_path / "out")
     again, told = T.AutoModelForCausalLM.from_pretrained(out), json.loads((out / "billhook.json").read_text())
     assert again.dtype is dtype and torch.equal(again(IDS).logits, model(IDS).logits)
-    assert [cut["layer"] for cut in told["cuts"]] == depth.patched(told["dropped_layers"])
+    assert [cut["layer"] for cut in told["cuts"]] == layer_presets.patched(told["dropped_layers"])
     assert all(cut["error"] < cut["error_without"] for cut in told["cuts"])
     assert told["calibration"]["windows"] == 12 and told["calibration"]["probes"] == (2 if "ratio" in given else 0)
     assert told["recipe"]["patch"] == "linear" and told["seconds"]["patch"] >= 0
 
 
-def test_the_card_says_what_a_patch_achieved(patch: Callable[..., pruning.Result], tmp_path: Path) -> None:
+def test_the_card_says_what_a_patch_achieved(patch: Callable[..., prune.Result], tmp_path: Path) -> None:
     found = patch(drop="0,2-3,5", damping=0.01, correction=0.5)
     rows = dict(cut_rows(found.report))
     one, two = found.report["cuts"]
@@ -245,11 +246,11 @@ def test_the_card_says_what_a_patch_achieved(patch: Callable[..., pruning.Result
     assert "Layer by layer" not in page.render(found.page()) and "patched" in page.render(found.page())
 
 
-def test_a_few_windows_hold_none_out(patch: Callable[..., pruning.Result]) -> None:
+def test_a_few_windows_hold_none_out(patch: Callable[..., prune.Result]) -> None:
     assert "held out" not in dict(cut_rows(patch(drop="2", samples=4).report))["patched"]
 
 
-def test_many_patches_are_said_as_their_mean(patch: Callable[..., pruning.Result]) -> None:
+def test_many_patches_are_said_as_their_mean(patch: Callable[..., prune.Result]) -> None:
     made = patch(drop="2").report
     made["cuts"] = [made["cuts"][0] | {"layer": n} for n in range(9)]
     assert dict(cut_rows(made))["patched"].startswith("layers 0-8: error ")
@@ -257,10 +258,10 @@ def test_many_patches_are_said_as_their_mean(patch: Callable[..., pruning.Result
 
 @pytest.mark.parametrize("given", [{"drop": "2-3"}, {"ratio": 0.3}, {"ratio": 0.3, "preset": "both"}])
 def test_the_command_makes_the_same_cut(
-    given: dict[str, Any], patch: Callable[..., pruning.Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    given: dict[str, Any], patch: Callable[..., prune.Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = patch(damping=0.02, correction=0.4, **given)
-    said = report.command(found.report)
+    said = commands.command(found.report)
     assert "--patch linear" in said and "--damping 0.02" in said and "--correction 0.4" in said
     assert ("--probes 2" in said) == (given == {"ratio": 0.3})  # only where windows were there to choose by
     monkeypatch.setattr(sys, "argv", said.replace("OUT", str(tmp_path / "out")).split())
@@ -270,17 +271,17 @@ def test_the_command_makes_the_same_cut(
     assert all(torch.equal(p, q) for p, q in zip(again.parameters(), found.model.parameters(), strict=True))
 
 
-def test_a_command_without_a_patch_does_not_speak_of_one(patch: Callable[..., pruning.Result]) -> None:
-    said = report.command(patch(patch="none", drop="2").report)
+def test_a_command_without_a_patch_does_not_speak_of_one(patch: Callable[..., prune.Result]) -> None:
+    said = commands.command(patch(patch="none", drop="2").report)
     assert "--patch" not in said and "--damping" not in said
 
 
 def test_what_will_be_patched_is_announced(parent: Path, text_file: Path) -> None:
     lines: list[str] = []
     settings = dict(method="layerchop", calibration=str(text_file), samples=4, seq_len=32, announce=lines.append)
-    pruning.prune(str(parent), drop="0-1,3-4", patch="linear", **settings)
+    prune.prune(str(parent), drop="0-1,3-4", patch="linear", **settings)
     assert lines[0].endswith("; nothing stands before 0-1, the FFN of layer 2 makes up for 3-4")
-    pruning.prune(str(parent), drop="0-1,3-4", **settings)
+    prune.prune(str(parent), drop="0-1,3-4", **settings)
     assert "stands" not in lines[1]
 
 

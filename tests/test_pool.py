@@ -4,9 +4,10 @@ import pytest
 import tiny
 import torch
 
-from billhook import overlap, pool
 from billhook.data import Text
 from billhook.errors import BillhookError
+from billhook.math import overlap
+from billhook.search import pool
 
 TEXTS = [Text("one", tiny.text(900)), Text("other", tiny.text(1400)[2000:].upper())]
 

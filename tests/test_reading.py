@@ -8,7 +8,10 @@ import pytest
 import tiny
 
 import billhook
-from billhook import data, overlap, reading, recovering
+from billhook import data
+from billhook.math import overlap
+from billhook.recovery import recover
+from billhook.training import text_windows
 
 LENGTH = 16
 SEEDS = range(5)
@@ -44,8 +47,8 @@ def record_of(source: str, samples: int, seed: int, length: int = LENGTH) -> dic
     }
 
 
-def read(training: tuple[Path, ...], record: dict[str, Any] | None, seed: int = 0) -> reading.Texts:
-    return reading.read([str(one) for one in training], (), tiny.tokenizer(), LENGTH, seed, record=record)
+def read(training: tuple[Path, ...], record: dict[str, Any] | None, seed: int = 0) -> text_windows.Texts:
+    return text_windows.read([str(one) for one in training], (), tiny.tokenizer(), LENGTH, seed, record=record)
 
 
 @pytest.mark.parametrize(("joined", "length"), [(False, LENGTH), (False, 40), (True, 40)])
@@ -58,7 +61,7 @@ def test_what_a_prune_was_fitted_on_is_not_held_out_of_several_texts(
         record = record_of(source, 30, seed, length)
         found, blind = read(texts, record, seed), read(texts, None, seed)
         assert not overlap.overlapping(found.judged[0].tokens, record["fitted"]).any() and not found.doubt
-        assert len(found.judged[0].tokens) == reading.HELD_OUT
+        assert len(found.judged[0].tokens) == text_windows.HELD_OUT
         every = [sorted(map(tuple, [*one.train.tolist(), *one.judged[0].tokens.tolist()])) for one in (found, blind)]
         assert every[0] == every[1]
         twice += int(overlap.overlapping(blind.judged[0].tokens, record["fitted"]).sum())
@@ -103,7 +106,7 @@ def test_a_recovery_says_what_may_judge_it_too_kindly(texts: tuple[Path, Path], 
         ]
     ):
         lines: list[str] = []
-        found = recovering.recover(
+        found = recover.recover(
             model,
             objective="ce",
             text=tuple(map(str, texts)),

@@ -20,8 +20,12 @@ from processes import Child
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
-from billhook import cli, course, pruning, recovering, store, teacher, training
+from billhook import cli
 from billhook.errors import BillhookError
+from billhook.pruning import prune
+from billhook.recovery import recover
+from billhook.runtime import cache
+from billhook.training import schedule, teacher, trainer
 
 LENGTH = 16
 STEPS = 60
@@ -30,7 +34,7 @@ STEPS = 60
 @pytest.fixture
 def bench(folder: Path, tmp_path: Path) -> Path:
     """A folder with a teacher, a student, and two texts."""
-    pruning.prune(str(folder), method="layerchop", drop="1").save(tmp_path / "student")
+    prune.prune(str(folder), method="layerchop", drop="1").save(tmp_path / "student")
     words = tiny.text(1200)
     (tmp_path / "train.txt").write_text(words[:3000])
     (tmp_path / "held.txt").write_text(words[3000:])
@@ -60,12 +64,12 @@ def flags(bench: Path, **more: Any) -> list[str]:
     return ["recover", *said]
 
 
-def run(bench: Path, work: str = "work", lines: list[str] | None = None, **more: Any) -> recovering.Recovered:
+def run(bench: Path, work: str = "work", lines: list[str] | None = None, **more: Any) -> recover.Recovered:
     heard = lines if lines is not None else []
-    return recovering.recover(bench / "student", work=bench / work, announce=heard.append, **settings(bench, **more))
+    return recover.recover(bench / "student", work=bench / work, announce=heard.append, **settings(bench, **more))
 
 
-def same(a: recovering.Recovered, b: recovering.Recovered) -> bool:
+def same(a: recover.Recovered, b: recover.Recovered) -> bool:
     ours, theirs = a.model.state_dict(), b.model.state_dict()
     return all(torch.equal(ours[name], theirs[name]) for name in ours) and ours.keys() == theirs.keys()
 
@@ -74,15 +78,15 @@ def same(a: recovering.Recovered, b: recovering.Recovered) -> bool:
 
 
 def recovered(bench: Path, given: dict[str, Any]) -> None:
-    training.SAVE_SECONDS = 0.02  # a checkpoint every few steps
-    recovering.recover(bench / "student", work=bench / "work", **given)
+    trainer.SAVE_SECONDS = 0.02  # a checkpoint every few steps
+    recover.recover(bench / "student", work=bench / "work", **given)
 
 
 def killed(bench: Path, after: float, **more: Any) -> bool:
     """Run in another process, killed `after` seconds from its first checkpoint; whether it was in time."""
     process, until = Child(recovered, bench, settings(bench, **more), fresh=True), time.monotonic() + 120
     while process.runs and time.monotonic() < until:
-        if any(course.step_of(one) for one in course.checkpoints(bench / "work")):
+        if any(schedule.step_of(one) for one in schedule.checkpoints(bench / "work")):
             time.sleep(after)
             break
         time.sleep(0.001)
@@ -110,23 +114,23 @@ def test_a_killed_run_ends_as_if_it_had_not_been(trainable: str, after: float, b
 
 def test_a_run_that_had_only_to_write_trains_no_more(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = run(bench)
-    monkeypatch.setattr(training.Healer, "train", None)
+    monkeypatch.setattr(trainer.Healer, "train", None)
     assert same(first, run(bench))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "unmarked"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage: str, bench: Path) -> None:
     whole, lines = run(bench), []
-    *_, before, last = course.checkpoints(bench / "work")
+    *_, before, last = schedule.checkpoints(bench / "work")
     file = last / "optimizer.pt"
     if damage == "truncated":
         file.write_bytes(file.read_bytes()[:-100])
     elif damage == "missing":
         file.unlink()
     else:
-        (last / course.WHOLE).unlink()
+        (last / schedule.WHOLE).unlink()
     again = run(bench, lines=lines)
-    assert f"{last} is not whole: going on from step {course.step_of(before)}" in lines
+    assert f"{last} is not whole: going on from step {schedule.step_of(before)}" in lines
     assert same(whole, again)
 
 
@@ -145,7 +149,7 @@ def test_another_run_is_not_gone_on_with(bench: Path, monkeypatch: pytest.Monkey
     config.write_text(config.read_text().replace("10000.0", "500.0"))
     with pytest.raises(BillhookError, match="differs in teacher's files:"):
         run(bench)
-    monkeypatch.setattr(store, "code_sha256", lambda: "of another version")
+    monkeypatch.setattr(cache, "code_sha256", lambda: "of another version")
     with pytest.raises(BillhookError, match="differs in teacher's files, version of billhook:"):
         run(bench)
 
@@ -177,8 +181,8 @@ def test_fresh_loses_nothing_to_bad_input(
 
 def test_the_rate_trials_are_kept(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = run(bench, lr="auto", tokens=320)
-    monkeypatch.setattr(recovering, "_loss_after", None)
-    for one in course.checkpoints(bench / "work"):
+    monkeypatch.setattr(recover, "_loss_after", None)
+    for one in schedule.checkpoints(bench / "work"):
         shutil.rmtree(one)
     assert same(first, run(bench, lr="auto", tokens=320))
 
@@ -328,19 +332,19 @@ def test_a_loss_that_is_no_number(
 
 
 def test_a_loss_that_becomes_none_keeps_the_last_good_checkpoint(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    true, seen = training.divergence, []
+    true, seen = trainer.divergence, []
 
     def breaking(*args: Any) -> torch.Tensor:
         seen.append(1)
         return true(*args) * (float("nan") if len(seen) > 2 * 45 else 1.0)
 
-    monkeypatch.setattr(training, "divergence", breaking)
+    monkeypatch.setattr(trainer, "divergence", breaking)
     with pytest.raises(
         BillhookError, match=r"finite at step 46 of 60: the checkpoint of step 4\d is kept in .*checkpoint-4\d"
     ):
         run(bench)
-    last = course.checkpoints(bench / "work")[-1]
-    assert course.is_whole(last)
+    last = schedule.checkpoints(bench / "work")[-1]
+    assert schedule.is_whole(last)
     assert all(value.isfinite().all() for value in load_file(last / "model.safetensors").values())
-    monkeypatch.setattr(training, "divergence", true)
+    monkeypatch.setattr(trainer, "divergence", true)
     assert len(run(bench).healing["losses"]) == STEPS

@@ -14,34 +14,30 @@ import torch
 import transformers as T
 from safetensors.torch import load_file
 
-from billhook import (
-    checkpoint,
-    data,
-    losses,
-    pace,
-    pruning,
-    reading,
-    recovering,
-    runs,
-    surgery,
-    teacher,
-    trainables,
-    training,
-)
-from billhook.course import Course, Judge
+from billhook import data
+from billhook.checkpoints import load
 from billhook.errors import BillhookError
-from billhook.experts import unfuse
-from billhook.families import layers, row_of
-from billhook.precision import autocast_dtype
-from billhook.recovery import OBJECTIVES, recovery
-from billhook.trainables import Cut
+from billhook.math import losses
+from billhook.models import surgery
+from billhook.models.experts import unfuse
+from billhook.models.families import layers, row_of
+from billhook.pruning import prune
+from billhook.recovery import recover as recover_module
+from billhook.recovery import setup
+from billhook.recovery.recover import Recovered
+from billhook.recovery.settings import OBJECTIVES, recovery
+from billhook.runtime.precision import autocast_dtype
+from billhook.training import teacher, text_windows, throughput, trainables, trainer
+from billhook.training.early_stopping import Judge
+from billhook.training.schedule import Course
+from billhook.training.trainables import Seam
 
 LENGTH = 16
 SETTINGS: dict[str, Any] = {"seq_len": LENGTH, "device": "cpu", "precision": "float32", "lr": 1e-3}
 
 
-def recover(model: Path, work: Path, **settings: Any) -> recovering.Recovered:
-    return recovering.recover(model, work=work, **{**SETTINGS, **settings})
+def recover(model: Path, work: Path, **settings: Any) -> Recovered:
+    return recover_module.recover(model, work=work, **{**SETTINGS, **settings})
 
 
 @pytest.fixture
@@ -58,7 +54,7 @@ def texts(tmp_path: Path) -> tuple[Path, Path]:
 def student(folder: Path, tmp_path: Path) -> Path:
     """The tiny model without its middle layer."""
     out = tmp_path / "student"
-    pruning.prune(str(folder), method="layerchop", drop="1").save(out)
+    prune.prune(str(folder), method="layerchop", drop="1").save(out)
     return out
 
 
@@ -187,7 +183,7 @@ def test_a_damaged_lesson_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_the_layers_beside_a_cut(kept: list[int], total: int, beside: list[int]) -> None:
-    assert Cut(kept, total).beside == beside
+    assert Seam(kept, total).beside == beside
 
 
 def named(model: Any) -> set[str]:
@@ -202,7 +198,7 @@ def opened(family: str) -> T.PreTrainedModel:
 
 @pytest.mark.parametrize("family", tiny.CONFIGS)
 def test_what_each_set_trains(family: str) -> None:
-    cut = Cut([0, 2, 3], 4)
+    cut = Seam([0, 2, 3], 4)
     everything = {name for name, _ in opened(family).named_parameters()}
     assert named(trainables.train_all(opened(family), cut, 4)) == everything
     end, seam = (make(opened(family), cut, 4) for make in (trainables.train_end, trainables.train_seam))
@@ -246,7 +242,7 @@ def test_merged_adapters_compute_the_same() -> None:
 
 
 def test_a_seam_needs_a_cut() -> None:
-    for cut in (None, Cut([0, 1, 2], 3)):
+    for cut in (None, Seam([0, 1, 2], 3)):
         with pytest.raises(BillhookError, match="--trainable seam trains the layers beside dropped ones"):
             trainables.train_seam(tiny.model("llama"), cut, 4)
 
@@ -255,16 +251,16 @@ def test_a_seam_needs_a_cut() -> None:
 
 
 def test_every_pass_sees_every_window_once() -> None:
-    order = reading.order_of(7, 20, 0)
+    order = text_windows.order_of(7, 20, 0)
     assert order[:7] == list(range(7)) and sorted(order[7:14]) == list(range(7)) != order[7:14] and len(order) == 20
-    assert reading.order_of(7, 10, 0) == order[:10]
+    assert text_windows.order_of(7, 10, 0) == order[:10]
 
 
 def test_what_a_prune_was_calibrated_on_is_not_held_out(texts: tuple[Path, Path]) -> None:
     drawn = data.windows(data.calibration_text(str(texts[0])), tiny.tokenizer(), LENGTH, 64, seed=3).tokens
-    found = reading.read((str(texts[0]),), (str(texts[1]),), tiny.tokenizer(), LENGTH, 3)
+    found = text_windows.read((str(texts[0]),), (str(texts[1]),), tiny.tokenizer(), LENGTH, 3)
     held, other = found.judged
-    assert len(held.tokens) == len(other.tokens) == reading.HELD_OUT and found.guards == ("held",)
+    assert len(held.tokens) == len(other.tokens) == text_windows.HELD_OUT and found.guards == ("held",)
     calibrated, first = {tuple(row) for row in drawn.tolist()}, found.train[:64].tolist()
     assert not calibrated & {tuple(row) for row in held.tokens.tolist()} and tuple(first[0]) not in calibrated
     assert not {tuple(row) for row in found.train.tolist()} & {tuple(row) for row in held.tokens.tolist()}
@@ -272,7 +268,7 @@ def test_what_a_prune_was_calibrated_on_is_not_held_out(texts: tuple[Path, Path]
 
 @pytest.mark.parametrize("steps", [1, 2, 50, 1000])
 def test_a_run_is_judged_at_its_end_and_not_too_often(steps: int) -> None:
-    points = runs._points(steps * 2, steps, 24)
+    points = setup._points(steps * 2, steps, 24)
     assert points[-1] == steps and points == tuple(sorted(set(points))) and points[0] >= 1
     assert len(points) <= 10
 
@@ -338,7 +334,7 @@ def test_emulated_bfloat16_is_not_fast(generation: int, fast: bool, monkeypatch:
 def test_pace_changes_no_weight() -> None:
     model = trainables.train_all(tiny.model("llama"), None, 4)
     before = {name: param.clone() for name, param in model.named_parameters()}
-    assert pace.training_pace(model, LENGTH, 1, None, 0.01) > 0
+    assert throughput.training_pace(model, LENGTH, 1, None, 0.01) > 0
     assert all(torch.equal(before[name], param) for name, param in model.named_parameters())
 
 
@@ -407,8 +403,8 @@ def test_windows_in_a_forward_decide_nothing(
         assert other.healing["losses"] == pytest.approx(found[0].healing["losses"], rel=1e-4)
         for one, same in zip(found[0].model.parameters(), other.model.parameters(), strict=True):
             torch.testing.assert_close(one, same, atol=1e-4, rtol=0)
-    windows = reading.read(asked["text"], asked["held_out"], tiny.tokenizer(), LENGTH, 0).train[:4]
-    before, dense = checkpoint.load(student), checkpoint.load(folder)
+    windows = text_windows.read(asked["text"], asked["held_out"], tiny.tokenizer(), LENGTH, 0).train[:4]
+    before, dense = load.load(student), load.load(folder)
     with torch.no_grad():  # what is printed is the loss by its name, whatever is aligned besides
         own = before(windows).logits
         theirs = losses.most_likely(dense(windows).logits[:, :-1], 258)
@@ -459,12 +455,12 @@ def test_hidden_states_are_aligned_where_depth_was_halved(
     deep = tmp_path / "deep"
     T.AutoModelForCausalLM.from_config(tiny.CONFIGS["llama"](num_hidden_layers=6)).save_pretrained(deep)
     tiny.tokenizer().save_pretrained(deep)
-    cut = pruning.prune(str(deep), method="layerchop", drop="1-3")
+    cut = prune.prune(str(deep), method="layerchop", drop="1-3")
     cut.save(tmp_path / "half")
     for states, expected in (("auto", True), ("off", False)):
         found = recover(tmp_path / "half", tmp_path / states, **given(texts, deep, states=states))
         assert found.healing["states"] is expected
-    pruning.prune(str(deep), method="layerchop", drop="2").save(tmp_path / "most")
+    prune.prune(str(deep), method="layerchop", drop="2").save(tmp_path / "most")
     assert recover(tmp_path / "most", tmp_path / "w", **given(texts, deep)).healing["states"] is False
 
 
@@ -487,7 +483,7 @@ def test_the_guard_stops_a_run_and_keeps_the_best(student: Path, folder: Path, t
 
 
 def test_bfloat16_in_bfloat16_out(folder: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
-    model = checkpoint.load(folder)
+    model = load.load(folder)
     surgery.cast(model, torch.bfloat16)
     half = tmp_path / "half"
     model.save_pretrained(half)
@@ -502,18 +498,18 @@ def test_bfloat16_in_bfloat16_out(folder: Path, texts: tuple[Path, Path], tmp_pa
 def test_layers_that_differ_recover(folder: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
     out, text = tmp_path / "uneven", str(texts[0])
     asked = {"ratio": 0.3, "layout": "per_layer", "allocation": "skip:1,0", "multiple_of": 4}
-    pruning.prune(str(folder), calibration=text, samples=4, seq_len=LENGTH, **asked).save(out)
+    prune.prune(str(folder), calibration=text, samples=4, seq_len=LENGTH, **asked).save(out)
     found = recover(out, tmp_path / "work", **given(texts, folder))
     healed = tmp_path / "healed"
     healed.mkdir()
     found.write(healed)
-    widths = {layer.mlp.down_proj.in_features for layer in layers(checkpoint.load(healed))}
+    widths = {layer.mlp.down_proj.in_features for layer in layers(load.load(healed))}
     assert len(widths) == 2
 
 
 def test_a_rate_is_found_by_trial(student: Path, folder: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
     healing = recover(student, tmp_path / "work", **given(texts, folder, lr="auto")).healing
-    assert [one["lr"] for one in healing["rates"]] == list(runs.RATES_OTHERWISE)
+    assert [one["lr"] for one in healing["rates"]] == list(setup.RATES_OTHERWISE)
     assert healing["lr"] == min(healing["rates"], key=lambda one: one["loss"])["lr"]
     assert healing["steps"] == 20  # trials are beyond the budget
 
@@ -523,7 +519,7 @@ def test_checkpoints_of_one_trial_are_not_anothers(
 ) -> None:
     found = []
     for seconds in (300.0, 0.0):  # a long trial writes some
-        monkeypatch.setattr(training, "SAVE_SECONDS", seconds)
+        monkeypatch.setattr(trainer, "SAVE_SECONDS", seconds)
         found.append(recover(student, tmp_path / f"work{seconds}", **given(texts, folder, lr="auto")).healing["rates"])
     assert found[0] == found[1]
 
@@ -544,9 +540,9 @@ def test_rates_need_something_to_judge_them(student: Path, folder: Path, tmp_pat
 def test_minutes_buy_tokens(
     student: Path, texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runs, "PACE_SECONDS", 0.05)
-    monkeypatch.setattr(pace, "training_pace", lambda *_: 1000.0)
+    monkeypatch.setattr(setup, "PACE_SECONDS", 0.05)
+    monkeypatch.setattr(throughput, "training_pace", lambda *_: 1000.0)
     asked = {"objective": "ce", "teacher": "", "tokens": None, "minutes": 0.05, "held_out": (str(texts[1]),)}
     healing = recover(student, tmp_path / "work", text=(str(texts[0]),), **asked).healing
-    least = (runs.POINTS[0] + 2) * runs.TEXTS * reading.HELD_OUT * LENGTH * runs.FORWARD / 1000
-    assert healing["tokens"] == pytest.approx(min((3 - 0.05) / (1 + runs.JUDGING), 3 - 0.05 - least) * 1000, rel=0.02)
+    least = (setup.POINTS[0] + 2) * setup.TEXTS * text_windows.HELD_OUT * LENGTH * setup.FORWARD / 1000
+    assert healing["tokens"] == pytest.approx(min((3 - 0.05) / (1 + setup.JUDGING), 3 - 0.05 - least) * 1000, rel=0.02)

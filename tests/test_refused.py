@@ -9,7 +9,7 @@ import pytest
 import tiny
 from folders import written
 
-from billhook import checkpoint
+from billhook.checkpoints import load
 from billhook.errors import BillhookError
 
 READ, BUILT = r"transformers could not read it \(", r"transformers could not build it \("
@@ -64,7 +64,7 @@ def test_a_value_of_config_json(family: str, keys: dict[str, Any], words: str, t
     found = []
     for stream in (False, True):
         with pytest.raises(BillhookError) as refusal:
-            checkpoint.open_model(str(folder), stream=stream)
+            load.open_model(str(folder), stream=stream)
         found.append(str(refusal.value))
     assert found[0] == found[1] and "\n" not in found[0] and len(found[0]) < 550
     assert re.search(rf"model: config.json: {words}", found[0]), found[0]
@@ -76,10 +76,10 @@ def test_a_sentencepiece_model_without_its_packages(
 ) -> None:
     tiny.model("llama").save_pretrained(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x0c\x0a\x05<unk>\x15\0\0\0\0")
-    missing = {checkpoint.SENTENCES[one] for one in lacking}
-    monkeypatch.setattr(checkpoint, "find_spec", lambda module: None if module in missing else module)
+    missing = {load.SENTENCES[one] for one in lacking}
+    monkeypatch.setattr(load, "find_spec", lambda module: None if module in missing else module)
     with pytest.raises(BillhookError, match=f"by sentencepiece and protobuf: pip install {' '.join(lacking)}, or"):
-        checkpoint.load_tokenizer(tmp_path, "model")
-    monkeypatch.setattr(checkpoint, "find_spec", lambda module: module)
+        load.load_tokenizer(tmp_path, "model")
+    monkeypatch.setattr(load, "find_spec", lambda module: module)
     with pytest.raises(BillhookError, match="no tokenizer could be loaded"):
-        checkpoint.load_tokenizer(tmp_path, "model")
+        load.load_tokenizer(tmp_path, "model")

@@ -13,16 +13,22 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import billhook
-from billhook import cli, clients, layout, report, residual, restream, rotation, saving, slicing
-from billhook.budget import decoder_parameters, saved_by, total_parameters
+from billhook import cli
+from billhook.calibration.gram import gram_of
+from billhook.checkpoints import save, verify
+from billhook.checkpoints.resume import Journal
 from billhook.errors import BillhookError
-from billhook.families import axes, weight_of
-from billhook.journal import Journal
+from billhook.methods import slicegpt_restore
 from billhook.methods.slicegpt import Settings, _inputs, channel_scores, slicegpt
-from billhook.observe import gram_of
-from billhook.plan import Plan
-from billhook.progress import Clock, quiet
-from billhook.surgery import cast, remove
+from billhook.models import layout, residual, rotation
+from billhook.models.axes import axes
+from billhook.models.families import weight_of
+from billhook.models.plan import Plan
+from billhook.models.sizes import decoder_parameters, saved_by, total_parameters
+from billhook.models.surgery import cast, remove
+from billhook.pruning import plan_lines, residual_budget
+from billhook.reports import commands
+from billhook.runtime.progress import Clock, quiet
 
 IDS = tiny.tokens()
 SUBTRACT = {
@@ -112,12 +118,12 @@ def test_a_cut_is_a_stock_checkpoint(family: str, rotate: bool, tmp_path: Path) 
     tied, before, eps = residual.residual(model).tied, total_parameters(model), model.config.rms_norm_eps
     if rotate and family in BEHIND:
         with pytest.raises(BillhookError, match=r"stands between a writer and the residual stream.*--no-rotate"):
-            slicing.planner(model, 4, rotate)
+            residual_budget.planner(model, 4, rotate)
         return
-    plan = slicing.planner(model, 4, rotate).make(0.25 * decoder_parameters(model))
+    plan = residual_budget.planner(model, 4, rotate).make(0.25 * decoder_parameters(model))
     assert plan == Plan(residual=8, rotate=rotate)
     less = saved_by(model, plan)
-    line, said = slicing.plan_line(model, plan, "ratio 0.25"), slicing.record(model, plan)
+    line, said = plan_lines.residual_line(model, plan, "ratio 0.25"), residual_budget.record(model, plan)
     assert f"→ {before - less:,} parameters" in line and "24 of 32 channels" in line
     slicegpt(model, IDS, plan)
     assert total_parameters(model) == before - less
@@ -125,30 +131,30 @@ def test_a_cut_is_a_stock_checkpoint(family: str, rotate: bool, tmp_path: Path) 
     layout.update_config(model)
     out = tmp_path / "out"
     out.mkdir()
-    saving.save(model, tiny.tokenizer(), out, None)
+    save.save(model, tiny.tokenizer(), out, None)
     config = json.loads((out / "config.json").read_text())
     assert config["hidden_size"] == 24 and "auto_map" not in config
     assert config["rms_norm_eps"] == eps * 32 / 24
     assert config["tie_word_embeddings"] == (tied and not rotate)
     again = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     assert torch.equal(again(IDS).logits, model(IDS).logits)
-    assert saving.stored_parameters(out) == total_parameters(model)
+    assert save.stored_parameters(out) == total_parameters(model)
     assert (again.get_output_embeddings().weight is again.get_input_embeddings().weight) == (tied and not rotate)
     greedy = [again.generate(IDS, max_new_tokens=12, do_sample=False, use_cache=cache) for cache in (True, False)]
     assert torch.equal(*greedy)
-    assert clients.verify(out, model)["cache_drift"] < 1e-5
+    assert verify.verify(out, model)["cache_drift"] < 1e-5
 
 
 @pytest.mark.parametrize("family", sorted(SUBTRACT))
 def test_a_mean_that_is_subtracted_is_refused(family: str) -> None:
     with pytest.raises(BillhookError, match=r"cannot give up 'residual': .*LayerNorm.*fasp, layerchop"):
-        slicing.planner(tiny.model(family), 4, False)
+        residual_budget.planner(tiny.model(family), 4, False)
 
 
 @pytest.mark.parametrize("family", sorted(tiny.MIXTURES))
 def test_mixtures_are_refused(family: str) -> None:
     with pytest.raises(BillhookError, match=r"cannot give up 'residual' yet: its routers.*--method experts"):
-        slicing.planner(tiny.model(family), 4, False)
+        residual_budget.planner(tiny.model(family), 4, False)
 
 
 def test_a_parameter_of_no_known_place_is_refused() -> None:
@@ -161,19 +167,22 @@ def test_a_parameter_of_no_known_place_is_refused() -> None:
 def test_a_size_that_the_own_config_refuses_is_held_by_the_stand_in(tmp_path: Path) -> None:
     """30 channels with 4 heads: LlamaConfig says no, Mistral computes the same; qwen2's has no such check."""
     model = tiny.model("llama")
-    plan = slicing.planner(model, 2, True).make(0.0625 * decoder_parameters(model))
+    plan = residual_budget.planner(model, 2, True).make(0.0625 * decoder_parameters(model))
     assert plan.residual == 2
     slicegpt(model, IDS, plan)
     layout.update_config(model)
-    saving.save(model, tiny.tokenizer(), tmp_path, None)
-    assert clients.verify(tmp_path, model)["logits"] == "equal"
+    save.save(model, tiny.tokenizer(), tmp_path, None)
+    assert verify.verify(tmp_path, model)["logits"] == "equal"
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(again).__name__ == "MistralForCausalLM" and again.config.hidden_size == 30
 
 
 def test_only_sizes_that_some_stock_config_takes_are_planned() -> None:
     """Biases have no stand-in, and 4 heads: multiples of 4 alone."""
-    planner, decoder = slicing.planner(tiny.model("llama_bias"), 2, False), decoder_parameters(tiny.model("llama_bias"))
+    planner, decoder = (
+        residual_budget.planner(tiny.model("llama_bias"), 2, False),
+        decoder_parameters(tiny.model("llama_bias")),
+    )
     assert {planner.make(share * decoder).residual % 4 for share in (0.1, 0.15, 0.2, 0.3, 0.34)} == {0}
 
 
@@ -247,7 +256,7 @@ def test_restoration_leaves_what_lost_nothing(family: str) -> None:
     dense, kept = tiny.model(family), torch.arange(32)
     model = copy.deepcopy(dense)
     how: dict[str, Any] = {"share": 1.0, "damping": 1e-6, "clock": Clock(), "tick": quiet}
-    restream.restore(model, copy.deepcopy(dense), IDS, kept, Journal(None, model), **how)
+    slicegpt_restore.restore(model, copy.deepcopy(dense), IDS, kept, Journal(None, model), **how)
     torch.testing.assert_close(model(IDS).logits, dense(IDS).logits, rtol=1e-3, atol=1e-3)
 
 
@@ -279,8 +288,8 @@ def test_bfloat16_comes_back_bit_for_bit(family: str, tmp_path: Path) -> None:
     slicegpt(model, IDS, Plan(residual=8, rotate=family not in BEHIND))
     assert model(IDS).logits.isfinite().all()
     layout.update_config(model)
-    saving.save(model, tiny.tokenizer(), tmp_path, None)
-    assert clients.verify(tmp_path, model)["logits"] == "equal"
+    save.save(model, tiny.tokenizer(), tmp_path, None)
+    assert verify.verify(tmp_path, model)["logits"] == "equal"
 
 
 @pytest.mark.parametrize("rotate", [False, True])
@@ -322,7 +331,7 @@ def test_the_command_line(
     assert ("rotated first" in printed) == (not switch) == ("no longer tied" in printed)
     stored = json.loads((tmp_path / "out" / "billhook.json").read_text())
     assert stored["recipe"]["rotate"] == (not switch) and stored["layout"] == "uniform"
-    made = report.command(stored)
+    made = commands.command(stored)
     assert ("--no-rotate" in made) == bool(switch) and "--method slicegpt" in made
     again = made.replace("-o OUT", f"-o {tmp_path / 'again'}").split()[1:]
     assert run(monkeypatch, *again) == 0

@@ -20,15 +20,17 @@ from folders import FASP, CutOffError, pruned, run, same, written
 from safetensors.torch import load_file, save_file
 
 import billhook
-from billhook import clients, journal, observe, operators
+from billhook.calibration import linears, walk
+from billhook.checkpoints import resume
+from billhook.checkpoints.clients import check
 from billhook.errors import BillhookError
-from billhook.families import layers
 from billhook.methods import MASKING
+from billhook.models.families import layers
 
 
 def cut_off(monkeypatch: pytest.MonkeyPatch, after: int) -> Callable[[], None]:
     """Have the journal's writer fail once it has settled `after` files; undone by what is returned."""
-    rename, seen = journal.rename, [0]
+    rename, seen = resume.rename, [0]
 
     def settled(work: Path, to: Path) -> None:
         if seen[0] == after:
@@ -36,8 +38,8 @@ def cut_off(monkeypatch: pytest.MonkeyPatch, after: int) -> Callable[[], None]:
         seen[0] += 1
         rename(work, to)
 
-    monkeypatch.setattr(journal, "rename", settled)
-    return lambda: monkeypatch.setattr(journal, "rename", rename)
+    monkeypatch.setattr(resume, "rename", settled)
+    return lambda: monkeypatch.setattr(resume, "rename", rename)
 
 
 STREAMS = [
@@ -99,10 +101,10 @@ def test_what_workers_had_done_is_kept(
 MASKS = [
     {"method": method, "sparsity": 0.5, "stream": stream}
     for method in MASKING
-    for stream in operators.STREAMS
+    for stream in linears.STREAMS
     if method != "optishear"  # whose search comes before, and then it is wanda
 ]
-ALL = [{**FASP, "axes": ("ffn", "groups"), "stream": stream} for stream in observe.STREAMS] + MASKS
+ALL = [{**FASP, "axes": ("ffn", "groups"), "stream": stream} for stream in walk.STREAMS] + MASKS
 SLOW = [one for one in ALL if one.get("method", "wanda") != "wanda"]
 APART = [
     {**FASP, "ratio": 0.1, "stream": "dense", "allocation": "skip:1,0", "layout": "per_layer"},
@@ -137,7 +139,7 @@ def test_whichever_layers_are_done_the_others_end_in_the_same_bits(
 
     whole = made(tmp_path / "all")
     there = sorted(int(one.stem.partition("-")[2]) for one in (tmp_path / "all").glob("layer-*.json"))
-    alone = settings["stream"] in operators.ALONE
+    alone = settings["stream"] in linears.ALONE
     sizes = range(len(there)) if settings in SLOW else (1,)
     parts = [done for size in sizes for done in itertools.combinations(there, size)]
     for done in parts if alone else [done for done in parts if list(done) == there[: len(done)]]:
@@ -253,7 +255,7 @@ def test_killed_at_fifty_moments(
     streamed: bool, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without the stock client, a process of its own, whose imports would be what nearly every kill meets."""
-    monkeypatch.setattr(clients, "check", lambda *_: {"client": "transformers", "version": "not run"})
+    monkeypatch.setattr(check, "check", lambda *_: {"client": "transformers", "version": "not run"})
     killed_at_random(50, tmp_path, text_file, stream_weights=streamed, **FASP)
 
 

@@ -9,7 +9,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from billhook import layout, saving, tensorfile
+from billhook.checkpoints import save
+from billhook.models import layout
+from billhook.runtime import tensor_files
 
 
 def held(folder: Path) -> dict[str, torch.Tensor]:
@@ -21,7 +23,7 @@ def test_a_checkpoint_is_what_transformers_writes(family: str, tmp_path: Path) -
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     ours.mkdir()
     model = tiny.model(family).to(torch.bfloat16)
-    saving.save(model, tiny.tokenizer(), ours, None)
+    save.save(model, tiny.tokenizer(), ours, None)
     model.save_pretrained(theirs)
     tiny.tokenizer().save_pretrained(theirs)
 
@@ -35,10 +37,10 @@ def test_a_checkpoint_is_what_transformers_writes(family: str, tmp_path: Path) -
 
 def test_a_tensor_comes_back_as_it_was(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    tensors = {str(dtype): (torch.rand(3, 5) * 9).to(dtype) for dtype in tensorfile.NAMES}
+    tensors = {str(dtype): (torch.rand(3, 5) * 9).to(dtype) for dtype in tensor_files.NAMES}
     tensors |= {"transposed": torch.randn(4, 6).T, "scalar": torch.tensor(3.0), "none": torch.zeros(0, 4)}
     tensors["odd"] = torch.rand(7).to(torch.uint8)  # ends at no multiple of anything
-    tensorfile.write(tensors, tmp_path / "one.safetensors")
+    tensor_files.write(tensors, tmp_path / "one.safetensors")
 
     with safe_open(tmp_path / "one.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}

@@ -12,20 +12,24 @@ import tiny
 import torch
 
 import billhook
-from billhook import blocks, checkpoint, contest, data, rounds, searching, trials
-from billhook.budget import saved_by
+from billhook import data
+from billhook.checkpoints import load
 from billhook.errors import BillhookError
-from billhook.families import axes
 from billhook.methods.layerchop import Settings as Patching
 from billhook.methods.layerchop import layerchop
-from billhook.pages.search_tables import outcome_words
-from billhook.plan import Plan, even
-from billhook.progress import quiet
-from billhook.recipe import recipe
-from billhook.rounds import FINAL, Trial, fronts, gained, validation, verdict
-from billhook.samplers import SAMPLERS, Study
-from billhook.solution import Solution, digest, fixed, mixtures
-from billhook.space import (
+from billhook.models.axes import axes
+from billhook.models.plan import Plan, even
+from billhook.models.sizes import saved_by
+from billhook.models.surgery import drop_layers, zero
+from billhook.pruning import compare
+from billhook.pruning.recipe import recipe
+from billhook.reports.search_tables import outcome_words
+from billhook.runtime.progress import quiet
+from billhook.search import adapruner, layer_blocks, rounds, trials
+from billhook.search.metrics import Solution, digest, fixed, mixtures
+from billhook.search.rounds import FINAL, Trial, fronts, gained, validation, verdict
+from billhook.search.samplers import SAMPLERS, Study
+from billhook.search.space import (
     Candidate,
     Dimension,
     Shape,
@@ -36,7 +40,6 @@ from billhook.space import (
     shaped,
     space,
 )
-from billhook.surgery import drop_layers, zero
 
 SMALL: dict[str, Any] = dict(
     method="adapruner", ratio=0.3, seq_len=64, pool=24, pool_len=32, samples=4, trials=20, multiple_of=4
@@ -176,17 +179,17 @@ def test_what_does_not_beat_the_standard_on_unseen_windows_is_not_taken(
     text: str, better: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every candidate is a tenth of a nat better than it is on the windows of the search, and as good or worse at the end."""
-    real = searching.Finals._cut
+    real = adapruner.Finals._cut
 
-    def cut(self: searching.Finals, candidates: Any, rung: Any) -> Any:
-        standards, others = (lambda both: (both[: searching.STANDARDS], both[searching.STANDARDS :]))(
+    def cut(self: adapruner.Finals, candidates: Any, rung: Any) -> Any:
+        standards, others = (lambda both: (both[: adapruner.STANDARDS], both[adapruner.STANDARDS :]))(
             real(self, candidates, rung)
         )
         gain, off = 0.05 if better else 0.0, torch.linspace(-0.01, 0.01, len(standards[0][1])).tolist()
         final = [x - gain + o for x, o in zip(standards[0][1], off, strict=True)]
         return [standards[0]] * len(standards) + [([x - 0.1 for x in rung], final) for rung, _ in others]
 
-    monkeypatch.setattr(searching.Finals, "_cut", cut)
+    monkeypatch.setattr(adapruner.Finals, "_cut", cut)
     end = found(text, restoration=False)
     assert end["accepted"] is better and end["chosen"] is not None
     if not better:
@@ -324,7 +327,7 @@ def test_a_search_may_take_whole_layers(text: str) -> None:
 
 
 def test_what_makes_up_for_a_block_in_a_trial_is_layerchops_patch(text: str) -> None:
-    made = blocks.patch(tiny.model("llama"), tiny.tokens(8, 32), (1, 1))
+    made = layer_blocks.patch(tiny.model("llama"), tiny.tokens(8, 32), (1, 1))
     cut = tiny.model("llama")
     layerchop(cut, tiny.tokens(8, 32), Plan(layers=(1,)), Patching(patch="linear"))
     assert made is not None and torch.allclose(made.weight, cut.model.layers[0].mlp.down_proj.weight, atol=1e-6)
@@ -377,7 +380,7 @@ def test_a_shape_that_spares_too_much_is_refused() -> None:
 
 def test_a_large_cut_leaves_shapes_room(text: str) -> None:
     model, chosen = tiny.model("llama"), recipe(**{**SMALL, "calibration": text, "layout": "per_layer"})
-    material = searching.read(checkpoint.Opened(model, tiny.tokenizer(), "tiny", None, model.dtype), chosen)
+    material = adapruner.read(load.Opened(model, tiny.tokenizer(), "tiny", None, model.dtype), chosen)
     bench = trials.bench_of(model, "nll", None)
     at = rounds.Search(model, chosen, even(3, {"ffn": 32}), material.pool, material.validation, bench, quiet)
     drops = [at.plan(Candidate(shape=Shape(0, 0, 0.8, 0.0))).drops[n, "ffn"] for n in range(3)]
@@ -458,22 +461,22 @@ def test_it_competes_like_any_method(text: str, tmp_path: Path) -> None:
     source = tmp_path / "model"
     tiny.model("llama").save_pretrained(source)
     tiny.tokenizer().save_pretrained(source)
-    opened = checkpoint.open_model(str(source))
-    by = contest.judged(opened, [data.Text("words", tiny.text(300))], 32, 4, tmp_path / "kept")
-    contenders = [contest.contender(one) for one in ("adapruner:trials=10,pool=24,pool_len=32", "fasp")]
+    opened = load.open_model(str(source))
+    by = compare.judged(opened, [data.Text("words", tiny.text(300))], 32, 4, tmp_path / "kept")
+    contenders = [compare.contender(one) for one in ("adapruner:trials=10,pool=24,pool_len=32", "fasp")]
     common = {"samples": 4, "seq_len": 64, "multiple_of": 4, "calibration": text}
-    _, searched, fasp = contest.compare(opened, contenders, [0.3], by, common)
+    _, searched, fasp = compare.compare(opened, contenders, [0.3], by, common)
     assert searched["error"] is None and searched["parameters"] == fasp["parameters"]
 
 
 def test_trials_end_when_time_does(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(searching, "deadline", lambda *_: lambda: True)
+    monkeypatch.setattr(rounds, "deadline", lambda *_: lambda: True)
     assert len(found(text)["trials"]) == rounds.BATCH
 
 
 def test_fasps_own_score_is_among_the_standards_of_a_repair(whole: dict[str, Any]) -> None:
     names = [one["name"] for one in whole["finalists"]]
-    count = searching.STANDARDS
+    count = adapruner.STANDARDS
     assert names[count] == "obs (FASP)" and all(isinstance(name, int) for name in names[count + 1 :])
     assert not any(
         one["by_fasp"] for one in whole["finalists"] if one["name"] != "obs (FASP)"
@@ -482,21 +485,21 @@ def test_fasps_own_score_is_among_the_standards_of_a_repair(whole: dict[str, Any
 
 def test_budgets_stand_by_fasps_own_score_too(text: str) -> None:
     record = found(text, layout="per_layer")
-    rows = record["finalists"][searching.STANDARDS + 1 :]
+    rows = record["finalists"][adapruner.STANDARDS + 1 :]
     own, again = ([one["name"] for one in rows if one["by_fasp"] is by_fasp] for by_fasp in (False, True))
-    assert own == again and len(own) == searching.FINALISTS
+    assert own == again and len(own) == rounds.FINALISTS
 
 
 def test_where_fasps_own_score_is_best_it_is_what_prunes(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = searching.Finals._restored
+    real = adapruner.Finals._restored
 
-    def restored(self: searching.Finals, candidates: Any, rung: Any) -> Any:
+    def restored(self: adapruner.Finals, candidates: Any, rung: Any) -> Any:
         return [
             (rungs, finals) if one.solution else ([0.0], [0.0] * len(finals))
             for one, (rungs, finals) in zip(candidates, real(self, candidates, rung), strict=True)
         ]
 
-    monkeypatch.setattr(searching.Finals, "_restored", restored)
+    monkeypatch.setattr(adapruner.Finals, "_restored", restored)
     given = {**SMALL, "calibration": text, "seed": 5}
     result = billhook.prune(tiny.model("llama"), tokenizer=tiny.tokenizer(), **given)
     assert result.report["search"]["winner"]["solution"] is None and result.report["search"]["standard"] == "obs (FASP)"

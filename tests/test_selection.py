@@ -9,9 +9,11 @@ import tiny
 import torch
 import transformers as T
 
-from billhook import pruning, selection, training
 from billhook.errors import BillhookError
-from billhook.recipe import recipe
+from billhook.pruning import prune as prune_module
+from billhook.pruning.recipe import recipe
+from billhook.recovery import candidates
+from billhook.training import trainer
 
 LENGTH = 16
 
@@ -34,7 +36,7 @@ def prune(bench: Path, **more: Any) -> dict[str, Any]:
         **{"heal_tokens": 320, "calibration": str(bench / "train.txt"), "held_out": (str(bench / "held.txt"),)},
         **{"seq_len": LENGTH, "samples": 4, "probes": 2},
     }
-    return pruning.prune(str(bench / "deep"), **{"statistics": bench / "kept", **given, **more}).report
+    return prune_module.prune(str(bench / "deep"), **{"statistics": bench / "kept", **given, **more}).report
 
 
 def test_every_candidate_is_trained_and_the_best_wins(bench: Path) -> None:
@@ -56,7 +58,7 @@ def test_the_ranks_after_training_decide(bench: Path, monkeypatch: pytest.Monkey
         better = key["dropped"] == [3, 4]
         return {"before": {"held": 9.0 if better else 5.0}, "after": {"held": 3.0 if better else 4.0}}
 
-    monkeypatch.setattr(selection.store, "kept", told)
+    monkeypatch.setattr(candidates.store, "kept", told)
     found = prune(bench)["selection"]
     (first,) = (one for one in found["candidates"] if one["name"] == "output")
     assert found["chosen"] == "output" and (first["rank_before"], first["rank_after"]) == (3, 1)
@@ -67,7 +69,7 @@ def test_what_was_trained_is_kept_and_the_same_layers_are_trained_once(
 ) -> None:
     first = prune(bench, candidates=("input", "output", "reverse"))  # two names of one choice
     healed = []
-    monkeypatch.setattr(training, "Healer", lambda *_: healed.append(1))
+    monkeypatch.setattr(trainer, "Healer", lambda *_: healed.append(1))
     assert len(list((bench / "kept").glob("candidate-*"))) == 2
     again = prune(bench, candidates=("input", "output", "reverse"))
     assert not healed and again["selection"]["candidates"] == first["selection"]["candidates"]
@@ -75,14 +77,14 @@ def test_what_was_trained_is_kept_and_the_same_layers_are_trained_once(
 
 def test_checkpoints_of_one_candidate_are_not_anothers(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = prune(bench)["selection"]["candidates"]
-    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)  # a long heal writes some
+    monkeypatch.setattr(trainer, "SAVE_SECONDS", 0.0)  # a long heal writes some
     assert prune(bench, seed=0, statistics=bench / "other")["selection"]["candidates"] == first
 
 
 def test_the_record_and_the_command_tell_it(bench: Path) -> None:
     given = {"method": "layerchop", "layers": 4, "select": "healed", "candidates": ("input", "output"), "samples": 4}
     given |= {"heal_tokens": 160, "calibration": str(bench / "train.txt"), "held_out": (str(bench / "held.txt"),)}
-    pruning.prune(str(bench / "deep"), **given, seq_len=LENGTH, probes=2).save(bench / "out")
+    prune_module.prune(str(bench / "deep"), **given, seq_len=LENGTH, probes=2).save(bench / "out")
     record = json.loads((bench / "out" / "billhook.json").read_text())
     card = (bench / "out" / "README.md").read_text()
     assert record["selection"]["chosen"] in ("input", "output")

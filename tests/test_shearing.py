@@ -11,14 +11,17 @@ import torch
 from typer.testing import CliRunner
 
 import billhook
-from billhook import cli, masking, shearing, sparsity
+from billhook import cli
 from billhook.errors import BillhookError
-from billhook.methods import optishear, wanda
+from billhook.math import sparsity
+from billhook.math.layerwise import Settings, Target
+from billhook.math.sparsity import Pattern
+from billhook.methods import masking, wanda
+from billhook.methods import optishear as methods_optishear
 from billhook.methods.optishear import ALIKE, FUNCTIONS, SCALES, Metric, norms_of, score
-from billhook.pages.search_tables import outcome_words
-from billhook.shearing import Candidate, with_candidate
-from billhook.sparsity import Pattern
-from billhook.support import Settings, Target
+from billhook.reports.search_tables import outcome_words
+from billhook.search import optishear
+from billhook.search.optishear import Candidate, with_candidate
 
 SMALL: dict[str, Any] = dict(method="optishear", sparsity=0.5, seq_len=64, samples=6, trials=12)
 
@@ -81,7 +84,7 @@ def test_scores_order_rows_as_the_paper_writes_them(alpha: str, f1: str) -> None
 def test_as_it_stands_it_is_wanda_and_equals_are_known_without_a_trial() -> None:
     W, target = layer()
     for pattern in (Pattern(0.5), sparsity.parse("2:4")):
-        own, known = (one(W, target, pattern, Settings(tokens=200)) for one in (optishear.prune, wanda.prune))
+        own, known = (one(W, target, pattern, Settings(tokens=200)) for one in (methods_optishear.prune, wanda.prune))
         assert torch.equal(own.weight, known.weight)
     every = {Metric(a, f, b, g).canonical for a in SCALES for f in FUNCTIONS for b in SCALES for g in FUNCTIONS}
     assert len(every) == 3 * 6 * 3 * 6
@@ -105,8 +108,8 @@ def test_the_model_is_as_it_was_after_trials(family: str, targets: tuple[str, ..
     model, how = tiny.model(family), masking.Masking("optishear", Pattern(0.5), targets, "dense", Settings())
     before = {name: one.clone() for name, one in model.state_dict().items()}
     tokens = torch.randint(0, 90, (16, 32), generator=torch.Generator().manual_seed(0))
-    windows = shearing.Validation(tokens[:0], tokens[:8], tokens[8:])
-    at = shearing.Shears(model, how, tokens, windows, "kl", None, lambda *_: None)
+    windows = optishear.Validation(tokens[:0], tokens[:8], tokens[8:])
+    at = optishear.Shears(model, how, tokens, windows, "kl", None, lambda *_: None)
     found = at.losses([Candidate(Metric()), Candidate(Metric(f1="square"))], windows.rungs)
     assert found[0][0] != found[1][0]
     assert min(map(min, (losses for _, losses in found))) > 0
@@ -147,7 +150,7 @@ def test_a_search_goes_on_from_its_answers(text: str, whole: billhook.Result, tm
     def none(*_: Any) -> Any:
         raise AssertionError("tried again")
 
-    monkeypatch.setattr(shearing, "tried", none)
+    monkeypatch.setattr(optishear, "tried", none)
     assert json.dumps(pruned(text, study=tmp_path / "s").report["search"]) == json.dumps(whole.report["search"])
     with pytest.raises(BillhookError, match="differs in sparsity"):
         pruned(text, study=tmp_path / "s", sparsity=0.6)

@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 import billhook
-from billhook import checkpoint, cli, data, quality, saving, speed
+from billhook import cli, data
+from billhook.checkpoints import load, save
+from billhook.evaluation import perplexity, speed
 
 pytestmark = pytest.mark.slow
 RECIPE = Path(__file__).parent.parent / "recipes" / "fasp-smollm2-20.yaml"
@@ -55,7 +57,7 @@ def test_it_loads_without_billhook(pruned: Path) -> None:
     done = subprocess.run([sys.executable, "-c", STOCK, str(pruned)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads((pruned / "billhook.json").read_text())
-    counts = {int(done.stdout), report["sizes"]["after"]["parameters"], saving.stored_parameters(pruned)}
+    counts = {int(done.stdout), report["sizes"]["after"]["parameters"], save.stored_parameters(pruned)}
     assert len(counts) == 1
 
 
@@ -64,9 +66,9 @@ def test_memory_beyond_the_loaded_model(pruned: Path) -> None:
 
 
 def test_it_costs_at_most_1_6_in_perplexity_and_is_faster(pruned: Path) -> None:
-    models = [checkpoint.open_model(name) for name in ("demo", str(pruned))]
+    models = [load.open_model(name) for name in ("demo", str(pruned))]
     news = data.windows(data.evaluation_texts(["demo"])[0], models[0].tokenizer, 512)
-    dense, cut = (quality.perplexity(one.model, news).perplexity for one in models)
+    dense, cut = (perplexity.perplexity(one.model, news).perplexity for one in models)
     assert cut < 1.6 * dense
     fast = [one for (one,) in speed.speeds([one.model for one in models])]
     assert fast[1].prefill > 1.15 * fast[0].prefill

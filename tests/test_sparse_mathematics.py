@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from billhook import sparsity, support
 from billhook.errors import BillhookError
-from billhook.linalg import damped
+from billhook.math import layerwise, sparsity
+from billhook.math.layerwise import Found, Settings, Target, squared_error
+from billhook.math.linalg import damped
+from billhook.math.sparsity import Pattern
 from billhook.methods import admm, fistapruner, magnitude, sparsegpt, wanda
-from billhook.sparsity import Pattern
-from billhook.support import Found, Settings, Target, squared_error
 
 OUT, IN, TOKENS = 24, 32, 400
 HALF, TWO_FOUR = Pattern(sparsity=0.5), Pattern(zeros=2, group=4)
@@ -144,7 +144,7 @@ def test_errors_are_those_on_the_activations() -> None:
     V = W * sparsity.keep(W.abs(), HALF)
     assert close(squared_error(V, W, own(X)), (X @ (V - W).T).square().sum(0), 1e-10)
     assert close(squared_error(V, W, other(X, Y)), (X @ V.T - Y).square().sum(0), 1e-10)
-    dense, moved, scale = support.scaled(W, other(X, Y))
+    dense, moved, scale = layerwise.scaled(W, other(X, Y))
     assert close(moved.gram.diagonal(), torch.ones(IN), 1e-10)
     assert close(squared_error(V * scale, dense, moved), squared_error(V, W, other(X, Y)), 1e-10)
 
@@ -160,7 +160,7 @@ def test_a_target_needs_both_or_neither() -> None:
 def test_refit_is_the_direct_solution_of_every_row(damping: float, kind: str) -> None:
     (X, W, Y), wanted = draw(), target(kind)
     mask = sparsity.keep(W.abs(), HALF, "matrix")
-    V = support.refit(W, wanted, mask, damping, iterations=200)
+    V = layerwise.refit(W, wanted, mask, damping, iterations=200)
     G, output = X.T @ X, X @ W.T if kind == "own" else Y
     delta = damping * float(G.diagonal().mean())
     expected = torch.zeros_like(W)
@@ -179,10 +179,10 @@ def test_a_refit_never_makes_a_row_worse(iterations: int) -> None:
     wanted, W = target("other"), draw()[1]
     mask = sparsity.keep(W.abs(), TWO_FOUR)
     # a start that has no reason to be near, and a ridge that draws away from it
-    begun = support.refit(W, wanted, mask, 1e-8, iterations=100)
-    V = support.refit(W, wanted, mask, 10.0, begun, iterations)
+    begun = layerwise.refit(W, wanted, mask, 1e-8, iterations=100)
+    V = layerwise.refit(W, wanted, mask, 10.0, begun, iterations)
     assert (squared_error(V, W, wanted) <= squared_error(begun, W, wanted)).all()
-    V = support.refit(W, wanted, mask, 1e-3, iterations=iterations)
+    V = layerwise.refit(W, wanted, mask, 1e-3, iterations=iterations)
     assert (squared_error(V, W, wanted) <= squared_error(W * mask, W, wanted)).all()
     assert iterations == 0 or error(V, W, wanted) < error(W * mask, W, wanted)
 
@@ -193,7 +193,7 @@ def test_refit_of_an_empty_row_and_a_dead_input() -> None:
     X[:, 3] = 0
     mask = torch.ones_like(W, dtype=torch.bool)
     mask[0], mask[1:, 5] = False, False
-    V = support.refit(W, own(X), mask, 0.0, iterations=200)
+    V = layerwise.refit(W, own(X), mask, 0.0, iterations=200)
     assert not V[0].any() and torch.equal(V[1:, 3], W[1:, 3])
 
 
@@ -344,12 +344,12 @@ def test_fista_is_never_worse_than_its_start(
 
 
 def shifted(W: Tensor, wanted: Target) -> Tensor:
-    return support.wanted(W, wanted) - W @ wanted.gram
+    return layerwise.wanted(W, wanted) - W @ wanted.gram
 
 
 def test_a_penalty_of_the_largest_correlation_leaves_nothing() -> None:
     W, wanted = draw()[1], target("other")
-    top, L = float(support.wanted(W, wanted).abs().max()), fistapruner.largest_eigenvalue(wanted.gram)
+    top, L = float(layerwise.wanted(W, wanted).abs().max()), fistapruner.largest_eigenvalue(wanted.gram)
     nothing, lack = torch.zeros_like(W), shifted(W, wanted)
     # (the gradient is formed as a difference, hence a hair above the bound for exact zeros)
     assert not fistapruner.fista(nothing, W, wanted.gram, lack, top * (1 + 1e-9), 50, L).any()
@@ -428,6 +428,6 @@ def test_on_a_fixed_mask_admm_ends_at_the_refit() -> None:
     W, wanted = draw()[1], target("other")
     long = Settings(damping=1e-2, iterations=3000)
     V = admm.prune(W, wanted, HALF, long).weight
-    dense, moved, scale = support.scaled(W, wanted)
-    expected = support.refit(dense, moved, V != 0, 1e-2, V * scale, iterations=300) / scale
+    dense, moved, scale = layerwise.scaled(W, wanted)
+    expected = layerwise.refit(dense, moved, V != 0, 1e-2, V * scale, iterations=300) / scale
     assert close(V * scale, expected * scale, 1e-3)

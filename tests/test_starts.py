@@ -8,14 +8,14 @@ import tiny
 import torch
 from torch import Tensor
 
-from billhook import restore, sparsity
-from billhook.experts import unfuse
-from billhook.families import weight_of
-from billhook.masking import target_of
+from billhook.calibration.linears import operators
+from billhook.math import restore, sparsity
+from billhook.math.layerwise import Found, Settings, Target, squared_error
+from billhook.math.sparsity import Pattern
 from billhook.methods import METHODS, admm
-from billhook.operators import operators
-from billhook.sparsity import Pattern
-from billhook.support import Found, Settings, Target, squared_error
+from billhook.methods.masking import target_of
+from billhook.models.experts import unfuse
+from billhook.models.families import weight_of
 
 OUT, IN, TOKENS = 16, 24, 200
 HALF, TWO_FOUR = Pattern(sparsity=0.5), Pattern(zeros=2, group=4)

@@ -10,8 +10,12 @@ import torch
 import transformers as T
 
 import billhook
-from billhook import checkpoint, evidence, store, teacher, zeroshot
-from billhook.trials import bench_of
+from billhook.checkpoints import load
+from billhook.evaluation import zeroshot
+from billhook.runtime import cache
+from billhook.search import evidence
+from billhook.search.trials import bench_of
+from billhook.training import teacher
 
 LENGTH = 16
 WINDOWS = tiny.tokens(4, LENGTH)
@@ -59,7 +63,7 @@ def test_nothing_is_found_by_another_model_or_by_other_code(
     first = files(otherwise())
     assert first and not files(otherwise())  # the same again: all is there
     assert len(files(otherwise(theta=500.0))) == len(first)
-    monkeypatch.setattr(store, "code_sha256", lambda: "of another version")
+    monkeypatch.setattr(cache, "code_sha256", lambda: "of another version")
     assert len(files(otherwise())) == len(first)
 
 
@@ -68,20 +72,20 @@ def test_a_model_is_the_same_streamed_and_under_another_name(family: str, tmp_pa
     out = tmp_path / family
     tiny.model(family).save_pretrained(out)
     tiny.tokenizer().save_pretrained(out)
-    whole, streamed = (checkpoint.open_model(str(out), device="cpu", stream=stream).model for stream in (False, True))
-    known = store.model_sha256(whole)
-    assert store.model_sha256(streamed) == known
+    whole, streamed = (load.open_model(str(out), device="cpu", stream=stream).model for stream in (False, True))
+    known = cache.model_sha256(whole)
+    assert cache.model_sha256(streamed) == known
     whole.config._name_or_path, whole.config.use_cache = "elsewhere", False
-    assert store.model_sha256(whole) == known
+    assert cache.model_sha256(whole) == known
     if whole.config.model_type != "bloom":
         whole.config._attn_implementation = "eager"
-        assert store.model_sha256(whole) != known
+        assert cache.model_sha256(whole) != known
 
 
 def test_every_field_that_decides_is_counted() -> None:
     model, seen = tiny.model("granite"), set()
     for key, value in {"residual_multiplier": 0.6, "attention_multiplier": 0.5, "rms_norm_eps": 0.1}.items():
-        seen.add(store.model_sha256(model))
+        seen.add(cache.model_sha256(model))
         setattr(model.config, key, value)
     model.model.rotary_emb.inv_freq *= 2
-    assert len(seen | {store.model_sha256(model)}) == 4
+    assert len(seen | {cache.model_sha256(model)}) == 4

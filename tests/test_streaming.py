@@ -20,9 +20,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import billhook
-from billhook import checkpoint, paging, residual, saving
-from billhook.chopping import PRESETS
-from billhook.families import layers
+from billhook.calibration.layer_importance import PRESETS
+from billhook.checkpoints import load, save
+from billhook.models import residual
+from billhook.models.families import layers
+from billhook.runtime import offload
 
 IDS = tiny.tokens()
 CASES: dict[str, dict[str, Any]] = {
@@ -56,7 +58,7 @@ SLICED = {  # norms over heads, fused, untied; and scaled, tied, with norms behi
 def test_streamed_is_as_in_memory(
     family: str, case: str, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saving, "SHARD", 2**13)
+    monkeypatch.setattr(save, "SHARD", 2**13)
     model = written(family, tmp_path / "model")
     a = pruned(model, text_file, tmp_path / "a", **CASES[case])
     b = pruned(model, text_file, tmp_path / "b", stream_weights=True, **CASES[case])
@@ -84,7 +86,7 @@ def test_shards_and_bfloat16_come_in_and_go_out(tmp_path: Path, text_file: Path)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_paged_model_computes_what_it_would_in_memory(family: str, tmp_path: Path) -> None:
     model = written(family, tmp_path / "model", "20KB")
-    there, away = (checkpoint.open_model(str(model), stream=stream).model for stream in (False, True))
+    there, away = (load.open_model(str(model), stream=stream).model for stream in (False, True))
     assert torch.equal(there(IDS).logits, away(IDS).logits)
     assert {one.device.type for one in away.parameters()} == {"meta"} and away.device.type == "cpu"
     assert sum(p.numel() for p in away.parameters()) == sum(p.numel() for p in there.parameters())
@@ -102,46 +104,46 @@ def test_one_layer_is_there_at_a_time(
 ) -> None:
     """Of each model, and where there are two, the same of both."""
     there, most = set[tuple[str, int]](), list[int]()
-    bring, leave = paging.Page.bring, paging.Page.leave
+    bring, leave = offload.Page.bring, offload.Page.leave
 
-    def brought(page: paging.Page) -> None:
+    def brought(page: offload.Page) -> None:
         bring(page)
         there.add((page.name, id(page.pager)))
         most.append(len({name for name, _ in there}))
         assert len({pager for _, pager in there}) == len(there)
 
-    def left(page: paging.Page, edited: bool = False) -> None:
+    def left(page: offload.Page, edited: bool = False) -> None:
         leave(page, edited)
         there.difference_update([(page.name, id(page.pager))] if not page.users else [])
 
-    monkeypatch.setattr(paging.Page, "bring", brought)
-    monkeypatch.setattr(paging.Page, "leave", left)
+    monkeypatch.setattr(offload.Page, "bring", brought)
+    monkeypatch.setattr(offload.Page, "leave", left)
     pruned(written("llama", tmp_path / "model"), text_file, tmp_path / "out", stream_weights=True, **CASES[case])
     assert max(most) == 1 and not there
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:
-    return {name: one.clone() for name, one in paging.parameters(model)}
+    return {name: one.clone() for name, one in offload.parameters(model)}
 
 
 def test_a_twin_keeps_its_weights_and_files_go_once_nobody_reads_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    model = checkpoint.open_model(str(written("llama", tmp_path / "model")), stream=True).model
+    model = load.open_model(str(written("llama", tmp_path / "model")), stream=True).model
     source, first, deep = tensors(tmp_path / "model"), layers(model)[0], layers(model)[1]
 
     def spilled() -> list[str]:
         return sorted(one.name.partition("-")[0] for one in tmp_path.glob("billhook-pages-*/*"))
 
     def double(module: Any) -> None:
-        with paging.held(module):
+        with offload.held(module):
             module.mlp.up_proj.weight.data.mul_(2)
 
     double(first)
     double(first)  # whose first file nobody reads any more
     assert spilled() == ["model.layers.0"]
-    twin = paging.twin(model)
+    twin = offload.twin(model)
     before = weights(model)
     assert {name: float((before[name] / one).mean()) for name, one in source.items() if "0.mlp.up" in name} == {
         "model.layers.0.mlp.up_proj.weight": 4.0
@@ -155,7 +157,7 @@ def test_a_twin_keeps_its_weights_and_files_go_once_nobody_reads_them(
         weights(model)["model.layers.0.mlp.up_proj.weight"], 2 * kept["model.layers.0.mlp.up_proj.weight"]
     )
     layers(twin)[0] = torch.nn.Identity()
-    paging.renumber(twin)
+    offload.renumber(twin)
     assert spilled() == ["model.layers.0", "model.layers.1"]
     del model, twin, first, deep
     gc.collect()
@@ -163,18 +165,18 @@ def test_a_twin_keeps_its_weights_and_files_go_once_nobody_reads_them(
 
 
 def test_what_is_tied_stays_so_until_it_is_untied(tmp_path: Path) -> None:
-    model = checkpoint.open_model(str(written("llama", tmp_path / "model")), stream=True).model
+    model = load.open_model(str(written("llama", tmp_path / "model")), stream=True).model
     embedding, head = residual.ends(model)
-    with paging.held(embedding):
+    with offload.held(embedding):
         embedding.weight.data.mul_(2)
         embedding.weight = torch.nn.Parameter(embedding.weight.data[:, :16].clone(), False)
     assert head.weight is embedding.weight and head.weight.shape[1] == 16
-    with paging.held(head), paging.held(embedding):
+    with offload.held(head), offload.held(embedding):
         assert torch.equal(head.weight, embedding.weight)
     head.weight = torch.nn.Parameter(embedding.weight.clone(), False)
-    with paging.held(embedding):
+    with offload.held(embedding):
         embedding.weight.data.zero_()
-    with paging.held(head):
+    with offload.held(head):
         assert head.weight.abs().sum() > 0
 
 
@@ -183,20 +185,20 @@ def test_edited_pages_lie_beside_the_output_and_go(
     amiss: bool, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where there is a folder for what a prune keeps; what a killed one left there goes when the next begins."""
-    model, work, spill = written("llama", tmp_path / "model"), tmp_path / "work", paging.Pager.spill
+    model, work, spill = written("llama", tmp_path / "model"), tmp_path / "work", offload.Pager.spill
     (work / "pages").mkdir(parents=True)
     (work / "pages" / "left").write_text("x")
     (work / "run.json").write_text("{}")
     most = [0]
 
-    def counted(pager: paging.Pager, page: str, tensors: Any) -> None:
+    def counted(pager: offload.Pager, page: str, tensors: Any) -> None:
         spill(pager, page, tensors)
         assert not (work / "pages" / "left").exists()
         most.append(sum(one.stat().st_size for one in (work / "pages").iterdir()))
         if amiss and len(most) == 8:
             raise CutOffError
 
-    monkeypatch.setattr(paging.Pager, "spill", counted)
+    monkeypatch.setattr(offload.Pager, "spill", counted)
     given: dict[str, Any] = {"calibration": str(text_file), "samples": 10, "seq_len": 32, "stream_weights": True}
     if amiss:
         with pytest.raises(CutOffError):
@@ -322,11 +324,11 @@ def test_a_model_that_would_not_fit_is_streamed(tmp_path: Path, monkeypatch: pyt
     model = str(written("llama", tmp_path / "model"))
 
     def opened() -> PreTrainedModel:
-        return checkpoint.open_model(model, stream=None).model
+        return load.open_model(model, stream=None).model
 
-    assert not paging.is_paged(opened())
-    monkeypatch.setattr(checkpoint, "free_bytes", lambda device: 100_000)
-    assert paging.is_paged(opened())
+    assert not offload.is_paged(opened())
+    monkeypatch.setattr(load, "free_bytes", lambda device: 100_000)
+    assert offload.is_paged(opened())
 
 
 @pytest.mark.parametrize("case", CASES)

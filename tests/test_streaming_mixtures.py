@@ -12,10 +12,13 @@ from folders import FASP, pruned, run, same, tensors, written
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from billhook import checkpoint, clients, experts, layout, naming, paging, saving
+from billhook.checkpoints import load, save, tensor_names, verify
 from billhook.errors import BillhookError
-from billhook.families import axes, layers, row_of
-from billhook.surgery import remove
+from billhook.models import experts, layout
+from billhook.models.axes import axes
+from billhook.models.families import layers, row_of
+from billhook.models.surgery import remove
+from billhook.runtime import offload
 
 IDS = tiny.tokens()
 EXPERT_FFN = {"ratio": 0.2, "axes": ("expert_ffn",), "multiple_of": 8}
@@ -39,7 +42,7 @@ DROPPED = {"method": "layerchop", "drop": "1"}
 @pytest.mark.parametrize("family", tiny.CONFIGS)
 def test_every_family_computes_in_its_files_what_it_would_in_memory(family: str, tmp_path: Path) -> None:
     model = str(written(family, tmp_path / "model", "20KB"))
-    there, away = (checkpoint.open_model(model, stream=stream).model for stream in (False, True))
+    there, away = (load.open_model(model, stream=stream).model for stream in (False, True))
     assert torch.equal(there(IDS).logits, away(IDS).logits)
     buffers = dict(there.named_buffers())
     assert all(torch.equal(one, buffers[name]) for name, one in away.named_buffers())
@@ -53,7 +56,7 @@ def test_every_family_computes_in_its_files_what_it_would_in_memory(family: str,
 def test_streamed_is_as_in_memory(
     family: str, settings: dict[str, Any], tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saving, "SHARD", 2**13)
+    monkeypatch.setattr(save, "SHARD", 2**13)
     model = written(family, tmp_path / "model")
     a, b = (pruned(model, text_file, tmp_path / f"{one}", stream_weights=one, **settings) for one in (False, True))
     assert same(a, b)
@@ -73,39 +76,39 @@ def test_half_precision_comes_in_and_goes_out(family: str, tmp_path: Path, text_
 
 
 def test_one_layer_is_there_at_a_time(tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    there, bring = list[int](), paging.Page.bring
+    there, bring = list[int](), offload.Page.bring
 
-    def brought(page: paging.Page) -> None:
+    def brought(page: offload.Page) -> None:
         bring(page)
         there.append(sum(one.users > 0 for one in page.pager.pages))
 
-    monkeypatch.setattr(paging.Page, "bring", brought)
+    monkeypatch.setattr(offload.Page, "bring", brought)
     pruned(written("mixtral", tmp_path / "model"), text_file, tmp_path / "out", stream_weights=True, **REAP)
     assert max(there) == 1
 
 
 def test_experts_of_unequal_widths_are_refused(tmp_path: Path) -> None:
-    opened = checkpoint.open_model(str(written("mixtral", tmp_path / "model")), stream=True)
+    opened = load.open_model(str(written("mixtral", tmp_path / "model")), stream=True)
     axis = axes(opened.model, ("expert_ffn",))[0]
-    with paging.held(layers(opened.model)[axis.layer]):
+    with offload.held(layers(opened.model)[axis.layer]):
         remove(opened.model, axis, torch.arange(8))
     with pytest.raises(BillhookError, match="layer 0: its experts are 8 to 16 wide"):
         experts.fuse(opened.model)
 
 
 def test_what_is_written_is_a_stock_checkpoint(tmp_path: Path) -> None:
-    opened = checkpoint.open_model(str(written("glm4_moe", tmp_path / "model")), stream=True)
+    opened = load.open_model(str(written("glm4_moe", tmp_path / "model")), stream=True)
     for axis in axes(opened.model, ("experts",)):
-        with paging.held(layers(opened.model)[axis.layer]):
+        with offload.held(layers(opened.model)[axis.layer]):
             remove(opened.model, axis, torch.tensor([1, 5]))
     layout.update_config(opened.model)
     out = tmp_path / "out"
     out.mkdir()
-    saving.save(opened.model, opened.tokenizer, out, opened.folder)
+    save.save(opened.model, opened.tokenizer, out, opened.folder)
     stock = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     assert stock.config.n_routed_experts == 6
     torch.testing.assert_close(stock(IDS).logits, opened.model(IDS).logits, rtol=1e-5, atol=1e-5)
-    assert clients.verify(out, opened.model)["logits"] == "equal"
+    assert verify.verify(out, opened.model)["logits"] == "equal"
 
 
 def test_a_mixture_is_measured_in_its_files(tmp_path: Path, text_file: Path) -> None:
@@ -121,9 +124,9 @@ def test_a_mixture_is_measured_in_its_files(tmp_path: Path, text_file: Path) -> 
 @pytest.mark.parametrize("family", [*tiny.MIXTURES, "gpt_neox", "llama"])
 def test_names_are_those_that_transformers_writes(family: str, tmp_path: Path) -> None:
     folder = written(family, tmp_path / "model")
-    model = checkpoint.open_model(str(folder), stream=True).model
+    model = load.open_model(str(folder), stream=True).model
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    names = naming.stored_as(model)
+    names = tensor_names.stored_as(model)
     assert {key for one, key in names.items() if one not in tied} == set(tensors(folder))
     assert set(names) == set(model.state_dict())
 
@@ -172,20 +175,20 @@ def test_another_layout_is_refused_in_one_line(
     with pytest.raises(
         BillhookError, match=r"stored under another name or in one|have no place|are missing or of"
     ) as found:
-        checkpoint.open_model(str(folder), stream=True)
+        load.open_model(str(folder), stream=True)
     assert "\n" not in str(found.value)
     if change is together:
         assert "--no-stream-weights" in str(found.value)
-        model = checkpoint.open_model(str(folder)).model  # which the advice must be good for
+        model = load.open_model(str(folder)).model  # which the advice must be good for
         assert torch.equal(
-            model(IDS).logits, checkpoint.open_model(str(written("mixtral", tmp_path / "b"))).model(IDS).logits
+            model(IDS).logits, load.open_model(str(written("mixtral", tmp_path / "b"))).model(IDS).logits
         )
 
 
 def test_rules_that_shuffle_weights_name_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Experts that a class stores turned, or with gate and up interleaved, are not read as if they were stored plainly."""
-    model = checkpoint.open_model(str(written("mixtral", tmp_path / "model")), stream=True).model
-    every, revert = set(naming.stored_as(model)), naming.revert_weight_conversion
+    model = load.open_model(str(written("mixtral", tmp_path / "model")), stream=True).model
+    every, revert = set(tensor_names.stored_as(model)), tensor_names.revert_weight_conversion
 
     def shuffled(model: Any, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         def change(key: str, one: torch.Tensor) -> torch.Tensor:
@@ -195,6 +198,6 @@ def test_rules_that_shuffle_weights_name_nothing(tmp_path: Path, monkeypatch: py
 
         return revert(model, {key: change(key, one) for key, one in given.items()})
 
-    monkeypatch.setattr(naming, "revert_weight_conversion", shuffled)
-    gone = every - set(naming.stored_as(model))
+    monkeypatch.setattr(tensor_names, "revert_weight_conversion", shuffled)
+    gone = every - set(tensor_names.stored_as(model))
     assert gone == {one for one in every if f".{row_of(model).experts}." in one} and len(gone) == 54

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from billhook import cached
+from billhook.models import cached
 
 COMMAND = """
 import logging, subprocess, sys, types, warnings

@@ -16,8 +16,10 @@ import pytest
 import tiny
 from fuzzing import Tally, attempt, file_damages, fuzz, sample
 
-from billhook import data, evaluate, textfile
+from billhook import data
 from billhook.errors import BillhookError
+from billhook.evaluation import side_by_side
+from billhook.runtime import text_files
 
 TEXTS = [f"Record {n}: „quick“ foxes,\n{n} of them." for n in range(40)]
 WHOLE = "\n\n".join(TEXTS)
@@ -161,7 +163,7 @@ def test_what_has_no_end_is_not_opened(make: Callable[[Path], str], tmp_path: Pa
     reads: list[Callable[[], object]] = [
         lambda: data.texts(given),
         lambda: data.evaluation_texts([given]),
-        lambda: evaluate.read_prompts(Path(given)),
+        lambda: side_by_side.read_prompts(Path(given)),
     ]
     for read in reads:
         with pytest.raises(BillhookError, match=f"text {given} is not a plain file: give a plain file"):
@@ -187,7 +189,7 @@ def test_a_line_is_read_as_far_as_windows_need(
         for _ in range(16):
             file.write(b"\xe2\x82\xac " * 2**18)
         file.write(b"\nthe next line")
-    monkeypatch.setattr(textfile, "LARGEST_RECORD", 2**23)
+    monkeypatch.setattr(text_files, "LARGEST_RECORD", 2**23)
     tracemalloc.start()
     try:
         if ".txt" in name:
@@ -206,7 +208,7 @@ def test_a_line_is_read_as_far_as_windows_need(
 
 def test_a_pack_is_not_unpacked_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"words\n" * 2**18))
-    monkeypatch.setattr(textfile, "LARGEST", 2**20)
+    monkeypatch.setattr(text_files, "LARGEST", 2**20)
     with pytest.raises(BillhookError, match=r"a\.txt\.gz has more than 1,048,576 bytes, unpacked"):
         data.texts(str(tmp_path / "a.txt.gz"))
 

@@ -15,7 +15,7 @@ import transformers as T
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from billhook.errors import BillhookError
-from billhook.vocabulary import growth, named_ids, occurring, share_as_bytes, trim, trim_model, trim_tokenizer
+from billhook.models.vocabulary import growth, named_ids, occurring, share_as_bytes, trim, trim_model, trim_tokenizer
 
 LEXICON = ["".join(letters) for letters in product("bdgkt", "aeiou", "lmnrs", "aeiou")]
 TEXT = " ".join(LEXICON[n * n % 97] for n in range(300)) + "\n"

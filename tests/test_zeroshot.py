@@ -17,9 +17,10 @@ import torch
 import yaml
 from tokenizers import processors
 
-from billhook import data, quality, zeroshot
+from billhook import data
 from billhook.errors import BillhookError
-from billhook.zeroshot import evaluate, load_tasks, retention
+from billhook.evaluation import perplexity, zeroshot
+from billhook.evaluation.zeroshot import evaluate, load_tasks, retention
 
 datasets = pytest.importorskip("datasets", reason="the extra 'eval' is not installed")
 lm_eval = pytest.importorskip("lm_eval", reason="the extra 'eval' is not installed")
@@ -451,5 +452,5 @@ def test_perplexity_is_the_rolling_likelihood_of_lm_eval() -> None:
         ((context, continuation),) = map(lm_eval.utils.make_disjoint_window, rolled)
         ((likelihood, _),) = wrapped._loglikelihood_tokens([(("", ""), context, continuation)], disable_tqdm=True)
         nats -= likelihood
-    found = quality.perplexity(model, data.Windows("words", tokens, 3, "", ""))
+    found = perplexity.perplexity(model, data.Windows("words", tokens, 3, "", ""))
     assert found.perplexity == pytest.approx(math.exp(nats / found.tokens), rel=1e-5)

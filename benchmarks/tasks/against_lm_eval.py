@@ -14,7 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from billhook import checkpoint, zeroshot
+from billhook.checkpoints import load
+from billhook.evaluation import zeroshot
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("models", nargs="+")
@@ -47,7 +48,7 @@ def same(row: dict[str, Any], own: dict[str, Any]) -> bool:
 tasks = zeroshot.load_tasks(args.tasks)
 found = []
 for name in args.models:
-    opened = checkpoint.open_model(name, device="cpu", dtype="float32")
+    opened = load.open_model(name, device="cpu", dtype="float32")
     settings = {"limit": args.limit, "batch_size": args.batch_size, "kept": args.kept}
     rows = zeroshot.evaluate(opened.model, opened.tokenizer, tasks, **settings)
     found.append(rows)

@@ -28,8 +28,9 @@ from typing import Any
 
 import yaml
 
-from billhook import atomic, demo
+from billhook import demo
 from billhook.errors import BillhookError, first_line
+from billhook.runtime import atomic
 
 SDIST = "bigbench-1.0.0.tar.gz"
 SHA256 = "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2"

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 def main() -> NoReturn:
     """Run the command line."""
-    from billhook import ending
+    from billhook.runtime import ending
 
     ending.heed_signals()
     _hush_libraries()

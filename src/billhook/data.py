@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from billhook import demo
-from billhook.around import around, begins_with
 from billhook.errors import BillhookError
-from billhook.progress import Tick, quiet
+from billhook.runtime.around import around, begins_with
+from billhook.runtime.progress import Tick, quiet
+from billhook.runtime.text_files import READERS, is_text, name_of, read_folder, read_text
 from billhook.tensors import Tokens
-from billhook.textfile import READERS, is_text, name_of, read_folder, read_text
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+){0,2}")
 

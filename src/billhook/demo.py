@@ -11,10 +11,10 @@ from pathlib import Path
 
 import platformdirs
 
-from billhook.atomic import folder
-from billhook.documents import read_bytes
 from billhook.errors import BillhookError
-from billhook.progress import Tick, quiet
+from billhook.runtime.atomic import folder
+from billhook.runtime.documents import read_bytes
+from billhook.runtime.progress import Tick, quiet
 
 CALIBRATION_ARTICLES = 200  # of lee_background.cor's 300 lines; the others, and lee.cor, are for evaluation
 

@@ -1,5 +1,6 @@
 """The shapes billhook speaks of, as types.  Dimension names bind within one signature; the tests check every call."""
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -27,3 +28,14 @@ WindowUnits = Float[Tensor, "windows units"]
 SlotUnits = Float[Tensor, "slots units"]
 Clusters = Int[Tensor, " windows"]  # which cluster each window belongs to, from 0
 Shares = Float[Tensor, " windows"]  # what each window weighs in a mixture, summing to 1
+WITHOUT = {"mps"}  # types of devices
+
+
+def place(device: torch.device) -> torch.device:
+    """Where float64 is for what is on a device: there, or on the CPU."""
+    return torch.device("cpu") if device.type in WITHOUT else device
+
+
+def precise(tensor: Tensor) -> Tensor:
+    """The tensor in float64, on `place` of its device."""
+    return tensor.to(place(tensor.device)).double()  # in this order: neither way of the other is on an Apple GPU

@@ -1,4 +1,14 @@
-"""The command line: parse, call, print.  Bad input prints one line and leaves with exit code 2."""
+"""The command line: parse, call, print.  Bad input prints one line and leaves with exit code 2.
+
+compare   Commands that prune many times and judge: compare, sweep
+evaluate  Commands that look at models: evaluate, inspect, methods
+export    Commands that carry a result to where it is served: check, export
+options   What the commands share: the app, the consoles, common options, and the progress bar
+prune     The command prune
+recover   Commands that train, and say beforehand what training buys: recover, plan
+run       Commands that prune without options: run, demo
+search    The command that searches for calibration samples and metric before it prunes: search
+"""
 
 import logging
 import sys
@@ -8,14 +18,13 @@ from typing import Annotated, NoReturn, cast
 import psutil
 import typer
 
-from billhook import ending
-from billhook.cli import comparing, measuring, pruning, recovering, running, searching, serving
-from billhook.cli.shared import app
+from billhook.cli import compare, evaluate, export, prune, recover, run, search
+from billhook.cli.options import app
 from billhook.errors import BillhookError
-from billhook.scratch import scratch
+from billhook.runtime import ending
+from billhook.runtime.scratch import scratch
 
-__all__ = ["app", "comparing", "main", "measuring", "pruning", "recovering", "running", "searching", "serving"]
-
+__all__ = ["app", "compare", "evaluate", "export", "main", "prune", "recover", "run", "search"]
 # typer brings a click of its own or the real one, by version; both derive every parse error from one class
 UsageError = cast(type[typer.BadParameter], typer.BadParameter.__mro__[1])
 INTERRUPTED = 130
@@ -54,7 +63,7 @@ class _Said(logging.Handler):
 
 
 def main() -> NoReturn:
-    """Entry point: exit code 0, 2 for bad input with one line on standard error; signals are `billhook.ending`'s."""
+    """Entry point: exit code 0, 2 for bad input with one line on standard error; signals are `billhook.runtime.ending`'s."""
     said = _Said()
     LOG.addHandler(said)
     try:

@@ -1,4 +1,20 @@
-"""Every method: an explicit table of what it is, where it comes from, what it prunes and what it needs."""
+"""Every method: an explicit table of what it is, where it comes from, what it prunes and what it needs.
+
+admm              Fast and Effective Weight Update for Pruned Large Language Models (Boza 2024, arXiv:2401.02938)
+experts           Fewer experts in every layer of a mixture: dropped or merged
+fasp              FASP: Fast and Accurate Structured Pruning of Large Language Models (Hu et al
+fistapruner       FISTAPruner: convex layer-wise pruning by an l1 penalty (Zhao et al., arXiv:2408.03728
+layerchop         LayerChop: Just CHOP, Embarrassingly Simple LLM Compression (Jha et al
+magnitude         Magnitude pruning: the smallest weights go (Han et al
+masking           Sparsify a model: zeros in the linear weights of its decoder layers, found operator by operator
+optishear         OptiShear (arXiv:2502.10735): Wanda's score with its parts transformed
+parallel          Cut a model in several processes: in the dense stream no layer sees what became of another
+restoration       How far a reader's new weight is from what it should put out
+slicegpt          SliceGPT: Compress Large Language Models by Deleting Rows and Columns (Ashkboos et al
+slicegpt_restore  What a narrower residual stream lost, made up for in closed form: linear weight by linear weight
+sparsegpt         SparseGPT: Massive Language Models Can be Accurately Pruned in One-Shot (Frantar & Alistarh 2023
+wanda             Wanda: A Simple and Effective Pruning Approach for Large Language Models (Sun et al
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -6,13 +22,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from billhook.cuts import Cut
+from billhook.math.layerwise import Found
 from billhook.methods import admm, fistapruner, magnitude, optishear, sparsegpt, wanda
 from billhook.methods.experts import experts
 from billhook.methods.fasp import fasp, fasp_each
 from billhook.methods.layerchop import layerchop
 from billhook.methods.slicegpt import slicegpt
-from billhook.support import Found
+from billhook.models.plan import Cut
 
 
 @dataclass(frozen=True)
@@ -27,7 +43,7 @@ class Method:
     run_each: Callable[..., Iterator[tuple[PreTrainedModel, list[Cut]]]] | None = (
         None  # many plans from one pass, dense stream
     )
-    linear: Callable[..., Found] | None = None  # or makes one weight sparse (billhook.masking)
+    linear: Callable[..., Found] | None = None  # or makes one weight sparse (billhook.methods.masking)
     kinds: tuple[str, ...] = ()  # axes it can prune
     default_kinds: tuple[str, ...] = ()
     scored: bool = True  # whether it scores units, by `SCORES` or gradients, in one of the streams

@@ -6,7 +6,7 @@ the expert puts out.
              dropping better than merging where a model writes text.
 `frequency`  drops those that fewest tokens go to.
 `random`     drops any: the control.
-`uncurl`     merges those whose router logits are alike: UNCURL (arXiv:2409.01483), billhook.merging.  The router's row of a
+`uncurl`     merges those whose router logits are alike: UNCURL (arXiv:2409.01483), billhook.math.merging.  The router's row of a
              group is the mean of its members', weighted as they are.
 The router keeps choosing `top_k` among those that stay, and what it gives them is normalised as the family does.  UNCURL
 reduces for a task: the calibration text says which.
@@ -19,17 +19,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from billhook import choose, merging
-from billhook.axes import Axis, owners
-from billhook.cuts import Cut
-from billhook.doubles import precise
-from billhook.families import axes
-from billhook.journal import Journal
-from billhook.plan import Plan
-from billhook.progress import Clock, Tick, quiet
-from billhook.routing import Mixture, Routing, mixtures
-from billhook.surgery import drop_layers, remove, without
-from billhook.tensors import Scores, Tokens, Units
+from billhook.calibration.routers import Mixture, Routing, mixtures
+from billhook.checkpoints.resume import Journal
+from billhook.math import merging, selection
+from billhook.models.axes import Axis, axes, owners
+from billhook.models.plan import Cut, Plan
+from billhook.models.surgery import drop_layers, remove, without
+from billhook.runtime.progress import Clock, Tick, quiet
+from billhook.tensors import Scores, Tokens, Units, precise
 
 WAYS = {
     "reap": "drop those of lowest mean weight times output norm (REAP)",
@@ -92,7 +89,9 @@ def _reduced(
     with clock("score"):
         routing = layer.routing
         groups = _alike(routing, axis.units - count, axis.blocks) if way == "uncurl" else []
-        drop = _others(groups, routing) if groups else choose.lowest(_scores(way, routing, draw), count, axis.blocks)[0]
+        drop = (
+            _others(groups, routing) if groups else selection.lowest(_scores(way, routing, draw), count, axis.blocks)[0]
+        )
     with clock("errors"), without(model, [(axis, drop)]):
         dropped = _error(layer, held_out=False)
     with clock("surgery"):

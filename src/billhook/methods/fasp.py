@@ -7,7 +7,7 @@ W (out, in) reads an axis;  X (tokens, in) is what enters it;  G = X^T X.
                 takes their sum.
 3. Restoration  W_S = argmin_V ||V X_S^T - W X^T||_F^2 over the kept columns S, in closed form from G.
 
-How many units each axis gives is the plan's (billhook.allocation); the paper takes the same from every layer.
+How many units each axis gives is the plan's (billhook.pruning.allocation); the paper takes the same from every layer.
 Where this differs from the paper.  The default score is the optimal-brain-surgery column score, the error left *after*
 step 3.  The ridge of step 3 draws toward the kept weights.  In the default stream, `dense_target`, step 3 also makes up
 E: a share `correction` of what the layers before have cost the residual stream, and all that layers which the plan drops
@@ -23,16 +23,16 @@ from dataclasses import asdict, dataclass
 import torch
 from transformers import PreTrainedModel
 
-from billhook import choose, refit
-from billhook.axes import Axis, reader_weight
-from billhook.cuts import Cut
-from billhook.journal import Journal
-from billhook.memory import return_freed
-from billhook.observe import Evidence, Layer, walk
-from billhook.plan import Plan
-from billhook.progress import Clock, Tick, quiet
-from billhook.scores import SCORES
-from billhook.surgery import drop_layers, remove
+from billhook.calibration.walk import Evidence, Layer, walk
+from billhook.checkpoints.resume import Journal
+from billhook.math import selection
+from billhook.math.scores import SCORES
+from billhook.methods.restoration import errors, fitted
+from billhook.models.axes import Axis, reader_weight
+from billhook.models.plan import Cut, Plan
+from billhook.models.surgery import drop_layers, remove
+from billhook.runtime.memory import return_freed
+from billhook.runtime.progress import Clock, Tick, quiet
 from billhook.tensors import Gram, Kept, Narrowed, Scores, Tokens, Units, Weight
 
 
@@ -202,7 +202,7 @@ def _piece(
     found = fit(axis, W, seen, count, settings, clock, scores)
     with clock("errors"):
         kept, V = found.kept, found.weight
-        off = refit.errors(W, V, kept, fitted_on, held, lambda on: _restored(W, on, kept, settings)[0])
+        off = errors(W, V, kept, fitted_on, held, lambda on: _restored(W, on, kept, settings)[0])
     said = Cut(axis.layer, axis.kind, axis.units, len(found.drop), found.damping, *off, found.share)
     return Piece(axis, found.drop, V.to(reader), said)
 
@@ -226,7 +226,7 @@ def fit(
     """Steps 2 and 3: which units go, and what the reader then should be; the model stays as it is."""
     with clock("score"):
         s = axis_scores(axis, W, evidence.gram, settings) if scores is None else scores
-        drop, keep = choose.lowest(s, count, axis.blocks)
+        drop, keep = selection.lowest(s, count, axis.blocks)
         kept = axis.columns(keep)
         share = (s[drop].sum() / s.sum()).item() if s.sum() > 0 else 0.0
     return_freed()
@@ -243,4 +243,4 @@ def axis_scores(axis: Axis, W: Weight, G: Gram, settings: Settings) -> Scores:
 def _restored(W: Weight, evidence: Evidence, kept: Kept, settings: Settings) -> tuple[Narrowed, float]:
     if not settings.restoration:
         return W[:, kept], 0.0
-    return refit.fitted(W, evidence, kept, settings.damping)
+    return fitted(W, evidence, kept, settings.damping)

@@ -22,15 +22,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from billhook import depth, refit
-from billhook.axes import Axis, reader_weight
-from billhook.cuts import Cut
+from billhook.calibration.walk import Evidence, walk
 from billhook.errors import BillhookError
-from billhook.families import axes
-from billhook.observe import Evidence, walk
-from billhook.plan import Plan
-from billhook.progress import Clock, Tick, quiet
-from billhook.surgery import drop_layers
+from billhook.math import layer_presets
+from billhook.methods import restoration
+from billhook.models.axes import Axis, axes, reader_weight
+from billhook.models.plan import Cut, Plan
+from billhook.models.surgery import drop_layers
+from billhook.runtime.progress import Clock, Tick, quiet
 from billhook.tensors import Tokens
 
 PATCHES = {
@@ -84,7 +83,7 @@ def check_patch(model: PreTrainedModel, gone: Collection[int] = ()) -> None:
         raise BillhookError(
             "the norms of this model follow the sums, so no FFN can stand in for a layer: use --patch none"
         )
-    if gone and not depth.patched(gone):
+    if gone and not layer_presets.patched(gone):
         raise BillhookError("nothing stands before layer 0 that could make up for it: use --patch none")
 
 
@@ -92,7 +91,7 @@ def _patch(
     model: PreTrainedModel, tokens: Tokens, gone: Collection[int], settings: Settings, clock: Clock, tick: Tick
 ) -> list[Cut]:
     """Refit what stands before each cut, from the input to the output; each sees what those before it have become."""
-    at = depth.patched(gone)
+    at = layer_presets.patched(gone)
     steps = walk(
         model,
         tokens,
@@ -120,8 +119,8 @@ def _refit(
     reader, every = reader_weight(model, axis), torch.arange(len(seen.gram), device=seen.gram.device)
     W = reader.to(seen.gram.device)
     with clock("patch"):
-        V, used = refit.fitted(W, seen, every, damping)
+        V, used = restoration.fitted(W, seen, every, damping)
     with clock("errors"):
-        off = refit.errors(W, V, every, fitted_on, held, lambda on: refit.fitted(W, on, every, damping)[0])
+        off = restoration.errors(W, V, every, fitted_on, held, lambda on: restoration.fitted(W, on, every, damping)[0])
     reader.copy_(V)
     return Cut(axis.layer, axis.kind, axis.units, 0, used, *off, 0.0)

@@ -3,9 +3,9 @@
 One threshold for the whole matrix, or the N smallest of every M.  No calibration text, unless a refit is asked for.
 """
 
-from billhook import sparsity
-from billhook.sparsity import Pattern
-from billhook.support import Found, Settings, Target, finish
+from billhook.math import sparsity
+from billhook.math.layerwise import Found, Settings, Target, finish
+from billhook.math.sparsity import Pattern
 from billhook.tensors import Weight
 
 

@@ -1,7 +1,7 @@
 """OptiShear (arXiv:2502.10735): Wanda's score with its parts transformed, S = alpha(|W|) F1(|W|) * beta(X) F2(X).
 
 W (out, in) is the weight, X (1, in) the norms of what enters it, ||X_j||_2.  F1 and F2 work entry by entry, alpha and beta
-are reciprocals of sums: 7^4 points, of which billhook.shearing searches the best for a model.  Compared within each output
+are reciprocals of sums: 7^4 points, of which billhook.search.optishear searches the best for a model.  Compared within each output
 row, as Wanda does; the weights that stay are left as they are.
 
 Our reading: norms are root mean squares over tokens times sqrt(2048), as of the published calibration, sequences of 2,048
@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from billhook import sparsity
 from billhook.errors import BillhookError, one_of
-from billhook.sparsity import Pattern
-from billhook.support import Found, Settings, Target, finish
+from billhook.math import sparsity
+from billhook.math.layerwise import Found, Settings, Target, finish
+from billhook.math.sparsity import Pattern
 from billhook.tensors import Weight
 
 FUNCTIONS = ("identity", "sqrt", "square", "exp", "log", "sigmoid", "softmax")

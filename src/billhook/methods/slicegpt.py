@@ -18,7 +18,7 @@ E_rj is the squared error of W_r's output where channel j of its input alone wer
 counts the same; that writers' outputs count too makes it worse (docs/LOG.md).  In both, a norm of d' channels is made to equal
 the norm of d with zeros in place of those that go, which is the paper's too.
 
-5. Restore    every linear weight, from a copy of the unpruned model (billhook.restream); the paper does not
+5. Restore    every linear weight, from a copy of the unpruned model (billhook.methods.slicegpt_restore); the paper does not
 """
 
 from collections.abc import Iterator
@@ -29,23 +29,22 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from billhook import choose
-from billhook.cuts import Cut
-from billhook.doubles import place, precise
+from billhook.calibration.forward import BATCH_TOKENS, enter
+from billhook.calibration.gram import add_upper, mirrored
+from billhook.calibration.linears import seen
+from billhook.checkpoints.resume import Journal
 from billhook.errors import BillhookError
-from billhook.families import layers, linears, weight_of
-from billhook.hidden import keep
-from billhook.journal import Journal
-from billhook.memory import return_freed
-from billhook.observe import BATCH_TOKENS, add_upper, enter, mirrored
-from billhook.operators import seen
-from billhook.paging import by_page, held, twin
-from billhook.plan import Plan
-from billhook.progress import Clock, Tick, quiet
-from billhook.residual import ROWS, cut, last_norm, residual
-from billhook.restream import restore
-from billhook.rotation import fold, rotate
-from billhook.tensors import Gram, Scores, Tokens
+from billhook.math import selection
+from billhook.methods.slicegpt_restore import restore
+from billhook.models.families import layers, linears, weight_of
+from billhook.models.plan import Cut, Plan
+from billhook.models.residual import ROWS, cut, last_norm, residual
+from billhook.models.rotation import fold, rotate
+from billhook.runtime.activations import keep
+from billhook.runtime.memory import return_freed
+from billhook.runtime.offload import by_page, held, twin
+from billhook.runtime.progress import Clock, Tick, quiet
+from billhook.tensors import Gram, Scores, Tokens, place, precise
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def slicegpt(
     else:
         with clock("forward"):
             scores = journal.once("scores", lambda: channel_scores(model, tokens, tick))
-        stay = choose.lowest(scores, plan.residual)[1]
+        stay = selection.lowest(scores, plan.residual)[1]
     dense = twin(model) if settings.restoration else None
     with clock("surgery"):
         cut(model, stay)

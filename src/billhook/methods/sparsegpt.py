@@ -14,10 +14,10 @@ W' = W + (C - W G)(G + delta I)^-1 the error is ||(V - W') X*^T||^2 plus a const
 import torch
 from torch import Tensor
 
-from billhook import sparsity
-from billhook.linalg import factor
-from billhook.sparsity import Pattern, Support
-from billhook.support import Found, Settings, Target, dead, finish, nearer
+from billhook.math import sparsity
+from billhook.math.layerwise import Found, Settings, Target, dead, finish, nearer
+from billhook.math.linalg import factor
+from billhook.math.sparsity import Pattern, Support
 from billhook.tensors import Gram, Weight
 
 

@@ -3,9 +3,9 @@
 S_ij = |W_ij| ||X_j||_2, compared within each output row; the weights that stay are left as they are.
 """
 
-from billhook import sparsity
-from billhook.sparsity import Pattern
-from billhook.support import Found, Settings, Target, finish
+from billhook.math import sparsity
+from billhook.math.layerwise import Found, Settings, Target, finish
+from billhook.math.sparsity import Pattern
 from billhook.tensors import Weight
 
 

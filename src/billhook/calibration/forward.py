@@ -1,0 +1,63 @@
+"""The parts of a forward pass: into the first layer, through the head, and how many tokens at a time."""
+
+import inspect
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from billhook.models.families import as_output, layers
+from billhook.runtime.memory import return_freed
+from billhook.tensors import Tokens
+
+BATCH_TOKENS = 4096  # tokens in one forward: 25 MB of FFN activations at width 1536
+
+
+@torch.no_grad()
+def enter(
+    model: PreTrainedModel, batches: list[Tensor], kept: Callable[[Tensor], Any] = lambda state: state
+) -> tuple[list[Any], list[list[dict[str, Any]]]]:
+    """Hidden states before the first layer, and for each batch what the model passes to each of its layers.
+
+    The layers are replaced for one call by recorders that hand their input on, so the model itself makes the masks and
+    positions: they may differ from layer to layer (sliding windows).  The head never runs.  `kept`: what becomes of a state.
+    """
+    states: list[Any] = []
+    calls: list[list[dict[str, Any]]] = []
+
+    def record(state: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not calls[-1]:
+            states.append(kept(state))
+        calls[-1].append(dict(zip(names, args, strict=False)) | kwargs)
+        return as_output(model, state)
+
+    names = list(inspect.signature(type(layers(model)[0]).forward).parameters)[2:]  # after self and the state
+    with ExitStack() as undo:
+        for module in layers(model):
+            module.forward = record
+            undo.callback(delattr, module, "forward")
+        for batch in batches:
+            calls.append([])
+            model.base_model(batch.to(model.device), use_cache=False)
+    return_freed()
+    return states, calls
+
+
+@torch.no_grad()
+def head(model: PreTrainedModel, tokens: Tokens, state: Tensor, keep: Tensor | int = 0) -> Tensor:
+    """The logits of `state`, what left the last layer for `tokens`; `keep` as transformers' `logits_to_keep`."""
+    with ExitStack() as undo:
+        for module in layers(model):
+            module.forward = lambda hidden_states, *_, **__: as_output(model, state)
+            undo.callback(delattr, module, "forward")
+        return model(tokens, use_cache=False, logits_to_keep=keep).logits
+
+
+@torch.no_grad()
+def run(module: nn.Module, state: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """One decoder layer on hidden states, with what the model passes to it."""
+    out = module(state, **kwargs)
+    return out[0] if isinstance(out, tuple) else out

@@ -1,0 +1,188 @@
+"""Which layers go, by what they do: their influence on the hidden state, or the loss without them.
+
+One pass over a few windows scores every layer; the losses are those of the model with the layers passed by, nothing is cut.
+"""
+
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from billhook.calibration.forward import enter, head, run
+from billhook.calibration.gradients import WINDOW, element_sums
+from billhook.errors import BillhookError
+from billhook.math import layer_presets
+from billhook.models.families import layers, linears
+from billhook.runtime import cache
+from billhook.runtime.progress import Tick, quiet
+from billhook.tensors import Probes, Tokens, precise
+
+MEASURED = {
+    "block-influence": "the least change of direction, 1 - cos(input, output), mean over tokens (ShortGPT, arXiv:2403.03853)",
+    "angular": "the block whose ends are nearest by angle, at the last token (Gromov et al., arXiv:2403.17887)",
+    "perplexity": "the least loss without each alone (Kim et al., arXiv:2402.02834)",
+    "contiguous": "the block with the least loss without it: what costs least without training (docs/LOG.md)",
+    "greedy": "one at a time, each time the one least missed (SLEB, arXiv:2402.09025)",
+    "taylor": "the least sum of |weight x gradient|, the first four and last two kept (Taylor+ of Kim et al.)",
+}
+PRESETS = (*layer_presets.FREE, *MEASURED)
+KEPT_BY_TAYLOR = (4, 2)  # of the first and the last layers
+STAGE = "measuring layers"
+
+
+def chosen(
+    model: PreTrainedModel,
+    preset: str,
+    count: int,
+    tokens: Tokens,
+    probe: Probes,
+    *,
+    seed: int = 0,
+    folder: Path | None = None,
+    key: dict[str, Any] | None = None,
+    tick: Tick = quiet,
+) -> list[int]:
+    """The `count` layers that go, ascending; the first and the last stay.
+
+    Args:
+        tokens: windows for what one pass measures.
+        probe: fewer windows, for losses: each layer or block that is tried takes a pass of its own over them.
+        folder: keeps what was measured under `key`, for other counts.
+
+    Raises:
+        BillhookError: the preset keeps more layers than would be left.
+    """
+    total = len(layers(model))
+    if preset in layer_presets.POSITIONS:
+        return layer_presets.POSITIONS[preset](total, count)
+    if preset == "random":
+        return layer_presets.drawn(total, count, seed)
+
+    def kept(name: str, measure: Callable[[], Any], **more: int) -> Any:
+        return cache.kept(folder, name, {**(key or {}), "criterion": name, **more}, measure)
+
+    if preset == "block-influence":
+        return layer_presets.lowest(kept(preset, lambda: block_influence(model, tokens, tick)), count)
+    if preset == "angular":
+        found = kept(preset, lambda: angular_distances(model, tokens, tick))
+        starts = range(1, total - count)
+        return _block(min(starts, key=lambda n: found[n][n + count]), count)
+    if preset == "perplexity":
+        return layer_presets.lowest(kept(preset, lambda: losses_without_each(model, probe, (), tick)), count)
+    if preset == "contiguous":
+        found = kept(preset, lambda: losses_without_blocks(model, probe, count, tick), count=count)
+        return _block(1 + min(range(len(found)), key=lambda n: found[n]), count)
+    if preset == "greedy":
+        gone: list[int] = []
+        for n in range(count):
+            left = [m for m in range(1, total - 1) if m not in gone]
+            found = kept(preset, lambda: losses_without_each(model, probe, gone, tick), step=n)
+            gone.append(min(left, key=lambda m: found[m]))
+        return sorted(gone)
+    may_go = _range_of_taylor(total, count)
+    scores = kept(preset, lambda: taylor_scores(model, tokens, tick))
+    return layer_presets.lowest([score if n in may_go else math.inf for n, score in enumerate(scores)], count)
+
+
+def _range_of_taylor(total: int, count: int) -> range:
+    """The layers of which `count` may go."""
+    first, last = KEPT_BY_TAYLOR
+    may_go = range(first, max(total - last, first))
+    if count > len(may_go):
+        raise BillhookError(
+            f"--preset taylor keeps the first {first} and the last {last} of {total} layers: at most {len(may_go)} can go, and "
+            f"{count} would; ask for less, or use another --preset"
+        )
+    return may_go
+
+
+def block_influence(model: PreTrainedModel, tokens: Tokens, tick: Tick = quiet) -> list[float]:
+    """BI_n = 1 - E cos(x_n, x_n+1) of every layer, x_n (tokens, hidden) what enters it.
+
+    Float32, and without each window's first token: an attention sink, whose state is like no other's.
+    """
+    sums = [0.0] * len(layers(model))
+    for w, (_, states, _) in enumerate(_each_window(model, tokens)):
+        tick(STAGE, w, len(tokens))
+        for n, (before, after) in enumerate(pairwise(states)):
+            cosine = torch.cosine_similarity(before[:, 1:].float(), after[:, 1:].float(), dim=-1)
+            sums[n] += precise(cosine).sum().item()
+    tick(STAGE, len(tokens), len(tokens))
+    return [1 - one / (tokens.numel() - len(tokens)) for one in sums]
+
+
+def angular_distances(model: PreTrainedModel, tokens: Tokens, tick: Tick = quiet) -> list[list[float]]:
+    """d[l][m] = arccos cos(x_l, x_m) / pi at the last token, mean over windows: what layers l to m - 1 turn."""
+    last = []
+    for w, (_, states, _) in enumerate(_each_window(model, tokens)):
+        tick(STAGE, w, len(tokens))
+        last.append(torch.cat([state[:, -1] for state in states]))
+    tick(STAGE, len(tokens), len(tokens))
+    x = torch.nn.functional.normalize(precise(torch.stack(last, 1)), dim=-1)  # (states, windows, hidden)
+    cosine = torch.einsum("awh,bwh->abw", x, x).clamp(-1, 1)
+    return (cosine.arccos() / math.pi).mean(-1).tolist()
+
+
+def losses_without_each(
+    model: PreTrainedModel, probe: Probes, gone: Sequence[int] = (), tick: Tick = quiet
+) -> list[float]:
+    """The loss, in nats a token, without layer n and without those already `gone`, for every n."""
+    return _losses(model, probe, [{n, *gone} for n in range(len(layers(model)))], tick)
+
+
+def losses_without_blocks(model: PreTrainedModel, probe: Probes, count: int, tick: Tick = quiet) -> list[float]:
+    """The loss without layers n to n + count - 1, for n = 1, 2, … while the last layer stays."""
+    total = len(layers(model))
+    return _losses(model, probe, [set(_block(n, count)) for n in range(1, total - count)], tick)
+
+
+def taylor_scores(model: PreTrainedModel, tokens: Tokens, tick: Tick = quiet) -> list[float]:
+    """sum |w dL/dw| over the linear weights of each layer: attention's, every FFN's, every expert's.
+
+    Routers have no part in it: the paper names the weights that project (q, k, v, o, gate, up, down), and they only choose.
+    """
+    layer_of = {
+        f"{path}.weight": n for n in range(len(layers(model))) for one in linears(model, n) for path in one.values()
+    }
+    found = [0.0] * len(layers(model))
+    sums = element_sums(model, tokens[:, :WINDOW], list(layer_of), tick)
+    for layer, one in zip(layer_of.values(), sums, strict=True):
+        found[layer] += one
+    return found
+
+
+def _block(start: int, count: int) -> list[int]:
+    return list(range(start, start + count))
+
+
+@torch.no_grad()
+def _each_window(model: PreTrainedModel, tokens: Tokens) -> Iterator[tuple[Tensor, list[Tensor], list[dict[str, Any]]]]:
+    """One window at a time: its ids, the states (1, length, hidden) that enter each layer and leave the last, and what the
+    model passes to each layer."""
+    for window in tokens.split(1):
+        (state,), (calls,) = enter(model, [window])
+        states = [state]
+        for module, call in zip(layers(model), calls, strict=True):
+            states.append(run(module, states[-1], call))
+        yield window.to(model.device), states, calls
+
+
+@torch.no_grad()
+def _losses(model: PreTrainedModel, probe: Probes, without: Sequence[Collection[int]], tick: Tick) -> list[float]:
+    """Mean loss of the model without each of the sets of layers; what comes before a set is run once."""
+    sums, steps = [0.0] * len(without), len(probe) * len(without)
+    for w, (ids, states, calls) in enumerate(_each_window(model, probe)):
+        for n, gone in enumerate(without):
+            tick(STAGE, w * len(without) + n, steps)
+            state = states[min(gone)]
+            for m in range(min(gone), len(layers(model))):
+                state = state if m in gone else run(layers(model)[m], state, calls[m])
+            logits = head(model, ids, state)
+            sums[n] += torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:]).item()
+    tick(STAGE, steps, steps)
+    return [one / len(probe) for one in sums]

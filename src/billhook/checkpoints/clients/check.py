@@ -1,0 +1,172 @@
+"""A written checkpoint in clients of their own: transformers, vLLM and llama.cpp open it, each in a process without billhook."""
+
+import base64
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from billhook.checkpoints import own_code
+from billhook.checkpoints.clients import llamacpp
+from billhook.checkpoints.gguf.write import write_gguf
+from billhook.checkpoints.load import load, load_tokenizer
+from billhook.checkpoints.save import elements
+from billhook.checkpoints.verify import CACHE_TOLERANCE
+from billhook.errors import BillhookError, one_of
+from billhook.models.greedy import continued
+from billhook.models.layout import layer_sizes
+from billhook.models.modeling_per_layer import V_HEAD_DIM
+from billhook.runtime import interpreters
+
+NEW_TOKENS = 32
+CLIENT_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process: its errors then come back as errors
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB, where vLLM runs on a CPU
+}
+ERROR = re.compile(r"(\[\w+\]: )?[\w.]*(Error|Exception)\b")
+LLAMACPP_TOLERANCE = 1e-3  # of the logits' norm, float32 weights and cache: other kernels, the same numbers
+
+
+def check_startable() -> None:
+    """Refuse work whose result stock transformers could not be asked about, in a process of its own.
+
+    Raises:
+        BillhookError: no such process starts, or it would not find its packages.
+    """
+    if why := interpreters.why_not("torch", "transformers"):
+        raise BillhookError(
+            f"what is written could not be checked: {sys.executable or 'Python'}, started anew, has no stock transformers ({why}): "
+            "install torch and transformers where billhook is"
+        )
+
+
+def check(path: Path, client: str, python: str | None = None, trust: bool = False) -> dict[str, Any]:
+    """Load a checkpoint in a separate process of a stock client, without billhook, and compare with billhook's own load.
+
+    Args:
+        client: of CHECKS.
+        python: the interpreter that has the client; this one if not given.
+        trust: run whatever code lies in the folder, of model and tokenizer; else none but what billhook wrote (billhook.checkpoints.own_code).
+
+    Returns:
+        the client's name and version, whether it was compared by logits too, and `equal`.
+
+    Raises:
+        BillhookError: the client is not there, cannot load the checkpoint, or gives other tokens or logits.
+    """
+    return CHECKS[one_of("client", client, CHECKS)](path, python or sys.executable, trust)
+
+
+def _check_transformers(path: Path, python: str, trust: bool) -> dict[str, Any]:
+    code = {"model_code": trust or own_code.needed(path), "tokenizer_code": trust}
+    model, prompts = load(path, dtype="float32"), _prompts(path)
+    # as many threads as here: sums in another order could tip a near tie, and the whole prune would be refused for it
+    request = {"prompts": prompts, "new_tokens": NEW_TOKENS, "threads": torch.get_num_threads(), **code}
+    answer = _ask(python, "transformers", path, request)
+    logits = torch.frombuffer(bytearray(base64.b64decode(answer["logits"]["float32"])), dtype=torch.float32)
+    own = _logits(model, prompts)
+    drift = float((logits.view(answer["logits"]["shape"]) - own).norm() / own.norm())
+    problems = {
+        f"its logits differ by {drift:.1e} of their size": not drift <= CACHE_TOLERANCE,
+        "it generates other tokens": answer["greedy"] != _greedy(model, prompts),
+        "it generates other tokens with a cache than without": answer["greedy"] != answer["greedy_without_cache"],
+        "it counts other parameters": answer["parameters"] != elements(model),
+        "billhook was there": not answer["stock"],
+    }
+    refused = answer.get("refused_generation_config")  # which its from_pretrained then ends in, here as in the source
+    seen = {"logits_drift": drift} | ({"refused_generation_config": refused} if refused else {})
+    return _verdict("transformers", path, answer["version"], problems, seen)
+
+
+def _check_vllm(path: Path, python: str, trust: bool) -> dict[str, Any]:
+    code = trust or own_code.needed(path)
+    model, prompts = load(path, dtype="float32"), _prompts(path)
+    if any(V_HEAD_DIM in sizes for sizes in layer_sizes(model)):
+        raise BillhookError(
+            f"{path} has value heads narrower than its key heads (axis value), which vllm does not serve"
+        )
+    answer = _ask(python, "vllm", path, {"prompts": prompts, "new_tokens": NEW_TOKENS, "model_code": code})
+    problems = {"it generates other tokens": answer["greedy"] != _greedy(model, prompts)}
+    return _verdict("vllm", path, answer["version"], problems, {})
+
+
+def _check_llamacpp(path: Path, python: str, trust: bool) -> dict[str, Any]:
+    del trust  # a GGUF holds no code
+    model, prompts = load(path, dtype="float32"), _prompts(path)
+    tokenizer = load_tokenizer(path, str(path))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.gguf"
+        write_gguf(model, tokenizer, file, "F32")
+        request = {"logits": prompts, "prompts": prompts, "new_tokens": NEW_TOKENS, "cache": "f32"}
+        answer = llamacpp.run(python, file, request)
+    own = _logits(model, prompts)
+    found = torch.stack([torch.from_numpy(rows.copy()) for rows in answer["logits"]])
+    drift = float((found - own).norm() / own.norm())
+    problems = {
+        f"its logits differ by {drift:.1e} of their size": drift > LLAMACPP_TOLERANCE,
+        "it generates other tokens": answer["greedy"] != _greedy(model, prompts),
+    }
+    return _verdict("llama.cpp", path, answer["version"], problems, {"logits_drift": drift})
+
+
+CHECKS: dict[str, Callable[[Path, str, bool], dict[str, Any]]] = {
+    "transformers": _check_transformers,
+    "vllm": _check_vllm,
+    "llama.cpp": _check_llamacpp,
+}
+
+
+def _verdict(client: str, path: Path, version: str, problems: dict[str, bool], seen: dict[str, Any]) -> dict[str, Any]:
+    if found := [text for text, wrong in problems.items() if wrong]:
+        raise BillhookError(f"{client} {version} does not serve {path} as billhook does: {'; '.join(found)}")
+    return {"client": client, "version": version, "tokens": "equal", **seen}
+
+
+def _ask(python: str, client: str, path: Path, request: dict[str, Any]) -> dict[str, Any]:
+    """The answer of a client's script, run isolated (billhook.runtime.interpreters)."""
+    script = Path(__file__).with_name(f"{client}_client.py")
+    try:
+        done = subprocess.run(
+            interpreters.command(python, script, str(path)),
+            input=json.dumps(request),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env=CLIENT_ENVIRONMENT | os.environ,
+        )
+    except OSError as error:
+        raise BillhookError(f"cannot run {python}: {error.strerror}: name a Python that has {client}") from error
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
+        last = ([line for line in said if ERROR.match(line)] or said)[-1]  # a progress bar may come after it
+        if last.startswith("ModuleNotFoundError"):
+            raise BillhookError(f"{python} has no {client} ({last}): install it there, or name another with --python")
+        raise BillhookError(f"{client} could not load {path}: {last.strip()}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _prompts(path: Path) -> list[list[int]]:
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    length = max(2, min(16, config.get("max_position_embeddings", 64) - NEW_TOKENS))
+    return torch.randint(config["vocab_size"], (2, length), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+@torch.no_grad()
+def _logits(model: Any, prompts: list[list[int]]) -> torch.Tensor:
+    return model(torch.tensor(prompts)).logits
+
+
+def _greedy(model: Any, prompts: list[list[int]]) -> list[list[int]]:
+    return continued(
+        model, torch.tensor(prompts), NEW_TOKENS
+    ).tolist()  # to the last: other clients go on behind an end

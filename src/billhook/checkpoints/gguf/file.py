@@ -1,0 +1,276 @@
+"""A GGUF file, or the parts of a split one, as it lies on the disk: its fields, and where its tensors are.
+
+Every length and count is compared with what the file holds before anything is read or allocated by it, so that a damaged file ends in
+one line.  The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+import math
+import mmap
+import re
+import stat
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import gguf
+import numpy as np
+import torch
+from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT
+
+from billhook.errors import BillhookError
+
+SUFFIX = ".gguf"
+AGAIN = "fetch or copy the file again"
+VERSIONS = (2, 3)
+SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}  # struct's letters
+STRING, ARRAY = 8, 9
+ENTRIES = 2**22  # of one array, fields or tensors: the largest vocabularies and merges have an eighth of that
+HEADER = 2**27  # bytes before the weights
+DIMENSIONS = 4
+NAME = 200  # characters: llama.cpp's own have 63 at most
+PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
+SPLIT = ("split.no", "split.count", "split.tensors.count")  # fields of a part
+Fields = dict[str, Any]  # int, float, bool, str, or a list of one of them
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One tensor of a file."""
+
+    file: Path
+    kind: gguf.GGMLQuantizationType
+    shape: tuple[int, ...]  # in torch's order
+    offset: int  # from the beginning of the file
+    size: int  # bytes
+
+    def values(self) -> torch.Tensor:
+        """Dequantised, float32."""
+        packed = np.memmap(self.file, np.uint8, "r", self.offset, (self.size,))
+        rows = packed.reshape(*self.shape[:-1], -1)
+        return torch.from_numpy(np.array(gguf.quants.dequantize(rows, self.kind), np.float32)).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """What a file says, and where its tensors lie."""
+
+    fields: Fields
+    tensors: dict[str, Placed]
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a path is of a GGUF file, by its name."""
+    return path.suffix.lower() == SUFFIX and not path.is_dir()
+
+
+def alone(folder: Path) -> Path:
+    """The one GGUF file of a folder that holds no other model; the folder itself where it holds none, or safetensors.
+
+    Raises:
+        BillhookError: there are several, and none says which is meant.
+    """
+    found = sorted(file for file in folder.iterdir() if is_gguf(file))
+    if not found or (folder / "config.json").exists() or any(folder.glob("*.safetensors")):
+        return folder
+    firsts = [file for file in found if (part := PART.fullmatch(file.name)) is None or int(part[2]) == 1]
+    if len(firsts) > 1 or not firsts:
+        names = ", ".join(file.name for file in found[:4]) + (", …" if len(found) > 4 else "")
+        raise BillhookError(f"{folder} holds {len(found)} GGUF files: name the one that is meant, of {names}")
+    return firsts[0]
+
+
+def read(path: Path) -> Gguf:
+    """The fields and tensors of a file, of all parts where it is one of several.
+
+    Raises:
+        BillhookError: it is no plain file, no GGUF, damaged, or a part is missing.
+    """
+    first, *rest = parts(path)
+    whole = _Reader(first).read()
+    tensors = dict(whole.tensors)
+    for file in rest:
+        for name, placed in _Reader(file).read().tensors.items():
+            if name in tensors:
+                raise BillhookError(f"{file}: tensor {name} is in another part, too: {AGAIN}")
+            tensors[name] = placed
+    said = whole.fields.get("split.count", len(rest) + 1) or 1  # 0: written by tools that split nothing
+    if said != len(rest) + 1:
+        raise BillhookError(
+            f"{path} is one of {said} parts, and its name is not NAME-00001-of-{said:05}.gguf: rename them so"
+        )
+    if len(tensors) != whole.fields.get("split.tensors.count", len(tensors)):
+        raise BillhookError(
+            f"{path}: its parts hold {len(tensors)} tensors, not the {whole.fields['split.tensors.count']} they should: {AGAIN}"
+        )
+    return Gguf({key: value for key, value in whole.fields.items() if key not in SPLIT}, tensors)
+
+
+def parts(path: Path) -> list[Path]:
+    """The files of a split GGUF in order, the first of which has the fields; of any other the file alone."""
+    if (part := PART.fullmatch(path.name)) is None:
+        return [path]
+    files = [path.with_name(f"{part[1]}-{n:05}-of-{part[3]}{path.suffix}") for n in range(1, int(part[3]) + 1)]
+    for file in files:
+        if not file.exists():
+            raise BillhookError(f"{path} is one of {len(files)} parts, and {file.name} is not beside it: {AGAIN}")
+    return files or [path]
+
+
+class _Reader:
+    """Reads one file's header from its beginning to its end."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.at, self.content = path, 0, b""
+
+    def read(self) -> Gguf:
+        try:
+            if not stat.S_ISREG(self.path.stat().st_mode):
+                self.refuse("is not a plain file", "give a GGUF file")
+            with self.path.open("rb") as file:
+                self.size = self.path.stat().st_size
+                if file.read(4) != b"GGUF":
+                    self.refuse("is no GGUF file: it does not begin with GGUF", "give a GGUF file, or a model's folder")
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as self.content:
+                    return self.header()
+        except OSError as error:
+            raise BillhookError(f"{self.path} cannot be read ({error.strerror or error}): {AGAIN}") from error
+
+    def header(self) -> Gguf:
+        self.at = 4
+        version = self.number("I", "its version")
+        if version not in VERSIONS:
+            other = "is big-endian" if version & 0xFFFF == 0 else f"is of version {version} of the format"
+            self.refuse(
+                f"{other}, and billhook reads versions 2 and 3, little-endian", "convert it again with llama.cpp"
+            )
+        tensors, entries = self.number("Q", "its counts"), self.number("Q", "its counts")
+        self.check(
+            entries, 13, f"it is said to hold {entries:,} fields"
+        )  # the shortest: an empty name, its type, one byte
+        self.check(tensors, 32, f"it is said to hold {tensors:,} tensors")
+        fields: Fields = {}
+        for n in range(entries):
+            key = self.name(f"the name of field {n}")
+            if key in fields:
+                self.damaged(f"field {key} is there twice")
+            fields[key] = self.value(self.number("I", key), key)
+        infos = dict(self.info(n) for n in range(tensors))
+        if len(infos) != tensors:
+            self.damaged("two tensors have one name")
+        return Gguf(fields, self.placed(infos, fields))
+
+    def info(self, n: int) -> tuple[str, tuple[gguf.GGMLQuantizationType, tuple[int, ...], int]]:
+        """One entry of the table of tensors: type, shape and offset by name."""
+        name = self.name(f"the name of tensor {n}")
+        sides = self.number("I", name)
+        if not 1 <= sides <= DIMENSIONS:
+            self.damaged(f"tensor {name} has {sides} dimensions")
+        shape = tuple(self.number("Q", name) for _ in range(sides))[::-1]
+        kind, offset = self.number("I", name), self.number("Q", name)
+        try:
+            found = gguf.GGMLQuantizationType(kind)
+            block, packed = GGML_QUANT_SIZES[found]
+            gguf.quants.dequantize(np.zeros((1, packed), np.uint8), found)
+        except (ValueError, KeyError, NotImplementedError):
+            self.refuse(
+                f"stores tensor {name} in a type that cannot be dequantised here ({_type(kind)})",
+                "quantise it otherwise",
+            )
+        if min(shape) < 1 or math.prod(shape) > self.size * 64 or shape[-1] % block:  # no type has under half a bit
+            self.damaged(f"tensor {name} of shape {list(shape)} does not fit the file")
+        return name, (found, shape, offset)
+
+    def placed(self, infos: dict[str, Any], fields: Fields) -> dict[str, Placed]:
+        """Where each tensor lies: one after another, as llama.cpp wants it."""
+        align = fields.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
+        if isinstance(align, bool) or not isinstance(align, int) or align < 1 or align & (align - 1) or align > HEADER:
+            self.damaged(f"general.alignment is {shown(align)}")
+        start, expected, found = -(-self.at // align) * align, 0, {}
+        for name, (kind, shape, offset) in infos.items():
+            block, packed = GGML_QUANT_SIZES[kind]
+            size = math.prod(shape) // block * packed
+            if offset != expected:
+                self.damaged(f"tensor {name} is said to begin at {offset}, and the one before ends at {expected}")
+            if start + offset + size > self.size:
+                self.damaged(f"tensor {name} and all after it are cut off")
+            found[name] = Placed(self.path, kind, shape, start + offset, size)
+            expected = -(-(offset + size) // align) * align
+        return found
+
+    def value(self, kind: int, key: str) -> Any:
+        if kind in SCALARS:
+            return self.number(SCALARS[kind], key)
+        if kind == STRING:
+            return self.string(key)
+        if kind != ARRAY:
+            self.damaged(f"field {key} is of type {kind}, which no version has")
+        inner, count = self.number("I", key), self.number("Q", key)
+        many = f"field {key} is said to have {count:,} entries"
+        if inner == STRING:
+            self.check(count, 8, many)
+            return [self.string(key) for _ in range(count)]
+        if inner not in SCALARS:
+            self.damaged(f"field {key} is a list of type {inner}")
+        self.check(count, width := struct.calcsize(f"<{SCALARS[inner]}"), many)
+        return list(struct.unpack(f"<{count}{SCALARS[inner]}", self.take(count * width, key)))
+
+    def string(self, what: str) -> str:
+        try:
+            return self.take(self.number("Q", what), what).decode("utf-8")
+        except UnicodeDecodeError:
+            self.damaged(f"{what} is not UTF-8")
+
+    def name(self, what: str) -> str:
+        """A text that messages can show."""
+        found = self.string(what)
+        return found if found.isprintable() and len(found) <= NAME else self.damaged(f"{what} is {shown(found)}")
+
+    def number(self, letter: str, what: str) -> Any:
+        (found,) = struct.unpack(f"<{letter}", self.take(struct.calcsize(f"<{letter}"), what))
+        return found
+
+    def take(self, count: int, what: str) -> bytes:
+        """The next bytes."""
+        end = self.at + count
+        if end > self.size:
+            self.damaged(f"it ends in {what}")
+        if end > HEADER:
+            self.damaged(f"what comes before the weights has more than {HEADER:,} bytes, at {what}")
+        found, self.at = self.content[self.at : end], end
+        return found
+
+    def check(self, count: int, least: int, many: str) -> None:
+        """Refuse a count of entries, each of `least` bytes at least, that the file cannot hold; `many` says what it counts."""
+        if count > ENTRIES or self.at + count * least > self.size:
+            self.damaged(many)
+
+    def damaged(self, why: str) -> NoReturn:
+        self.refuse(f"is damaged: {why}", AGAIN)
+
+    def refuse(self, why: str, remedy: str) -> NoReturn:
+        raise BillhookError(f"{self.path} {why}: {remedy}")
+
+
+def _type(kind: int) -> str:
+    names: Iterator[str] = (one.name for one in gguf.GGMLQuantizationType if one == kind)
+    return next(names, f"number {kind}")
+
+
+def shown(value: Any) -> str:
+    """A value of a field, cut to what a line holds."""
+    said = repr(value)
+    return said if len(said) <= 60 else said[:60] + "…"

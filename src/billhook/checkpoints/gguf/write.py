@@ -1,0 +1,352 @@
+"""Export: a model in memory as one GGUF file for llama.cpp, whether its layers are equal or not.
+
+The architecture is chosen from what llama.cpp's own can hold (checkpoints/gguf/architectures.py), before anything is written.
+"""
+
+import math
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from billhook.checkpoints.gguf.architectures import (
+    ARCHITECTURES,
+    CHOICES,
+    COMMON,
+    IN_LAYER,
+    QUANTIZER,
+    TOP,
+    Architecture,
+)
+from billhook.checkpoints.gguf.vocabulary import vocabulary
+from billhook.errors import BillhookError, one_of
+from billhook.models import families
+from billhook.runtime import atomic
+from billhook.runtime.progress import Tick, quiet
+
+FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7, "Q5_1": 9, "Q5_0": 8, "Q4_1": 3, "Q4_0": 2}  # llama_ftype
+BY_QUANTIZER = ("Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K")
+QUANTIZE = (*FILE_TYPES, *BY_QUANTIZER)
+BLOCK = {"F32": 1, "F16": 1, "BF16": 1} | dict.fromkeys(BY_QUANTIZER, 256)  # entries of a row packed together, else 32
+COARSE = ("Q5_1", "Q5_0", "Q4_1", "Q4_0")  # what the embedding and the head are spared: llama-quantize spares them too
+EMBEDDINGS = ("token_embd.weight", "output.weight")
+QUANTIZATION_VERSION = 2  # of ggml's block formats
+FOLDER = "keep the folder, which transformers loads"
+EQUAL = "wants equal layers"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What an architecture must hold, as the tensors have it; lists have one entry for each layer."""
+
+    model_type: str
+    vocabulary: int  # rows of the embedding
+    hidden: int
+    head_dim: int
+    widths: list[int]
+    heads: list[int]
+    kv_heads: list[int]
+    tensors: frozenset[str]  # GGUF names, without blk.N.
+    rope: str
+
+    @property
+    def uneven(self) -> bool:
+        """Whether layers differ."""
+        return any(len(set(sizes)) > 1 for sizes in (self.widths, self.heads, self.kv_heads))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor of the file: the rows of `parts` one below another, reordered for interleaved RoPE if `heads`."""
+
+    name: str
+    parts: tuple[Tensor, ...]
+    heads: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor in the file, in torch's order; a side of no entries becomes one."""
+        return (max(1, sum(len(part) for part in self.parts)), *(max(1, n) for n in self.parts[0].shape[1:]))
+
+    def array(self) -> np.ndarray:
+        """The values, float32.  A layer without FFN channels gets one of zeros: without any, llama.cpp drops what the
+        layer's attention adds (src/models/deci.cpp: `if (n_ff == 0) continue`)."""
+        rows = torch.cat([part.detach().float().cpu() for part in self.parts])
+        if not rows.numel():
+            return np.zeros(self.shape, np.float32)
+        return (interleaved(rows, self.heads) if self.heads else rows).contiguous().numpy()
+
+
+def interleaved(rows: Tensor, heads: int) -> Tensor:
+    """Rows of q or k in the order of interleaved RoPE: entries i and i + head_dim/2 of a head come to 2i and 2i+1."""
+    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+@torch.no_grad()
+def write_gguf(
+    model: Any, tokenizer: Any, path: Path, quantize: str = "F16", tick: Tick = quiet, *, overwrite: bool = True
+) -> dict[str, Any]:
+    """Write `model` and `tokenizer` as the GGUF file `path`, which appears whole or not at all.
+
+    `quantize` is one of QUANTIZE.  Matrices get that type, vectors stay F32, embedding and head stay Q8_0 where it is
+    coarser, and a matrix whose rows its blocks do not divide falls back to F16.  K-quants are made by the user's
+    llama-quantize from an F16 file.
+
+    Returns the architecture, the tensors by type, how many fell back and why, and bytes.
+
+    Raises:
+        BillhookError: llama.cpp cannot hold the model or follow the tokenizer, or the file cannot be written.
+    """
+    one_of("quantize", quantize, QUANTIZE)
+    quantizer = _quantizer() if quantize in BY_QUANTIZER else ""
+    shape = shape_of(model)
+    arch = choose(shape)
+    words = vocabulary(tokenizer, shape.vocabulary, model.config.bos_token_id)
+    metadata = describe(model.config, shape, arch) | words
+    pieces = list(_pieces(model, shape, arch))
+    with atomic.file(path, overwrite) as work:
+        if quantizer:
+            plain = work.with_name("plain.gguf")
+            _write(plain, arch, metadata, pieces, "F16", tick)
+            tick(QUANTIZER, 0, 1)
+            _requantize(quantizer, plain, work, quantize)
+            tick(QUANTIZER, 1, 1)
+            types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(work).tensors}
+        else:
+            types = _write(work, arch, metadata, pieces, quantize, tick)
+        found = {"arch": arch.name, "quantize": quantize, "types": dict(Counter(types.values()))}
+        return {**found, **_fallback(pieces, quantize), "bytes": work.stat().st_size}
+
+
+def shape_of(model: Any) -> Shape:
+    """Sizes, tensors and rotary type of a model.
+
+    Raises:
+        BillhookError: it computes what no architecture of llama.cpp does.
+    """
+    model_type = families.stock_type(model.config.model_type)
+    if model_type not in CHOICES:
+        raise BillhookError(f"llama.cpp has no architecture for {model_type}: {FOLDER}")
+    row = families.family_of(model_type)
+    sizes = [families.sizes(model, n) for n in range(len(families.layers(model)))]
+    widths, heads, kv_heads, head_dims = (
+        [one[row.keys[key]] for one in sizes] for key in ("width", "heads", "kv_heads", "head_dim")
+    )
+    for n in range(len(sizes)):
+        value_dim = families.attention(model, n).value_dim
+        if value_dim != head_dims[0]:
+            raise BillhookError(
+                f"layer {n} has value heads of {value_dim} channels beside key heads of {head_dims[0]}, and every graph "
+                f"of llama.cpp wants them equal: prune heads or groups instead, or {FOLDER}"
+            )
+    return Shape(
+        model_type,
+        model.get_input_embeddings().weight.shape[0],
+        model.get_input_embeddings().weight.shape[1],
+        head_dims[0],
+        [max(1, width) for width in widths],
+        heads,
+        kv_heads,
+        frozenset(tensor for _, tensor in _named(model)),
+        _rope_type(model.config),
+    )
+
+
+def choose(shape: Shape) -> Architecture:
+    """The first architecture of the family's that holds the model.
+
+    Raises:
+        BillhookError: none does; the message says what each lacks.
+    """
+    lacks = {name: list(_misfits(shape, ARCHITECTURES[name])) for name in CHOICES[shape.model_type]}
+    for name, misfits in lacks.items():
+        if not misfits:
+            return ARCHITECTURES[name]
+    why = "; ".join(f"{name} {', '.join(misfits)}" for name, misfits in lacks.items())
+    advice = "prune all layers alike, or " if [EQUAL] in lacks.values() else ""
+    raise BillhookError(f"no architecture of llama.cpp holds this {shape.model_type}: {why}; {advice}{FOLDER}")
+
+
+def describe(config: Any, shape: Shape, arch: Architecture) -> dict[str, Any]:
+    """The metadata of the model: sizes are lists where layers differ."""
+    _check(config)
+    rope = config.rope_parameters
+    sizes = {
+        "vocab_size": shape.vocabulary,  # llama.cpp counts the tokens; transformers reads it here
+        "context_length": config.max_position_embeddings,
+        "embedding_length": shape.hidden,
+        "block_count": len(shape.widths),
+        "feed_forward_length": _one_or_all(shape.widths),
+        "attention.head_count": _one_or_all(shape.heads),
+        "attention.head_count_kv": _one_or_all(shape.kv_heads),
+        "attention.key_length": shape.head_dim,
+        "attention.value_length": shape.head_dim,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "rope.dimension_count": shape.head_dim,
+        "rope.freq_base": float(rope["rope_theta"]),
+    }
+    if shape.rope == "linear":
+        sizes |= {"rope.scaling.type": shape.rope, "rope.scaling.factor": float(rope["factor"])}
+    general = {
+        "general.type": "model",
+        "general.name": Path(config.name_or_path).name or shape.model_type,
+        "general.quantization_version": QUANTIZATION_VERSION,
+    }
+    return general | {f"{arch.name}.{key}": value for key, value in sizes.items()}
+
+
+def _misfits(shape: Shape, arch: Architecture) -> Iterator[str]:
+    if shape.uneven and not arch.uneven:
+        yield EQUAL
+    if arch.square and shape.heads[0] * shape.head_dim != shape.hidden:
+        yield f"wants heads × head size = hidden size {shape.hidden}"
+    if extra := sorted(shape.tensors - COMMON - arch.optional):
+        yield f"has no place for {extra[0]}"
+    if shape.rope not in arch.ropes:
+        yield f"knows no RoPE of type {shape.rope}"
+
+
+def _check(config: Any) -> None:
+    """Refuse what every architecture would compute differently, in silence."""
+    if config.hidden_act not in ("silu", "swish"):
+        raise BillhookError(f"llama.cpp computes SiLU in this family's FFN, not {config.hidden_act}: {FOLDER}")
+    if getattr(config, "is_causal", True) is False:
+        raise BillhookError(f"llama.cpp's positions see only those before them, and this model's see all: {FOLDER}")
+    window, longest = getattr(config, "sliding_window", None), config.max_position_embeddings
+    if (
+        window
+        and window < longest
+        and "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
+    ):
+        raise BillhookError(
+            f"this model attends to its last {window} positions, and llama.cpp to all in this family's architectures: set "
+            f"max_position_embeddings to {window} in config.json, since up to there nothing differs, or {FOLDER}"
+        )
+
+
+def _rope_type(config: Any) -> str:
+    rope = config.rope_parameters
+    if "rope_theta" not in rope:
+        return "per layer type"
+    return "partial" if rope.get("partial_rotary_factor", 1.0) != 1.0 else rope.get("rope_type", "default")
+
+
+def _one_or_all(values: Sequence[int]) -> int | list[int]:
+    return values[0] if len(set(values)) == 1 else list(values)
+
+
+def _named(model: Any) -> dict[tuple[int | None, str], Tensor]:
+    """Parameters by layer number and GGUF name; a head that is the embedding is not there twice."""
+    prefix = families.family_of(model.config.model_type).layers + "."
+    found: dict[tuple[int | None, str], Tensor] = {}
+    for name, param in model.named_parameters():
+        module, _, leaf = name.removeprefix(prefix).rpartition(".")
+        number, _, inner = module.partition(".") if name.startswith(prefix) else ("", "", "")
+        kind = IN_LAYER.get(inner) if number else TOP.get(module)
+        if kind is None:
+            raise BillhookError(f"tensor {name} has no place in a GGUF of this family: {FOLDER}")
+        found[int(number) if number else None, f"{kind}.{leaf}"] = param
+    return found
+
+
+def _pieces(model: Any, shape: Shape, arch: Architecture) -> Iterator[Piece]:
+    """The file's tensors."""
+    if shape.rope == "llama3":
+        yield Piece("rope_freqs.weight", (_rope_factors(model.config, shape.head_dim),))
+    turned = {"attn_q": shape.heads, "attn_k": shape.kv_heads} if arch.interleaved else {}
+    named = _named(model)
+    for (layer, tensor), param in named.items():
+        kind = tensor.partition(".")[0]
+        if layer is None:
+            yield Piece(tensor, (param,))
+        elif not (arch.fused and kind in ("attn_q", "attn_k", "attn_v")):
+            yield Piece(f"blk.{layer}.{tensor}", (param,), turned[kind][layer] if kind in turned else 0)
+        elif kind == "attn_q":
+            parts = tuple(named[layer, f"attn_{part}.weight"] for part in "qkv")
+            yield Piece(f"blk.{layer}.attn_qkv.weight", parts)
+
+
+def _rope_factors(config: Any, head_dim: int) -> Tensor:
+    """What each of the head_dim / 2 frequencies is divided by, next to plain RoPE; not from the model's own buffer,
+    which a cast may have rounded."""
+    plain = config.rope_parameters["rope_theta"] ** (-torch.arange(0, head_dim, 2).float() / head_dim)
+    scaled, _ = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config, torch.device("cpu"))
+    return plain / scaled
+
+
+def _type(piece: Piece, quantize: str) -> str:
+    if len(piece.shape) == 1:
+        return "F32"
+    wanted = "Q8_0" if quantize in COARSE and piece.name in EMBEDDINGS else quantize
+    return "F16" if piece.shape[-1] % BLOCK.get(wanted, 32) else wanted
+
+
+def _fallback(pieces: list[Piece], quantize: str) -> dict[str, Any]:
+    """How many matrices have rows that the type's blocks do not divide."""
+    block = BLOCK.get(quantize, 32)
+    rows = [piece.shape[-1] for piece in pieces if len(piece.shape) > 1 and piece.shape[-1] % block]
+    lengths = f"{min(rows)} to {max(rows)}" if len(set(rows)) > 1 else f"{rows[0]}" if rows else ""
+    why = f"{quantize} packs {block} entries of a row together, and these rows have {lengths}" if rows else ""
+    return {"fallback": len(rows), "fallback_why": why}
+
+
+def _write(
+    path: Path,
+    arch: Architecture,
+    metadata: Mapping[str, Any],
+    pieces: list[Piece],
+    quantize: str,
+    tick: Tick,
+) -> dict[str, str]:
+    """Write one file, a tensor in memory at a time; return the type of each tensor."""
+    types = {piece.name: _type(piece, quantize) for piece in pieces}
+    with closing(gguf.GGUFWriter(path, arch.name)) as writer:
+        for key, value in {**metadata, "general.file_type": FILE_TYPES[quantize]}.items():
+            add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+            add.get(type(value), writer.add_array)(key, value)
+        for piece in pieces:
+            kind = gguf.GGMLQuantizationType[types[piece.name]]
+            in_bytes = gguf.quant_shape_to_byte_shape(piece.shape, kind)
+            writer.add_tensor_info(piece.name, in_bytes, np.dtype(np.uint8), math.prod(in_bytes), kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for n, piece in enumerate(pieces):
+            tick("writing GGUF", n, len(pieces))
+            writer.write_tensor_data(_packed(piece, types[piece.name]))
+        tick("writing GGUF", len(pieces), len(pieces))
+    return types
+
+
+def _packed(piece: Piece, kind: str) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        values = gguf.quants.quantize(piece.array(), gguf.GGMLQuantizationType[kind])
+    if kind == "F16" and not np.isfinite(values).all():
+        raise BillhookError(f"{piece.name} holds values that float16 cannot (65504 at most): export as F32 or BF16")
+    return values
+
+
+def _quantizer() -> str:
+    if found := shutil.which(QUANTIZER):
+        return found
+    raise BillhookError(
+        f"K-quants are made by llama.cpp's {QUANTIZER}, which is not on PATH: "
+        f"put it there, or choose one of {', '.join(FILE_TYPES)}"
+    )
+
+
+def _requantize(quantizer: str, plain: Path, to: Path, quantize: str) -> None:
+    done = subprocess.run([quantizer, str(plain), str(to), quantize], capture_output=True, text=True)
+    if done.returncode or not to.exists():
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        raise BillhookError(f"{quantizer} failed with code {done.returncode}: {lines[-1] if lines else 'no message'}")

@@ -1,0 +1,343 @@
+"""Checkpoints in: refuse what cannot be pruned before anything is computed."""
+
+import logging
+import os
+import re
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoTokenizer, GenerationConfig
+
+from billhook import demo
+from billhook.checkpoints import refused, shards
+from billhook.checkpoints.configs import check_layers, check_values
+from billhook.checkpoints.contents import Contents
+from billhook.checkpoints.gguf import read
+from billhook.checkpoints.gguf.file import alone, is_gguf
+from billhook.checkpoints.save import save
+from billhook.checkpoints.shards import AGAIN, read_json
+from billhook.checkpoints.streaming import give_settings, open_paged, read_contents
+from billhook.errors import BillhookError, first_line, one_of, reason
+from billhook.models.experts import unfuse
+from billhook.models.families import check_known, family_of
+from billhook.models.layout import register
+from billhook.runtime.atomic import folder
+from billhook.runtime.headers import shown
+from billhook.runtime.memory import free_bytes
+from billhook.runtime.offload import check_finite
+from billhook.runtime.progress import Tick, quiet
+from billhook.runtime.quiet import quiet_transformers
+
+LOG = logging.getLogger("billhook")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FETCHED = [
+    "*.json",
+    "*.safetensors",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.tiktoken",
+    "*.bpe",
+    "tokenizer.model.v*",
+]  # from the hub
+SENTENCES = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # packages, and what each is imported as
+ROOM = 0.8  # of the free memory that a model loaded whole may take
+
+
+@dataclass
+class Opened:
+    """A model ready to work on, and what its checkpoint was."""
+
+    model: Any  # a transformers PreTrainedModel
+    tokenizer: Any
+    name: str  # as the user wrote it
+    folder: Path | None  # None for a model that came in memory
+    dtype: torch.dtype  # of the checkpoint; the model may compute in another
+
+
+def open_model(
+    name: str, *, device: str = "auto", dtype: str = "auto", stream: bool | None = False, tick: Tick = quiet
+) -> Opened:
+    """Load MODEL: a Hugging Face folder, a hub id, a .gguf file or `demo`.
+
+    `stream` leaves the weights in their files, a layer at a time in memory (billhook.runtime.offload); None does where the model would
+    take more than `ROOM` of the memory that is free.
+
+    `dtype="auto"` computes in float32 on a CPU, where half precision is slow or emulated, and in the checkpoint's own
+    dtype elsewhere.
+
+    Raises:
+        BillhookError: it does not exist, is damaged, is of a kind or family that billhook does not support, or holds NaN.
+    """
+    where = resolve_device(device)
+    path = locate(name, tick)
+    if is_gguf(path):
+        if stream:
+            raise BillhookError(f"{name}: a GGUF is dequantised whole: --stream-weights wants a folder of safetensors")
+        model, tokenizer = read.open_gguf(path)
+        _take_apart(model).to(where)
+        return Opened(model, tokenizer, name, None, torch.float32)
+    found = check_folder(path, name)
+    stored = found.dtype
+    say_unused(found)
+    compute = {"auto": torch.float32 if where.type == "cpu" else stored, **DTYPES}[
+        one_of("dtype", dtype, ("auto", *DTYPES))
+    ]
+    if stream is None:
+        stream = too_large(found, compute, where)
+    if stream:
+        return Opened(open_paged(found, compute, where), load_tokenizer(path, name), name, path, stored)
+    tick("loading", 0, 1)
+    model = _load(found, compute).to(where)
+    if compute == stored and where.type == "cpu":  # or every weight was copied on the way
+        for param in model.parameters():  # off the mapped file, which stays in memory whole until its last tensor goes
+            param.data = param.data.clone()
+    _take_apart(model)
+    tick("loading", 1, 1)
+    return Opened(model, load_tokenizer(path, name), name, path, stored)
+
+
+def load(
+    path: str | os.PathLike[str], *, dtype: str | torch.dtype = "auto", device: str = "cpu", stream: bool = False
+) -> Any:
+    """Load the model of a checkpoint folder, of either layout, without running code that came with it; `stream`: a layer at a time
+    (billhook.runtime.offload).
+
+    Raises:
+        BillhookError: the folder is not a whole, plain, supported causal LM.
+    """
+    name = os.fspath(path)
+    found = check_folder(Path(name), name)
+    compute = {"auto": found.dtype, **DTYPES}[dtype] if isinstance(dtype, str) else dtype
+    if stream:
+        return open_paged(found, compute, resolve_device(device))
+    return _load(found, compute).to(resolve_device(device))
+
+
+def too_large(found: Contents, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a folder's weights would take more than `ROOM` of the memory that is free."""
+    return sum(one.elements for one in found.tensors.values()) * dtype.itemsize > ROOM * free_bytes(device)
+
+
+def check_positions(opened: Opened, seq_len: int) -> None:
+    """Refuse windows longer than the positions that the model has."""
+    limit = getattr(opened.model.config, "max_position_embeddings", seq_len)
+    if seq_len > limit:
+        raise BillhookError(f"seq-len {seq_len} is beyond the {limit} positions of {opened.name}: lower --seq-len")
+
+
+def open_skeleton(name: str, tick: Tick = quiet) -> Any:
+    """The model without its weights, on the meta device: shapes and config, whatever the model's size."""
+    path = locate(name, tick)
+    if is_gguf(path):
+        return _take_apart(read.open_gguf(path)[0])
+    found = check_folder(path, name)
+    say_unused(found)
+    return _take_apart(refused.build(found.config))  # as it was when its contents were read
+
+
+def _take_apart(model: Any) -> Any:
+    """Experts as modules, and nothing in the layers that no row speaks of."""
+    unfuse(model)
+    check_known(model)
+    return model
+
+
+def open_tokenizer(name: str, tick: Tick = quiet) -> Any:
+    """The tokenizer of MODEL, without its weights where it is a folder."""
+    path = locate(name, tick)
+    return read.read_tokenizer(path) if is_gguf(path) else load_tokenizer(path, name)
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is the accelerator if there is one, else the CPU."""
+    if device == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return found or torch.device("cpu")
+    try:
+        where = torch.device(device)
+        torch.empty(1, device=where)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0].partition(". ")[0]  # torch adds paragraphs
+        raise BillhookError(f"device {device!r} cannot be used here: {why}; try --device auto") from error
+    if where.type == "meta":
+        raise BillhookError(f"device {device!r} cannot be used here: it holds no data; try --device auto")
+    return where
+
+
+def load_tokenizer(path: Path, name: str) -> Any:
+    """The checkpoint's own tokenizer."""
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # transformers and tokenizers raise many kinds for a missing or broken file
+        if "trust_remote_code" in str(error):
+            raise BillhookError(
+                f"{name}: its tokenizer is code in the folder (auto_map), which billhook does not run: save it as a tokenizer.json"
+            ) from None
+        lacking = [package for package, module in SENTENCES.items() if not _is_there(module)]
+        if lacking and any(path.glob("*.model")) and not (path / "tokenizer.json").exists():
+            raise BillhookError(
+                f"{name}: its tokenizer is a SentencePiece model, which transformers reads by {' and '.join(SENTENCES)}: "
+                f"pip install {' '.join(lacking)}, or save the tokenizer as a tokenizer.json"
+            ) from error
+        raise BillhookError(
+            f"{name}: no tokenizer could be loaded ({reason(error)}): copy its tokenizer files into the folder"
+        ) from error
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that the module is in
+        return False
+
+
+def check_folder(path: Path, name: str) -> Contents:
+    """Refuse a folder that is not a whole, plain, supported causal LM; return what its files hold."""
+    if not path.is_dir():
+        raise BillhookError(f"{name} is not a model folder")
+    if not any(path.iterdir()):
+        raise BillhookError(f"{name} is an empty folder: expected config.json and *.safetensors")
+    if (path / "adapter_config.json").exists():
+        raise BillhookError(
+            f"{name} is a PEFT adapter: merge it into its base model first (merge_and_unload, then save_pretrained)"
+        )
+    config = read_json(path / "config.json", name)
+    check_config(config, name)
+    check_layers(config, shards.stored(path, name), name)
+    return read_contents(path, name)
+
+
+def say_unused(found: Contents) -> None:
+    """Say once what is stored and is no part of the model; transformers leaves it out, too."""
+    if found.unused:
+        LOG.warning(
+            "%s: %d stored tensors are not used by its model, first %s: left out, as transformers leaves them",
+            *(found.name, len(found.unused), found.unused[0]),
+        )
+
+
+def check_config(config: dict[str, Any], name: str) -> None:
+    """Refuse a config that is not a plain causal LM of a supported family."""
+    kind, built = config.get("model_type"), config.get("architectures") or []
+    built = built if isinstance(built, list) else [built]
+    if (quantised := config.get("quantization_config")) is not None:
+        method = quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else quantised
+        raise BillhookError(
+            f"{name} is quantised ({shown(str(method))}): prune the full-precision checkpoint, or load it with transformers, model.dequantize(), and "
+            "save_pretrained that first"
+        )
+    if config.get("is_encoder_decoder"):
+        raise BillhookError(
+            f"{name} is an encoder-decoder ({shown(str(kind))}): billhook prunes decoder-only causal LMs"
+        )
+    if isinstance(text := config.get("text_config"), dict):
+        raise BillhookError(
+            f"{name} is multimodal ({shown(str(kind))}): billhook prunes text alone; save its language model by itself first, as a causal LM of "
+            f"type {shown(str(text.get('model_type', kind)))}"
+        )
+    if built and not any(str(architecture).endswith(("ForCausalLM", "LMHeadModel")) for architecture in built):
+        raise BillhookError(
+            f"{name} is a {shown(str(built[0]))}, not a causal LM: billhook prunes decoder-only causal LMs (…ForCausalLM)"
+        )
+    try:
+        family_of(kind if kind is None else shown(str(kind)))
+        register(str(kind))
+    except BillhookError as error:
+        raise BillhookError(f"{name}: {error}") from None
+    check_values(config, name)
+    if config.get("num_hidden_layers") == 0:
+        raise BillhookError(f"{name} has no decoder layers: there is nothing to prune")
+
+
+def demo_folder(tick: Tick = quiet) -> Path:
+    """The demo model as a Hugging Face folder in the cache, dequantised to float32 on the first call."""
+    out = demo.cache_folder() / "SmolLM2-135M-Instruct-2"  # 2: its tokenizer splits as the GGUF says
+    if not out.is_dir():
+        gguf = demo.model_gguf(tick)
+        tick("dequantising", 0, 1)
+        with folder(out) as work:
+            save(*read.open_gguf(gguf), work, None)
+        tick("dequantising", 1, 1)
+    return out
+
+
+def locate(name: str, tick: Tick = quiet) -> Path:
+    """The folder or .gguf file of a model, fetched where it is not here.
+
+    Raises:
+        BillhookError: there is none.
+    """
+    if name == "demo":
+        return demo_folder(tick)
+    path = Path(os.path.expanduser(name))  # Path's own raises for a user that is not known
+    if path.exists():
+        if path.is_file() and not is_gguf(path):
+            raise BillhookError(f"{name} is a file: give the model's folder, a hub id, a .gguf file or 'demo'")
+        return alone(path) if path.is_dir() else path
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) or is_gguf(path):
+        raise BillhookError(
+            f"model {name} does not exist: give a folder, a hub id (owner/name), a .gguf file or 'demo'"
+        )
+    return _download(name, tick)
+
+
+def _download(name: str, tick: Tick) -> Path:
+    from huggingface_hub import (  # imported here: it reads its offline setting on import
+        hf_hub_download,
+        snapshot_download,
+    )
+
+    tick(f"fetching {name}", 0, 1)
+    try:
+        config = read_json(Path(hf_hub_download(name, "config.json")), name)
+        check_config(config, name)  # refuse before the weights come
+        found = snapshot_download(name, allow_patterns=FETCHED)
+    except BillhookError:
+        raise
+    except Exception as error:  # the hub client raises dozens of kinds, offline ones among them
+        raise BillhookError(
+            f"model {name} is no folder here, and could not be fetched from the hub ({first_line(error)})"
+        ) from error
+    tick(f"fetching {name}", 1, 1)
+    return Path(found)
+
+
+def _load(found: Contents, dtype: torch.dtype) -> Any:
+    """The model of a folder, whole: transformers is given the tensors of its contents and no others."""
+    name = found.name
+    try:
+        with quiet_transformers(), ExitStack() as opened:
+            files = {
+                one.file: opened.enter_context(safe_open(one.file, framework="pt")) for one in found.tensors.values()
+            }
+            kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(found.config)]
+            loaded: Any = kind.from_pretrained(
+                None,
+                config=found.config,
+                state_dict={key: files[one.file].get_slice(one.key) for key, one in found.tensors.items()},
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                generation_config=GenerationConfig(),  # or what is wrong in the folder's ends the load
+            )
+            model, info = loaded
+    except Exception as error:  # transformers raises OSError, ValueError, RuntimeError, KeyError… for bad weights
+        raise BillhookError(f"{name}: transformers could not load it ({reason(error)})") from error
+    other = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]  # (name, shape, shape)
+    if missing := [*sorted(info["missing_keys"]), *sorted(other), *sorted(info["unexpected_keys"])]:
+        raise BillhookError(
+            f"{name}: {len(missing)} tensors are missing or of another shape than config.json says, first {missing[0]}: {AGAIN}"
+        )
+    give_settings(model, found)
+    model.name_or_path = model.config._name_or_path = str(found.path)  # where peft looks for its base
+    for tensor, param in model.named_parameters():
+        stored = found.tensors.get(tensor)
+        check_finite(param.detach(), tensor, stored.file if stored else name)
+    return model.eval().requires_grad_(False)

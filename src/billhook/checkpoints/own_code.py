@@ -1,0 +1,50 @@
+"""Which code that lies in a checkpoint folder a client may run: none but the modelling file that billhook wrote."""
+
+import hashlib
+from pathlib import Path
+
+from billhook.errors import BillhookError
+from billhook.models import layout
+from billhook.models.families import stock_type
+from billhook.runtime.documents import read_bytes, read_object
+
+WRITTEN = {  # SHA-256 of every text that a billhook has written as its modelling file, the newest first: when
+    "10c6d771120c1629084489c6149959086294275a12d84d1c9b18e66c453c73cb": "2026-11-23",
+    "540374679cfac197cd82a3e47b7c19f456f5aa61bd5e77c1b5283ba6a18a19b6": "2026-11-23",
+    "009e8cf87c76d6c54113872901da420ac38a2a4fc5b2d0433295c76612eeb045": "2026-11-23",
+    "33ef8cf25e8246ea4d777ccc12679c495c0cd5a93929d5a71c44204cf3eb7630": "2026-11-23",
+    "e79366bae136b811ef2b307c6c0e0206b5e190b0d9574de2d44733990d138444": "2026-11-23",
+    "4b81409db68a8707c94559bcde0c92c5fffdc362c178c224b6a8395f451f42f7": "2026-11-22",
+    "c0a4d382233a0db8c59c819923ed2b9418b0c3b3fc21d3a349ddb75a59a53519": "2026-11-22",
+}
+ALLOW = "--trust-remote-code runs it all the same"
+GENERATES = "custom_generate"  # a folder whose code transformers runs in place of `generate`, where it is trusted
+LARGEST = 2**20  # bytes of a modelling file
+
+
+def needed(folder: Path) -> bool:
+    """Whether a client must run the folder's modelling file to load its model, which then is one that billhook wrote.
+
+    A stock type's model is loaded by the client's own class, whatever code lies beside it.
+
+    Raises:
+        BillhookError: it must, and the file's text is not billhook's, or other code would run with it.
+    """
+    config = read_object(folder / "config.json", f"{folder}: config.json", "it cannot be checked")
+    stock = stock_type(str(config.get("model_type")))
+    if "auto_map" not in config or stock == config["model_type"]:
+        return False
+    if config["auto_map"] != layout.auto_map(stock):
+        raise BillhookError(f"{folder}: config.json names code that is not billhook's (auto_map): {ALLOW}")
+    file = folder / layout.CODE.name
+    try:
+        text = read_bytes(file, str(file), ALLOW, LARGEST)
+    except FileNotFoundError:
+        raise BillhookError(f"{folder} lacks {file.name}, which its config.json names: copy {layout.CODE}") from None
+    if hashlib.sha256(text).hexdigest() not in {*WRITTEN, hashlib.sha256(layout.CODE.read_bytes()).hexdigest()}:
+        raise BillhookError(
+            f"{file} is not as billhook writes it, and is not run: put back the text of {layout.CODE}; {ALLOW}"
+        )
+    if (folder / GENERATES).exists():
+        raise BillhookError(f"{folder / GENERATES} holds code that would run with the model's: remove it; {ALLOW}")
+    return True

@@ -1,0 +1,115 @@
+"""Layers that a prune has finished, kept in a folder as they are finished: the same prune goes on from there, bit for bit.
+
+A layer is there once its record is, which is written after its weights, each on the disk before it has its name.  What a walk
+saw before a layer is computed anew from the layers themselves, which is a forward pass, and no statistics.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from billhook.errors import BillhookError, first_line
+from billhook.models.axes import Axis, axes
+from billhook.models.families import layers, row_of
+from billhook.models.surgery import remove
+from billhook.runtime import offload, tensor_files
+from billhook.runtime.atomic import disk_full, rename
+from billhook.runtime.cache import Grams
+from billhook.runtime.documents import read_sealed, sealed
+from billhook.runtime.headers import check_tensors, load
+
+AGAIN = "start over with --fresh"
+
+
+class Journal:
+    """What `folder` holds of a prune of `model`, and what joins it.  None: nothing is kept.
+
+    `grams`: of the dense stream, for this prune and others.
+    """
+
+    def __init__(self, folder: Path | None, model: PreTrainedModel, grams: Grams | None = None) -> None:
+        self.folder, self.model, self.grams = folder, model, grams
+        self.records: dict[int, dict[str, Any]] = {}
+        for n in range(len(layers(model))) if folder else ():
+            if os.path.lexists(record := self._file(n, "json")):
+                self.records[n] = read_sealed(record, str(record), AGAIN)
+
+    @property
+    def found(self) -> list[dict[str, Any]]:
+        """What became of the layers that are done, as their records say, in order."""
+        return [one for n in sorted(self.records) for one in self.records[n]["found"]]
+
+    def commit(self, n: int, found: list[dict[str, Any]], drops: Sequence[tuple[Axis, Tensor]]) -> None:
+        """Keep layer n as it is now.
+
+        Args:
+            found: what became of it, as plain data.
+            drops: the units that went from each axis, in the order in which they did.
+
+        Raises:
+            BillhookError: the disk is full, or cannot be written.
+        """
+        if self.folder is None:
+            return
+        weights, record = self._file(n, "safetensors"), self._file(n, "json")
+        within = f"{row_of(self.model).layers}.{n}."
+        tensors = {f"{within}{name}": one.data for name, one in layers(self.model)[n].named_parameters()}
+        said = {"found": found, "drops": [(axis.kind, axis.reader.param, units.tolist()) for axis, units in drops]}
+        with self._writing(weights) as work:
+            tensor_files.write(tensors, work)
+            rename(work, weights)
+            work.write_text(sealed(said), encoding="utf-8")
+            rename(work, record)
+        offload.place(self.model, weights, list(tensors))
+
+    def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gives, kept where layers are: those that are done go by it, and it may differ in its last bits where it is made again.
+
+        Raises:
+            BillhookError: the disk is full, or cannot be written.
+        """
+        if self.folder is None:
+            return make()
+        file = self.folder / f"{name}.safetensors"
+        if not file.exists():
+            with self._writing(file) as work:
+                tensor_files.write({name: make()}, work)
+                rename(work, file)
+        return load(file, AGAIN, [name])[name]
+
+    def replay(self, n: int) -> None:
+        """Make layer n what it was committed as."""
+        for kind, reader, units in self.records[n]["drops"]:
+            axis = next(one for one in axes(self.model, (kind,)) if one.reader.param == reader)
+            remove(self.model, axis, torch.tensor(units, dtype=torch.long))
+        file = self._file(n, "safetensors")
+        within = f"{row_of(self.model).layers}.{n}."
+        shapes = {within + name: tuple(one.shape) for name, one in layers(self.model)[n].named_parameters()}
+        check_tensors(file, AGAIN, shapes)
+        if offload.is_paged(self.model):
+            offload.place(self.model, file, list(shapes))
+            return
+        for name, tensor in load(file, AGAIN, shapes).items():
+            param = self.model.get_parameter(name)
+            param.data = tensor.to(param)
+
+    @contextmanager
+    def _writing(self, file: Path) -> Iterator[Path]:
+        """A place to write what becomes `file`."""
+        work = file.with_name("layer.partial")
+        try:
+            yield work
+        except OSError as error:
+            work.unlink(missing_ok=True)
+            why = disk_full(error) or first_line(error)
+            raise BillhookError(f"cannot write {file}: {why}; the layers before it are kept") from error
+
+    def _file(self, n: int, ending: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"layer-{n}.{ending}"

@@ -1,0 +1,209 @@
+"""Commands that prune many times and judge: compare, sweep."""
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from billhook import data, demo
+from billhook.calibration.walk import STREAMS
+from billhook.checkpoints import load
+from billhook.cli.options import (
+    Device,
+    Dtype,
+    JsonFile,
+    Markdown,
+    Model,
+    Page,
+    SeqLen,
+    Texts,
+    Windows,
+    app,
+    check_outputs,
+    check_seq_len,
+    choice,
+    command_line,
+    listed,
+    out,
+    progress,
+)
+from billhook.errors import BillhookError
+from billhook.methods import METHODS
+from billhook.pruning import compare
+from billhook.pruning.recipe import Recipe
+from billhook.reports import page, records, tables, terminal
+from billhook.runtime import atomic
+from billhook.runtime.progress import Tick
+
+DEFAULT = Recipe(ratio=0.5)
+Calibration = Annotated[
+    str,
+    typer.Option(
+        help="text to calibrate on: a file (.txt, .jsonl, .json, .csv, .parquet, .gz), a folder of them, a hub data set, or 'demo'"
+    ),
+]
+Samples = Annotated[int, typer.Option(help="windows to calibrate on")]
+Seed = Annotated[int, typer.Option(help="of the draw of windows")]
+
+
+@app.command(name="compare")
+def compare_command(
+    model: Model,
+    methods: Annotated[
+        list[str],
+        typer.Option(
+            help="contender: a method, with settings if wanted (fasp:score=wanda,stream=dense); may be repeated, or plain "
+            "methods with commas",
+            show_default=False,
+        ),
+    ],
+    ratio: Annotated[
+        list[float], typer.Option(help="share of the decoder to remove; may be repeated", show_default=False)
+    ],
+    calibration: Calibration = DEFAULT.calibration,
+    samples: Samples = DEFAULT.samples,
+    seq_len: SeqLen = DEFAULT.seq_len,
+    seed: Seed = DEFAULT.seed,
+    text: Texts = None,
+    windows: Windows = None,
+    jobs: Annotated[int, typer.Option(min=1, help="prunes at a time, each in a process with a model of its own")] = 1,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: JsonFile = None,
+    html: Page = None,
+    markdown: Markdown = False,
+) -> None:
+    """Prune MODEL by several methods at one size, and judge the results on the same texts: a leaderboard.
+
+    What is done is kept: the same command goes on where it was cut off.
+
+    Example: billhook compare demo --methods fasp --methods fasp:score=wanda,stream=dense --ratio 0.2
+    """
+    contenders = [compare.contender(part) for one in methods for part in ([one] if ":" in one else listed(one))]
+    if not contenders:
+        raise BillhookError(f"--methods names none: valid: {', '.join(METHODS)}")
+    common = _common(calibration, samples, seq_len, seed, device, dtype)
+    for one in contenders:  # impossible settings cost no work
+        for share in ratio:
+            compare.settled(one, share, common)
+    check_outputs(json, html, model)
+    started = time.perf_counter()
+    with progress() as tick:
+        opened, by = _opened(model, text, windows, common, tick)
+        points = compare.compare(opened, contenders, ratio, by, common, jobs=jobs, tick=tick)
+    title = f"{model}: {len(contenders)} ways to prune it"
+    _show("compare", title, points, opened, started, json, html, markdown)
+
+
+@app.command(name="sweep")
+def sweep_command(
+    model: Model,
+    ratios: Annotated[
+        str, typer.Option(help="ratios to prune by: first:last:step, or some with commas", show_default=False)
+    ],
+    method: Annotated[
+        str, choice(METHODS, "a method, with settings if wanted: fasp:layout=per_layer,allocation=global")
+    ] = "fasp",
+    stream: Annotated[
+        str, choice(STREAMS, "dense: one pass serves all ratios; dense_target (prune's default) makes one for each")
+    ] = "dense",
+    calibration: Calibration = DEFAULT.calibration,
+    samples: Samples = DEFAULT.samples,
+    seq_len: SeqLen = DEFAULT.seq_len,
+    seed: Seed = DEFAULT.seed,
+    text: Texts = None,
+    windows: Windows = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: JsonFile = None,
+    html: Page = None,
+    markdown: Markdown = False,
+) -> None:
+    """Prune MODEL at many ratios and show what quality each leaves, with the knee where the loss turns steep.
+
+    Example: billhook sweep demo --ratios 0.1:0.6:0.1 --report sweep.html
+    """
+    shares, one = _ratios(ratios), compare.contender(method)
+    common = {**_common(calibration, samples, seq_len, seed, device, dtype), "stream": stream}
+    chosen = [compare.settled(one, share, common) for share in shares]
+    check_outputs(json, html, model)
+    started = time.perf_counter()
+    with progress() as tick:
+        opened, by = _opened(model, text, windows, common, tick)
+        points = compare.sweep(opened, one.name, chosen, by, tick)
+    _show("sweep", f"{model} at {len(shares)} ratios by {one.name}", points, opened, started, json, html, markdown)
+
+
+def _common(calibration: str, samples: int, seq_len: int, seed: int, device: str, dtype: str) -> dict[str, Any]:
+    check_seq_len(seq_len)
+    return {
+        "calibration": calibration,
+        "samples": samples,
+        "seq_len": seq_len,
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+    }
+
+
+def _opened(
+    model: str, text: list[str] | None, windows: int | None, common: dict[str, Any], tick: Tick
+) -> tuple[load.Opened, compare.Judged]:
+    texts = data.evaluation_texts(text or ["demo"], tick)
+    opened = load.open_model(model, device=common["device"], dtype=common["dtype"], tick=tick)
+    kept = demo.cache_folder() / "results"
+    return opened, compare.judged(opened, texts, common["seq_len"], windows, kept)
+
+
+def _ratios(text: str) -> list[float]:
+    """`0.1:0.6:0.1`, both ends included, or `0.1,0.2,0.5`."""
+    try:
+        if ":" in text:
+            first, last, step = (float(part) for part in text.split(":"))
+            count = round((last - first) / step) if step > 0 else -1
+            found = [round(first + n * step, 6) for n in range(count + 1) if first + n * step <= last + step / 1e6]
+        else:
+            found = [float(part) for part in listed(text)]
+    except (ValueError, OverflowError):
+        found = []
+    if not found or not all(0 < one < 1 for one in found):
+        raise BillhookError(
+            f"--ratios {text!r}: write first:last:step, like 0.1:0.6:0.1, or ratios between 0 and 1 with commas"
+        )
+    return sorted(set(found))
+
+
+def _show(
+    kind: str,
+    title: str,
+    points: list[dict[str, Any]],
+    opened: load.Opened,
+    started: float,
+    json: Path | None,
+    html: Path | None,
+    markdown: bool,
+) -> None:
+    seconds = time.perf_counter() - started
+    found = compare.bend(points) if kind == "sweep" else None
+    where = records.conditions(opened.model, command_line(), seconds)
+    written = records.assemble(kind, title, where, points=points, knee=found)
+    if json and json != Path("-"):
+        atomic.write_text(json, records.to_json(written))
+    if html:
+        page.save(html, written)
+    if json == Path("-"):
+        typer.echo(records.to_json(written), nl=False)
+        return
+    if markdown:
+        typer.echo(tables.github([tables.point_header(points), *tables.point_rows(points)]), nl=False)
+        return
+    out.print(terminal.table(title, tables.point_header(points), tables.point_rows(points)))
+    for point in points:
+        if said := point["error"] or point["note"]:
+            out.print(f"{point['settings']} at {point['ratio']:.0%}: {said}", soft_wrap=True)
+    if found:
+        out.print(f"{found['verdict']} (on {found['text']}; 90 % interval {found['low']:.0%} to {found['high']:.0%})")
+    elif kind == "sweep":
+        out.print("no knee: the loss grows evenly, or there are fewer than five points")
+    out.print(f"{seconds:.0f} s" + (f"; {html}" if html else ""))

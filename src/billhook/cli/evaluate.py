@@ -1,0 +1,240 @@
+"""Commands that look at models: evaluate, inspect, methods."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from billhook import data, demo
+from billhook.calibration.layer_importance import PRESETS
+from billhook.calibration.linears import STREAMS as MASK_STREAMS
+from billhook.calibration.walk import STREAMS
+from billhook.checkpoints import load
+from billhook.cli.options import (
+    Device,
+    Dtype,
+    Json,
+    JsonFile,
+    Markdown,
+    Model,
+    Page,
+    SeqLen,
+    Stream,
+    Texts,
+    Windows,
+    app,
+    check_outputs,
+    check_seq_len,
+    command_line,
+    counts,
+    err,
+    listed,
+    out,
+    print_measures,
+    progress,
+)
+from billhook.errors import BillhookError, one_of
+from billhook.evaluation import side_by_side, zeroshot
+from billhook.evaluation.continuations import NEW_TOKENS, PROMPTS
+from billhook.math.scores import SCORES
+from billhook.math.taylor import GRADIENT_SCORES
+from billhook.methods import METHODS
+from billhook.models import limits
+from billhook.models.axes import KINDS
+from billhook.models.families import FAMILIES, ROLES
+from billhook.reports import page, records, tables
+from billhook.runtime import atomic
+from billhook.runtime.offload import is_paged
+from billhook.runtime.progress import Tick
+
+
+@app.command(name="evaluate")
+def evaluate_command(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...", help="folders, hub ids (owner/name), .gguf files, or 'demo'", show_default=False
+        ),
+    ],
+    against: Annotated[
+        str | None,
+        typer.Option(help="the model that the others are compared with: the unpruned one", show_default=False),
+    ] = None,
+    text: Texts = None,
+    seq_len: SeqLen = 512,
+    windows: Windows = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="zero-shot task of lm-eval by name, a YAML file of one, or a folder of them; may be repeated, or with commas",
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="score at most this many documents of each task", show_default="all")
+    ] = None,
+    batch_sizes: Annotated[
+        str, typer.Option(help="batch sizes to time, with commas; tasks are scored in the largest")
+    ] = "1",
+    context_lengths: Annotated[str, typer.Option(help="prompt lengths to time, with commas")] = "512",
+    prompts: Annotated[
+        Path | None, typer.Option(help="file of prompts to continue, one a line", show_default="five of billhook's own")
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="tokens of each continuation")] = NEW_TOKENS,
+    parts: Annotated[
+        str | None,
+        typer.Option(
+            help="what to measure besides perplexity and tasks, with commas, or none: "
+            + "; ".join(f"{name}: {what}" for name, what in side_by_side.PARTS.items()),
+            show_default="all, none of a model whose weights stay in their files",
+        ),
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    stream_weights: Stream = None,
+    json: JsonFile = None,
+    html: Page = None,
+    markdown: Markdown = False,
+) -> None:
+    """Measure models side by side: size, perplexity, zero-shot tasks, speed, memory, and what they write.
+
+    Example: billhook evaluate smaller --against demo --text wiki.txt --report smaller.html
+    """
+    started, sizes = (
+        time.perf_counter(),
+        [counts(batch_sizes, "batch-sizes"), counts(context_lengths, "context-lengths")],
+    )
+    check_seq_len(seq_len)
+    names = ([against] if against else []) + models
+    check_outputs(json, html, *names)
+    if len(set(names)) < len(names):
+        raise BillhookError(f"{next(n for n in names if names.count(n) > 1)} is named twice")
+    with progress() as tick:
+        wanted = tuple(one_of("part", one, side_by_side.PARTS) for one in listed(parts or "") if parts != "none")
+        named = [name for one in tasks or () for name in listed(one)]
+        scorer = _zero_shot(named, limit, max(sizes[0]), tick) if named else None
+        asked = side_by_side.Measures(
+            texts=data.evaluation_texts(text or ["demo"], tick),
+            seq_len=seq_len,
+            max_windows=windows,
+            batch_sizes=sizes[0],
+            contexts=sizes[1],
+            prompts=side_by_side.read_prompts(prompts) if prompts else PROMPTS,
+            new_tokens=new_tokens,
+            tasks=scorer,
+            parts=tuple(side_by_side.PARTS) if parts is None else wanted,
+        )
+        how = {"device": device, "dtype": dtype, "stream": stream_weights}
+        opened = [load.open_model(name, **how, tick=tick) for name in names]
+        for one in opened:
+            load.check_positions(one, seq_len)
+        if parts is None and any(is_paged(one.model) for one in opened):
+            asked = replace(asked, parts=())
+        subjects = [side_by_side.Subject.of(one, label) for one, label in zip(opened, _labels(names), strict=True)]
+        found = side_by_side.side_by_side(subjects, asked, bool(against), tick)
+    cuts = [cut for one in opened if (cut := records.stored_cut(one.folder)) and one.name != against]
+    written = records.assemble(
+        "evaluate",
+        " and ".join(one["name"] for one in found[bool(against) :])
+        + (f" beside {found[0]['name']}" if against else ""),
+        records.conditions(opened[0].model, command_line(), time.perf_counter() - started),
+        models=found,
+        reference=found[0]["name"] if against else None,
+        cut=cuts[0] if len(cuts) == 1 else None,
+    )
+    if not side_by_side.same_tokenizer(found):
+        err.print(
+            "billhook: the tokenizers differ: perplexities per token do not compare, bits per byte do", soft_wrap=True
+        )
+    if json and json != Path("-"):
+        atomic.write_text(json, records.to_json(written))
+    if html:
+        page.save(html, written)
+    if json == Path("-"):
+        typer.echo(records.to_json(written), nl=False)
+        return
+    if markdown:
+        typer.echo(tables.markdown(found), nl=False)
+        return
+    print_measures(found)
+    if parts is None and not asked.parts:
+        out.print("the weights stayed in their files: neither speed nor texts (--parts speed,texts)")
+    out.print(f"{time.perf_counter() - started:.0f} s" + (f"; {html}" if html else ""))
+
+
+def _labels(names: list[str]) -> list[str]:
+    """What tables call models: of folders the last part of the path, where that tells them apart."""
+    short = [Path(name).resolve().name if Path(name).is_dir() else name for name in names]
+    return short if len(set(short)) == len(names) else names
+
+
+def _zero_shot(names: list[str], limit: int | None, batch_size: int, tick: Tick) -> side_by_side.Tasks:
+    """What scores a model on tasks, which are known before a model is loaded; finished ones are kept."""
+    files = [str(file) for name in names if Path(name).is_dir() for file in sorted(Path(name).glob("*.yaml"))]
+    given = files + [name for name in names if not Path(name).is_dir()]
+    if not given:
+        raise BillhookError(f"--tasks {' '.join(names)}: the folder holds no .yaml file")
+    tasks, kept = zeroshot.load_tasks(given, tick), demo.cache_folder() / "results"
+    return lambda subject, tick: zeroshot.evaluate(
+        subject.model, subject.tokenizer, tasks, limit=limit, batch_size=batch_size, kept=kept, tick=tick
+    )
+
+
+@app.command(name="inspect")
+def inspect_command(model: Model, json: Json = False) -> None:
+    """Show what MODEL is made of and what can be pruned, without loading its weights."""
+    with progress() as tick:
+        skeleton = load.open_skeleton(model, tick)
+    found = {"model": model, **limits.anatomy(skeleton)}
+    if json:
+        typer.echo(records.to_json(found), nl=False)
+        return
+    out.print(
+        f"[bold]{model}[/]: {found['model_type']}, {found['layers']} layers, hidden size {found['hidden_size']}, "
+        f"{found['parameters']:,} parameters, {found['decoder_parameters']:,} of them in decoder layers; "
+        f"embeddings {'tied' if found['tied_embeddings'] else 'not tied'}"
+    )
+    table = Table()
+    for column in ("axis", "what", "units a layer", "parameters a unit", "share of decoder"):
+        table.add_column(column)
+    for row in found["axes"]:
+        cells = (
+            [_span(row["units"]), f"{row['parameters_per_unit']:,}", f"{row['share_of_decoder']:.1%}"]
+            if row["units"]
+            else ["—"] * 3
+        )
+        table.add_row(row["axis"], KINDS[row["axis"]], *cells)
+    out.print(table)
+    for row in found["axes"]:
+        if row["refused"]:
+            out.print(f"[bold]{row['axis']}[/]: {row['refused']}")
+
+
+def _span(units: int | list[int]) -> str:
+    """Units a layer: one number, or from the least to the most where layers differ."""
+    return f"{units:,}" if isinstance(units, int) else f"{min(units):,}-{max(units):,}"
+
+
+@app.command(name="methods")
+def methods_command(json: Json = False) -> None:
+    """List every method: paper, what it prunes, what it needs."""
+    if json:
+        fields = ("title", "paper", "kinds", "default_kinds", "needs", "note")
+        typer.echo(records.to_json({name: {f: getattr(m, f) for f in fields} for name, m in METHODS.items()}), nl=False)
+        return
+    for name, method in METHODS.items():
+        out.print(f"[bold]{name}[/]  {method.title} ({method.paper})")
+        if method.linear:
+            out.print(f"  zeros:  in {', '.join(ROLES)}; streams: {', '.join(MASK_STREAMS)} (default {method.stream})")
+        else:
+            out.print(f"  prunes: {', '.join(method.kinds)} (default {', '.join(method.default_kinds)})")
+        out.print(f"  needs:  {method.needs}")
+        if method.scored:
+            out.print(f"  scores: {', '.join((*SCORES, *GRADIENT_SCORES))}; streams: {', '.join(STREAMS)}")
+        if "layers" in method.default_kinds:
+            out.print(f"  presets: {', '.join(PRESETS)}")
+        out.print(f"  note:   {method.note}")
+    out.print(f"families: {', '.join(FAMILIES)}")

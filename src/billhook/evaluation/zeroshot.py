@@ -1,0 +1,392 @@
+"""Zero-shot accuracy through lm-eval: its tasks, its prompts and its scoring, around a model that is already loaded.
+
+lm-eval is an optional extra, `pip install 'billhook[eval]'`; only this module knows it.
+"""
+
+import copy
+import hashlib
+import json
+import logging
+import random
+import re
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from difflib import get_close_matches
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from billhook.errors import BillhookError, first_line
+from billhook.models.greedy import unasked
+from billhook.runtime import cache
+from billhook.runtime.around import open_ended
+from billhook.runtime.atomic import write_text
+from billhook.runtime.documents import read_sealed, sealed
+from billhook.runtime.progress import Tick, quiet
+from billhook.runtime.quiet import quiet_transformers
+
+SEED = 1234  # lm-eval's own for numpy, torch and few-shot examples; its own for Python's random is 0
+METRICS = ("acc", "exact_match")  # what counts as accuracy, first found
+CLEARLY = 2  # standard errors above chance from which a score is worth comparing
+CHOICES = "multiple_choice"
+WRITES = "generate_until"
+WHERE = ("data_files", "data_dir")  # of dataset_kwargs: may be written relative to the task file
+FILE_NAME = re.compile(r"[^\w-]")  # what a task's name may hold and a file's had better not
+NOT_CONTENT = ("metadata", "dataset_kwargs", "dataset_path", "dataset_name")  # where a task lies; its documents count
+
+
+def load_tasks(names: Sequence[str], tick: Tick = quiet) -> dict[str, Any]:
+    """lm-eval's tasks by name, their documents loaded, in the order given: for `evaluate`, and before any model is loaded.
+
+    Args:
+        names: what lm-eval calls a task, a tag or a group (these expand to their tasks), or the path of a task's YAML
+            file.  A data file that the YAML names is looked for beside it first.  YAML files may name Python functions,
+            which are run.
+
+    Raises:
+        BillhookError: lm-eval is not installed, does not know a name or cannot build its task, a file is malformed, two
+            tasks have one name, or a task has no accuracy.
+    """
+    manager_class = _task_manager()
+    with _silence(), _seeded(SEED):  # lm-eval draws random numbers even for a task's name
+        files = {name: _read_file(name) for name in names if Path(name).suffix in (".yaml", ".yml")}
+        # lm-eval's own index takes seconds to read
+        manager = manager_class(include_defaults=len(files) < len(set(names)))
+        for name in names:
+            if name not in files and name not in manager.task_index:
+                raise BillhookError(_unknown(name, manager.all_tasks))
+        found: dict[str, Any] = {}
+        for n, name in enumerate(names):
+            tick("loading tasks", n, len(names))
+            for task in _build(manager, name, files.get(name, name)):
+                if task.task_name in found:
+                    raise BillhookError(
+                        f"task {task.task_name!r} is named twice: name it once, or rename one of the two"
+                    )
+                _check(task)
+                if name in files:
+                    _check_documents(task, name)
+                found[task.task_name] = task
+        tick("loading tasks", len(names), len(names))
+    return found
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    tasks: Mapping[str, Any],
+    *,
+    limit: int | None = None,
+    batch_size: int = 1,
+    seed: int = SEED,
+    kept: Path | None = None,
+    tick: Tick = quiet,
+) -> list[dict[str, Any]]:
+    """Score the model on `load_tasks`' tasks with lm-eval's stock settings (no chat template); one row a task.
+
+    Args:
+        limit: score only the first so many documents of each task.
+        batch_size: rows in one forward pass; padding rounds differently, so that a near tie can tip.
+        kept: a folder that keeps each task's row as soon as it is there; a row of the same weights, tokenizer, documents
+            and settings found in it is not measured again.
+
+    Returns:
+        "task"; "metric", of METRICS, with lm-eval's filter; "accuracy"; "acc_norm", by likelihood a character, or None;
+        the standard error of each, None for a single document; "chance", the mean over documents of right choices per
+        choice, None where there is no list of choices; "samples", documents scored; "shots" in the prompt, lm-eval's
+        own number for the task.
+    """
+    rows: list[dict[str, Any]] = []
+    subject = _model_hash(model, open_ended(tokenizer)) if kept else ""
+    with _silence(), _seeded(seed):
+        wrapped = None
+        for name, task in tasks.items():
+            if task.get_config("num_fewshot") is None:
+                task.set_config("num_fewshot", 0)
+            place = kept / f"{FILE_NAME.sub('_', name)}-{_key(subject, task, limit, seed)}.json" if kept else None
+            if (row := _found(place)) is None:
+                wrapped = wrapped or _wrap(model, tokenizer, batch_size)
+                row = _score(wrapped, task, limit, seed, tick)
+                if place:
+                    write_text(place, sealed(row))
+            tick(f"task {name}", row["samples"], row["samples"])
+            rows.append(row)
+    return rows
+
+
+def retention(dense: Sequence[Mapping[str, Any]], pruned: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """What is left of the dense model's accuracy, over the tasks that both have; None if there is none.
+
+    Returns:
+        "above_chance", the mean over tasks of (accuracy - chance) / (dense accuracy - chance), over "tasks" only: those on
+            which the dense model is at least two standard errors above a known chance, since elsewhere the quotient is
+            noise; None if there are none.  A model worse than chance counts below zero.
+        "left_out": the others.
+        "plain": mean accuracy / mean dense accuracy over all, which the papers print, and which a model that only
+            guesses does well by.
+    """
+    after = {row["task"]: row for row in pruned}
+    pairs = [(row, after[row["task"]]) for row in dense if row["task"] in after]
+    if not pairs:
+        return None
+    told = [(one, other) for one, other in pairs if _above_chance(one)]
+    kept = [(other["accuracy"] - one["chance"]) / (one["accuracy"] - one["chance"]) for one, other in told]
+    base = statistics.fmean(one["accuracy"] for one, _ in pairs)
+    names = [one["task"] for one, _ in told]
+    return {
+        "above_chance": statistics.fmean(kept) if kept else None,
+        "plain": statistics.fmean(other["accuracy"] for _, other in pairs) / base if base else None,
+        "tasks": names,
+        "left_out": [one["task"] for one, _ in pairs if one["task"] not in names],
+    }
+
+
+def _above_chance(row: Mapping[str, Any]) -> bool:
+    if row["chance"] is None or row["standard_error"] is None:
+        return False
+    return row["accuracy"] > row["chance"] and row["accuracy"] - row["chance"] >= CLEARLY * row["standard_error"]
+
+
+def _task_manager() -> Any:
+    try:
+        import lm_eval  # noqa: F401
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise BillhookError(
+            f"zero-shot tasks need lm-eval, which cannot be imported ({first_line(error)}): pip install 'billhook[eval]'"
+        ) from error
+    return TaskManager
+
+
+def _unknown(name: str, valid: Sequence[str]) -> str:
+    near = get_close_matches(name, valid, n=3, cutoff=0.6)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return f"lm-eval has no task {name!r}: {hint}`lm-eval ls tasks` lists all; a task of your own is named by its .yaml file"
+
+
+def _read_file(name: str) -> dict[str, Any]:
+    """A task file's settings, its includes and functions resolved by lm-eval."""
+    # TaskManager reads files too, but looks for their data from where one stands
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise BillhookError(f"task file {name} does not exist")
+    try:
+        config = load_yaml(path)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise BillhookError(f"task file {name}{where}: not YAML ({getattr(error, 'problem', None)})") from error
+    except Exception as error:  # a function's module may raise anything
+        raise BillhookError(f"task file {name}: lm-eval cannot read it ({first_line(error)})") from error
+    if not isinstance(config.get("task"), str):
+        kind = (
+            "describes a group: name its tasks one by one" if "group" in config else "has no key 'task' that names it"
+        )
+        raise BillhookError(f"task file {name} {kind}")
+    given = config.get("dataset_kwargs")
+    if isinstance(given, dict):
+        there = {key: _beside(value, path.parent.resolve()) for key, value in given.items() if key in WHERE}
+        config["dataset_kwargs"] = given | there
+    return config
+
+
+def _beside(value: Any, folder: Path) -> Any:
+    """Paths, in lists and by split, of what lies beside the task file; others stay as they are."""
+    if isinstance(value, dict):
+        return {key: _beside(inner, folder) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_beside(inner, folder) for inner in value]
+    return str(folder / value) if isinstance(value, str) and (folder / value).exists() else value
+
+
+def _build(manager: Any, name: str, spec: str | dict[str, Any]) -> list[Any]:
+    try:
+        with _seeded(SEED):  # a few tasks shuffle their choices as they load
+            return list(manager.load([spec])["tasks"].values())
+    except Exception as error:  # templates, functions, metrics and datasets raise dozens of kinds
+        why = first_line(error.__cause__ or error)  # datasets wraps what was wrong
+        what = f"task file {name}" if isinstance(spec, dict) else f"task {name}"
+        raise BillhookError(f"{what}: lm-eval could not load it ({type(error).__name__}: {why})") from error
+
+
+def _check(task: Any) -> None:
+    """Refuse what has no accuracy, or needs more than text in and text out."""
+    metrics = list(task.aggregation())
+    if not any(metric in METRICS for metric in metrics):
+        raise BillhookError(
+            f"task {task.task_name} has no accuracy ({' or '.join(METRICS)}), only {', '.join(metrics)}: name other tasks"
+        )
+    if getattr(task, "UNSAFE_CODE", False):
+        raise BillhookError(f"task {task.task_name} runs code that the model writes: billhook does not")
+    if getattr(task, "MULTIMODAL", False):
+        raise BillhookError(f"task {task.task_name} is not text alone: name other tasks")
+
+
+def _check_documents(task: Any, name: str) -> None:
+    """lm-eval counts a document whose answer is none of its choices as wrong, and says so where nobody looks."""
+    if not _has_choices(task):
+        return
+    for n, doc in enumerate(task.eval_docs):
+        choices, right = _choices(task, doc)
+        if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
+            raise BillhookError(f"task file {name}, document {n}: doc_to_choice gives no list of two or more texts")
+        if not right:
+            raise BillhookError(f"task file {name}, document {n}: the answer is none of its {len(choices)} choices")
+
+
+def _has_choices(task: Any) -> bool:
+    return task.OUTPUT_TYPE == CHOICES and not callable(task.config.process_results)
+
+
+def _choices(task: Any, doc: Any) -> tuple[Any, set[int]]:
+    """A document's choices, and the numbers of the right ones."""
+    choices = task.doc_to_choice(doc)
+    gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+    numbers = [
+        choices.index(one) if isinstance(one, str) and one in choices else one
+        for one in (gold if isinstance(gold, list) else [gold])
+    ]
+    return choices, {one for one in numbers if isinstance(one, int) and 0 <= one < len(choices)}
+
+
+def _wrap(model: Any, tokenizer: Any, batch_size: int) -> Any:
+    from lm_eval.models.huggingface import HFLM
+
+    wrapper: Any = HFLM
+    # a copy: HFLM gives a tokenizer without padding one
+    encode = copy.deepcopy(open_ended(tokenizer))
+    return wrapper(pretrained=model, tokenizer=encode, backend="causal", batch_size=batch_size)
+
+
+def _score(wrapped: Any, task: Any, limit: int | None, seed: int, tick: Tick) -> dict[str, Any]:
+    """What lm-eval's simple_evaluate does with one task, without its report of the machine."""
+    import lm_eval
+
+    run: Any = lm_eval.evaluate
+    name, done = task.task_name, 0
+
+    def count(_: Any, inputs: tuple[Any, ...], __: Any) -> None:
+        nonlocal done
+        done += len(inputs[0]) if inputs else 1
+        tick(f"task {name}", min(done, len(task.instances)), len(task.instances))
+
+    task.set_fewshot_seed(seed)
+    with ExitStack() as stack:
+        if task.OUTPUT_TYPE != WRITES:  # where every token is a pass
+            stack.callback(wrapped.model.register_forward_hook(count).remove)
+        # the standard error of a mean is closed; other metrics, not reported here, draw so many samples
+        stack.enter_context(unasked(wrapped.model))
+        results = run(wrapped, {"tasks": {name: task}}, limit=limit, bootstrap_iters=2, log_samples=False)
+    found = results["results"][name]
+    metric = next(key for wanted in METRICS for key in found if key.partition(",")[0] == wanted)
+    norm = metric.replace("acc,", "acc_norm,")
+    documents = {instance.doc_id: instance.doc for instance in task.instances}.values()
+    return {
+        "task": name,
+        "metric": metric.removesuffix(",none"),
+        "accuracy": float(found[metric]),
+        "standard_error": _error(found, metric),
+        "acc_norm": float(found[norm]) if norm != metric and norm in found else None,
+        "acc_norm_standard_error": _error(found, norm) if norm != metric else None,
+        "chance": _chance(task, documents) if _has_choices(task) else None,
+        "samples": int(results["n-samples"][name]["effective"]),
+        "shots": int(task.get_config("num_fewshot")),
+    }
+
+
+def _error(found: Mapping[str, Any], metric: str) -> float | None:
+    value = found.get(metric.replace(",", "_stderr,", 1), "N/A")
+    return None if value == "N/A" else float(value)
+
+
+def _chance(task: Any, documents: Any) -> float:
+    found = [_choices(task, doc) for doc in documents]
+    return statistics.fmean(len(right) / len(choices) for choices, right in found)
+
+
+def _found(place: Path | None) -> dict[str, Any] | None:
+    if place is None or not place.exists():
+        return None
+    try:
+        return read_sealed(place, str(place), "")
+    except BillhookError:  # not one of ours, or damaged; written anew
+        return None
+
+
+def _key(subject: str, task: Any, limit: int | None, seed: int) -> str:
+    """A hash of everything that decides a row."""
+    import lm_eval
+
+    config = {key: value for key, value in task.dump_config().items() if key not in NOT_CONTENT}
+    how = ["greedily, by none of the model's own settings"] if task.OUTPUT_TYPE == WRITES else []
+    digest = hashlib.sha256(_json([subject, lm_eval.__version__, config, limit, seed, *how]))
+    shown = task.fewshot_docs() if task.get_config("num_fewshot") else None
+    for doc in chain(islice(task.eval_docs, limit), shown or ()):
+        digest.update(_json(doc))
+    return digest.hexdigest()[:16]
+
+
+def _model_hash(model: Any, tokenizer: Any) -> str:
+    """A hash of what the model computes, and of what its tokenizer does."""
+    digest = hashlib.sha256()
+    digest.update(
+        _json([cache.model_key(model), tokenizer.special_tokens_map, tokenizer.init_kwargs.get("add_bos_token")])
+    )
+    words = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else tokenizer.get_vocab()
+    digest.update(_json({key: value for key, value in words.items() if key not in ("padding", "truncation")}))
+    return digest.hexdigest()
+
+
+def _json(value: Any) -> bytes:
+    """Bytes that are the same in every process; a function goes by its name."""
+    return json.dumps(value, sort_keys=True, default=lambda v: getattr(v, "__qualname__", None) or str(v)).encode()
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """lm-eval's seeds, those of the process put back afterwards."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            random.seed(0)
+            np.random.seed(seed)
+            torch.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """lm-eval logs and draws bars wherever it goes; billhook says what matters.
+
+    tqdm is hushed at its root: lm-eval has no setting for it, and a redirected stderr would take billhook's own bar along.
+    """
+    import tqdm as bars
+
+    bar_class: Any = bars.tqdm
+    draw = bar_class.__init__
+
+    def hushed(bar: Any, *args: Any, **settings: Any) -> None:
+        draw(bar, *args, **(settings | {"disable": True}))
+
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
+    levels = [logger.level for logger in loggers]
+    try:
+        bar_class.__init__ = hushed
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with quiet_transformers():
+            yield
+    finally:
+        bar_class.__init__ = draw
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

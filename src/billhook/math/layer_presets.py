@@ -1,0 +1,98 @@
+"""Which layers go, by position alone.  `total` layers, `count` of them to go; the first and the last stay.
+
+LayerChop (Jha et al. 2023, arXiv:2305.14864) names its presets and shows them in a figure that was not at hand: the indices
+here are what its text says of them.
+"""
+
+import random
+from collections.abc import Callable, Collection, Sequence
+
+from billhook.errors import BillhookError
+
+
+def near_input(total: int, count: int) -> list[int]:
+    """The layers right after the first: LayerChop's choice at 1.1B and 7B."""
+    return list(range(1, 1 + count))
+
+
+def near_output(total: int, count: int) -> list[int]:
+    """The deepest but the last: also the simple rule of Gromov et al. (arXiv:2403.17887) and `reverse` of arXiv:2411.15558."""
+    return list(range(total - 1 - count, total - 1))
+
+
+def middle(total: int, count: int) -> list[int]:
+    """One block, in the middle; one nearer to the output where there is no middle."""
+    start = (total - count + 1) // 2
+    return list(range(start, start + count))
+
+
+def both(total: int, count: int) -> list[int]:
+    """A block after the first layer and one before the last; the odd one goes near the input."""
+    front = (count + 1) // 2
+    return near_input(total, front) + near_output(total, count - front)
+
+
+def max_gap(total: int, count: int) -> list[int]:
+    """As far from each other as can be: every other layer at a half, LayerChop's choice at 300M."""
+    inner = total - 2
+    return [1 + int((n + 0.5) * inner / count) for n in range(count)]
+
+
+POSITIONS: dict[str, Callable[[int, int], list[int]]] = {
+    "input": near_input,
+    "output": near_output,
+    "reverse": near_output,
+    "middle": middle,
+    "both": both,
+    "max-gap": max_gap,
+}
+FREE = (*POSITIONS, "random")  # of any data
+
+
+def drawn(total: int, count: int, seed: int) -> list[int]:
+    """By lot, what the others should beat."""
+    return sorted(random.Random(seed).sample(range(1, total - 1), count))
+
+
+def lowest(scores: Sequence[float | int], count: int) -> list[int]:
+    """The `count` inner layers of lowest score; ties go to the lower number."""
+    inner = range(1, len(scores) - 1)
+    return sorted(sorted(inner, key=lambda n: scores[n])[:count])
+
+
+def numbered(text: str, total: int) -> list[int]:
+    """`10-14,20` as layers, ascending.
+
+    Raises:
+        BillhookError: no such layers, a reversed range, or one named twice.
+    """
+    found: list[int] = []
+    for part in text.replace(" ", "").split(","):
+        first, _, last = part.partition("-")
+        if not first.isdecimal() or (last and not last.isdecimal()) or part.endswith("-"):
+            raise BillhookError(f"layers {text!r}: write numbers from 0 and ranges with commas, like 10-14,20")
+        start, end = int(first), int(last or first)
+        if end < start:
+            raise BillhookError(f"layers {text!r}: the range {part} is reversed")
+        if end >= total:
+            raise BillhookError(f"layers {text!r}: there is no layer {end}; the model has {total}, numbered from 0")
+        found += range(start, end + 1)
+    if twice := sorted(n for n in set(found) if found.count(n) > 1):
+        raise BillhookError(f"layers {text!r}: layer {twice[0]} is named twice")
+    return sorted(found)
+
+
+def cuts(gone: Collection[int]) -> list[list[int]]:
+    """The layers that go, those that follow one another together, ascending."""
+    found: list[list[int]] = []
+    for n in sorted(gone):
+        if found and n == found[-1][-1] + 1:
+            found[-1].append(n)
+        else:
+            found.append([n])
+    return found
+
+
+def patched(gone: Collection[int]) -> list[int]:
+    """The layers that stand before a cut; before layer 0 stands none."""
+    return [cut[0] - 1 for cut in cuts(gone) if cut[0]]

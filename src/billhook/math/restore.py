@@ -1,0 +1,66 @@
+"""Closed-form repair of the kept weights: no training, no gradients."""
+
+import torch
+
+from billhook.math.linalg import factor
+from billhook.tensors import Cross, Gram, Kept, Narrowed, Weight
+
+ROWS = 512  # of a reader at a time: in float64 a whole one takes as much as its Gram
+
+
+def least_squares(W: Weight, G: Gram, kept: Kept, damping: float, C: Cross | None = None) -> tuple[Narrowed, float]:
+    """The kept columns that best reproduce the whole reader, and the damping used.
+
+        V = argmin_V ||V X_S^T - (W X^T + E^T)||_F^2 + delta ||V - W_S||_F^2
+          = W_S + (W_P G_PS + C_S) (G_SS + delta I)^-1
+
+    with S kept, P pruned, delta = damping * mean(diag G_SS), and C = E^T X for an output E that the reader should add to
+    its own (none: E = 0).  FASP's restoration (arXiv:2501.09412), with the ridge drawn toward the kept weights rather
+    than toward zero: as delta grows V becomes W_S, plain pruning.  float64 inside; V has W's dtype.
+    """
+    kept_set = _mask(len(G), kept)
+    lower, used = factor(G, damping, kept)
+    across = G[(~kept_set).nonzero(), kept]
+    V = W[:, kept]
+    for start in range(0, len(W), ROWS):
+        some = slice(start, start + ROWS)
+        pull = W[some, ~kept_set].double() @ across
+        if C is not None:
+            pull += C[some, kept]
+        V[some] = torch.cholesky_solve(pull.T, lower).T + V[some]
+    return V, used
+
+
+def energy(W: Weight, G: Gram) -> float:
+    """||W X^T||_F^2, of what a reader puts out."""
+    total = G.new_zeros(())
+    for rows in W.split(ROWS):
+        w = rows.double()
+        total += ((w @ G) * w).sum()
+    return total.item()
+
+
+def squared_error(
+    W: Weight, V: Narrowed | None, G: Gram, kept: Kept, C: Cross | None = None, lack: float = 0.0
+) -> float:
+    """||V X_S^T - (W X^T + E^T)||_F^2 from sums alone, lack = ||E||_F^2; V None: the kept columns as they were.
+
+    With D = V - W, zero-filled: tr(D G D^T) - 2 tr(D C^T) + ||E||^2.
+    """
+    pruned = ~_mask(len(G), kept)
+    if V is None:  # D is zero in the kept columns, mostly a small share of the work
+        G, C = G[pruned][:, pruned], None if C is None else C[:, pruned]
+    total = G.new_tensor(lack)
+    for start in range(0, len(W), ROWS):
+        some = slice(start, start + ROWS)
+        D = -W[some].double() if V is not None else -W[some, pruned].double()
+        if V is not None:
+            D[:, kept] += V[some].double()
+        total += ((D @ G) * D).sum() - (2 * (D * C[some]).sum() if C is not None else 0.0)
+    return max(total.item(), 0.0)
+
+
+def _mask(size: int, chosen: Kept) -> torch.Tensor:
+    mask = torch.zeros(size, dtype=torch.bool, device=chosen.device)
+    mask[chosen] = True
+    return mask

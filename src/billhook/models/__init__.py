@@ -1,0 +1,19 @@
+"""The structure of models: families, axes, surgery, layouts, experts. Knows no mathematics.
+
+axes                Named axes: one coupled group of parameters, wherever it lives
+cached              Forward passes that go on from another by its cache of keys and values
+experts             A mixture of experts as modules, each with linear weights of its own
+families            What a model's family says about it: its axes, its linear modules, its sizes
+flags               What config.json asks of every forward: to put out more, or other types
+greedy              Plain greedy text: the likeliest token each time
+layout              How sizes are written down: `uniform` is a stock config, `per_layer` one whose layers differ
+limits              How much of each axis a model can give up, and what its stock class can hold
+modeling_per_layer  Model families as data, and causal LMs whose layers differ in size
+modes               What a model does in training alone: how it is kept out of a measurement
+plan                What a prune will cut: units of every axis of every layer, whole layers
+residual            The residual dimension: every slot of it in a model, and cutting them all to the same channels
+rotation            Turning the residual stream, which changes nothing
+sizes               What a model weighs, in parameters and bytes
+surgery             Cutting: remove units or layers for good, or silence units in place
+vocabulary          Vocabulary pruning: keep the tokens that a text needs, and cut tokenizer
+"""

@@ -1,0 +1,135 @@
+"""How much of each axis a model can give up, and what its stock class can hold."""
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from billhook.errors import BillhookError, one_of
+from billhook.models.axes import KINDS, Axis, axes, refusal
+from billhook.models.families import WIDTHS, attention, experts_per_token, layers, row_of, sizes
+from billhook.models.layout import stock_holder
+from billhook.models.modeling_per_layer import MIXED
+from billhook.models.sizes import decoder_parameters, total_parameters
+
+AXES = {
+    **KINDS,
+    "layers": "whole decoder layers",
+    "residual": "channels of the residual stream, through the whole model",
+}
+EXPERT_STEP = 8  # of experts' widths: transformers' grouped products want rows of 16 bytes, in two bytes a number
+
+
+def anatomy(model: PreTrainedModel) -> dict[str, Any]:
+    """What a model is made of and what each kind of axis could give up; weights are not needed."""
+    decoder, rows = decoder_parameters(model), []
+    for kind in KINDS:
+        if kind in MIXED and not row_of(model).experts:
+            continue
+        row: dict[str, Any] = {"axis": kind, "units": None, "parameters_per_unit": None, "share_of_decoder": None}
+        try:
+            check_kinds(model, (kind,))
+            found = axes(model, (kind,))
+            price = found[0].price(model)
+            share = sum(axis.units * axis.price(model) for axis in found) / decoder
+            units = [axis.units for axis in found]
+            row |= {"units": units[0] if len(set(units)) == 1 else units, "parameters_per_unit": price}
+            row |= {"share_of_decoder": share, "refused": None}
+        except BillhookError as error:
+            row["refused"] = str(error)
+        rows.append(row)
+    return {
+        "model_type": model.config.model_type,
+        "layers": len(layers(model)),
+        "hidden_size": model.config.hidden_size,
+        "tied_embeddings": bool(model.config.tie_word_embeddings),
+        "parameters": total_parameters(model),
+        "decoder_parameters": decoder,
+        "axes": rows,
+    }
+
+
+def check_kinds(model: PreTrainedModel, kinds: tuple[str, ...], layout: str = "uniform") -> None:
+    """Raise BillhookError unless the model can give up every one of `kinds` in the layout."""
+    if row_of(model).experts and (layout == "per_layer" or "value" in kinds):  # which that layout alone can hold
+        raise BillhookError(
+            f"{model.config.model_type} has no per_layer layout: experts of a layer are stored as one tensor"
+        )
+    check_names(kinds, layout)
+    for kind in kinds:
+        if why := refusal(model, kind, "per_layer"):
+            raise BillhookError(f"{model.config.model_type} cannot give up {kind!r}: {why}; name other --axes")
+        if layout == "uniform" and (why := refusal(model, kind, "uniform")):
+            raise BillhookError(
+                f"{model.config.model_type} cannot give up {kind!r} in a stock checkpoint: {why}; name other --axes, or use "
+                "--layout per_layer"
+            )
+
+
+def check_names(kinds: tuple[str, ...], layout: str = "uniform") -> None:
+    """Raise BillhookError for axes that no family can give up together in the layout."""
+    if not kinds:
+        raise BillhookError(f"no axis named: valid: {', '.join(AXES)}")
+    for kind in kinds:
+        one_of("axis", kind, AXES)
+    if "value" in kinds and layout == "uniform":
+        raise BillhookError(
+            "axis 'value' (FASP's V/O channels) needs another attention shape than stock classes have: use --layout per_layer, "
+            "or name others of ffn, heads, groups"
+        )
+    if "residual" in kinds and layout != "uniform":
+        raise BillhookError(
+            f"axis 'residual' is one size for the whole model, which the uniform layout says: leave out --layout {layout}"
+        )
+    if len(found := [kind for kind in ("heads", "groups", "value") if kind in kinds]) > 1:
+        raise BillhookError(f"axes {' and '.join(map(repr, found))} cut the same columns: name one of them")
+
+
+def allowed(model: PreTrainedModel, axis: Axis, multiple_of: int, layout: str = "uniform") -> list[int]:
+    """Counts that may go from an axis, ascending; 0 is always one, all units never.
+
+    Raises:
+        BillhookError: no width fits, or there is nothing to take.
+    """
+    if axis.kind == "experts":
+        least = least_experts(model, axis.blocks)
+        if axis.units == least:
+            raise BillhookError(f"every token goes to all {least} experts of a layer: none can go")
+        return list(range(0, axis.units - least + 1, axis.blocks))
+    if axis.kind == "expert_ffn" and multiple_of % EXPERT_STEP:
+        raise BillhookError(f"--multiple-of {multiple_of}: widths of experts are multiples of {EXPERT_STEP}")
+    if axis.kind in WIDTHS:
+        drops = [0] + [d for d in range(1, axis.units) if (axis.units - d) % multiple_of == 0]
+        if len(drops) == 1:
+            raise BillhookError(
+                f"--multiple-of {multiple_of}: no width below {axis.units} is a multiple of it: lower it"
+            )
+        return drops
+    if axis.units == axis.blocks and axis.kind == "heads":
+        raise BillhookError(f"each KV group of this model has one query head ({axis.units} in all): use --axes groups")
+    steps = range(0, axis.units, axis.blocks)
+    return [d for d in steps if d == 0 or layout == "per_layer" or stock_holder(model, _heads_after(model, axis, d))]
+
+
+def least_experts(model: PreTrainedModel, groups: int) -> int:
+    """The fewest that a router can choose among: what a token goes to must fit in the groups that it is sent to.
+
+    Such a router judges a group by its two best.
+    """
+    if groups == 1:
+        return experts_per_token(model)
+    return groups * max(2, -(-experts_per_token(model) // getattr(model.config, row_of(model).keys["top_groups"])))
+
+
+def limit(model: PreTrainedModel, axis: Axis) -> str:
+    """What cutting more of an axis than `allowed` would come to."""
+    if axis.kind == "experts":
+        return f"a layer has fewer experts than the {least_experts(model, axis.blocks)} that its router needs"
+    return "a layer loses all units"
+
+
+def _heads_after(model: PreTrainedModel, axis: Axis, drop: int) -> dict[str, int]:
+    keys, now = row_of(model).keys, attention(model, 0)
+    left = {"heads": now.heads - drop}
+    if axis.kind == "groups":
+        left = {"heads": now.heads - drop * now.group, "kv_heads": now.kv_heads - drop}
+    return sizes(model, 0) | {keys[size]: count for size, count in left.items() if size in keys}

@@ -1,0 +1,86 @@
+"""What a model weighs, in parameters and bytes."""
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from billhook.models.axes import axes
+from billhook.models.families import attention, experts_per_token, layers, mixture
+from billhook.models.plan import Plan
+from billhook.models.residual import saved
+
+
+def decoder_parameters(model: PreTrainedModel) -> int:
+    """Parameters of the decoder layers: embeddings, final norm and head excluded."""
+    return sum(p.numel() for p in layers(model).parameters())
+
+
+def parameters(model: PreTrainedModel) -> dict[str, int]:
+    """All parameters, those of the decoder layers, and those of embeddings and head (a tied one counted once)."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    held = {id(p): p.numel() for end in ends for p in end.parameters()}
+    return {
+        "parameters": total_parameters(model),
+        "decoder_parameters": decoder_parameters(model),
+        "embedding_parameters": sum(held.values()),
+    }
+
+
+def macs_per_token(model: PreTrainedModel, context: int) -> int:
+    """Multiply-accumulates of one token that attends to `context` others: every linear weight once, scores and values."""
+    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear | Conv1D))
+    for axis in axes(model, ("experts",)):  # of which a token sees a few, and the router's rows, all of them
+        rows, hidden = model.get_parameter(axis.reader.param).shape
+        linear += rows * hidden - (rows - experts_per_token(model)) * (axis.price(model) - hidden)
+        experts: Any = mixture(model, axis.layer)
+        if not isinstance(experts, nn.ModuleList):  # together: neither linear nor of the price
+            linear += experts_per_token(model) * sum(p.numel() for p in experts.parameters()) // rows
+    found = [attention(model, n) for n in range(len(layers(model)))]
+    return linear + context * sum(2 * one.heads * one.head_dim for one in found)
+
+
+def total_parameters(model: PreTrainedModel) -> int:
+    """Parameters of the whole model, a tied head counted once: what the checkpoint holds."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def saved_by(model: PreTrainedModel, plan: Plan) -> int:
+    """Parameters that a plan takes away."""
+    if plan.residual:
+        return saved(model, plan.residual, plan.rotate)  # no method cuts anything beside
+    units = sum(plan.drops.get((axis.layer, axis.kind), 0) * axis.price(model) for axis in axes(model, plan.kinds))
+    return units + sum(layer_parameters(model, n) for n in plan.layers)
+
+
+def layer_parameters(model: PreTrainedModel, number: int) -> int:
+    """Parameters of one decoder layer, norms included."""
+    return sum(p.numel() for p in layers(model)[number].parameters())
+
+
+def kv_cache_entries(model: PreTrainedModel, plan: Plan, context: int, batch: int) -> int:
+    """Numbers in the KV cache once `plan` is carried out: keys and values of every position in every layer that stays.
+
+    Value heads that lost channels are filled up with zeros before the cache (modeling_per_layer.NarrowValues).
+    """
+    total, window = 0, getattr(model.config, "sliding_window", None)
+    types = getattr(model.config, "layer_types", None) or ["sliding_attention"] * len(layers(model))
+    for n in range(len(layers(model))):
+        if n not in plan.layers:
+            now, seen = attention(model, n), context
+            if window and types[n] == "sliding_attention":
+                seen = min(context, window - 1)
+            total += 2 * (now.kv_heads - plan.drops.get((n, "groups"), 0)) * now.head_dim * seen * batch
+    return total
+
+
+def sizes(before: dict[str, int], after: dict[str, int], budget: str) -> dict[str, Any]:
+    """Sizes before and after, with the budget asked for and the two ratios that were achieved."""
+    return {
+        "before": before,
+        "after": after,
+        "budget": budget,
+        "achieved_ratio": 1 - after["decoder_parameters"] / before["decoder_parameters"],
+        "achieved_ratio_of_all": 1 - after["parameters"] / before["parameters"],
+    }

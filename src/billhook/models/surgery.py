@@ -1,0 +1,147 @@
+"""Cutting: remove units or layers for good, or silence units in place.  Cached sizes follow the tensors."""
+
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from billhook.errors import BillhookError
+from billhook.models.axes import Axis, owners
+from billhook.models.families import PER_LAYER_KEYS, as_output, attention_module, layers, mixture, row_of
+from billhook.models.modeling_per_layer import holder_of, narrow_values
+from billhook.runtime.offload import renumber
+from billhook.tensors import Units
+
+PLAIN_LAYERS = "mlp_only_layers"  # config key that holds the numbers of the layers without a mixture of experts
+PLAIN_FIRST = "first_k_dense_replace"  # or how many they are, where they come first
+SIZES = ("in_features", "out_features", "nx", "nf")  # that linear modules keep of their own weight
+
+
+def remove(model: PreTrainedModel, axis: Axis, drop: Units) -> None:
+    """Physically remove the units `drop` of `axis`, in place.  `axis` is stale afterwards; the config is not touched."""
+    for slot, owner, leaf in owners(model, axis):
+        old = getattr(owner, leaf)
+        keep = torch.ones(old.shape[slot.dim], dtype=torch.bool)
+        keep[slot.index[drop.cpu()].flatten()] = False
+        kept = keep.nonzero().flatten().to(old.device)
+        new = old.detach().index_select(slot.dim, kept)
+        setattr(owner, leaf, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+        if isinstance(owner, nn.Linear):
+            owner.out_features, owner.in_features = owner.weight.shape
+        elif isinstance(owner, Conv1D):
+            owner.nx, owner.nf = owner.weight.shape
+    if axis.modules:
+        listed = model.get_submodule(axis.modules)
+        assert isinstance(listed, nn.ModuleList)
+        for number in reversed(drop.tolist()):
+            del listed[number]
+    for counter, per_unit in axis.counters:
+        owner, leaf = _holder(model, counter)
+        setattr(owner, leaf, int(getattr(owner, leaf) - per_unit * len(drop)))
+    if axis.kind == "value" and len(drop):
+        narrow_values(attention_module(model, axis.layer), row_of(model))
+
+
+def _holder(model: PreTrainedModel, counter: str) -> tuple[Any, str]:
+    """What holds a cached size, and its name there."""
+    module, _, leaf = counter.rpartition(".")
+    above, _, name = module.rpartition(".")
+    return (
+        holder_of(model.get_submodule(above), f"{name}.{leaf}")
+        if name == "config"
+        else (model.get_submodule(module), leaf)
+    )
+
+
+@contextmanager
+def without(model: PreTrainedModel, dropped: Iterable[tuple[Axis, Tensor]], gone: Iterable[int] = ()) -> Iterator[None]:
+    """The model without these units (by number), physically, and passing by the layers `gone`, while open; afterwards every
+    tensor and size is the very one it was.
+
+    No weight is written to and none but the narrowed ones is copied: to try a cut costs less than what it saves a forward pass.
+    """
+    with ExitStack() as undo:
+        for n in gone:
+            module = layers(model)[n]
+            module.forward = lambda hidden_states, *_, **__: as_output(model, hidden_states)
+            undo.callback(delattr, module, "forward")
+        for axis, units in dropped:
+            for _, owner, leaf in owners(model, axis):
+                for name in (leaf, *(size for size in SIZES if hasattr(owner, size))):
+                    undo.callback(setattr, owner, name, getattr(owner, name))
+            for counter, _ in axis.counters:
+                owner, leaf = _holder(model, counter)
+                undo.callback(setattr, owner, leaf, getattr(owner, leaf))
+            if axis.modules:
+                listed = model.get_submodule(axis.modules)
+                undo.callback(setattr, listed, "_modules", dict(listed._modules))
+            remove(model, axis, units)
+        yield
+
+
+@contextmanager
+def instead(model: PreTrainedModel, param: str, weight: Tensor) -> Iterator[None]:
+    """The model with another weight in place of one parameter, while open."""
+    path, _, leaf = param.rpartition(".")
+    owner = model.get_submodule(path)
+    before = getattr(owner, leaf)
+    setattr(owner, leaf, nn.Parameter(weight, before.requires_grad))
+    try:
+        yield
+    finally:
+        setattr(owner, leaf, before)
+
+
+def drop_layers(model: PreTrainedModel, numbers: Collection[int]) -> None:
+    """Remove whole decoder layers, in place: the rest are renumbered, and the config's per-layer lists follow.
+
+    Raises:
+        BillhookError: no layer would be left, or there is no such layer.
+    """
+    found = layers(model)
+    total = len(found)
+    if unknown := sorted(set(numbers) - set(range(total))):
+        raise BillhookError(f"there is no layer {unknown[0]}: the model has {total}, numbered from 0")
+    kept = [n for n in range(total) if n not in set(numbers)]
+    plain = [new for new, n in enumerate(kept) if mixture(model, n) is None]
+    if not kept:
+        raise BillhookError(f"all {total} layers would go: keep at least one")
+    for n in sorted(set(numbers), reverse=True):
+        del found[n]
+    for new, layer in enumerate(found):
+        inner: Any
+        for inner in layer.modules():  # the cache is indexed by it: a stale one is silently wrong
+            if hasattr(inner, "layer_idx"):
+                inner.layer_idx = new
+    for key in PER_LAYER_KEYS:
+        if (values := getattr(model.config, key, None)) is not None:
+            setattr(model.config, key, [values[n] for n in kept])
+    _say_plain(model.config, plain)
+    model.config.num_hidden_layers = len(kept)
+    renumber(model)
+
+
+def _say_plain(config: Any, plain: list[int]) -> None:
+    """Have the config name the layers without a mixture of experts: a rule by layer number no longer holds."""
+    if hasattr(config, PLAIN_LAYERS):
+        setattr(config, PLAIN_LAYERS, plain)
+        config.decoder_sparse_step = 1
+    if hasattr(config, PLAIN_FIRST):
+        setattr(config, PLAIN_FIRST, len(plain))
+
+
+def zero(model: PreTrainedModel, axis: Axis, drop: Units) -> None:
+    """Silence the units `drop` by zeroing what reads them: the reference that `remove` must match."""
+    slot = axis.reader
+    model.get_parameter(slot.param).data.index_fill_(slot.dim, slot.index[drop].flatten(), 0)
+
+
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast the parameters, and only them: rotary frequencies stay float32 as a stock load leaves them."""
+    for param in model.parameters():
+        param.data = param.data.to(dtype)
+    model.config.dtype = dtype

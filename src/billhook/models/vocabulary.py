@@ -1,0 +1,249 @@
+"""Vocabulary pruning: keep the tokens that a text needs, and cut tokenizer, embedding and head down to them.
+
+The text tokenises as before.  Of a BPE's merges those stay whose parts and result are all kept, and every token that the
+text passes through on its way is kept, so that each step finds the same best merge.  Any other text still goes in and
+comes out whole, in more tokens: the smallest ones, bytes or single symbols, all stay.
+"""
+
+import copy
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from itertools import chain, pairwise, product
+from typing import Any
+
+import torch
+from torch import nn
+
+from billhook.errors import BillhookError
+from billhook.runtime.progress import Tick, quiet
+
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+SPACE = "▁"  # SentencePiece's; the decoder knows a space by this token alone, not by its bytes
+ID_KEYS = re.compile(r"(_token_ids?|suppress_tokens|_words_ids|sequence_bias)$")  # config keys that hold token ids
+CHATS = [[{"role": role, "content": "Hello"} for role in roles.split()] for roles in ("user", "system user assistant")]
+Move = Callable[[int], int]
+Ranks = dict[tuple[str, str], int]  # pair -> when BPE merges it, the lowest first
+
+
+def trim(
+    model: Any, tokenizer: Any, documents: Sequence[str], tick: Tick = quiet, *, at_least: int = 0, multiple_of: int = 1
+) -> tuple[Any, dict[str, Any]]:
+    """Cut `model`, in place, down to the vocabulary of `documents`.
+
+    Returns the trimmed tokenizer, and what it did: embedding rows before and kept, parameters saved.
+
+    Raises:
+        BillhookError: an empty text, a tokenizer that cannot be trimmed, or one that is another model's.  The model is
+            then as it was.
+    """
+    tick("vocabulary", 0, 2)
+    before, size = model.num_parameters(), model.get_input_embeddings().num_embeddings
+    kept = occurring(tokenizer, documents, named_ids(model), at_least=at_least, multiple_of=multiple_of)
+    if kept[-1] >= size:
+        raise BillhookError(
+            f"the tokenizer has a token of id {kept[-1]}, beyond the model's vocabulary of {size}: it is another model's; copy the right one"
+        )
+    trimmed = trim_tokenizer(tokenizer, kept)
+    for old, new in zip(_encode(tokenizer, documents), _encode(trimmed, documents), strict=True):
+        if old != [kept[n] for n in new]:
+            raise BillhookError("the tokenizer cannot be trimmed: without its other tokens it splits the text anew")
+    tick("vocabulary", 1, 2)
+    trim_model(model, kept)
+    tick("vocabulary", 2, 2)
+    return trimmed, {"before": size, "kept": len(kept), "parameters_saved": before - model.num_parameters()}
+
+
+def occurring(
+    tokenizer: Any, documents: Sequence[str], also: Iterable[int] = (), *, at_least: int = 0, multiple_of: int = 1
+) -> list[int]:
+    """The ids to keep, ascending, so that `documents` tokenise as before and no other text loses anything.
+
+    These are the tokens of the text and of a short chat, the tokens that merges pass through on the way to them, special
+    and added tokens, the smallest tokens, and `also`; then others, what was learnt from the most frequent words first, up
+    to `at_least` tokens and a multiple of `multiple_of`, as far as there are any.
+
+    Raises:
+        BillhookError: no document holds a word, or the tokenizer is not a fast BPE.
+    """
+    if not any(document.strip() for document in documents):
+        raise BillhookError("the text to take the vocabulary from is empty: give one like those the model is for")
+    state = _state(tokenizer)
+    vocab = state["model"]["vocab"]
+    names = {n: token for token, n in vocab.items()}
+    ranks: Ranks = {(left, right): rank for rank, (left, right) in enumerate(state["model"]["merges"])}
+
+    def steps(n: int) -> set[int]:
+        return {vocab[step] for step in _steps(names[n], ranks) if step in vocab} if n in names else {n}
+
+    found = {n for ids in _encode(tokenizer, [*documents, *_chats(tokenizer)]) for n in ids}
+    kept = {*also}.union(_special(tokenizer, state), (vocab[token] for token in _smallest(state["model"])))
+    kept = kept.union(*map(steps, found))
+    spare = -(-max(at_least, len(kept)) // multiple_of) * multiple_of - len(kept)
+    for n in chain((vocab["".join(pair)] for pair in ranks), sorted(names)):
+        if not spare:
+            break
+        new = set() if n in kept else steps(n) - kept
+        if len(new) <= spare:
+            kept |= new
+            spare -= len(new)
+    return sorted(kept)
+
+
+def trim_tokenizer(tokenizer: Any, kept: Sequence[int]) -> Any:
+    """A tokenizer of the same class with the tokens `kept` alone, renumbered in their old order.
+
+    Raises:
+        BillhookError: the tokenizer is not a fast BPE, or numbers its tokens in a way that cannot be kept.
+    """
+    state, new = _state(tokenizer), {old: n for n, old in enumerate(kept)}
+    model = state["model"]
+    model["vocab"] = {token: new[n] for token, n in model["vocab"].items() if n in new}
+    model["merges"] = [pair for pair in model["merges"] if {*pair, "".join(pair)} <= model["vocab"].keys()]
+    _move_ids(state, new.__getitem__)
+    trimmed = copy.deepcopy(tokenizer)
+    trimmed._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(state))
+    if trimmed.get_vocab() != {token: new[n] for token, n in tokenizer.get_vocab().items() if n in new}:
+        raise BillhookError("the tokenizer cannot be trimmed: its added tokens are not numbered in order")
+    return trimmed
+
+
+@torch.no_grad()
+def trim_model(model: Any, kept: Sequence[int]) -> None:
+    """Keep the rows `kept` of the embedding and the head, in place; tied stays tied, and ids in the configs follow.
+
+    `kept` is ascending and holds the ids that the configs name (`named_ids`).
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    new = {old: n for n, old in enumerate(kept)}
+    tied = head.weight is embedding.weight
+    embedding.weight, embedding.num_embeddings = _rows(embedding.weight, kept), len(kept)
+    if embedding.padding_idx is not None:
+        embedding.padding_idx = new.get(embedding.padding_idx)
+    head.weight, head.out_features = embedding.weight if tied else _rows(head.weight, kept), len(kept)
+    head.bias = None if head.bias is None else _rows(head.bias, kept)
+    for config, key, value in _named(model):
+        setattr(config, key, _move(value, lambda n: new.get(n, n)))  # -1 and others beyond the vocabulary stay beyond
+    for owner in (model.config, *model.modules()):
+        if getattr(owner, "vocab_size", None) is not None:
+            owner.vocab_size = len(kept)
+
+
+def named_ids(model: Any) -> set[int]:
+    """Token ids that the configs name and that the model has an embedding for."""
+    found: set[int] = set()
+    for _, _, value in _named(model):
+        _move(value, lambda n: found.add(n) or n)
+    return {n for n in found if 0 <= n < model.get_input_embeddings().num_embeddings}
+
+
+def growth(original: Any, trimmed: Any, documents: Sequence[str]) -> float:
+    """How many more tokens `trimmed` makes of a text than `original`, as a share of the latter's."""
+    before, after = (sum(map(len, _encode(one, documents))) for one in (original, trimmed))
+    return after / before - 1 if before else 0.0
+
+
+def share_as_bytes(original: Any, trimmed: Any, documents: Sequence[str]) -> float:
+    """The share of characters, spaces aside, that `trimmed` writes in single bytes or symbols and `original` does not."""
+    text = "\n\n".join(documents)
+    letters = [not letter.isspace() for letter in text]
+    solid = zip(letters, _in_words(original, text), _in_words(trimmed, text), strict=True)
+    return sum(letter and before and not after for letter, before, after in solid) / max(sum(letters), 1)
+
+
+def _in_words(tokenizer: Any, text: str) -> bytearray:
+    """For each character, 1 if a token other than the smallest writes it."""
+    model, found = _state(tokenizer)["model"], bytearray(len(text))
+    small = {model["vocab"][token] for token in _smallest(model)}
+    coded = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+    for n, (start, end) in zip(coded.ids, coded.offsets, strict=True):
+        if n not in small:
+            found[start:end] = b"\1" * (end - start)
+    return found
+
+
+def _state(tokenizer: Any) -> dict[str, Any]:
+    """The tokenizer as its tokenizer.json says it."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise BillhookError(
+            f"the vocabulary of a slow tokenizer ({type(tokenizer).__name__}) cannot be trimmed: give the model a tokenizer.json"
+        )
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = state["model"]
+    if model["type"] != "BPE" or model["continuing_subword_prefix"] or model["end_of_word_suffix"]:
+        kind = "BPE with marked word ends" if model["type"] == "BPE" else model["type"]
+        raise BillhookError(f"the vocabulary of a tokenizer of type {kind} cannot be trimmed: only that of a plain BPE")
+    return state
+
+
+def _steps(token: str, ranks: Ranks) -> set[str]:
+    """Every symbol on the way from single characters to `token`, the best merge first, as BPE goes in any word.
+
+    What stands around a token changes none of these steps, or the token would not have come out of that word.
+    """
+    symbols, seen = [*token], {token, *token}
+    while found := [(ranks[pair], n) for n, pair in enumerate(pairwise(symbols)) if pair in ranks]:
+        at = min(found)[1]
+        symbols[at : at + 2] = ["".join(symbols[at : at + 2])]
+        seen.add(symbols[at])
+    return seen
+
+
+def _smallest(model: dict[str, Any]) -> set[str]:
+    """The tokens that any text can be written in: bytes where there is a token for each, else single symbols."""
+    found = {token for token in model["vocab"] if BYTE.fullmatch(token)}
+    if model["byte_fallback"] and len(found) == 256:
+        return found | ({SPACE} & model["vocab"].keys())
+    return {token for token in model["vocab"] if len(token) == 1}
+
+
+def _special(tokenizer: Any, state: dict[str, Any]) -> set[int]:
+    """Ids of special and added tokens, and of whatever else the tokenizer names by id."""
+    found = {*tokenizer.all_special_ids, state["model"]["vocab"].get(state["model"]["unk_token"])}
+    _move_ids(state, lambda n: found.add(n) or n)
+    return found - {None}
+
+
+def _move_ids(state: dict[str, Any], move: Move) -> None:
+    """Renumber, in place, what a tokenizer.json names by id outside its vocabulary."""
+    for token in state["added_tokens"]:
+        token["id"] = move(token["id"])
+    if state["padding"]:
+        state["padding"]["pad_id"] = move(state["padding"]["pad_id"])
+    processor = state["post_processor"] or {}
+    for part in processor.get("processors", [processor]):
+        for special in part.get("special_tokens", {}).values():
+            special["ids"] = _move(special["ids"], move)
+        for key in part.keys() & {"sep", "cls"}:
+            part[key] = _move(part[key], move)
+
+
+def _move(value: Any, move: Move) -> Any:
+    """Renumber an id, or the ids in a list of whatever depth."""
+    if isinstance(value, list):
+        return [_move(item, move) for item in value]
+    return move(value) if isinstance(value, int) else value
+
+
+def _named(model: Any) -> list[tuple[Any, str, Any]]:
+    """(config, key, value) of every setting that holds token ids."""
+    configs = [config for config in (model.config, model.generation_config) if config is not None]
+    return [(config, key, value) for config in configs for key, value in vars(config).items() if ID_KEYS.search(key)]
+
+
+def _chats(tokenizer: Any) -> Iterator[str]:
+    """What the chat templates write around short messages."""
+    found = tokenizer.chat_template or {}
+    for jinja, chat in product(found.values() if isinstance(found, dict) else [found], CHATS):
+        with suppress(Exception):  # a template is a program, and refuses a role in a way of its own
+            yield tokenizer.apply_chat_template(chat, chat_template=jinja, tokenize=False, add_generation_prompt=True)
+
+
+def _encode(tokenizer: Any, documents: Sequence[str]) -> list[list[int]]:
+    return tokenizer(list(documents), add_special_tokens=False, verbose=False).input_ids
+
+
+def _rows(param: nn.Parameter, kept: Sequence[int]) -> nn.Parameter:
+    index = torch.tensor(kept, device=param.device)
+    return nn.Parameter(param.detach().index_select(0, index), param.requires_grad)

@@ -1,1 +1,0 @@
-"""Reports as people read them: tables, charts, and one self-contained page."""

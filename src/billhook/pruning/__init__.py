@@ -1,0 +1,20 @@
+"""From a recipe to a plan, a cut model and its result; dry run, comparison, sweep.
+
+allocation       Which layers give how much: from a number of parameters to save to a plan
+budget           From a goal (parameters, bytes, speed) to the ratio that reaches it
+compare          Many prunes of one model, judged by the same texts: methods at one size, or one method at many
+dry_run          What a prune will come to, before it: parameters, memory, disk, operations and time
+latency          How long a decoder layer takes at candidate sizes, on this machine
+method_settings  The settings of each method, taken from a recipe
+plan_lines       One line that says, before the work, what will go
+planning         From a recipe to a plan: gather what the allocation needs to know, then solve it for the budget
+preflight        What cannot be done by the means that a prune was given, said before it computes anything
+prune            Prune a model by a recipe, and prove what was written
+recipe           One recipe says a whole pruning run: command-line flags
+recipe_file      A recipe on disk: the model, the settings, and the numbers it is expected to give
+rehearsal        What a layer of a model costs to prune on this machine: the prune itself
+residual_budget  How many channels of the residual stream a budget takes, and what a plan of them says
+result           What a prune comes to: a model, its tokenizer and a report, and the folder that they become
+sensitivity      What cutting one layer costs the model: the divergence from its own dense predictions
+texts            The windows that a prune looks at: to calibrate, and to judge by
+"""

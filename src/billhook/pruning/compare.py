@@ -1,0 +1,338 @@
+"""Many prunes of one model, judged by the same texts: methods at one size, or one method at many."""
+
+import copy
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from billhook import data
+from billhook.checkpoints import load
+from billhook.checkpoints.load import Opened
+from billhook.data import Text, Windows
+from billhook.errors import BillhookError, one_of
+from billhook.evaluation.perplexity import paired, perplexity
+from billhook.math.knee import knee
+from billhook.methods import METHODS
+from billhook.models import sizes
+from billhook.models.axes import axes
+from billhook.models.experts import together
+from billhook.models.families import WIDTHS, layers
+from billhook.models.plan import Plan, UnitScores
+from billhook.models.surgery import cast
+from billhook.pruning import method_settings, planning
+from billhook.pruning.prune import finish, prune_opened
+from billhook.pruning.recipe import Recipe, recipe
+from billhook.pruning.texts import Texts, draw
+from billhook.runtime import cache as cache_module
+from billhook.runtime.cache import code_sha256, has, model_sha256
+from billhook.runtime.progress import Tick, quiet
+from billhook.runtime.workers import Hands, crew
+
+SAME_SIZE = 0.005  # of the parameters: models nearer than this count as equal in size
+SAFE = 1.5  # times the unpruned model's perplexity: a knee beyond it is no recommendation
+UNPRUNED = "unpruned"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method with what the user set of it; `name` is what was written."""
+
+    name: str
+    settings: Mapping[str, Any]
+
+    @property
+    def method(self) -> str:
+        return self.settings["method"]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The texts that every model is judged by, in windows."""
+
+    windows: tuple[Windows, ...]
+    dtype: torch.dtype  # that all compute in
+    kept: Path | None  # where results are kept, statistics too
+    model: str  # the unpruned one: its digest and dtype
+
+    def key(self, chosen: Recipe | None) -> dict[str, Any]:
+        """All that decides a point."""
+        seen = [[one.sha256, len(one.tokens)] for one in self.windows]
+        read = (
+            [_text_sha256(source) for source in (chosen.calibration, *chosen.vocab_from, *chosen.validation)]
+            if chosen
+            else []
+        )
+        settings = chosen and chosen.model_dump(mode="json")
+        return {"code": code_sha256(), "model": self.model, "texts": seen, "read": read, "recipe": settings}
+
+
+def contender(text: str) -> Contender:
+    """`fasp`, or `fasp:score=wanda,stream=dense`: any setting of a recipe, as its flag or YAML key says it.
+
+    Raises:
+        BillhookError: there is no such method or setting.
+    """
+    name, _, rest = text.strip().partition(":")
+    settings: dict[str, Any] = {"method": one_of("method", name, METHODS)}
+    for part in filter(None, (one.strip() for one in rest.split(","))):
+        key, given, value = part.partition("=")
+        key = one_of("setting", key.strip().replace("-", "_"), Recipe.model_fields)
+        if not given or key in ("method", "ratio", "params", "memory", "speedup"):
+            raise BillhookError(f"contender {text!r}: write method:setting=value,… without a budget; lists with +")
+        settings[key] = (
+            tuple(value.split("+")) if key in ("axes", "clients", "vocab_from", "validation") else value.strip()
+        )
+    return Contender(text.strip(), settings)
+
+
+def settled(one: Contender, ratio: float, common: Mapping[str, Any]) -> Recipe:
+    """The recipe of a contender at a ratio; its own settings go before the `common` ones.
+
+    Raises:
+        BillhookError: an impossible value; names the contender.
+    """
+    try:
+        return recipe(**{**common, **one.settings, "ratio": ratio})
+    except BillhookError as error:
+        raise BillhookError(f"{one.name}: {error}") from None
+
+
+def judged(opened: Opened, texts: Sequence[Text], seq_len: int, most: int | None, folder: Path | None) -> Judged:
+    """The windows of the texts, at most `most` of each."""
+    load.check_positions(opened, seq_len)
+    windows = [data.windows(text, opened.tokenizer, seq_len, spans=True) for text in texts]
+    for one in windows:
+        data.check_vocabulary(one, opened.model, opened.name)
+    first = tuple(replace(one, tokens=one.tokens[:most], bytes=one.bytes[:most]) for one in windows)
+    return Judged(first, opened.model.dtype, folder, f"{model_sha256(opened.model)} {opened.dtype}")
+
+
+def unpruned(opened: Opened, by: Judged, tick: Tick = quiet) -> dict[str, Any]:
+    """The point of the model as it is."""
+    point = cache_module.kept(by.kept, UNPRUNED, by.key(None), lambda: _point(opened.model, by, None, tick))
+    return point | {"series": UNPRUNED, "settings": UNPRUNED, "ratio": 0.0}
+
+
+def compare(
+    opened: Opened,
+    contenders: Sequence[Contender],
+    ratios: Sequence[float],
+    by: Judged,
+    common: Mapping[str, Any],
+    *,
+    jobs: int = 1,
+    tick: Tick = quiet,
+) -> list[dict[str, Any]]:
+    """A point for every contender at every ratio, at one size: the contender of the coarsest step sets it.
+
+    Args:
+        common: settings that all contenders share: calibration, samples, …
+        jobs: processes at work at a time, each with a model of its own.
+
+    Returns:
+        the unpruned model's point, then the others by ratio and in the order given; a contender that could not be run has its
+        error in place of numbers.
+
+    Raises:
+        BillhookError: a setting is impossible; before any work.
+    """
+    recipes = {c.name: [settled(c, ratio, common) for ratio in ratios] for c in contenders}
+    if len(recipes) < len(contenders):
+        raise BillhookError("two contenders are the same")
+    dense = unpruned(opened, by, tick)
+    order = sorted(contenders, key=lambda c: -_step(opened, recipes[c.name][0]))
+    found: dict[tuple[str, float], dict[str, Any]] = {}
+    done, total = 0, len(contenders) * len(ratios)
+    with _workers(opened, by, jobs) as run:
+        for n, ratio in enumerate(ratios):
+            size, waiting = None, list(order)
+            while waiting and size is None:  # one after the other until one sets the size
+                first = waiting.pop(0)
+                tick("contenders", done, total)
+                (point,) = run([recipes[first.name][n]], tick)
+                found[first.name, ratio], done = point, done + 1
+                size = None if point["error"] else point["parameters"]
+            chosen = [_at(recipes[c.name][n], size) for c in waiting]
+            for c, point in zip(waiting, run(chosen, tick), strict=True):
+                found[c.name, ratio], done = point, done + 1
+                tick("contenders", done, total)
+                if size and not point["error"] and abs(point["parameters"] / size - 1) > SAME_SIZE:
+                    point["note"] = f"off the common size by {point['parameters'] / size - 1:+.1%}"
+    tick("contenders", total, total)
+    points = [
+        found[c.name, ratio] | {"series": c.name, "settings": c.name, "ratio": ratio}
+        for ratio in ratios
+        for c in contenders
+    ]
+    return [dense, *_with_factors(points, dense)]
+
+
+def sweep(opened: Opened, name: str, chosen: Sequence[Recipe], by: Judged, tick: Tick = quiet) -> list[dict[str, Any]]:
+    """A point for every recipe, which differ in their ratio alone; `name` is what charts call them.
+
+    In the dense stream one pass over the calibration text serves all ratios; in the others each has its own.
+    """
+    dense = unpruned(opened, by, tick)
+    missing = [one for one in chosen if not has(by.kept, "point", by.key(one))]
+    fresh = _each(opened, missing, by, tick) if missing else iter(())
+    points = []
+    for one in chosen:
+        point = _kept(one, by, lambda: next(fresh))
+        points.append(point | {"series": name, "settings": name, "ratio": one.ratio})
+    return [dense, *_with_factors(points, dense)]
+
+
+def bend(points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The knee of a sweep on its first text, in words too; None where the curve shows none."""
+    usable = [p for p in points if not p["error"]]
+    curve = [(p["achieved_ratio"], p["perplexities"][0]) for p in sorted(usable, key=lambda p: p["achieved_ratio"])]
+    logs = [statistics.fmean(one["window_losses"]) for _, one in curve]
+    found = knee([ratio for ratio, _ in curve], logs)
+    if found is None:
+        return None
+    factor, place = math.exp(found.below * found.ratio), f"{found.ratio:.0%} ± {(found.high - found.low) / 2:.0%}"
+    words = (
+        f"safe up to {place}"
+        if factor <= SAFE
+        else f"steep from {place} on, and no bargain before: ×{factor:.1f} by then"
+    )
+    return {**asdict(found), "text": curve[0][1]["text"], "factor": factor, "verdict": words}
+
+
+def _each(opened: Opened, chosen: Sequence[Recipe], by: Judged, tick: Tick) -> Iterator[dict[str, Any]]:
+    """A point for every recipe, in order, as soon as it is there."""
+    first, run_each = chosen[0], METHODS[chosen[0].method].run_each
+    if first.stream != "dense" or run_each is None or first.vocab_from:
+        for one in chosen:
+            yield _cell(opened, one, by, tick)
+        return
+    _, texts = draw(opened, first, data.calibration_text(first.calibration, tick))
+    scores = planning.unit_scores(opened.model, first, texts.calibration, tick=tick)
+    plans = [_possible(opened, one, texts, scores, by, tick) for one in chosen]
+    decoder, settings = sizes.decoder_parameters(opened.model), method_settings.settings_of(first)
+    possible = [plan for plan in plans if isinstance(plan, Plan)]
+    made = run_each(opened.model, texts.calibration, possible, settings, scores=[scores] * len(possible), tick=tick)
+    for one, plan in zip(chosen, plans, strict=True):
+        if isinstance(plan, BillhookError):
+            yield _NOTHING | {"error": str(plan)}
+            continue
+        model, _ = next(made)
+        finish(model, one, opened.dtype)
+        yield _point(model, by, decoder, tick)
+
+
+def _possible(
+    opened: Opened, chosen: Recipe, texts: Texts, scores: UnitScores, by: Judged, tick: Tick
+) -> Plan | BillhookError:
+    try:
+        return planning.make_plan(opened.model, chosen, texts, opened.dtype, scores, by.kept, tick=tick)
+    except BillhookError as error:
+        return error
+
+
+def _kept(chosen: Recipe, by: Judged, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """`measure()`, or what it gave before; what went wrong is not kept."""
+    key = by.key(chosen)
+    if has(by.kept, "point", key):
+        return cache_module.kept(by.kept, "point", key, measure)
+    point = measure()
+    return point if point["error"] else cache_module.kept(by.kept, "point", key, lambda: point)
+
+
+def _cell(opened: Opened, chosen: Recipe, by: Judged, tick: Tick) -> dict[str, Any]:
+    """One prune of a copy, judged; what a method cannot do is part of the answer."""
+    copied = replace(opened, model=copy.deepcopy(opened.model))
+    try:
+        result = prune_opened(copied, chosen, tick, by.kept)
+    except BillhookError as error:
+        return _NOTHING | {"error": str(error)}
+    point = _point(result.model, by, sizes.decoder_parameters(opened.model), tick)
+    return point | {"seconds": round(sum(result.report["seconds"].values()), 1)}
+
+
+_NOTHING: dict[str, Any] = {
+    "error": None,
+    "note": None,
+    "parameters": None,
+    "decoder_parameters": None,
+    "achieved_ratio": None,
+    "perplexities": [],
+    "seconds": None,
+}
+
+
+def _point(model: Any, by: Judged, decoder: int | None, tick: Tick) -> dict[str, Any]:
+    """A model's size and quality; `decoder`: the parameters of the unpruned decoder."""
+    size = sizes.parameters(model)
+    cast(model, by.dtype)  # what is stored was rounded; all are judged in one dtype
+    with together(model):
+        scores = [asdict(perplexity(model, one, tick)) for one in by.windows]
+    return _NOTHING | {
+        "parameters": size["parameters"],
+        "decoder_parameters": size["decoder_parameters"],
+        "achieved_ratio": 1 - size["decoder_parameters"] / decoder if decoder else 0.0,
+        "perplexities": scores,
+    }
+
+
+def _with_factors(points: list[dict[str, Any]], dense: dict[str, Any]) -> list[dict[str, Any]]:
+    for point in points:
+        for found, before in zip(point["perplexities"], dense["perplexities"], strict=False):
+            found["factor"], found["factor_standard_error"] = paired(before["window_losses"], found["window_losses"])
+    return points
+
+
+def _step(opened: Opened, chosen: Recipe) -> int:
+    """Parameters that the finest step of a recipe's axes takes."""
+    model, each = opened.model, len(layers(opened.model)) if chosen.layout == "uniform" else 1
+    steps = [
+        axis.price(model) * (chosen.width_step if axis.kind in WIDTHS else axis.blocks) * each
+        for axis in axes(model, chosen.unit_kinds)
+        if axis.layer == 0
+    ]
+    return min(steps, default=sizes.layer_parameters(model, 0))
+
+
+def _at(chosen: Recipe, size: int | None) -> Recipe:
+    """The same, with a size in place of the ratio."""
+    return chosen if size is None else Recipe(**{**chosen.model_dump(), "ratio": None, "params": size})
+
+
+@contextmanager
+def _workers(opened: Opened, by: Judged, jobs: int) -> Iterator[Callable[[list[Recipe], Tick], list[dict[str, Any]]]]:
+    """Yield what runs recipes, each once: here, or in `jobs` processes that share the cores."""
+
+    def here(chosen: list[Recipe], tick: Tick) -> list[dict[str, Any]]:
+        return [_kept(one, by, lambda one=one: _cell(opened, one, by, tick)) for one in chosen]
+
+    if jobs == 1:
+        yield here
+        return
+    device = str(opened.model.device)
+    given = (opened.name, device, str(by.dtype).removeprefix("torch."), by)
+    with crew(Hands(jobs), device, _open_worker, given) as gang:
+        yield lambda chosen, tick: list(gang.each(_in_worker, chosen))
+
+
+@cache
+def _text_sha256(source: str) -> str:
+    return data.calibration_text(source).sha256
+
+
+_worker: dict[str, Any] = {}  # of a process of its own: the model it has opened
+
+
+def _open_worker(name: str, device: str, dtype: str, by: Judged) -> None:
+    _worker.update(opened=load.open_model(name, device=device, dtype=dtype), by=by)
+
+
+def _in_worker(chosen: Recipe) -> dict[str, Any]:
+    by = _worker["by"]
+    return _kept(chosen, by, lambda: _cell(_worker["opened"], chosen, by, quiet))

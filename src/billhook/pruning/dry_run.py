@@ -1,0 +1,215 @@
+"""What a prune will come to, before it: parameters, memory, disk, operations and time, from a rehearsal on this machine."""
+
+import os
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from billhook import data
+from billhook.checkpoints.load import (
+    DTYPES,
+    Opened,
+    check_folder,
+    check_positions,
+    load_tokenizer,
+    locate,
+    open_skeleton,
+    resolve_device,
+    too_large,
+)
+from billhook.checkpoints.save import stored_bytes
+from billhook.checkpoints.shards import weight_files
+from billhook.checkpoints.streaming import open_paged
+from billhook.errors import BillhookError
+from billhook.methods.masking import check
+from billhook.models import sizes
+from billhook.models.families import layers
+from billhook.models.plan import Plan
+from billhook.pruning import method_settings, planning, preflight, rehearsal
+from billhook.pruning.recipe import Recipe
+from billhook.pruning.rehearsal import Cost, Rehearsed
+from billhook.pruning.texts import Texts, draw, needs_text
+from billhook.runtime.memory import free_bytes, peak_growth
+from billhook.runtime.offload import finite
+from billhook.runtime.progress import Clock, Tick, quiet
+
+ROWS = 4096  # of a head, to time it
+PROBED = 1 << 25  # bytes that are read, copied and written to see how fast this machine does it
+STEPS = 96  # passes of one token that verify what was written, in all generations,
+BATCHES = 40  # of 32 tokens,
+LOADS = 4  # and how often it is opened, once less where it is stored in float32
+PAGED = 6  # passes that verify one whose weights stay in their files
+READ = 2  # times that such weights are read while they are pruned: to be used, and to see whether they were edited
+
+
+def estimate(
+    name: str,
+    chosen: Recipe,
+    output: Path,
+    *,
+    stream_weights: bool | None = None,
+    hidden_budget: int | None = None,
+    tick: Tick = quiet,
+) -> dict[str, Any]:
+    """The cost of `prune` by a recipe, as plain data; a stage's time and operations, bytes of memory and disk.
+
+    Nothing of the model is loaded: its shapes are, and the calibration text, which is read as the prune will.
+
+    Raises:
+        BillhookError: the prune could not be done, or what it costs cannot be told beforehand.
+    """
+    if why := _why_not(chosen):
+        raise BillhookError(f"--dry-run: {why}: what that costs cannot be told beforehand")
+    started = time.time() - psutil.Process().create_time()
+    clock, device = Clock(), resolve_device(chosen.device)
+    folder = locate(name, tick)
+    if not folder.is_dir():
+        raise BillhookError(f"--dry-run: {name} is no folder of safetensors, which alone says its sizes unread")
+    found = check_folder(folder, name)
+    stored, model = found.dtype, open_skeleton(name, tick)
+    dtype = DTYPES.get(chosen.dtype, torch.float32 if device.type == "cpu" else stored)
+    stream = too_large(found, dtype, device) if stream_weights is None else stream_weights
+    if stream:
+        open_paged(found, dtype, device)  # which says what cannot be read by parts
+    peak, tokens = psutil.Process().memory_info().rss, 0
+    with clock("reading the text"), peak_growth(torch.device("cpu")) as growth:
+        if needs_text(chosen):
+            opened = Opened(model, load_tokenizer(folder, name), name, folder, stored)
+            check_positions(opened, chosen.seq_len)
+            _, texts = draw(opened, chosen, data.calibration_text(chosen.calibration, tick))
+            tokens = texts.calibration.numel()
+    peak, rss = peak + growth(), psutil.Process().memory_info().rss
+    tick("rehearsing", 0, 1)
+    plan = _plan(model, chosen, stored)
+    rehearsed = rehearsal.rehearse(model, chosen, plan, dtype, device) if tokens else None
+    total, cut = sizes.total_parameters(model), sizes.saved_by(model, plan)
+    held, written = dtype.itemsize * total, stored.itemsize * (total - cut)
+    speeds = _speeds(folder, output)
+    stages = {"starting": Cost(started, 0.0), "reading the text": Cost(clock.seconds["reading the text"], 0.0)}
+    stages["loading"] = Cost((READ if stream else 1) * stored_bytes(folder) / speeds.load, 0.0)
+    if rehearsed:
+        stages |= _pruning(
+            rehearsed, len(layers(model)), len(set(rehearsal.cut_layers(model, plan)) - set(plan.layers))
+        )
+    stages["writing and verifying"] = Cost(
+        _verifying(model, 1 - cut / total, written, speeds, started, dtype, device, stream), 0.0
+    )
+    tick("rehearsing", 1, 1)
+    states = tokens * model.get_input_embeddings().weight.shape[1] * dtype.itemsize
+    states *= 2 if chosen.stream == "dense_target" else 1  # the unpruned model's beside the pruned one's
+    states = states if hidden_budget is None else min(states, hidden_budget)
+    pruning = states + (rehearsed.work_bytes if rehearsed else 0)
+    if stream:
+        layer = dtype.itemsize * sizes.layer_parameters(model, len(layers(model)) - 1)
+        ends = dtype.itemsize * model.get_input_embeddings().weight.numel()
+        highest = rss + max(ends, layer + pruning)
+    else:
+        highest = rss + max(held + stored_bytes(folder), held + pruning, 2 * (held - dtype.itemsize * cut))
+    decoder = sizes.decoder_parameters(model)
+    return {
+        "parameters": {"before": total, "after": total - cut},
+        "decoder_parameters": {"before": decoder, "after": decoder - cut},
+        "stages": {stage: {"seconds": one.seconds, "flops": one.flops} for stage, one in stages.items()},
+        "seconds": sum(one.seconds for one in stages.values()),
+        "flops": sum(one.flops for one in stages.values()),
+        "peak_bytes": max(peak, highest),
+        "free_bytes": free_bytes(device),
+        "disk_bytes": preflight.disk_bytes(model, chosen, dtype, stored, cut),
+        "disk_free_bytes": shutil.disk_usage(preflight.above(output)).free,
+        "streamed": stream,
+        "rehearsed_widths": rehearsed and f"1/{rehearsed.shrunk}",
+    }
+
+
+def _why_not(chosen: Recipe) -> str:
+    """Why a cost cannot be told beforehand, or ''."""
+    measured = preflight.why_whole(chosen)
+    if measured and not chosen.searches:
+        return measured
+    reasons = {
+        "a search runs as long as its trials do": chosen.searches,
+        f"{chosen.method} cuts all layers at once": chosen.slices,
+        "--select and presets other than by position try layers": chosen.chops and needs_text(chosen),
+        f"{chosen.method} counts what its text does": chosen.routes,
+        "allocation standardised compares scores of the whole model": chosen.allocation == "standardised",
+    }
+    return next((why for why, so in reasons.items() if so), "")
+
+
+def _plan(model: Any, chosen: Recipe, stored: torch.dtype) -> Plan:
+    if chosen.masks:
+        check(model, method_settings.masking_of(chosen))
+        return Plan()
+    nothing = torch.zeros(0, chosen.seq_len, dtype=torch.long)
+    return planning.make_plan(model, chosen, Texts(nothing, nothing), stored)
+
+
+def _pruning(found: Rehearsed, total: int, cut: int) -> dict[str, Cost]:
+    """Every stage: forward over all layers, the others over those that are cut."""
+    stages = {}
+    for stage, first in found.first.items():
+        further, times = found.further[stage], (total if stage == "forward" else cut) - 1
+        stages[stage] = Cost(first.seconds + times * further.seconds, first.flops + times * further.flops)
+    return stages
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Bytes a second: loading (read, copied, looked through), and writing to the disk of the output."""
+
+    load: float
+    write: float
+
+
+def _speeds(folder: Path, output: Path) -> Speeds:
+    file = max(weight_files(folder, str(folder))[0], key=lambda one: one.stat().st_size)
+    count = min(PROBED, file.stat().st_size)
+
+    def load() -> None:
+        with file.open("rb") as opened:
+            whole = torch.frombuffer(bytearray(opened.read(count)), dtype=torch.uint8)
+        half = whole[: count // 4 * 4].view(torch.float32).to(torch.float32, copy=True)
+        finite(half)
+
+    def write() -> None:
+        with tempfile.TemporaryFile(dir=preflight.above(output)) as made:
+            made.write(bytes(count))
+            made.flush()
+            os.fsync(made.fileno())
+
+    return Speeds(count / rehearsal.seconds(load), count / rehearsal.seconds(write))
+
+
+def _verifying(
+    model: Any,
+    kept: float,
+    size: int,
+    speeds: Speeds,
+    started: float,
+    dtype: torch.dtype,
+    device: torch.device,
+    stream: bool,
+) -> float:
+    """Seconds: written, loaded again and compared; and in a process of its own, which starts and generates, unless layers stream.
+
+    Args:
+        kept: share of the model that is left.
+        size: bytes of what is written.
+        started: seconds that a process takes until it works.
+    """
+    step, batch = rehearsal.passes(model, dtype, device)
+    weight = model.get_output_embeddings().weight
+    rows = torch.randn(min(len(weight), ROWS), weight.shape[1], dtype=dtype, device=device)
+    one, many = (torch.randn(weight.shape[1], count, dtype=dtype, device=device) for count in (2, 64))
+    parts, depth = len(weight) / len(rows), kept * len(layers(model))
+    step = step * depth + parts * rehearsal.seconds(lambda: rows @ one)
+    batch = batch * depth + parts * rehearsal.seconds(lambda: rows @ many)
+    if stream:
+        return size / speeds.write + PAGED * (size / speeds.load + batch)
+    return size / speeds.write + LOADS * size / speeds.load + started + STEPS * step + BATCHES * batch

@@ -1,0 +1,41 @@
+"""The settings of each method, taken from a recipe."""
+
+from billhook.math import layerwise, sparsity
+from billhook.math.sparsity import Pattern
+from billhook.math.taylor import GRADIENT_SCORES
+from billhook.methods.experts import Settings as Ways
+from billhook.methods.fasp import Settings
+from billhook.methods.layerchop import Settings as Patching
+from billhook.methods.masking import Masking
+from billhook.methods.slicegpt import Settings as Slicing
+from billhook.models.families import ROLES
+from billhook.pruning.recipe import Recipe
+
+
+def settings_of(chosen: Recipe) -> Settings:
+    """What a method that scores units may choose, from the recipe."""
+    score = chosen.score if chosen.score not in GRADIENT_SCORES else Settings.score
+    return Settings(score, chosen.ridge, chosen.restores, chosen.correction)
+
+
+def method_settings(chosen: Recipe) -> Settings | Patching | Slicing | Ways:
+    """What the recipe's method may choose, whichever it is."""
+    if chosen.routes:
+        return Ways(chosen.experts, chosen.seed)
+    if chosen.slices:
+        return Slicing(chosen.restoration, chosen.ridge, chosen.correction)
+    return Patching(chosen.patch, chosen.ridge, chosen.correction) if chosen.chops else settings_of(chosen)
+
+
+def masking_of(chosen: Recipe) -> Masking:
+    """What a method that makes zeros is asked for."""
+    pattern = sparsity.parse(chosen.pattern) if chosen.pattern else Pattern(chosen.sparsity)
+    settings = layerwise.Settings(
+        damping=chosen.ridge,
+        refit=chosen.refit,
+        init=chosen.init or None,
+        normalised=chosen.normalised,
+        metric=chosen.metric,
+    )
+    targets = chosen.targets or ROLES
+    return Masking(chosen.method, pattern, targets, chosen.stream, settings, chosen.layer_sparsity, chosen.keep_zeros)

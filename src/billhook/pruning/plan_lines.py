@@ -1,0 +1,50 @@
+"""One line that says, before the work, what will go."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedModel
+
+from billhook.math import layer_presets
+from billhook.models import residual
+from billhook.models.axes import axes
+from billhook.models.plan import Plan
+from billhook.models.sizes import decoder_parameters, saved_by, total_parameters
+from billhook.pruning.residual_budget import record
+from billhook.reports.formatting import ranges
+
+
+def plan_line(model: PreTrainedModel, plan: Plan, budget: str, patches: bool = False) -> str:
+    """What a plan will cut, before it does, in one line; `patches`: also what will make up for the layers that go."""
+    whole, decoder, saved = total_parameters(model), decoder_parameters(model), saved_by(model, plan)
+    found = {axis.kind: [] for axis in axes(model, plan.kinds)}
+    for axis in axes(model, plan.kinds):
+        if axis.layer not in plan.layers:
+            found[axis.kind].append(axis.units - plan.drops.get((axis.layer, axis.kind), 0))
+    kept = [f"{kind} {min(n):,}" + (f"-{max(n):,}" if max(n) > min(n) else "") for kind, n in found.items()]
+    gone = [f"without layers {', '.join(map(str, plan.layers))}"] if plan.layers else []
+    return (
+        f"for {budget}: {whole:,} → {whole - saved:,} parameters, -{saved / decoder:.2%} of the decoder; "
+        f"left in each layer: {', '.join(kept + gone) or 'all'}{_patch_words(plan.layers) if patches else ''}"
+    )
+
+
+def _patch_words(gone: Sequence[int]) -> str:
+    found = [
+        f"the FFN of layer {cut[0] - 1} makes up for {ranges(cut)}"
+        if cut[0]
+        else f"nothing stands before {ranges(cut)}"
+        for cut in layer_presets.cuts(gone)
+    ]
+    return f"; {', '.join(found)}"
+
+
+def residual_line(model: PreTrainedModel, plan: Plan, budget: str) -> str:
+    """What a plan will cut, before it does, in one line."""
+    found, whole = record(model, plan), total_parameters(model)
+    assert found is not None
+    share = plan.residual * residual.price(model)[0] / decoder_parameters(model)
+    head = f"; its head, no longer tied, adds {found['untied_parameters']:,}" if found["untied_parameters"] else ""
+    return (
+        f"for {budget}: {whole:,} → {whole - saved_by(model, plan):,} parameters, -{share:.2%} of the decoder; left of the residual "
+        f"stream: {found['kept']:,} of {found['before']:,} channels{', rotated' if plan.rotate else ''}{head}"
+    )

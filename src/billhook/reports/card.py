@@ -1,0 +1,60 @@
+"""README.md of a checkpoint: the model card."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from billhook.reports import tables
+from billhook.reports.commands import commands
+from billhook.reports.cut_tables import cut_rows
+from billhook.reports.recovery_tables import recovered_words
+
+
+def model_card(report: dict[str, Any]) -> str:
+    """README.md of an output folder: of a pruned model, a pruned and trained one, or one that was only trained."""
+    recipe, recoveries = report.get("recipe"), report.get("recovery") or []
+    parent = tables.plain(str(report.get("parent") or recoveries[-1]["student"]))
+    rows = "\n".join(f"| {tables.plain(name)} | {tables.plain(value)} |" for name, value in cut_rows(report))
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    done, story, tags = [], [], ["billhook"]
+    if recipe:
+        training = "" if recoveries else " without training"
+        done, tags = ["pruned"], [*tags, "pruned", recipe["method"]]
+        story = [f"pruned{training} by {recipe['method']} ({report.get('paper') or 'no paper'})"]
+    if recoveries:
+        done, tags = [*done, "recovered"], [*tags, "recovered"]
+        story += [f"trained by {tables.plain(recovered_words(one))}" for one in recoveries]
+    layout = CARD_LAYOUT[report.get("layout") or "unknown"].format(report.get("model_type") or "transformers")
+    made = "`, then `".join(commands(report))
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [{", ".join(tags)}]
+---
+# {parent}, {" and ".join(done)} by billhook
+
+{layout}, {", then ".join(story)}.
+
+| | |
+|---|---|
+{rows}
+
+Made by `{made}` ({versions}).
+`billhook.json` holds {_holds(recipe, recoveries)}.
+The licence is that of the parent model.
+"""
+
+
+def _holds(recipe: Any, recoveries: Sequence[Any]) -> str:
+    """What a reader finds in billhook.json."""
+    if not recoveries:
+        return "the whole recipe, hashes of the calibration text, and every layer's numbers"
+    recipes = "the whole recipe, every layer's numbers, " if recipe else ""
+    return f"{recipes}the settings of the training, hashes of the texts, and every judgement"
+
+
+CARD_LAYOUT = {
+    "unknown": "A `{}` checkpoint",
+    "uniform": "A stock `{}` checkpoint",
+    "per_layer": "A `{}` checkpoint whose layers differ in size: load it with `billhook.load(path)`, or with "
+    "transformers or vLLM and `trust_remote_code=True`",
+}

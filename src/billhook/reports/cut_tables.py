@@ -1,0 +1,164 @@
+"""The rows that say what a prune did: to the whole model, and layer by layer."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from billhook.reports.formatting import finite, mebibytes, number, percent, ranges, signed
+from billhook.reports.recovery_tables import recovery_rows, selection_words
+from billhook.reports.search_tables import choice_words
+from billhook.reports.tables import begun_words
+
+KINDS = {"ffn": "FFN channels", "heads": "query heads", "groups": "KV groups", "value": "value channels"}
+MANY = 8  # layers: more are not named one by one
+FITS = {"Q4_0, Q8_0": 32, "Marlin": 128, "K-quants": 256}  # what FFN widths must be multiples of
+
+
+def layer_header() -> list[str]:
+    return ["layer", "kept", "without restoration", "restored", "held out", "score gone"]
+
+
+def layer_rows(cuts: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """One row a layer, of cuts of one kind, under `layer_header`."""
+    return [
+        [
+            str(cut["layer"]),
+            f"{cut['units'] - cut['dropped']:,} of {cut['units']:,}",
+            *[number(cut.get(key), "{:.4f}") for key in ("error_without", "error", "error_held_out")],
+            percent(cut.get("score_dropped"), 2),
+        ]
+        for cut in cuts
+    ]
+
+
+def zero_rows(zeros: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How many weights are zero, and what that costs each kind of operator, as (name, value)."""
+    done = zeros["operators"]
+    shares = percent(zeros["sparsity"], 2)
+    rows = [
+        (
+            "zeros",
+            f"{zeros['zeros']:,} of {zeros['weights']:,} weights ({shares}, {zeros['pattern']}; {', '.join(zeros['targets'])}): alone they "
+            "make nothing smaller or faster",
+        )
+    ]
+    means, brackets = [], ""
+    for role in dict.fromkeys(one["role"] for one in done):
+        errors = [one["error"] for one in done if one["role"] == role and finite(one["error"])]
+        apart = [one["error_held_out"] for one in done if one["role"] == role and finite(one["error_held_out"])]
+        unseen = f" ({statistics.fmean(apart):.3f})" if apart else ""
+        brackets = "; in brackets: on held-out windows" if apart else brackets
+        means += [f"{role} {statistics.fmean(errors):.3f}{unseen}"] if errors else []
+    if means:
+        rows.append(("error of each operator", f"{', '.join(means)} (mean of layers, relative{brackets})"))
+    return rows
+
+
+def cut_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What was cut, of what, what it took, and what was trained after it, as (name, value); a cut may be missing."""
+    rows = _pruned_rows(cut) if "cuts" in cut else []
+    rows += recovery_rows(cut.get("recovery") or [])
+    for client in cut.get("loads") or ():
+        rows.append(("loads in", " ".join(str(client[key]) for key in ("client", "version") if client.get(key))))
+    return rows
+
+
+def _pruned_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
+    size, cuts = cut["sizes"], cut.get("cuts") or []
+    before, after = size["before"], size["after"]
+    rows: list[tuple[str, str]] = [
+        (name, f"{before[key]:,} → {after[key]:,} ({signed(size[share], digits)}{asked})")
+        for name, key, share, digits, asked in (
+            ("parameters", "parameters", "achieved_ratio_of_all", 1, ""),
+            ("decoder", "decoder_parameters", "achieved_ratio", 2, f", asked for {size['budget']}"),
+        )
+    ]
+    if zeros := cut.get("zeros"):
+        rows += zero_rows(zeros)
+    rows += residual_rows(cut.get("residual"))
+    if words := cut.get("vocabulary"):
+        grows = f"the calibration text takes {percent(words['calibration_grows'])} more of them"
+        rows.append(("vocabulary", f"{words['before']:,} → {words['kept']:,} tokens; {grows}"))
+    if gone := cut.get("dropped_layers"):
+        kept = f"; kept: {ranges(cut['kept_layers'])}" if cut.get("kept_layers") else ""
+        rows.append(("layers", f"dropped: {ranges(gone)}{kept} (numbered from 0)"))
+    if selection := cut.get("selection"):
+        rows.append(("layers chosen", selection_words(selection)))
+    if search := cut.get("search"):
+        rows.append(("samples and metric" if search.get("pool") else "metric", choice_words(search)))
+    touched = dict.fromkeys(c["kind"] for c in cuts if c["dropped"])
+    for kind in touched:
+        of = [c for c in cuts if c["kind"] == kind]
+        name = str(KINDS.get(kind, kind))
+        rows.append((name, widths(of)))
+        if errors := _errors(of):
+            rows.append((f"{name}, error", errors))
+    if patched := _patched([c for c in cuts if c["kind"] not in touched], gone or ()):
+        rows.append(("patched", patched))
+    if kept := [c["units"] - c["dropped"] for c in cuts if c["kind"] == "ffn" and "ffn" in touched]:
+        fits = [f"{name} ({step}) in {sum(w % step == 0 for w in kept)}" for name, step in FITS.items()]
+        rows.append(("widths fit", f"{', '.join(fits)} of {len(kept)} layers"))
+    rows.append(("calibration", calibration_words(cut)))
+    rows.append(("seconds", ", ".join(f"{stage} {number(s, '{:,.1f}')}" for stage, s in cut["seconds"].items())))
+    rows.append(("peak memory", f"{mebibytes(cut.get('peak_growth_bytes'))} beyond the loaded model"))
+    return rows
+
+
+def residual_rows(narrowed: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """How many channels of the residual stream are left, and what turning it has cost, as (name, value)."""
+    if not narrowed:
+        return []
+    head = narrowed["untied_parameters"]
+    untied = f"; the head, no longer tied to the embeddings, adds {head:,} parameters" if head else ""
+    turned = ", rotated first" if narrowed["rotated"] else ""
+    return [("residual stream", f"{narrowed['before']:,} → {narrowed['kept']:,} channels{turned}{untied}")]
+
+
+def calibration_words(cut: Mapping[str, Any]) -> str:
+    text = cut["calibration"]
+    if not text["windows"]:
+        return "none was needed"
+    seed = (cut.get("recipe") or {}).get("seed")
+    probes = f", {text['probes']} more to probe with" if text.get("probes") else ""
+    said = [f"{text['windows']:,} windows of {text['seq_len']:,} tokens of {text['source']}{probes}", begun_words(text)]
+    return ", ".join(filter(None, [*said, f"seed {seed}" if seed is not None else ""]))
+
+
+def widths(cuts: Sequence[Mapping[str, Any]]) -> str:
+    """What is left of one kind: once where all layers are equal, else the range."""
+    before, after = {c["units"] for c in cuts}, {c["units"] - c["dropped"] for c in cuts}
+    if len(before) == len(after) == 1:
+        return f"{before.pop():,} → {after.pop():,} in each of {len(cuts)} layers"
+    untouched = sum(c["dropped"] == 0 for c in cuts)
+    whole = f", {untouched} of {len(cuts)} layers whole" if untouched else f" in {len(cuts)} layers"
+    return f"{'/'.join(f'{n:,}' for n in sorted(before))} → {min(after):,} to {max(after):,}{whole}"
+
+
+def _patched(cuts: Sequence[Mapping[str, Any]], gone: Sequence[int]) -> str:
+    """Layers that lost nothing themselves and were refitted to make up for those that went: each, or where many, the mean."""
+    if not cuts:
+        return ""
+    if len(cuts) > MANY:
+        return f"layers {ranges(c['layer'] for c in cuts)}: error {_errors(cuts)}"
+    each = []
+    for c in cuts:
+        held = f", {c['error_held_out']:.2f} held out" if finite(c.get("error_held_out")) else ""
+        each.append(f"layer {c['layer']}: error {number(c['error_without'])} → {number(c['error'])}{held}")
+    if 0 in gone:
+        each.append("nothing stands before layer 0 to patch")
+    return "; ".join(each)
+
+
+def _errors(cuts: Sequence[Mapping[str, Any]]) -> str:
+    """Mean relative errors of one kind, over the layers that were cut or not."""
+    means = {}
+    for key in ("error_without", "error", "error_held_out"):
+        known = [c[key] for c in cuts if finite(c.get(key))]
+        means[key] = sum(known) / len(known) if known else None
+    if means["error"] is None:
+        return ""
+    held = f", {means['error_held_out']:.3f} on held-out windows" if means["error_held_out"] is not None else ""
+    if means["error"] == means["error_without"]:  # nothing was repaired
+        return f"{means['error']:.3f}{held} (mean of layers)"
+    by = "merging" if cuts[0]["kind"] == "experts" else "restoration"
+    return f"{number(means['error_without'], '{:.3f}')} → {means['error']:.3f} by {by}{held} (mean of layers)"

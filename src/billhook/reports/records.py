@@ -1,0 +1,89 @@
+"""The record of a result, as plain data: what report.json and billhook.json hold."""
+
+import json
+import math
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from billhook.reports import history
+
+
+def versions() -> dict[str, str]:
+    """What the numbers were made with."""
+    return {"python": platform.python_version()} | {n: version(n) for n in ("billhook", "torch", "transformers")}
+
+
+def conditions(model: PreTrainedModel, command: str, seconds: float | int) -> dict[str, Any]:
+    """Where and how numbers were measured."""
+    return {
+        "command": command,
+        "versions": versions(),
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "seconds": round(seconds, 1),
+    }
+
+
+def assemble(
+    kind: str,
+    title: str,
+    conditions: dict[str, Any],
+    *,
+    cut: dict[str, Any] | None = None,
+    models: Sequence[dict[str, Any]] = (),
+    reference: str | None = None,
+    points: Sequence[dict[str, Any]] = (),
+    knee: dict[str, Any] | None = None,
+    healing: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What report.json holds and `page.render` shows; `kind` is prune, evaluate, compare, sweep or recover.
+
+    Args:
+        cut: the content of a pruned checkpoint's billhook.json.
+        models: of `evaluate.side_by_side`; `reference` names the one that the others are compared with.
+        points: of a leaderboard or a sweep, with its `knee`.
+        healing: the last record of `recovery` in a trained checkpoint's billhook.json.
+    """
+    return {
+        "title": title,
+        "kind": kind,
+        "cut": cut,
+        "models": list(models),
+        "reference": reference,
+        "points": list(points),
+        "knee": knee,
+        "healing": healing,
+        "conditions": conditions,
+    }
+
+
+def stored_cut(folder: Path | None) -> dict[str, Any] | None:
+    """What billhook.json in a checkpoint says was cut; None where there is none, or nothing was.
+
+    Raises:
+        BillhookError: it cannot be read, or a key is missing or of another type; names it.
+    """
+    return history.read(folder) if folder else None
+
+
+def to_json(report: dict[str, Any]) -> str:
+    """The report as JSON: what billhook.json holds and --json prints."""
+    return json.dumps(_jsonable(report), indent=2, allow_nan=False, default=str) + "\n"
+
+
+def _jsonable(value: Any) -> Any:
+    """The same value with null for what JSON has no number for: a broken model's perplexity may be infinite."""
+    if isinstance(value, dict):
+        return {key: _jsonable(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

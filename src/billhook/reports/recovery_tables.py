@@ -1,0 +1,224 @@
+"""What training after a cut did, in words and rows for a terminal, a Markdown card and a page alike.
+
+A recovery is one record of the list `recovery` in billhook.json, a selection its `selection`: candidates that were judged
+after a short training each.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from billhook.reports.formatting import count, finite, mebibytes, number, percent, places, ranges, rate, ratio
+from billhook.reports.tables import begun_words, window_words
+
+TRAINED = {
+    "all": "all parameters",
+    "decoder": "all parameters but embeddings and head",
+    "lora": "low-rank adapters",
+    "spp": "multipliers of rows and columns (SPP)",
+    "head+last3": "the head and the last three layers",
+    "seam": "the layers beside the cut",
+}
+HELD_OUT = ", held out"  # after the name of a training text: windows of it that are not trained on
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What became of the perplexity on one text; None where it was not measured."""
+
+    text: str
+    before: Any
+    after: Any
+    teacher: Any
+    conditions: str
+
+
+def judged(recovery: Mapping[str, Any]) -> list[Judged]:
+    """Every text judged; `after` is of the model that was kept."""
+    steps = recovery.get("evaluations") or []
+    start = next((step["perplexities"] for step in steps if not step["tokens"]), {})
+    kept = next((step["perplexities"] for step in steps if step["tokens"] == recovery.get("kept_tokens")), {})
+    teacher, by = recovery.get("teacher_perplexities") or {}, recovery.get("judged_by") or {}
+    return [
+        Judged(text, start.get(text), kept.get(text), teacher.get(text), window_words(by.get(text) or {}))
+        for text in texts_judged(recovery)
+    ]
+
+
+def texts_judged(recovery: Mapping[str, Any]) -> list[str]:
+    """The texts judged: the training's own, held out, come last."""
+    trained = {f"{text}{HELD_OUT}" for text in recovery["texts"]}
+    found = dict.fromkeys(text for step in recovery.get("evaluations") or () for text in step["perplexities"])
+    return sorted(found, key=lambda text: text in trained)
+
+
+def step_tokens(recovery: Mapping[str, Any]) -> float:
+    """Tokens in a step as they were counted: whole windows, so not always the batch that was asked for."""
+    counted = [step["tokens"] / step["step"] for step in recovery.get("evaluations") or () if step["step"]]
+    return counted[-1] if counted else float(recovery["batch_tokens"])
+
+
+def dropped_after(recovery: Mapping[str, Any]) -> tuple[int, int] | None:
+    """From where to where, in tokens, training went on beyond the model that was kept; None if it did not."""
+    last = max((step["tokens"] for step in recovery.get("evaluations") or ()), default=0)
+    kept = recovery.get("kept_tokens")
+    return (kept, last) if kept is not None and kept < last else None
+
+
+def objective_words(recovery: Mapping[str, Any]) -> str:
+    if recovery["objective"] == "ce":
+        return "continued pretraining"
+    aligned = " with hidden states and embeddings" if recovery.get("states") else ""
+    return f"distillation from {recovery['teacher']}{aligned}"
+
+
+def trained_words(recovery: Mapping[str, Any]) -> str:
+    """Which parameters were trained, and how many of how many."""
+    name = TRAINED.get(recovery["trainable"], str(recovery["trainable"]))
+    some, every = recovery.get("trained_parameters"), recovery.get("parameters")
+    if not (finite(some) and finite(every) and every):
+        return name
+    counted = count(every) if some == every else f"{count(some)} of {count(every)}, {percent(some / every)}"
+    return f"{name} ({counted})"
+
+
+def tokens_words(recovery: Mapping[str, Any]) -> str:
+    """How many tokens made the model that was kept, of how many that were meant to, and of which texts."""
+    planned, kept = recovery["tokens"], recovery.get("kept_tokens")
+    number_of = f"{planned:,}" if kept in (None, planned) else f"{kept:,} of {planned:,}"
+    return f"{number_of} tokens of {texts_words(recovery)}"
+
+
+def passes_words(recovery: Mapping[str, Any]) -> str:
+    return f"{number(recovery.get('passes'), '{:.3g}')} passes over {'them' if len(recovery['texts']) > 1 else 'it'}"
+
+
+def texts_words(recovery: Mapping[str, Any]) -> str:
+    return " and ".join(map(str, recovery["texts"]))
+
+
+def recovered_words(recovery: Mapping[str, Any]) -> str:
+    """One recovery in one line."""
+    trained = TRAINED.get(recovery["trainable"], str(recovery["trainable"]))
+    return f"{objective_words(recovery)}, {tokens_words(recovery)} at {rate(recovery['lr'])}, {trained}"
+
+
+def setting_words(recovery: Mapping[str, Any]) -> str:
+    """All the conditions of a training run, in two sentences."""
+    planned, done = recovery["steps"], len(recovery.get("losses") or ())
+    steps = f"{planned:,}" if done in (0, planned) else f"{done:,} of {planned:,}"
+    likeliest = f"; the teacher's {recovery['top_k']:,} likeliest tokens" if recovery["objective"] == "distill" else ""
+    warming = round((recovery.get("warmup") or 0) * planned)
+    warmup = f", warmed up over {percent(recovery['warmup'], 0)} of them" if warming else ""
+    several = f", {recovery['processes']} processes" if (recovery.get("processes") or 1) > 1 else ""
+    what = f"{objective_words(recovery)}{likeliest}"
+    how_much = f"{tokens_words(recovery)} ({passes_words(recovery)})"
+    return (
+        f"{what[:1].upper()}{what[1:]}; trained: {trained_words(recovery)}; {how_much}. "
+        f"{steps} steps of {step_tokens(recovery):,.0f} tokens, windows of {recovery['seq_len']:,}, rate "
+        f"{rate(recovery['lr'])}{warmup}, in {recovery['precision']}{several}: {speed_words(recovery)}."
+    )
+
+
+def speed_words(recovery: Mapping[str, Any]) -> str:
+    return f"{number(recovery.get('tokens_per_second'), '{:,.0f}')} tokens/s"
+
+
+def factor_words(one: Judged, teacher: Any) -> str:
+    """How far a recovered model is from its teacher on a text; '' where no teacher was judged."""
+    if not finite(one.teacher):
+        return ""
+    factor = f"{ratio(one.after, one.teacher, 2)} of " if finite(one.after) else ""
+    return f"{factor}{teacher}'s {number(one.teacher, places(one.teacher))}"
+
+
+def recovery_rows(recoveries: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """What was trained, for how long, and what it gave, as (name, value); oldest first."""
+    rows = []
+    for n, one in enumerate(recoveries, 1):
+        which = f", {n} of {len(recoveries)}" if len(recoveries) > 1 else ""
+        rows.append((f"recovered{which}", recovered_words(one)))
+        if one.get("stopped"):
+            rows.append(("stopped early", str(one["stopped"])))
+        for text in judged(one):
+            change = f"{number(text.before, places(text.before))} → {number(text.after, places(text.after))}"
+            known = filter(None, (change, factor_words(text, one["teacher"]), text.conditions))
+            rows.append((f"perplexity on {text.text}", "; ".join(known)))
+        took = f"{number(_seconds(one), '{:,.0f}')} s in all, {speed_words(one)} in {one['precision']}"
+        rows.append(("training", f"{took}, {mebibytes(one.get('peak_growth_bytes'))} beyond the loaded model"))
+    return rows
+
+
+def condition_rows(recovery: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Where the numbers of a recovery come from: texts with their hashes, time and memory."""
+    of = f"{recovery['windows']:,} of {recovery['windows_available']:,} windows of {recovery['seq_len']:,} tokens"
+    sums = [f"sha256 {one}" for one in recovery.get("text_sha256") or ()]
+    said = [f"{of} of {texts_words(recovery)}", begun_words(recovery), f"seed {recovery['seed']}", *sums]
+    rows = [("trained on", ", ".join(filter(None, said)))]
+    rows += [(f"text {text}", window_words(score)) for text, score in (recovery.get("judged_by") or {}).items()]
+    took = [f"{stage} {number(s, '{:,.1f}')}" for stage, s in (recovery.get("seconds") or {}).items()]
+    rows += [("seconds", ", ".join(took))] if took else []
+    return [*rows, ("peak memory", f"{mebibytes(recovery.get('peak_growth_bytes'))} beyond the loaded model")]
+
+
+def evaluation_header(recovery: Mapping[str, Any]) -> list[str]:
+    return ["tokens", *texts_judged(recovery)]
+
+
+def evaluation_rows(recovery: Mapping[str, Any]) -> list[list[str]]:
+    """One row an evaluation, with factors of the teacher's perplexities, and the teacher's own last if it was judged."""
+    teacher, texts = recovery.get("teacher_perplexities") or {}, texts_judged(recovery)
+
+    def cells(scores: Mapping[str, Any]) -> list[str]:
+        found = []
+        for text in texts:
+            value, best = scores.get(text), teacher.get(text)
+            factor = f" ({ratio(value, best, 2)})" if finite(value) and finite(best) and scores is not teacher else ""
+            found.append(number(value, places(value)) + factor)
+        return found
+
+    rows = [[f"{step['tokens']:,}", *cells(step["perplexities"])] for step in recovery.get("evaluations") or ()]
+    return [*rows, *([["teacher", *cells(teacher)]] if teacher else [])]
+
+
+def rate_rows(recovery: Mapping[str, Any]) -> list[list[str]]:
+    return [[rate(tried["lr"]), number(tried["loss"], "{:.3f}")] for tried in recovery.get("rates") or ()]
+
+
+def selection_header(selection: Mapping[str, Any]) -> list[str]:
+    return ["candidate", "layers dropped", *_selection_texts(selection), "rank"]
+
+
+def selection_order(selection: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Candidates by their rank after the training; what has none last."""
+    ranks = [one["rank_after"] for one in selection["candidates"]]
+    order = sorted(range(len(ranks)), key=lambda n: (not finite(ranks[n]), ranks[n] if finite(ranks[n]) else 0))
+    return [selection["candidates"][n] for n in order]
+
+
+def selection_rows(selection: Mapping[str, Any]) -> list[list[str]]:
+    """One row a candidate, in the order of `selection_order`, before → after the training."""
+    rows = []
+    for one in selection_order(selection):
+        pairs = [[one[when].get(text) for when in ("before", "after")] for text in _selection_texts(selection)]
+        changes = [" → ".join(number(value, places(value)) for value in pair) for pair in pairs]
+        ranks = " → ".join(number(one[f"rank_{when}"], "{:.0f}") for when in ("before", "after"))
+        rows.append([str(one["name"]), ranges(sorted(one["dropped"])) or "none", *changes, ranks])
+    return rows
+
+
+def selection_words(selection: Mapping[str, Any]) -> str:
+    """How the layers that went were chosen, in one line."""
+    among = f"{selection['chosen']}, of {len(selection['candidates'])} candidates"
+    by = f"perplexity on {selection['by']} after {selection['heal_tokens']:,} tokens of training each"
+    return f"{among}, by {by}"
+
+
+def _selection_texts(selection: Mapping[str, Any]) -> list[str]:
+    """The text that decided first."""
+    texts = [text for one in selection["candidates"] for when in ("before", "after") for text in one[when]]
+    return list(dict.fromkeys([selection["by"], *texts]))
+
+
+def _seconds(recovery: Mapping[str, Any]) -> float:
+    return sum(float(s) for s in (recovery.get("seconds") or {}).values() if finite(s))

@@ -1,0 +1,101 @@
+"""Hidden states of the calibration text between layers: in memory, and beyond a budget in files, each brought back when it is read.
+
+with budget(2**30):
+    state = keep(x)   # in memory, while there is room
+    state.read()      # the same bits
+"""
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from itertools import count
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from billhook.errors import BillhookError, first_line
+from billhook.runtime.atomic import disk_full
+
+
+class Room:
+    """At most `limit` bytes of memory, and a folder for the rest."""
+
+    def __init__(self, limit: int | float) -> None:
+        self.limit, self.used, self.numbers = limit, 0, count()
+        self.folder: Path | None = None
+
+    def file(self) -> Path:
+        if self.folder is None:
+            self.folder = Path(tempfile.mkdtemp(prefix="billhook-hidden-"))
+            weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        return self.folder / str(next(self.numbers))
+
+
+_room: ContextVar[Room | None] = ContextVar("room", default=None)
+
+
+def limit() -> int | float:
+    """Bytes that are kept in memory at most."""
+    room = _room.get()
+    return float("inf") if room is None else room.limit
+
+
+@contextmanager
+def budget(limit: int | float | None) -> Iterator[None]:
+    """Keep at most so many bytes of hidden states in memory while open; None: all."""
+    before = _room.set(Room(float("inf") if limit is None else limit))
+    try:
+        yield
+    finally:
+        _room.reset(before)
+
+
+class State:
+    """The hidden states of one batch."""
+
+    def __init__(self, x: Tensor, room: Room) -> None:
+        self.room, self.bytes = room, x.numel() * x.element_size()
+        self.held: Tensor | None = None
+        self.file: Path | None = None
+        if self.bytes > room.limit:
+            raise BillhookError(
+                f"--hidden-budget {room.limit:,.0f} bytes: the hidden states of one batch alone take {self.bytes:,}: raise it"
+            )
+        if room.used + self.bytes <= room.limit:
+            self.held, room.used = x, room.used + self.bytes
+            return
+        self.file, self.like = room.file(), (x.dtype, x.shape, x.device)
+        try:
+            x.cpu().contiguous().flatten().view(torch.uint8).numpy().tofile(self.file)
+        except OSError as error:
+            why = disk_full(error) or first_line(error)
+            raise BillhookError(f"cannot write hidden states to {self.file}: {why}; raise --hidden-budget") from error
+
+    def read(self) -> Tensor:
+        if self.file is None:
+            assert self.held is not None
+            return self.held
+        dtype, shape, device = self.like
+        mapped = torch.from_file(str(self.file), shared=False, size=shape.numel(), dtype=dtype)
+        return mapped.view(shape).to(
+            device, copy=True
+        )  # off the map, which would count as memory as long as it is there
+
+    def __del__(self) -> None:
+        if self.held is not None:
+            self.room.used -= self.bytes
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)
+
+
+def keep(x: Tensor) -> State:
+    """Put hidden states where the budget says.
+
+    Raises:
+        BillhookError: it has no room for these alone; the disk is full.
+    """
+    return State(x, _room.get() or Room(float("inf")))

@@ -1,0 +1,238 @@
+"""Text in files: plain, or records with a field `text` (JSON by line or as one list, CSV, parquet), packed by gzip or not.
+
+What a file is, and how large, is looked at before it is read, and no line is read further than windows could need.
+"""
+
+import csv
+import gzip
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator
+from io import BufferedIOBase
+from pathlib import Path
+from typing import Any
+from zlib import error as ZlibError
+
+from billhook.errors import BillhookError, first_line
+from billhook.runtime.documents import check_plain
+
+LOG = logging.getLogger("billhook")
+FIELD = "text"
+LARGEST = 2**30  # bytes of a file, unpacked: its tokens take ten times that
+LONGEST = 2**21  # bytes of a line of text: half a million tokens, where a prune looks at a quarter of a million
+LARGEST_RECORD = 2**27  # bytes of what is parsed at once: it takes four times that
+PLAIN = "give a plain file with a part of it"
+SHOWN, LONGEST_NAME = 5, 60  # names in a line, characters of one
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file: all of it, or of records their `text` fields.  What is cut off long lines is said.
+
+    Raises:
+        BillhookError: it cannot be read, is a device or a pipe, is too large, or is empty.
+    """
+    inner = path.with_suffix("") if packed(path) else path
+    read = READERS.get(inner.suffix.lower(), _plain)
+    try:
+        check_plain(path, f"text {path}", PLAIN, LARGEST)
+        with gzip.open(path) if packed(path) else path.open("rb") as file:
+            text = read(path, file)
+    except UnicodeDecodeError as error:
+        raise BillhookError(f"text {path} is not UTF-8 (byte {error.start}): convert it first") from error
+    except (OSError, EOFError, ZlibError) as error:  # gzip's among them
+        raise BillhookError(f"text {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if not text.strip():
+        raise BillhookError(f"text {path} is empty")
+    return text
+
+
+def read_folder(folder: Path) -> str:
+    """The texts of all files below a folder, by name; says which are no texts.
+
+    Raises:
+        BillhookError: as `read_text`, or none of them is a text.
+    """
+    files = sorted(path for path in folder.rglob("*") if not path.is_dir())
+    texts = [path for path in files if is_text(path) and path.is_file()]
+    if not texts:
+        raise BillhookError(f"text folder {folder} holds no {', '.join(READERS)} file")
+    if left := [ascii(str(path.relative_to(folder))) for path in files if path not in set(texts)]:
+        more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
+        LOG.warning("text folder %s: left out, no texts: %s%s", folder, ", ".join(left[:SHOWN]), more)
+    return "\n\n".join(map(read_text, texts))
+
+
+def is_text(path: Path) -> bool:
+    """Whether a name is a text's."""
+    return (path.with_suffix("") if packed(path) else path).suffix.lower() in READERS
+
+
+def name_of(path: Path) -> str:
+    """What a text goes by: its file's name without what says its kind."""
+    return (path.with_suffix("") if packed(path) else path).stem
+
+
+def packed(path: Path) -> bool:
+    """Whether a name says that gzip packed it."""
+    return path.suffix.lower() == ".gz"
+
+
+def _plain(path: Path, file: BufferedIOBase) -> str:
+    lines, cut = [], 0
+    for line, long in _lines(path, file, LONGEST):
+        lines.append(_whole(line) + b"\n" if long else line)
+        cut += long
+    if cut:
+        _say_cut(path, cut)
+    return b"".join(lines).decode("utf-8-sig")
+
+
+def _by_line(path: Path, file: BufferedIOBase) -> str:
+    return _of_records(path, ((n, _parsed(path, f", line {n}", line)) for n, line in _records(path, file)))
+
+
+def _json(path: Path, file: BufferedIOBase) -> str:
+    """One list of records, by itself or under the only key that has one; one record; or records by line, whatever the name says."""
+    content = file.read(LARGEST_RECORD + 1)
+    if len(content) > LARGEST_RECORD:
+        raise BillhookError(f"text {path} is JSON beyond {LARGEST_RECORD:,} bytes: write it as .jsonl, a record a line")
+    try:
+        found = json.loads(content.decode("utf-8-sig"))
+    except (json.JSONDecodeError, RecursionError):  # of lines, one is wrong, or all of them are right
+        lines = enumerate(content.split(b"\n"), 1)
+        return _of_records(path, ((n, _parsed(path, f", line {n}", line)) for n, line in lines if line.strip()))
+    except ValueError as error:  # a number of thousands of digits
+        if isinstance(error, UnicodeDecodeError):
+            raise
+        raise BillhookError(f"text {path}: not JSON ({first_line(error)})") from error
+    if isinstance(found, dict) and FIELD not in found:
+        lists = [one for one in found.values() if isinstance(one, list)]
+        found = lists[0] if len(lists) == 1 else found
+    return _of_records(path, enumerate(found if isinstance(found, list) else [found], 1), "record")
+
+
+def _csv(path: Path, file: BufferedIOBase) -> str:
+    def lines() -> Iterator[str]:
+        for n, line in _records(path, file, blank=True):
+            try:
+                yield line.decode("utf-8-sig" if n == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise BillhookError(f"text {path}, line {n} is not UTF-8: convert it first") from error
+
+    before = csv.field_size_limit(LARGEST_RECORD)
+    try:
+        rows = csv.DictReader(lines())
+        if FIELD not in (rows.fieldnames or []):
+            raise BillhookError(f"text {path} has no column {FIELD!r} (it has {_named(rows.fieldnames or [])})")
+        return _of_records(path, enumerate(rows, 1), "row")
+    except csv.Error as error:
+        raise BillhookError(f"text {path}: not CSV ({error})") from error
+    finally:
+        csv.field_size_limit(before)
+
+
+def _parquet(path: Path, file: BufferedIOBase) -> str:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise BillhookError(
+            f"text {path} is parquet; to read it, install the extra: pip install 'billhook[data]'"
+        ) from error
+    try:
+        rows = pyarrow.parquet.ParquetFile(file)
+        if FIELD not in rows.schema_arrow.names:
+            raise BillhookError(f"text {path} has no column {FIELD!r} (it has {_named(rows.schema_arrow.names)})")
+        batches = rows.iter_batches(batch_size=1024, columns=[FIELD])
+        records = (record for batch in batches for record in batch.to_pylist())
+        return _of_records(path, enumerate(records, 1), "row")
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, ValueError) as error:
+        if isinstance(error, BillhookError):
+            raise
+        raise BillhookError(f"text {path} is no parquet that can be read ({first_line(error)})") from error
+
+
+READERS: dict[str, Callable[[Path, BufferedIOBase], str]] = {  # of other names a file is plain text
+    ".txt": _plain,
+    ".jsonl": _by_line,
+    ".ndjson": _by_line,
+    ".json": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}
+
+
+def _lines(path: Path, file: BufferedIOBase, longest: int) -> Iterator[tuple[bytes, bool]]:
+    """Each line with its end, and whether it is longer than `longest` bytes and was cut there."""
+    total = 0
+    while line := file.readline(longest):
+        cut, end, total = False, line, total + len(line)
+        while not end.endswith(b"\n") and (end := file.readline(LONGEST)):
+            cut, total = True, total + len(end)
+            _check_total(path, total)
+        _check_total(path, total)
+        yield line, cut
+
+
+def _check_total(path: Path, total: int) -> None:
+    if total > LARGEST:
+        raise BillhookError(f"text {path} has more than {LARGEST:,} bytes, unpacked: {PLAIN}")
+
+
+def _whole(line: bytes) -> bytes:
+    """A line without the last character, which a cut may have gone through."""
+    end = len(line)
+    while end and line[end - 1] & 0xC0 == 0x80:
+        end -= 1
+    return line[: max(0, end - 1)]
+
+
+def _records(path: Path, file: BufferedIOBase, blank: bool = False) -> Iterator[tuple[int, bytes]]:
+    """The lines that hold something, or all, numbered from 1."""
+    for n, (line, cut) in enumerate(_lines(path, file, LARGEST_RECORD), 1):
+        if cut:
+            raise BillhookError(f"text {path}, line {n}: a record of more than {LARGEST_RECORD:,} bytes: cut it")
+        if blank or line.strip():
+            yield n, line
+
+
+def _parsed(path: Path, where: str, line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise BillhookError(f"text {path}{where} is not UTF-8 (byte {error.start}): convert it first") from error
+    except RecursionError:
+        raise BillhookError(f"text {path}{where}: not JSON (nested too deeply)") from None
+    except ValueError as error:  # no JSON, or a number of thousands of digits
+        raise BillhookError(f"text {path}{where}: not JSON ({getattr(error, 'msg', error)})") from error
+
+
+def _of_records(path: Path, records: Iterable[tuple[int, Any]], kind: str = "line") -> str:
+    """The texts of numbered records, as one."""
+    texts, cut, total = [], 0, 0
+    for n, record in records:
+        if not isinstance(record, dict) or not isinstance(record.get(FIELD), str):
+            raise BillhookError(f"text {path}, {kind} {n}: no field {FIELD!r} that holds a string")
+        text = record[FIELD]
+        if re.search("[\ud800-\udfff]", text):
+            raise BillhookError(f"text {path}, {kind} {n}: half a character (a lone surrogate): convert it first")
+        if len(text) > LONGEST:
+            short = "\n".join(line[:LONGEST] for line in text.split("\n"))
+            cut, text = cut + (len(short) < len(text)), short
+        texts.append(text)
+        _check_total(path, total := total + len(text))
+    if cut:
+        _say_cut(path, cut)
+    return "\n\n".join(texts)
+
+
+def _say_cut(path: Path, lines: int) -> None:
+    LOG.warning(
+        "text %s: of %s the first %s bytes are read", path, "a line" if lines == 1 else f"{lines} lines", f"{LONGEST:,}"
+    )
+
+
+def _named(columns: Iterable[str]) -> str:
+    names = list(columns)
+    return ", ".join(ascii(name)[:LONGEST_NAME] for name in names[:SHOWN]) + (", …" if len(names) > SHOWN else "")

@@ -1,0 +1,29 @@
+"""Pydantic's refusals, in one line."""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from billhook.errors import BillhookError, one_of
+
+Settled = TypeVar("Settled", bound=BaseModel)
+
+
+def checked(model: type[Settled], settings: Mapping[str, Any]) -> Settled:
+    """Settings as a `model` of them; what is wrong is said in one line.
+
+    Raises:
+        BillhookError: an unknown setting or an impossible value, the first one found.
+    """
+    for name in settings:
+        one_of("setting", name, model.model_fields)
+    try:
+        return model(**settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        if "ctx" in first and isinstance(inner := first["ctx"].get("error"), BillhookError):
+            raise inner from None
+        name = ".".join(map(str, first["loc"])).replace("_", "-")
+        given = "" if first["type"] == "missing" else f" {first['input']!r}"
+        raise BillhookError(f"{name}{given}: {first['msg'].lower().replace('tuple', 'list')}") from None

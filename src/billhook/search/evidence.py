@@ -1,0 +1,227 @@
+"""One backward pass over a pool of windows, and what it leaves: every metric of any mixture of the windows, without data."""
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from billhook.calibration.gradients import each_window, gradient_sums, pooled
+from billhook.math.taylor import gate_fisher
+from billhook.models.axes import Axis, Slot, axes, reader_weight
+from billhook.models.plan import Place
+from billhook.runtime import atomic, cache, tensor_files
+from billhook.runtime.headers import load
+from billhook.runtime.progress import Tick, quiet
+from billhook.search.metrics import PoolEvidence, UnitEvidence, mixtures
+from billhook.tensors import Scores, Tokens
+
+CHUNK = 1 << 16  # entries of a weight that are mixed at a time: in the cache
+
+
+def evidence(
+    model: PreTrainedModel,
+    tokens: Tokens,
+    clusters: Tensor,
+    kinds: tuple[str, ...],
+    *,
+    folder: Path | None = None,
+    tick: Tick = quiet,
+) -> PoolEvidence:
+    """What `tokens` (windows, length) say of every unit of the axes of `kinds`; kept in `folder`, if there is one.
+
+    Args:
+        clusters: number of the cluster of each window, from 0.
+
+    Raises:
+        BillhookError: as `gradients.gradient_sums`; what was kept cannot be read.
+    """
+    key = {
+        **cache.model_key(model),
+        "windows": cache.digest({"tokens": tokens.tolist(), "clusters": clusters.tolist()}),
+        "kinds": list(kinds),
+    }
+
+    def gathered() -> dict[str, Tensor]:
+        units = _gathered(model, tokens, clusters, kinds, tick)
+        parts = {f"{n}.{kind}": vars(one) for (n, kind), one in units.items()}
+        return {f"{place}.{name}": value for place, one in parts.items() for name, value in one.items()}
+
+    fields: dict[Place, dict[str, Tensor]] = {}
+    for name, value in _kept(folder, "pool", key, gathered).items():
+        n, kind, field = name.split(".")
+        fields.setdefault((int(n), kind), {})[field] = value
+    return PoolEvidence({place: UnitEvidence(**each) for place, each in sorted(fields.items())}, clusters)
+
+
+def gate_fishers(
+    model: PreTrainedModel, tokens: Tokens, kinds: tuple[str, ...], *, folder: Path | None = None, tick: Tick = quiet
+) -> dict[Place, Scores]:
+    """The mean over windows of the squared gradient of a gate on each unit; kept in `folder`, if there is one.
+
+    Raises:
+        BillhookError: as `evidence`.
+    """
+    key = {
+        **cache.model_key(model),
+        "windows": cache.digest({"tokens": tokens.tolist()}),
+        "kinds": list(kinds),
+    }
+
+    def gathered() -> dict[str, Tensor]:
+        sums = gradient_sums(model, tokens, kinds, tick=tick)
+        return {f"{n}.{kind}": gate_fisher(each).cpu() / len(tokens) for (n, kind), each in sums.items()}
+
+    found = _kept(folder, "gates", key, gathered)
+    return {(int(n), kind): value for name, value in found.items() for n, kind in [name.split(".")]}
+
+
+def _kept(
+    folder: Path | None, name: str, key: dict[str, Any], make: Callable[[], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """`make()`, or what it gave before where `folder` has it under the same key."""
+    if folder is None:
+        return make()
+    path = cache.path(folder, name, key, "safetensors")
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic.file(path) as work:
+            tensor_files.write(make(), work)
+    return load(path, "delete it, it will be made again")
+
+
+def _gathered(
+    model: PreTrainedModel, tokens: Tokens, clusters: Tensor, kinds: tuple[str, ...], tick: Tick
+) -> dict[Place, UnitEvidence]:
+    found = axes(model, kinds)
+    uses: dict[nn.Parameter, list[tuple[Slot, Tensor]]] = {}  # by identity: a tied parameter has one gradient
+    sums = [torch.zeros(3, len(axis.slots), len(tokens), axis.units) for axis in found]
+    for axis, into in zip(found, sums, strict=True):
+        for s, slot in enumerate(axis.slots):
+            uses.setdefault(model.get_parameter(slot.param), []).append((slot, into[:, s]))
+    slots, done = [slot for axis in found for slot in axis.slots], 0
+    with tempfile.TemporaryDirectory() as scratch:
+        gradients = _Gradients(Path(scratch), list(uses))
+        energies = _Energies(model, found, len(tokens))
+        for cluster in range(int(clusters.max()) + 1):
+            own = (clusters == cluster).nonzero().flatten()
+
+            def take(
+                n: int, param: nn.Parameter, grad: Tensor, entries: Mapping[int, Tensor], own: Tensor = own
+            ) -> None:
+                gradients.add(param, grad)
+                for slot, into in uses[param]:
+                    into[:, own[n]] = pooled(entries[slot.dim], slot).float().cpu()
+
+            def heard(stage: str, n: int, total: int, before: int = done) -> None:
+                tick(stage, before + n, len(tokens))
+
+            with energies.watched(own) as begin:
+                each_window(model, tokens[own], slots, take, held=gradients.bytes, begin=begin, tick=heard)
+            gradients.close(cluster)
+            done += len(own)
+        weighed = _mixed(model, slots, gradients, clusters, tick)
+    units = {}
+    for axis, (signed, absolute, squared), energy in zip(found, sums, energies.found, strict=True):
+        first, mixed = torch.stack([weighed[slot] for slot in axis.slots], 2)
+        magnitude = torch.stack([_magnitude(model, slot) for slot in axis.slots])
+        units[axis.layer, axis.kind] = UnitEvidence(
+            signed.clone(), absolute.clone(), squared.clone(), first.clone(), mixed.clone(), energy, magnitude
+        )
+    return units
+
+
+class _Gradients:
+    """Sums of g and g^2 over the windows of each cluster: one cluster's in memory, those before it on disk."""
+
+    def __init__(self, folder: Path, params: Sequence[nn.Parameter]) -> None:
+        self.folder, self.names = folder, {param: str(n) for n, param in enumerate(params)}
+        self.open: dict[nn.Parameter, Tensor] = {}
+        self.bytes = sum(2 * 4 * param.numel() for param in params)
+
+    def add(self, param: nn.Parameter, grad: Tensor) -> None:
+        if param not in self.open:
+            self.open[param] = torch.zeros(2, *param.shape, device=param.device)
+        self.open[param][0].add_(grad)
+        self.open[param][1].addcmul_(grad, grad)
+
+    def close(self, cluster: int) -> None:
+        """Bfloat16 is enough: three digits of entries that are summed over a unit."""
+        file = self.folder / str(cluster)
+        tensor_files.write({self.names[param]: both.bfloat16() for param, both in self.open.items()}, file)
+        self.open.clear()
+
+    def of(self, param: nn.Parameter, clusters: int) -> Tensor:
+        """(clusters, 2, *shape)"""
+        found = []
+        for cluster in range(clusters):
+            with safe_open(self.folder / str(cluster), "pt") as file:
+                found.append(file.get_tensor(self.names[param]))
+        return torch.stack(found)
+
+
+@torch.no_grad()
+def _mixed(
+    model: PreTrainedModel, slots: Sequence[Slot], gradients: _Gradients, clusters: Tensor, tick: Tick
+) -> dict[Slot, Tensor]:
+    """For every slot and mixture of clusters, param_first and param_mix of each unit: (2, mixtures, units)."""
+    sizes = clusters.bincount().float()
+    levels = torch.tensor(mixtures(len(sizes)), dtype=torch.float32)
+    levels = levels / (levels @ sizes).unsqueeze(1)  # pi of one window of each cluster
+    found = {}
+    for n, slot in enumerate(slots):
+        tick("mixing gradients", n, len(slots))
+        param = model.get_parameter(slot.param)
+        size = param.shape[slot.dim]
+        w = param.detach().cpu().float().movedim(slot.dim, 0).reshape(size, -1)
+        sums = gradients.of(param, len(sizes)).movedim(slot.dim + 2, 2).reshape(len(sizes), 2, size, -1)
+        rows, parts = max(1, CHUNK // w.shape[1]), []
+        for start in range(0, len(w), rows):
+            weight, some = w[start : start + rows], sums[:, :, start : start + rows].float()
+            linear, square = ((levels @ some[:, order].flatten(1)).view(len(levels), *weight.shape) for order in (0, 1))
+            linear *= weight
+            first = linear.abs().sum(2)
+            parts.append(torch.stack([first, linear.sub_(square.mul_(weight).mul_(weight), alpha=0.5).abs_().sum(2)]))
+        found[slot] = torch.cat(parts, 2)[:, :, slot.index].sum(3)
+    tick("mixing gradients", len(slots), len(slots))
+    return found
+
+
+class _Energies:
+    """The energy of what enters each reader, by window and unit."""
+
+    def __init__(self, model: PreTrainedModel, axes: Sequence[Axis], windows: int) -> None:
+        self.model, self.axes, self.window = model, axes, 0
+        self.found = [torch.zeros(windows, axis.units) for axis in axes]
+
+    @contextmanager
+    def watched(self, own: Tensor) -> Iterator[Callable[[int], None]]:
+        """While open, forward passes are seen; yields what must be told which of the windows `own` comes next."""
+
+        def begin(n: int) -> None:
+            self.window = int(own[n])
+
+        with ExitStack() as undo:
+            for axis, into in zip(self.axes, self.found, strict=True):
+                module = self.model.get_submodule(axis.reader_module)
+                undo.callback(module.register_forward_pre_hook(self._watcher(axis, into)).remove)
+            yield begin
+
+    def _watcher(self, axis: Axis, into: Tensor) -> Callable[..., None]:
+        norms = reader_weight(self.model, axis).detach().float().square().sum(0)
+
+        @torch.no_grad()
+        def watch(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+            into[self.window] = axis.pool(given[0].float().flatten(0, -2).square().sum(0) * norms).cpu()
+
+        return watch
+
+
+def _magnitude(model: PreTrainedModel, slot: Slot) -> Scores:
+    param = model.get_parameter(slot.param).detach().float()
+    return param.square().movedim(slot.dim, 0).reshape(param.shape[slot.dim], -1).sum(1).cpu()[slot.index].sum(1)

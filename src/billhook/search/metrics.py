@@ -1,0 +1,151 @@
+"""AdaPruner's solution space (Kong et al. 2025, arXiv:2503.06184): calibration samples and importance metric, chosen together.
+
+The paper's method section is not public; its outline is.  Here a point of the space is a mixture of windows from a pool and
+a metric, and every point is worth a few sums over what one backward pass over the pool has left (`UnitEvidence`):
+
+    S = w * dL_n/dw for every entry of a slot in window n;  A_n, B_n, D_n the sums of S, |S|, S^2 over a unit's entries
+    pi_n  share of window n in the mixture, summing to 1
+
+What is linear in n is exact for every mixture.  What takes a modulus after summing over windows (LLM-Pruner's param_first and
+param_mix, arXiv:2305.11627) was summed for mixtures of clusters alone: a draw inside a cluster changes them by the clusters'
+shares only.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from billhook.models.plan import Place
+from billhook.tensors import Clusters, Scores, Shares, SlotMixtures, SlotUnits, SlotWindows, WindowUnits
+
+Levels = tuple[int, ...]  # how much a window of each cluster weighs
+
+
+@dataclass(frozen=True)
+class UnitEvidence:
+    """What a pool of windows says of the units of one axis, slot by slot: those that write it, and last what reads it."""
+
+    signed: SlotWindows  # A
+    absolute: SlotWindows  # B
+    squared: SlotWindows  # D
+    first: SlotMixtures  # sum |S_pi|, S_pi = sum_n pi_n S_n, for every mixture of clusters
+    mixed: SlotMixtures  # sum |S_pi - 1/2 sum_n pi_n S_n^2|
+    energy: WindowUnits  # sum_c ||W_:,c||_2^2 sum_t x_tc^2 over the reader's columns c of the unit
+    magnitude: SlotUnits  # sum w^2
+
+
+@dataclass(frozen=True)
+class PoolEvidence:
+    """The evidence of every axis, and which cluster each window of the pool belongs to."""
+
+    units: Mapping[Place, UnitEvidence]
+    clusters: Clusters
+
+    @property
+    def count(self) -> int:
+        return int(self.clusters.max()) + 1
+
+
+@dataclass(frozen=True)
+class Solution:
+    """One point: which samples, which metric."""
+
+    levels: Levels  # of each cluster
+    count: int = 0  # windows drawn of those whose level is not 0; 0: all
+    draw: int = 0  # which ones
+    coefficients: Mapping[str, float] = field(default_factory=dict)  # of TERMS
+    power: float = 1.0  # of every term
+    reduction: str = "sum"  # of the slots of a unit
+    within: bool = True  # terms are divided by their mean in the layer, not in the whole model
+
+    def describe(self) -> dict[str, Any]:
+        return {**asdict(self), "levels": list(self.levels), "coefficients": dict(self.coefficients)}
+
+
+Term = Callable[[UnitEvidence, Tensor, int], Tensor]  # evidence, pi, number of the mixture -> (slots or 1, units)
+TERMS: dict[str, tuple[Term, str]] = {
+    "vectorize": (lambda e, pi, m: (pi @ e.signed).abs(), "|sum_n pi_n A_n|: LLM-Pruner's vector-wise first order"),
+    "param_first": (lambda e, pi, m: e.first[m], "sum |w g|, g the mixture's gradient: LLM-Pruner's Element1"),
+    "param_second": (lambda e, pi, m: pi @ e.squared, "sum_n pi_n D_n: LLM-Pruner's Element2, a diagonal Fisher"),
+    "param_mix": (lambda e, pi, m: e.mixed[m], "both orders: LLM-Pruner's param_mix"),
+    "window_first": (lambda e, pi, m: pi @ e.absolute, "sum_n pi_n B_n: first order, window by window"),
+    "gate_fisher": (
+        lambda e, pi, m: (pi @ e.signed[-1].square())[None],
+        "sum_n pi_n A_n^2 of the reader (arXiv:2204.09656)",
+    ),
+    "magnitude": (lambda e, pi, m: e.magnitude, "sum w^2: no data"),
+    "energy": (lambda e, pi, m: (pi @ e.energy)[None], "squared output error of zeroing what reads the unit"),
+}
+LLM_PRUNER = ("vectorize", "param_first", "param_second", "param_mix")
+REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda slots: slots.sum(0),
+    "prod": lambda slots: slots.prod(0),
+    "max": lambda slots: slots.amax(0),
+    "down": lambda slots: slots[-1],  # the reader alone
+}
+SPARSEST = (0, 1)  # levels where clusters are many
+FEW = 4  # clusters, at most, whose windows may also weigh twice
+
+
+def mixtures(clusters: int) -> list[Levels]:
+    """Every mixture of clusters that evidence is gathered for: in lowest terms, so that no two are the same."""
+    levels = (0, 1, 2) if clusters <= FEW else SPARSEST
+    return [each for each in itertools.product(levels, repeat=clusters) if 1 in each]
+
+
+def shares(clusters: Clusters, solution: Solution) -> Shares:
+    """pi: what each window weighs, float32."""
+    weights = torch.tensor(solution.levels, dtype=torch.float32)[clusters]
+    if solution.count and solution.count < int((weights > 0).sum()):
+        order = torch.randperm(len(weights), generator=torch.Generator().manual_seed(solution.draw))
+        drawn = order[weights[order] > 0][: solution.count]
+        weights = torch.zeros_like(weights).index_copy_(0, drawn, weights[drawn])
+    return weights / weights.sum()
+
+
+def scores(evidence: PoolEvidence, solution: Solution) -> dict[Place, Scores]:
+    """The importance of every unit at one point of the space.
+
+        s_u = sum_t c_t (R_t,u / mean R_t)^p,   R_t = the reduction of term t over the unit's slots
+
+    The means are over the units of one axis (`within`) or over all of the same kind; float64 from there on.
+    """
+    pi, mixture = shares(evidence.clusters, solution), mixtures(evidence.count).index(solution.levels)
+    reduce, found = REDUCTIONS[solution.reduction], {}
+    for name, coefficient in solution.coefficients.items():
+        if coefficient:
+            raw = {place: reduce(TERMS[name][0](each, pi, mixture).double()) for place, each in evidence.units.items()}
+            means = _means(raw, solution.within)
+            for place, values in raw.items():
+                part = coefficient * (values / means[place]).pow(solution.power)
+                found[place] = found[place] + part if place in found else part
+    return found
+
+
+def _means(raw: Mapping[Place, Tensor], within: bool) -> dict[Place, Tensor]:
+    """What each axis's values are divided by; 1 where all of them are 0."""
+    own = {place: values.mean() for place, values in raw.items()}
+    if not within:
+        kinds = {kind for _, kind in raw}
+        whole = {kind: torch.stack([mean for (_, k), mean in own.items() if k == kind]).mean() for kind in kinds}
+        own = {place: whole[place[1]] for place in own}
+    return {place: mean if mean > 0 else torch.ones_like(mean) for place, mean in own.items()}
+
+
+def fixed(clusters: int, terms: Sequence[str] = tuple(TERMS)) -> dict[str, Solution]:
+    """The known metrics, each alone on the whole pool: what a search starts from, and may never do worse than."""
+    whole = Solution((1,) * clusters)
+    return {name: replace(whole, coefficients={name: 1.0}) for name in terms}
+
+
+def digest(dropped: Mapping[Place, Tensor]) -> str:
+    """The same for masks that drop the same units."""
+    found = hashlib.sha256()
+    for (layer, kind), units in sorted(dropped.items()):
+        found.update(f"{layer} {kind}".encode() + units.cpu().numpy().tobytes())
+    return found.hexdigest()[:16]

@@ -1,0 +1,91 @@
+"""Optuna, and nothing else of it: a study in memory that is told what trials are worth.
+
+A sampler draws from its seed and from what it was told, so the same answers give the same questions: what is kept on disk are the
+answers (billhook.search.trials), and a search that was cut off asks its way back to where it was.  (Optuna's own journal would hold pickles
+for some samplers.)
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from billhook.errors import BillhookError
+from billhook.search.space import Dimension
+
+SAMPLERS = {
+    "tpe": "tree-structured Parzen estimators, over all dimensions together (AdaPruner's)",
+    "gp": "a Gaussian process",
+    "cmaes": "evolution of a normal distribution",
+    "nsga2": "a genetic algorithm",
+    "random": "no learning: the control",
+}
+STARTUP = 10  # trials that are random before a sampler learns
+
+
+class Study:
+    """Asks for values of the dimensions, batch by batch, and is told the loss of each."""
+
+    def __init__(self, dimensions: Mapping[str, Dimension], sampler: str, seed: int) -> None:
+        optuna = _optuna()
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        kinds = optuna.samplers
+        made = {
+            "tpe": lambda: kinds.TPESampler(multivariate=True, n_startup_trials=STARTUP, seed=seed),
+            "gp": lambda: kinds.GPSampler(n_startup_trials=STARTUP, seed=seed, deterministic_objective=False),
+            "cmaes": lambda: kinds.CmaEsSampler(n_startup_trials=STARTUP, seed=seed),
+            "nsga2": lambda: kinds.NSGAIISampler(population_size=STARTUP, seed=seed),
+            "random": lambda: kinds.RandomSampler(seed=seed),
+        }
+        self._optuna, self._trials = optuna, {}
+        self._distributions = {name: _distribution(optuna, one) for name, one in dimensions.items()}
+        with warnings.catch_warnings():  # experimental, says Optuna of `multivariate` and of GP
+            warnings.simplefilter("ignore")
+            self._study = optuna.create_study(sampler=made[sampler]())
+
+    def ask(self, count: int, first: Sequence[Mapping[str, Any]] = ()) -> list[tuple[int, dict[str, Any]]]:
+        """`count` numbered trials, those of `first` before any that the sampler draws."""
+        for given in first:
+            self._study.enqueue_trial(dict(given))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trials = [self._study.ask(self._distributions) for _ in range(count)]
+        self._trials |= {trial.number: trial for trial in trials}
+        return [(trial.number, dict(trial.params)) for trial in trials]
+
+    def tell(self, number: int, loss: float | None) -> None:
+        """What a trial is worth; None: nothing can be said of it."""
+        failed = self._optuna.trial.TrialState.FAIL
+        self._study.tell(number, loss) if loss is not None else self._study.tell(number, state=failed)
+
+    def drop(self, number: int, proxy: float) -> None:
+        """A trial that looked too bad to be tried; samplers that know of such (tpe) learn from the order of the proxies."""
+        trial = self._trials[number]
+        trial.report(proxy, step=0)
+        self._study.tell(trial, state=self._optuna.trial.TrialState.PRUNED)
+
+    def importance(self) -> dict[str, float]:
+        """Share of the losses' variance that each dimension explains by itself (fANOVA); nothing where all are alike."""
+        try:
+            found = self._optuna.importance.get_param_importances(
+                self._study, evaluator=self._optuna.importance.FanovaImportanceEvaluator(seed=0)
+            )
+        except (ValueError, RuntimeError):  # fewer than two different trials, or no variance
+            return {}
+        return {name: float(share) for name, share in found.items()}
+
+
+def _distribution(optuna: Any, one: Dimension) -> Any:
+    kinds = optuna.distributions
+    if one.choices:
+        return kinds.CategoricalDistribution(one.choices)
+    if isinstance(one.step, int):
+        return kinds.IntDistribution(int(one.low), int(one.high), step=one.step)
+    return kinds.FloatDistribution(one.low, one.high, step=one.step)
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError as error:
+        raise BillhookError("a search needs the extra: pip install 'billhook[search]'") from error
+    return optuna
