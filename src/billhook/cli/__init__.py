@@ -1,9 +1,10 @@
 """The command line: parse, call, print.  Bad input prints one line and leaves with exit code 2.
 
+commands  The app and its commands by name: a command's own module is imported once it is asked for
 compare   Commands that prune many times and judge: compare, sweep
 evaluate  Commands that look at models: evaluate, inspect, methods
 export    Commands that carry a result to where it is served: check, export
-options   What the commands share: the app, the consoles, common options, and the progress bar
+options   What the commands share: the consoles, common options, and the progress bar
 prune     The command prune
 recover   Commands that train, and say beforehand what training buys: recover, plan
 run       Commands that prune without options: run, demo
@@ -18,13 +19,12 @@ from typing import Annotated, NoReturn, cast
 import psutil
 import typer
 
-from billhook.cli import compare, evaluate, export, prune, recover, run, search
-from billhook.cli.options import app
+from billhook.cli.commands import app
 from billhook.errors import BillhookError
 from billhook.runtime import ending
 from billhook.runtime.scratch import scratch
 
-__all__ = ["app", "compare", "evaluate", "export", "main", "prune", "recover", "run", "search"]
+__all__ = ["app", "main"]
 # typer brings a click of its own or the real one, by version; both derive every parse error from one class
 UsageError = cast(type[typer.BadParameter], typer.BadParameter.__mro__[1])
 INTERRUPTED = 130

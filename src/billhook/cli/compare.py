@@ -9,6 +9,7 @@ import typer
 from billhook import data, demo
 from billhook.calibration.walk import STREAMS
 from billhook.checkpoints import load
+from billhook.cli.commands import app
 from billhook.cli.options import (
     Device,
     Dtype,
@@ -19,7 +20,6 @@ from billhook.cli.options import (
     SeqLen,
     Texts,
     Windows,
-    app,
     check_outputs,
     check_seq_len,
     choice,

@@ -13,6 +13,7 @@ from billhook.calibration.layer_importance import PRESETS
 from billhook.calibration.linears import STREAMS as MASK_STREAMS
 from billhook.calibration.walk import STREAMS
 from billhook.checkpoints import load
+from billhook.cli.commands import app
 from billhook.cli.options import (
     Device,
     Dtype,
@@ -25,7 +26,6 @@ from billhook.cli.options import (
     Stream,
     Texts,
     Windows,
-    app,
     check_outputs,
     check_seq_len,
     command_line,

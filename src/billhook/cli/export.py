@@ -13,7 +13,8 @@ from billhook.checkpoints.clients import check
 from billhook.checkpoints.gguf.architectures import QUANTIZER
 from billhook.checkpoints.gguf.write import QUANTIZE, write_gguf
 from billhook.checkpoints.publish import check_apart
-from billhook.cli.options import Json, Model, Overwrite, app, choice, out, progress
+from billhook.cli.commands import app
+from billhook.cli.options import Json, Model, Overwrite, choice, out, progress
 from billhook.errors import BillhookError, one_of
 from billhook.reports import records
 from billhook.runtime import atomic

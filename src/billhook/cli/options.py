@@ -1,4 +1,4 @@
-"""What the commands share: the app, the consoles, common options, and the progress bar."""
+"""What the commands share: the consoles, common options, and the progress bar."""
 
 import os
 import shlex
@@ -31,13 +31,6 @@ from billhook.reports import tables, terminal
 from billhook.runtime import atomic, ending, run_folder
 from billhook.runtime.progress import Tick
 
-app = typer.Typer(
-    name="billhook",
-    help="Prune a Hugging Face causal language model into a smaller, faster checkpoint.\n\n"
-    "MODEL is a folder, a hub id (owner/name), a .gguf file, or 'demo' (SmolLM2-135M-Instruct). Start with: billhook demo",
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-)
 out, err = Console(), Console(stderr=True)
 WARN_AS_BYTES = 0.05  # share of the calibration text's characters
 WARN_GROWTH = (

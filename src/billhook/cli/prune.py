@@ -9,6 +9,7 @@ from billhook.calibration.layer_importance import MEASURED, PRESETS
 from billhook.calibration.linears import ALONE
 from billhook.calibration.linears import STREAMS as MASK_STREAMS
 from billhook.calibration.walk import STREAMS
+from billhook.cli.commands import app
 from billhook.cli.options import (
     Device,
     Dtype,
@@ -23,7 +24,6 @@ from billhook.cli.options import (
     Rotate,
     SeqLen,
     Stream,
-    app,
     check_free_of,
     choice,
     listed,

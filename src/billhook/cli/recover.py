@@ -10,6 +10,7 @@ from accelerate import PartialState
 
 from billhook.checkpoints.clients import check
 from billhook.checkpoints.publish import check_out
+from billhook.cli.commands import app
 from billhook.cli.options import (
     Device,
     Json,
@@ -17,7 +18,6 @@ from billhook.cli.options import (
     Output,
     Overwrite,
     SeqLen,
-    app,
     choice,
     err,
     going_on,

@@ -9,7 +9,8 @@ from rich.table import Table
 
 from billhook import data, demo
 from billhook.checkpoints import load
-from billhook.cli.options import Fresh, Json, Output, Overwrite, app, out, print_measures, progress, prune_to
+from billhook.cli.commands import app
+from billhook.cli.options import Fresh, Json, Output, Overwrite, out, print_measures, progress, prune_to
 from billhook.errors import BillhookError
 from billhook.evaluation import side_by_side
 from billhook.pruning.prune import measure

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from billhook.cli.commands import app
 from billhook.cli.options import (
     Device,
     Dtype,
@@ -18,7 +19,6 @@ from billhook.cli.options import (
     Ratio,
     Ray,
     SeqLen,
-    app,
     choice,
     listed,
     out,
