@@ -1,4 +1,4 @@
-"""`billhook plan`: what minutes buy, from measured speed, and commands that billhook itself takes."""
+"""`billhook forecast`: what minutes buy, from measured speed, and commands that billhook itself takes."""
 
 import json
 import shlex
@@ -49,7 +49,7 @@ def test_it_measures_and_prints(
 ) -> None:
     line = [
         "billhook",
-        "plan",
+        "forecast",
         str(folder),
         "--ratio",
         "0.3",

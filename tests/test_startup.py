@@ -6,7 +6,7 @@ import sys
 import pytest
 import typer
 
-from billhook.cli.commands import COMMANDS, app, command
+from billhook.cli.commands import COMMANDS, FORMER, app, command
 
 HEAVY = ("torch", "transformers", "scipy", "datasets", "lm_eval")
 RUN = f"""
@@ -48,6 +48,13 @@ def test_a_command_is_listed_as_it_says_itself(name: str) -> None:
     assert whole.name == name and whole.params
     assert whole.help.splitlines()[0] == COMMANDS[name][1]
     assert listed.help.splitlines()[0] == COMMANDS[name][1]
+
+
+def test_a_former_name_is_understood(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, now in FORMER.items():
+        with pytest.raises(SystemExit):
+            typer.main.get_command(app)([name, "--help"], prog_name="billhook")
+        assert f"billhook {now}" in capsys.readouterr().out
 
 
 def test_every_command_is_listed() -> None:

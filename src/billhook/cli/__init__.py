@@ -6,7 +6,7 @@ evaluate  Commands that look at models: evaluate, inspect, methods
 export    Commands that carry a result to where it is served: check, export
 options   What the commands share: the consoles, common options, and the progress bar
 prune     The command prune
-recover   Commands that train, and say beforehand what training buys: recover, plan
+recover   Commands that train, and say beforehand what training buys: recover, forecast
 run       Commands that prune without options: run, demo
 search    The command that searches for calibration samples and metric before it prunes: search
 """

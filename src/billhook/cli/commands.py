@@ -24,7 +24,7 @@ COMMANDS = {  # name: module, first line of its help
     "methods": ("evaluate", "List every method: paper, what it prunes, what it needs."),
     "prune": ("prune", "Prune MODEL once, without training; write OUT, reload it and compare."),
     "recover": ("recover", "Train a pruned MODEL back, by distillation or on text; write OUT, reload it and compare."),
-    "plan": (
+    "forecast": (
         "recover",
         "Measure how fast this machine trains, say how many tokens the minutes buy, and print the commands that it calls for.",
     ),
@@ -46,6 +46,7 @@ COMMANDS = {  # name: module, first line of its help
         "Write MODEL as one file for another runtime: GGUF, for llama.cpp, with tokenizer and chat template.",
     ),
 }
+FORMER = {"plan": "forecast"}  # names that commands had: understood, and not listed
 
 
 class Commands(TyperGroup):
@@ -60,8 +61,10 @@ class Commands(TyperGroup):
         return list(COMMANDS)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
-        if args and args[0] in COMMANDS:
-            self.commands[args[0]] = command(args[0])
+        name = FORMER.get(args[0], args[0]) if args else ""
+        if name in COMMANDS:
+            self.commands[name] = command(name)
+            args = [name, *args[1:]]
         return super().resolve_command(ctx, args)
 
 

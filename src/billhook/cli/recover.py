@@ -1,4 +1,4 @@
-"""Commands that train, and say beforehand what training buys: recover, plan."""
+"""Commands that train, and say beforehand what training buys: recover, forecast."""
 
 import os
 import time
@@ -173,8 +173,8 @@ def recover_command(
     out.print(f"{time.perf_counter() - started:.0f} s; written and reload-verified: {output}", soft_wrap=True)
 
 
-@app.command(name="plan")
-def plan_command(
+@app.command(name="forecast")
+def forecast_command(
     model: Model,
     ratio: Annotated[float, typer.Option(help="share of the decoder to remove", show_default=False)],
     minutes: Annotated[float, typer.Option(min=0.1, help="to train in", show_default=False)],
@@ -185,7 +185,7 @@ def plan_command(
 ) -> None:
     """Measure how fast this machine trains, say how many tokens the minutes buy, and print the commands that it calls for.
 
-    Example: billhook plan demo --ratio 0.3 --minutes 60
+    Example: billhook forecast demo --ratio 0.3 --minutes 60
     """
     with progress() as tick:
         found = forecast(model, ratio, minutes, seq_len=seq_len, seconds=seconds, device=device, tick=tick)
