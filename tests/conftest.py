@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.extend(
+    str(one) for one in (Path(__file__).parent, *Path(__file__).parent.iterdir()) if one.is_dir()
+)  # shared helpers
 # `checked` before billhook: what is imported after it is checked as it says; `processes` says what their server imports
 import checked
 import processes  # noqa: F401

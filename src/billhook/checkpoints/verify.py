@@ -14,7 +14,7 @@ from billhook.runtime.memory import free_bytes
 from billhook.runtime.offload import is_paged
 
 STEPS_PAGED = 2  # of a model that comes from disk anew with every step
-# half the digits of float32: a stale cache index costs a tenth and more (tests/test_laws.py has them), SmolLM2 itself drifts by 2e-6, cut by
+# half the digits of float32: a stale cache index costs a tenth and more (tests/models/test_laws.py has them), SmolLM2 itself drifts by 2e-6, cut by
 # a quarter on four windows by 1.3e-5; in bfloat16 rounding alone may cost a right model as much as a wrong index
 CACHE_TOLERANCE = torch.finfo(torch.float32).eps ** 0.5  # of the logits' norm
 

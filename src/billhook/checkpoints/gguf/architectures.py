@@ -1,7 +1,7 @@
 """What llama.cpp can hold, as data: its architectures, its tensor names, its names for pre-tokenizers.
 
 Read off llama.cpp's loaders, graphs and tokenizer (src/models/*.cpp, src/llama-vocab.cpp) as vendored by
-llama-cpp-python 0.3.36, and proven by tests/test_export.py, which runs every row in llama.cpp itself.  Family names
+llama-cpp-python 0.3.36, and proven by tests/checkpoints/test_export.py, which runs every row in llama.cpp itself.  Family names
 stand here because they name architectures of the file format, not families of models.
 """
 

@@ -143,7 +143,7 @@ def test_a_failing_reload_leaves_nothing(tmp_path: Path, text_file: Path, monkey
 def test_the_example_runs(
     folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    example = Path(__file__).parent.parent / "examples" / "prune_in_memory.py"
+    example = Path(__file__).parents[2] / "examples" / "prune_in_memory.py"
     monkeypatch.setattr(sys, "argv", [str(example), str(folder), str(text_file), str(folder.parent / "out")])
     runpy.run_path(str(example), run_name="__main__")
     assert "logits equal" in capsys.readouterr().out

@@ -19,7 +19,7 @@ from billhook.runtime.workers import Hands, _room, crew, portions
 
 ray = pytest.importorskip("ray")
 os.environ["RAY_AUTH_MODE"] = "disabled"  # or it leaves a token in the home folder, which later clusters then ask for
-HERE = str(Path(__file__).parent)
+HERE = str(Path(__file__).parents[1])
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from billhook.models import limits
 from billhook.models.families import layers
 from billhook.models.modeling_per_layer import FAMILIES, MIXED
 
-PAGE = Path(__file__).parent.parent / "docs" / "families.md"
+PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 CASES: dict[str, dict[str, Any]] = {
     **{f"fasp {kind}": {"axes": (kind,)} for kind in ("ffn", "heads", "groups", "expert_ffn", "shared")},
     "fasp value": {"axes": ("value",), "layout": "per_layer"},
@@ -49,7 +49,7 @@ def axis_of(case: str) -> str:
 
 
 def makes_sense(family: str, case: str) -> bool:
-    """Not twice what tests/test_experts.py refuses of a dense model; searches take a second each."""
+    """Not twice what tests/models/test_experts.py refuses of a dense model; searches take a second each."""
     if case.startswith("adapruner"):
         return family in (tiny.STRUCTURES if case == "adapruner" else tiny.MIXTURES[:1])
     return family in tiny.MIXTURES or axis_of(case) not in MIXED

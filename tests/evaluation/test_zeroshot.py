@@ -25,7 +25,7 @@ from billhook.evaluation.zeroshot import evaluate, load_tasks, retention
 datasets = pytest.importorskip("datasets", reason="the extra 'eval' is not installed")
 lm_eval = pytest.importorskip("lm_eval", reason="the extra 'eval' is not installed")
 
-BIGBENCH = Path(__file__).parent.parent / "benchmarks" / "tasks" / "bigbench.py"
+BIGBENCH = Path(__file__).parents[2] / "benchmarks" / "tasks" / "bigbench.py"
 
 
 @pytest.fixture(autouse=True)
