@@ -203,7 +203,7 @@ def test_llama_cpp_cuts_text_the_same(name: str, out: Path) -> None:
     tokenizer = special[name]() if name in special else trained(name)
     text = TEXT.strip() if name == "sentencepiece" else TEXT  # a space in front: see gguf_vocab.py
     if name in ("tekken", "gpt-4o"):
-        text = text.replace("អាច", "")  # combining marks: see gguf_archs.py
+        text = text.replace("អាច", "")  # combining marks: see checkpoints/gguf/architectures.py
     texts = [text, "the hen and  the ant", "2\n\n 2 x", "half way</s>"]
     write_gguf(built("llama", vocab_size=len(tokenizer)), tokenizer, out)
     assert llamacpp.run(LLAMA, out, {"tokenize": texts})["tokens"] == [tokenizer(text).input_ids for text in texts]

@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 
 from billhook.models.families import (
     Attention,
-    _at,
-    _ffns,
     attention,
+    feed_forwards,
     layers,
     linear,
     mixture,
+    module_path,
     router_path,
     row_of,
     shape,
@@ -116,7 +116,7 @@ def axes(model: PreTrainedModel, kinds: tuple[str, ...] = tuple(KINDS)) -> list[
     found = []
     for n in range(len(layers(model))):
         found += [make(model, n) for kind, make in ATTENTION.items() if kind in there]
-        found += [_ffn(model, *one) for one in _ffns(model, n) if one[0] in there]
+        found += [_ffn(model, *one) for one in feed_forwards(model, n) if one[0] in there]
         found += [_experts(model, n)] if "experts" in there and mixture(model, n) is not None else []
     return found
 
@@ -181,7 +181,7 @@ def _experts(model: PreTrainedModel, layer: int) -> Axis:
         Slot(f"{router}.weight", 0, rows),
         ((f"{router}.num_experts", Fraction(1)),),
         blocks=getattr(model.config, row_of(model).keys.get("groups", ""), None) or 1,
-        modules=_at(model, layer, row_of(model).experts),
+        modules=module_path(model, layer, row_of(model).experts),
     )
 
 
@@ -198,8 +198,8 @@ def _heads(model: PreTrainedModel, layer: int) -> Axis:
     return Axis(
         layer,
         "heads",
-        _rows(model, {_at(model, layer, f"{row.attention}.{name}"): rows}),
-        _read(model, _at(model, layer, f"{row.attention}.{row.o}"), blocks(now.heads, now.value_dim)),
+        _rows(model, {module_path(model, layer, f"{row.attention}.{name}"): rows}),
+        _read(model, module_path(model, layer, f"{row.attention}.{row.o}"), blocks(now.heads, now.value_dim)),
         _counters(model, layer, per_unit),
         blocks=now.kv_heads,
     )
@@ -210,7 +210,7 @@ def _groups(model: PreTrainedModel, layer: int) -> Axis:
     row, now = row_of(model), attention(model, layer)
     owned: dict[str, Index] = {}
     for name, rows in _projections(row, now).values():
-        path, rows = _at(model, layer, f"{row.attention}.{name}"), rows.reshape(now.kv_heads, -1)
+        path, rows = module_path(model, layer, f"{row.attention}.{name}"), rows.reshape(now.kv_heads, -1)
         owned[path] = torch.cat([owned[path], rows], 1) if path in owned else rows
     per_unit = {
         "heads": Fraction(now.group),
@@ -221,7 +221,11 @@ def _groups(model: PreTrainedModel, layer: int) -> Axis:
         layer,
         "groups",
         _rows(model, owned),
-        _read(model, _at(model, layer, f"{row.attention}.{row.o}"), blocks(now.kv_heads, now.group * now.value_dim)),
+        _read(
+            model,
+            module_path(model, layer, f"{row.attention}.{row.o}"),
+            blocks(now.kv_heads, now.group * now.value_dim),
+        ),
         _counters(model, layer, per_unit),
     )
 
@@ -237,10 +241,10 @@ def _value(model: PreTrainedModel, layer: int) -> Axis:
     return Axis(
         layer,
         "value",
-        _rows(model, {_at(model, layer, f"{row.attention}.{name}"): rows.reshape(-1, 1)}),
+        _rows(model, {module_path(model, layer, f"{row.attention}.{name}"): rows.reshape(-1, 1)}),
         _read(
             model,
-            _at(model, layer, f"{row.attention}.{row.o}"),
+            module_path(model, layer, f"{row.attention}.{row.o}"),
             columns.transpose(1, 2).reshape(-1, now.group),
         ),
         blocks=now.kv_heads,
@@ -251,7 +255,7 @@ ATTENTION = {"heads": _heads, "groups": _groups, "value": _value}
 
 
 def _counters(model: PreTrainedModel, layer: int, per_unit: Mapping[str, Fraction]) -> tuple[tuple[str, Fraction], ...]:
-    row, at = row_of(model), _at(model, layer, row_of(model).attention)
+    row, at = row_of(model), module_path(model, layer, row_of(model).attention)
     return tuple((f"{at}.{name}", per_unit[what]) for name, what in row.counters.items() if what in per_unit)
 
 

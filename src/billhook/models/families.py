@@ -63,10 +63,10 @@ def linears(model: PreTrainedModel, layer: int) -> list[dict[str, str]]:
 
     One matrix that does the work of several has one of the roles FUSED.
     """
-    row, ffns = row_of(model), [one[1:] for one in _ffns(model, layer)]
+    row, ffns = row_of(model), [one[1:] for one in feed_forwards(model, layer)]
     attention: dict[str, str] = {"qkv": row.qkv} if row.qkv else {"q": row.q, "k": row.k, "v": row.v}
     groups: list[dict[str, str]] = [
-        {role: _at(model, layer, f"{row.attention}.{name}") for role, name in one.items()}
+        {role: module_path(model, layer, f"{row.attention}.{name}") for role, name in one.items()}
         for one in (attention, {"o": row.o})
     ]
     roles: tuple[str, ...] = ("gate_up",) if row.stacked else ("gate", "up")[-len(row.up) :]
@@ -92,7 +92,7 @@ def sizes(model: PreTrainedModel, layer: int) -> dict[str, int]:
     said = {key: found[size] for size, key in row.keys.items() if size in found}
     if said.get(FFN_DIM) == 4 * model.config.hidden_size:
         del said[FFN_DIM]
-    hidden = shape(linear(model, _at(model, layer, f"{row.attention}.{row.o}")))[0]
+    hidden = shape(linear(model, module_path(model, layer, f"{row.attention}.{row.o}")))[0]
     if hidden != model.config.hidden_size:  # until the config has followed, or where another family's stands in for it
         said["hidden_size"] = hidden
     return said | ({V_HEAD_DIM: now.value_dim} if now.value_dim != now.head_dim else {})
@@ -101,9 +101,9 @@ def sizes(model: PreTrainedModel, layer: int) -> dict[str, int]:
 def _ffn_sizes(model: PreTrainedModel, layer: int) -> dict[str, int]:
     experts: Any = mixture(model, layer)
     if experts is None:
-        return {"width": shape(linear(model, _at(model, layer, row_of(model).down)))[1]}
+        return {"width": shape(linear(model, module_path(model, layer, row_of(model).down)))[1]}
     found: dict[str, int] = {}
-    for kind, _, down in _ffns(model, layer):  # experts last, those of one layer equally wide
+    for kind, _, down in feed_forwards(model, layer):  # experts last, those of one layer equally wide
         found["shared_width" if kind == "shared" else "expert_width"] = shape(linear(model, down))[1]
     if isinstance(experts, nn.ModuleList):
         return found | {"experts": len(experts)}
@@ -126,23 +126,27 @@ def mixture(model: PreTrainedModel, layer: int) -> nn.Module | None:
 
 def router_path(model: PreTrainedModel, layer: int) -> str:
     """Path of what chooses the experts of one layer."""
-    return _at(model, layer, row_of(model).router)
+    return module_path(model, layer, row_of(model).router)
 
 
-def _ffns(model: PreTrainedModel, layer: int) -> list[tuple[str, tuple[str, ...], str]]:
+def feed_forwards(model: PreTrainedModel, layer: int) -> list[tuple[str, tuple[str, ...], str]]:
     """Every FFN of one layer: the kind of its axis, paths of what writes its channels, and of what reads them.
 
     Of experts only those that are apart.
     """
     row, experts = row_of(model), mixture(model, layer)
     if experts is None:
-        return [("ffn", tuple(_at(model, layer, name) for name in row.up), _at(model, layer, row.down))]
+        return [("ffn", tuple(module_path(model, layer, name) for name in row.up), module_path(model, layer, row.down))]
     places = [("shared", row.shared)] if row.shared else []
     if isinstance(experts, nn.ModuleList):
         places += [("expert_ffn", f"{row.experts}.{number}") for number in range(len(experts))]
     *up, down = (name.rpartition(".")[2] for name in (*row.up, row.down))
     return [
-        (kind, tuple(_at(model, layer, f"{place}.{name}") for name in up), _at(model, layer, f"{place}.{down}"))
+        (
+            kind,
+            tuple(module_path(model, layer, f"{place}.{name}") for name in up),
+            module_path(model, layer, f"{place}.{down}"),
+        )
         for kind, place in places
     ]
 
@@ -151,12 +155,12 @@ def whole(model: PreTrainedModel, layer: int, key: str) -> int:
     """What one of the sizes that no stock config can say is where a layer has lost none of it."""
     if key == V_HEAD_DIM:
         return attention(model, layer).head_dim
-    return shape(linear(model, _at(model, layer, row_of(model).down)))[1]
+    return shape(linear(model, module_path(model, layer, row_of(model).down)))[1]
 
 
 def attention_module(model: PreTrainedModel, layer: int) -> nn.Module:
     """The attention module of one layer."""
-    return model.get_submodule(_at(model, layer, row_of(model).attention))
+    return model.get_submodule(module_path(model, layer, row_of(model).attention))
 
 
 def row_of(model: PreTrainedModel) -> Family:
@@ -164,7 +168,7 @@ def row_of(model: PreTrainedModel) -> Family:
     return family_of(getattr(model.config, "model_type", None))
 
 
-def _at(model: PreTrainedModel, layer: int, name: str) -> str:
+def module_path(model: PreTrainedModel, layer: int, name: str) -> str:
     return f"{row_of(model).layers}.{layer}.{name}"
 
 
@@ -216,7 +220,7 @@ def attention(model: PreTrainedModel, layer: int) -> Attention:
     """The attention sizes of one layer, from its tensors."""
     row, module = row_of(model), attention_module(model, layer)
     head_dim = cast(int, getattr(module, row.head_dim))
-    out = {name: shape(linear(model, _at(model, layer, f"{row.attention}.{name}"))) for name in _parts(row)}
+    out = {name: shape(linear(model, module_path(model, layer, f"{row.attention}.{name}"))) for name in _parts(row)}
     if row.qkv:
         heads = out[row.o][1] // head_dim
         return Attention(head_dim, heads, (out[row.qkv][0] // head_dim - heads) // 2, head_dim)

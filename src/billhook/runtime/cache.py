@@ -23,36 +23,6 @@ from billhook.runtime.headers import load
 from billhook.runtime.offload import parameters
 from billhook.tensors import Gram, place
 
-
-class Grams:
-    """Those in `folder` that belong to `key`, all that decides them: model, code, text, and what it is computed in."""
-
-    def __init__(self, folder: Path, key: dict[str, Any]) -> None:
-        self.folder, self.key = folder, key
-
-    def has(self, readers: Iterable[str]) -> bool:
-        """Whether all of these are there."""
-        return all(self._file(reader).exists() for reader in readers)
-
-    def read(self, reader: str, device: torch.device) -> tuple[Gram, Gram | None]:
-        """From the windows to fit, and from those held out.
-
-        Raises:
-            BillhookError: the file cannot be read.
-        """
-        found, where = load(self._file(reader), "delete it, it will be made again", ["fit"]), place(device)
-        return found["fit"].to(where), found["held_out"].to(where) if "held_out" in found else None
-
-    def keep(self, reader: str, fit: Gram, held_out: Gram | None) -> None:
-        """Raises BillhookError where the disk does not take them."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with atomic.file(self._file(reader)) as work:
-            tensor_files.write({"fit": fit} | ({} if held_out is None else {"held_out": held_out}), work)
-
-    def _file(self, reader: str) -> Path:
-        return path(self.folder, "gram", {**self.key, "reader": reader}, "safetensors")
-
-
 UNCOUNTED = {  # of a config: names, its writer, what the tensors say, and what is handed out besides logits
     *("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "auto_map"),
     *("use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict"),
@@ -136,3 +106,32 @@ def path(folder: Path, name: str, key: dict[str, Any], ending: str = "json") -> 
 def digest(key: dict[str, Any]) -> str:
     """Sixteen hexadecimal digits of a SHA-256."""
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Grams:
+    """Those in `folder` that belong to `key`, all that decides them: model, code, text, and what it is computed in."""
+
+    def __init__(self, folder: Path, key: dict[str, Any]) -> None:
+        self.folder, self.key = folder, key
+
+    def has(self, readers: Iterable[str]) -> bool:
+        """Whether all of these are there."""
+        return all(self._file(reader).exists() for reader in readers)
+
+    def read(self, reader: str, device: torch.device) -> tuple[Gram, Gram | None]:
+        """From the windows to fit, and from those held out.
+
+        Raises:
+            BillhookError: the file cannot be read.
+        """
+        found, where = load(self._file(reader), "delete it, it will be made again", ["fit"]), place(device)
+        return found["fit"].to(where), found["held_out"].to(where) if "held_out" in found else None
+
+    def keep(self, reader: str, fit: Gram, held_out: Gram | None) -> None:
+        """Raises BillhookError where the disk does not take them."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with atomic.file(self._file(reader)) as work:
+            tensor_files.write({"fit": fit} | ({} if held_out is None else {"held_out": held_out}), work)
+
+    def _file(self, reader: str) -> Path:
+        return path(self.folder, "gram", {**self.key, "reader": reader}, "safetensors")
