@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from billhook.calibration import forward
 from billhook.calibration.walk import STREAMS, Evidence, Layer, walk
 from billhook.errors import BillhookError
 from billhook.models.axes import Axis, axes
@@ -132,7 +131,8 @@ def test_the_sliding_window_shows(family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen2_sliding", "opt_350m"])
 def test_the_batch_size_does_not_show(family: str, stream: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def sums(batch_tokens: int) -> Iterator[Tensor]:
-        monkeypatch.setattr(forward, "BATCH_TOKENS", batch_tokens)
+        for module in ("walk", "gram"):
+            monkeypatch.setattr(f"billhook.calibration.{module}.BATCH_TOKENS", batch_tokens)
         model = tiny.model(family)
         for layer in walk(model, IDS, KINDS, stream=stream, held_out=0.4):
             for _, evidence in (*sorted(layer.fit.items()), *sorted(layer.held_out.items())):

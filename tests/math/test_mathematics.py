@@ -42,7 +42,8 @@ def close(found: Tensor, expected: Tensor, relative: float = 1e-5) -> bool:
 @pytest.mark.parametrize("size", [1, 3, 4, 7, 33, 130])
 @pytest.mark.parametrize("shape", [(1,), (50,), (3, 17), (2, 3, 11)])
 def test_gram_is_the_float64_product(size: int, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forward, "BATCH_TOKENS", 4)  # so that even these are many chunks, the last one short
+    # so that even these are many chunks, the last one short
+    monkeypatch.setattr("billhook.calibration.gram.BATCH_TOKENS", 4)
     x = torch.randn(*shape, size, generator=torch.Generator().manual_seed(size)) + 1
     G, flat = gram_of(x), x.double().view(-1, size)
     assert G.dtype == torch.float64 and torch.equal(G, G.T)

@@ -197,7 +197,7 @@ def test_many_at_once_one_works(tmp_path: Path) -> None:
 
 def test_a_lock_ends_with_its_process_and_no_child_has_it(tmp_path: Path) -> None:
     script = (
-        "import subprocess, sys\nfrom pathlib import Path\nfrom billhook import locks\n"
+        "import subprocess, sys\nfrom pathlib import Path\nfrom billhook.runtime import locks\n"
         "with locks.locked(Path(sys.argv[1])) as lock:\n"
         "    child = subprocess.Popen(['sleep', '60'])\n    print(lock, child.pid, flush=True)\n    sys.stdin.read()\n"
     )

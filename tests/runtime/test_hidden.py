@@ -30,7 +30,13 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_budget_changes_no_bit(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("calibration.walk", "calibration.linears", "methods.slicegpt_restore", "methods.slicegpt"):
+    for module in (
+        "calibration.walk",
+        "calibration.gram",
+        "calibration.linears",
+        "methods.slicegpt_restore",
+        "methods.slicegpt",
+    ):
         monkeypatch.setattr(import_module(f"billhook.{module}"), "BATCH_TOKENS", 256)
     scratch = tmp_path / "scratch"
     scratch.mkdir()

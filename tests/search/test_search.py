@@ -470,7 +470,7 @@ def test_it_competes_like_any_method(text: str, tmp_path: Path) -> None:
 
 
 def test_trials_end_when_time_does(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rounds, "deadline", lambda *_: lambda: True)
+    monkeypatch.setattr(adapruner, "deadline", lambda *_: lambda: True)
     assert len(found(text)["trials"]) == rounds.BATCH
 
 
