@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 
-import llama_cpp
+import llama_cpp  # pyright: ignore[reportMissingImports]
 import numpy as np
 
 F32 = 0  # GGML_TYPE_F32, for the cache: llama.cpp keeps it in float16 otherwise

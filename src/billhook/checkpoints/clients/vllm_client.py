@@ -9,7 +9,7 @@ run; the answer holds the continuations.
 import json
 import sys
 
-import vllm
+import vllm  # pyright: ignore[reportMissingImports]
 
 
 def main():
