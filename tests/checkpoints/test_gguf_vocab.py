@@ -201,7 +201,7 @@ def test_what_llama_cpp_cannot_follow_is_refused_in_one_line(case: str) -> None:
 def test_llama_cpp_cuts_text_the_same(name: str, out: Path) -> None:
     special = {"sentencepiece": sentencepiece, "no merges": tiny.tokenizer}
     tokenizer = special[name]() if name in special else trained(name)
-    text = TEXT.strip() if name == "sentencepiece" else TEXT  # a space in front: see gguf_vocab.py
+    text = TEXT.strip() if name == "sentencepiece" else TEXT  # a space in front: see checkpoints/gguf/vocabulary.py
     if name in ("tekken", "gpt-4o"):
         text = text.replace("អាច", "")  # combining marks: see checkpoints/gguf/architectures.py
     texts = [text, "the hen and  the ant", "2\n\n 2 x", "half way</s>"]
