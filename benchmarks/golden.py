@@ -169,7 +169,11 @@ def run(family: str, only: str) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="cases whose names hold this; commands read what earlier ones wrote, and are refused without")
+    parser.add_argument(
+        "--only",
+        default="",
+        help="cases whose names hold this; commands read what earlier ones wrote, and are refused without",
+    )
     asked = parser.parse_args()
     torch.set_num_threads(1)
     for family in FAMILIES:
