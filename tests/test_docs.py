@@ -1,4 +1,4 @@
-"""README stays a page, and no link of it or of docs/ leads nowhere."""
+"""Laws of the documentation: lines, links, navigation, and the form of the lab book."""
 
 import re
 from pathlib import Path
@@ -6,15 +6,81 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+DOCS = ROOT / "docs"
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *(ROOT / ".github").rglob("*.md")])
+LIMIT = 120  # characters of a line of prose; tables and links cannot be wrapped
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"^ *```.*?^ *```", "", text, flags=re.M | re.S)
+
+
+def anchors(page: Path) -> set[str]:
+    """What `#…` may name: headings as GitHub and Python-Markdown shorten them, which agree on all of these pages."""
+    headings = re.findall(r"^#+ (.+)", without_code(page.read_text()), re.M)
+    words = [re.sub(r"[^\w\s-]", "", re.sub(r"[`*]", "", heading)).strip().lower() for heading in headings]
+    return {re.sub(r"[-\s]+", "-", word) for word in words}
+
+
+def broken(page: Path) -> list[str]:
+    """Links of a page, inline and by reference, whose file or heading is not there."""
+    text = without_code(page.read_text())
+    links = re.findall(r"\]\(<?([^)>\s]+)", text) + re.findall(r"^\[[^\]]+\]: (\S+)", text, re.M)
+    used = {name or label for label, name in re.findall(r"\[([^\]`\n]+)\]\[([^\]\n]*)\]", text)}
+    found = [f"[{name}]" for name in used - set(re.findall(r"^\[([^\]]+)\]:", text, re.M))]
+    for link in links:
+        if re.match(r"[a-z]+:", link):
+            continue
+        file, _, anchor = link.partition("#")
+        target = page.parent / file if file else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            found.append(link)
+    return found
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
 
 
 def test_readme_is_a_page() -> None:
     lines = (ROOT / "README.md").read_text().splitlines()
-    assert len(lines) <= 150 and max(map(len, lines)) <= 120
+    assert len(lines) <= 150 and max(map(len, lines)) <= LIMIT
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_lead_somewhere(page: Path) -> None:
-    links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
-    assert [link for link in links if not (page.parent / link).exists()] == []
+    assert broken(page) == []
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.parent in (DOCS / "log", ROOT) or page.stem == "LOG"], ids=name
+)
+def test_lines_fit(page: Path) -> None:
+    lines = page.read_text().splitlines()
+    assert [line for line in lines if len(line) > LIMIT and not line.startswith(("|", "[")) and " " in line] == []
+
+
+def test_the_lab_book_is_a_table_of_decisions() -> None:
+    table = (DOCS / "LOG.md").read_text().partition("## Decisions")[2].partition("## ")[0]
+    head, _, *rows = [line for line in table.splitlines() if line.startswith("|")]
+    assert head == "| decision | default it set | evidence | date |" and 25 <= len(rows) <= 40
+    for row in rows:
+        assert re.search(r"\| \[[^\]]+\]\[[^\]]+\] \| 2\d{3}-\d\d-\d\d \|$", row) and len(row) <= LIMIT, row
+
+
+@pytest.mark.parametrize("page", sorted((DOCS / "log").glob("*.md")), ids=name)
+def test_each_entry_of_the_lab_book_is_whole(page: Path) -> None:
+    """Date, question, result, decision, command: an entry without one of them cannot be used by whoever comes next."""
+    parts = ["Date", "Question", "Result", "Decision", "Command"]
+    entries = re.split(r"^## ", without_code(page.read_text()), flags=re.M)[1:]
+    assert entries
+    for entry in entries:
+        assert re.findall(rf"^\*\*({'|'.join(parts)})\*\*", entry, re.M) == parts, entry.splitlines()[0]
+
+
+def test_a_broken_page_is_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# Here\n[a](#here) [b](#there) [c](gone.md) [d][e] [f](https://example.org)\n\n[f]: page.md#here\n"
+    )
+    assert sorted(broken(page)) == ["#there", "[e]", "gone.md"]
