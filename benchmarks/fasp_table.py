@@ -13,8 +13,8 @@ from typing import Any
 
 from billhook import data
 from billhook.checkpoints import load
+from billhook.cuts.narrowing import Settings, narrow, narrow_each
 from billhook.evaluation import perplexity
-from billhook.methods.fasp import Settings, fasp, fasp_each
 from billhook.models.plan import Plan
 from billhook.models.sizes import decoder_parameters, total_parameters
 from billhook.models.surgery import cast
@@ -60,7 +60,7 @@ def equal(ratio: float) -> Plan:
 def dense_cells() -> Iterator[tuple[Cell, Any]]:
     for settings in dict.fromkeys(one for one, _ in DENSE):
         ratios = [ratio for one, ratio in DENSE if one == settings]
-        models = fasp_each(opened.model, tokens, [equal(ratio) for ratio in ratios], settings)
+        models = narrow_each(opened.model, tokens, [equal(ratio) for ratio in ratios], settings)
         for ratio, (model, _) in zip(ratios, models, strict=True):
             yield ("dense", settings, ratio), model
 
@@ -70,7 +70,7 @@ def pruned_cells() -> Iterator[tuple[Cell, Any]]:
         if args.stream not in (None, stream):
             continue
         model = copy.deepcopy(opened.model)
-        fasp(model, tokens, equal(ratio), settings, stream=stream)
+        narrow(model, tokens, equal(ratio), settings, stream=stream)
         yield (stream, settings, ratio), model
 
 

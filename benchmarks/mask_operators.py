@@ -13,10 +13,9 @@ from dataclasses import replace
 from billhook import data
 from billhook.calibration.linears import operators
 from billhook.checkpoints import load
-from billhook.math import sparsity
+from billhook.cuts.masking import weight_of
+from billhook.math import admm, fistapruner, sparsegpt, sparsity, wanda
 from billhook.math.layerwise import Prune, Settings, Target, squared_error
-from billhook.methods import admm, fistapruner, sparsegpt, wanda
-from billhook.methods.masking import weight_of
 from billhook.tensors import Weight
 
 parser = argparse.ArgumentParser(description=__doc__)

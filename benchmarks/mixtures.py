@@ -17,8 +17,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
 from billhook.checkpoints import load
+from billhook.cuts.experts import WAYS, Settings, reduce_experts
 from billhook.evaluation import perplexity
-from billhook.methods.experts import WAYS, Settings, experts
 from billhook.models.axes import axes
 from billhook.models.experts import fuse
 from billhook.models.layout import update_config
@@ -128,7 +128,7 @@ for gone in (4, 8):
             for seed in range(args.seeds if way == "random" else 1):
                 model = load.open_model(str(folder), device="cpu").model
                 plan = Plan({(axis.layer, "experts"): gone for axis in axes(model, ("experts",))})
-                experts(model, some[source], plan, Settings(way, seed))
+                reduce_experts(model, some[source], plan, Settings(way, seed))
                 fuse(model)
                 update_config(model)
                 print(

@@ -24,12 +24,12 @@ from billhook.calibration import layer_importance
 from billhook.calibration.forward import BATCH_TOKENS, enter, run
 from billhook.calibration.gram import gram_of
 from billhook.checkpoints import load
+from billhook.cuts.chopping import Settings as Patching
+from billhook.cuts.chopping import chop
+from billhook.cuts.narrowing import Settings as Restoring
+from billhook.cuts.narrowing import narrow
 from billhook.evaluation import perplexity
 from billhook.math import layer_presets, restore
-from billhook.methods.fasp import Settings as Restoring
-from billhook.methods.fasp import fasp
-from billhook.methods.layerchop import Settings as Patching
-from billhook.methods.layerchop import layerchop
 from billhook.models.axes import Axis, axes, reader_weight
 from billhook.models.families import layers
 from billhook.models.plan import Plan
@@ -105,9 +105,9 @@ def patch(model: Any, gone: tuple[int, ...], way: str, damping: float, correctio
     plan = Plan(layers=gone)
     settings = Patching("linear", damping, correction)
     if way == "down":
-        return layerchop(model, tokens, plan, settings)
+        return chop(model, tokens, plan, settings)
     if way == "every":
-        return fasp(model, tokens, plan, Restoring(damping=damping, correction=correction))
+        return narrow(model, tokens, plan, Restoring(damping=damping, correction=correction))
     return attention_too(model, gone, settings)
 
 

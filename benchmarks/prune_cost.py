@@ -13,7 +13,7 @@ import time
 from billhook import data
 from billhook.calibration.walk import STREAMS, walk
 from billhook.checkpoints import load
-from billhook.methods.fasp import Settings, fasp
+from billhook.cuts.narrowing import Settings, narrow
 from billhook.models.sizes import decoder_parameters
 from billhook.pruning.allocation import even_planner
 from billhook.runtime.memory import peak_growth
@@ -44,7 +44,7 @@ for _ in range(args.repeats):
     model, clock = copy.deepcopy(opened.model), Clock()
     with peak_growth(model.device) as growth:
         start = time.perf_counter()
-        fasp(model, windows.tokens, plan, Settings(score=args.score), stream=args.stream, clock=clock)
+        narrow(model, windows.tokens, plan, Settings(score=args.score), stream=args.stream, clock=clock)
         whole.append(time.perf_counter() - start)
     peaks.append(growth())
     stages.append(clock.seconds)

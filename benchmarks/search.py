@@ -24,10 +24,10 @@ from scoring import Scoring, cells
 from billhook import data
 from billhook.calibration.gradients import gradient_sums
 from billhook.checkpoints import load
+from billhook.cuts.narrowing import Settings, narrow
 from billhook.evaluation import perplexity
 from billhook.math import selection
 from billhook.math.taylor import taylor1_element
-from billhook.methods.fasp import Settings, fasp
 from billhook.models.axes import axes
 from billhook.models.plan import Plan
 from billhook.models.surgery import cast, drop_layers, remove
@@ -180,7 +180,7 @@ def judged(ratio: float, find: Find) -> dict[str, Any]:
         smaller = copy.deepcopy(opened.model)
         cast(smaller, scoring.autocast or smaller.dtype)
         if name == "with" or not unit_scores:
-            fasp(smaller, windows, plan, Settings(restoration=name == "with"), scores=unit_scores)
+            narrow(smaller, windows, plan, Settings(restoration=name == "with"), scores=unit_scores)
         else:
             cut(smaller, plan, unit_scores)
         ends[name] = scoring(smaller, opened.tokenizer)

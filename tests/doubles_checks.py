@@ -12,10 +12,10 @@ import torch
 
 import billhook
 from billhook import tensors
+from billhook.cuts import masking
 from billhook.math.layerwise import Settings
+from billhook.math.optishear import Metric
 from billhook.math.sparsity import Pattern
-from billhook.methods import masking
-from billhook.methods.optishear import Metric
 from billhook.runtime.cache import Grams
 from billhook.search import optishear, pool
 

@@ -23,8 +23,9 @@ FLOORS = (  # low to high: folders, and files that stand beside them
     {"calibration", "checkpoints", "data"},
     {"evaluation"},
     {"training"},
-    {"methods", "recovery"},
+    {"cuts", "recovery"},
     {"search"},
+    {"methods"},
     {"pruning"},
     {"cli"},
     {"", "__main__"},  # the doors: they load the rest on first use, since torch takes seconds

@@ -8,7 +8,7 @@ import pytest
 from processes import Child
 
 from billhook.calibration import layer_importance
-from billhook.methods.layerchop import PATCHES
+from billhook.cuts.chopping import PATCHES
 
 Case = tuple[str, dict[str, Any]]  # a family, and how it is pruned
 CHOPPED: dict[str, Any] = dict(method="layerchop", layers=7, ratio=None)

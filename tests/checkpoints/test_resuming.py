@@ -181,7 +181,7 @@ def test_a_narrowed_stream_goes_on_as_it_was_turned(
     assert len(list(work.glob("layer-*.json"))) == after // 3
     with monkeypatch.context() as patch:
         for name in ("_gram", "channel_scores"):
-            patch.delattr(importlib.import_module("billhook.methods.slicegpt"), name)
+            patch.delattr(importlib.import_module("billhook.cuts.slicing"), name)
         assert same(whole, pruned(model, text_file, tmp_path / "again", work=work, **settings))
 
 

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from billhook.errors import BillhookError
-from billhook.math import layerwise, sparsity
+from billhook.math import admm, fistapruner, layerwise, magnitude, sparsegpt, sparsity, wanda
 from billhook.math.layerwise import Found, Settings, Target, squared_error
 from billhook.math.linalg import damped
 from billhook.math.sparsity import Pattern
-from billhook.methods import admm, fistapruner, magnitude, sparsegpt, wanda
 
 OUT, IN, TOKENS = 24, 32, 400
 HALF, TWO_FOUR = Pattern(sparsity=0.5), Pattern(zeros=2, group=4)

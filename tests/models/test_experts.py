@@ -20,12 +20,12 @@ import billhook
 from billhook.calibration.routers import mixtures
 from billhook.checkpoints import load, save, verify
 from billhook.cli import app
+from billhook.cuts.experts import WAYS, Settings, reduce_experts
 from billhook.data import Text
 from billhook.errors import BillhookError
 from billhook.evaluation import side_by_side
 from billhook.evaluation.speed import memory, speeds
 from billhook.math import merging
-from billhook.methods.experts import WAYS, Settings, experts
 from billhook.models import layout, limits, sizes
 from billhook.models.axes import axes
 from billhook.models.experts import Experts, fuse, is_apart, unfuse
@@ -108,7 +108,7 @@ def test_a_router_that_chooses_groups_first_loses_experts_evenly(way: str) -> No
     found = axes(model, ("experts",))
     rows = [model.get_parameter(axis.reader.param).clone() for axis in found]
     assert [limits.allowed(model, axis, 1) for axis in found] == [[0, 2, 4]] * 2  # two of a group are the least
-    experts(model, IDS, Plan({(axis.layer, "experts"): 4 for axis in found}), Settings(way))
+    reduce_experts(model, IDS, Plan({(axis.layer, "experts"): 4 for axis in found}), Settings(way))
     for axis, before in zip(found, rows, strict=True):
         left = model.get_parameter(axis.reader.param)
         assert len(left) == 4 == len(mixture(model, axis.layer))  # type: ignore[arg-type]
@@ -212,7 +212,7 @@ def test_every_way_leaves_a_stock_model(way: str, family: str, tmp_path: Path) -
     model = opened(family)
     found = axes(model, ("experts",))
     count = next(drop for drop in (3, 4) if drop % found[0].blocks == 0)
-    cuts = experts(model, IDS, Plan({(axis.layer, "experts"): count for axis in found}), Settings(way))
+    cuts = reduce_experts(model, IDS, Plan({(axis.layer, "experts"): count for axis in found}), Settings(way))
     assert [cut.dropped for cut in cuts] == [count] * len(found)
     assert all(0 < cut.error < 5 for cut in cuts)
     layout.update_config(model)
@@ -238,7 +238,7 @@ def test_twins_merge_without_loss() -> None:
     assert all([2, 5] in merging.groups(gram, 5) for gram in logits)
     x = torch.randn(4, 32)
     before = [listed[2](x) for listed in twins]
-    experts(model, IDS, Plan({(n, "experts"): 1 for n in range(3)}), Settings("uncurl"))
+    reduce_experts(model, IDS, Plan({(n, "experts"): 1 for n in range(3)}), Settings("uncurl"))
     for listed, one in zip(twins, before, strict=True):
         assert len(listed) == 5 and sum(torch.allclose(expert(x), one, atol=1e-6) for expert in listed) == 1
 

@@ -17,9 +17,9 @@ from billhook import cli
 from billhook.calibration.gram import gram_of
 from billhook.checkpoints import save, verify
 from billhook.checkpoints.resume import Journal
+from billhook.cuts import slicing_restore as slicegpt_restore
+from billhook.cuts.slicing import Settings, _inputs, channel_scores, slice_residual
 from billhook.errors import BillhookError
-from billhook.methods import slicegpt_restore
-from billhook.methods.slicegpt import Settings, _inputs, channel_scores, slicegpt
 from billhook.models import layout, residual, rotation
 from billhook.models.axes import axes
 from billhook.models.families import weight_of
@@ -97,7 +97,7 @@ def test_turning_changes_nothing(family: str, eps: float) -> None:
 def test_the_principal_axes_come_first(family: str) -> None:
     """What enters the readers of a turned model has a diagonal Gram, falling: no other axes hold more in the first ones."""
     model = tiny.model(family)
-    slicegpt(model, IDS, Plan(rotate=True))
+    slice_residual(model, IDS, Plan(rotate=True))
     sums = torch.zeros(32, 32, dtype=torch.float64)
 
     def tap(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -125,7 +125,7 @@ def test_a_cut_is_a_stock_checkpoint(family: str, rotate: bool, tmp_path: Path) 
     less = saved_by(model, plan)
     line, said = plan_lines.residual_line(model, plan, "ratio 0.25"), residual_budget.record(model, plan)
     assert f"→ {before - less:,} parameters" in line and "24 of 32 channels" in line
-    slicegpt(model, IDS, plan)
+    slice_residual(model, IDS, plan)
     assert total_parameters(model) == before - less
     assert said and said["untied_parameters"] == (258 * 24 if rotate and tied else 0)
     layout.update_config(model)
@@ -169,7 +169,7 @@ def test_a_size_that_the_own_config_refuses_is_held_by_the_stand_in(tmp_path: Pa
     model = tiny.model("llama")
     plan = residual_budget.planner(model, 2, True).make(0.0625 * decoder_parameters(model))
     assert plan.residual == 2
-    slicegpt(model, IDS, plan)
+    slice_residual(model, IDS, plan)
     layout.update_config(model)
     save.save(model, tiny.tokenizer(), tmp_path, None)
     assert verify.verify(tmp_path, model)["logits"] == "equal"
@@ -200,7 +200,7 @@ def test_the_score_is_the_squared_error_that_a_zeroed_channel_makes() -> None:
         expected += errors / errors.sum()
     torch.testing.assert_close(channel_scores(model, IDS), expected, rtol=1e-5, atol=0)
     cut = copy.deepcopy(model)
-    slicegpt(cut, IDS, Plan(residual=8), Settings(restoration=False))
+    slice_residual(cut, IDS, Plan(residual=8), Settings(restoration=False))
     by_hand = expected.argsort()[8:].sort().values
     assert torch.equal(residual.ends(cut)[0].weight, residual.ends(model)[0].weight[:, by_hand])
 
@@ -231,7 +231,7 @@ def test_turning_first_costs_less() -> None:
     found = {}
     for rotate in (False, True):
         model = copy.deepcopy(dense)
-        slicegpt(model, IDS, Plan(residual=12, rotate=rotate), Settings(restoration=False))
+        slice_residual(model, IDS, Plan(residual=12, rotate=rotate), Settings(restoration=False))
         found[rotate] = float((model(IDS).logits - dense(IDS).logits).norm() / dense(IDS).logits.norm())
     assert found[True] < 1e-4 < 0.05 < found[False]
 
@@ -245,7 +245,7 @@ def test_restoration_comes_nearer_to_the_unpruned_model(family: str, rotate: boo
     found = []
     for settings in (Settings(restoration=False), Settings(), Settings(damping=1e-6, correction=1.0)):
         model = copy.deepcopy(dense)
-        slicegpt(model, ids, Plan(residual=8, rotate=rotate), settings)
+        slice_residual(model, ids, Plan(residual=8, rotate=rotate), settings)
         found.append(float((model(ids).logits - dense(ids).logits).norm() / dense(ids).logits.norm()))
     assert found[1] < found[0]
     assert found[2] < (1.0 if family in BEHIND else 0.9) * found[0]  # where norms follow them, writers stay as they are
@@ -285,7 +285,7 @@ def test_prune_in_memory_and_save(dtype: torch.dtype, rotate: bool, tmp_path: Pa
 def test_bfloat16_comes_back_bit_for_bit(family: str, tmp_path: Path) -> None:
     model = tiny.model(family)
     cast(model, torch.bfloat16)
-    slicegpt(model, IDS, Plan(residual=8, rotate=family not in BEHIND))
+    slice_residual(model, IDS, Plan(residual=8, rotate=family not in BEHIND))
     assert model(IDS).logits.isfinite().all()
     layout.update_config(model)
     save.save(model, tiny.tokenizer(), tmp_path, None)

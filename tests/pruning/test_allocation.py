@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import billhook
 from billhook.calibration.walk import walk
+from billhook.cuts.narrowing import Settings, narrow
 from billhook.errors import BillhookError
 from billhook.math import knapsack, selection
 from billhook.math.knapsack import Choice, interpolate
 from billhook.methods import METHODS
-from billhook.methods.fasp import Settings, fasp
 from billhook.models import sizes
 from billhook.models.axes import Axis, axes
 from billhook.models.families import layers
@@ -305,7 +305,7 @@ def test_a_loss_is_that_of_the_cut_made_by_hand(family: str, every: int, monkeyp
         for kind, which in (("ffn", 0), ("ffn", 2), ("groups", -1)):
             count = list(found[layer, kind])[which]
             cut = copy.deepcopy(model)
-            fasp(cut, CALIBRATION, Plan({(layer, kind): count}), settings, stream="dense")
+            narrow(cut, CALIBRATION, Plan({(layer, kind): count}), settings, stream="dense")
             assert found[layer, kind][count] == pytest.approx(divergence(model, cut, every), rel=1e-2, abs=1e-6)
         without = copy.deepcopy(model)
         drop_layers(without, [layer])
@@ -551,11 +551,11 @@ def test_the_ffn_before_it_makes_up_for_a_dropped_layer(family: str, share: floa
     dense, gone, tokens = deep(family=family), 2, words(40, seed=1)
     settings, drops = Settings(correction=share), {(n, "ffn"): 8 for n in range(4)}
     made_up, plain, after = (copy.deepcopy(dense) for _ in range(3))
-    fasp(made_up, tokens[4:], Plan({p: n for p, n in drops.items() if p[0] != gone}, (gone,)), settings)
-    fasp(plain, tokens[4:], Plan(drops), settings)
+    narrow(made_up, tokens[4:], Plan({p: n for p, n in drops.items() if p[0] != gone}, (gone,)), settings)
+    narrow(plain, tokens[4:], Plan(drops), settings)
     drop_layers(plain, [gone])
     drop_layers(after, [gone])
-    fasp(after, tokens[4:], even(3, {"ffn": 8}), settings)
+    narrow(after, tokens[4:], even(3, {"ffn": 8}), settings)
     assert len(layers(made_up)) == len(layers(plain)) == 3
     losses = [Probe(dense, tokens[:4]).divergence_of(model) for model in (made_up, plain, after)]
     assert losses[0] < losses[1] and losses[0] < losses[2], losses
@@ -564,7 +564,7 @@ def test_the_ffn_before_it_makes_up_for_a_dropped_layer(family: str, share: floa
 def test_a_dropped_layer_is_made_up_for_where_nothing_else_goes() -> None:
     dense, tokens = deep(), words(40, seed=1)
     made_up, plain = copy.deepcopy(dense), copy.deepcopy(dense)
-    fasp(made_up, tokens[4:], Plan({(1, "ffn"): 0}, (2,)))
+    narrow(made_up, tokens[4:], Plan({(1, "ffn"): 0}, (2,)))
     drop_layers(plain, [2])
     probe = Probe(dense, tokens[:4])
     assert probe.divergence_of(made_up) < probe.divergence_of(plain)

@@ -17,8 +17,8 @@ from test_bad_input import Bench
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from billhook.checkpoints import load
+from billhook.cuts.narrowing import Settings, narrow
 from billhook.errors import BillhookError
-from billhook.methods.fasp import Settings, fasp
 from billhook.models import cached, sizes
 from billhook.models.axes import axes
 from billhook.models.families import layers
@@ -39,7 +39,7 @@ WAYS: dict[str, list[object]] = {
 def carried_out(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     """A copy of the model, cut as the plan says, without repair."""
     cut = copy.deepcopy(model)
-    fasp(cut, tiny.tokens(2, 16), plan, Settings(score="energy", restoration=False), stream="dense")
+    narrow(cut, tiny.tokens(2, 16), plan, Settings(score="energy", restoration=False), stream="dense")
     return cut
 
 

@@ -13,9 +13,9 @@ import torch
 
 from billhook import cli, data
 from billhook.checkpoints import load
+from billhook.cuts.narrowing import narrow, narrow_each
 from billhook.errors import BillhookError
 from billhook.math.knee import knee
-from billhook.methods.fasp import fasp, fasp_each
 from billhook.models.families import layers
 from billhook.models.plan import Plan
 from billhook.pruning import compare as compare_module
@@ -48,9 +48,9 @@ def test_one_pass_gives_the_bits_of_many(family: str) -> None:
     plans = [Plan({(n, "ffn"): drop for n in range(total)}) for drop in (8, 24)] + [
         Plan({(0, "ffn"): 8, (0, "groups"): 1}, (1,))
     ]
-    for plan, (found, cuts) in zip(plans, fasp_each(model, tokens, plans), strict=True):
+    for plan, (found, cuts) in zip(plans, narrow_each(model, tokens, plans), strict=True):
         alone = tiny.model(family)
-        assert cuts == fasp(alone, tokens, plan, stream="dense")
+        assert cuts == narrow(alone, tokens, plan, stream="dense")
         one, other = found.state_dict(), alone.state_dict()
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     whole = tiny.model(family).state_dict()

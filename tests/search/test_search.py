@@ -14,9 +14,9 @@ import torch
 import billhook
 from billhook import data
 from billhook.checkpoints import load
+from billhook.cuts.chopping import Settings as Patching
+from billhook.cuts.chopping import chop
 from billhook.errors import BillhookError
-from billhook.methods.layerchop import Settings as Patching
-from billhook.methods.layerchop import layerchop
 from billhook.models.axes import axes
 from billhook.models.plan import Plan, even
 from billhook.models.sizes import saved_by
@@ -329,7 +329,7 @@ def test_a_search_may_take_whole_layers(text: str) -> None:
 def test_what_makes_up_for_a_block_in_a_trial_is_layerchops_patch(text: str) -> None:
     made = layer_blocks.patch(tiny.model("llama"), tiny.tokens(8, 32), (1, 1))
     cut = tiny.model("llama")
-    layerchop(cut, tiny.tokens(8, 32), Plan(layers=(1,)), Patching(patch="linear"))
+    chop(cut, tiny.tokens(8, 32), Plan(layers=(1,)), Patching(patch="linear"))
     assert made is not None and torch.allclose(made.weight, cut.model.layers[0].mlp.down_proj.weight, atol=1e-6)
     model, gone = tiny.model("llama"), {(1, "layers"): torch.empty(0, dtype=torch.long)}
     windows = tiny.tokens(4, 32)

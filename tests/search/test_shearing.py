@@ -12,13 +12,13 @@ from typer.testing import CliRunner
 
 import billhook
 from billhook import cli
+from billhook.cuts import masking
 from billhook.errors import BillhookError
-from billhook.math import sparsity
+from billhook.math import optishear as methods_optishear
+from billhook.math import sparsity, wanda
 from billhook.math.layerwise import Settings, Target
+from billhook.math.optishear import ALIKE, FUNCTIONS, SCALES, Metric, norms_of, score
 from billhook.math.sparsity import Pattern
-from billhook.methods import masking, wanda
-from billhook.methods import optishear as methods_optishear
-from billhook.methods.optishear import ALIKE, FUNCTIONS, SCALES, Metric, norms_of, score
 from billhook.reports.search_tables import outcome_words
 from billhook.search import optishear
 from billhook.search.optishear import Candidate, with_candidate

@@ -31,16 +31,16 @@ from billhook.cli.options import (
     progress,
     prune_to,
 )
+from billhook.cuts.chopping import PATCHES
+from billhook.cuts.chopping import Settings as Patching
+from billhook.cuts.experts import WAYS
+from billhook.cuts.narrowing import Settings
 from billhook.errors import BillhookError
-from billhook.math import layer_presets
+from billhook.math import layer_presets, optishear
 from billhook.math.layerwise import Settings as Solving
 from billhook.math.scores import SCORES
 from billhook.math.taylor import GRADIENT_SCORES
-from billhook.methods import MASKING, METHODS, optishear
-from billhook.methods.experts import WAYS
-from billhook.methods.fasp import Settings
-from billhook.methods.layerchop import PATCHES
-from billhook.methods.layerchop import Settings as Patching
+from billhook.methods import MASKING, METHODS
 from billhook.models.families import ROLES
 from billhook.models.layout import LAYOUTS
 from billhook.models.limits import AXES

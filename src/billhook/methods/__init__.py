@@ -1,20 +1,4 @@
-"""Every method: an explicit table of what it is, where it comes from, what it prunes and what it needs.
-
-admm              Fast and Effective Weight Update for Pruned Large Language Models (Boza 2024, arXiv:2401.02938)
-experts           Fewer experts in every layer of a mixture: dropped or merged
-fasp              FASP: Fast and Accurate Structured Pruning of Large Language Models (Hu et al
-fistapruner       FISTAPruner: convex layer-wise pruning by an l1 penalty (Zhao et al., arXiv:2408.03728
-layerchop         LayerChop: Just CHOP, Embarrassingly Simple LLM Compression (Jha et al
-magnitude         Magnitude pruning: the smallest weights go (Han et al
-masking           Sparsify a model: zeros in the linear weights of its decoder layers, found operator by operator
-optishear         OptiShear (arXiv:2502.10735): Wanda's score with its parts transformed
-parallel          Cut a model in several processes: in the dense stream no layer sees what became of another
-restoration       How far a reader's new weight is from what it should put out
-slicegpt          SliceGPT: Compress Large Language Models by Deleting Rows and Columns (Ashkboos et al
-slicegpt_restore  What a narrower residual stream lost, made up for in closed form: linear weight by linear weight
-sparsegpt         SparseGPT: Massive Language Models Can be Accurately Pruned in One-Shot (Frantar & Alistarh 2023
-wanda             Wanda: A Simple and Effective Pruning Approach for Large Language Models (Sun et al
-"""
+"""Every method: an explicit table of what it is, where it comes from, what it prunes and what it needs."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,12 +6,12 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from billhook.cuts.chopping import chop
+from billhook.cuts.experts import reduce_experts
+from billhook.cuts.narrowing import narrow, narrow_each
+from billhook.cuts.slicing import slice_residual
 from billhook.math.layerwise import Found
-from billhook.methods import admm, fistapruner, magnitude, optishear, sparsegpt, wanda
-from billhook.methods.experts import experts
-from billhook.methods.fasp import fasp, fasp_each
-from billhook.methods.layerchop import layerchop
-from billhook.methods.slicegpt import slicegpt
+from billhook.math.solvers import SOLVERS
 from billhook.models.plan import Cut
 
 
@@ -43,7 +27,7 @@ class Method:
     run_each: Callable[..., Iterator[tuple[PreTrainedModel, list[Cut]]]] | None = (
         None  # many plans from one pass, dense stream
     )
-    linear: Callable[..., Found] | None = None  # or makes one weight sparse (billhook.methods.masking)
+    linear: Callable[..., Found] | None = None  # or makes one weight sparse (billhook.cuts.masking)
     kinds: tuple[str, ...] = ()  # axes it can prune
     default_kinds: tuple[str, ...] = ()
     scored: bool = True  # whether it scores units, by `SCORES` or gradients, in one of the streams
@@ -53,8 +37,8 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "fasp": Method(
-        run=fasp,
-        run_each=fasp_each,
+        run=narrow,
+        run_each=narrow_each,
         title="Fast and Accurate Structured Pruning of LLMs",
         paper="arXiv:2501.09412",
         kinds=("ffn", "heads", "groups", "value", "expert_ffn", "shared", "layers"),
@@ -64,7 +48,7 @@ METHODS: dict[str, Method] = {
         "need another attention shape than stock classes have. Layers go whole by --allocation auto or sensitivity.",
     ),
     "adapruner": Method(
-        run=fasp,
+        run=narrow,
         title="Adaptive Pruning by Bayesian optimisation of calibration samples and importance metric",
         paper="arXiv:2503.06184",
         kinds=("ffn", "heads", "groups"),
@@ -74,7 +58,7 @@ METHODS: dict[str, Method] = {
         "abstract names, without. Of the paper no more than the outline is public.",
     ),
     "layerchop": Method(
-        run=layerchop,
+        run=chop,
         title="Just CHOP: Embarrassingly Simple LLM Compression",
         paper="arXiv:2305.14864",
         kinds=("layers",),
@@ -85,7 +69,7 @@ METHODS: dict[str, Method] = {
         scored=False,
     ),
     "experts": Method(
-        run=experts,
+        run=reduce_experts,
         title="REAP the Experts, and UNCURL: fewer experts in a mixture",
         paper="arXiv:2510.13999",
         kinds=("experts",),
@@ -98,7 +82,7 @@ METHODS: dict[str, Method] = {
         own={"experts": "reap"},
     ),
     "slicegpt": Method(
-        run=slicegpt,
+        run=slice_residual,
         title="SliceGPT: Compress Large Language Models by Deleting Rows and Columns",
         paper="arXiv:2401.15024",
         kinds=("residual",),
@@ -112,7 +96,7 @@ METHODS: dict[str, Method] = {
         own={"rotate": True},
     ),
     "magnitude": Method(
-        linear=magnitude.prune,
+        linear=SOLVERS["magnitude"],
         title="Magnitude pruning",
         paper="Han et al. 2015, arXiv:1506.02626",
         needs="calibration text, for the reported errors alone",
@@ -121,7 +105,7 @@ METHODS: dict[str, Method] = {
         stream="sequential",
     ),
     "wanda": Method(
-        linear=wanda.prune,
+        linear=SOLVERS["wanda"],
         title="A Simple and Effective Pruning Approach for LLMs",
         paper="arXiv:2306.11695",
         needs="calibration text; two forward passes",
@@ -130,7 +114,7 @@ METHODS: dict[str, Method] = {
         stream="sequential",
     ),
     "optishear": Method(
-        linear=optishear.prune,
+        linear=SOLVERS["optishear"],
         title="OptiShear: evolutionary metric search for each model",
         paper="arXiv:2502.10735",
         needs="calibration and validation text; two forward passes, then one of a few windows a trial (extra: search)",
@@ -141,7 +125,7 @@ METHODS: dict[str, Method] = {
         own={"sampler": "nsga2"},
     ),
     "sparsegpt": Method(
-        linear=sparsegpt.prune,
+        linear=SOLVERS["sparsegpt"],
         title="SparseGPT: Massive Language Models Can be Accurately Pruned in One-Shot",
         paper="arXiv:2301.00774",
         needs="calibration text; two forward passes",
@@ -150,7 +134,7 @@ METHODS: dict[str, Method] = {
         stream="sequential",
     ),
     "fistapruner": Method(
-        linear=fistapruner.prune,
+        linear=SOLVERS["fistapruner"],
         title="FISTAPruner: convex layer-wise post-training pruning",
         paper="arXiv:2408.03728",
         needs="calibration text; several forward passes and some minutes of a convex solver",
@@ -161,7 +145,7 @@ METHODS: dict[str, Method] = {
         own={"refit": True, "normalised": True},
     ),
     "admm": Method(
-        linear=admm.prune,
+        linear=SOLVERS["admm"],
         title="Fast and Effective Weight Update for Pruned LLMs",
         paper="arXiv:2401.02938",
         needs="calibration text; several forward passes and a minute of a solver",

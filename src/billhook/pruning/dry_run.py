@@ -26,8 +26,8 @@ from billhook.checkpoints.load import (
 from billhook.checkpoints.save import stored_bytes
 from billhook.checkpoints.shards import weight_files
 from billhook.checkpoints.streaming import open_paged
+from billhook.cuts.masking import check
 from billhook.errors import BillhookError
-from billhook.methods.masking import check
 from billhook.models import sizes
 from billhook.models.families import layers
 from billhook.models.plan import Plan

@@ -1,13 +1,13 @@
 """The settings of each method, taken from a recipe."""
 
+from billhook.cuts.chopping import Settings as Patching
+from billhook.cuts.experts import Settings as Ways
+from billhook.cuts.masking import Masking
+from billhook.cuts.narrowing import Settings
+from billhook.cuts.slicing import Settings as Slicing
 from billhook.math import layerwise, sparsity
 from billhook.math.sparsity import Pattern
 from billhook.math.taylor import GRADIENT_SCORES
-from billhook.methods.experts import Settings as Ways
-from billhook.methods.fasp import Settings
-from billhook.methods.layerchop import Settings as Patching
-from billhook.methods.masking import Masking
-from billhook.methods.slicegpt import Settings as Slicing
 from billhook.models.families import ROLES
 from billhook.pruning.recipe import Recipe
 

@@ -11,13 +11,13 @@ from transformers import PreTrainedModel
 from billhook.calibration import layer_importance
 from billhook.calibration.gradients import WINDOW, gradient_sums
 from billhook.calibration.walk import walk
+from billhook.cuts.chopping import check_patch
+from billhook.cuts.narrowing import axis_scores
 from billhook.errors import BillhookError, first_line
 from billhook.math import layer_presets
 from billhook.math.scores import standardised
 from billhook.math.taylor import GRADIENT_SCORES, NEED_MEAN_GRADIENT
 from billhook.methods import carry_out
-from billhook.methods.fasp import axis_scores
-from billhook.methods.layerchop import check_patch
 from billhook.models import limits, sizes
 from billhook.models.axes import axes, reader_weight
 from billhook.models.families import layers

@@ -13,9 +13,10 @@ from billhook import data
 from billhook.checkpoints import load, shards
 from billhook.checkpoints.load import Opened
 from billhook.checkpoints.resume import Journal
+from billhook.cuts import masking, parallel
 from billhook.errors import BillhookError
 from billhook.evaluation import perplexity
-from billhook.methods import METHODS, carry_out, masking, parallel
+from billhook.methods import METHODS, carry_out
 from billhook.models import layout, sizes, vocabulary
 from billhook.models.experts import fuse, together, unfuse
 from billhook.models.families import check_known, layers

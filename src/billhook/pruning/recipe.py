@@ -10,16 +10,16 @@ from billhook.calibration.layer_importance import PRESETS
 from billhook.calibration.linears import STREAMS as MASK_STREAMS
 from billhook.calibration.walk import STREAMS
 from billhook.checkpoints.load import DTYPES
+from billhook.cuts.chopping import PATCHES
+from billhook.cuts.chopping import Settings as Patching
+from billhook.cuts.experts import WAYS
+from billhook.cuts.narrowing import Settings
+from billhook.cuts.slicing import Settings as Slicing
 from billhook.errors import BillhookError, one_of
-from billhook.math import layerwise, sparsity
+from billhook.math import layerwise, optishear, sparsity
 from billhook.math.scores import SCORES
 from billhook.math.taylor import GRADIENT_SCORES
-from billhook.methods import MASKING, METHODS, optishear
-from billhook.methods.experts import WAYS
-from billhook.methods.fasp import Settings
-from billhook.methods.layerchop import PATCHES
-from billhook.methods.layerchop import Settings as Patching
-from billhook.methods.slicegpt import Settings as Slicing
+from billhook.methods import MASKING, METHODS
 from billhook.models.families import ROLES
 from billhook.models.layout import LAYOUTS
 from billhook.models.limits import check_names

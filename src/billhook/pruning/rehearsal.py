@@ -21,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from billhook.calibration.forward import BATCH_TOKENS, enter, run
 from billhook.checkpoints.resume import Journal
 from billhook.checkpoints.streaming import bare
-from billhook.methods import carry_out, masking
+from billhook.cuts import masking
+from billhook.methods import carry_out
 from billhook.models.axes import axes
 from billhook.models.experts import unfuse
 from billhook.models.families import attention, family_of, layers, linear, shape

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from billhook.calibration.forward import enter, head, run
 from billhook.calibration.walk import Layer, walk
-from billhook.methods.fasp import Settings, fit
+from billhook.cuts.narrowing import Settings, fit
 from billhook.models.axes import Axis, reader_weight
 from billhook.models.families import layers
 from billhook.models.plan import Curves

@@ -28,10 +28,10 @@ from transformers import PreTrainedModel
 
 from billhook import data
 from billhook.checkpoints.load import Opened
+from billhook.cuts.narrowing import Settings, narrow
 from billhook.data import Text
 from billhook.errors import BillhookError
 from billhook.math.overlap import overlapping
-from billhook.methods.fasp import Settings, fasp
 from billhook.models.plan import Place, Plan
 from billhook.models.surgery import cast
 from billhook.reports.search_tables import OF_FASP
@@ -308,7 +308,9 @@ class Finals:
         def measured(candidate: Candidate, plan: Plan) -> list[list[float]]:
             smaller = copy.deepcopy(at.model)
             cast(smaller, bench.autocast or smaller.dtype)  # as good, and a third faster (docs/LOG.md)
-            fasp(smaller, self.calibration, plan, self.settings, scores=_scores(at, candidate), stream=at.chosen.stream)
+            narrow(
+                smaller, self.calibration, plan, self.settings, scores=_scores(at, candidate), stream=at.chosen.stream
+            )
             return [tried(smaller, {}, windows, None, None, bench.autocast) for windows in both]
 
         for n, one in enumerate(candidates):

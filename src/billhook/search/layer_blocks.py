@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from billhook.calibration.layer_importance import losses_without_blocks
 from billhook.calibration.walk import walk
-from billhook.methods import restoration
-from billhook.methods.layerchop import Settings
+from billhook.cuts import restoration
+from billhook.cuts.chopping import Settings
 from billhook.models.axes import axes, reader_weight
 from billhook.runtime.precision import computing
 from billhook.runtime.progress import Tick, quiet

@@ -26,11 +26,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.calibration.linears import operators
+from billhook.cuts import masking
+from billhook.cuts.masking import Masking
 from billhook.errors import BillhookError
 from billhook.math import sparsity
-from billhook.methods import masking
-from billhook.methods.masking import Masking
-from billhook.methods.optishear import FUNCTIONS, SCALES, Metric, norms_of, score
+from billhook.math.optishear import FUNCTIONS, SCALES, Metric, norms_of, score
 from billhook.models.families import layers
 from billhook.runtime import cache
 from billhook.runtime.progress import Clock, Tick, quiet

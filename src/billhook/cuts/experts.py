@@ -45,7 +45,7 @@ class Settings:
 
 
 @torch.no_grad()
-def experts(
+def reduce_experts(
     model: PreTrainedModel,
     tokens: Tokens,
     plan: Plan,

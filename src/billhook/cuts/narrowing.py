@@ -25,9 +25,9 @@ from transformers import PreTrainedModel
 
 from billhook.calibration.walk import Evidence, Layer, walk
 from billhook.checkpoints.resume import Journal
+from billhook.cuts.restoration import errors, fitted
 from billhook.math import selection
 from billhook.math.scores import SCORES
-from billhook.methods.restoration import errors, fitted
 from billhook.models.axes import Axis, reader_weight
 from billhook.models.plan import Cut, Plan
 from billhook.models.surgery import drop_layers, remove
@@ -68,7 +68,7 @@ class Piece:
 
 
 @torch.no_grad()
-def fasp(
+def narrow(
     model: PreTrainedModel,
     tokens: Tokens,
     plan: Plan,
@@ -113,7 +113,7 @@ def fasp(
 
 
 @torch.no_grad()
-def fasp_each(
+def narrow_each(
     model: PreTrainedModel,
     tokens: Tokens,
     plans: Sequence[Plan],
@@ -126,7 +126,7 @@ def fasp_each(
     """A cut copy of the model for every plan, by `scores` of its own if there are any, from one walk: in the dense stream no cut
     sees another.
 
-    Bit by bit what `fasp(stream="dense")` makes of each plan alone.  What is kept meanwhile is every plan's narrowed readers.
+    Bit by bit what `narrow(stream="dense")` makes of each plan alone.  What is kept meanwhile is every plan's narrowed readers.
     """
     clock, scores = clock or Clock(), scores or [{}] * len(plans)
     kinds = tuple(dict.fromkeys(kind for plan in plans for kind in plan.kinds))

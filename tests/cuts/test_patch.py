@@ -16,10 +16,10 @@ from torch import Tensor
 
 from billhook import cli
 from billhook.calibration.walk import walk
+from billhook.cuts.chopping import PATCHES, Settings, chop
+from billhook.cuts.narrowing import Settings as Restoring
 from billhook.errors import BillhookError
 from billhook.math import layer_presets, restore
-from billhook.methods.fasp import Settings as Restoring
-from billhook.methods.layerchop import PATCHES, Settings, layerchop
 from billhook.models.axes import axes, reader_weight
 from billhook.models.families import layers
 from billhook.models.plan import Cut, Plan
@@ -47,7 +47,7 @@ def linear(damping: float = 1e-3, correction: float = 0.3) -> Settings:
 
 def without(model: T.PreTrainedModel, gone: tuple[int, ...], settings: Settings) -> tuple[T.PreTrainedModel, list[Cut]]:
     smaller = copy.deepcopy(model)
-    return smaller, layerchop(smaller, IDS, Plan(layers=gone), settings)
+    return smaller, chop(smaller, IDS, Plan(layers=gone), settings)
 
 
 def leaving(model: T.PreTrainedModel, layer: int, ids: Tensor = IDS) -> Tensor:
@@ -85,7 +85,7 @@ def test_what_is_linear_in_the_activations_is_made_up_for_whole(family: str) -> 
     reader = dense.get_submodule(axis.reader_module)
     hook = reader.register_forward_pre_hook(lambda _, given: entered.append(given[0]))
     expected = dense(OTHERS).logits
-    (cut,) = layerchop(dense, IDS, Plan(layers=(1,)), linear(damping=1e-12))
+    (cut,) = chop(dense, IDS, Plan(layers=(1,)), linear(damping=1e-12))
     hook.remove()
     assert len(layers(dense)) == 2 and (cut.layer, cut.kind, cut.dropped) == (0, "ffn", 0)
     assert cut.error_held_out is not None  # squares of float32 sums: half the digits
@@ -179,7 +179,7 @@ def test_layers_after_the_last_cut_are_not_run() -> None:
 
 def test_no_patch_is_the_default_and_changes_nothing() -> None:
     chopped, plain = copy.deepcopy(deep()), deep()
-    assert layerchop(chopped, IDS, Plan(layers=(2, 3))) == []
+    assert chop(chopped, IDS, Plan(layers=(2, 3))) == []
     drop_layers(plain, (2, 3))
     assert all(torch.equal(p, q) for p, q in zip(chopped.parameters(), plain.parameters(), strict=True))
     assert next(iter(PATCHES)) == recipe(ratio=0.2).patch == Settings().patch == "none"
@@ -195,7 +195,7 @@ def test_each_method_has_a_damping_of_its_own() -> None:
 def test_norms_after_the_sums_are_refused() -> None:
     model = tiny.model("opt_350m")
     with pytest.raises(BillhookError, match="use --patch none"):
-        layerchop(model, IDS, Plan(layers=(1,)), linear())
+        chop(model, IDS, Plan(layers=(1,)), linear())
     assert len(layers(model)) == 3
 
 

@@ -18,11 +18,10 @@ another than the dense weight's, and `refit` may follow.
 
 import torch
 
-from billhook.math import sparsity
+from billhook.math import magnitude, sparsegpt, sparsity, wanda
 from billhook.math.layerwise import Found, Settings, Target, dead, finish, nearer, scaled, start, wanted
 from billhook.math.linalg import factor
 from billhook.math.sparsity import Pattern, Support
-from billhook.methods import magnitude, sparsegpt, wanda
 from billhook.tensors import Weight
 
 STARTS = {"magnitude": magnitude.prune, "wanda": wanda.prune, "sparsegpt": sparsegpt.prune}

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from billhook.checkpoints.load import open_model
 from billhook.checkpoints.resume import Journal
-from billhook.methods.fasp import Piece, carry_out, pieces
+from billhook.cuts.narrowing import Piece, carry_out, pieces
 from billhook.models.axes import axes
 from billhook.models.families import layers
 from billhook.models.plan import Cut, Plan
@@ -38,7 +38,7 @@ def shared(
     clock: Clock | None = None,
     tick: Tick = quiet,
 ) -> list[Cut]:
-    """Bit by bit what `fasp(stream="dense")` does by its `settings`, in processes that each take some layers.
+    """Bit by bit what `narrow(stream="dense")` does by its `settings`, in processes that each take some layers.
 
     Args:
         journal: keeps every layer once it is done, and has those that an earlier run of the same work has.

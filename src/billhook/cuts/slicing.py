@@ -18,7 +18,7 @@ E_rj is the squared error of W_r's output where channel j of its input alone wer
 counts the same; that writers' outputs count too makes it worse (docs/LOG.md).  In both, a norm of d' channels is made to equal
 the norm of d with zeros in place of those that go, which is the paper's too.
 
-5. Restore    every linear weight, from a copy of the unpruned model (billhook.methods.slicegpt_restore); the paper does not
+5. Restore    every linear weight, from a copy of the unpruned model (billhook.cuts.slicing_restore); the paper does not
 """
 
 from collections.abc import Iterator
@@ -33,9 +33,9 @@ from billhook.calibration.forward import BATCH_TOKENS, enter
 from billhook.calibration.gram import add_upper, mirrored
 from billhook.calibration.linears import seen
 from billhook.checkpoints.resume import Journal
+from billhook.cuts.slicing_restore import restore
 from billhook.errors import BillhookError
 from billhook.math import selection
-from billhook.methods.slicegpt_restore import restore
 from billhook.models.families import layers, linears, weight_of
 from billhook.models.plan import Cut, Plan
 from billhook.models.residual import ROWS, cut, last_norm, residual
@@ -57,7 +57,7 @@ class Settings:
 
 
 @torch.no_grad()
-def slicegpt(
+def slice_residual(
     model: PreTrainedModel,
     tokens: Tokens,
     plan: Plan,

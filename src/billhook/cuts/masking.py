@@ -1,6 +1,6 @@
 """Sparsify a model: zeros in the linear weights of its decoder layers, found operator by operator, the shape as it was.
 
-Every method is one function of a weight and of sums over what enters it (billhook.methods); what it sees, and what its
+Every method is one function of a weight and of sums over what enters it (billhook.math.solvers); what it sees, and what its
 operator shall put out, is the stream's.
 """
 
@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 
 from billhook.calibration.linears import ALONE, HELD_OUT, Group, Sums, operators
 from billhook.checkpoints.resume import Journal
+from billhook.cuts.parallel import spread
 from billhook.errors import BillhookError
 from billhook.math import sparsity
 from billhook.math.layerwise import Settings, Target, squared_error
+from billhook.math.solvers import SOLVERS
 from billhook.math.sparsity import SPARSE, Pattern, Support
-from billhook.methods import METHODS
-from billhook.methods.parallel import spread
 from billhook.models.families import FUSED, layers, linear, linears, wanted, weight_of
 from billhook.runtime.offload import held as in_memory
 from billhook.runtime.progress import Clock, Tick, quiet
@@ -191,8 +191,7 @@ def _packed(
 
 
 def _masked(model: PreTrainedModel, group: Group, role: str, name: str, how: Masking, clock: Clock) -> Masked:
-    weight, solve = weight_of(model, name), METHODS[how.method].linear
-    assert solve is not None
+    weight, solve = weight_of(model, name), SOLVERS[how.method]
     before = int((weight == 0).sum())
     W = precise(weight).contiguous()
     settings = replace(how.settings, zeros=held(W, how))

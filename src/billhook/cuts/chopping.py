@@ -23,9 +23,9 @@ import torch
 from transformers import PreTrainedModel
 
 from billhook.calibration.walk import Evidence, walk
+from billhook.cuts import restoration
 from billhook.errors import BillhookError
 from billhook.math import layer_presets
-from billhook.methods import restoration
 from billhook.models.axes import Axis, axes, reader_weight
 from billhook.models.plan import Cut, Plan
 from billhook.models.surgery import drop_layers
@@ -48,7 +48,7 @@ class Settings:
 
 
 @torch.no_grad()
-def layerchop(
+def chop(
     model: PreTrainedModel,
     tokens: Tokens,
     plan: Plan,

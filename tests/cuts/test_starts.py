@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from billhook.calibration.linears import operators
-from billhook.math import restore, sparsity
+from billhook.cuts.masking import target_of
+from billhook.math import admm, restore, sparsity
 from billhook.math.layerwise import Found, Settings, Target, squared_error
 from billhook.math.sparsity import Pattern
-from billhook.methods import METHODS, admm
-from billhook.methods.masking import target_of
+from billhook.methods import METHODS
 from billhook.models.experts import unfuse
 from billhook.models.families import weight_of
 

@@ -16,9 +16,10 @@ from billhook import cli
 from billhook.calibration.forward import enter, run
 from billhook.calibration.gram import gram_of
 from billhook.calibration.linears import ALONE, STREAMS, WITH_TARGET, operators
+from billhook.cuts import masking, parallel
 from billhook.errors import BillhookError
 from billhook.math import layerwise, sparsity
-from billhook.methods import MASKING, masking, parallel
+from billhook.methods import MASKING
 from billhook.models.experts import unfuse
 from billhook.models.families import ROLES, layers, linears
 from billhook.pruning.recipe import recipe

@@ -22,10 +22,9 @@ from dataclasses import replace
 
 import torch
 
-from billhook.math import sparsity
+from billhook.math import magnitude, sparsegpt, sparsity, wanda
 from billhook.math.layerwise import Found, Settings, Target, dead, finish, scaled, squared_error, start, wanted
 from billhook.math.sparsity import Pattern, Support
-from billhook.methods import magnitude, sparsegpt, wanda
 from billhook.tensors import Cross, Gram, Weight
 
 STARTS = {"magnitude": magnitude.prune, "wanda": wanda.prune, "sparsegpt": sparsegpt.prune}

@@ -1,0 +1,11 @@
+"""What methods do to a model, in place: axes narrowed, layers and experts gone, the residual stream cut, weights set to zero.
+
+chopping         Whole layers go, and what stands before each cut may make up for them (LayerChop)
+experts          Fewer experts in every layer of a mixture: dropped or merged (REAP, UNCURL)
+masking          Zeros in the linear weights of the decoder layers, found operator by operator
+narrowing        Units of an axis go, and what reads them is refitted (FASP)
+parallel         Layers cut in several processes, where none of them sees what became of another
+restoration      How far a reader's new weight is from what it should put out
+slicing          Channels of the residual stream go, through the whole model (SliceGPT)
+slicing_restore  What a narrower residual stream lost, made up for in closed form
+"""
