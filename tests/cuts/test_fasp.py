@@ -1,8 +1,6 @@
 """FASP end to end on tiny models: every family, every stream, every axis, and the Python door."""
 
 import copy
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -138,12 +136,3 @@ def test_a_failing_reload_leaves_nothing(tmp_path: Path, text_file: Path, monkey
     with pytest.raises(billhook.BillhookError, match="logits after reloading differ"):
         result.save(tmp_path / "deep" / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["words.txt"]
-
-
-def test_the_example_runs(
-    folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    example = Path(__file__).parents[2] / "examples" / "prune_in_memory.py"
-    monkeypatch.setattr(sys, "argv", [str(example), str(folder), str(text_file), str(folder.parent / "out")])
-    runpy.run_path(str(example), run_name="__main__")
-    assert "logits equal" in capsys.readouterr().out
