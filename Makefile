@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-slow test-latest bench-allocation bench-depth bench-recovery bench-search bench-masks bench-mixtures families check clean
+.PHONY: help demo test test-slow test-latest bench-allocation bench-depth bench-recovery bench-search bench-masks bench-mixtures families docs check clean
 help:
 	@echo "make demo       prune a real model and see what it cost (first run fetches about 120 MB)"
 	@echo "make test       the fast test suite"
@@ -16,6 +16,7 @@ help:
 	@echo "make bench-masks CALIBRATION=train.txt TEXTS='valid.txt demo'   what each method that makes zeros leaves (hours; goes on)"
 	@echo "make bench-mixtures CALIBRATION=train.txt TEXTS=valid.txt   fewer experts in a small mixture, trained for it (minutes)"
 	@echo "make families   write docs/families.md anew"
+	@echo "make docs       build the site into build/site, strictly: no broken link"
 	@echo "make check      lint, format, types"
 	@echo "make clean      remove $(VENV) and $(VENV)-latest"
 
@@ -58,6 +59,9 @@ bench-mixtures: $(VENV)/.base
 families: $(VENV)/.dev
 	$(VENV)/bin/python tests/families_page.py > docs/families.md
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -78,6 +82,10 @@ $(VENV)/.base: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing billhook with its test extra into $(VENV)"
 	@$(PIP) -e '.[test]' && touch $@ $(VENV)/.base
+
+$(VENV)/.docs: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing billhook with its docs extra into $(VENV)"
+	@$(PIP) -e '.[docs]' && touch $@ $(VENV)/.base
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing billhook with its dev extra into $(VENV)"
