@@ -83,7 +83,7 @@ common = {
     "precision": args.precision,
     "texts": [t.sha256 for t in scoring.texts],
 }
-dense = cache.kept(args.results, "dense", common, lambda: scoring.of(args.model))
+dense = cache.cached(args.results, "dense", common, lambda: scoring.of(args.model))
 print(f"| ratio | preset | layers dropped | tokens | {scoring.heads} | training tokens/s | seconds |")
 print("|---|---|---|---|" + "---|" * len(scoring.texts) + "---|---|")
 print(f"| 0 | unpruned | | | {cells(dense, dense)} | | |", flush=True)
@@ -92,7 +92,7 @@ for ratio in map(float, args.ratios.split(",")):
         for preset in args.presets.split(","):
             trained = {} if tokens == "0" else {k: getattr(args, k) for k in ("lr", "trainable", "objective", "states")}
             key = {**common, "ratio": ratio, "preset": preset, "tokens": tokens, "patch": args.patch, **trained}
-            found = cache.kept(args.results, "cell", key, lambda: cell(preset, ratio, tokens))  # noqa: B023
+            found = cache.cached(args.results, "cell", key, lambda: cell(preset, ratio, tokens))  # noqa: B023
             healing = found["recovery"] or {}
             took = f"{healing['tokens_per_second']:.0f} | {sum(healing['seconds'].values()):.0f}" if healing else " | "
             print(

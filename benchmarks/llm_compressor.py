@@ -91,14 +91,14 @@ def ours(method: str, budget: str) -> dict[str, Any]:
     return {"losses": scoring(result.model, result.tokenizer), "zeros": zeros(result.model), "seconds": seconds}
 
 
-dense = cache.kept(args.results, "dense", {**common, "model": args.model}, lambda: scoring.of(args.model))
+dense = cache.cached(args.results, "dense", {**common, "model": args.model}, lambda: scoring.of(args.model))
 print(f"| zeros | method | by | {scoring.heads} | share of zeros | seconds |")
 print(f"|---|---|---|{'---|' * len(dense)}---|---|")
 for budget in args.budgets.split(","):
     for method in args.methods.split(","):
         for name, make in (("billhook", ours), ("llm-compressor", theirs)):
             key = {**common, "by": name, "method": method, "budget": budget}
-            row = cache.kept(args.results, "rival", key, lambda make=make: make(method, budget))  # noqa: B023
+            row = cache.cached(args.results, "rival", key, lambda make=make: make(method, budget))  # noqa: B023
             print(
                 f"| {budget} | {method} | {name} | {cells(row['losses'], dense)} | {row['zeros']:.6f} | {row['seconds']:.0f} |",
                 flush=True,

@@ -43,7 +43,7 @@ def settle(to: Path) -> None:
 
 def bring(_: Path) -> None:
     model = load_module.load(args.folder, stream=True)
-    for page in offload.pages_of(model):
+    for page in offload.offloaded_modules(model):
         page.bring()
         page.leave()
 

@@ -50,7 +50,7 @@ opened = load.open_model(args.model, device="cpu", dtype="float32")
 windows = data.windows(data.calibration_text(args.calibration), opened.tokenizer, 512, args.samples, 0)
 kept: list[tuple[Weight, Target, Target]] = []
 for group in operators(
-    opened.model, windows.tokens, ("q", "o", "up", "down"), stream="dense", at=range(max(chosen) + 1)
+    opened.model, windows.tokens, ("q", "o", "up", "down"), stream="dense", only=range(max(chosen) + 1)
 ):
     if group.layer in chosen and group.held_out is not None:
         sums = Target(group.fit.gram), Target(group.held_out.gram)

@@ -74,7 +74,7 @@ def errors(report: dict[str, Any]) -> str:
     return ", ".join(said)
 
 
-dense = cache.kept(args.results, "dense", {**common, "model": args.model}, lambda: scoring.of(args.model))
+dense = cache.cached(args.results, "dense", {**common, "model": args.model}, lambda: scoring.of(args.model))
 print(f"| zeros | method | {scoring.heads} | error | seconds |")
 print(f"|---|---|{'---|' * len(dense)}---|---|")
 print(f"| 0 | unpruned | {cells(dense, dense)} | | |", flush=True)
@@ -90,7 +90,7 @@ for budget in args.budgets.split(","):
             **chosen,
         }
         key["calibration"] = args.calibration
-        found = cache.kept(args.results, "row", key, lambda: row(budget, chosen))  # noqa: B023
+        found = cache.cached(args.results, "row", key, lambda: row(budget, chosen))  # noqa: B023
         took = ", ".join(f"{stage} {s:.0f}" for stage, s in found["report"]["seconds"].items())
         print(
             f"| {budget} | {name} | {cells(found['losses'], dense)} | {errors(found['report'])} | {took} |", flush=True

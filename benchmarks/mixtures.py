@@ -113,7 +113,7 @@ def cells(model: Any) -> str:
     found = []
     for name, ids in judged.items():
         factor, error = perplexity.paired(dense[name], losses(model, ids))
-        found.append(f"{perplexity.of_losses(losses(model, ids)):.3f} (×{factor:.3f} ± {error:.3f})")
+        found.append(f"{perplexity.perplexity_of(losses(model, ids)):.3f} (×{factor:.3f} ± {error:.3f})")
     return " | ".join(found)
 
 

@@ -67,7 +67,7 @@ def attention_too(model: Any, gone: tuple[int, ...], settings: Patching) -> None
     """Before each cut, o toward goal = x + correction (dense - x) + E with x what leaves the layer, then down to the same goal."""
     dense, batches = copy.deepcopy(model), list(tokens.split(BATCH_TOKENS // tokens.shape[1]))
     states, calls = enter(model, batches)
-    targets, at = list(states), layer_presets.patched(gone)
+    targets, at = list(states), layer_presets.layers_before(gone)
     for n in range(at[-1] + 1):
         for b in range(len(batches)):
             targets[b] = run(layers(dense)[n], targets[b], calls[b][n])
@@ -77,7 +77,7 @@ def attention_too(model: Any, gone: tuple[int, ...], settings: Patching) -> None
             goals = []
             for b, state in enumerate(states):
                 x, y = run(layers(model)[n], state, calls[b][n]), targets[b]
-                for m in next(cut for cut in layer_presets.cuts(gone) if cut[0] == n + 1):
+                for m in next(cut for cut in layer_presets.runs_of(gone) if cut[0] == n + 1):
                     y = run(layers(dense)[m], y, calls[b][m])
                 goals.append(x + settings.correction * (targets[b] - x) + y - targets[b])
             for axis in (axis for axis in axes(model, ("groups", "ffn")) if axis.layer == n):
@@ -114,7 +114,7 @@ def patch(model: Any, gone: tuple[int, ...], way: str, damping: float, correctio
 def layers_of(name: str) -> tuple[int, ...]:
     preset, _, count = name.partition(":")
     if not count:
-        return tuple(layer_presets.numbered(name.replace("+", ","), len(layers(opened.model))))
+        return tuple(layer_presets.parse_layers(name.replace("+", ","), len(layers(opened.model))))
     return tuple(layer_importance.chosen(opened.model, preset, int(count), tokens, probes))
 
 

@@ -11,7 +11,7 @@ import statistics
 import time
 
 from billhook import data
-from billhook.calibration.walk import STREAMS, walk
+from billhook.calibration.walk import AXIS_STREAMS, walk
 from billhook.checkpoints import load
 from billhook.cuts.narrowing import Settings, narrow
 from billhook.models.sizes import decoder_parameters
@@ -22,7 +22,7 @@ from billhook.runtime.progress import Clock
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("model")
 parser.add_argument("text")
-parser.add_argument("--stream", choices=STREAMS, default="dense")
+parser.add_argument("--stream", choices=AXIS_STREAMS, default="dense")
 parser.add_argument("--score", default="obs")
 parser.add_argument("--ratio", type=float, default=0.2)
 parser.add_argument("--samples", type=int, default=64)

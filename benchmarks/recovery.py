@@ -70,8 +70,8 @@ common = {
     "teacher": args.teacher,
     "windows": [args.windows, args.precision, *[text.sha256 for text in scoring.texts]],
 }
-dense = cache.kept(args.results, "teacher", common, lambda: scoring.of(args.teacher))
-cut = cache.kept(args.results, "student", common, lambda: scoring.of(args.student))
+dense = cache.cached(args.results, "teacher", common, lambda: scoring.of(args.teacher))
+cut = cache.cached(args.results, "student", common, lambda: scoring.of(args.student))
 print(f"| trained | tokens | rate | {scoring.heads} | trained parameters | tokens/s | peak MiB |")
 print("|---|---|---|" + "---|" * len(scoring.texts) + "---|---|---|")
 print(
@@ -80,7 +80,7 @@ print(
 )
 for name in args.rows.split(","):
     key = {**common, "row": name} | {k: getattr(args, k) for k in ("tokens", "lr", "states", "batch_tokens", "seed")}
-    found = cache.kept(args.results, "row", key, lambda name=name: row(name))
+    found = cache.cached(args.results, "row", key, lambda name=name: row(name))
     healing = found["recovery"]
     print(
         f"| {name} | {healing['tokens']:,} | {healing['lr']:g} | {cells(found['losses'], dense)} | {healing['trained_parameters']:,} | "

@@ -45,6 +45,6 @@ def cells(losses: Losses, dense: Losses) -> str:
     said = []
     for text, before in dense.items():
         factor, error = perplexity.paired(before, losses[text])
-        mean = perplexity.of_losses(losses[text])
+        mean = perplexity.perplexity_of(losses[text])
         said.append(f"{mean:.4g} (×{factor:.4g} ± {error:.2g})")
     return " | ".join(said)

@@ -219,7 +219,7 @@ ROWS: dict[str, Callable[[float], dict[str, Find]]] = {
     },
 }
 common = {"weights": WEIGHTS, "texts": [one.sha256 for one in scoring.texts], "windows": [args.windows, args.precision]}
-dense = cache.kept(args.results, "dense", common, lambda: scoring(opened.model, opened.tokenizer))
+dense = cache.cached(args.results, "dense", common, lambda: scoring(opened.model, opened.tokenizer))
 print(f"| ratio | scores from | restoration | {scoring.heads} |\n|---|---|---|{'---|' * len(dense)}")
 print(f"| 0 | unpruned | | {cells(dense, dense)} |", flush=True)
 overfit: dict[str, dict[str, list[list[float]]]] = {}  # by what sampled and by text
@@ -229,7 +229,7 @@ for ratio in map(float, args.ratios.split(",")):
         for name, find in ROWS[kind](ratio).items():
             key = {**common, "row": name, "ratio": ratio, "trials": args.trials, "layout": args.layout}
             key["samples"] = args.samples
-            rows[name] = cache.kept(args.results, "row", key, lambda find=find: judged(ratio, find))  # noqa: B023
+            rows[name] = cache.cached(args.results, "row", key, lambda find=find: judged(ratio, find))  # noqa: B023
             for text, pairs in rows[name]["record"].get("judged", {}).items():
                 overfit.setdefault(f"{kind}, {ratio:.0%}", {}).setdefault(text, []).extend(pairs)
             for end, losses in rows[name]["losses"].items():

@@ -12,7 +12,7 @@ from fuzzing import Damage, file_damages, json_damages, safetensors_damages, sam
 from test_data import members, wheel_of
 
 from billhook import demo
-from billhook.checkpoints.resume import Journal
+from billhook.checkpoints.resume import FinishedLayers
 from billhook.evaluation import zeroshot
 from billhook.models.axes import axes
 from billhook.models.surgery import remove
@@ -47,7 +47,7 @@ class Kept:
 
 def result(folder: Path) -> Kept:
     def read() -> object:
-        return cache.kept(folder, "trial", {"a": 1}, lambda: {"loss": [3.5, float("nan")], "name": "x"})
+        return cache.cached(folder, "trial", {"a": 1}, lambda: {"loss": [3.5, float("nan")], "name": "x"})
 
     read()
     return Kept(next(folder.glob("trial-*")), read)
@@ -64,12 +64,12 @@ def _journal(folder: Path, ending: str) -> Kept:
     axis, units = axes(model, ("ffn",))[1], torch.tensor([0, 3, 5])
     folder.mkdir(exist_ok=True)
     remove(model, axis, units)
-    Journal(folder, model).commit(1, cut(3, ("ffn",))["cuts"][:1], [(axis, units)])
+    FinishedLayers(folder, model).save(1, cut(3, ("ffn",))["cuts"][:1], [(axis, units)])
 
     def read() -> None:
-        found = Journal(folder, tiny.model("llama"))
+        found = FinishedLayers(folder, tiny.model("llama"))
         assert found.found[0]["layer"] == 0
-        found.replay(1)
+        found.reload(1)
 
     return Kept(folder / f"layer-1.{ending}", read)
 
@@ -84,10 +84,10 @@ def layer_weights(folder: Path) -> Kept:
 
 def rotation(folder: Path) -> Kept:
     folder.mkdir(exist_ok=True)
-    journal = Journal(folder, tiny.model("llama"))
+    finished = FinishedLayers(folder, tiny.model("llama"))
 
     def read() -> object:
-        return journal.once("rotation", lambda: torch.eye(4))
+        return finished.once("rotation", lambda: torch.eye(4))
 
     read()
     return Kept(folder / "rotation.safetensors", read)

@@ -21,7 +21,7 @@ from billhook.pruning.recipe import recipe
 from billhook.recovery import recover
 from billhook.reports import tables
 from billhook.reports.cut_tables import calibration_words
-from billhook.runtime.around import around
+from billhook.runtime.special_tokens import special_ids
 from billhook.search import adapruner, pool, rounds
 from billhook.training import text_windows
 
@@ -95,7 +95,7 @@ def test_a_pool_is_chosen_by_its_text() -> None:
 
 def test_a_trimmed_vocabulary_begins_as_before() -> None:
     trimmed, _ = vocabulary.trim(tiny.model("llama"), BEGUN, ["abc abd"])
-    assert trimmed.convert_ids_to_tokens(around(trimmed)[0]) == ["<s>"]
+    assert trimmed.convert_ids_to_tokens(special_ids(trimmed)[0]) == ["<s>"]
     assert windows(Text("t", "abcdabcd"), trimmed, 5).begins_with == ("<s>",)
 
 

@@ -9,16 +9,16 @@ from typing import NoReturn
 
 def main() -> NoReturn:
     """Run the command line."""
-    from billhook.runtime import ending
+    from billhook.runtime import signals
 
-    ending.heed_signals()
+    signals.end_on_signals()
     _hush_libraries()
     from billhook import cli
 
     try:
         cli.main()
     finally:
-        ending.ignore_signals()
+        signals.ignore_signals()
 
 
 def _hush_libraries() -> None:

@@ -13,8 +13,8 @@ import torch
 
 from billhook import demo
 from billhook.errors import BillhookError
-from billhook.runtime.around import around, begins_with
 from billhook.runtime.progress import Tick, quiet
+from billhook.runtime.special_tokens import begin_token_names, special_ids
 from billhook.runtime.text_files import READERS, is_text, name_of, read_folder, read_text
 from billhook.tensors import Tokens
 
@@ -93,7 +93,7 @@ def windows(
     located = spans and tokenizer.is_fast
     encoded = tokenizer(text.text, add_special_tokens=False, verbose=False, return_offsets_mapping=located)
     ids = torch.tensor(encoded.input_ids, dtype=torch.long)
-    leading = torch.tensor(around(tokenizer)[0], dtype=torch.long)
+    leading = torch.tensor(special_ids(tokenizer)[0], dtype=torch.long)
     room = length - len(leading)
     if room < 1:
         raise BillhookError(
@@ -117,12 +117,12 @@ def windows(
         drawn = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples]
         tokens, sizes = tokens[drawn], tuple(sizes[n] for n in drawn.tolist()) if sizes else ()
     sha256 = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
-    return Windows(text.name, tokens, count, text.sha256, sha256, sizes, begins_with(tokenizer))
+    return Windows(text.name, tokens, count, text.sha256, sha256, sizes, begin_token_names(tokenizer))
 
 
 def fingerprint(tokenizer: Any) -> str:
     """The same for tokenizers that give every token the same id and begin alike: perplexities per token then compare."""
-    known, leading = sorted(tokenizer.get_vocab().items()), around(tokenizer)[0]
+    known, leading = sorted(tokenizer.get_vocab().items()), special_ids(tokenizer)[0]
     said = json.dumps([known, leading] if leading else known)
     return hashlib.sha256(said.encode()).hexdigest()[:16]
 

@@ -58,7 +58,7 @@ def test_presets_leave_the_first_and_the_last(preset: str, total: int) -> None:
     for count in range(1, total - 1):
         found = layer_presets.POSITIONS[preset](total, count)
         assert len(set(found)) == count and found == sorted(found) and found[0] > 0 and found[-1] < total - 1
-        assert set(layer_presets.drawn(total, count, 3)) <= set(range(1, total - 1))
+        assert set(layer_presets.random_layers(total, count, 3)) <= set(range(1, total - 1))
 
 
 def test_every_other_layer_goes_at_a_half() -> None:
@@ -67,14 +67,14 @@ def test_every_other_layer_goes_at_a_half() -> None:
 
 
 def test_layers_are_named_in_ranges() -> None:
-    assert layer_presets.numbered("10-12, 20,3", 30) == [3, 10, 11, 12, 20]
+    assert layer_presets.parse_layers("10-12, 20,3", 30) == [3, 10, 11, 12, 20]
     assert ranges([3, 10, 11, 12, 20]) == "3, 10-12, 20"
 
 
 @pytest.mark.parametrize("text", ["12-10", "1,1", "1-3,2", "30", "-1", "a", "", "1-", "1--2"])
 def test_wrong_names_are_refused(text: str) -> None:
     with pytest.raises(BillhookError, match="layers "):
-        layer_presets.numbered(text, 30)
+        layer_presets.parse_layers(text, 30)
 
 
 def test_the_losses_are_those_of_models_without_the_layers() -> None:
@@ -202,7 +202,7 @@ def test_a_chopped_model_is_written_whole(preset: str, tmp_path: Path, text_file
     assert len(gone) == 2 and sorted(gone + kept) == list(range(8)) and {0, 7} <= set(kept)
     again = T.AutoModelForCausalLM.from_pretrained(out)
     assert again.config.num_hidden_layers == len(layers(again)) == 6
-    assert (told["calibration"]["windows"] == 0) == (preset in layer_presets.FREE)
+    assert (told["calibration"]["windows"] == 0) == (preset in layer_presets.DATA_FREE)
 
 
 def test_presets_by_position_need_no_text(tmp_path: Path) -> None:

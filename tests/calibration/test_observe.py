@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from billhook.calibration.walk import STREAMS, Evidence, Layer, walk
+from billhook.calibration.walk import AXIS_STREAMS, Layer, ReaderSums, walk
 from billhook.errors import BillhookError
 from billhook.models.axes import Axis, axes
 from billhook.models.families import layers
@@ -55,7 +55,7 @@ def spoil(model: PreTrainedModel, found: list[Axis]) -> None:
         param.data.mul_(1.5)
 
 
-def whole(layer: Layer) -> dict[str, Evidence]:
+def whole(layer: Layer) -> dict[str, ReaderSums]:
     return {name: fit + layer.held_out[name] if layer.held_out else fit for name, fit in layer.fit.items()}
 
 
@@ -127,7 +127,7 @@ def test_the_sliding_window_shows(family: str) -> None:
     assert not any(torch.allclose(narrow.fit[n].gram, full.fit[n].gram, rtol=1e-2) for n in narrow.fit)
 
 
-@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("stream", AXIS_STREAMS)
 @pytest.mark.parametrize("family", ["llama", "qwen2_sliding", "opt_350m"])
 def test_the_batch_size_does_not_show(family: str, stream: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def sums(batch_tokens: int) -> Iterator[Tensor]:
@@ -145,7 +145,7 @@ def test_the_batch_size_does_not_show(family: str, stream: str, monkeypatch: pyt
         assert close(one, all_at_once) and close(two, all_at_once)
 
 
-@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("stream", AXIS_STREAMS)
 def test_the_walk_builds_no_graph_and_leaves_gradients_on_outside(stream: str) -> None:
     for layer in walk(tiny.model("llama").requires_grad_(True), IDS, KINDS, stream=stream):
         assert torch.is_grad_enabled()
@@ -164,7 +164,7 @@ def test_held_out_windows_are_kept_apart(stream: str) -> None:
         assert all(close(sums.gram, first[name] + last[name]) for name, sums in layer.fit.items())
 
 
-@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("stream", AXIS_STREAMS)
 def test_nothing_hangs_on_a_model_that_was_left_early(stream: str) -> None:
     model = tiny.model("opt")
     before = model(IDS).logits

@@ -29,7 +29,7 @@ from billhook.models.families import layers
 
 
 def cut_off(monkeypatch: pytest.MonkeyPatch, after: int) -> Callable[[], None]:
-    """Have the journal's writer fail once it has settled `after` files; undone by what is returned."""
+    """Have the writer of finished layers fail once it has settled `after` files; undone by what is returned."""
     rename, seen = resume.rename, [0]
 
     def settled(work: Path, to: Path) -> None:
@@ -101,10 +101,10 @@ def test_what_workers_had_done_is_kept(
 MASKS = [
     {"method": method, "sparsity": 0.5, "stream": stream}
     for method in MASKING
-    for stream in linears.STREAMS
+    for stream in linears.OPERATOR_STREAMS
     if method != "optishear"  # whose search comes before, and then it is wanda
 ]
-ALL = [{**FASP, "axes": ("ffn", "groups"), "stream": stream} for stream in walk.STREAMS] + MASKS
+ALL = [{**FASP, "axes": ("ffn", "groups"), "stream": stream} for stream in walk.AXIS_STREAMS] + MASKS
 SLOW = [one for one in ALL if one.get("method", "wanda") != "wanda"]
 APART = [
     {**FASP, "ratio": 0.1, "stream": "dense", "allocation": "skip:1,0", "layout": "per_layer"},
@@ -139,7 +139,7 @@ def test_whichever_layers_are_done_the_others_end_in_the_same_bits(
 
     whole = made(tmp_path / "all")
     there = sorted(int(one.stem.partition("-")[2]) for one in (tmp_path / "all").glob("layer-*.json"))
-    alone = settings["stream"] in linears.ALONE
+    alone = settings["stream"] in linears.INDEPENDENT_STREAMS
     sizes = range(len(there)) if settings in SLOW else (1,)
     parts = [done for size in sizes for done in itertools.combinations(there, size)]
     for done in parts if alone else [done for done in parts if list(done) == there[: len(done)]]:

@@ -90,7 +90,7 @@ def test_a_paged_model_computes_what_it_would_in_memory(family: str, tmp_path: P
     assert torch.equal(there(IDS).logits, away(IDS).logits)
     assert {one.device.type for one in away.parameters()} == {"meta"} and away.device.type == "cpu"
     assert sum(p.numel() for p in away.parameters()) == sum(p.numel() for p in there.parameters())
-    ends = residual.ends(away)
+    ends = residual.embedding_and_head(away)
     assert (ends[0].weight is ends[1].weight) == there.config.tie_word_embeddings
     buffers = dict(there.named_buffers())
     assert all(torch.equal(one, buffers[name]) for name, one in away.named_buffers())
@@ -104,20 +104,20 @@ def test_one_layer_is_there_at_a_time(
 ) -> None:
     """Of each model, and where there are two, the same of both."""
     there, most = set[tuple[str, int]](), list[int]()
-    bring, leave = offload.Page.bring, offload.Page.leave
+    bring, leave = offload.OffloadedModule.bring, offload.OffloadedModule.leave
 
-    def brought(page: offload.Page) -> None:
+    def brought(page: offload.OffloadedModule) -> None:
         bring(page)
         there.add((page.name, id(page.pager)))
         most.append(len({name for name, _ in there}))
         assert len({pager for _, pager in there}) == len(there)
 
-    def left(page: offload.Page, edited: bool = False) -> None:
+    def left(page: offload.OffloadedModule, edited: bool = False) -> None:
         leave(page, edited)
         there.difference_update([(page.name, id(page.pager))] if not page.users else [])
 
-    monkeypatch.setattr(offload.Page, "bring", brought)
-    monkeypatch.setattr(offload.Page, "leave", left)
+    monkeypatch.setattr(offload.OffloadedModule, "bring", brought)
+    monkeypatch.setattr(offload.OffloadedModule, "leave", left)
     pruned(written("llama", tmp_path / "model"), text_file, tmp_path / "out", stream_weights=True, **CASES[case])
     assert max(most) == 1 and not there
 
@@ -137,13 +137,13 @@ def test_a_twin_keeps_its_weights_and_files_go_once_nobody_reads_them(
         return sorted(one.name.partition("-")[0] for one in tmp_path.glob("billhook-pages-*/*"))
 
     def double(module: Any) -> None:
-        with offload.held(module):
+        with offload.loaded(module):
             module.mlp.up_proj.weight.data.mul_(2)
 
     double(first)
     double(first)  # whose first file nobody reads any more
     assert spilled() == ["model.layers.0"]
-    twin = offload.twin(model)
+    twin = offload.copied(model)
     before = weights(model)
     assert {name: float((before[name] / one).mean()) for name, one in source.items() if "0.mlp.up" in name} == {
         "model.layers.0.mlp.up_proj.weight": 4.0
@@ -166,17 +166,17 @@ def test_a_twin_keeps_its_weights_and_files_go_once_nobody_reads_them(
 
 def test_what_is_tied_stays_so_until_it_is_untied(tmp_path: Path) -> None:
     model = load.open_model(str(written("llama", tmp_path / "model")), stream=True).model
-    embedding, head = residual.ends(model)
-    with offload.held(embedding):
+    embedding, head = residual.embedding_and_head(model)
+    with offload.loaded(embedding):
         embedding.weight.data.mul_(2)
         embedding.weight = torch.nn.Parameter(embedding.weight.data[:, :16].clone(), False)
     assert head.weight is embedding.weight and head.weight.shape[1] == 16
-    with offload.held(head), offload.held(embedding):
+    with offload.loaded(head), offload.loaded(embedding):
         assert torch.equal(head.weight, embedding.weight)
     head.weight = torch.nn.Parameter(embedding.weight.clone(), False)
-    with offload.held(embedding):
+    with offload.loaded(embedding):
         embedding.weight.data.zero_()
-    with offload.held(head):
+    with offload.loaded(head):
         assert head.weight.abs().sum() > 0
 
 
@@ -185,20 +185,20 @@ def test_edited_pages_lie_beside_the_output_and_go(
     amiss: bool, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where there is a folder for what a prune keeps; what a killed one left there goes when the next begins."""
-    model, work, spill = written("llama", tmp_path / "model"), tmp_path / "work", offload.Pager.spill
+    model, work, spill = written("llama", tmp_path / "model"), tmp_path / "work", offload.WeightStore.spill
     (work / "pages").mkdir(parents=True)
     (work / "pages" / "left").write_text("x")
     (work / "run.json").write_text("{}")
     most = [0]
 
-    def counted(pager: offload.Pager, page: str, tensors: Any) -> None:
+    def counted(pager: offload.WeightStore, page: str, tensors: Any) -> None:
         spill(pager, page, tensors)
         assert not (work / "pages" / "left").exists()
         most.append(sum(one.stat().st_size for one in (work / "pages").iterdir()))
         if amiss and len(most) == 8:
             raise CutOffError
 
-    monkeypatch.setattr(offload.Pager, "spill", counted)
+    monkeypatch.setattr(offload.WeightStore, "spill", counted)
     given: dict[str, Any] = {"calibration": str(text_file), "samples": 10, "seq_len": 32, "stream_weights": True}
     if amiss:
         with pytest.raises(CutOffError):
@@ -326,9 +326,9 @@ def test_a_model_that_would_not_fit_is_streamed(tmp_path: Path, monkeypatch: pyt
     def opened() -> PreTrainedModel:
         return load.open_model(model, stream=None).model
 
-    assert not offload.is_paged(opened())
+    assert not offload.is_offloaded(opened())
     monkeypatch.setattr(load, "free_bytes", lambda device: 100_000)
-    assert offload.is_paged(opened())
+    assert offload.is_offloaded(opened())
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -76,13 +76,13 @@ def test_half_precision_comes_in_and_goes_out(family: str, tmp_path: Path, text_
 
 
 def test_one_layer_is_there_at_a_time(tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    there, bring = list[int](), offload.Page.bring
+    there, bring = list[int](), offload.OffloadedModule.bring
 
-    def brought(page: offload.Page) -> None:
+    def brought(page: offload.OffloadedModule) -> None:
         bring(page)
         there.append(sum(one.users > 0 for one in page.pager.pages))
 
-    monkeypatch.setattr(offload.Page, "bring", brought)
+    monkeypatch.setattr(offload.OffloadedModule, "bring", brought)
     pruned(written("mixtral", tmp_path / "model"), text_file, tmp_path / "out", stream_weights=True, **REAP)
     assert max(there) == 1
 
@@ -90,7 +90,7 @@ def test_one_layer_is_there_at_a_time(tmp_path: Path, text_file: Path, monkeypat
 def test_experts_of_unequal_widths_are_refused(tmp_path: Path) -> None:
     opened = load.open_model(str(written("mixtral", tmp_path / "model")), stream=True)
     axis = axes(opened.model, ("expert_ffn",))[0]
-    with offload.held(layers(opened.model)[axis.layer]):
+    with offload.loaded(layers(opened.model)[axis.layer]):
         remove(opened.model, axis, torch.arange(8))
     with pytest.raises(BillhookError, match="layer 0: its experts are 8 to 16 wide"):
         experts.fuse(opened.model)
@@ -99,7 +99,7 @@ def test_experts_of_unequal_widths_are_refused(tmp_path: Path) -> None:
 def test_what_is_written_is_a_stock_checkpoint(tmp_path: Path) -> None:
     opened = load.open_model(str(written("glm4_moe", tmp_path / "model")), stream=True)
     for axis in axes(opened.model, ("experts",)):
-        with offload.held(layers(opened.model)[axis.layer]):
+        with offload.loaded(layers(opened.model)[axis.layer]):
             remove(opened.model, axis, torch.tensor([1, 5]))
     layout.update_config(opened.model)
     out = tmp_path / "out"

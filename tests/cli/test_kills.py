@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from billhook import __main__ as command_line
 from billhook.checkpoints.clients import check
-from billhook.runtime import ending
+from billhook.runtime import signals
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 ENDS = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -74,7 +74,7 @@ class Range:
         begun = self.at / "tmp" / "begun"
 
         def work() -> None:
-            ending.heed_signals()  # as the first line of the command does
+            signals.end_on_signals()  # as the first line of the command does
             begun.touch()
             tempfile.tempdir = str(self.at / "tmp")
             sys.argv = self.arguments

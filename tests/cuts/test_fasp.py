@@ -9,11 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import billhook
-from billhook.calibration.walk import STREAMS, walk
+from billhook.calibration.walk import AXIS_STREAMS, walk
 from billhook.cuts.narrowing import Settings, narrow
 from billhook.models.axes import axes, reader_weight
 from billhook.models.families import layers
-from billhook.models.plan import even
+from billhook.models.plan import even_plan
 from billhook.models.surgery import cast
 from billhook.runtime import tensor_files
 
@@ -25,13 +25,13 @@ def damage(model: torch.nn.Module, dense: torch.nn.Module) -> float:
     return float((model(IDS).logits - reference).norm() / reference.norm())
 
 
-@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("stream", AXIS_STREAMS)
 @pytest.mark.parametrize("family", tiny.DENSE)
 def test_restoration_repairs_in_every_family_and_stream(family: str, stream: str) -> None:
     dense = tiny.model(family)
     plain, restored = copy.deepcopy(dense), copy.deepcopy(dense)
-    narrow(plain, IDS, even(3, {"ffn": 12}), Settings(restoration=False), stream=stream)
-    cuts = narrow(restored, IDS, even(3, {"ffn": 12}), stream=stream)
+    narrow(plain, IDS, even_plan(3, {"ffn": 12}), Settings(restoration=False), stream=stream)
+    cuts = narrow(restored, IDS, even_plan(3, {"ffn": 12}), stream=stream)
     assert [axis.units + 12 for axis in axes(restored, ("ffn",))] == [axis.units for axis in axes(dense, ("ffn",))]
     assert damage(restored, dense) < damage(plain, dense)
     for cut in cuts:
@@ -44,15 +44,15 @@ def test_a_dense_target_repairs_more_than_the_sequential_stream() -> None:
     found = {}
     for stream in ("sequential", "dense_target"):
         model = copy.deepcopy(dense)
-        narrow(model, IDS, even(3, {"ffn": 12}), stream=stream)
+        narrow(model, IDS, even_plan(3, {"ffn": 12}), stream=stream)
         found[stream] = damage(model, dense)
     assert found["dense_target"] < found["sequential"]
 
 
 def test_a_dense_target_without_correction_is_the_sequential_stream() -> None:
     one, other = tiny.model("llama"), tiny.model("llama")
-    narrow(one, IDS, even(3, {"ffn": 12}), Settings(correction=0.0), stream="dense_target")
-    narrow(other, IDS, even(3, {"ffn": 12}), stream="sequential")
+    narrow(one, IDS, even_plan(3, {"ffn": 12}), Settings(correction=0.0), stream="dense_target")
+    narrow(other, IDS, even_plan(3, {"ffn": 12}), stream="sequential")
     for (name, p), q in zip(one.named_parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(p, q, msg=name)
 
@@ -80,7 +80,7 @@ def test_ends_layer_says_where_the_reader_adds_to_the_output_as_it_is(family: st
 def test_the_paper_score_drops_the_columns_of_least_norm_product() -> None:
     model = tiny.model("llama")
     kept = copy.deepcopy(model)
-    narrow(kept, IDS, even(3, {"ffn": 20}), Settings(score="wanda", restoration=False), stream="dense")
+    narrow(kept, IDS, even_plan(3, {"ffn": 20}), Settings(score="wanda", restoration=False), stream="dense")
     for layer in walk(tiny.model("llama"), IDS, ("ffn",), held_out=0.0):
         axis = layer.axes[0]
         W, norms = reader_weight(model, axis), layer.fit[axis.reader_module].gram.diagonal().sqrt()
@@ -92,7 +92,7 @@ def test_the_paper_score_drops_the_columns_of_least_norm_product() -> None:
 def test_the_same_call_twice_gives_the_same_bits(family: str) -> None:
     models = [tiny.model(family) for _ in range(2)]
     for model in models:
-        narrow(model, IDS, even(3, {"ffn": 12}))
+        narrow(model, IDS, even_plan(3, {"ffn": 12}))
     for p, q in zip(*(m.parameters() for m in models), strict=True):
         assert torch.equal(p, q)
 

@@ -15,7 +15,7 @@ import billhook
 from billhook import cli
 from billhook.calibration.forward import enter, run
 from billhook.calibration.gram import gram_of
-from billhook.calibration.linears import ALONE, STREAMS, WITH_TARGET, operators
+from billhook.calibration.linears import INDEPENDENT_STREAMS, OPERATOR_STREAMS, WITH_TARGET, operators
 from billhook.cuts import masking, parallel
 from billhook.errors import BillhookError
 from billhook.math import layerwise, sparsity
@@ -72,7 +72,7 @@ def test_every_family_has_exactly_the_zeros_that_were_asked_for(text: str, name:
 
 
 @pytest.mark.parametrize("method", MASKING)
-@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("stream", OPERATOR_STREAMS)
 def test_every_method_runs_in_every_stream_and_repairs_help(text: str, method: str, stream: str) -> None:
     plain, refit = (masked(text, method=method, stream=stream, refit=each).report["zeros"] for each in (False, True))
     for bare, better in zip(plain["operators"], refit["operators"], strict=True):
@@ -103,7 +103,7 @@ def zero_half(model: Any, names: dict[str, str]) -> None:
         weight[:, ::2] = 0
 
 
-@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("stream", OPERATOR_STREAMS)
 def test_the_sums_are_what_the_stream_says(stream: str) -> None:
     dense, model, tokens = tiny.model("llama"), tiny.model("llama"), tiny.tokens(6, 16)
     for group in operators(model, tokens, ROLES, stream=stream, held_out=0.0):
@@ -187,7 +187,7 @@ def test_zeros_that_were_there_stay_unless_told_otherwise(text: str) -> None:
     assert "50.0% are zero already, and stay so" in lines[0]
 
 
-@pytest.mark.parametrize("stream", ALONE)
+@pytest.mark.parametrize("stream", INDEPENDENT_STREAMS)
 def test_processes_that_share_the_layers_make_the_same_bits(folder: Path, text: str, stream: str) -> None:
     given = {"method": "fistapruner", "pattern": "2:4", "calibration": text, "stream": stream, **SMALL}
     one, two = (billhook.prune(folder, jobs=jobs, **given) for jobs in (1, 2))

@@ -65,9 +65,9 @@ def moved(model: T.PreTrainedModel, dense: T.PreTrainedModel, at: int, resumed: 
 
 
 def test_cuts_are_runs_of_neighbours() -> None:
-    assert layer_presets.cuts([5, 1, 2, 7, 6]) == [[1, 2], [5, 6, 7]]
-    assert layer_presets.patched([0, 1, 4, 6, 7]) == [3, 5]
-    assert layer_presets.patched([0, 1]) == layer_presets.cuts([]) == []
+    assert layer_presets.runs_of([5, 1, 2, 7, 6]) == [[1, 2], [5, 6, 7]]
+    assert layer_presets.layers_before([0, 1, 4, 6, 7]) == [3, 5]
+    assert layer_presets.layers_before([0, 1]) == layer_presets.runs_of([]) == []
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "llama_bias"])
@@ -119,7 +119,7 @@ def test_the_held_out_error_is_that_of_a_fit_which_did_not_see_them(family: str)
     dense, held = tiny.model(family), IDS[-1:]  # a tenth of 16 windows
     fitted, (cut,) = copy.deepcopy(dense), without(dense, (1,), linear())[1]
     axis = axes(fitted, ("ffn",))[0]
-    (layer,) = walk(fitted, IDS[:-1], ("ffn",), stream="dense_target", gone=(1,), at=(0,), held_out=0.0)
+    (layer,) = walk(fitted, IDS[:-1], ("ffn",), stream="dense_target", dropped=(1,), only=(0,), held_out=0.0)
     (seen,), W = layer.fit.values(), reader_weight(fitted, axis)
     W.copy_(restore.least_squares(W, seen.gram, torch.arange(48), 1e-3, seen.cross)[0])
     entered: list[Tensor] = []
@@ -143,7 +143,7 @@ def test_a_boundless_ridge_leaves_the_model_unpatched(family: str) -> None:
 @pytest.mark.parametrize("gone", [(1,), (2, 3, 4), (0, 2, 5, 6), (1, 3, 5)])
 def test_no_patch_raises_the_error_it_was_fitted_to(gone: tuple[int, ...], damping: float) -> None:
     _, cuts = without(deep(), gone, linear(damping=damping))
-    assert [cut.layer for cut in cuts] == layer_presets.patched(gone)
+    assert [cut.layer for cut in cuts] == layer_presets.layers_before(gone)
     assert all(cut.error <= cut.error_without * (1 + 1e-9) for cut in cuts)
 
 
@@ -159,8 +159,8 @@ def test_each_patch_sees_what_those_before_it_have_become() -> None:
 @pytest.mark.parametrize("stream", ["dense_target", "sequential", "dense"])
 def test_a_walk_stops_where_it_is_asked_to(stream: str) -> None:
     model, gone = deep(), (2, 3, 5)
-    every = {layer.number: layer for layer in walk(model, IDS, ("ffn",), stream=stream, gone=gone)}
-    some = list(walk(model, IDS, ("ffn",), stream=stream, gone=gone, at=(1, 4)))
+    every = {layer.number: layer for layer in walk(model, IDS, ("ffn",), stream=stream, dropped=gone)}
+    some = list(walk(model, IDS, ("ffn",), stream=stream, dropped=gone, only=(1, 4)))
     assert [layer.number for layer in some] == [1, 4]
     for layer in some:
         for found, expected in ((layer.fit, every[layer.number].fit), (layer.held_out, every[layer.number].held_out)):
@@ -168,13 +168,13 @@ def test_a_walk_stops_where_it_is_asked_to(stream: str) -> None:
                 assert torch.equal(evidence.gram, expected[name].gram) and evidence.energy == expected[name].energy
                 if stream == "dense_target":
                     assert evidence.cross is not None and torch.equal(evidence.cross, expected[name].cross)
-    assert list(walk(model, IDS, ("ffn",), at=())) == []
+    assert list(walk(model, IDS, ("ffn",), only=())) == []
 
 
 def test_layers_after_the_last_cut_are_not_run() -> None:
     model = deep()
     layers(model)[6].mlp.register_forward_pre_hook(lambda *_: pytest.fail("run in vain"))
-    list(walk(model, IDS, ("ffn",), stream="dense_target", gone=(3, 4, 5), at=(2,)))
+    list(walk(model, IDS, ("ffn",), stream="dense_target", dropped=(3, 4, 5), only=(2,)))
 
 
 def test_no_patch_is_the_default_and_changes_nothing() -> None:
@@ -224,7 +224,7 @@ def test_a_patched_model_is_written_whole(
     out = result.save(tmp_path / "out")
     again, told = T.AutoModelForCausalLM.from_pretrained(out), json.loads((out / "billhook.json").read_text())
     assert again.dtype is dtype and torch.equal(again(IDS).logits, model(IDS).logits)
-    assert [cut["layer"] for cut in told["cuts"]] == layer_presets.patched(told["dropped_layers"])
+    assert [cut["layer"] for cut in told["cuts"]] == layer_presets.layers_before(told["dropped_layers"])
     assert all(cut["error"] < cut["error_without"] for cut in told["cuts"])
     assert told["calibration"]["windows"] == 12 and told["calibration"]["probes"] == (2 if "ratio" in given else 0)
     assert told["recipe"]["patch"] == "linear" and told["seconds"]["patch"] >= 0

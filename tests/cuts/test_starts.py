@@ -71,7 +71,7 @@ def start_of(name: str, found: Tensor, W: Tensor, wanted: Target, pattern: Patte
         if init != "dense":
             return SOLVERS[init](W, wanted, pattern, replace(settings, refit=False, init=None)).weight
         scores = W.abs() * wanted.gram.diagonal().sqrt() if name == "admm" or settings.normalised else W.abs()
-        return W * sparsity.keep(scores, pattern, "matrix")
+        return W * sparsity.keep_mask(scores, pattern, "matrix")
     if settings.refit:
         return SOLVERS[name](W, wanted, pattern, replace(settings, refit=False)).weight
     return W.masked_fill(found == 0, 0.0)
@@ -130,7 +130,7 @@ def test_what_is_restored_is_no_further_off_than_what_was_kept(kind: str) -> Non
 def test_nor_in_any_family(family: str, roles: tuple[str, ...]) -> None:
     model, few = tiny.model(family), Settings(iterations=6, gradual=4, rounds=1)
     unfuse(model)
-    groups = operators(model, tiny.tokens(1, 24), roles, stream="dense", at=[1], held_out=0.0)
+    groups = operators(model, tiny.tokens(1, 24), roles, stream="dense", only=[1], held_out=0.0)
     one_each = {role: (name, group.fit) for group in groups for role, name in group.names.items()}
     for name, sums in one_each.values():
         W, alive = weight_of(model, name).double().contiguous(), (torch.arange(len(sums.gram)) % 4 > 0).double()

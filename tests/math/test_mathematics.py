@@ -10,7 +10,7 @@ from billhook.calibration import forward
 from billhook.calibration.gram import gram_of
 from billhook.errors import BillhookError
 from billhook.math import linalg, restore, scores
-from billhook.math.knapsack import Candidates, even_widths
+from billhook.math.knapsack import AxisChoices, even_widths
 from billhook.math.linalg import damped, factor
 from billhook.math.restore import least_squares
 from billhook.math.scores import SCORES, energy_columns, obs_columns, wanda_columns
@@ -212,17 +212,17 @@ def test_lowest_takes_exactly_so_many_from_each_block(drop: int, values: int, bl
 @pytest.mark.parametrize(("units", "step"), [(48, 1), (1536, 32), (100, 32), (9, 3)])
 def test_solve_takes_the_nearest_cut_of_one_axis(units: int, step: int) -> None:
     drops = [0, *(d for d in range(1, units) if (units - d) % step == 0)]
-    axis = Candidates("ffn", units, 1000, drops)
+    axis = AxisChoices("ffn", units, 1000, drops)
     for target in torch.linspace(drops[1] * 501.0, drops[-1] * 1000.0, 97).tolist():
         miss = abs(even_widths([axis], target)["ffn"] * 1000 - target)
         assert miss == min(abs(d * 1000 - target) for d in drops)
 
 
 @pytest.mark.parametrize(
-    "heads", [Candidates("heads", 9, 2200, [0, 3, 6]), Candidates("groups", 4, 9000, [0, 1, 2, 3])]
+    "heads", [AxisChoices("heads", 9, 2200, [0, 3, 6]), AxisChoices("groups", 4, 9000, [0, 1, 2, 3])]
 )
-@pytest.mark.parametrize("ffn", [Candidates("ffn", n, 50, range(0, n, 8)) for n in (2048, 1024, 400, 160)])
-def test_solve_hits_what_two_axes_can_hit(heads: Candidates, ffn: Candidates) -> None:
+@pytest.mark.parametrize("ffn", [AxisChoices("ffn", n, 50, range(0, n, 8)) for n in (2048, 1024, 400, 160)])
+def test_solve_hits_what_two_axes_can_hit(heads: AxisChoices, ffn: AxisChoices) -> None:
     half = ffn.price * 8 / 2
     totals = [a * heads.price + b * ffn.price for a in heads.drops for b in ffn.drops]
     missed = []
@@ -236,7 +236,7 @@ def test_solve_hits_what_two_axes_can_hit(heads: Candidates, ffn: Candidates) ->
 
 
 def test_solve_refuses_too_much_and_too_little() -> None:
-    both = [Candidates("heads", 9, 2200, [0, 3, 6]), Candidates("ffn", 100, 50, range(0, 100, 10))]
+    both = [AxisChoices("heads", 9, 2200, [0, 3, 6]), AxisChoices("ffn", 100, 50, range(0, 100, 10))]
     most = 6 * 2200 + 90 * 50
     assert even_widths(both, most + 249.0) == {"heads": 6, "ffn": 90}
     with pytest.raises(BillhookError, match=f"at most {most:,} before"):
@@ -244,4 +244,4 @@ def test_solve_refuses_too_much_and_too_little() -> None:
     with pytest.raises(BillhookError, match=r"smallest step \(500 parameters\)"):
         even_widths(both, 249.0)
     with pytest.raises(BillhookError, match="at most 0"):
-        even_widths([Candidates("ffn", 1, 50, [0])], 10.0)
+        even_widths([AxisChoices("ffn", 1, 50, [0])], 10.0)

@@ -89,7 +89,7 @@ def test_other_bad_patterns() -> None:
         lambda: Pattern(sparsity=0.5, zeros=2, group=4),
         lambda: Pattern(zeros=2),
         lambda: Pattern(sparsity=1.5),
-        lambda: sparsity.keep(torch.ones(2, 2), HALF, "column"),
+        lambda: sparsity.keep_mask(torch.ones(2, 2), HALF, "column"),
     ):
         with pytest.raises(BillhookError):
             build()
@@ -106,8 +106,8 @@ def test_groups_have_to_tile_the_input() -> None:
 @pytest.mark.parametrize("levels", [1, 2, 1000])
 def test_counts_are_exact_with_ties(levels: int, pattern: Pattern) -> None:
     scores = torch.randint(levels, (10, 40), generator=torch.Generator().manual_seed(0)).float()
-    rows = sparsity.keep(scores, pattern, "row")
-    whole = sparsity.keep(scores, pattern, "matrix")
+    rows = sparsity.keep_mask(scores, pattern, "row")
+    whole = sparsity.keep_mask(scores, pattern, "matrix")
     assert (~rows).sum(1).tolist() == [round(pattern.share * 40)] * 10
     assert (~whole).sum() == round(pattern.share * 400)
     if pattern.group is not None:
@@ -122,17 +122,19 @@ def test_counts_are_exact_with_ties(levels: int, pattern: Pattern) -> None:
 
 
 def test_nothing_or_everything_goes() -> None:
-    assert sparsity.keep(torch.ones(3, 5), Pattern(sparsity=0.0)).all()
-    assert not sparsity.keep(torch.ones(3, 5), Pattern(sparsity=1.0), "matrix").any()
+    assert sparsity.keep_mask(torch.ones(3, 5), Pattern(sparsity=0.0)).all()
+    assert not sparsity.keep_mask(torch.ones(3, 5), Pattern(sparsity=1.0), "matrix").any()
 
 
 def test_known_zeros_count_first_and_stay() -> None:
     scores = torch.arange(1.0, 9.0).view(1, 8)
     zeros = torch.tensor([[0, 0, 0, 0, 0, 0, 1, 1]]).bool()
-    assert sparsity.keep(scores, HALF, zeros=zeros).tolist() == [[False, False, True, True, True, True, False, False]]
-    assert (~sparsity.keep(scores, Pattern(sparsity=0.125), zeros=zeros)).nonzero()[:, 1].tolist() == [6, 7]
+    assert sparsity.keep_mask(scores, HALF, zeros=zeros).tolist() == [
+        [False, False, True, True, True, True, False, False]
+    ]
+    assert (~sparsity.keep_mask(scores, Pattern(sparsity=0.125), zeros=zeros)).nonzero()[:, 1].tolist() == [6, 7]
     zeros = torch.tensor([[1, 1, 1, 0, 0, 0, 0, 1]]).bool()
-    assert (~sparsity.keep(scores, TWO_FOUR, zeros=zeros)).nonzero()[:, 1].tolist() == [0, 1, 2, 4, 7]
+    assert (~sparsity.keep_mask(scores, TWO_FOUR, zeros=zeros)).nonzero()[:, 1].tolist() == [0, 1, 2, 4, 7]
 
 
 # -- errors and refits -----------------------------------------------------------------------------------------------
@@ -140,7 +142,7 @@ def test_known_zeros_count_first_and_stay() -> None:
 
 def test_errors_are_those_on_the_activations() -> None:
     X, W, Y = draw()
-    V = W * sparsity.keep(W.abs(), HALF)
+    V = W * sparsity.keep_mask(W.abs(), HALF)
     assert close(squared_error(V, W, own(X)), (X @ (V - W).T).square().sum(0), 1e-10)
     assert close(squared_error(V, W, other(X, Y)), (X @ V.T - Y).square().sum(0), 1e-10)
     dense, moved, scale = layerwise.scaled(W, other(X, Y))
@@ -158,7 +160,7 @@ def test_a_target_needs_both_or_neither() -> None:
 @pytest.mark.parametrize("damping", [1e-4, 1e-1])
 def test_refit_is_the_direct_solution_of_every_row(damping: float, kind: str) -> None:
     (X, W, Y), wanted = draw(), target(kind)
-    mask = sparsity.keep(W.abs(), HALF, "matrix")
+    mask = sparsity.keep_mask(W.abs(), HALF, "matrix")
     V = layerwise.refit(W, wanted, mask, damping, iterations=200)
     G, output = X.T @ X, X @ W.T if kind == "own" else Y
     delta = damping * float(G.diagonal().mean())
@@ -176,7 +178,7 @@ def test_refit_is_the_direct_solution_of_every_row(damping: float, kind: str) ->
 @pytest.mark.parametrize("iterations", [0, 1, 5])
 def test_a_refit_never_makes_a_row_worse(iterations: int) -> None:
     wanted, W = target("other"), draw()[1]
-    mask = sparsity.keep(W.abs(), TWO_FOUR)
+    mask = sparsity.keep_mask(W.abs(), TWO_FOUR)
     # a start that has no reason to be near, and a ridge that draws away from it
     begun = layerwise.refit(W, wanted, mask, 1e-8, iterations=100)
     V = layerwise.refit(W, wanted, mask, 10.0, begun, iterations)
@@ -281,9 +283,9 @@ def test_a_diagonal_gram_leaves_what_stays_as_it_was() -> None:
     scores = W.double().square() * diagonal
     settings = Settings(damping=0.0)
     found = sparsegpt.prune(W, Target(torch.diag(diagonal)), HALF, settings).weight
-    assert torch.equal(found, W.double() * sparsity.keep(scores, HALF, "matrix"))
+    assert torch.equal(found, W.double() * sparsity.keep_mask(scores, HALF, "matrix"))
     found = sparsegpt.prune(W, Target(torch.diag(diagonal)), TWO_FOUR, settings).weight
-    assert torch.equal(found, W.double() * sparsity.keep(scores, TWO_FOUR))
+    assert torch.equal(found, W.double() * sparsity.keep_mask(scores, TWO_FOUR))
 
 
 @pytest.mark.parametrize("pattern", [HALF, TWO_FOUR], ids=str)
@@ -336,7 +338,7 @@ def test_fista_is_never_worse_than_its_start(
     found = fistapruner.prune(W, wanted, pattern, settings)
     begun = W if init == "dense" else METHODS[init](W, wanted, pattern, PLAIN).weight
     scores = begun.abs() * wanted.gram.diagonal().sqrt() if normalised else begun.abs()
-    begun = begun * sparsity.keep(scores, pattern, "matrix")
+    begun = begun * sparsity.keep_mask(scores, pattern, "matrix")
     assert error(found.weight, W, wanted) <= error(begun, W, wanted) * (1 + 1e-9)
     assert error(found.weight, W, wanted) <= found.note["error"] * (1 + 1e-9)
     assert found.note["gains"] <= found.note["runs"] <= settings.rounds
@@ -387,8 +389,8 @@ def test_the_step_covers_the_largest_eigenvalue() -> None:
 
 def test_filling_the_support_cannot_hurt() -> None:
     W, wanted = draw()[1], target("other")
-    mask = sparsity.keep(W.abs(), HALF)
-    V = W * sparsity.keep(W.abs(), Pattern(sparsity=0.75))
+    mask = sparsity.keep_mask(W.abs(), HALF)
+    V = W * sparsity.keep_mask(W.abs(), Pattern(sparsity=0.75))
     found = fistapruner.filled(V, W, wanted, mask, fistapruner.largest_eigenvalue(wanted.gram))
     assert torch.equal(found != 0, mask) and torch.equal(found[V != 0], V[V != 0])
     assert error(found, W, wanted) < error(V, W, wanted)
@@ -414,13 +416,13 @@ def test_an_input_of_zeros_is_pruned_all_the_same() -> None:
 def test_the_mask_rises_to_the_pattern() -> None:
     V = draw()[1]
     for pattern in PATTERNS:
-        before = sparsity.keep(V.abs(), Pattern(sparsity=0.0))
+        before = sparsity.keep_mask(V.abs(), Pattern(sparsity=0.0))
         for part in (0.2, 0.6, 1.0):
             mask = admm.rising(V, pattern, part, None)
             assert (~mask).sum() == round(part * pattern.share * V.numel())
             assert not (mask & ~before).any()
             before = mask
-        assert torch.equal(before, sparsity.keep(V.abs(), pattern, "matrix"))
+        assert torch.equal(before, sparsity.keep_mask(V.abs(), pattern, "matrix"))
 
 
 def test_on_a_fixed_mask_admm_ends_at_the_refit() -> None:

@@ -28,7 +28,7 @@ from billhook.evaluation.speed import memory, speeds
 from billhook.math import merging
 from billhook.models import layout, limits, sizes
 from billhook.models.axes import axes
-from billhook.models.experts import Experts, fuse, is_apart, unfuse
+from billhook.models.experts import Experts, fuse, is_unfused, unfuse
 from billhook.models.families import layers, mixture, router_path, row_of
 from billhook.models.modeling_per_layer import FAMILIES
 from billhook.models.plan import Plan
@@ -107,7 +107,7 @@ def test_a_router_that_chooses_groups_first_loses_experts_evenly(way: str) -> No
     model = opened("glm4_moe")
     found = axes(model, ("experts",))
     rows = [model.get_parameter(axis.reader.param).clone() for axis in found]
-    assert [limits.allowed(model, axis, 1) for axis in found] == [[0, 2, 4]] * 2  # two of a group are the least
+    assert [limits.allowed_drops(model, axis, 1) for axis in found] == [[0, 2, 4]] * 2  # two of a group are the least
     reduce_experts(model, IDS, Plan({(axis.layer, "experts"): 4 for axis in found}), Settings(way))
     for axis, before in zip(found, rows, strict=True):
         left = model.get_parameter(axis.reader.param)
@@ -185,7 +185,7 @@ def test_what_is_measured_is_the_stock_forward(family: str, tmp_path: Path, monk
         judgements.append((found[0]["perplexities"], found[0]["macs_per_token"], seen["perplexities"]))
     assert counts[0] == counts[1] and counts[0].total() > 1000
     assert judgements[0] == judgements[1]
-    assert is_apart(ours.model) and not is_apart(stock.model)
+    assert is_unfused(ours.model) and not is_unfused(stock.model)
 
 
 def test_routing_counts_what_the_router_does() -> None:

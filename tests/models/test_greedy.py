@@ -15,7 +15,7 @@ from billhook.checkpoints import generation, load, save
 from billhook.checkpoints.clients import transformers_client
 from billhook.evaluation.continuations import continuations
 from billhook.models import greedy
-from billhook.runtime import around
+from billhook.runtime import special_tokens
 
 NEW = 6
 ENDING = list(range(0, 258, 3))
@@ -73,7 +73,7 @@ def test_text_is_argmax_whatever_the_settings_are(tmp_path: Path) -> None:
         texts, _ = continuations(model, tokenizer, ["abc"], NEW)
         expected = ended if content == json.dumps({"eos_token_id": ENDING}) else bare
         assert texts == [tokenizer.decode(expected, skip_special_tokens=True)], content
-        assert greedy.continued(model, torch.tensor([ids]), NEW).tolist() == [bare], content
+        assert greedy.greedy_tokens(model, torch.tensor([ids]), NEW).tolist() == [bare], content
         assert model.generation_config is asked
 
 
@@ -85,7 +85,7 @@ def test_settings_neither_end_nor_change_what_is_done(content: str, tmp_path: Pa
     expected = [argmax(tiny.model("llama"), row, NEW, []) for row in ids.tolist()]
     for stream in (False, True):
         model = load.load(folder, stream=stream)
-        assert greedy.continued(model, ids, NEW).tolist() == expected
+        assert greedy.greedy_tokens(model, ids, NEW).tolist() == expected
         (made := tmp_path / f"out-{stream}").mkdir()
         save.save(model, tiny.tokenizer(), made, folder)
         assert (made / generation.NAME).read_text() == content
@@ -131,7 +131,7 @@ def adding(template: str) -> Any:
 def test_a_prompt_begins_as_the_tokenizer_says_and_has_no_end(template: str) -> None:
     model, tokenizer = tiny.model("llama"), adding(template)
     before, encoded = [256] * template.count("<s>"), tokenizer.backend_tokenizer.to_str()
-    assert around.open_ended(tokenizer)("abc").input_ids == before + tiny.tokenizer()("abc").input_ids
+    assert special_tokens.without_end_token(tokenizer)("abc").input_ids == before + tiny.tokenizer()("abc").input_ids
     expected = argmax(model, before + tiny.tokenizer()("abc").input_ids, NEW, [257])
     assert continuations(model, tokenizer, ["abc"], NEW)[0] == [tokenizer.decode(expected, skip_special_tokens=True)]
     assert tokenizer.backend_tokenizer.to_str() == encoded

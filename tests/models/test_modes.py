@@ -12,7 +12,7 @@ from torch import nn
 
 import billhook
 from billhook.errors import BillhookError
-from billhook.models.modes import evaluating, noise
+from billhook.models.modes import evaluation_mode, noise
 from billhook.recovery import recover
 
 LENGTH = 16
@@ -49,7 +49,7 @@ def test_what_a_config_asks_for_is_what_training_does(family: str) -> None:
 def test_every_module_is_given_back_in_its_mode() -> None:
     model = made("gpt2").train()
     model.lm_head.eval()
-    with evaluating(model):
+    with evaluation_mode(model):
         assert not any(module.training for module in model.modules())
         model.transformer.h[0].mlp.act = nn.GELU().train(False)
     assert model.transformer.h[0].mlp.act.training and not model.lm_head.training

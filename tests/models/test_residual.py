@@ -16,7 +16,7 @@ import billhook
 from billhook import cli
 from billhook.calibration.gram import gram_of
 from billhook.checkpoints import save, verify
-from billhook.checkpoints.resume import Journal
+from billhook.checkpoints.resume import FinishedLayers
 from billhook.cuts import slicing_restore as slicegpt_restore
 from billhook.cuts.slicing import Settings, _inputs, channel_scores, slice_residual
 from billhook.errors import BillhookError
@@ -57,7 +57,7 @@ def with_eps(family: str, eps: float) -> PreTrainedModel:
 def test_cutting_equals_zeroing_what_writes(family: str, eps: float) -> None:
     dense = with_eps(family, eps)
     cut, masked = copy.deepcopy(dense), copy.deepcopy(dense)
-    residual.silence(masked, GONE)
+    residual.zero(masked, GONE)
     residual.cut(cut, KEPT)
     before, after = masked(IDS).logits, cut(IDS).logits
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
@@ -88,9 +88,9 @@ def test_turning_changes_nothing(family: str, eps: float) -> None:
     Q = torch.linalg.qr(torch.randn(32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
     rotation.rotate(turned, Q)
     torch.testing.assert_close(turned(IDS).logits, dense(IDS).logits, rtol=1e-5, atol=1e-5)
-    embedding, head = residual.ends(turned)
+    embedding, head = residual.embedding_and_head(turned)
     assert head.weight is not embedding.weight and not turned.config.tie_word_embeddings
-    assert (embedding.weight - residual.ends(dense)[0].weight).abs().max() > 0.1  # it was turned
+    assert (embedding.weight - residual.embedding_and_head(dense)[0].weight).abs().max() > 0.1  # it was turned
 
 
 @pytest.mark.parametrize("family", TURNED)
@@ -202,7 +202,9 @@ def test_the_score_is_the_squared_error_that_a_zeroed_channel_makes() -> None:
     cut = copy.deepcopy(model)
     slice_residual(cut, IDS, Plan(residual=8), Settings(restoration=False))
     by_hand = expected.argsort()[8:].sort().values
-    assert torch.equal(residual.ends(cut)[0].weight, residual.ends(model)[0].weight[:, by_hand])
+    assert torch.equal(
+        residual.embedding_and_head(cut)[0].weight, residual.embedding_and_head(model)[0].weight[:, by_hand]
+    )
 
 
 @pytest.mark.parametrize("family", CUT)
@@ -256,7 +258,7 @@ def test_restoration_leaves_what_lost_nothing(family: str) -> None:
     dense, kept = tiny.model(family), torch.arange(32)
     model = copy.deepcopy(dense)
     how: dict[str, Any] = {"share": 1.0, "damping": 1e-6, "clock": Clock(), "tick": quiet}
-    slicegpt_restore.restore(model, copy.deepcopy(dense), IDS, kept, Journal(None, model), **how)
+    slicegpt_restore.restore(model, copy.deepcopy(dense), IDS, kept, FinishedLayers(None, model), **how)
     torch.testing.assert_close(model(IDS).logits, dense(IDS).logits, rtol=1e-3, atol=1e-3)
 
 

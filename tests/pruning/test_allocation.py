@@ -26,7 +26,7 @@ from billhook.methods import METHODS
 from billhook.models import sizes
 from billhook.models.axes import Axis, axes
 from billhook.models.families import layers
-from billhook.models.plan import Plan, even
+from billhook.models.plan import Plan, even_plan
 from billhook.models.surgery import drop_layers
 from billhook.pruning import allocation, planning, sensitivity, texts
 from billhook.pruning.recipe import recipe
@@ -522,13 +522,13 @@ def test_a_walk_past_dropped_layers(family: str, gone: tuple[int, ...]) -> None:
     whole, dense = grams(model, PROBE), activations(model, PROBE)[1]
     for n in gone:
         layers(without)[n].forward = lambda hidden_states, **_: hidden_states
-    for layer in walk(model, PROBE, ("ffn",), gone=gone, held_out=0.0):
+    for layer in walk(model, PROBE, ("ffn",), dropped=gone, held_out=0.0):
         assert layer.number not in gone
         for name, sums in layer.fit.items():
             assert close(sums.gram, whole[name]), name
     for stream in ("sequential", "dense_target"):
         cut, reference, seen = copy.deepcopy(model), copy.deepcopy(without), []
-        for layer in walk(cut, PROBE, ("ffn",), stream=stream, gone=gone, held_out=0.0):
+        for layer in walk(cut, PROBE, ("ffn",), stream=stream, dropped=gone, held_out=0.0):
             entered, left = activations(reference, PROBE)
             (name, sums), n = *layer.fit.items(), layer.number
             seen.append(n)
@@ -555,7 +555,7 @@ def test_the_ffn_before_it_makes_up_for_a_dropped_layer(family: str, share: floa
     narrow(plain, tokens[4:], Plan(drops), settings)
     drop_layers(plain, [gone])
     drop_layers(after, [gone])
-    narrow(after, tokens[4:], even(3, {"ffn": 8}), settings)
+    narrow(after, tokens[4:], even_plan(3, {"ffn": 8}), settings)
     assert len(layers(made_up)) == len(layers(plain)) == 3
     losses = [Probe(dense, tokens[:4]).divergence_of(model) for model in (made_up, plain, after)]
     assert losses[0] < losses[1] and losses[0] < losses[2], losses

@@ -58,7 +58,7 @@ def test_the_ranks_after_training_decide(bench: Path, monkeypatch: pytest.Monkey
         better = key["dropped"] == [3, 4]
         return {"before": {"held": 9.0 if better else 5.0}, "after": {"held": 3.0 if better else 4.0}}
 
-    monkeypatch.setattr(candidates.cache, "kept", told)
+    monkeypatch.setattr(candidates.cache, "cached", told)
     found = prune(bench)["selection"]
     (first,) = (one for one in found["candidates"] if one["name"] == "output")
     assert found["chosen"] == "output" and (first["rank_before"], first["rank_after"]) == (3, 1)

@@ -78,10 +78,10 @@ def test_one_process_works_in_a_folder(tmp_path: Path) -> None:
     work = tmp_path / "new" / "work"
 
     def enter() -> None:
-        with run_folder.held(work):
+        with run_folder.locked(work):
             run_folder.claim(work, KEY, fresh=False)
 
-    with run_folder.held(work), run_folder.held(work):  # what has it may ask again
+    with run_folder.locked(work), run_folder.locked(work):  # what has it may ask again
         code, _, said = Child(enter).ended(30)
         assert code == 1 and "another command works in" in said and not (work / run_folder.NAME).exists()
     assert not (tmp_path / "new").exists()
@@ -103,12 +103,12 @@ def test_without_locks_a_folder_is_worked_in_and_that_is_said(
         return said
 
     work = tmp_path / "work"
-    with run_folder.held(work):
+    with run_folder.locked(work):
         run_of(work)
     assert not lines()
     monkeypatch.setattr(locks.fcntl, "flock", none)
     for one in (work, tmp_path / "new"):  # which no one else can have made, and others may come to
-        with run_folder.held(one), run_folder.held(one):
+        with run_folder.locked(one), run_folder.locked(one):
             assert one.is_dir()
         (line,) = lines()
         assert line.startswith(f"{one}: its file system has no locks: let no other command work there")
@@ -117,7 +117,7 @@ def test_without_locks_a_folder_is_worked_in_and_that_is_said(
 def test_what_no_run_made_is_not_removed(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     run_folder.remove(tmp_path)
-    with pytest.raises(BillhookError, match="is not a run's folder"), run_folder.held(tmp_path):
+    with pytest.raises(BillhookError, match="is not a run's folder"), run_folder.locked(tmp_path):
         pass
     assert (tmp_path / "notes.txt").exists()
 

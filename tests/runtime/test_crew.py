@@ -15,7 +15,7 @@ import worker_tasks
 
 import billhook
 from billhook.errors import BillhookError
-from billhook.runtime.workers import Hands, _room, crew, portions
+from billhook.runtime.workers import Workers, _room, portions, worker_pool
 
 ray = pytest.importorskip("ray")
 os.environ["RAY_AUTH_MODE"] = "disabled"  # or it leaves a token in the home folder, which later clusters then ask for
@@ -46,56 +46,56 @@ def test_portions_are_even_and_whole() -> None:
     assert portions(2, 5) == [range(0, 1), range(1, 2)]
 
 
-@pytest.mark.parametrize("hands", [Hands(2), Hands(ray="auto")], ids=["jobs", "ray"])
-def test_every_process_is_prepared_and_results_come_in_order(hands: Hands, cluster: str) -> None:
-    with crew(hands, "cpu", worker_tasks.prepare, (100,)) as gang:
-        assert list(gang.each(worker_tasks.add, range(5), 3)) == [100, 103, 106, 109, 112]
+@pytest.mark.parametrize("workers", [Workers(2), Workers(ray="auto")], ids=["jobs", "ray"])
+def test_every_process_is_prepared_and_results_come_in_order(workers: Workers, cluster: str) -> None:
+    with worker_pool(workers, "cpu", worker_tasks.prepare, (100,)) as pool:
+        assert list(pool.map(worker_tasks.add, range(5), 3)) == [100, 103, 106, 109, 112]
         with pytest.raises(BillhookError, match=r"^item [01] cannot work$"):  # whichever is first to say so
-            list(gang.each(worker_tasks.fail, range(2)))
-    assert gang.size == hands.jobs  # a Ray task takes all cores of a machine
+            list(pool.map(worker_tasks.fail, range(2)))
+    assert pool.size == workers.jobs  # a Ray task takes all cores of a machine
 
 
-@pytest.mark.parametrize("hands", [Hands(2), Hands(ray="auto")], ids=["jobs", "ray"])
-def test_what_a_generator_yields_comes_as_it_is_made(hands: Hands, cluster: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [Workers(2), Workers(ray="auto")], ids=["jobs", "ray"])
+def test_what_a_generator_yields_comes_as_it_is_made(workers: Workers, cluster: str, tmp_path: Path) -> None:
     """The second thing is made only once the first was seen: a flow that waited for the end would never end."""
-    with crew(hands, "cpu", worker_tasks.prepare, (10,)) as gang:
+    with worker_pool(workers, "cpu", worker_tasks.prepare, (10,)) as pool:
         seen = []
-        for one in gang.flow(worker_tasks.count_when_asked, ["a", "b", "c"], str(tmp_path)):
+        for one in pool.map_stream(worker_tasks.count_when_asked, ["a", "b", "c"], str(tmp_path)):
             (tmp_path / one).touch()
             seen.append(one)
         assert sorted(seen) == ["a0", "a1", "a2", "b0", "b1", "b2", "c0", "c1", "c2"]
         assert [one for one in seen if one[0] == "b"] == ["b0", "b1", "b2"]
-        assert list(gang.flow(worker_tasks.count_when_asked, [], str(tmp_path))) == []
+        assert list(pool.map_stream(worker_tasks.count_when_asked, [], str(tmp_path))) == []
 
 
 def test_what_a_dead_ray_worker_had_is_done_again(cluster: str, tmp_path: Path) -> None:
-    with crew(Hands(ray=cluster), "cpu", worker_tasks.prepare, (10,)) as gang:
-        assert list(gang.each(worker_tasks.die_once, range(3), str(tmp_path))) == [10, 11, 12]
+    with worker_pool(Workers(ray=cluster), "cpu", worker_tasks.prepare, (10,)) as pool:
+        assert list(pool.map(worker_tasks.die_once, range(3), str(tmp_path))) == [10, 11, 12]
     assert (tmp_path / "dead").exists()
 
 
 def test_what_a_dead_ray_worker_had_yielded_comes_once(cluster: str, tmp_path: Path) -> None:
-    with crew(Hands(ray=cluster), "cpu", worker_tasks.prepare, (100,)) as gang:
-        found = list(gang.flow(worker_tasks.die_midway, range(2), str(tmp_path)))
+    with worker_pool(Workers(ray=cluster), "cpu", worker_tasks.prepare, (100,)) as pool:
+        found = list(pool.map_stream(worker_tasks.die_midway, range(2), str(tmp_path)))
     assert sorted(found) == [100, 101, 102, 110, 111, 112]
     assert (tmp_path / "dead").exists()
 
 
 def test_a_dead_process_of_this_machine_is_said(tmp_path: Path) -> None:
     with (
-        crew(Hands(2), "cpu", worker_tasks.prepare, (10,)) as gang,
+        worker_pool(Workers(2), "cpu", worker_tasks.prepare, (10,)) as pool,
         pytest.raises(BillhookError, match=r"--jobs: a worker process died"),
     ):
-        list(gang.each(worker_tasks.die_once, range(3), str(tmp_path)))
+        list(pool.map(worker_tasks.die_once, range(3), str(tmp_path)))
 
 
 EMPLOYER = """
 import time, worker_tasks
-from billhook.runtime.workers import Hands, crew
+from billhook.runtime.workers import Workers, worker_pool
 
 if __name__ == "__main__":
-    with crew(Hands(2), "cpu", worker_tasks.prepare, (0,)) as gang:
-        print(*gang.each(worker_tasks.pid, range(2)), flush=True)
+    with worker_pool(Workers(2), "cpu", worker_tasks.prepare, (0,)) as pool:
+        print(*pool.map(worker_tasks.pid, range(2)), flush=True)
         time.sleep(60)
 """
 
@@ -126,14 +126,14 @@ def test_ray_makes_the_same_model(way: str, cluster: str, folder: Path) -> None:
     given = {"calibration": str(folder / "text.txt"), **GIVEN, **WAYS[way]}
     alone = billhook.prune(folder, **given)
     spread = billhook.prune(folder, ray=cluster, stream_weights=way == "fasp", **given)
-    with billhook.runtime.offload.held(spread.model.model.layers[0]):
+    with billhook.runtime.offload.loaded(spread.model.model.layers[0]):
         pass
     _assert_equal(alone, spread)
 
 
 def _assert_equal(one: billhook.Result, two: billhook.Result) -> None:
     for n, (a, b) in enumerate(zip(one.model.model.layers, two.model.model.layers, strict=True)):
-        with billhook.runtime.offload.held(a), billhook.runtime.offload.held(b):
+        with billhook.runtime.offload.loaded(a), billhook.runtime.offload.loaded(b):
             found = dict(b.named_parameters())
             for name, param in a.named_parameters():
                 assert param.equal(found[name]), (n, name)
@@ -153,7 +153,7 @@ def _assert_equal(one: billhook.Result, two: billhook.Result) -> None:
 )
 def test_an_address_that_does_not_answer_is_refused_at_once(address: str, says: str, folder: Path) -> None:
     started = time.monotonic()
-    with pytest.raises(BillhookError, match=says), crew(Hands(ray=address), "cpu", worker_tasks.prepare, (1,)):
+    with pytest.raises(BillhookError, match=says), worker_pool(Workers(ray=address), "cpu", worker_tasks.prepare, (1,)):
         pass
     assert time.monotonic() - started < 20
 

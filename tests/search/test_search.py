@@ -18,7 +18,7 @@ from billhook.cuts.chopping import Settings as Patching
 from billhook.cuts.chopping import chop
 from billhook.errors import BillhookError
 from billhook.models.axes import axes
-from billhook.models.plan import Plan, even
+from billhook.models.plan import Plan, even_plan
 from billhook.models.sizes import saved_by
 from billhook.models.surgery import drop_layers, zero
 from billhook.pruning import compare
@@ -265,7 +265,7 @@ def test_a_study_without_differences_has_no_importance() -> None:
 
 @pytest.mark.parametrize("name", ["full", "paper", "samples", "metric", "samples,metric,budgets"])
 def test_known_metrics_are_points_of_their_space(name: str) -> None:
-    open_ = space(name, "per_layer", 3, 24, tiny.model("llama"), even(3, {"ffn": 8, "groups": 1}), 1)
+    open_ = space(name, "per_layer", 3, 24, tiny.model("llama"), even_plan(3, {"ffn": 8, "groups": 1}), 1)
     standard = fixed(3)["param_second"]
     for solution in open_.known.values() if "metric" in open_.groups else [standard]:
         decoded = open_.decode(open_.encode(solution), standard)
@@ -275,7 +275,7 @@ def test_known_metrics_are_points_of_their_space(name: str) -> None:
 
 
 def test_a_point_says_what_it_chose() -> None:
-    open_ = space("full", "uniform", 3, 24, tiny.model("llama"), even(3, {"ffn": 8}), 1)
+    open_ = space("full", "uniform", 3, 24, tiny.model("llama"), even_plan(3, {"ffn": 8}), 1)
     given = open_.encode(fixed(3)["energy"]) | {"cluster 0": 0, "cluster 1": 2, "cluster 2": 2, "windows": 9, "draw": 4}
     own = open_.decode(given, Solution((1, 1, 1))).solution
     assert own.levels == (0, 1, 1) and (own.count, own.draw) == (9, 4) and own.coefficients == {"energy": 1.0}
@@ -288,22 +288,22 @@ def test_a_point_says_what_it_chose() -> None:
 @pytest.mark.parametrize("layout", ["uniform", "per_layer"])
 def test_attention_and_channels_make_up_for_each_other(layout: str) -> None:
     model = tiny.model("llama_bias")
-    base = even(3, {"ffn": 20, "groups": 0})
+    base = even_plan(3, {"ffn": 20, "groups": 0})
     counts = attention_counts(model, base, 1, layout)
     assert counts[0] == 0 and set(counts) == {0, 1}
     other = exchanged(model, base, 1, layout, attention=1)
     assert {count for (_, kind), count in other.drops.items() if kind == "groups"} == {1}
     step = sum(axis.price(model) for axis in axes(model, ("ffn",)))
     assert 0 <= saved_by(model, other) - saved_by(model, base) < step
-    assert attention_counts(model, even(3, {"ffn": 4}), 1, layout) == ()
+    assert attention_counts(model, even_plan(3, {"ffn": 4}), 1, layout) == ()
     with pytest.raises(BillhookError, match="makes up for that"):
-        exchanged(model, even(3, {"ffn": 1, "groups": 0}), 1, layout, attention=1)
+        exchanged(model, even_plan(3, {"ffn": 1, "groups": 0}), 1, layout, attention=1)
 
 
 @pytest.mark.parametrize("block", [(1, 1), (1, 2), (2, 1)])
 def test_a_block_of_layers_and_channels_make_up_for_each_other(block: tuple[int, int]) -> None:
     model = tiny.model("llama", num_hidden_layers=5)
-    base = even(5, {"ffn": 40})
+    base = even_plan(5, {"ffn": 40})
     assert longest_block(model, base) == 2
     other = exchanged(model, base, 1, "uniform", block=block)
     assert other.layers == tuple(range(block[0], sum(block))) and not {n for n, _ in other.drops} & set(other.layers)
@@ -364,7 +364,7 @@ def test_a_search_over_attention_keeps_the_size(text: str) -> None:
 @pytest.mark.parametrize("shape", [Shape(), Shape(1, 1), Shape(0, 0, 0.8, -0.4), Shape(1, 0, -0.8, 0.8)])
 def test_a_shape_saves_as_much_and_spares_what_it_says(shape: Shape) -> None:
     model = tiny.model("llama_bias")
-    base = even(3, {"ffn": 12})
+    base = even_plan(3, {"ffn": 12})
     plan = shaped(model, base, shape, 1, 0.1)
     drops = [plan.drops[n, "ffn"] for n in range(3)]
     assert sum(drops) == 36
@@ -375,14 +375,14 @@ def test_a_shape_saves_as_much_and_spares_what_it_says(shape: Shape) -> None:
 
 def test_a_shape_that_spares_too_much_is_refused() -> None:
     with pytest.raises(BillhookError, match="spares too many layers"):
-        shaped(tiny.model("llama"), even(3, {"ffn": 32}), Shape(2, 1), 1, 0.3)
+        shaped(tiny.model("llama"), even_plan(3, {"ffn": 32}), Shape(2, 1), 1, 0.3)
 
 
 def test_a_large_cut_leaves_shapes_room(text: str) -> None:
     model, chosen = tiny.model("llama"), recipe(**{**SMALL, "calibration": text, "layout": "per_layer"})
     material = adapruner.read(load.Opened(model, tiny.tokenizer(), "tiny", None, model.dtype), chosen)
     bench = trials.bench_of(model, "nll", None)
-    at = rounds.Search(model, chosen, even(3, {"ffn": 32}), material.pool, material.validation, bench, quiet)
+    at = rounds.Search(model, chosen, even_plan(3, {"ffn": 32}), material.pool, material.validation, bench, quiet)
     drops = [at.plan(Candidate(shape=Shape(0, 0, 0.8, 0.0))).drops[n, "ffn"] for n in range(3)]
     assert sum(drops) == 96
     assert drops[2] == 40  # of 48, where an even cut leaves 16: half of that stays, and three tenths would be 15

@@ -75,7 +75,7 @@ def test_scores_order_rows_as_the_paper_writes_them(alpha: str, f1: str) -> None
         for f2 in FUNCTIONS:
             metric = Metric(alpha, f1, beta, f2)
             masks = [
-                sparsity.keep(s, Pattern(0.5))
+                sparsity.keep_mask(s, Pattern(0.5))
                 for s in (written_out(W.double(), X, metric), score(W.double(), X, metric))
             ]
             assert torch.equal(*masks), metric

@@ -24,7 +24,7 @@ from billhook.models.axes import KINDS, Axis, Slot, axes, blocks
 from billhook.models.families import layers, shape
 from billhook.runtime.memory import free_bytes
 from billhook.runtime.progress import Tick, quiet
-from billhook.tensors import Tokens, place, precise
+from billhook.tensors import Tokens, float64_device, precise
 
 WINDOW = 128  # tokens of each window that scores ask gradients of: more short windows tell more than few long ones
 CHUNK = {"cpu": 1 << 15}  # entries reduced at a time: in the cache ten times as fast as whole weights
@@ -168,7 +168,7 @@ def _by_layer(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _zeros(model: PreTrainedModel, axis: Axis, slot: Slot) -> UnitSums:
-    where = place(model.get_parameter(slot.param).device)
+    where = float64_device(model.get_parameter(slot.param).device)
     return UnitSums(*torch.zeros(5, axis.units, dtype=torch.float64, device=where))
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from billhook.calibration.forward import BATCH_TOKENS
-from billhook.tensors import Gram, place
+from billhook.tensors import Gram, float64_device
 
 GRAM_BLOCKS = 4  # block rows of the symmetric product: 10 of 16 blocks computed
 
@@ -19,7 +19,7 @@ def add_upper(total: Gram | None, x: Tensor) -> Gram:
     x = x.flatten(0, -2).float()
     size = x.shape[1]
     if total is None:
-        total = torch.zeros(size, size, dtype=torch.float64, device=place(x.device))
+        total = torch.zeros(size, size, dtype=torch.float64, device=float64_device(x.device))
     step = -(-size // GRAM_BLOCKS)
     for chunk in x.split(2 * BATCH_TOKENS):
         for i in range(0, size, step):

@@ -30,7 +30,7 @@ MEASURED = {
     "greedy": "one at a time, each time the one least missed (SLEB, arXiv:2402.09025)",
     "taylor": "the least sum of |weight x gradient|, the first four and last two kept (Taylor+ of Kim et al.)",
 }
-PRESETS = (*layer_presets.FREE, *MEASURED)
+PRESETS = (*layer_presets.DATA_FREE, *MEASURED)
 KEPT_BY_TAYLOR = (4, 2)  # of the first and the last layers
 STAGE = "measuring layers"
 
@@ -61,19 +61,19 @@ def chosen(
     if preset in layer_presets.POSITIONS:
         return layer_presets.POSITIONS[preset](total, count)
     if preset == "random":
-        return layer_presets.drawn(total, count, seed)
+        return layer_presets.random_layers(total, count, seed)
 
     def kept(name: str, measure: Callable[[], Any], **more: int) -> Any:
-        return cache.kept(folder, name, {**(key or {}), "criterion": name, **more}, measure)
+        return cache.cached(folder, name, {**(key or {}), "criterion": name, **more}, measure)
 
     if preset == "block-influence":
-        return layer_presets.lowest(kept(preset, lambda: block_influence(model, tokens, tick)), count)
+        return layer_presets.lowest_layers(kept(preset, lambda: block_influence(model, tokens, tick)), count)
     if preset == "angular":
         found = kept(preset, lambda: angular_distances(model, tokens, tick))
         starts = range(1, total - count)
         return _block(min(starts, key=lambda n: found[n][n + count]), count)
     if preset == "perplexity":
-        return layer_presets.lowest(kept(preset, lambda: losses_without_each(model, probe, (), tick)), count)
+        return layer_presets.lowest_layers(kept(preset, lambda: losses_without_each(model, probe, (), tick)), count)
     if preset == "contiguous":
         found = kept(preset, lambda: losses_without_blocks(model, probe, count, tick), count=count)
         return _block(1 + min(range(len(found)), key=lambda n: found[n]), count)
@@ -86,7 +86,7 @@ def chosen(
         return sorted(gone)
     may_go = _range_of_taylor(total, count)
     scores = kept(preset, lambda: taylor_scores(model, tokens, tick))
-    return layer_presets.lowest([score if n in may_go else math.inf for n, score in enumerate(scores)], count)
+    return layer_presets.lowest_layers([score if n in may_go else math.inf for n, score in enumerate(scores)], count)
 
 
 def _range_of_taylor(total: int, count: int) -> range:

@@ -22,15 +22,15 @@ from billhook.calibration.forward import BATCH_TOKENS, enter, run
 from billhook.calibration.gram import gram_of
 from billhook.calibration.walk import Finished
 from billhook.errors import BillhookError
-from billhook.models.families import layers, linears, row_of, wanted
+from billhook.models.families import layers, linears, role_wanted, row_of
 from billhook.runtime.activations import State, keep
 from billhook.runtime.cache import Grams
 from billhook.runtime.memory import return_freed
-from billhook.runtime.offload import held
+from billhook.runtime.offload import loaded
 from billhook.runtime.progress import Clock, Tick, quiet
 from billhook.tensors import Gram, Tokens, precise
 
-STREAMS = {
+OPERATOR_STREAMS = {
     "dense": "every operator sees the unpruned model's activations: one forward pass in all",
     "sequential": "every layer sees what the pruned layers before it put out (SparseGPT, Wanda)",
     "true_sequential": "as sequential, and every operator sees what was pruned before it in its layer",
@@ -41,21 +41,21 @@ STREAMS = {
 STEPWISE = ("true_sequential", "layer_target", "dense_target")  # sums anew for every group of operators
 WITH_TARGET = ("layer_target", "dense_target")  # which follow the unpruned model as well
 HELD_OUT = 0.1  # of the windows
-ALONE = ("dense", "layer_target")  # no layer sees what became of another
+INDEPENDENT_STREAMS = ("dense", "layer_target")  # no layer sees what became of another
 
 
 @dataclass(frozen=True)
-class Sums:
+class OperatorSums:
     """Over tokens, of what enters an operator, X* (tokens, in), and of what does so in the unpruned model, X, where that differs."""
 
     gram: Gram  # X*^T X*
     cross: Tensor | None = None  # (in, in) X^T X*
     dense: Tensor | None = None  # (in, in) X^T X
 
-    def __add__(self, other: "Sums") -> "Sums":
+    def __add__(self, other: "OperatorSums") -> "OperatorSums":
         if self.cross is None or other.cross is None or self.dense is None or other.dense is None:
-            return Sums(self.gram + other.gram)
-        return Sums(self.gram + other.gram, self.cross + other.cross, self.dense + other.dense)
+            return OperatorSums(self.gram + other.gram)
+        return OperatorSums(self.gram + other.gram, self.cross + other.cross, self.dense + other.dense)
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Group:
 
     layer: int
     names: Mapping[str, str]
-    fit: Sums
-    held_out: Sums | None
+    fit: OperatorSums
+    held_out: OperatorSums | None
 
 
 @dataclass
@@ -89,7 +89,7 @@ def operators(
     roles: Sequence[str],
     *,
     stream: str,
-    at: Sequence[int] | None = None,
+    only: Sequence[int] | None = None,
     held_out: float = HELD_OUT,
     finished: Finished | None = None,
     clock: Clock | None = None,
@@ -107,25 +107,25 @@ def operators(
         BillhookError: an activation is not finite; the message names the module.
     """
     clock = clock or Clock()
-    at = range(len(layers(model))) if at is None else at
+    only = range(len(layers(model))) if only is None else only
     kept = finished.grams if finished is not None and stream == "dense" else None
     if (
         finished is not None
         and kept
-        and kept.has(_input(model, n, named) for n in at for named in _groups(model, n, roles))
+        and kept.has(_input(model, n, named) for n in only for named in _groups(model, n, roles))
     ):
-        yield from _recalled(model, kept, roles, finished, at, clock, tick)
+        yield from _recalled(model, kept, roles, finished, only, clock, tick)
         return
     with clock("forward"):
         batches = _entered(model, tokens, len(tokens) - int(held_out * len(tokens)))
     mixed = f"{row_of(model).experts}."
-    for n, module in enumerate(layers(model)[: at[-1] + 1 if at else 0]):
-        tick("pruning", sum(one < n for one in at), len(at))
+    for n, module in enumerate(layers(model)[: only[-1] + 1 if only else 0]):
+        tick("pruning", sum(one < n for one in only), len(only))
         if finished is not None and n in finished.records:
             _replayed(n, module, finished, batches, stream, clock)
             continue
-        with held(module):
-            groups = _groups(model, n, roles) if n in at else []
+        with loaded(module):
+            groups = _groups(model, n, roles) if n in only else []
             unpruned = copy.deepcopy(module) if stream in WITH_TARGET else None
             # the experts of a layer compute side by side, and have the same roles
             alike = [list(some) for _, some in itertools.groupby(groups, key=tuple)]
@@ -144,16 +144,16 @@ def operators(
                         with clock("gram"):
                             kept.keep(_input(model, n, named), fit.gram, apart and apart.gram)
                     yield Group(n, named, fit, apart)
-            if n < at[-1] and not (stream == "dense" and groups):
+            if n < only[-1] and not (stream == "dense" and groups):
                 with clock("forward"):
-                    _passed(n, module, unpruned, batches, alone=stream in ALONE)
+                    _passed(n, module, unpruned, batches, alone=stream in INDEPENDENT_STREAMS)
             return_freed()
-    tick("pruning", len(at), len(at))
+    tick("pruning", len(only), len(only))
 
 
 def _groups(model: PreTrainedModel, n: int, roles: Sequence[str]) -> list[dict[str, str]]:
     """Of layer n the operators of each group that have one of `roles`, path by role."""
-    groups = [{role: path for role, path in one.items() if wanted(role, roles)} for one in linears(model, n)]
+    groups = [{role: path for role, path in one.items() if role_wanted(role, roles)} for one in linears(model, n)]
     return [named for named in groups if named]
 
 
@@ -175,13 +175,13 @@ def _recalled(
     for done, n in enumerate(at):
         tick("pruning", done, len(at))
         if n in finished.records:
-            finished.replay(n)
+            finished.reload(n)
             continue
-        with held(layers(model)[n]):
+        with loaded(layers(model)[n]):
             for named in _groups(model, n, roles):
                 with clock("gram"):
                     fit, apart = grams.read(_input(model, n, named), model.device)
-                yield Group(n, named, Sums(fit), None if apart is None else Sums(apart))
+                yield Group(n, named, OperatorSums(fit), None if apart is None else OperatorSums(apart))
         return_freed()
     tick("pruning", len(at), len(at))
 
@@ -208,7 +208,7 @@ def _gathered(
     whole: bool,
     mixed: str,
     clock: Clock,
-) -> dict[tuple[str, bool], Sums]:
+) -> dict[tuple[str, bool], OperatorSums]:
     """Sums of what enters each of `paths`, by path and whether held out.
 
     Args:
@@ -216,7 +216,7 @@ def _gathered(
         whole: run the layer to its end, and go on from there.
         mixed: what paths of experts begin with.
     """
-    found: dict[tuple[str, bool], Sums] = {}
+    found: dict[tuple[str, bool], OperatorSums] = {}
     for batch in batches:
         call = batch.calls[n]
         with clock("forward"):
@@ -230,7 +230,7 @@ def _gathered(
                 # what an expert sees is other tokens where the router saw something else: it has no target
                 y = dense[path].flatten(0, -2).float() if dense and not path.startswith(mixed) else None
                 gram = gram_of(x)
-                here = Sums(gram) if y is None else Sums(gram, precise(y.T @ x), gram_of(y))
+                here = OperatorSums(gram) if y is None else OperatorSums(gram, precise(y.T @ x), gram_of(y))
                 key = path, batch.held_out
                 found[key] = found[key] + here if key in found else here
         if whole:  # in the dense stream alone, where both are one
@@ -267,13 +267,13 @@ def _replayed(
 ) -> None:
     """Take every batch through a layer that an earlier run has finished."""
     follows = stream in (*WITH_TARGET, "dense")
-    with clock("forward"), held(module):
+    with clock("forward"), loaded(module):
         for batch in batches if follows else ():
             batch.target = _run(module, batch.target, batch.calls[n])
-    finished.replay(n)
-    with clock("forward"), held(module):
+    finished.reload(n)
+    with clock("forward"), loaded(module):
         for batch in batches:
-            batch.state = batch.target if stream in ALONE else _run(module, batch.state, batch.calls[n])
+            batch.state = batch.target if stream in INDEPENDENT_STREAMS else _run(module, batch.state, batch.calls[n])
             batch.target = batch.target if follows else batch.state
 
 
@@ -295,6 +295,6 @@ def _passed(n: int, module: nn.Module, unpruned: nn.Module | None, batches: Sequ
                 batch.target = batch.state
 
 
-def _check_finite(name: str, sums: Sums) -> None:
+def _check_finite(name: str, sums: OperatorSums) -> None:
     if not all(one.isfinite().all() for one in (sums.gram, sums.cross, sums.dense) if one is not None):
         raise BillhookError(f"what enters {name} is not finite: weights or dtype overflow; try --dtype float32")

@@ -15,11 +15,11 @@ from billhook.errors import BillhookError
 from billhook.models.families import layers, mixture, router_path, row_of
 from billhook.runtime.activations import State, keep
 from billhook.runtime.memory import return_freed
-from billhook.runtime.offload import held
+from billhook.runtime.offload import loaded
 from billhook.runtime.progress import Clock, Tick, quiet
 from billhook.tensors import Gram, Scores, Tokens, precise
 
-STREAMS = ("dense", "sequential")
+EXPERT_STREAMS = ("dense", "sequential")
 
 
 @dataclass
@@ -80,21 +80,21 @@ def mixtures(
         tick("routing", n, len(layers(model)))
         passed = [one[n] for one in calls]
         if finished is not None and n in finished.records:
-            with clock("forward"), held(module, edits=False):
+            with clock("forward"), loaded(module, edits=False):
                 _onward(module, states if stream == "dense" else [], passed)
-            finished.replay(n)
-            with clock("forward"), held(module, edits=False):
+            finished.reload(n)
+            with clock("forward"), loaded(module, edits=False):
                 _onward(module, states if stream != "dense" else [], passed)
             continue
         experts: Any = mixture(model, n)
         if experts is None:
-            with clock("forward"), held(module, edits=False):
+            with clock("forward"), loaded(module, edits=False):
                 _onward(module, states, passed)
             continue
         block = module.get_submodule(row_of(model).experts.rpartition(".")[0])
         zeros = torch.zeros(len(experts), dtype=torch.float64)
         routing, seen = Routing(0, zeros, zeros.clone(), torch.zeros(len(zeros), len(zeros), dtype=torch.float64)), []
-        with held(module):
+        with loaded(module):
             for b, state in enumerate(states):
                 with clock("forward"), _tapped(model, n, block, experts) as found:
                     after = run(module, state.read(), passed[b])

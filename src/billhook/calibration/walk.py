@@ -24,11 +24,11 @@ from billhook.models.families import layers
 from billhook.runtime.activations import State, keep
 from billhook.runtime.cache import Grams
 from billhook.runtime.memory import return_freed
-from billhook.runtime.offload import held
+from billhook.runtime.offload import loaded
 from billhook.runtime.progress import Clock, Tick, quiet
 from billhook.tensors import Cross, Gram, Tokens, precise
 
-STREAMS = {
+AXIS_STREAMS = {
     "dense": "every layer sees the unpruned model's activations: one forward pass in all",
     "sequential": "every layer sees the activations that the pruned layers before it produce",
     "dense_target": "as sequential, and each restoration also makes up part of the difference to the unpruned model",
@@ -36,7 +36,7 @@ STREAMS = {
 
 
 @dataclass
-class Evidence:
+class ReaderSums:
     """Sums over tokens of what enters one reader, X (tokens, in), and of what the reader should add, E (tokens, out).
 
     E is zero but in the `dense_target` stream, and there for the readers alone whose output is added to the layer's as it
@@ -48,9 +48,9 @@ class Evidence:
     cross: Cross | None = None  # E^T X
     energy: float = 0.0  # ||E||_F^2
 
-    def __add__(self, other: "Evidence") -> "Evidence":
+    def __add__(self, other: "ReaderSums") -> "ReaderSums":
         cross = self.cross if self.cross is None or other.cross is None else self.cross + other.cross
-        return Evidence(self.gram + other.gram, cross, self.energy + other.energy)
+        return ReaderSums(self.gram + other.gram, cross, self.energy + other.energy)
 
 
 @runtime_checkable
@@ -62,7 +62,7 @@ class Finished(Protocol):
     @property
     def records(self) -> Collection[int]: ...
 
-    def replay(self, n: int) -> None:
+    def reload(self, n: int) -> None:
         """Make layer n what it then became."""
         ...
 
@@ -73,8 +73,8 @@ class Layer:
 
     number: int
     axes: list[Axis]
-    fit: dict[str, Evidence]
-    held_out: dict[str, Evidence]
+    fit: dict[str, ReaderSums]
+    held_out: dict[str, ReaderSums]
 
 
 def walk(  # noqa: PLR0913
@@ -83,9 +83,9 @@ def walk(  # noqa: PLR0913
     kinds: tuple[str, ...],
     *,
     stream: str = "dense",
-    share: float = 1.0,
-    gone: Collection[int] = (),
-    at: Collection[int] | None = None,
+    correction: float = 1.0,
+    dropped: Collection[int] = (),
+    only: Collection[int] | None = None,
     held_out: float = 0.1,
     finished: Finished | None = None,
     clock: Clock | None = None,
@@ -111,36 +111,36 @@ def walk(  # noqa: PLR0913
     batches += [(batch, True) for batch in tokens[count:].split(rows) if len(batch)]
     every = axes(model, kinds)
     by_layer = [[axis for axis in every if axis.layer == n] for n in range(len(layers(model)))]
-    end = len(by_layer) if at is None else max(at, default=-1) + 1
+    end = len(by_layer) if only is None else max(only, default=-1) + 1
     kept = finished.grams if finished is not None and stream == "dense" else None
-    wanted = [n for n in range(end) if n not in gone and (at is None or n in at)]
+    wanted = [n for n in range(end) if n not in dropped and (only is None or n in only)]
     if finished is not None and kept and kept.has(axis.reader_module for n in wanted for axis in by_layer[n]):
         yield from _recalled(model, kept, {n: by_layer[n] for n in wanted}, finished, clock, tick)
         return
     with clock("forward"):
         states, calls = enter(model, [batch for batch, _ in batches], keep)
-        leading = _gone_from(0, gone)
+        leading = _gone_from(0, dropped)
         unpruned = [_through(model, leading, state, calls[b]) for b, state in enumerate(states)] if leading else states
     targets = unpruned if stream == "dense_target" else []
     states = unpruned if stream == "dense" else list(states)
     for n, module in enumerate(layers(model)[:end]):
-        if n in gone:
+        if n in dropped:
             continue
         tick("statistics", n, end)
-        on = _Passage(model, n, module, states, targets, calls, _gone_from(n + 1, gone), stream)
+        on = _Passage(model, n, module, states, targets, calls, _gone_from(n + 1, dropped), stream)
         if finished is not None and n in finished.records:
-            with clock("forward"), held(module):
+            with clock("forward"), loaded(module):
                 on.unpruned()
-            finished.replay(n)
-            with clock("forward"), held(module):
+            finished.reload(n)
+            with clock("forward"), loaded(module):
                 on.pruned()
             continue
-        with held(module):
+        with loaded(module):
             if n not in wanted:
-                on.gather([], batches, share, clock, onward=True)
+                on.gather([], batches, correction, clock, onward=True)
                 continue
             # a layer's Grams may be most of the memory: none is the generator's once they are handed out
-            yield Layer(n, by_layer[n], *_kept(kept, on.gather(by_layer[n], batches, share, clock), clock))
+            yield Layer(n, by_layer[n], *_kept(kept, on.gather(by_layer[n], batches, correction, clock), clock))
             return_freed()  # or the holes that the cuts leave pile up (docs/LOG.md)
             if n + 1 < end:
                 with clock("forward"):
@@ -149,8 +149,8 @@ def walk(  # noqa: PLR0913
 
 
 def _kept(
-    grams: Grams | None, sums: tuple[dict[str, Evidence], dict[str, Evidence]], clock: Clock
-) -> tuple[dict[str, Evidence], dict[str, Evidence]]:
+    grams: Grams | None, sums: tuple[dict[str, ReaderSums], dict[str, ReaderSums]], clock: Clock
+) -> tuple[dict[str, ReaderSums], dict[str, ReaderSums]]:
     """`sums`, once they are on disk if they are to be."""
     with clock("gram"):
         for name, fit in sums[0].items() if grams else ():
@@ -164,21 +164,21 @@ def _recalled(
 ) -> Iterator[Layer]:
     """The layers `wanted`, each with its axes, by what an earlier walk in the dense stream has kept."""
 
-    def read(found: list[Axis]) -> tuple[dict[str, Evidence], dict[str, Evidence]]:
-        sums: tuple[dict[str, Evidence], dict[str, Evidence]] = ({}, {})
+    def read(found: list[Axis]) -> tuple[dict[str, ReaderSums], dict[str, ReaderSums]]:
+        sums: tuple[dict[str, ReaderSums], dict[str, ReaderSums]] = ({}, {})
         with clock("gram"):
             for name in {axis.reader_module for axis in found}:
                 for side, gram in zip(sums, grams.read(name, model.device), strict=True):
                     if gram is not None:
-                        side[name] = Evidence(gram)
+                        side[name] = ReaderSums(gram)
         return sums
 
     for n, found in wanted.items():
         if n in finished.records:
-            finished.replay(n)
+            finished.reload(n)
             continue
         tick("statistics", n, len(wanted))
-        with held(layers(model)[n]):
+        with loaded(layers(model)[n]):
             yield Layer(n, found, *read(found))
         return_freed()
     tick("statistics", len(wanted), len(wanted))
@@ -199,10 +199,10 @@ class _Passage:
 
     def gather(
         self, found: list[Axis], batches: list[tuple[Tensor, bool]], share: float, clock: Clock, onward: bool = False
-    ) -> tuple[dict[str, Evidence], dict[str, Evidence]]:
+    ) -> tuple[dict[str, ReaderSums], dict[str, ReaderSums]]:
         """Every batch through the layer as it is, and the evidence on the axes `found` from the windows to fit and those held out; `onward`: where
         nothing will be cut, and the sequential streams go on at once."""
-        sums: tuple[dict[str, Evidence], dict[str, Evidence]] = ({}, {})
+        sums: tuple[dict[str, ReaderSums], dict[str, ReaderSums]] = ({}, {})
         for b in range(len(self.states)):
             with clock("forward"):
                 with _tapped(self.model, found) as inputs:
@@ -241,12 +241,12 @@ class _Passage:
             self.states[b] = keep(run(self.module, state.read(), self.calls[b][self.n]))
 
 
-def _add(sums: dict[str, Evidence], found: list[Axis], inputs: dict[str, Tensor], lack: Tensor | None) -> None:
+def _add(sums: dict[str, ReaderSums], found: list[Axis], inputs: dict[str, Tensor], lack: Tensor | None) -> None:
     """Add one batch to the evidence of every reader; the Grams stay upper triangles until the layer is done."""
     for name, ends in {axis.reader_module: axis.ends_layer for axis in found}.items():
         x = inputs[name].flatten(0, -2).float()
         before = sums.get(name)
-        here = Evidence(add_upper(before.gram if before else None, x))
+        here = ReaderSums(add_upper(before.gram if before else None, x))
         if lack is not None and ends:
             e = lack.flatten(0, -2).float()
             here.cross = precise(e.T @ x) + (before.cross if before and before.cross is not None else 0.0)
@@ -268,13 +268,13 @@ def _tapped(model: PreTrainedModel, found: list[Axis]) -> Iterator[dict[str, Ten
         yield inputs
 
 
-def _complete(sums: tuple[dict[str, Evidence], dict[str, Evidence]]) -> None:
+def _complete(sums: tuple[dict[str, ReaderSums], dict[str, ReaderSums]]) -> None:
     for name, evidence in (*sums[0].items(), *sums[1].items()):
         evidence.gram = mirrored(evidence.gram)
         _check_finite(name, evidence)
 
 
-def _check_finite(name: str, evidence: Evidence) -> None:
+def _check_finite(name: str, evidence: ReaderSums) -> None:
     if not evidence.gram.diagonal().isfinite().all():  # which overflows first
         raise BillhookError(f"what enters {name} is not finite: weights or dtype overflow; try --dtype float32")
     if not math.isfinite(evidence.energy) or (evidence.cross is not None and not evidence.cross.isfinite().all()):

@@ -7,10 +7,10 @@ from typing import Any
 from billhook.checkpoints import save, verify
 from billhook.checkpoints.clients import check
 from billhook.errors import BillhookError
-from billhook.models.modes import evaluating
+from billhook.models.modes import evaluation_mode
 from billhook.reports import card, page, records
 from billhook.runtime import atomic
-from billhook.runtime.offload import is_paged
+from billhook.runtime.offload import is_offloaded
 from billhook.runtime.progress import Tick, quiet
 
 
@@ -36,9 +36,9 @@ def publish(
     tick("saving", 0, 2)
     save.save(model, tokenizer, work, source)
     tick("saving", 1, 2)
-    with evaluating(model):
+    with evaluation_mode(model):
         record["verified"] = verify.verify(work, model)
-    record["loads"] = [] if is_paged(model) else [check.check(work, "transformers")]  # which loads it whole
+    record["loads"] = [] if is_offloaded(model) else [check.check(work, "transformers")]  # which loads it whole
     atomic.write_text(work / atomic.MARK, records.to_json(record))
     atomic.write_text(work / "README.md", card.model_card(record))
     page.save(work / "report.html", content())

@@ -27,7 +27,7 @@ from billhook.runtime.headers import check_tensors, load
 AGAIN = "start over with --fresh"
 
 
-class Journal:
+class FinishedLayers:
     """What `folder` holds of a prune of `model`, and what joins it.  None: nothing is kept.
 
     `grams`: of the dense stream, for this prune and others.
@@ -45,7 +45,7 @@ class Journal:
         """What became of the layers that are done, as their records say, in order."""
         return [one for n in sorted(self.records) for one in self.records[n]["found"]]
 
-    def commit(self, n: int, found: list[dict[str, Any]], drops: Sequence[tuple[Axis, Tensor]]) -> None:
+    def save(self, n: int, found: list[dict[str, Any]], drops: Sequence[tuple[Axis, Tensor]]) -> None:
         """Keep layer n as it is now.
 
         Args:
@@ -66,7 +66,7 @@ class Journal:
             rename(work, weights)
             work.write_text(sealed(said), encoding="utf-8")
             rename(work, record)
-        offload.place(self.model, weights, list(tensors))
+        offload.read_from(self.model, weights, list(tensors))
 
     def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """What `make` gives, kept where layers are: those that are done go by it, and it may differ in its last bits where it is made again.
@@ -83,7 +83,7 @@ class Journal:
                 rename(work, file)
         return load(file, AGAIN, [name])[name]
 
-    def replay(self, n: int) -> None:
+    def reload(self, n: int) -> None:
         """Make layer n what it was committed as."""
         for kind, reader, units in self.records[n]["drops"]:
             axis = next(one for one in axes(self.model, (kind,)) if one.reader.param == reader)
@@ -92,8 +92,8 @@ class Journal:
         within = f"{row_of(self.model).layers}.{n}."
         shapes = {within + name: tuple(one.shape) for name, one in layers(self.model)[n].named_parameters()}
         check_tensors(file, AGAIN, shapes)
-        if offload.is_paged(self.model):
-            offload.place(self.model, file, list(shapes))
+        if offload.is_offloaded(self.model):
+            offload.read_from(self.model, file, list(shapes))
             return
         for name, tensor in load(file, AGAIN, shapes).items():
             param = self.model.get_parameter(name)

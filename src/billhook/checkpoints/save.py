@@ -18,7 +18,7 @@ from billhook.models.experts import fuse
 from billhook.models.families import OLDER_ROTARY, OLDER_TYPE, stock_type
 from billhook.runtime import tensor_files
 from billhook.runtime.memory import return_freed
-from billhook.runtime.offload import is_paged, parameters
+from billhook.runtime.offload import is_offloaded, parameters
 from billhook.runtime.quiet import quiet_transformers
 
 SHARD = 2**27  # bytes of a file of a model that is written a page at a time; one in memory is a single file
@@ -31,7 +31,7 @@ def save(model: Any, tokenizer: Any, to: Path, source: Path | None) -> None:
     """
     fuse(model)
     with quiet_transformers():
-        _save_weights(_pages(model) if is_paged(model) else iter([_whole(model)]), to)
+        _save_weights(_pages(model) if is_offloaded(model) else iter([_whole(model)]), to)
         model.config.architectures = [type(model).__name__]
         model.config.dtype = model.dtype
         model.config.save_pretrained(to)
@@ -39,7 +39,7 @@ def save(model: Any, tokenizer: Any, to: Path, source: Path | None) -> None:
             generation.write(model, to, source)
     config = to / "config.json"
     said = _for_older(layout.config_json(model, json.loads(config.read_text(encoding="utf-8"))))
-    said |= flags.carried(model)
+    said |= flags.remembered(model)
     config.write_text(json.dumps(said, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if "auto_map" in said:
         layout.write_code(to)

@@ -16,7 +16,7 @@ from billhook.models import flags
 from billhook.models.experts import unfuse
 from billhook.models.families import check_known, layers, row_of
 from billhook.runtime.memory import return_large
-from billhook.runtime.offload import paged
+from billhook.runtime.offload import offload_weights
 from billhook.runtime.quiet import quiet_transformers
 
 WHOLE = "load it whole (--no-stream-weights)"
@@ -34,7 +34,7 @@ def read_contents(path: Path, name: str) -> Contents:
 
     try:
         with quiet_transformers():
-            config = flags.plain(AutoConfig.from_pretrained(path, trust_remote_code=False))
+            config = flags.with_plain_flags(AutoConfig.from_pretrained(path, trust_remote_code=False))
     except Exception as error:  # transformers raises many kinds for a value that it refuses
         raise refused.error_of("could not read it", error, name, said(), refused.read) from error
 
@@ -62,7 +62,7 @@ def open_paged(found: Contents, dtype: torch.dtype, device: torch.device) -> Any
     model._weight_conversions = found.rules  # as one that transformers loads remembers them: what is saved goes by them
     unfuse(model)
     keys = {one: found.tensors[key] for one, key in found.keys.items()}
-    pager = paged(
+    pager = offload_weights(
         model,
         {one: there.file for one, there in keys.items()},
         {one: there.key for one, there in keys.items()},
@@ -81,7 +81,7 @@ def give_settings(model: Any, found: Contents) -> None:
     with quiet_transformers():
         model.generation_config = generation.read(found.path)
     model.config._name_or_path = str(found.path)
-    flags.carry(model, found.path)
+    flags.remember(model, found.path)
 
 
 def bare(config: Any, dtype: torch.dtype) -> Any:

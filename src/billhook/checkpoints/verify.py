@@ -11,7 +11,7 @@ from billhook.checkpoints.save import elements, stored_parameters
 from billhook.errors import BillhookError, first_line
 from billhook.models.cached import after
 from billhook.runtime.memory import free_bytes
-from billhook.runtime.offload import is_paged
+from billhook.runtime.offload import is_offloaded
 
 STEPS_PAGED = 2  # of a model that comes from disk anew with every step
 # half the digits of float32: a stale cache index costs a tenth and more (tests/models/test_laws.py has them), SmolLM2 itself drifts by 2e-6, cut by
@@ -28,7 +28,7 @@ def verify(path: Path, model: Any) -> dict[str, Any]:
     """
     written = stored_parameters(path)
     expected = elements(model)
-    again = load(path, device=str(model.device), stream=is_paged(model))
+    again = load(path, device=str(model.device), stream=is_offloaded(model))
     if again.config._attn_implementation != model.config._attn_implementation:  # of one that was loaded with another
         again.set_attn_implementation(model.config._attn_implementation)
     ids = _probe(model)
@@ -40,7 +40,7 @@ def verify(path: Path, model: Any) -> dict[str, Any]:
         del again  # before what takes twice its place
         again = _in_float32(path, model)
     try:
-        drift = _cache_drift(again, ids.to(again.device), **({"steps": STEPS_PAGED} if is_paged(model) else {}))
+        drift = _cache_drift(again, ids.to(again.device), **({"steps": STEPS_PAGED} if is_offloaded(model) else {}))
     except (RuntimeError, IndexError, ValueError) as error:  # masks and positions of another length, by a wrong index
         raise BillhookError(f"{path} did not survive reloading: with a cache it fails ({first_line(error)})") from error
     problems = {
@@ -59,7 +59,7 @@ def _in_float32(path: Path, model: Any) -> Any:
     """What was written, to be computed without the roundings of its own dtype: on the model's device where there is room."""
     needed = elements(model) * torch.float32.itemsize
     device = torch.device("cpu") if needed > ROOM * free_bytes(model.device) else model.device
-    return load(path, dtype=torch.float32, device=str(device), stream=is_paged(model))
+    return load(path, dtype=torch.float32, device=str(device), stream=is_offloaded(model))
 
 
 def _probe(model: PreTrainedModel) -> torch.Tensor:

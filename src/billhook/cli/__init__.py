@@ -21,7 +21,7 @@ import typer
 
 from billhook.cli.commands import app
 from billhook.errors import BillhookError
-from billhook.runtime import ending
+from billhook.runtime import signals
 from billhook.runtime.scratch import scratch
 
 __all__ = ["app", "main"]
@@ -63,7 +63,7 @@ class _Said(logging.Handler):
 
 
 def main() -> NoReturn:
-    """Entry point: exit code 0, 2 for bad input with one line on standard error; signals are `billhook.runtime.ending`'s."""
+    """Entry point: exit code 0, 2 for bad input with one line on standard error; signals are `billhook.runtime.signals`'s."""
     said = _Said()
     LOG.addHandler(said)
     try:
@@ -74,7 +74,7 @@ def main() -> NoReturn:
 
 def _run() -> NoReturn:
     try:
-        with scratch(), ending.undoing(_end_children):
+        with scratch(), signals.cleanup_on_signal(_end_children):
             code = app(sys.argv[1:] or ["--help"], standalone_mode=False) or 0
     except BillhookError as error:
         _fail(str(error))

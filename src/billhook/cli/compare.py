@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from billhook import data, demo
-from billhook.calibration.walk import STREAMS
+from billhook.calibration.walk import AXIS_STREAMS
 from billhook.checkpoints import load
 from billhook.cli.commands import app
 from billhook.cli.options import (
@@ -106,7 +106,8 @@ def sweep_command(
         str, choice(METHODS, "a method, with settings if wanted: fasp:layout=per_layer,allocation=global")
     ] = "fasp",
     stream: Annotated[
-        str, choice(STREAMS, "dense: one pass serves all ratios; dense_target (prune's default) makes one for each")
+        str,
+        choice(AXIS_STREAMS, "dense: one pass serves all ratios; dense_target (prune's default) makes one for each"),
     ] = "dense",
     calibration: Calibration = DEFAULT.calibration,
     samples: Samples = DEFAULT.samples,

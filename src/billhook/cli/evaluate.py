@@ -10,8 +10,8 @@ from rich.table import Table
 
 from billhook import data, demo
 from billhook.calibration.layer_importance import PRESETS
-from billhook.calibration.linears import STREAMS as MASK_STREAMS
-from billhook.calibration.walk import STREAMS
+from billhook.calibration.linears import OPERATOR_STREAMS as MASK_STREAMS
+from billhook.calibration.walk import AXIS_STREAMS
 from billhook.checkpoints import load
 from billhook.cli.commands import app
 from billhook.cli.options import (
@@ -47,7 +47,7 @@ from billhook.models.axes import KINDS
 from billhook.models.families import FAMILIES, ROLES
 from billhook.reports import page, records, tables
 from billhook.runtime import atomic
-from billhook.runtime.offload import is_paged
+from billhook.runtime.offload import is_offloaded
 from billhook.runtime.progress import Tick
 
 
@@ -131,7 +131,7 @@ def evaluate_command(
         opened = [load.open_model(name, **how, tick=tick) for name in names]
         for one in opened:
             load.check_positions(one, seq_len)
-        if parts is None and any(is_paged(one.model) for one in opened):
+        if parts is None and any(is_offloaded(one.model) for one in opened):
             asked = replace(asked, parts=())
         subjects = [side_by_side.Subject.of(one, label) for one, label in zip(opened, _labels(names), strict=True)]
         found = side_by_side.side_by_side(subjects, asked, bool(against), tick)
@@ -233,7 +233,7 @@ def methods_command(json: Json = False) -> None:
             out.print(f"  prunes: {', '.join(method.kinds)} (default {', '.join(method.default_kinds)})")
         out.print(f"  needs:  {method.needs}")
         if method.scored:
-            out.print(f"  scores: {', '.join((*SCORES, *GRADIENT_SCORES))}; streams: {', '.join(STREAMS)}")
+            out.print(f"  scores: {', '.join((*SCORES, *GRADIENT_SCORES))}; streams: {', '.join(AXIS_STREAMS)}")
         if "layers" in method.default_kinds:
             out.print(f"  presets: {', '.join(PRESETS)}")
         out.print(f"  note:   {method.note}")

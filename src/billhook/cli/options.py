@@ -28,7 +28,7 @@ from billhook.pruning.prune import prune
 from billhook.pruning.recipe import Recipe
 from billhook.pruning.result import Result
 from billhook.reports import tables, terminal
-from billhook.runtime import atomic, ending, run_folder
+from billhook.runtime import atomic, run_folder, signals
 from billhook.runtime.progress import Tick
 
 out, err = Console(), Console(stderr=True)
@@ -173,7 +173,7 @@ def progress() -> Iterator[Tick]:
         TimeRemainingColumn(),
     )
     bars = Progress(*columns, console=err, disable=not err.is_terminal)
-    with ending.undoing(_show_cursor), bars:
+    with signals.cleanup_on_signal(_show_cursor), bars:
         tasks: dict[str, TaskID] = {}
 
         def tick(stage: str, done: int, total: int) -> None:
@@ -228,7 +228,7 @@ def going_on(work: Path) -> Iterator[None]:
         if new and not run_folder.begun(work):
             run_folder.remove(work)
 
-    with run_folder.held(work), ending.undoing(clear), ending.saying(left):
+    with run_folder.locked(work), signals.cleanup_on_signal(clear), signals.message_on_signal(left):
         try:
             yield
         except BaseException:

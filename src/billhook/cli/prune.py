@@ -6,9 +6,9 @@ from typing import Annotated
 import typer
 
 from billhook.calibration.layer_importance import MEASURED, PRESETS
-from billhook.calibration.linears import ALONE
-from billhook.calibration.linears import STREAMS as MASK_STREAMS
-from billhook.calibration.walk import STREAMS
+from billhook.calibration.linears import INDEPENDENT_STREAMS
+from billhook.calibration.linears import OPERATOR_STREAMS as MASK_STREAMS
+from billhook.calibration.walk import AXIS_STREAMS
 from billhook.cli.commands import app
 from billhook.cli.options import (
     Device,
@@ -80,7 +80,7 @@ def prune_command(
         str,
         choice(
             PRESETS,
-            f"layerchop: which layers go. By position: {', '.join(layer_presets.FREE)}. "
+            f"layerchop: which layers go. By position: {', '.join(layer_presets.DATA_FREE)}. "
             + "; ".join(f"{k}: {v}" for k, v in MEASURED.items()),
         ),
     ] = DEFAULT.preset,
@@ -176,7 +176,7 @@ def prune_command(
         int,
         typer.Option(
             min=1,
-            help=f"processes that share the layers: methods that make zeros, in the streams {' and '.join(ALONE)}; fasp, in dense",
+            help=f"processes that share the layers: methods that make zeros, in the streams {' and '.join(INDEPENDENT_STREAMS)}; fasp, in dense",
         ),
     ] = 1,
     ray: Ray = "",
@@ -224,8 +224,8 @@ def prune_command(
     stream: Annotated[
         str,
         choice(
-            {**MASK_STREAMS, **STREAMS},
-            f"whose activations a layer sees: {', '.join(STREAMS)}; for zeros also {', '.join(s for s in MASK_STREAMS if s not in STREAMS)}; "
+            {**MASK_STREAMS, **AXIS_STREAMS},
+            f"whose activations a layer sees: {', '.join(AXIS_STREAMS)}; for zeros also {', '.join(s for s in MASK_STREAMS if s not in AXIS_STREAMS)}; "
             "empty: the method's own",
         ),
     ] = "",

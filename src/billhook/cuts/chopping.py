@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from billhook.calibration.walk import Evidence, walk
+from billhook.calibration.walk import ReaderSums, walk
 from billhook.cuts import restoration
 from billhook.errors import BillhookError
 from billhook.math import layer_presets
@@ -83,7 +83,7 @@ def check_patch(model: PreTrainedModel, gone: Collection[int] = ()) -> None:
         raise BillhookError(
             "the norms of this model follow the sums, so no FFN can stand in for a layer: use --patch none"
         )
-    if gone and not layer_presets.patched(gone):
+    if gone and not layer_presets.layers_before(gone):
         raise BillhookError("nothing stands before layer 0 that could make up for it: use --patch none")
 
 
@@ -91,15 +91,15 @@ def _patch(
     model: PreTrainedModel, tokens: Tokens, gone: Collection[int], settings: Settings, clock: Clock, tick: Tick
 ) -> list[Cut]:
     """Refit what stands before each cut, from the input to the output; each sees what those before it have become."""
-    at = layer_presets.patched(gone)
+    at = layer_presets.layers_before(gone)
     steps = walk(
         model,
         tokens,
         ("ffn",),
         stream="dense_target",
-        share=settings.correction,
-        gone=gone,
-        at=at,
+        correction=settings.correction,
+        dropped=gone,
+        only=at,
         clock=clock,
         tick=tick,
     )
@@ -112,7 +112,7 @@ def _patch(
 
 
 def _refit(
-    model: PreTrainedModel, axis: Axis, fitted_on: Evidence, held: Evidence | None, damping: float, clock: Clock
+    model: PreTrainedModel, axis: Axis, fitted_on: ReaderSums, held: ReaderSums | None, damping: float, clock: Clock
 ) -> Cut:
     """V in W's place.  The held-out windows first judge a fit on the others, then join it."""
     seen = fitted_on if held is None else fitted_on + held

@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedModel
 
 from billhook.calibration.routers import Mixture, Routing, mixtures
-from billhook.checkpoints.resume import Journal
+from billhook.checkpoints.resume import FinishedLayers
 from billhook.math import merging, selection
 from billhook.models.axes import Axis, axes, owners
 from billhook.models.plan import Cut, Plan
@@ -52,7 +52,7 @@ def reduce_experts(
     settings: Settings = Settings(),
     *,
     stream: str = "dense",
-    journal: Journal | None = None,
+    finished: FinishedLayers | None = None,
     clock: Clock | None = None,
     tick: Tick = quiet,
     **_: Any,
@@ -61,22 +61,22 @@ def reduce_experts(
 
     Args:
         tokens: calibration windows (windows, length).
-        journal: keeps every layer once it is done, and has those that an earlier run of the same work has.
+        finished: keeps every layer once it is done, and has those that an earlier run of the same work has.
 
     Returns:
         what became of each mixture: relative errors of what it puts out, without and with the merge.
     """
-    clock, journal = clock or Clock(), journal or Journal(None, model)
-    draw, cuts = torch.Generator().manual_seed(settings.seed), [Cut(**one) for one in journal.found]
+    clock, finished = clock or Clock(), finished or FinishedLayers(None, model)
+    draw, cuts = torch.Generator().manual_seed(settings.seed), [Cut(**one) for one in finished.found]
     for cut in cuts:
         _at_random(cut.units, draw)  # as the earlier run did, so that the rest are drawn alike
     by_layer = {axis.layer: axis for axis in axes(model, ("experts",))}
-    for layer in mixtures(model, tokens, stream=stream, finished=journal, clock=clock, tick=tick):
+    for layer in mixtures(model, tokens, stream=stream, finished=finished, clock=clock, tick=tick):
         n, count = layer.layer, plan.drops.get((layer.layer, "experts"), 0)
         if count and n not in plan.layers:
             cut, drop = _reduced(model, by_layer[n], layer, count, settings.way, draw, clock)
             with clock("saving"):
-                journal.commit(n, [asdict(cut)], [(by_layer[n], drop)])
+                finished.save(n, [asdict(cut)], [(by_layer[n], drop)])
             cuts.append(cut)
         layer.seen.clear()  # states of all of the text, which would stay until the next layer's are there
     drop_layers(model, plan.layers)

@@ -15,18 +15,18 @@ from safetensors.torch import load, save
 from torch import nn
 from transformers import PreTrainedModel
 
-from billhook.calibration.linears import ALONE, HELD_OUT, Group, Sums, operators
-from billhook.checkpoints.resume import Journal
+from billhook.calibration.linears import HELD_OUT, INDEPENDENT_STREAMS, Group, OperatorSums, operators
+from billhook.checkpoints.resume import FinishedLayers
 from billhook.cuts.parallel import spread
 from billhook.errors import BillhookError
 from billhook.math import sparsity
 from billhook.math.layerwise import Settings, Target, squared_error
 from billhook.math.solvers import SOLVERS
-from billhook.math.sparsity import SPARSE, Pattern, Support
-from billhook.models.families import FUSED, layers, linear, linears, wanted, weight_of
-from billhook.runtime.offload import held as in_memory
+from billhook.math.sparsity import SPARSE_SHARE, Pattern, Support
+from billhook.models.families import FUSED, layers, linear, linears, role_wanted, weight_of
+from billhook.runtime.offload import loaded as in_memory
 from billhook.runtime.progress import Clock, Tick, quiet
-from billhook.runtime.workers import OWN, Hands
+from billhook.runtime.workers import ONE_PROCESS, Workers
 from billhook.tensors import Tokens, Weight, precise
 
 
@@ -83,7 +83,7 @@ def every(model: PreTrainedModel, roles: Sequence[str]) -> Iterator[tuple[int, s
     """Layer, role and path of every linear module that has one of `roles`."""
     for n in range(len(layers(model))):
         for one in linears(model, n):
-            yield from ((n, role, name) for role, name in one.items() if wanted(role, roles))
+            yield from ((n, role, name) for role, name in one.items() if role_wanted(role, roles))
 
 
 def put_weight(model: PreTrainedModel, name: str, weight: Weight) -> None:
@@ -108,36 +108,36 @@ def mask(
     model: PreTrainedModel,
     tokens: Tokens,
     how: Masking,
-    hands: Hands = OWN,
+    workers: Workers = ONE_PROCESS,
     clock: Clock | None = None,
     tick: Tick = quiet,
-    journal: Journal | None = None,
+    finished: FinishedLayers | None = None,
 ) -> list[Masked]:
     """Sparsify a model in place.
 
     Args:
         tokens: calibration windows (windows, length).
-        hands: several, where the stream lets no layer see what became of another.
-        journal: keeps every layer once it is done, and has those that an earlier run of the same work has.
+        workers: several, where the stream lets no layer see what became of another.
+        finished: keeps every layer once it is done, and has those that an earlier run of the same work has.
 
     Raises:
         BillhookError: as `check`; an activation is not finite; a Gram that cannot be factored (names the layer); layers that see
             one another, and several workers.
     """
     check(model, how)
-    if hands.many and how.stream not in ALONE:
+    if workers.many and how.stream not in INDEPENDENT_STREAMS:
         raise BillhookError(
-            f"{hands.what}: in the stream {how.stream} a layer sees what became of those before: use --stream {' or '.join(ALONE)}, or one process"
+            f"{workers.flag}: in the stream {how.stream} a layer sees what became of those before: use --stream {' or '.join(INDEPENDENT_STREAMS)}, or one process"
         )
-    clock, journal = clock or Clock(), journal or Journal(None, model)
-    done = [Masked(**one) for one in journal.found]
-    if hands.many:
-        sparse = _shared(model, tokens, how, hands, journal, clock, tick)
+    clock, finished = clock or Clock(), finished or FinishedLayers(None, model)
+    done = [Masked(**one) for one in finished.found]
+    if workers.many:
+        sparse = _shared(model, tokens, how, workers, finished, clock, tick)
     else:
-        sparse = _by_layer(model, tokens, how, None, clock, tick, journal)
+        sparse = _by_layer(model, tokens, how, None, clock, tick, finished)
     for n, found in sparse:
         with clock("saving"):
-            journal.commit(n, [asdict(one) for one in found], [])
+            finished.save(n, [asdict(one) for one in found], [])
         done += found
     return sorted(done, key=lambda one: one.layer)
 
@@ -149,14 +149,14 @@ def _by_layer(
     at: Sequence[int] | None,
     clock: Clock,
     tick: Tick,
-    finished: Journal | None = None,
+    finished: FinishedLayers | None = None,
 ) -> Iterator[tuple[int, list[Masked]]]:
     """The layers `at`, each once it is sparse, and still in memory."""
     fitted = (len(tokens) - int(HELD_OUT * len(tokens))) * tokens.shape[1]
     how = replace(how, settings=replace(how.settings, tokens=fitted))
     last, done = {n: _last(model, n, how) for n in range(len(layers(model)))}, list[Masked]()
     for group in operators(
-        model, tokens, how.targets, stream=how.stream, at=at, finished=finished, clock=clock, tick=tick
+        model, tokens, how.targets, stream=how.stream, only=at, finished=finished, clock=clock, tick=tick
     ):
         done += [_masked(model, group, role, name, how, clock) for role, name in group.names.items()]
         if last[group.layer] in group.names.values():
@@ -166,15 +166,21 @@ def _by_layer(
 
 def _last(model: PreTrainedModel, layer: int, how: Masking) -> str:
     """Path of the last linear module of a layer that gets zeros, '' where none does."""
-    found = [name for one in linears(model, layer) for role, name in one.items() if wanted(role, how.targets)]
+    found = [name for one in linears(model, layer) for role, name in one.items() if role_wanted(role, how.targets)]
     return found[-1] if found else ""
 
 
 def _shared(
-    model: PreTrainedModel, tokens: Tokens, how: Masking, hands: Hands, journal: Journal, clock: Clock, tick: Tick
+    model: PreTrainedModel,
+    tokens: Tokens,
+    how: Masking,
+    workers: Workers,
+    finished: FinishedLayers,
+    clock: Clock,
+    tick: Tick,
 ) -> Iterator[tuple[int, list[Masked]]]:
     """The same, by workers, in any order."""
-    for n, found, weights in spread(model, hands, _packed, (tokens, how), journal, clock=clock, tick=tick):
+    for n, found, weights in spread(model, workers, _packed, (tokens, how), finished, clock=clock, tick=tick):
         with in_memory(layers(model)[n]):
             for name, weight in load(weights).items():
                 weight_of(model, name).copy_(weight)
@@ -182,11 +188,11 @@ def _shared(
 
 
 def _packed(
-    model: PreTrainedModel, tokens: Tokens, how: Masking, at: Sequence[int], journal: Journal
+    model: PreTrainedModel, tokens: Tokens, how: Masking, at: Sequence[int], finished: FinishedLayers
 ) -> Iterator[tuple[int, list[Masked], bytes]]:
     """Every layer `at`, with its weights as safetensors."""
-    for n, found in _by_layer(model, tokens, how, at, Clock(), quiet, journal):
-        names = [name for one in linears(model, n) for role, name in one.items() if wanted(role, how.targets)]
+    for n, found in _by_layer(model, tokens, how, at, Clock(), quiet, finished):
+        names = [name for one in linears(model, n) for role, name in one.items() if role_wanted(role, how.targets)]
         yield n, found, save({name: weight_of(model, name).cpu().contiguous() for name in names})
 
 
@@ -213,10 +219,10 @@ def _masked(model: PreTrainedModel, group: Group, role: str, name: str, how: Mas
 def held(W: Weight, how: Masking) -> Support | None:
     """What has to stay zero of a weight: where it is sparse as it comes, its zeros."""
     there = W == 0
-    return there if how.keep_zeros and there.sum() > SPARSE * there.numel() else None
+    return there if how.keep_zeros and there.sum() > SPARSE_SHARE * there.numel() else None
 
 
-def target_of(W: Weight, sums: Sums) -> Target:
+def target_of(W: Weight, sums: OperatorSums) -> Target:
     """What an operator of weight W shall put out: what it did in the unpruned model, where the stream follows that."""
     if not sums.gram.any():  # an expert that no token went to: its weights alone decide
         return Target(torch.eye(len(sums.gram), dtype=sums.gram.dtype, device=sums.gram.device))
@@ -233,7 +239,7 @@ def _error(V: Weight, W: Weight, target: Target) -> float:
 def words(how: Masking, zeros: int, weights: int, tokens: int, model: PreTrainedModel) -> str:
     """What will be made sparse, before it is, in one line."""
     said = f"{how.pattern} zeros in {weights:,} weights ({', '.join(how.targets)}): nothing gets smaller or faster by zeros alone"
-    if zeros > SPARSE * weights:
+    if zeros > SPARSE_SHARE * weights:
         said += f"; {zeros / weights:.1%} are zero already, and {'stay so' if how.keep_zeros else 'may change'}"
     widest = max(weight_of(model, name).shape[1] for _, _, name in every(model, how.targets))
     if tokens < widest:

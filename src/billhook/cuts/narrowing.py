@@ -23,8 +23,8 @@ from dataclasses import asdict, dataclass
 import torch
 from transformers import PreTrainedModel
 
-from billhook.calibration.walk import Evidence, Layer, walk
-from billhook.checkpoints.resume import Journal
+from billhook.calibration.walk import Layer, ReaderSums, walk
+from billhook.checkpoints.resume import FinishedLayers
 from billhook.cuts.restoration import errors, fitted
 from billhook.math import selection
 from billhook.math.scores import SCORES
@@ -76,7 +76,7 @@ def narrow(
     *,
     scores: Mapping[tuple[int, str], Scores] | None = None,
     stream: str = "dense_target",
-    journal: Journal | None = None,
+    finished: FinishedLayers | None = None,
     clock: Clock | None = None,
     tick: Tick = quiet,
 ) -> list[Cut]:
@@ -85,28 +85,28 @@ def narrow(
     Args:
         tokens: calibration windows (windows, length).
         scores: of the units of each axis, by (layer, kind), where they come from elsewhere (gradients) than step 2.
-        journal: keeps every layer once it is done, and has those that an earlier run of the same work has.
+        finished: keeps every layer once it is done, and has those that an earlier run of the same work has.
     """
-    clock, scores, journal = clock or Clock(), scores or {}, journal or Journal(None, model)
+    clock, scores, finished = clock or Clock(), scores or {}, finished or FinishedLayers(None, model)
     makes_up = plan.layers and stream == "dense_target" and settings.restoration  # by an FFN that loses nothing itself
     steps = walk(
         model,
         tokens,
         plan.kinds if "ffn" in plan.kinds or not makes_up else (*plan.kinds, "ffn"),
         stream=stream,
-        share=settings.correction if settings.restoration else 0.0,
-        gone=plan.layers,
-        finished=journal,
+        correction=settings.correction if settings.restoration else 0.0,
+        dropped=plan.layers,
+        finished=finished,
         clock=clock,
         tick=tick,
     )
-    cuts = [Cut(**one) for one in journal.found]
+    cuts = [Cut(**one) for one in finished.found]
     for layer in steps:
         pieces = [_cut(model, axis, layer, plan, settings, clock, scores) for axis in layer.axes]
         number = layer.number
         del layer  # or its Grams stand beside the next layer's
         with clock("saving"):
-            journal.commit(number, [asdict(p.cut) for p in pieces], [(p.axis, p.drop) for p in pieces])
+            finished.save(number, [asdict(p.cut) for p in pieces], [(p.axis, p.drop) for p in pieces])
         cuts += [one.cut for one in pieces]
     drop_layers(model, plan.layers)
     return sorted(cuts, key=lambda one: one.layer)  # an earlier run may have been of several processes
@@ -156,14 +156,14 @@ def pieces(
     scores: Mapping[tuple[int, str], Scores],
     *,
     at: Collection[int],
-    finished: Journal,
+    finished: FinishedLayers,
 ) -> Iterator[Piece]:
     """What becomes of the layers `at` in the dense stream; the model stays as it is.
 
     Args:
         finished: has Grams, or takes them, where any are kept.
     """
-    for layer in walk(model, tokens, plan.kinds, gone=plan.layers, at=at, finished=finished):
+    for layer in walk(model, tokens, plan.kinds, dropped=plan.layers, only=at, finished=finished):
         for axis in layer.axes:
             place = (axis.layer, axis.kind)
             yield _piece(model, axis, layer, plan.drops.get(place, 0), settings, Clock(), scores.get(place))
@@ -217,7 +217,7 @@ def carry_out(model: PreTrainedModel, piece: Piece, clock: Clock) -> None:
 def fit(
     axis: Axis,
     W: Weight,
-    evidence: Evidence,
+    evidence: ReaderSums,
     count: int,
     settings: Settings,
     clock: Clock,
@@ -240,7 +240,7 @@ def axis_scores(axis: Axis, W: Weight, G: Gram, settings: Settings) -> Scores:
     return axis.pool(SCORES[settings.score](W.to(G.device), G, settings.damping))
 
 
-def _restored(W: Weight, evidence: Evidence, kept: Kept, settings: Settings) -> tuple[Narrowed, float]:
+def _restored(W: Weight, evidence: ReaderSums, kept: Kept, settings: Settings) -> tuple[Narrowed, float]:
     if not settings.restoration:
         return W[:, kept], 0.0
     return fitted(W, evidence, kept, settings.damping)

@@ -10,16 +10,16 @@ from safetensors.torch import load, save
 from transformers import PreTrainedModel
 
 from billhook.checkpoints.load import open_model
-from billhook.checkpoints.resume import Journal
+from billhook.checkpoints.resume import FinishedLayers
 from billhook.cuts.narrowing import Piece, carry_out, pieces
 from billhook.models.axes import axes
 from billhook.models.families import layers
 from billhook.models.plan import Cut, Plan
 from billhook.models.surgery import drop_layers
 from billhook.runtime import activations
-from billhook.runtime.offload import held, is_paged
+from billhook.runtime.offload import is_offloaded, loaded
 from billhook.runtime.progress import Clock, Tick, quiet
-from billhook.runtime.workers import Hands, crew, portions
+from billhook.runtime.workers import Workers, portions, worker_pool
 from billhook.tensors import Scores, Tokens
 
 Said = tuple[str, str, list[int], bytes, dict[str, Any]]  # kind, reader, units that go, its new weight, the record
@@ -31,33 +31,33 @@ def shared(
     tokens: Tokens,
     plan: Plan,
     settings: Any,
-    hands: Hands,
+    workers: Workers,
     *,
     scores: Mapping[tuple[int, str], Scores] | None = None,
-    journal: Journal | None = None,
+    finished: FinishedLayers | None = None,
     clock: Clock | None = None,
     tick: Tick = quiet,
 ) -> list[Cut]:
     """Bit by bit what `narrow(stream="dense")` does by its `settings`, in processes that each take some layers.
 
     Args:
-        journal: keeps every layer once it is done, and has those that an earlier run of the same work has.
+        finished: keeps every layer once it is done, and has those that an earlier run of the same work has.
 
     Raises:
-        BillhookError: as `fasp` and `crew`.
+        BillhookError: as `fasp` and `worker_pool`.
     """
-    clock, journal = clock or Clock(), journal or Journal(None, model)
-    cuts, given = [Cut(**one) for one in journal.found], (tokens, plan, settings, scores or {})
-    for n, said in spread(model, hands, _said, given, journal, gone=plan.layers, clock=clock, tick=tick):
+    clock, finished = clock or Clock(), finished or FinishedLayers(None, model)
+    cuts, given = [Cut(**one) for one in finished.found], (tokens, plan, settings, scores or {})
+    for n, said in spread(model, workers, _said, given, finished, gone=plan.layers, clock=clock, tick=tick):
         every = {(axis.kind, axis.reader.param): axis for axis in axes(model, plan.kinds)}
         found = []
-        with held(layers(model)[n]):
+        with loaded(layers(model)[n]):
             for kind, reader, units, packed, cut in said:
                 drop, weight = torch.tensor(units, dtype=torch.long), load(packed)["weight"].to(model.device)
                 found.append(Piece(every[kind, reader], drop, weight, Cut(**cut)))
                 carry_out(model, found[-1], clock)
             with clock("saving"):
-                journal.commit(n, [asdict(one.cut) for one in found], [(one.axis, one.drop) for one in found])
+                finished.save(n, [asdict(one.cut) for one in found], [(one.axis, one.drop) for one in found])
         cuts += [one.cut for one in found]
     drop_layers(model, plan.layers)
     return sorted(cuts, key=lambda one: one.layer)
@@ -70,10 +70,10 @@ def _said(
     settings: Any,
     scores: Mapping[tuple[int, str], Scores],
     at: Collection[int],
-    journal: Journal,
+    finished: FinishedLayers,
 ) -> Iterator[tuple[int, list[Said]]]:
     """What becomes of every layer `at`."""
-    every = pieces(model, tokens, plan, settings, scores, at=at, finished=journal)
+    every = pieces(model, tokens, plan, settings, scores, at=at, finished=finished)
     for n, found in itertools.groupby(every, key=lambda one: one.axis.layer):
         yield n, [_plain(one) for one in found]
 
@@ -85,10 +85,10 @@ def _plain(one: Piece) -> Said:
 
 def spread(
     model: PreTrainedModel,
-    hands: Hands,
+    workers: Workers,
     work: Callable[..., Iterator[Any]],
     given: tuple[Any, ...],
-    journal: Journal,
+    finished: FinishedLayers,
     *,
     gone: Collection[int] = (),
     clock: Clock,
@@ -97,23 +97,23 @@ def spread(
     """What `work(model, *given, at, empty)` yields in the processes, as it comes, where `at` are layers that one of them has.
 
     Args:
-        work: a generator that yields once for each layer, of a model of its own; `empty` is a journal of it with the same Grams.
-        journal: layers that are made what they became, and given to nobody; whoever takes what is yielded commits it there.
+        work: a generator that yields once for each layer, of a model of its own; `empty` is a `FinishedLayers` of it with the same Grams.
+        finished: layers that are made what they became, and given to nobody; whoever takes what is yielded saves it there.
         gone: layers that nobody is to do.
 
     Raises:
-        BillhookError: as `work` and `crew`.
+        BillhookError: as `work` and `worker_pool`.
     """
-    for n in journal.records:
-        journal.replay(n)
+    for n in finished.records:
+        finished.reload(n)
     total = len(layers(model))
-    todo = [n for n in range(total) if n not in journal.records and n not in gone]
-    opens = {"name": hands.name, "device": str(model.device), "dtype": hands.dtype, "stream": is_paged(model)}
-    what = (opens, activations.limit(), work, given, journal.grams)
+    todo = [n for n in range(total) if n not in finished.records and n not in gone]
+    opens = {"name": workers.name, "device": str(model.device), "dtype": workers.dtype, "stream": is_offloaded(model)}
+    what = (opens, activations.limit(), work, given, finished.grams)
     tick("pruning in workers", total - len(todo), total)
-    with clock("workers"), crew(hands, str(model.device), _prepare, what) as gang:
-        parts = [[todo[n] for n in part] for part in portions(len(todo), gang.size)]
-        for done, found in enumerate(gang.flow(_work, parts), total - len(todo) + 1):
+    with clock("workers"), worker_pool(workers, str(model.device), _prepare, what) as pool:
+        parts = [[todo[n] for n in part] for part in portions(len(todo), pool.size)]
+        for done, found in enumerate(pool.map_stream(_work, parts), total - len(todo) + 1):
             yield found
             tick("pruning in workers", done, total)
     tick("pruning in workers", total, total)
@@ -131,4 +131,4 @@ def _work(at: list[int]) -> Iterator[Any]:
     opens, limit, work, given, grams = _worker["what"]
     model = open_model(**opens).model
     with torch.no_grad(), activations.budget(limit):
-        yield from work(model, *given, at, Journal(None, model, grams))
+        yield from work(model, *given, at, FinishedLayers(None, model, grams))

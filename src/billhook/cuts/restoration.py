@@ -1,17 +1,17 @@
 """How far a reader's new weight is from what it should put out, on the windows it was fitted on and on others.
 
-What methods that restore in closed form share: `restore` on an Evidence, and the three errors that a Cut records.
+What methods that restore in closed form share: `restore` on `ReaderSums`, and the three errors that a Cut records.
 """
 
 import math
 from collections.abc import Callable
 
-from billhook.calibration.walk import Evidence
+from billhook.calibration.walk import ReaderSums
 from billhook.math import restore
 from billhook.tensors import Kept, Narrowed, Weight
 
 
-def fitted(W: Weight, evidence: Evidence, kept: Kept, damping: float) -> tuple[Narrowed, float]:
+def fitted(W: Weight, evidence: ReaderSums, kept: Kept, damping: float) -> tuple[Narrowed, float]:
     """`restore.least_squares` on what `evidence` asks for, and the damping used."""
     return restore.least_squares(W, evidence.gram, kept, damping, evidence.cross)
 
@@ -20,9 +20,9 @@ def errors(
     W: Weight,
     V: Narrowed,
     kept: Kept,
-    fitted_on: Evidence,
-    held: Evidence | None,
-    fit: Callable[[Evidence], Narrowed],
+    fitted_on: ReaderSums,
+    held: ReaderSums | None,
+    fit: Callable[[ReaderSums], Narrowed],
 ) -> tuple[float, float, float | None]:
     """Relative errors of the kept columns as they were, of V, and off the text of a fit without the held-out windows."""
     seen = fitted_on if held is None else fitted_on + held
@@ -33,6 +33,6 @@ def errors(
     return before, after, _error(W, fit(fitted_on), held, kept, restore.energy(W, held.gram))
 
 
-def _error(W: Weight, V: Narrowed | None, evidence: Evidence, kept: Kept, whole: float) -> float:
+def _error(W: Weight, V: Narrowed | None, evidence: ReaderSums, kept: Kept, whole: float) -> float:
     square = restore.squared_error(W, V, evidence.gram, kept, evidence.cross, evidence.energy)
     return math.sqrt(square / whole) if whole > 0 else 0.0

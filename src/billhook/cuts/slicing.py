@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 from billhook.calibration.forward import BATCH_TOKENS, enter
 from billhook.calibration.gram import add_upper, mirrored
 from billhook.calibration.linears import seen
-from billhook.checkpoints.resume import Journal
+from billhook.checkpoints.resume import FinishedLayers
 from billhook.cuts.slicing_restore import restore
 from billhook.errors import BillhookError
 from billhook.math import selection
@@ -42,9 +42,9 @@ from billhook.models.residual import ROWS, cut, last_norm, residual
 from billhook.models.rotation import fold, rotate
 from billhook.runtime.activations import keep
 from billhook.runtime.memory import return_freed
-from billhook.runtime.offload import by_page, held, twin
+from billhook.runtime.offload import by_module, copied, loaded
 from billhook.runtime.progress import Clock, Tick, quiet
-from billhook.tensors import Gram, Scores, Tokens, place, precise
+from billhook.tensors import Gram, Scores, Tokens, float64_device, precise
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def slice_residual(
     plan: Plan,
     settings: Settings = Settings(),
     *,
-    journal: Journal | None = None,
+    finished: FinishedLayers | None = None,
     clock: Clock | None = None,
     tick: Tick = quiet,
     **_: Any,
@@ -72,7 +72,7 @@ def slice_residual(
 
     Args:
         tokens: calibration windows (windows, length).
-        journal: keeps Q or s, and every layer that is restored, and has those that an earlier run of the same work has.
+        finished: keeps Q or s, and every layer that is restored, and has those that an earlier run of the same work has.
 
     Returns:
         nothing: it cuts no axis of a layer.
@@ -80,24 +80,28 @@ def slice_residual(
     Raises:
         BillhookError: the model's stream cannot be cut, or rotated, or an activation is not finite.
     """
-    clock, journal, kept = clock or Clock(), journal or Journal(None, model), residual(model).channels - plan.residual
+    clock, finished, kept = (
+        clock or Clock(),
+        finished or FinishedLayers(None, model),
+        residual(model).channels - plan.residual,
+    )
     settings = settings if plan.residual else replace(settings, restoration=False)
     if plan.rotate:
         fold(model)
-        Q = journal.once("rotation", lambda: _rotation(model, tokens, clock, tick))
+        Q = finished.once("rotation", lambda: _rotation(model, tokens, clock, tick))
         with clock("rotation"):
-            rotate(model, Q.to(place(model.device)))
+            rotate(model, Q.to(float64_device(model.device)))
         stay = torch.arange(kept)
     else:
         with clock("forward"):
-            scores = journal.once("scores", lambda: channel_scores(model, tokens, tick))
+            scores = finished.once("scores", lambda: channel_scores(model, tokens, tick))
         stay = selection.lowest(scores, plan.residual)[1]
-    dense = twin(model) if settings.restoration else None
+    dense = copied(model) if settings.restoration else None
     with clock("surgery"):
         cut(model, stay)
     if dense is not None:
         how = {"share": settings.correction, "damping": settings.damping}
-        restore(model, dense, tokens, stay, journal, **how, clock=clock, tick=tick)
+        restore(model, dense, tokens, stay, finished, **how, clock=clock, tick=tick)
     return []
 
 
@@ -110,7 +114,7 @@ def channel_scores(model: PreTrainedModel, tokens: Tokens, tick: Tick = quiet) -
         energy[readers] = energy[readers] + here if readers in energy else here
     s = torch.zeros_like(next(iter(energy.values())))
     of_input = {name: here for readers, here in energy.items() for name in readers}
-    for name in (name for names in by_page(model, of_input, edits=False) for name in names):
+    for name in (name for names in by_module(model, of_input, edits=False) for name in names):
         norms = sum(precise(rows).square().sum(0) for rows in weight_of(model, name).split(ROWS))
         E = of_input[name] * torch.as_tensor(norms).to(s)
         s += E / E.sum().clamp_min(torch.finfo(E.dtype).tiny)
@@ -147,7 +151,7 @@ def _inputs(model: PreTrainedModel, tokens: Tokens, tick: Tick) -> Iterator[tupl
         tick("statistics", n, total)
         groups = [tuple(group.values()) for group in linears(model, n)[::2]]
         readers = {group[0].partition(f".{n}.")[2]: group for group in groups}
-        with held(layer, edits=False):
+        with loaded(layer, edits=False):
             for b in range(len(states)):
                 inputs, after = seen(layer, list(readers), states[b].read(), calls[b][n], whole=True)
                 assert after is not None
@@ -156,7 +160,7 @@ def _inputs(model: PreTrainedModel, tokens: Tokens, tick: Tick) -> Iterator[tupl
                     yield readers[path], x.flatten(0, -2).float()
         return_freed()
     norm = model.get_submodule(last_norm(model, found))
-    with held(norm, edits=False):
+    with loaded(norm, edits=False):
         for state in states:
             yield found.readers[-1], norm(state.read()).flatten(0, -2).float()
     tick("statistics", total, total)

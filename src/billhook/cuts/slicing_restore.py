@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from billhook.calibration.forward import BATCH_TOKENS, enter, run
 from billhook.calibration.gram import add_upper, mirrored
 from billhook.calibration.linears import seen
-from billhook.checkpoints.resume import Journal
+from billhook.checkpoints.resume import FinishedLayers
 from billhook.errors import BillhookError
 from billhook.math.linalg import factor
 from billhook.models.axes import axes
@@ -33,7 +33,7 @@ from billhook.models.families import layers, linears, weight_of
 from billhook.models.residual import ROWS, flow, last_norm, residual
 from billhook.runtime.activations import State, keep
 from billhook.runtime.memory import return_freed
-from billhook.runtime.offload import held, renumber
+from billhook.runtime.offload import loaded, renumber
 from billhook.runtime.progress import Clock, Tick
 from billhook.tensors import Cross, Gram, Kept, Tokens, Weight, precise
 
@@ -55,7 +55,7 @@ def restore(
     dense: PreTrainedModel,
     tokens: Tokens,
     kept: Kept,
-    journal: Journal,
+    finished: FinishedLayers,
     *,
     share: float,
     damping: float,
@@ -69,7 +69,7 @@ def restore(
     Args:
         tokens: calibration windows (windows, length).
         kept: the channels of `dense` that `model` has.
-        journal: keeps every layer once it is refitted, and has those that an earlier run of the same work has.
+        finished: keeps every layer once it is refitted, and has those that an earlier run of the same work has.
 
     Raises:
         BillhookError: an activation is not finite; the message names the module.
@@ -85,10 +85,10 @@ def restore(
     for n, layer in enumerate(layers(model)):
         tick("restoration", n, total)
         unpruned = layers(dense)[n]
-        done = n in journal.records
+        done = n in finished.records
         if done:
-            journal.replay(n)
-        with held(layer), held(unpruned, edits=False):
+            finished.reload(n)
+        with loaded(layer), loaded(unpruned, edits=False):
             for step, names in enumerate(linears(model, n) if not done else ()):
                 writes = step % 2 == 1
                 if writes and not adds:
@@ -101,7 +101,7 @@ def restore(
                         _refit(weight_of(model, name), target, G, share, damping)
             if not done:
                 with clock("saving"):
-                    journal.commit(n, [], [])
+                    finished.save(n, [], [])
             with clock("forward"):
                 for one in batches:
                     one.state = keep(run(layer, one.state.read(), one.calls[n]))
@@ -112,12 +112,12 @@ def restore(
     tick("restoration", total, total)
     if not found.tied:
         norms = [one.get_submodule(last_norm(one, place)) for one, place in ((model, found), (dense, whole))]
-        with held(norms[0], edits=False), held(norms[1], edits=False):
+        with loaded(norms[0], edits=False), loaded(norms[1], edits=False):
             G, T = _sums(
                 found.head, batches, lambda one: (norms[0](one.state.read()), norms[1](one.dense.read())), clock
             )
         heads = model.get_submodule(found.head), dense.get_submodule(whole.head)
-        with clock("restoration"), held(heads[0]), held(heads[1], edits=False):
+        with clock("restoration"), loaded(heads[0]), loaded(heads[1], edits=False):
             for V, W in zip(*(weight_of(one, found.head).split(ROWS) for one in (model, dense)), strict=True):
                 _refit(V, precise(W) @ T, G, share, damping)
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from billhook.models.greedy import continued, ends
-from billhook.runtime.around import open_ended
+from billhook.models.greedy import ends, greedy_tokens
+from billhook.runtime.special_tokens import without_end_token
 
 PROMPTS = (
     "The capital of France is",
@@ -26,14 +26,14 @@ def continuations(
 ) -> tuple[list[str], dict[str, float | None]]:
     """Plain greedy continuations, the prompts excluded, and what `variety` says of their tokens."""
     texts, written = [], []
-    encode, last = open_ended(tokenizer), ends(model)
+    encode, last = without_end_token(tokenizer), ends(model)
     for prompt in prompts:
         given = encode(prompt).input_ids
         room = getattr(model.config, "max_position_embeddings", math.inf) - len(given)
         ids: list[int] = []
         if given and room > 0:
             start, most = torch.tensor([given], device=model.device), new_tokens if room > new_tokens else int(room)
-            ids = continued(model, start, most, last)[0].tolist()
+            ids = greedy_tokens(model, start, most, last)[0].tolist()
         written.append(ids)
         texts.append(tokenizer.decode(ids, skip_special_tokens=True))
     return texts, variety(written)

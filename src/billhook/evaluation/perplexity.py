@@ -17,7 +17,7 @@ BATCH_TOKENS = 2048  # logits of one forward: 2048 x 49152 float32 are 400 MB
 
 
 @dataclass(frozen=True)
-class Against:
+class ReferenceComparison:
     """The reference's predictions of the same tokens beside these."""
 
     kl: float  # KL(reference || model) in nats a token
@@ -40,7 +40,7 @@ class Perplexity:
     bytes: int | None  # of text that they stand for
     text_sha256: str
     window_losses: tuple[float, ...]  # mean nats a token
-    against: Against | None = None
+    against: ReferenceComparison | None = None
     begins_with: tuple[str, ...] = ()  # special tokens at the start of each window
 
 
@@ -93,7 +93,7 @@ def _compare(expected: Tensor, found: Tensor) -> tuple[float, float]:
     return kl, (expected.argmax(-1) == found.argmax(-1)).float().mean().item()
 
 
-def _summed(windows: Windows, losses: list[float], size: int | None, against: Against | None) -> Perplexity:
+def _summed(windows: Windows, losses: list[float], size: int | None, against: ReferenceComparison | None) -> Perplexity:
     length, mean = windows.tokens.shape[1], statistics.fmean(losses)
     tokens, value = len(losses) * (length - windows.first), _exp(mean)
     return Perplexity(
@@ -111,11 +111,13 @@ def _summed(windows: Windows, losses: list[float], size: int | None, against: Ag
     )
 
 
-def _against(pairs: list[tuple[float, float]], reference: list[float], own: list[float]) -> Against | None:
+def _against(pairs: list[tuple[float, float]], reference: list[float], own: list[float]) -> ReferenceComparison | None:
     if not pairs:
         return None
     kl, agreement = zip(*pairs, strict=True)
-    return Against(statistics.fmean(kl), _standard_error(kl), statistics.fmean(agreement), *paired(reference, own))
+    return ReferenceComparison(
+        statistics.fmean(kl), _standard_error(kl), statistics.fmean(agreement), *paired(reference, own)
+    )
 
 
 def paired(reference: Sequence[float], own: Sequence[float]) -> tuple[float, float | None]:
@@ -125,7 +127,7 @@ def paired(reference: Sequence[float], own: Sequence[float]) -> tuple[float, flo
     return factor, _times(factor, _standard_error(more))
 
 
-def of_losses(losses: Sequence[float]) -> float:
+def perplexity_of(losses: Sequence[float]) -> float:
     """Perplexity from the mean losses of windows of one length."""
     return _exp(statistics.fmean(losses))
 

@@ -15,7 +15,7 @@ from billhook.evaluation.perplexity import Perplexity, perplexities
 from billhook.evaluation.speed import memory, speeds
 from billhook.evaluation.zeroshot import retention
 from billhook.models import sizes
-from billhook.models.experts import together
+from billhook.models.experts import fused
 from billhook.runtime.progress import Tick, quiet
 from billhook.runtime.text_files import read_text
 
@@ -71,7 +71,7 @@ def side_by_side(
     Raises:
         BillhookError: a text is shorter than a window, a context longer than a model's positions; names it.
     """
-    with together(*(subject.model for subject in subjects)):
+    with fused(*(subject.model for subject in subjects)):
         return _measured(subjects, measures, reference, tick)
 
 

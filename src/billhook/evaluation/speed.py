@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from billhook.models.cached import after
-from billhook.models.experts import together
+from billhook.models.experts import fused
 from billhook.models.plan import Plan
 from billhook.models.sizes import kv_cache_entries
 from billhook.runtime.memory import peak_growth
@@ -46,7 +46,7 @@ def speeds(
     Prefill is one forward of the prompts up to the first logits; decode is greedy, one token at a time through the cache.
     One uncounted round of each size warms up.
     """
-    with together(*models):
+    with fused(*models):
         return _speeds(models, sizes, new_tokens, repeats, tick)
 
 
@@ -72,7 +72,7 @@ def _speeds(
 def memory(model: Any, batch: int = 1, context: int = 512) -> dict[str, int]:
     """Bytes of the weights, of the KV cache, and the peak of weights plus what a prefill adds to the process."""
     weights = sum(t.numel() * t.element_size() for t in model.parameters())
-    with together(model), peak_growth(model.device) as growth:
+    with fused(model), peak_growth(model.device) as growth:
         _generate_timed(model, batch, context, 1)
     return {
         "weights_bytes": weights,

@@ -22,13 +22,13 @@ import torch
 import yaml
 
 from billhook.errors import BillhookError, first_line
-from billhook.models.greedy import unasked
+from billhook.models.greedy import without_generation_settings
 from billhook.runtime import cache
-from billhook.runtime.around import open_ended
 from billhook.runtime.atomic import write_text
 from billhook.runtime.documents import read_sealed, sealed
 from billhook.runtime.progress import Tick, quiet
 from billhook.runtime.quiet import quiet_transformers
+from billhook.runtime.special_tokens import without_end_token
 
 SEED = 1234  # lm-eval's own for numpy, torch and few-shot examples; its own for Python's random is 0
 METRICS = ("acc", "exact_match")  # what counts as accuracy, first found
@@ -102,7 +102,7 @@ def evaluate(
         own number for the task.
     """
     rows: list[dict[str, Any]] = []
-    subject = _model_hash(model, open_ended(tokenizer)) if kept else ""
+    subject = _model_hash(model, without_end_token(tokenizer)) if kept else ""
     with _silence(), _seeded(seed):
         wrapped = None
         for name, task in tasks.items():
@@ -261,7 +261,7 @@ def _wrap(model: Any, tokenizer: Any, batch_size: int) -> Any:
 
     wrapper: Any = HFLM
     # a copy: HFLM gives a tokenizer without padding one
-    encode = copy.deepcopy(open_ended(tokenizer))
+    encode = copy.deepcopy(without_end_token(tokenizer))
     return wrapper(pretrained=model, tokenizer=encode, backend="causal", batch_size=batch_size)
 
 
@@ -282,7 +282,7 @@ def _score(wrapped: Any, task: Any, limit: int | None, seed: int, tick: Tick) ->
         if task.OUTPUT_TYPE != WRITES:  # where every token is a pass
             stack.callback(wrapped.model.register_forward_hook(count).remove)
         # the standard error of a mean is closed; other metrics, not reported here, draw so many samples
-        stack.enter_context(unasked(wrapped.model))
+        stack.enter_context(without_generation_settings(wrapped.model))
         results = run(wrapped, {"tasks": {name: task}}, limit=limit, bootstrap_iters=2, log_samples=False)
     found = results["results"][name]
     metric = next(key for wanted in METRICS for key in found if key.partition(",")[0] == wanted)

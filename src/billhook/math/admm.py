@@ -51,7 +51,7 @@ def prune(W: Weight, target: Target, pattern: Pattern, settings: Settings) -> Fo
         U = U + V - Z
         V = (pull + settings.rho * (Z - U)) @ inverse
     V = (V + U).double().masked_fill(~mask, 0.0)
-    stay = sparsity.keep(first.abs(), pattern, "matrix", settings.zeros)
+    stay = sparsity.keep_mask(first.abs(), pattern, "matrix", settings.zeros)
     first = first.masked_fill(~stay, 0.0)
     if not nearer(V, first, dense, target):
         V, mask = first, stay
@@ -62,6 +62,6 @@ def prune(W: Weight, target: Target, pattern: Pattern, settings: Settings) -> Fo
 def rising(V: Weight, pattern: Pattern, part: float, zeros: Support | None) -> Support:
     """Step 1: the mask when `part` of the zeros of a pattern are due; at 1, exactly the pattern."""
     scores = V.abs()
-    final = sparsity.keep(scores, pattern, "matrix", zeros)
+    final = sparsity.keep_mask(scores, pattern, "matrix", zeros)
     due = Pattern(sparsity=part * float((~final).double().mean()))
-    return sparsity.keep(scores.masked_fill(final, torch.inf), due, "matrix", zeros)
+    return sparsity.keep_mask(scores.masked_fill(final, torch.inf), due, "matrix", zeros)

@@ -106,7 +106,7 @@ def rounded(
     V: Weight, W: Weight, target: Target, pattern: Pattern, settings: Settings
 ) -> tuple[Support, Weight, float]:
     """Step 2: the support, the weight on it (refitted if asked for), and its error."""
-    mask = sparsity.keep(V.abs(), pattern, "matrix", settings.zeros)
+    mask = sparsity.keep_mask(V.abs(), pattern, "matrix", settings.zeros)
     V = finish(V, W, target, mask, settings)
     return mask, V, error_of(V, W, target)
 

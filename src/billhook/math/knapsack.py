@@ -35,7 +35,7 @@ def interpolate(measured: Mapping[int, float], drops: Sequence[int]) -> list[flo
     return (inside + slope * np.maximum(np.asarray(drops) - counts[-1], 0)).tolist()
 
 
-def most(choices: Sequence[Choice], whole: Mapping[int, tuple[float | int, float | int]]) -> float | int:
+def largest_saving(choices: Sequence[Choice], whole: Mapping[int, tuple[float | int, float | int]]) -> float | int:
     """The most that can be saved while one layer stays."""
     own = {n: sum(max(c.savings) for c in choices if c.layer == n) for n in {c.layer for c in choices} | set(whole)}
     gains = {n: max(saving - own[n], 0) for n, (saving, _) in whole.items()}
@@ -88,7 +88,7 @@ def solve(
             break
     else:
         raise BillhookError(
-            f"the budget asks to save {target:,.0f}, but the axes can save at most {most(choices, whole):,.0f} here, in steps of {step:,.0f}: "
+            f"the budget asks to save {target:,.0f}, but the axes can save at most {largest_saving(choices, whole):,.0f} here, in steps of {step:,.0f}: "
             "lower it, or name more axes"
         )
     chosen = found.x > 0.5
@@ -101,7 +101,7 @@ def solve(
 
 
 @dataclass(frozen=True)
-class Candidates:
+class AxisChoices:
     """How many units of one kind of axis may go from every layer, and what each is worth.
 
     `price` is the parameters saved by dropping one unit in every layer; `drops` the counts that the layout allows,
@@ -115,7 +115,7 @@ class Candidates:
     limit: str = "a layer loses all units"  # what a larger cut would come to
 
 
-def even_widths(candidates: Sequence[Candidates], target: float | int) -> dict[str, int]:
+def even_widths(candidates: Sequence[AxisChoices], target: float | int) -> dict[str, int]:
     """Units of each kind to drop from every layer so that about `target` parameters go.
 
     Every axis is asked for the same share of itself.  The coarsest goes first and takes the allowed count nearest to

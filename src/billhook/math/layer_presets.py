@@ -46,21 +46,21 @@ POSITIONS: dict[str, Callable[[int, int], list[int]]] = {
     "both": both,
     "max-gap": max_gap,
 }
-FREE = (*POSITIONS, "random")  # of any data
+DATA_FREE = (*POSITIONS, "random")  # of any data
 
 
-def drawn(total: int, count: int, seed: int) -> list[int]:
+def random_layers(total: int, count: int, seed: int) -> list[int]:
     """By lot, what the others should beat."""
     return sorted(random.Random(seed).sample(range(1, total - 1), count))
 
 
-def lowest(scores: Sequence[float | int], count: int) -> list[int]:
+def lowest_layers(scores: Sequence[float | int], count: int) -> list[int]:
     """The `count` inner layers of lowest score; ties go to the lower number."""
     inner = range(1, len(scores) - 1)
     return sorted(sorted(inner, key=lambda n: scores[n])[:count])
 
 
-def numbered(text: str, total: int) -> list[int]:
+def parse_layers(text: str, total: int) -> list[int]:
     """`10-14,20` as layers, ascending.
 
     Raises:
@@ -82,7 +82,7 @@ def numbered(text: str, total: int) -> list[int]:
     return sorted(found)
 
 
-def cuts(gone: Collection[int]) -> list[list[int]]:
+def runs_of(gone: Collection[int]) -> list[list[int]]:
     """The layers that go, those that follow one another together, ascending."""
     found: list[list[int]] = []
     for n in sorted(gone):
@@ -93,6 +93,6 @@ def cuts(gone: Collection[int]) -> list[list[int]]:
     return found
 
 
-def patched(gone: Collection[int]) -> list[int]:
+def layers_before(gone: Collection[int]) -> list[int]:
     """The layers that stand before a cut; before layer 0 stands none."""
-    return [cut[0] - 1 for cut in cuts(gone) if cut[0]]
+    return [cut[0] - 1 for cut in runs_of(gone) if cut[0]]

@@ -11,5 +11,5 @@ from billhook.tensors import Weight
 
 def prune(W: Weight, target: Target, pattern: Pattern, settings: Settings) -> Found:
     """Zero the smallest |W_ij|.  Reads of the settings: zeros, refit."""
-    mask = sparsity.keep(W.abs(), pattern, "matrix", settings.zeros)
+    mask = sparsity.keep_mask(W.abs(), pattern, "matrix", settings.zeros)
     return Found(finish(W, W, target, mask, settings), settings.damping, {})

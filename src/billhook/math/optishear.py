@@ -81,7 +81,7 @@ def prune(W: Weight, target: Target, pattern: Pattern, settings: Settings) -> Fo
     """Zero the smallest scores of every row, or of every M.  Reads of the settings: metric, tokens, zeros, refit."""
     metric = parse(settings.metric) if settings.metric else Metric()
     scores = score(W.double(), norms_of(target.gram.diagonal(), settings.tokens), metric)
-    mask = sparsity.keep(scores, pattern, "row", settings.zeros)
+    mask = sparsity.keep_mask(scores, pattern, "row", settings.zeros)
     return Found(finish(W, W, target, mask, settings), settings.damping, {})
 
 

@@ -87,10 +87,10 @@ class Quota:
     def keep(self, scores: Tensor, forced: Tensor | None) -> Tensor:
         """Which entries of scores (columns, out) stay."""
         if self.pattern.group is not None:
-            return sparsity.keep(scores.T, self.pattern, zeros=None if forced is None else forced.T).T
+            return sparsity.keep_mask(scores.T, self.pattern, zeros=None if forced is None else forced.T).T
         known = 0 if forced is None else int(forced.sum())
         self.seen += scores.numel() - known
         count = round(self.share * self.seen) - self.given
         self.given += count
         free = scores if forced is None else scores.masked_fill(forced, -torch.inf)
-        return ~sparsity.lowest(free.reshape(1, -1), count + known).view(scores.shape)
+        return ~sparsity.lowest_mask(free.reshape(1, -1), count + known).view(scores.shape)

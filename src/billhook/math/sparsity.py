@@ -55,7 +55,7 @@ def parse(text: str) -> Pattern:
     return Pattern(zeros=int(found[1]), group=int(found[2]))
 
 
-def by_layer(text: str) -> dict[int, float]:
+def parse_layer_sparsity(text: str) -> dict[int, float]:
     """`0:0.3,29:0.7` as a mapping.
 
     Raises:
@@ -83,7 +83,7 @@ def check(pattern: Pattern, columns: int, name: str) -> None:
         raise BillhookError(f"{name} has {columns} inputs, which groups of {pattern.group} ({pattern}) do not divide")
 
 
-def keep(scores: Weight, pattern: Pattern, within: str = "row", zeros: Support | None = None) -> Support:
+def keep_mask(scores: Weight, pattern: Pattern, within: str = "row", zeros: Support | None = None) -> Support:
     """True where a weight stays: all but the lowest scores, exactly as many as the pattern says, ties included.
 
     A share s drops round(s in) of each row (`within="row"`) or round(s out in) of the whole (`"matrix"`); N:M drops N of
@@ -98,11 +98,11 @@ def keep(scores: Weight, pattern: Pattern, within: str = "row", zeros: Support |
     else:
         groups = scores if within == "row" else scores.reshape(1, -1)
         count = round(pattern.share * groups.shape[1])
-    stay = ~lowest(groups, count).view(scores.shape)
+    stay = ~lowest_mask(groups, count).view(scores.shape)
     return stay if zeros is None else stay & ~zeros
 
 
-def lowest(scores: Tensor, count: int) -> Tensor:
+def lowest_mask(scores: Tensor, count: int) -> Tensor:
     """True at the `count` lowest of every row of scores (groups, size); among ties, at the lower index."""
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
@@ -113,6 +113,6 @@ def lowest(scores: Tensor, count: int) -> Tensor:
     return below | (tied & (tied.cumsum(1) <= room))
 
 
-SPARSE = (
+SPARSE_SHARE = (
     0.05  # share of exact zeros from which a model was masked: rounding leaves some in a million, masks a tenth or more
 )

@@ -12,5 +12,5 @@ from billhook.tensors import Weight
 def prune(W: Weight, target: Target, pattern: Pattern, settings: Settings) -> Found:
     """Zero the smallest |W_ij| sqrt(G_jj) of every row, or of every M.  Reads of the settings: zeros, refit."""
     scores = W.double().abs() * target.gram.diagonal().sqrt()
-    mask = sparsity.keep(scores, pattern, "row", settings.zeros)
+    mask = sparsity.keep_mask(scores, pattern, "row", settings.zeros)
     return Found(finish(W, W, target, mask, settings), settings.damping, {})

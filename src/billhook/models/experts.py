@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from billhook.errors import BillhookError
 from billhook.models.families import layers, mixture, row_of
-from billhook.runtime.offload import is_paged
+from billhook.runtime.offload import is_offloaded
 
 JOINED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}  # of the stock class: what it joins
 
@@ -86,7 +86,7 @@ def fuse(model: PreTrainedModel) -> None:
         widths = {one.down_proj.in_features for one in every}
         if len(widths) > 1:
             raise BillhookError(f"layer {n}: its experts are {min(widths)} to {max(widths)} wide, and must be equal")
-        if is_paged(model):
+        if is_offloaded(model):
             continue
         joined = {
             "gate_up_proj": [torch.cat([one.gate_proj.weight, one.up_proj.weight]) for one in every],
@@ -100,7 +100,7 @@ def fuse(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def together(*models: Any) -> Iterator[None]:
+def fused(*models: Any) -> Iterator[None]:
     """While open the experts of models are together, as they are served; afterwards apart where they were.
 
     Those of a model that stays in its files stay apart.
@@ -108,7 +108,7 @@ def together(*models: Any) -> Iterator[None]:
     Raises:
         BillhookError: those of one layer differ in width.
     """
-    mixed = [one for one in models if isinstance(one, PreTrainedModel) and not is_paged(one) and is_apart(one)]
+    mixed = [one for one in models if isinstance(one, PreTrainedModel) and not is_offloaded(one) and is_unfused(one)]
     for model in mixed:
         fuse(model)
     try:
@@ -118,7 +118,7 @@ def together(*models: Any) -> Iterator[None]:
             unfuse(model)
 
 
-def is_apart(model: PreTrainedModel) -> bool:
+def is_unfused(model: PreTrainedModel) -> bool:
     """Whether a model has experts that were taken apart."""
     return any(isinstance(module, Experts) for module in model.modules())
 

@@ -77,7 +77,7 @@ def linears(model: PreTrainedModel, layer: int) -> list[dict[str, str]]:
     return groups
 
 
-def wanted(role: str, roles: Sequence[str]) -> bool:
+def role_wanted(role: str, roles: Sequence[str]) -> bool:
     """Whether a linear module of `role` is meant by the roles asked for: one that has several, by all of them."""
     return all(part in roles for part in FUSED.get(role, (role,)))
 
@@ -151,7 +151,7 @@ def feed_forwards(model: PreTrainedModel, layer: int) -> list[tuple[str, tuple[s
     ]
 
 
-def whole(model: PreTrainedModel, layer: int, key: str) -> int:
+def uncut_size(model: PreTrainedModel, layer: int, key: str) -> int:
     """What one of the sizes that no stock config can say is where a layer has lost none of it."""
     if key == V_HEAD_DIM:
         return attention(model, layer).head_dim

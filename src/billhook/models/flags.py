@@ -13,13 +13,13 @@ PLAIN = {
 CHOICES = ("attn_implementation", "experts_implementation")  # which transformers reads, and leaves out when it saves
 
 
-def said(folder: Path) -> dict[str, Any]:
+def flags_in(folder: Path) -> dict[str, Any]:
     """Those of a folder's config.json, as they are there."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return {key: config[key] for key in (*PLAIN, *CHOICES) if key in config}
 
 
-def plain(config: Any) -> Any:
+def with_plain_flags(config: Any) -> Any:
     """The same config, its forwards asking for what they do by themselves."""
     for key, value in PLAIN.items():
         if hasattr(config, key):
@@ -27,11 +27,11 @@ def plain(config: Any) -> Any:
     return config
 
 
-def carry(model: Any, folder: Path) -> None:
+def remember(model: Any, folder: Path) -> None:
     """Have a model remember those of its folder."""
-    model.flags_said = said(folder)
+    model.flags_said = flags_in(folder)
 
 
-def carried(model: Any) -> dict[str, Any]:
+def remembered(model: Any) -> dict[str, Any]:
     """What `carry` had it remember."""
     return getattr(model, "flags_said", {})

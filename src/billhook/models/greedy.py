@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 
 @contextmanager
-def unasked(model: Any) -> Iterator[None]:
+def without_generation_settings(model: Any) -> Iterator[None]:
     """`model.generate` by its own defaults, with none of the model's settings, which it would fill in for what is not given."""
     own = model.generation_config
     model.generation_config = GenerationConfig()
@@ -24,7 +24,9 @@ def unasked(model: Any) -> Iterator[None]:
         model.generation_config = own
 
 
-def continued(model: Any, ids: Tensor, new_tokens: int, ends: Sequence[int] = (), use_cache: bool = True) -> Tensor:
+def greedy_tokens(
+    model: Any, ids: Tensor, new_tokens: int, end_tokens: Sequence[int] = (), use_cache: bool = True
+) -> Tensor:
     """The tokens that follow `ids`, (rows, tokens) of one length: (rows, at most `new_tokens`).
 
     Args:
@@ -34,10 +36,10 @@ def continued(model: Any, ids: Tensor, new_tokens: int, ends: Sequence[int] = ()
         max_new_tokens=new_tokens,
         do_sample=False,
         use_cache=use_cache,
-        eos_token_id=list(ends) or None,
-        pad_token_id=ends[0] if ends else None,
+        eos_token_id=list(end_tokens) or None,
+        pad_token_id=end_tokens[0] if end_tokens else None,
     )
-    with unasked(model):
+    with without_generation_settings(model):
         made = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
     return made[:, ids.shape[1] :]
 

@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCaus
 from billhook.errors import BillhookError
 from billhook.models import modeling_per_layer as per_layer
 from billhook.models.axes import refusal
-from billhook.models.families import FFN_SIZES, attention, family_of, layers, sizes, stock_type, whole
+from billhook.models.families import FFN_SIZES, attention, family_of, layers, sizes, stock_type, uncut_size
 
 LAYOUTS = {
     "uniform": "one width for all layers: a stock checkpoint, loaded by whatever loads the family",
@@ -126,7 +126,7 @@ def config_json(model: PreTrainedModel, written: dict[str, Any]) -> dict[str, An
         "architectures": [f"PerLayer{row.classes[-1]}"],
         "auto_map": auto_map(stock),
         "per_layer_config": {
-            str(n): {key: one.get(key, whole(model, n, key)) for key in differing} for n, one in enumerate(found)
+            str(n): {key: one.get(key, uncut_size(model, n, key)) for key in differing} for n, one in enumerate(found)
         },
     }
 

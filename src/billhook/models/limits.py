@@ -84,7 +84,7 @@ def check_names(kinds: tuple[str, ...], layout: str = "uniform") -> None:
         raise BillhookError(f"axes {' and '.join(map(repr, found))} cut the same columns: name one of them")
 
 
-def allowed(model: PreTrainedModel, axis: Axis, multiple_of: int, layout: str = "uniform") -> list[int]:
+def allowed_drops(model: PreTrainedModel, axis: Axis, multiple_of: int, layout: str = "uniform") -> list[int]:
     """Counts that may go from an axis, ascending; 0 is always one, all units never.
 
     Raises:
@@ -120,7 +120,7 @@ def least_experts(model: PreTrainedModel, groups: int) -> int:
     return groups * max(2, -(-experts_per_token(model) // getattr(model.config, row_of(model).keys["top_groups"])))
 
 
-def limit(model: PreTrainedModel, axis: Axis) -> str:
+def limit_reason(model: PreTrainedModel, axis: Axis) -> str:
     """What cutting more of an axis than `allowed` would come to."""
     if axis.kind == "experts":
         return f"a layer has fewer experts than the {least_experts(model, axis.blocks)} that its router needs"

@@ -11,7 +11,7 @@ OTHER_HEADS = ("classifier", "summary")  # of models that predict no next token
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """While open the model is as it is judged, and its outputs have names; afterwards every module is in the mode it came in.
 
     A new one is in the model's.

@@ -24,7 +24,7 @@ class Plan:
         return tuple(dict.fromkeys(kind for (_, kind), count in self.drops.items() if count))
 
 
-def even(layers: int, drops: Mapping[str, int], spared: Collection[int] = (), gone: Collection[int] = ()) -> Plan:
+def even_plan(layers: int, drops: Mapping[str, int], spared: Collection[int] = (), gone: Collection[int] = ()) -> Plan:
     """The same units from every layer but those spared, and those that go whole."""
     cut = [n for n in range(layers) if n not in gone]
     each = {(n, kind): 0 if n in spared else count for n in cut for kind, count in drops.items()}
@@ -51,4 +51,4 @@ class Cut:
     score_dropped: float  # share of the sum of all scores that the dropped units held
 
 
-Place = tuple[int, str]  # (layer, kind)
+AxisKey = tuple[int, str]  # (layer, kind)

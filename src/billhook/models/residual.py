@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from billhook.errors import BillhookError
 from billhook.models.axes import Slot, blocks
 from billhook.models.families import layers, linear, linears, row_of, shape
-from billhook.runtime.offload import by_page
+from billhook.runtime.offload import by_module
 from billhook.tensors import Kept, Units, precise
 
 ROWS = 8192  # of a weight in float64 at a time
@@ -69,7 +69,7 @@ def residual(model: PreTrainedModel) -> Residual:
             f"the family has the RMSNorms that SliceGPT puts in their place; {ELSE}"
         )
     path = {id(module): name for name, module in model.named_modules()}
-    embedding, head = ends(model)
+    embedding, head = embedding_and_head(model)
     channels, row = embedding.weight.shape[1], row_of(model)
     inside = tuple(f"{row.layers}.{n}.{row.attention}." for n in range(len(layers(model))))
     norms = [name for name, module in model.named_modules() if _is_norm(module)]
@@ -88,7 +88,7 @@ def residual(model: PreTrainedModel) -> Residual:
     return found
 
 
-def ends(model: PreTrainedModel) -> tuple[Any, Any]:
+def embedding_and_head(model: PreTrainedModel) -> tuple[Any, Any]:
     """The embedding table and the head."""
     return model.get_input_embeddings(), model.get_output_embeddings()
 
@@ -149,22 +149,22 @@ def price(model: PreTrainedModel) -> tuple[int, int]:
     return sum(count for name, count in each.items() if name.startswith(inner)), sum(each.values())
 
 
-def saved(model: PreTrainedModel, channels: int, rotate: bool) -> int:
+def parameters_saved(model: PreTrainedModel, channels: int, rotate: bool) -> int:
     """Parameters of the whole model that go with so many channels; a rotation gives a tied model a head of its own."""
-    return price(model)[1] * channels - (added(model, channels) if rotate else 0)
+    return price(model)[1] * channels - (parameters_added(model, channels) if rotate else 0)
 
 
-def added(model: PreTrainedModel, channels: int) -> int:
+def parameters_added(model: PreTrainedModel, channels: int) -> int:
     """Parameters of the head that a rotation unties, once so many channels are gone."""
     found = residual(model)
-    return ends(model)[0].num_embeddings * (found.channels - channels) if found.tied else 0
+    return embedding_and_head(model)[0].num_embeddings * (found.channels - channels) if found.tied else 0
 
 
 @torch.no_grad()
-def silence(model: PreTrainedModel, drop: Units) -> None:
+def zero(model: PreTrainedModel, drop: Units) -> None:
     """Zero the channels `drop` in all that writes them: the reference that `cut` must match."""
     slots = {slot.param: slot for slot in writes(model, residual(model))}
-    for slot in (slots[param] for params in by_page(model, slots) for param in params):
+    for slot in (slots[param] for params in by_module(model, slots) for param in params):
         param = model.get_parameter(slot.param)
         param.data.index_fill_(slot.dim, slot.index[drop.cpu()].flatten().to(param.device), 0)
 
@@ -184,7 +184,7 @@ def cut(model: PreTrainedModel, kept: Kept) -> None:
     scaled = _scale_by_size(model, before)
     same = last_norm(model, found) if scaled and found.tied else ""  # whose head grows instead
     slots = {slot.param: slot for slot in (*writes(model, found), *reads(model, found))}
-    for params in by_page(model, slots):
+    for params in by_module(model, slots):
         for param in params:
             old, name = model.get_parameter(param), param.rpartition(".")[0]
             _put(model, param, old.detach().index_select(slots[param].dim, kept.to(old.device)), old.requires_grad)
@@ -193,7 +193,7 @@ def cut(model: PreTrainedModel, kept: Kept) -> None:
                 set_gain(module, gain(module) * grown)
             elif (name in feeding and param.endswith(".weight")) or (name == found.embedding and scaled):
                 _grow(module, grown)
-    embedding, head = ends(model)
+    embedding, head = embedding_and_head(model)
     embedding.embedding_dim = after
     if scaled:
         _rescale_embedding(embedding, after)
@@ -254,7 +254,7 @@ def set_gain(norm: Any, gain: Tensor) -> None:
 
 def _scale_by_size(model: PreTrainedModel, channels: int) -> bool:
     """Whether embeddings are multiplied by the root of their size, which the stock class computes anew when it loads."""
-    scale = getattr(ends(model)[0], "embed_scale", None)
+    scale = getattr(embedding_and_head(model)[0], "embed_scale", None)
     return scale is not None and math.isclose(float(scale), math.sqrt(channels), rel_tol=1e-2)
 
 

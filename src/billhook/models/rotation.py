@@ -14,8 +14,19 @@ from transformers import PreTrainedModel
 
 from billhook.errors import BillhookError
 from billhook.models.families import weight_of
-from billhook.models.residual import ELSE, ROWS, Flow, Residual, ends, flow, gain, residual, set_gain, writes
-from billhook.runtime.offload import by_page
+from billhook.models.residual import (
+    ELSE,
+    ROWS,
+    Flow,
+    Residual,
+    embedding_and_head,
+    flow,
+    gain,
+    residual,
+    set_gain,
+    writes,
+)
+from billhook.runtime.offload import by_module
 from billhook.tensors import Gram, precise
 
 
@@ -50,14 +61,14 @@ def fold(model: PreTrainedModel) -> None:
     found = residual(model)
     seen = flow(model, found)
     _check(model, found, seen)
-    embedding, head = ends(model)
+    embedding, head = embedding_and_head(model)
     if found.tied:
         head.weight = nn.Parameter(embedding.weight.detach().clone(), embedding.weight.requires_grad)
         model.config.tie_word_embeddings = False
         vars(model)["all_tied_weights_keys"] = {}  # what transformers leaves out when it saves
-    every = (name for names in by_page(model, found.norms, edits=False) for name in names)
+    every = (name for names in by_module(model, found.norms, edits=False) for name in names)
     gains = {name: gain(model.get_submodule(name)) for name in every}
-    for name in (name for names in by_page(model, (*seen.into, *gains)) for name in names):
+    for name in (name for names in by_module(model, (*seen.into, *gains)) for name in names):
         if name in gains:
             set_gain(model.get_submodule(name), torch.ones_like(gains[name]))
             continue
@@ -71,7 +82,7 @@ def rotate(model: PreTrainedModel, Q: Gram) -> None:
     found = residual(model)
     written = {slot.param: slot.dim for slot in writes(model, found)}
     readers = [name for group in found.readers for name in group]
-    for name in (name for names in by_page(model, (*written, *readers)) for name in names):
+    for name in (name for names in by_module(model, (*written, *readers)) for name in names):
         _turn(
             model.get_parameter(name).data.movedim(written[name], -1) if name in written else weight_of(model, name), Q
         )

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 from billhook.models.axes import axes
 from billhook.models.families import attention, experts_per_token, layers, mixture
 from billhook.models.plan import Plan
-from billhook.models.residual import saved
+from billhook.models.residual import parameters_saved
 
 
 def decoder_parameters(model: PreTrainedModel) -> int:
@@ -49,7 +49,7 @@ def total_parameters(model: PreTrainedModel) -> int:
 def saved_by(model: PreTrainedModel, plan: Plan) -> int:
     """Parameters that a plan takes away."""
     if plan.residual:
-        return saved(model, plan.residual, plan.rotate)  # no method cuts anything beside
+        return parameters_saved(model, plan.residual, plan.rotate)  # no method cuts anything beside
     units = sum(plan.drops.get((axis.layer, axis.kind), 0) * axis.price(model) for axis in axes(model, plan.kinds))
     return units + sum(layer_parameters(model, n) for n in plan.layers)
 

@@ -84,7 +84,7 @@ def without(model: PreTrainedModel, dropped: Iterable[tuple[Axis, Tensor]], gone
 
 
 @contextmanager
-def instead(model: PreTrainedModel, param: str, weight: Tensor) -> Iterator[None]:
+def with_weight(model: PreTrainedModel, param: str, weight: Tensor) -> Iterator[None]:
     """The model with another weight in place of one parameter, while open."""
     path, _, leaf = param.rpartition(".")
     owner = model.get_submodule(path)

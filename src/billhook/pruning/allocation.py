@@ -11,8 +11,8 @@ from billhook.errors import BillhookError, one_of
 from billhook.math import knapsack, selection
 from billhook.models.axes import Axis, axes
 from billhook.models.families import layers
-from billhook.models.limits import allowed, limit
-from billhook.models.plan import Curves, Plan, even
+from billhook.models.limits import allowed_drops, limit_reason
+from billhook.models.plan import Curves, Plan, even_plan
 from billhook.models.sizes import layer_parameters
 from billhook.pruning.budget import Planner
 from billhook.runtime.documents import read_yaml
@@ -94,7 +94,9 @@ def planner(
         choices, found = _choices(model, kinds, multiple_of, floor, curves), axes(model, kinds)
         whole = {n: (layer_parameters(model, n), loss[1]) for (n, kind), loss in curves.items() if kind == "layers"}
         step = min((c.savings[1] for c in choices if len(c.savings) > 1), default=1)
-        return Planner(lambda saving: _weighed(choices, found, saving, whole), knapsack.most(choices, whole), step)
+        return Planner(
+            lambda saving: _weighed(choices, found, saving, whole), knapsack.largest_saving(choices, whole), step
+        )
     first, last = allocation.spared
     spared = [n for n in range(total) if n < first or n >= total - last]
     if len(spared) == total:
@@ -117,20 +119,20 @@ def even_planner(
     for kind in kinds:
         found = [axis for axis in axes(model, (kind,)) if axis.layer in cut]
         narrowest, price = min(found, key=lambda axis: axis.units), sum(axis.price(model) for axis in found)
-        drops = allowed(model, narrowest, multiple_of, layout)
-        candidates.append(knapsack.Candidates(kind, narrowest.units, price, drops, limit(model, narrowest)))
+        drops = allowed_drops(model, narrowest, multiple_of, layout)
+        candidates.append(knapsack.AxisChoices(kind, narrowest.units, price, drops, limit_reason(model, narrowest)))
     by_layers = sum(layer_parameters(model, n) for n in gone)
     steps = [c.price * c.drops[1] for c in candidates if len(c.drops) > 1]
 
     def make(saving: float | int) -> Plan:
         rest = saving - by_layers
         if gone and abs(rest) <= min(steps, default=by_layers / len(gone)) / 2:  # they alone are what is asked for
-            return even(len(layers(model)), dict.fromkeys(kinds, 0), spared, gone)
+            return even_plan(len(layers(model)), dict.fromkeys(kinds, 0), spared, gone)
         if not candidates:
             raise BillhookError(
                 f"{len(gone)} whole layers save {by_layers:,} parameters, not the {saving:,.0f} asked for"
             )
-        return even(len(layers(model)), knapsack.even_widths(candidates, rest), spared, gone)
+        return even_plan(len(layers(model)), knapsack.even_widths(candidates, rest), spared, gone)
 
     most = by_layers + sum(c.drops[-1] * c.price for c in candidates)
     return Planner(make, most, min(steps, default=by_layers))
@@ -201,7 +203,7 @@ def _choices(
     found = []
     for axis in axes(model, kinds):
         price, least = axis.price(model), floor * axis.units
-        drops = [d for d in allowed(model, axis, multiple_of, "per_layer") if d == 0 or axis.units - d >= least]
+        drops = [d for d in allowed_drops(model, axis, multiple_of, "per_layer") if d == 0 or axis.units - d >= least]
         losses = knapsack.interpolate(curves[axis.layer, axis.kind], drops)
         found.append(knapsack.Choice(axis.layer, drops, [d * price for d in drops], losses))
     return found

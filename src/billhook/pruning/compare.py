@@ -22,7 +22,7 @@ from billhook.math.knee import knee
 from billhook.methods import METHODS
 from billhook.models import sizes
 from billhook.models.axes import axes
-from billhook.models.experts import together
+from billhook.models.experts import fused
 from billhook.models.families import WIDTHS, layers
 from billhook.models.plan import Plan, UnitScores
 from billhook.models.surgery import cast
@@ -33,7 +33,7 @@ from billhook.pruning.texts import Texts, draw
 from billhook.runtime import cache as cache_module
 from billhook.runtime.cache import code_sha256, has, model_sha256
 from billhook.runtime.progress import Tick, quiet
-from billhook.runtime.workers import Hands, crew
+from billhook.runtime.workers import Workers, worker_pool
 
 SAME_SIZE = 0.005  # of the parameters: models nearer than this count as equal in size
 SAFE = 1.5  # times the unpruned model's perplexity: a knee beyond it is no recommendation
@@ -116,7 +116,7 @@ def judged(opened: Opened, texts: Sequence[Text], seq_len: int, most: int | None
 
 def unpruned(opened: Opened, by: Judged, tick: Tick = quiet) -> dict[str, Any]:
     """The point of the model as it is."""
-    point = cache_module.kept(by.kept, UNPRUNED, by.key(None), lambda: _point(opened.model, by, None, tick))
+    point = cache_module.cached(by.kept, UNPRUNED, by.key(None), lambda: _point(opened.model, by, None, tick))
     return point | {"series": UNPRUNED, "settings": UNPRUNED, "ratio": 0.0}
 
 
@@ -241,9 +241,9 @@ def _kept(chosen: Recipe, by: Judged, measure: Callable[[], dict[str, Any]]) -> 
     """`measure()`, or what it gave before; what went wrong is not kept."""
     key = by.key(chosen)
     if has(by.kept, "point", key):
-        return cache_module.kept(by.kept, "point", key, measure)
+        return cache_module.cached(by.kept, "point", key, measure)
     point = measure()
-    return point if point["error"] else cache_module.kept(by.kept, "point", key, lambda: point)
+    return point if point["error"] else cache_module.cached(by.kept, "point", key, lambda: point)
 
 
 def _cell(opened: Opened, chosen: Recipe, by: Judged, tick: Tick) -> dict[str, Any]:
@@ -272,7 +272,7 @@ def _point(model: Any, by: Judged, decoder: int | None, tick: Tick) -> dict[str,
     """A model's size and quality; `decoder`: the parameters of the unpruned decoder."""
     size = sizes.parameters(model)
     cast(model, by.dtype)  # what is stored was rounded; all are judged in one dtype
-    with together(model):
+    with fused(model):
         scores = [asdict(perplexity(model, one, tick)) for one in by.windows]
     return _NOTHING | {
         "parameters": size["parameters"],
@@ -317,8 +317,8 @@ def _workers(opened: Opened, by: Judged, jobs: int) -> Iterator[Callable[[list[R
         return
     device = str(opened.model.device)
     given = (opened.name, device, str(by.dtype).removeprefix("torch."), by)
-    with crew(Hands(jobs), device, _open_worker, given) as gang:
-        yield lambda chosen, tick: list(gang.each(_in_worker, chosen))
+    with worker_pool(Workers(jobs), device, _open_worker, given) as pool:
+        yield lambda chosen, tick: list(pool.map(_in_worker, chosen))
 
 
 @cache

@@ -33,7 +33,7 @@ def _patch_words(gone: Sequence[int]) -> str:
         f"the FFN of layer {cut[0] - 1} makes up for {ranges(cut)}"
         if cut[0]
         else f"nothing stands before {ranges(cut)}"
-        for cut in layer_presets.cuts(gone)
+        for cut in layer_presets.runs_of(gone)
     ]
     return f"; {', '.join(found)}"
 

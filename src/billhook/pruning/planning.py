@@ -194,7 +194,7 @@ def _chop_plan(
     if chosen.patches:
         check_patch(model)
     if chosen.drop or chosen.keep:
-        named = layer_presets.numbered(chosen.drop or chosen.keep, total)
+        named = layer_presets.parse_layers(chosen.drop or chosen.keep, total)
         gone = named if chosen.drop else [n for n in range(total) if n not in named]
         if not gone:
             raise BillhookError(f"--keep {chosen.keep} names all {total} layers: none would go")
@@ -317,7 +317,7 @@ def _key(model: PreTrainedModel, chosen: Recipe, name: str, texts: Texts) -> dic
 
 def _kept(folder: Path | None, key: dict[str, Any], measure: Callable[[], Curves]) -> Curves:
     """`measure()`, or what it gave before where `folder` has it under the same key."""
-    stored = cache.kept(
+    stored = cache.cached(
         folder, key["curves"], key, lambda: [[n, kind, points] for (n, kind), points in measure().items()]
     )
     try:  # keys of JSON objects are text

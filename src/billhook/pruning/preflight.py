@@ -11,22 +11,23 @@ from billhook.errors import BillhookError
 from billhook.math.taylor import GRADIENT_SCORES
 from billhook.methods import METHODS
 from billhook.models import sizes
-from billhook.models.residual import ends
+from billhook.models.residual import embedding_and_head
 from billhook.pruning.recipe import Recipe
-from billhook.runtime.offload import is_paged
-from billhook.runtime.workers import Hands
+from billhook.runtime.offload import is_offloaded
+from billhook.runtime.workers import Workers
 
 
-def check_shared(chosen: Recipe, hands: Hands) -> None:
+def check_shared(chosen: Recipe, workers: Workers) -> None:
     """Refuse what one process alone can do.
 
     Raises:
         BillhookError: says what, and what to do.
     """
-    says, one = hands.what, "leave it out"
+    says, one = workers.flag, "leave it out"
     layers_alone = METHODS[chosen.method].run_each is not None
     refused = {
-        "--ray: the cluster says how many processes there are: leave out --jobs": bool(hands.ray) and hands.jobs > 1,
+        "--ray: the cluster says how many processes there are: leave out --jobs": bool(workers.ray)
+        and workers.jobs > 1,
         f"{says}: {chosen.method} works in one process; fasp in the dense stream, methods that make zeros and adapruner share "
         "their work": not (chosen.searches or chosen.masks or layers_alone),
         f"{says}: in the stream {chosen.stream} a layer sees what became of those before: use --stream dense, or {one}": layers_alone
@@ -69,9 +70,9 @@ def disk_bytes(model: Any, chosen: Recipe, computed: torch.dtype, stored: torch.
 def _kept(model: Any, chosen: Recipe) -> int:
     """Parameters that lie on the disk while it works, at most: all layers as they are done; of a stream that is cut in its files,
     all that was turned, and beside it what is cut, which layers that are done take the place of."""
-    if not (chosen.slices and is_paged(model)):
+    if not (chosen.slices and is_offloaded(model)):
         return sizes.decoder_parameters(model)
-    embedding, head = ends(model)
+    embedding, head = embedding_and_head(model)
     untied = embedding.weight.numel() if chosen.rotate and head.weight is embedding.weight else 0
     copies = 2 if chosen.rotate and chosen.restoration else 1
     return copies * (sizes.total_parameters(model) + untied)

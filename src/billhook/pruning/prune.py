@@ -12,15 +12,15 @@ import torch
 from billhook import data
 from billhook.checkpoints import load, shards
 from billhook.checkpoints.load import Opened
-from billhook.checkpoints.resume import Journal
+from billhook.checkpoints.resume import FinishedLayers
 from billhook.cuts import masking, parallel
 from billhook.errors import BillhookError
 from billhook.evaluation import perplexity
 from billhook.methods import METHODS, carry_out
 from billhook.models import layout, sizes, vocabulary
-from billhook.models.experts import fuse, together, unfuse
+from billhook.models.experts import fuse, fused, unfuse
 from billhook.models.families import check_known, layers
-from billhook.models.modes import evaluating
+from billhook.models.modes import evaluation_mode
 from billhook.models.plan import Plan
 from billhook.models.surgery import cast
 from billhook.pruning import method_settings, plan_lines, planning, preflight, residual_budget
@@ -33,7 +33,7 @@ from billhook.runtime import activations, cache, offload, run_folder, units
 from billhook.runtime.cache import Grams
 from billhook.runtime.memory import peak_growth
 from billhook.runtime.progress import Clock, Tick, quiet, unheard
-from billhook.runtime.workers import Hands
+from billhook.runtime.workers import Workers
 from billhook.search import adapruner, optishear, rounds
 from billhook.search.trials import Means
 from billhook.tensors import Tokens
@@ -86,9 +86,9 @@ def prune(  # noqa: PLR0913
         BillhookError: anything that cannot work, in one line; a model on disk is never changed.
     """
     chosen = recipe(**settings)
-    hands = Hands(jobs, ray, dtype=chosen.dtype)
-    if hands.many:
-        preflight.check_shared(chosen, hands)
+    workers = Workers(jobs, ray, dtype=chosen.dtype)
+    if workers.many:
+        preflight.check_shared(chosen, workers)
     cache.check_folder(Path(statistics) if statistics else None, "--statistics")
     if isinstance(model, str | os.PathLike):
         if stream_weights and (why := preflight.why_whole(chosen)):
@@ -97,9 +97,9 @@ def prune(  # noqa: PLR0913
         how = {"device": chosen.device, "dtype": chosen.dtype, "stream": stream}
         opened = load.open_model(os.fspath(model), **how, tick=tick)
     else:
-        if hands.many:
+        if workers.many:
             raise BillhookError(
-                f"{hands.what}: other processes cannot see a model in memory: prune from a folder, or use one"
+                f"{workers.flag}: other processes cannot see a model in memory: prune from a folder, or use one"
             )
         if tokenizer is None:
             raise BillhookError("a model in memory needs its tokenizer: prune(model, tokenizer=…)")
@@ -110,14 +110,14 @@ def prune(  # noqa: PLR0913
     means = Means(
         Path(study) if study else None,
         fresh,
-        replace(hands, name=os.path.abspath(opened.name) if Path(opened.name).exists() else opened.name),
+        replace(workers, name=os.path.abspath(opened.name) if Path(opened.name).exists() else opened.name),
     )
     journals = work is not None and opened.folder is not None and not (chosen.searches or chosen.shears)
     kept = Path(work) if journals and work is not None else None
     if kept:
         preflight.check_room(opened, chosen, kept)
     budgeted = activations.budget(units.amount(hidden_budget, units.BYTES, "hidden-budget"))
-    with evaluating(opened.model), budgeted, run_folder.held(kept), run_folder.held(means.study):
+    with evaluation_mode(opened.model), budgeted, run_folder.locked(kept), run_folder.locked(means.study):
         return prune_opened(opened, chosen, tick, statistics, announce, means, kept)
 
 
@@ -155,8 +155,8 @@ def prune_opened(
                 seen = {"folder": folder, "means": means, "clock": clock, "tick": tick}
                 hunt = optishear.search(model, chosen, how, *judged[1:], texts.calibration, **seen)
                 how = hunt.how
-            journal = _journal(opened, chosen, windows, texts.calibration, plan, work, means.fresh, folder)
-            zeros = _masked(model, how, texts.calibration, means, journal, announce, clock, tick)
+            finished = _journal(opened, chosen, windows, texts.calibration, plan, work, means.fresh, folder)
+            zeros = _masked(model, how, texts.calibration, means, finished, announce, clock, tick)
         else:
             plan = planning.make_plan(model, wanted, texts, opened.dtype, scores, folder, clock, tick)
         if material:
@@ -181,12 +181,12 @@ def prune_opened(
             announce(plan_lines.plan_line(model, plan, chosen.budget, chosen.patches))
         if plan.kinds or plan.layers or narrowed:
             given = (model, texts.calibration, plan, method_settings.method_settings(chosen))
-            journal = _journal(opened, chosen, windows, texts.calibration, plan, work, means.fresh, folder)
-            if means.hands.many and not chosen.searches:
-                how = {"scores": scores, "journal": journal}
-                cuts = parallel.shared(*given, means.hands, **how, clock=clock, tick=tick)
+            finished = _journal(opened, chosen, windows, texts.calibration, plan, work, means.fresh, folder)
+            if means.workers.many and not chosen.searches:
+                how = {"scores": scores, "finished": finished}
+                cuts = parallel.shared(*given, means.workers, **how, clock=clock, tick=tick)
             else:
-                how = {"scores": scores, "stream": chosen.stream, "journal": journal}
+                how = {"scores": scores, "stream": chosen.stream, "finished": finished}
                 cuts = carry_out(chosen.method)(*given, **how, clock=clock, tick=tick)
     finish(model, chosen, opened.dtype)
     written = {
@@ -232,7 +232,7 @@ def _journal(
     work: Path | None,
     fresh: bool,
     statistics: Path | None,
-) -> Journal:
+) -> FinishedLayers:
     """What was finished of this very prune: the same settings, model, text, plan (which may come of timings) and code.
 
     With it the Grams in `statistics` of this model and text, which the dense stream takes and leaves there.
@@ -250,13 +250,13 @@ def _journal(
             },
             fresh,
         )
-        offload.spill_in(opened.model, work / run_folder.PAGES)
+        offload.set_swap_folder(opened.model, work / run_folder.PAGES)
     grams = None
     if statistics and chosen.stream == "dense":
         model, seen = opened.model, hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
         key = cache.model_key(model) | {"tokens": seen, "windows": len(tokens)}
         grams = Grams(statistics.absolute(), key | {"computed in": str(model.dtype), "on": model.device.type})
-    return Journal(work, opened.model, grams)
+    return FinishedLayers(work, opened.model, grams)
 
 
 def _masked(
@@ -264,7 +264,7 @@ def _masked(
     how: masking.Masking,
     tokens: Tokens,
     means: Means,
-    journal: Journal,
+    finished: FinishedLayers,
     announce: Callable[[str], object],
     clock: Clock,
     tick: Tick,
@@ -272,7 +272,7 @@ def _masked(
     """Make zeros in place; what was asked for and what came of it."""
     zeros, weights = masking.zeros_in(model, how.targets)
     announce(masking.words(how, zeros, weights, tokens.numel(), model))
-    done = masking.mask(model, tokens, how, means.hands, clock, tick, journal)
+    done = masking.mask(model, tokens, how, means.workers, clock, tick, finished)
     return masking.record(how, done, zeros / weights)
 
 
@@ -340,7 +340,7 @@ def measure(path: Path, chosen: Recipe, tick: Tick = quiet) -> dict[str, float]:
     """The numbers a recipe file may expect: parameters, and perplexity on the demo's evaluation texts."""
     opened = load.open_model(str(path), device=chosen.device, dtype=chosen.dtype, tick=tick)
     found: dict[str, float] = {"parameters": sizes.total_parameters(opened.model)}
-    with together(opened.model):
+    with fused(opened.model):
         for text in data.evaluation_texts(["demo"], tick):
             windows = data.windows(text, opened.tokenizer, chosen.seq_len)
             found[f"perplexity on {text.name}"] = perplexity.perplexity(opened.model, windows, tick).perplexity

@@ -7,8 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from billhook.calibration import routers
 from billhook.calibration.layer_importance import PRESETS
-from billhook.calibration.linears import STREAMS as MASK_STREAMS
-from billhook.calibration.walk import STREAMS
+from billhook.calibration.linears import OPERATOR_STREAMS as MASK_STREAMS
+from billhook.calibration.walk import AXIS_STREAMS
 from billhook.checkpoints.load import DTYPES
 from billhook.cuts.chopping import PATCHES
 from billhook.cuts.chopping import Settings as Patching
@@ -116,7 +116,7 @@ class Recipe(BaseModel):
         valid = {
             "method": METHODS,
             "score": (*SCORES, *GRADIENT_SCORES),
-            "stream": {**STREAMS, **MASK_STREAMS},
+            "stream": {**AXIS_STREAMS, **MASK_STREAMS},
             "dtype": ("auto", *DTYPES),
             "layout": LAYOUTS,
             "preset": PRESETS,
@@ -152,7 +152,7 @@ class Recipe(BaseModel):
     @field_validator("layer_sparsity", mode="before")
     @classmethod
     def _by_layer(cls, value: Any) -> Any:
-        return sparsity.by_layer(value) if isinstance(value, str) else value
+        return sparsity.parse_layer_sparsity(value) if isinstance(value, str) else value
 
     @field_validator("params", "memory", "heal_tokens", mode="before")
     @classmethod
@@ -249,7 +249,7 @@ class Recipe(BaseModel):
     def _fits_together(self) -> "Recipe":
         if self.masks:
             return self
-        one_of("stream", self.stream, STREAMS)
+        one_of("stream", self.stream, AXIS_STREAMS)
         given = [f"--{name}" for name in (*BUDGETS, *EXPLICIT) if getattr(self, name) not in (None, "")]
         if len(given) > 1:
             raise BillhookError(f"{' and '.join(given)} are two budgets: give one")
@@ -284,8 +284,8 @@ class Recipe(BaseModel):
         """What mixtures of experts cannot do."""
         if self.experts and not self.routes:
             raise BillhookError("--experts says how a mixture of experts loses some: use it with --method experts")
-        if self.routes and self.stream not in routers.STREAMS:
-            raise BillhookError(f"stream {self.stream}: experts are observed in {' or '.join(routers.STREAMS)}")
+        if self.routes and self.stream not in routers.EXPERT_STREAMS:
+            raise BillhookError(f"stream {self.stream}: experts are observed in {' or '.join(routers.EXPERT_STREAMS)}")
         if set(self.kinds) & set(MIXED) and (self.allocation != "equal" or self.score in GRADIENT_SCORES):
             raise BillhookError(
                 "experts of a layer keep equal sizes: use --allocation equal, and a --score that needs no gradients"

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from billhook.calibration.forward import BATCH_TOKENS, enter, run
-from billhook.checkpoints.resume import Journal
+from billhook.checkpoints.resume import FinishedLayers
 from billhook.checkpoints.streaming import bare
 from billhook.cuts import masking
 from billhook.methods import carry_out
@@ -191,13 +191,13 @@ def _counted(model: Any, chosen: Recipe, shares: Mapping[str, float], tokens: To
 def _pruned(model: Any, chosen: Recipe, shares: Mapping[str, float], tokens: Tokens, clock: Clock) -> None:
     """The prune itself, in place; what is done is written and thrown away."""
     with tempfile.TemporaryDirectory() as folder:
-        journal = Journal(Path(folder), model)
+        finished = FinishedLayers(Path(folder), model)
         if chosen.masks:
             how = replace(method_settings.masking_of(chosen), by_layer={})  # whose numbers are the whole model's
-            masking.mask(model, tokens, how, clock=clock, journal=journal)
+            masking.mask(model, tokens, how, clock=clock, finished=finished)
         else:
             given = (model, tokens, _own_plan(model, shares), method_settings.method_settings(chosen))
-            carry_out(chosen.method)(*given, stream=chosen.stream, journal=journal, clock=clock)
+            carry_out(chosen.method)(*given, stream=chosen.stream, finished=finished, clock=clock)
 
 
 class _Counting(Clock):

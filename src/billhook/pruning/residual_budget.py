@@ -69,5 +69,5 @@ def record(model: PreTrainedModel, plan: Plan) -> dict[str, Any] | None:
         "before": before,
         "kept": before - plan.residual,
         "rotated": plan.rotate,
-        "untied_parameters": residual.added(model, plan.residual) if plan.rotate else 0,
+        "untied_parameters": residual.parameters_added(model, plan.residual) if plan.rotate else 0,
     }

@@ -36,7 +36,7 @@ def judges(chosen: Recipe) -> bool:
 
 def weighs_layers(chosen: Recipe) -> bool:
     presets = chosen.candidates if chosen.select == "healed" else (chosen.preset,)
-    return chosen.chops and not (chosen.drop or chosen.keep or all(name in layer_presets.FREE for name in presets))
+    return chosen.chops and not (chosen.drop or chosen.keep or all(name in layer_presets.DATA_FREE for name in presets))
 
 
 def hashes(texts: Texts) -> dict[str, str]:

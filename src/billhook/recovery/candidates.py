@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from billhook.evaluation.perplexity import of_losses
+from billhook.evaluation.perplexity import perplexity_of
 from billhook.recovery.settings import rows_for
 from billhook.runtime import cache
 from billhook.runtime.memory import return_freed
@@ -102,7 +102,7 @@ def after_a_heal(
             return {"before": _perplexities(before), "after": _perplexities(after)}
 
         for nth, (name, gone) in enumerate(candidates.items()):
-            one = cache.kept(kept, "candidate", {**key, "dropped": list(gone)}, lambda g=gone, n=nth: tried(g, n))
+            one = cache.cached(kept, "candidate", {**key, "dropped": list(gone)}, lambda g=gone, n=nth: tried(g, n))
             found.append({"name": name, "dropped": list(gone), **one})
             gc.collect()
             return_freed()
@@ -123,7 +123,7 @@ def after_a_heal(
 
 
 def _perplexities(losses: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    return {text: of_losses(found) for text, found in losses.items()}
+    return {text: perplexity_of(found) for text, found in losses.items()}
 
 
 def _mean_log(perplexities: Mapping[str, float], texts: Sequence[str]) -> float:

@@ -17,7 +17,7 @@ from accelerate import PartialState
 
 from billhook.checkpoints.publish import check_out, publish
 from billhook.errors import BillhookError
-from billhook.evaluation.perplexity import of_losses
+from billhook.evaluation.perplexity import perplexity_of
 from billhook.models.surgery import cast
 from billhook.recovery.settings import recovery
 from billhook.recovery.setup import BY_FORM, TRIAL, TRIAL_STEPS, Run, on_cpu, prepare, rates_of, shared, where
@@ -107,7 +107,7 @@ def recover(
     work = Path(work)
     cache.check_folder(Path(lessons) if lessons else None, "--lessons")
     process = PartialState(cpu=on_cpu(chosen.device))
-    own = run_folder.held(work) if process.is_main_process else nullcontext()
+    own = run_folder.locked(work) if process.is_main_process else nullcontext()
     with own, peak_growth(where(process)) as growth, _kept_if_begun(work):
         answers = Path(lessons) if lessons else work / "lessons"
         heard = tick if process.is_main_process else quiet
@@ -177,7 +177,7 @@ def _try_rates(run: Run) -> list[dict[str, float]]:
             found.append(
                 shared(
                     run.process,
-                    lambda r=rate, x=loss: cache.kept(run.work, "rate", {"lr": r}, lambda: {"lr": r, "loss": x}),
+                    lambda r=rate, x=loss: cache.cached(run.work, "rate", {"lr": r}, lambda: {"lr": r, "loss": x}),
                 )
             )
     return found
@@ -270,7 +270,7 @@ def _outcome(run: Run, healer: "Healer", tried: Sequence[dict[str, float]], stop
             {
                 "step": one["step"],
                 "tokens": one["step"] * step,
-                "perplexities": {text: of_losses(losses) for text, losses in one["losses"].items()},
+                "perplexities": {text: perplexity_of(losses) for text, losses in one["losses"].items()},
             }
             for one in judged
         ],

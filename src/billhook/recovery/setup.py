@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from billhook import data
 from billhook.checkpoints import load, shards
 from billhook.errors import BillhookError
-from billhook.evaluation.perplexity import of_losses
+from billhook.evaluation.perplexity import perplexity_of
 from billhook.math import sparsity
 from billhook.models.modes import noise
 from billhook.recovery.settings import HALVED, Recovery
@@ -133,7 +133,7 @@ def prepare(
         read_by = hashlib.sha256(texts.train.numpy().tobytes()).hexdigest()
         run_folder.claim(work, {**key, "training text": read_by}, fresh, keep=("lessons",))
     process.wait_for_everyone()
-    tokens = chosen.tokens or shared(process, lambda: cache.kept(work, "tokens", {}, pace_of))
+    tokens = chosen.tokens or shared(process, lambda: cache.cached(work, "tokens", {}, pace_of))
     rows = chosen.rows(tokens, process.num_processes)
     steps = max(1, round(tokens / (rows * chosen.seq_len)))
     left = len(student.cut.kept) / student.cut.total if student.cut else 1.0
@@ -208,7 +208,7 @@ def _check_zeros(student: Student, chosen: Recovery) -> None:
         )
     if chosen.keeps_zeros and parse_flag_from_env("ACCELERATE_USE_FSDP"):
         raise BillhookError("zeros are kept in whole weights, which FSDP cuts up: launch without --use_fsdp")
-    if chosen.keep_zeros is None and not chosen.keeps_zeros and found.share >= sparsity.SPARSE:
+    if chosen.keep_zeros is None and not chosen.keeps_zeros and found.share >= sparsity.SPARSE_SHARE:
         raise BillhookError(
             f"{found.share:.0%} of the decoder's linear weights of {student.name} are exactly zero, and training would fill "
             "them: give --keep-zeros to keep every one, or --no-keep-zeros to let them go"
@@ -289,12 +289,12 @@ def _ask(
             tick=tick,
         )
     judge = Judge(texts.judged, (), course.autocast)
-    found = shared(process, partial(cache.kept, work, "teacher", {}, partial(judge, opened.model)))
+    found = shared(process, partial(cache.cached, work, "teacher", {}, partial(judge, opened.model)))
     process.wait_for_everyone()
     del opened
     gc.collect()
     return_freed()
-    return answers, {text: of_losses(losses) for text, losses in found.items()}
+    return answers, {text: perplexity_of(losses) for text, losses in found.items()}
 
 
 def rates_of(chosen: Recovery) -> tuple[float, ...]:

@@ -10,9 +10,9 @@ from itertools import count
 from pathlib import Path
 
 from billhook.errors import BillhookError
-from billhook.runtime.ending import unbroken, undoing
 from billhook.runtime.locks import Lock, alone, locked
 from billhook.runtime.renaming import exchanged, rename_where_free
+from billhook.runtime.signals import cleanup_on_signal, signals_deferred
 
 MARK = "billhook.json"  # every folder billhook writes holds one; --overwrite replaces nothing else
 LONGEST = "model-00001-of-00001.safetensors"  # of the names in an output, about
@@ -78,7 +78,7 @@ def folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
             for path in [*work.rglob("*"), work]:
                 _settle(path)
             work.chmod(0o777 & ~_umask())
-            with unbroken():
+            with signals_deferred():
                 _put(work, out, overwrite)
 
 
@@ -109,8 +109,8 @@ def _beside(out: Path) -> Iterator[tuple[Path, Lock]]:
         remove_empty(made)
 
     try:
-        with undoing(undo), ExitStack() as stack:
-            with unbroken():
+        with cleanup_on_signal(undo), ExitStack() as stack:
+            with signals_deferred():
                 with _saying(out, ""):
                     out.parent.mkdir(parents=True, exist_ok=True)
                     lock, new = stack.enter_context(alone(work, 0o700))
@@ -243,7 +243,7 @@ def file(out: Path, overwrite: bool = True) -> Iterator[Path]:
     with _saying(out), _beside(out) as (work, lock), ExitStack() as stack:
         if lock != "ours":
             work = hidden(out, f"{secrets.token_hex(4)}.partial")
-            stack.enter_context(undoing(lambda: _remove(work)))
+            stack.enter_context(cleanup_on_signal(lambda: _remove(work)))
             stack.callback(_remove, work)
             work.mkdir(mode=0o700)
         yield work / out.name

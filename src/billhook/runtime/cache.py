@@ -21,7 +21,7 @@ from billhook.runtime import atomic, tensor_files
 from billhook.runtime.documents import read_sealed, sealed
 from billhook.runtime.headers import load
 from billhook.runtime.offload import parameters
-from billhook.tensors import Gram, place
+from billhook.tensors import Gram, float64_device
 
 UNCOUNTED = {  # of a config: names, its writer, what the tensors say, and what is handed out besides logits
     *("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "auto_map"),
@@ -46,7 +46,7 @@ def check_folder(folder: Path | None, what: str) -> None:
             )
 
 
-def kept(folder: Path | None, name: str, key: dict[str, Any], measure: Callable[[], Any]) -> Any:
+def cached(folder: Path | None, name: str, key: dict[str, Any], measure: Callable[[], Any]) -> Any:
     """`measure()`, or what it gave before where `folder` has it under the same key; plain data either way.
 
     Raises:
@@ -124,7 +124,7 @@ class Grams:
         Raises:
             BillhookError: the file cannot be read.
         """
-        found, where = load(self._file(reader), "delete it, it will be made again", ["fit"]), place(device)
+        found, where = load(self._file(reader), "delete it, it will be made again", ["fit"]), float64_device(device)
         return found["fit"].to(where), found["held_out"].to(where) if "held_out" in found else None
 
     def keep(self, reader: str, fit: Gram, held_out: Gram | None) -> None:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from billhook.errors import BillhookError, first_line
 from billhook.runtime import tensor_files
 
-PAGE = "billhook_page"  # attribute of a module that is one
+ATTRIBUTE = "billhook_page"  # attribute of a module that is one
 
 
 def check_finite(tensor: Tensor, name: str, file: Path | str) -> None:
@@ -43,11 +43,11 @@ def finite(tensor: Tensor) -> bool:
     return not tensor.numel() or all(bool(end.isfinite()) for end in tensor.aminmax())
 
 
-class Spilled:
+class SwapFiles:
     """Files of pages that were edited, of a model and its twins: one that none of them reads any more goes, all when they do."""
 
     def __init__(self) -> None:
-        self.pagers: weakref.WeakSet[Pager] = weakref.WeakSet()
+        self.pagers: weakref.WeakSet[WeightStore] = weakref.WeakSet()
         self.folder: Path | None = None  # None: a temporary one
         self.made, self.numbers, self.written = False, count(), set[Path]()
 
@@ -69,14 +69,14 @@ class Spilled:
 
 
 @dataclass(eq=False)
-class Pager:
+class WeightStore:
     """Where every parameter of a paged model lies."""
 
     files: dict[str, Path]  # by the parameter's name in the model
     keys: dict[str, str]  # its name in that file
     device: torch.device
-    spilled: Spilled = field(default_factory=Spilled)
-    pages: list["Page"] = field(default_factory=list)
+    spilled: SwapFiles = field(default_factory=SwapFiles)
+    pages: list["OffloadedModule"] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.spilled.pagers.add(self)
@@ -98,7 +98,7 @@ class Pager:
                     yield name, tensor
                     del tensor
 
-    def place(self, file: Path, names: list[str]) -> None:
+    def read_from(self, file: Path, names: list[str]) -> None:
         """Have parameters come from another file, where they have their own names."""
         self.files |= dict.fromkeys(names, file)
         self.keys |= {name: name for name in names}
@@ -118,7 +118,7 @@ class Pager:
                 f"cannot write weights to {file}: {first_line(error)}: free some room, or choose another output"
             ) from error
         self.spilled.written.add(file)
-        self.place(file, list(tensors))
+        self.read_from(file, list(tensors))
 
     def standing(self) -> dict[int, list[tuple[str, nn.Module, str]]]:
         """By parameter everywhere that it stands, a tied one more than once: its name, the module, its name there."""
@@ -130,10 +130,10 @@ class Pager:
 
 
 @dataclass
-class Page:
+class OffloadedModule:
     """One module whose weights come and go together."""
 
-    pager: Pager
+    pager: WeightStore
     module: nn.Module
     prefix: str
     whole: bool  # with all that is in it, or its own parameters alone
@@ -142,7 +142,7 @@ class Page:
     called: bool = False
     away: dict[str, nn.Parameter] = field(default_factory=dict)  # what stood for each, so that tied ones stay one
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Page":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "OffloadedModule":
         return self  # a copied module is no page; its hooks keep this one where it is
 
     def bring(self) -> None:
@@ -204,18 +204,20 @@ class Page:
         )
 
 
-def paged(model: Any, files: dict[str, Path], keys: dict[str, str], device: torch.device, whole: list[str]) -> Pager:
+def offload_weights(
+    model: Any, files: dict[str, Path], keys: dict[str, str], device: torch.device, whole: list[str]
+) -> WeightStore:
     """Page a skeleton on the meta device, in place.
 
     Args:
         files: where each parameter lies; keys: under which name.
         whole: paths of the modules that are pages with all that is in them.
     """
-    pager = Pager(files, keys, device)
+    pager = WeightStore(files, keys, device)
     inside = tuple(f"{path}." for path in whole)
     for path, module in model.named_modules():
         if path in whole or (not path.startswith(inside) and any(p is not None for p in module._parameters.values())):
-            _hook(Page(pager, module, path, path in whole, path))
+            _hook(OffloadedModule(pager, module, path, path in whole, path))
     vars(model)["billhook_pager"] = pager
     kind = type(model)  # whose own `device` looks at the first parameter
     model.__class__ = type(
@@ -224,33 +226,33 @@ def paged(model: Any, files: dict[str, Path], keys: dict[str, str], device: torc
     return pager
 
 
-def _hook(page: Page) -> None:
-    vars(page.module)[PAGE] = page
+def _hook(page: OffloadedModule) -> None:
+    vars(page.module)[ATTRIBUTE] = page
     page.pager.pages.append(page)
     page.module.register_forward_pre_hook(_before)
     page.module.register_forward_hook(_after, always_call=True)
 
 
 def _before(module: nn.Module, _: Any) -> None:
-    page: Page = vars(module)[PAGE]
+    page: OffloadedModule = vars(module)[ATTRIBUTE]
     page.called = "forward" not in vars(module)  # one that is passed by needs no weights
     if page.called:
         page.bring()
 
 
 def _after(module: nn.Module, *_: Any) -> None:
-    page: Page = vars(module)[PAGE]
+    page: OffloadedModule = vars(module)[ATTRIBUTE]
     if page.called:
         page.leave()
 
 
-def twin(model: Any) -> Any:
+def copied(model: Any) -> Any:
     """A copy of a model, which keeps its weights whatever becomes of the first one's; of a paged one, none of whose pages is
     held, no weight is copied."""
-    if not is_paged(model):
+    if not is_offloaded(model):
         return copy.deepcopy(model)
-    first = pager_of(model)
-    pager = Pager(dict(first.files), dict(first.keys), first.device, first.spilled)
+    first = store_of(model)
+    pager = WeightStore(dict(first.files), dict(first.keys), first.device, first.spilled)
     pager.pages = [replace(page, pager=pager, away={}) for page in first.pages]
     old, new = (first, *first.pages), (pager, *pager.pages)
     found = copy.deepcopy(model, {id(one): own for one, own in zip(old, new, strict=True)})
@@ -260,26 +262,26 @@ def twin(model: Any) -> Any:
     return found
 
 
-def is_paged(model: Any) -> bool:
+def is_offloaded(model: Any) -> bool:
     """Whether a model's weights come and go."""
     return "billhook_pager" in vars(model)
 
 
-def pager_of(model: Any) -> Pager:
+def store_of(model: Any) -> WeightStore:
     """What knows where the parameters of a paged model lie."""
     return vars(model)["billhook_pager"]
 
 
-def pages_of(model: Any) -> list[Page]:
+def offloaded_modules(model: Any) -> list[OffloadedModule]:
     """The pages of a paged model, in the order of its modules."""
-    return pager_of(model).pages
+    return store_of(model).pages
 
 
-def spill_in(model: Any, folder: Path) -> None:
+def set_swap_folder(model: Any, folder: Path) -> None:
     """Have pages of a paged model that are edited go to a folder of their own, which is emptied and goes with the model."""
-    if is_paged(model):
+    if is_offloaded(model):
         shutil.rmtree(folder, ignore_errors=True)
-        spilled = pager_of(model).spilled
+        spilled = store_of(model).spilled
         spilled.folder, spilled.made = folder, False
 
 
@@ -293,24 +295,24 @@ def parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
         BillhookError: one holds NaN or infinite values.
     """
     for name, one in model.named_parameters():
-        if is_paged(model) and one.is_meta:
-            ((_, stored),) = pager_of(model).read([name])
-            yield name, stored.to(pager_of(model).device, one.dtype)
+        if is_offloaded(model) and one.is_meta:
+            ((_, stored),) = store_of(model).read([name])
+            yield name, stored.to(store_of(model).device, one.dtype)
         else:
             yield name, one
 
 
 def place(model: Any, file: Path, names: list[str]) -> None:
     """Have parameters of a paged model come from a file that has them under their own names; nothing to do for one in memory."""
-    if is_paged(model):
-        pager_of(model).place(file, names)
+    if is_offloaded(model):
+        store_of(model).read_from(file, names)
 
 
 def renumber(model: Any) -> None:
     """Have the pages of a model follow where their modules are now, once some are gone; nothing to do for one in memory."""
-    if not is_paged(model):
+    if not is_offloaded(model):
         return
-    pager = pager_of(model)
+    pager = store_of(model)
     now = {id(module): path for path, module in model.named_modules()}
     pager.pages = [page for page in pager.pages if id(page.module) in now]
     files, keys = {}, {}
@@ -323,13 +325,13 @@ def renumber(model: Any) -> None:
 
 
 @contextmanager
-def held(module: nn.Module, *, edits: bool = True) -> Iterator[None]:
+def loaded(module: nn.Module, *, edits: bool = True) -> Iterator[None]:
     """A decoder layer's weights are in memory while open, and kept if they were edited; nothing to do for a model in memory.
 
     Args:
         edits: whether they may be, which to find out they are compared with their file.
     """
-    page: Page | None = vars(module).get(PAGE)
+    page: OffloadedModule | None = vars(module).get(ATTRIBUTE)
     if page is None:
         yield
         return
@@ -342,21 +344,21 @@ def held(module: nn.Module, *, edits: bool = True) -> Iterator[None]:
     page.leave(edited=edits)
 
 
-def by_page(model: Any, names: Iterable[str], *, edits: bool = True) -> Iterator[list[str]]:
+def by_module(model: Any, names: Iterable[str], *, edits: bool = True) -> Iterator[list[str]]:
     """Paths of parameters or modules, those of one page at a time, which is held; of a model in memory all at once.
 
     Args:
         edits: as of `held`.
     """
-    if not is_paged(model):
+    if not is_offloaded(model):
         yield list(names)
         return
-    pages = {page.prefix: page.module for page in pages_of(model)}
+    pages = {page.prefix: page.module for page in offloaded_modules(model)}
     found: dict[str, list[str]] = defaultdict(list)
     for name in names:
         parts = name.split(".")
         above = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
         found[next(path for path in above if path in pages)].append(name)
     for path, here in found.items():
-        with held(pages[path], edits=edits):
+        with loaded(pages[path], edits=edits):
             yield here

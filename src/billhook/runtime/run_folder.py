@@ -12,8 +12,8 @@ from typing import Any
 from billhook.errors import BillhookError
 from billhook.runtime import atomic
 from billhook.runtime.documents import read_object
-from billhook.runtime.ending import unbroken, undoing
 from billhook.runtime.locks import alone
+from billhook.runtime.signals import cleanup_on_signal, signals_deferred
 
 LOG = logging.getLogger("billhook")
 NAME = "run.json"
@@ -24,7 +24,7 @@ _held = set[tuple[int, str]]()  # by which process: a forked one has a copy
 
 
 @contextmanager
-def held(work: Path | None) -> Iterator[None]:
+def locked(work: Path | None) -> Iterator[None]:
     """Have a run's folder to ourselves while open; it is made if it is not there, and goes if nothing came into it.
 
     Raises:
@@ -35,7 +35,7 @@ def held(work: Path | None) -> Iterator[None]:
         return
     check(work)
     made = [one for one in (work, *work.parents) if not one.exists()]
-    with undoing(lambda: atomic.remove_empty(made)), ExitStack() as stack:
+    with cleanup_on_signal(lambda: atomic.remove_empty(made)), ExitStack() as stack:
         try:
             work.parent.mkdir(parents=True, exist_ok=True)
             lock, _ = stack.enter_context(alone(work))
@@ -83,7 +83,7 @@ def claim(work: Path, key: dict[str, Any], fresh: bool, keep: Sequence[str] = ()
 
 def remove(work: Path) -> None:
     """Remove a run's folder; killed meanwhile, what is left of it is known as one that goes."""
-    with suppress(OSError, BillhookError), held(work), unbroken():
+    with suppress(OSError, BillhookError), locked(work), signals_deferred():
         if (work / NAME).exists():
             _empty(work)
             (work / NAME).unlink()
@@ -110,7 +110,7 @@ def _goes(work: Path) -> bool:
 
 def _empty(work: Path, keep: Sequence[str] = ()) -> None:
     """Remove what is in a run's folder, all but its name."""
-    with unbroken():
+    with signals_deferred():
         atomic.write_text(work / NAME, json.dumps(REMOVED) + "\n")
         for one in work.iterdir():
             if one.name not in (*keep, NAME):

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from billhook.runtime.ending import unbroken, undoing
 from billhook.runtime.locks import locked
+from billhook.runtime.signals import cleanup_on_signal, signals_deferred
 
 PREFIX = "billhook-"
 MARK = ".billhook"  # a file in each that was locked once
@@ -30,8 +30,8 @@ def scratch() -> Iterator[None]:
         for own in made:
             shutil.rmtree(own, ignore_errors=True)
 
-    with undoing(clear), ExitStack() as stack:
-        with suppress(OSError), unbroken():  # as full as it may be: not every command needs one
+    with cleanup_on_signal(clear), ExitStack() as stack:
+        with suppress(OSError), signals_deferred():  # as full as it may be: not every command needs one
             made.append(Path(tempfile.mkdtemp(prefix=PREFIX, dir=root)))
             stack.callback(clear)
             stack.enter_context(locked(made[0]))

@@ -29,16 +29,16 @@ from typing import Any, NoReturn
 import torch
 
 from billhook.errors import BillhookError, first_line
-from billhook.runtime import cache, ending
+from billhook.runtime import cache, signals
 from billhook.runtime.scratch import scratch
 
 RETRIES = 3  # of what a worker had that died
 PATIENCE = 5.0  # seconds for a Ray address to answer
-Each = Callable[..., Iterator[Any]]  # (function, items, *common): function(*common, item) of each
+ParallelMap = Callable[..., Iterator[Any]]  # (function, items, *common): function(*common, item) of each
 
 
 @dataclass(frozen=True)
-class Hands:
+class Workers:
     """How many processes work: `jobs` of this machine, or all that the Ray cluster at the address `ray` has room for.
 
     Each opens the model for itself, by `name` and `dtype`.
@@ -54,25 +54,25 @@ class Hands:
         return self.jobs > 1 or bool(self.ray)
 
     @property
-    def what(self) -> str:
+    def flag(self) -> str:
         """The flag that asked for them."""
         return "--ray" if self.ray else "--jobs"
 
 
-OWN = Hands()
+ONE_PROCESS = Workers()
 
 
 @dataclass(frozen=True)
-class Crew:
+class WorkerPool:
     """Processes that wait for work."""
 
     size: int
-    flow: Each  # function is a generator; what it yields for all items, those of one item in order
+    map_stream: ParallelMap  # function is a generator; what it yields for all items, those of one item in order
 
-    def each(self, function: Callable[..., Any], items: Iterable[Any], *common: Any) -> Iterator[Any]:
+    def map(self, function: Callable[..., Any], items: Iterable[Any], *common: Any) -> Iterator[Any]:
         """`function(*common, item)` of each item, in the order of the items."""
         early, due = dict[int, Any](), 0
-        for n, found in self.flow(_numbered, enumerate(items), function, *common):
+        for n, found in self.map_stream(_numbered, enumerate(items), function, *common):
             early[n] = found
             while due in early:
                 yield early.pop(due)
@@ -91,7 +91,9 @@ def portions(total: int, count: int) -> list[range]:
 
 
 @contextmanager
-def crew(hands: Hands, device: str, prepare: Callable[..., None], given: tuple[Any, ...]) -> Iterator[Crew]:
+def worker_pool(
+    workers: Workers, device: str, prepare: Callable[..., None], given: tuple[Any, ...]
+) -> Iterator[WorkerPool]:
     """Processes, each prepared when it is first needed.
 
     Args:
@@ -100,16 +102,18 @@ def crew(hands: Hands, device: str, prepare: Callable[..., None], given: tuple[A
     Raises:
         BillhookError: no Ray cluster answers, or one without room or with another version; a process died for good.
     """
-    if hands.ray:
-        with _cluster(hands.ray, device, prepare, given) as found:
+    if workers.ray:
+        with _cluster(workers.ray, device, prepare, given) as found:
             yield found
         return
-    threads = max(1, torch.get_num_threads() // hands.jobs)
+    threads = max(1, torch.get_num_threads() // workers.jobs)
     one = functools.partial(
         ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"), _prepared, (threads, prepare, given)
     )
     with ExitStack() as stack:
-        yield Crew(hands.jobs, functools.partial(_flow, [stack.enter_context(one()) for _ in range(hands.jobs)]))
+        yield WorkerPool(
+            workers.jobs, functools.partial(_flow, [stack.enter_context(one()) for _ in range(workers.jobs)])
+        )
 
 
 def _flow(
@@ -177,12 +181,12 @@ def _end_with_parent() -> None:
 
 def _end(*_: object) -> NoReturn:
     """At once, with what must not outlive a process gone."""
-    ending.undo_all()
+    signals.run_cleanups()
     os._exit(1)
 
 
 @contextmanager
-def _cluster(address: str, device: str, prepare: Callable[..., None], given: tuple[Any, ...]) -> Iterator[Crew]:
+def _cluster(address: str, device: str, prepare: Callable[..., None], given: tuple[Any, ...]) -> Iterator[WorkerPool]:
     try:
         import ray
     except ImportError as error:
@@ -198,7 +202,7 @@ def _cluster(address: str, device: str, prepare: Callable[..., None], given: tup
         size, cores, gpus = _room([node["Resources"] for node in ray.nodes() if node["Alive"]], address, device)
         how = {"num_cpus": cores, "num_gpus": gpus, "max_retries": RETRIES, "num_returns": "streaming"}
         setup = ray.put((cache.code_sha256(), cores, prepare, given))
-        yield Crew(size, functools.partial(_in_cluster, ray, ray.remote(_on_a_worker).options(**how), setup))
+        yield WorkerPool(size, functools.partial(_in_cluster, ray, ray.remote(_on_a_worker).options(**how), setup))
     finally:
         if own:
             ray.shutdown()

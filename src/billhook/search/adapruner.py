@@ -32,13 +32,13 @@ from billhook.cuts.narrowing import Settings, narrow
 from billhook.data import Text
 from billhook.errors import BillhookError
 from billhook.math.overlap import overlapping
-from billhook.models.plan import Place, Plan
+from billhook.models.plan import AxisKey, Plan
 from billhook.models.surgery import cast
 from billhook.reports.search_tables import OF_FASP
 from billhook.runtime import cache
-from billhook.runtime.around import around
 from billhook.runtime.progress import Clock, Tick, quiet
 from billhook.runtime.run_folder import claim
+from billhook.runtime.special_tokens import special_ids
 from billhook.search import pool
 from billhook.search.metrics import PoolEvidence, scores, shares
 from billhook.search.pool import Pool
@@ -74,7 +74,7 @@ KEPT = 0.2  # of a calibration text, at its end, for validation where there is n
 class Found:
     """What to cut, and how that came about."""
 
-    scores: Mapping[Place, Scores]
+    scores: Mapping[AxisKey, Scores]
     plan: Plan
     record: dict[str, Any]
 
@@ -116,7 +116,7 @@ def judged(
         judges = data.evaluation_texts(chosen.validation, tick)
     else:
         texts, judges = zip(*(_split(text) for text in texts), strict=True)
-    leading = len(around(opened.tokenizer)[0])  # the same in all windows: not what makes two texts one
+    leading = len(special_ids(opened.tokenizer)[0])  # the same in all windows: not what makes two texts one
     windows = torch.cat([data.windows(text, opened.tokenizer, chosen.seq_len).tokens for text in judges])
     known = [data.windows(text, opened.tokenizer, chosen.pool_len).tokens[:, leading:].flatten() for text in texts]
     twice = overlapping(windows[:, leading:], torch.cat(known)[None])
@@ -166,7 +166,7 @@ def search(  # noqa: PLR0913
         settled = chosen.model_dump(mode="json", exclude={"trials", "minutes"})
         seen = cache.digest({"tokens": material.pool.tokens.tolist()})
         claim(means.study, {**here.key, "settings": settled, "pool": seen}, means.fresh)
-    with workers(here, means.hands) as bench:
+    with workers(here, means.workers) as bench:
         with clock("evidence"):
             at = Search(model, chosen, base, material.pool, texts, bench, tick)
         with clock("known metrics"):
@@ -319,12 +319,12 @@ class Finals:
             cut = {f"{layer} {kind}": count for (layer, kind), count in plan.drops.items()}
             key = {**shared, "cut": cut, "layers": list(plan.layers), "mask": one.solution and at.mask(one)}
             measure = partial(measured, one, plan)
-            found.append(tuple(cache.kept(bench.folder, "final", key, measure)))
+            found.append(tuple(cache.cached(bench.folder, "final", key, measure)))
         at.tick("restoring finalists", len(candidates), len(candidates))
         return found
 
 
-def _scores(at: Search, candidate: Candidate) -> Mapping[Place, Scores]:
+def _scores(at: Search, candidate: Candidate) -> Mapping[AxisKey, Scores]:
     """By a candidate's own solution; none are needed for FASP's score."""
     return scores(at.evidence, candidate.solution) if candidate.solution else {}
 

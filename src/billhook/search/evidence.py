@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from billhook.calibration.gradients import each_window, gradient_sums, pooled
 from billhook.math.taylor import gate_fisher
 from billhook.models.axes import Axis, Slot, axes, reader_weight
-from billhook.models.plan import Place
+from billhook.models.plan import AxisKey
 from billhook.runtime import atomic, cache, tensor_files
 from billhook.runtime.headers import load
 from billhook.runtime.progress import Tick, quiet
@@ -52,7 +52,7 @@ def evidence(
         parts = {f"{n}.{kind}": vars(one) for (n, kind), one in units.items()}
         return {f"{place}.{name}": value for place, one in parts.items() for name, value in one.items()}
 
-    fields: dict[Place, dict[str, Tensor]] = {}
+    fields: dict[AxisKey, dict[str, Tensor]] = {}
     for name, value in _kept(folder, "pool", key, gathered).items():
         n, kind, field = name.split(".")
         fields.setdefault((int(n), kind), {})[field] = value
@@ -61,7 +61,7 @@ def evidence(
 
 def gate_fishers(
     model: PreTrainedModel, tokens: Tokens, kinds: tuple[str, ...], *, folder: Path | None = None, tick: Tick = quiet
-) -> dict[Place, Scores]:
+) -> dict[AxisKey, Scores]:
     """The mean over windows of the squared gradient of a gate on each unit; kept in `folder`, if there is one.
 
     Raises:
@@ -97,7 +97,7 @@ def _kept(
 
 def _gathered(
     model: PreTrainedModel, tokens: Tokens, clusters: Tensor, kinds: tuple[str, ...], tick: Tick
-) -> dict[Place, UnitEvidence]:
+) -> dict[AxisKey, UnitEvidence]:
     found = axes(model, kinds)
     uses: dict[nn.Parameter, list[tuple[Slot, Tensor]]] = {}  # by identity: a tied parameter has one gradient
     sums = [torch.zeros(3, len(axis.slots), len(tokens), axis.units) for axis in found]

@@ -56,7 +56,7 @@ def patch(model: PreTrainedModel, tokens: Tokens, block: Block) -> Patch | None:
     if not axis.ends_layer:
         return None
     gone = range(block[0], sum(block))
-    stops = walk(model, tokens, ("ffn",), stream="dense_target", gone=gone, at={before}, held_out=0.0)
+    stops = walk(model, tokens, ("ffn",), stream="dense_target", dropped=gone, only={before}, held_out=0.0)
     evidence = next(iter(stops)).fit[axis.reader_module]
     W = reader_weight(model, axis)
     there = evidence.gram.device  # where the Gram is, which may be elsewhere than the model

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from billhook.models.plan import Place
+from billhook.models.plan import AxisKey
 from billhook.tensors import Clusters, Scores, Shares, SlotMixtures, SlotUnits, SlotWindows, WindowUnits
 
 Levels = tuple[int, ...]  # how much a window of each cluster weighs
@@ -43,7 +43,7 @@ class UnitEvidence:
 class PoolEvidence:
     """The evidence of every axis, and which cluster each window of the pool belongs to."""
 
-    units: Mapping[Place, UnitEvidence]
+    units: Mapping[AxisKey, UnitEvidence]
     clusters: Clusters
 
     @property
@@ -108,7 +108,7 @@ def shares(clusters: Clusters, solution: Solution) -> Shares:
     return weights / weights.sum()
 
 
-def scores(evidence: PoolEvidence, solution: Solution) -> dict[Place, Scores]:
+def scores(evidence: PoolEvidence, solution: Solution) -> dict[AxisKey, Scores]:
     """The importance of every unit at one point of the space.
 
         s_u = sum_t c_t (R_t,u / mean R_t)^p,   R_t = the reduction of term t over the unit's slots
@@ -127,7 +127,7 @@ def scores(evidence: PoolEvidence, solution: Solution) -> dict[Place, Scores]:
     return found
 
 
-def _means(raw: Mapping[Place, Tensor], within: bool) -> dict[Place, Tensor]:
+def _means(raw: Mapping[AxisKey, Tensor], within: bool) -> dict[AxisKey, Tensor]:
     """What each axis's values are divided by; 1 where all of them are 0."""
     own = {place: values.mean() for place, values in raw.items()}
     if not within:
@@ -143,7 +143,7 @@ def fixed(clusters: int, terms: Sequence[str] = tuple(TERMS)) -> dict[str, Solut
     return {name: replace(whole, coefficients={name: 1.0}) for name in terms}
 
 
-def digest(dropped: Mapping[Place, Tensor]) -> str:
+def digest(dropped: Mapping[AxisKey, Tensor]) -> str:
     """The same for masks that drop the same units."""
     found = hashlib.sha256()
     for (layer, kind), units in sorted(dropped.items()):

@@ -152,7 +152,7 @@ class Shears:
         for n, _, name in masking.every(self.model, how.targets):
             W = precise(masking.weight_of(self.model, name))
             there = masking.held(W, how)
-            yield name, sparsity.keep(score(W, self.norms[name], one.metric), how.at(n), "row", there)
+            yield name, sparsity.keep_mask(score(W, self.norms[name], one.metric), how.at(n), "row", there)
 
     @contextmanager
     def without(self, one: Candidate) -> Iterator[str]:
@@ -189,7 +189,7 @@ class Shears:
                     continue
                 key = {**self.key, "windows": seen, "mask": digest}
                 given = self.model, {}, windows, taught, None, self.bench.autocast
-                found.append((digest, cache.kept(self.bench.folder, "trial", key, lambda given=given: tried(*given))))
+                found.append((digest, cache.cached(self.bench.folder, "trial", key, lambda given=given: tried(*given))))
         tick("promoted", len(candidates), len(candidates))
         return found
 
@@ -328,7 +328,7 @@ def _finals(at: Shears, finalists: Sequence[Trial], calibration: Tokens) -> dict
             "windows": [cache.digest({"tokens": each.tolist()}) for each in (rung, at.texts.final)],
         }
         losses.append(
-            cache.kept(
+            cache.cached(
                 at.bench.folder, "final", key, lambda how=how: _measured(at, how, calibration, (rung, at.texts.final))
             )
         )

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from billhook.errors import BillhookError, one_of
 from billhook.models.axes import axes
 from billhook.models.families import layers
-from billhook.models.limits import allowed
+from billhook.models.limits import allowed_drops
 from billhook.models.plan import Plan
 from billhook.models.sizes import layer_parameters, saved_by
 from billhook.search.layer_blocks import Block
@@ -217,7 +217,7 @@ def attention_counts(model: PreTrainedModel, base: Plan, multiple_of: int, layou
     if (kind := attention_kind(base)) is None:
         return ()
     own, found = max(count for (_, k), count in base.drops.items() if k == kind), []
-    for count in allowed(model, axes(model, (kind,))[0], multiple_of, layout):
+    for count in allowed_drops(model, axes(model, (kind,))[0], multiple_of, layout):
         try:
             exchanged(model, base, multiple_of, layout, attention=count)
         except BillhookError:
@@ -260,7 +260,7 @@ def exchanged(
     }
     rest, price = saved_by(model, base) - saved_by(model, Plan(drops, gone)), sum(axis.price(model) for axis in ffn)
     narrowest = min(ffn, key=lambda axis: axis.units)
-    each = next((drop for drop in allowed(model, narrowest, multiple_of, layout) if drop * price >= rest), None)
+    each = next((drop for drop in allowed_drops(model, narrowest, multiple_of, layout) if drop * price >= rest), None)
     if rest < 0 or each is None:
         raise BillhookError("no number of FFN channels makes up for that")
     return Plan({**drops, **{(axis.layer, "ffn"): each for axis in ffn}}, gone)
@@ -277,7 +277,8 @@ def shaped(model: PreTrainedModel, base: Plan, shape: Shape, multiple_of: int, f
     prices = {axis.layer: axis.price(model) for axis in ffn}
     target = saved_by(model, Plan({place: count for place, count in base.drops.items() if place[1] == "ffn"}))
     counts = {
-        a.layer: [d for d in allowed(model, a, multiple_of, "per_layer") if a.units - d >= floor * a.units] for a in ffn
+        a.layer: [d for d in allowed_drops(model, a, multiple_of, "per_layer") if a.units - d >= floor * a.units]
+        for a in ffn
     }
     wish = {axis.layer: axis.units * _share(axis.layer, total, shape) for axis in ffn}
 

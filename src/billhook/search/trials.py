@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 from billhook.checkpoints import load
 from billhook.math.losses import divergence, most_likely, next_token
 from billhook.models.axes import axes
-from billhook.models.plan import Place
-from billhook.models.surgery import instead, without
+from billhook.models.plan import AxisKey
+from billhook.models.surgery import with_weight, without
 from billhook.runtime import cache
 from billhook.runtime.precision import autocast_dtype, computing
 from billhook.runtime.progress import Tick, quiet
-from billhook.runtime.workers import OWN, Each, Hands, crew
+from billhook.runtime.workers import ONE_PROCESS, ParallelMap, Workers, worker_pool
 from billhook.search.layer_blocks import Block, Patch
 from billhook.search.metrics import digest
 from billhook.tensors import Tokens
@@ -31,7 +31,7 @@ OBJECTIVES = {
 TOP_K = 256  # predictions of the unpruned model that are kept of each token, for kl
 BATCH_TOKENS = 2048
 WHOLE = "layers"
-Mask = Mapping[Place, Tensor]  # units that go; an empty one at (n, "layers"): layer n goes whole
+Mask = Mapping[AxisKey, Tensor]  # units that go; an empty one at (n, "layers"): layer n goes whole
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Bench:
     autocast: torch.dtype | None
     folder: Path | None  # keeps every loss
     key: Mapping[str, Any]  # what decides them besides mask and windows
-    each: Each | None = None  # has workers try them that have the same model
+    each: ParallelMap | None = None  # has workers try them that have the same model
     memory: dict[str, list[float]] = field(default_factory=dict)  # of the losses, folder or not
     patches: Mapping[Block, Patch] = field(default_factory=dict)  # what makes up for whole layers that go
 
@@ -58,7 +58,7 @@ class Bench:
         for key in keys:
             name = cache.digest(key)
             if name not in self.memory:
-                self.memory[name] = cache.kept(self.folder, "trial", key, lambda: next(fresh))
+                self.memory[name] = cache.cached(self.folder, "trial", key, lambda: next(fresh))
         return [self.memory[cache.digest(key)] for key in keys]
 
     def _patch(self, mask: Mask) -> Patch | None:
@@ -115,7 +115,7 @@ def tried(
     kinds = tuple(dict.fromkeys(kind for _, kind in mask if kind != WHOLE))
     dropped = [(axis, mask[axis.layer, axis.kind]) for axis in axes(model, kinds) if (axis.layer, axis.kind) in mask]
     found: list[float] = []
-    patched = instead(model, patch.param, patch.weight) if patch else nullcontext()
+    patched = with_weight(model, patch.param, patch.weight) if patch else nullcontext()
     with patched, without(model, dropped, gone), computing(model.device, autocast):
         for n, batch in enumerate(_batches(windows)):
             batch = batch.to(model.device)
@@ -148,18 +148,18 @@ class Means:
 
     study: Path | None = None
     fresh: bool = False
-    hands: Hands = OWN
+    workers: Workers = ONE_PROCESS
 
 
 @contextmanager
-def workers(bench: Bench, hands: Hands) -> Iterator[Bench]:
+def workers(bench: Bench, workers: Workers) -> Iterator[Bench]:
     """The same bench with all its processes at work, which share the cores."""
-    if not hands.many:
+    if not workers.many:
         yield bench
         return
     device = str(bench.model.device)
-    with crew(hands, device, _open_worker, (hands.name, device, hands.dtype, bench.autocast)) as gang:
-        yield replace(bench, each=gang.each)
+    with worker_pool(workers, device, _open_worker, (workers.name, device, workers.dtype, bench.autocast)) as pool:
+        yield replace(bench, each=pool.map)
 
 
 _worker: dict[str, Any] = {}  # of a process of its own: the model it has opened

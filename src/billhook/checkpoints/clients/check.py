@@ -20,7 +20,7 @@ from billhook.checkpoints.load import load, load_tokenizer
 from billhook.checkpoints.save import elements
 from billhook.checkpoints.verify import CACHE_TOLERANCE
 from billhook.errors import BillhookError, one_of
-from billhook.models.greedy import continued
+from billhook.models.greedy import greedy_tokens
 from billhook.models.layout import layer_sizes
 from billhook.models.modeling_per_layer import V_HEAD_DIM
 from billhook.runtime import interpreters
@@ -167,6 +167,6 @@ def _logits(model: Any, prompts: list[list[int]]) -> torch.Tensor:
 
 
 def _greedy(model: Any, prompts: list[list[int]]) -> list[list[int]]:
-    return continued(
+    return greedy_tokens(
         model, torch.tensor(prompts), NEW_TOKENS
     ).tolist()  # to the last: other clients go on behind an end

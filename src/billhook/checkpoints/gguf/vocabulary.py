@@ -24,7 +24,7 @@ from billhook.checkpoints.gguf.architectures import (
     Splits,
 )
 from billhook.errors import BillhookError
-from billhook.runtime.around import around
+from billhook.runtime.special_tokens import special_ids
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # token types, numbered as in llama.h
 SPECIAL = {"bos": "bos_token_id", "eos": "eos_token_id", "unknown": "unk_token_id", "padding": "pad_token_id"}
@@ -207,7 +207,7 @@ def _special(tokenizer: Any, bos: int | None) -> Json:
         raise BillhookError(
             "the tokenizer has no eos_token, and llama.cpp would take token 11 for it: set tokenizer.eos_token"
         )
-    first, last = around(tokenizer)
+    first, last = special_ids(tokenizer)
     if first not in ([], [ids["bos"]]) or last not in ([], [ids["eos"]]):
         raise _refused(f"it puts {first} before and {last} after a text, not its bos_token and eos_token")
     ids["bos"] = bos if ids["bos"] is None else ids["bos"]

@@ -6,21 +6,21 @@ from typing import Any
 from tokenizers import processors
 
 
-def around(tokenizer: Any) -> tuple[list[int], list[int]]:
+def special_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
     """The ids that `tokenizer("a")` puts before and after the letter's own; most have none, or one before."""
     bare, full = (tokenizer("a", add_special_tokens=added).input_ids for added in (False, True))
     start = next(n for n in range(len(full) + 1) if full[n : n + len(bare)] == bare or n == len(full))
     return full[:start], full[start + len(bare) :]
 
 
-def begins_with(tokenizer: Any) -> tuple[str, ...]:
+def begin_token_names(tokenizer: Any) -> tuple[str, ...]:
     """The tokens that begin every text, by name."""
-    return tuple(map(str, tokenizer.convert_ids_to_tokens(around(tokenizer)[0])))
+    return tuple(map(str, tokenizer.convert_ids_to_tokens(special_ids(tokenizer)[0])))
 
 
-def open_ended(tokenizer: Any) -> Any:
+def without_end_token(tokenizer: Any) -> Any:
     """A tokenizer that puts before a text what this one does, and nothing behind: what goes on has not ended."""
-    before, behind = around(tokenizer)
+    before, behind = special_ids(tokenizer)
     if not behind:
         return tokenizer
     changed = copy.deepcopy(tokenizer)

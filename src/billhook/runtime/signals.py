@@ -18,7 +18,7 @@ _waiting: list[int] = []  # signals that came where none may
 _guarded = [0]  # how many `unbroken` are open
 
 
-def heed_signals() -> None:
+def end_on_signals() -> None:
     """End as this module says from now on; what the process was told to ignore when it began, it ignores."""
     for number in WORDS:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
@@ -32,7 +32,7 @@ def ignore_signals() -> None:
 
 
 @contextmanager
-def undoing(undo: Callable[[], object]) -> Iterator[None]:
+def cleanup_on_signal(undo: Callable[[], object]) -> Iterator[None]:
     """Call `undo` if the process is told to end while this is open; the last one first."""
     one = (os.getpid(), undo)
     _undo.append(one)
@@ -43,7 +43,7 @@ def undoing(undo: Callable[[], object]) -> Iterator[None]:
 
 
 @contextmanager
-def saying(words: Callable[[], str]) -> Iterator[None]:
+def message_on_signal(words: Callable[[], str]) -> Iterator[None]:
     """If the process is told to end while this is open, say these words, of what it leaves on purpose; none if they are empty."""
     _kept.append(words)
     try:
@@ -53,7 +53,7 @@ def saying(words: Callable[[], str]) -> Iterator[None]:
 
 
 @contextmanager
-def unbroken() -> Iterator[None]:
+def signals_deferred() -> Iterator[None]:
     """Whoever tells the process to end waits until this is closed: for the moment in which one name is taken and another given."""
     _guarded[0] += 1
     try:
@@ -64,7 +64,7 @@ def unbroken() -> Iterator[None]:
             _leave(_waiting[0])
 
 
-def undo_all() -> None:
+def run_cleanups() -> None:
     """What must not outlive this process goes."""
     while _undo:
         owner, undo = _undo.pop()
@@ -80,7 +80,7 @@ def _leave(number: int, _: object = None) -> None:
     ignore_signals()
     _waiting.clear()
     kept = next(filter(None, (words() for words in reversed(_kept))), "")
-    undo_all()
+    run_cleanups()
     line = f"billhook: {WORDS[signal.Signals(number)]}; nothing half-written was left{kept and '; '}{kept}\n"
     with suppress(OSError):
         os.write(2, line.encode(errors="backslashreplace"))
