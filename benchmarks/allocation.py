@@ -9,6 +9,8 @@ import argparse
 import copy
 from typing import Any
 
+import results
+
 import billhook
 from billhook import data
 from billhook.checkpoints import load
@@ -60,7 +62,19 @@ def said(report: dict[str, Any]) -> str:
     return gone + (str(widths[0]) if len(set(widths)) == 1 else " ".join(map(str, widths)))
 
 
+def keep(ratio: float, name: str, parameters: int, measured: list[float], widths: str) -> None:
+    how = {name: getattr(args, name) for name in ("model", "calibration", "dtype", "evaluate_dtype", "probes")}
+    row = {**how, "ratio": ratio, "layout": ROWS.get(name, {}).get("layout"), "allocation": name}
+    row |= {"parameters": parameters, "widths": widths}
+    texts_of = zip(texts, measured, base, strict=True)
+    results.write(
+        "allocation",
+        [{**row, "text": text.source, "perplexity": p, "factor": p / dense} for text, p, dense in texts_of],
+    )
+
+
 base = perplexities(copy.deepcopy(opened.model))
+keep(0, "unpruned", sizes.total_parameters(opened.model), base, "")
 names = " | ".join(f"{one.source} | ×" for one in texts)
 print(f"| ratio | layout | allocation | parameters | {names} | FFN widths |")
 print("|---|---|---|---|" + "---|---|" * len(texts) + "---|")
@@ -83,11 +97,11 @@ for ratio in map(float, args.ratios.split(",")):
             probes=args.probes,
             **ROWS[name],
         )
-        found = " | ".join(
-            f"{p:.2f} | {p / dense:.3f}" for p, dense in zip(perplexities(result.model), base, strict=True)
-        )
+        measured = perplexities(result.model)
+        found = " | ".join(f"{p:.2f} | {p / dense:.3f}" for p, dense in zip(measured, base, strict=True))
         size = result.report["sizes"]["after"]["parameters"]
         print(
             f"| {ratio:.0%} | {ROWS[name]['layout']} | {name} | {size:,} | {found} | {said(result.report)} |",
             flush=True,
         )
+        keep(ratio, name, size, measured, said(result.report))

@@ -8,6 +8,8 @@ float32; what vLLM refuses is printed with its reason.
 import argparse
 from pathlib import Path
 
+import results
+
 from billhook.checkpoints import load
 from billhook.checkpoints.clients import check
 from billhook.errors import BillhookError
@@ -29,3 +31,5 @@ for folder in args.folders:
     except BillhookError as error:
         seen = str(error).replace(str(folder), folder.name)
     print(f"| {folder.name} | {layout_of(model)} | {', '.join(differing) or '—'} | {seen} |", flush=True)
+    row = {"checkpoint": folder, "layout": layout_of(model), "differs": ", ".join(differing), "vllm": seen}
+    results.write("check_vllm", [row])

@@ -12,7 +12,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from scoring import Scoring, cells
+import results
+from scoring import Scoring, cells, measured
 
 import billhook
 from billhook.runtime import cache
@@ -76,6 +77,13 @@ def cell(preset: str, ratio: float, tokens: str) -> dict[str, Any]:
     return {"dropped": dropped, "losses": scoring.of(str(out)), "recovery": found.healing}
 
 
+def keep(found: dict[str, Any], **how: Any) -> None:
+    how = {**{name: getattr(args, name) for name in ("model", "train", "windows", "precision")}, **how}
+    if healing := found["recovery"]:
+        how["tokens_per_second"], how["seconds"] = healing["tokens_per_second"], sum(healing["seconds"].values())
+    results.write("depth", [{**how, **row} for row in measured(found["losses"], dense)])
+
+
 args.results.mkdir(parents=True, exist_ok=True)
 common = {
     "model": args.model,
@@ -87,6 +95,7 @@ dense = cache.cached(args.results, "dense", common, lambda: scoring.of(args.mode
 print(f"| ratio | preset | layers dropped | tokens | {scoring.heads} | training tokens/s | seconds |")
 print("|---|---|---|---|" + "---|" * len(scoring.texts) + "---|---|")
 print(f"| 0 | unpruned | | | {cells(dense, dense)} | | |", flush=True)
+keep({"losses": dense, "recovery": None}, ratio=0, preset="unpruned")
 for ratio in map(float, args.ratios.split(",")):
     for tokens in args.tokens.split(","):
         for preset in args.presets.split(","):
@@ -100,3 +109,5 @@ for ratio in map(float, args.ratios.split(",")):
                 f"{cells(found['losses'], dense)} | {took} |",
                 flush=True,
             )
+            dropped = " ".join(map(str, found["dropped"]))
+            keep(found, ratio=ratio, preset=preset, dropped=dropped, patch=args.patch, tokens=tokens, **trained)

@@ -10,6 +10,7 @@ import statistics
 import time
 from typing import Any
 
+import results
 import torch
 
 from billhook.checkpoints import load
@@ -54,11 +55,17 @@ for turn in range(args.repeats + 1):
 
 print("| model | layers | parameters | timed | prefill, ms | × | step, ms | × |\n|---|---|---|---|---|---|---|---|")
 for (n, what), times in found.items():
-    cells = []
-    for each, base in zip(zip(*times, strict=True), zip(*found[0, what], strict=True), strict=True):
+    cells, row = [], {}
+    for name, each, base in zip(
+        ("prefill", "step"), zip(*times, strict=True), zip(*found[0, what], strict=True), strict=True
+    ):
         faster = statistics.median(b / a for a, b in zip(each, base, strict=True))
         cells += [f"{1e3 * statistics.median(each):.1f} ({1e3 * min(each):.1f}-{1e3 * max(each):.1f})", f"{faster:.2f}"]
+        row |= {f"{name}_ms": 1e3 * statistics.median(each), f"{name}_speedup": faster}
+        row |= {f"{name}_least": 1e3 * min(each), f"{name}_most": 1e3 * max(each)}
     model = opened[n].model
     print(
         f"| {args.models[n]} | {len(layers(model))} | {sizes.total_parameters(model):,} | {what} | {' | '.join(cells)} |"
     )
+    row |= {"model": args.models[n], "layers": len(layers(model)), "timed": what, "context": args.context}
+    results.write("depth_latency", [row | {"parameters": sizes.total_parameters(model)}])

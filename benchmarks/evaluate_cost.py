@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
+import results
 import torch
 
 from billhook import data
@@ -57,17 +58,28 @@ for turn in range(args.repeats + 1):
     if turn:
         loops.append(found[0])
         passes.append(found[1])
+
+
+def keep(what: str, seconds: list[float], beside: str = "") -> None:
+    row = {"model": args.model, "windows": args.windows, "samples": args.samples, "what": what, "beside": beside}
+    spread = {"seconds": statistics.median(seconds), "least": min(seconds), "most": max(seconds)}
+    results.write("evaluate_cost", [row | spread])
+
+
 loop, ours = statistics.median(loops), statistics.median(passes)
 print("| what | seconds | beside |\n|---|---|---|")
 print(f"| a bare loop over {args.windows} windows | {loop:.1f} ({min(loops):.1f}-{max(loops):.1f}) | |")
 print(
     f"| billhook's perplexity of them | {ours:.1f} ({min(passes):.1f}-{max(passes):.1f}) | {ours / loop:.3f} of the loop |"
 )
+keep("a bare loop", loops)
+keep("billhook's perplexity", passes, f"{ours / loop:.3f} of the loop")
 
 chosen = recipe(ratio=0.2, calibration=args.calibration, samples=args.samples)
 copied = replace(opened, model=copy.deepcopy(opened.model))
 prune = timed(lambda: prune_opened(copied, chosen))
 print(f"| a default prune | {prune:.0f} | |", flush=True)
+keep("a default prune", [prune])
 ratios = [float(part) for part in args.ratios.split(",")]
 swept = timed(
     lambda: compare.sweep(
@@ -78,4 +90,6 @@ swept = timed(
     )
 )
 rest = swept - (len(ratios) + 1) * ours
-print(f"| a sweep of {len(ratios)} ratios | {swept:.0f} | {rest / prune:.2f} prunes + {len(ratios) + 1} evaluations |")
+beside = f"{rest / prune:.2f} prunes + {len(ratios) + 1} evaluations"
+print(f"| a sweep of {len(ratios)} ratios | {swept:.0f} | {beside} |")
+keep(f"a sweep of {len(ratios)} ratios", [swept], beside)

@@ -11,6 +11,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+import results
+
 from billhook import data
 from billhook.checkpoints import load
 from billhook.cuts.narrowing import Settings, narrow, narrow_each
@@ -74,11 +76,22 @@ def pruned_cells() -> Iterator[tuple[Cell, Any]]:
         yield (stream, settings, ratio), model
 
 
+def keep(parameters: int, measured: list[float], **cell: Any) -> None:
+    how = {name: getattr(args, name) for name in ("model", "calibration", "windows", "evaluate_dtype")}
+    row = {**how, **cell, "parameters": parameters}
+    texts_of = zip(windows, measured, base, strict=True)
+    results.write(
+        "fasp_table",
+        [{**row, "text": text.source, "perplexity": p, "factor": p / dense} for text, p, dense in texts_of],
+    )
+
+
 base, size = perplexities(opened.model), total_parameters(opened.model)
 names = " | ".join(f"{one.source} | ×" for one in windows)
 print(f"| stream | score | damping | correction | restored | ratio | parameters | {names} |")
 print("|---|---|---|---|---|---|---|" + "---|---|" * len(windows))
 print(f"| unpruned | | | | | 0 | {size:,} | " + " | ".join(f"{p:.2f} | 1" for p in base) + " |", flush=True)
+keep(size, base, stream="unpruned", ratio=0)
 parts = []
 if args.part != "pruned":
     parts.append(dense_cells())
@@ -86,7 +99,10 @@ if args.part != "dense":
     parts.append(pruned_cells())
 for cells in parts:
     for (stream, cell, ratio), model in cells:
-        found = " | ".join(f"{p:.2f} | {p / dense:.3f}" for p, dense in zip(perplexities(model), base, strict=True))
+        measured = perplexities(model)
+        found = " | ".join(f"{p:.2f} | {p / dense:.3f}" for p, dense in zip(measured, base, strict=True))
         share = f"{cell.correction:g}" if stream == "dense_target" else ""
         row = f"| {stream} | {cell.score} | {cell.damping:g} | {share} | {'yes' if cell.restoration else 'no'} | {ratio:.0%} "
         print(f"{row}| {total_parameters(model):,} | {found} |", flush=True)
+        how = {"stream": stream, "ratio": ratio, "correction": share, "restored": cell.restoration}
+        keep(total_parameters(model), measured, score=cell.score, damping=cell.damping, **how)

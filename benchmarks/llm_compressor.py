@@ -15,9 +15,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import results
 import torch
 from safetensors.torch import save_file
-from scoring import Scoring, cells
+from scoring import Scoring, cells, measured
 from transformers import AutoModelForCausalLM
 
 import billhook
@@ -103,3 +104,7 @@ for budget in args.budgets.split(","):
                 f"| {budget} | {method} | {name} | {cells(row['losses'], dense)} | {row['zeros']:.6f} | {row['seconds']:.0f} |",
                 flush=True,
             )
+            how = {key: getattr(args, key) for key in ("model", "calibration", "samples", "windows", "precision")}
+            how |= {"zeros": budget, "method": method, "by": name}
+            how |= {"share_of_zeros": row["zeros"], "seconds": row["seconds"]}
+            results.write("llm_compressor", [{**how, **each} for each in measured(row["losses"], dense)])

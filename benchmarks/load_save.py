@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import results
+
 from billhook.checkpoints import load as load_module
 from billhook.checkpoints import save
 from billhook.checkpoints.load import check_folder, load_tokenizer, open_model
@@ -84,3 +86,8 @@ print(
 for name, times in took.items():
     said = [f"{size / 1e6 / of(times):,.0f} | {of(took['copy']) / of(times):.0%}" for of in (statistics.median, min)]
     print(f"| {name} | {' | '.join(said)} |")
+    row: dict[str, object] = {"model": args.folder, "what": name}
+    for best, of in (("", statistics.median), ("best_", min)):
+        row[f"{best}mb_per_second"] = size / 1e6 / of(times)
+        row[f"share_of_{best}copy"] = of(took["copy"]) / of(times)
+    results.write("load_save", [row])

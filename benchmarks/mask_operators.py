@@ -10,6 +10,8 @@ import statistics
 import time
 from dataclasses import replace
 
+import results
+
 from billhook import data
 from billhook.calibration.linears import operators
 from billhook.checkpoints import load
@@ -71,3 +73,6 @@ for budget in args.budgets.split(","):
         own = statistics.fmean(error(V, W, fit) for V, (W, fit, _) in zip(found, kept, strict=True))
         off = statistics.fmean(error(V, W, apart) for V, (W, _, apart) in zip(found, kept, strict=True))
         print(f"| {budget} | {name} | {own:.4f} | {off:.4f} | {seconds:.1f} |", flush=True)
+        row = {key: getattr(args, key) for key in ("model", "calibration", "samples", "layers")}
+        row |= {"zeros": budget, "method": name, "error": own, "error_held_out": off, "seconds": seconds}
+        results.write("mask_operators", [row])

@@ -11,7 +11,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from scoring import Scoring, cells
+import results
+from scoring import Scoring, cells, measured
 
 import billhook
 from billhook.checkpoints import load
@@ -65,13 +66,25 @@ def row(budget: str, chosen: dict[str, Any]) -> dict[str, Any]:
     return {"losses": scoring(found.model, found.tokenizer), "report": found.report}
 
 
-def errors(report: dict[str, Any]) -> str:
-    said = []
+def errors(report: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """By role, the mean over layers: on the calibration windows, and on held-out ones."""
+    means = {}
     for role in ROLES:
         own = [one for one in report["zeros"]["operators"] if one["role"] == role]
-        means = [statistics.fmean(one[key] for one in own) for key in ("error", "error_held_out")]
-        said.append(f"{role} {means[0]:.3f} ({means[1]:.3f})")
-    return ", ".join(said)
+        means[role] = tuple(statistics.fmean(one[key] for one in own) for key in ("error", "error_held_out"))
+    return means
+
+
+def keep(budget: str, name: str, found: dict[str, Any]) -> None:
+    how = {key: getattr(args, key) for key in ("model", "calibration", "samples")} | {"zeros": budget, "method": name}
+    judged = {"windows": args.windows, "precision": args.precision}
+    seconds = found["report"]["seconds"]
+    judged |= {f"{stage}_seconds": seconds.get(stage) for stage in ("forward", "gram", "solver", "errors")}
+    results.write("masks", [{**how, **judged, **row} for row in measured(found["losses"], dense)])
+    of_roles = errors(found["report"]).items()
+    results.write(
+        "mask_errors", [{**how, "role": role, "error": fit, "error_held_out": off} for role, (fit, off) in of_roles]
+    )
 
 
 dense = cache.cached(args.results, "dense", {**common, "model": args.model}, lambda: scoring.of(args.model))
@@ -92,6 +105,6 @@ for budget in args.budgets.split(","):
         key["calibration"] = args.calibration
         found = cache.cached(args.results, "row", key, lambda: row(budget, chosen))  # noqa: B023
         took = ", ".join(f"{stage} {s:.0f}" for stage, s in found["report"]["seconds"].items())
-        print(
-            f"| {budget} | {name} | {cells(found['losses'], dense)} | {errors(found['report'])} | {took} |", flush=True
-        )
+        erring = ", ".join(f"{role} {fit:.3f} ({off:.3f})" for role, (fit, off) in errors(found["report"]).items())
+        print(f"| {budget} | {name} | {cells(found['losses'], dense)} | {erring} | {took} |", flush=True)
+        keep(budget, name, found)

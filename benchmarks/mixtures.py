@@ -12,6 +12,7 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
+import results
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
@@ -117,11 +118,23 @@ def cells(model: Any) -> str:
     return " | ".join(found)
 
 
+def keep(model: Any, **how: Any) -> None:
+    rows = []
+    for name, ids in judged.items():
+        after = losses(model, ids)
+        factor, error = perplexity.paired(dense[name], after)
+        rows.append(
+            {"text": name, "perplexity": perplexity.of_losses(after), "factor": factor, "standard_error": error}
+        )
+    results.write("mixtures", [{"steps": args.steps, "windows": args.windows, **how, **row} for row in rows])
+
+
 opened = load.open_model(str(folder), device="cpu")
 dense = {name: losses(opened.model, ids) for name, ids in judged.items()}
 print("| experts gone | way | calibrated on | prose | code |")
 print("|---|---|---|---|---|")
 print(f"| none | | | {cells(opened.model)} |", flush=True)
+keep(opened.model, gone=0)
 for gone in (4, 8):
     for way in WAYS:
         for source in ("both",) if way == "random" else some:
@@ -135,3 +148,4 @@ for gone in (4, 8):
                     f"| {gone} of 16 | {way} | {source if way != 'random' else f'seed {seed}'} | {cells(model)} |",
                     flush=True,
                 )
+                keep(model, gone=gone, way=way, calibrated_on=source, seed=seed if way == "random" else None)

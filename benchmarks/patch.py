@@ -16,6 +16,7 @@ import time
 from contextlib import nullcontext
 from typing import Any
 
+import results
 import torch
 from torch import Tensor
 
@@ -118,11 +119,19 @@ def layers_of(name: str) -> tuple[int, ...]:
     return tuple(layer_importance.chosen(opened.model, preset, int(count), tokens, probes))
 
 
+def keep(measured: list[float], **cell: Any) -> None:
+    how = {name: getattr(args, name) for name in ("model", "calibration", "samples", "windows", "autocast")}
+    texts_of = zip(windows, measured, base, strict=True)
+    rows = [{"text": text.source, "perplexity": p, "factor": p / dense} for text, p, dense in texts_of]
+    results.write("patch", [{**how, **cell, **row} for row in rows])
+
+
 base = perplexities(opened.model)
 print("| layers gone | patch | damping | correction | " + " | ".join(f"{one.source} | ×" for one in windows), end=" |")
 print(" error → patched, held out | seconds |")
 print("|---|---|---|---|" + "---|---|" * len(windows) + "---|---|")
 print("| none | | | | " + " | ".join(f"{p:.2f} | 1" for p in base) + " | | |", flush=True)
+keep(base)
 for cut in args.cuts.split(","):
     gone = layers_of(cut)
     for one in args.patches.split(","):
@@ -133,7 +142,8 @@ for cut in args.cuts.split(","):
         else:
             achieved = patch(model, gone, way, float(damping), float(correction))
         took = time.perf_counter() - started
-        found = " | ".join(f"{p:.2f} | {p / dense:.3f}" for p, dense in zip(perplexities(model), base, strict=True))
+        measured = perplexities(model)
+        found = " | ".join(f"{p:.2f} | {p / dense:.3f}" for p, dense in zip(measured, base, strict=True))
         off = "; ".join(
             f"{c.layer}: {c.error_without:.3f} → {c.error:.3f}, {c.error_held_out:.3f}"
             for c in (achieved or [] if way == "down" else [])
@@ -141,3 +151,5 @@ for cut in args.cuts.split(","):
         print(
             f"| {ranges(gone)} ({cut}) | {way} | {damping} | {correction} | {found} | {off} | {took:.0f} |", flush=True
         )
+        how = {"layers": ranges(gone), "cut": cut, "patch": way, "damping": damping, "correction": correction}
+        keep(measured, errors=off, seconds=took, **how)

@@ -10,6 +10,8 @@ import copy
 import statistics
 import time
 
+import results
+
 from billhook import data
 from billhook.calibration.walk import AXIS_STREAMS, walk
 from billhook.checkpoints import load
@@ -58,7 +60,14 @@ print(f"plain forward  {statistics.median(forward):7.2f} s")
 print(
     f"FASP           {statistics.median(whole):7.2f} s   ratio {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
 )
+names = {"model": args.model, "calibration": args.text, "stream": args.stream, "score": args.score, "ratio": args.ratio}
+row: dict[str, object] = {**names, "samples": args.samples, "seq_len": args.seq_len, "peak_mib": max(peaks) / 2**20}
+row |= {"plain_forward_seconds": statistics.median(forward), "fasp_seconds": statistics.median(whole)}
+row |= {"forwards": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
 for stage in stages[0]:
     seconds = statistics.median(s[stage] for s in stages)
+    if f"{stage}_part" in results.columns("prune_cost"):
+        row[f"{stage}_part"] = seconds / statistics.median(forward)
     print(f"  {stage:12s} {seconds:7.2f} s   {seconds / statistics.median(forward):.2f}")
 print(f"peak memory beyond the loaded model: {max(peaks) / 2**20:.0f} MiB")
+results.write("prune_cost", [row])

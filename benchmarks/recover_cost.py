@@ -14,6 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import results
 import torch
 
 from billhook.checkpoints import load
@@ -76,6 +77,11 @@ def ours() -> float:
     return ticks[-1] - ticks[1]
 
 
+def keep(what: str, rate: float, **more: object) -> None:
+    row = {"student": args.student, "rows": args.rows, "what": what, "tokens_per_second": rate}
+    results.write("recover_cost", [row | more])
+
+
 found = []
 for turn in range(args.repeats + 1):
     pair = bare(), ours()
@@ -87,11 +93,15 @@ print("| loop | tokens a second, median (range) | beside |\n|---|---|---|")
 for name, times in zip(("bare", "billhook recover"), zip(*found, strict=True), strict=True):
     rates = sorted(tokens / one for one in times)
     print(f"| {name} | {statistics.median(rates):.0f} ({rates[0]:.0f}-{rates[-1]:.0f}) | |")
-print(f"| share of the bare loop's speed, median of pairs | | {statistics.median(a / b for a, b in found):.3f} |")
+    keep(name, statistics.median(rates), least=rates[0], most=rates[-1])
+share = statistics.median(a / b for a, b in found)
+print(f"| share of the bare loop's speed, median of pairs | | {share:.3f} |")
+keep("billhook recover", statistics.median(rates), least=rates[0], most=rates[-1], beside=share)
 print("\n| trained | parameters | tokens a second |\n|---|---|---|")
 for name, make in trainables.TRAINABLE.items():
     kept = list(range(12)) + list(range(20, 30))  # a seam in the middle, for the set that needs one
     trained = make(copy.deepcopy(opened.model), trainables.Seam(kept, 30), 32)
     rate = throughput.training_pace(trained, 512, args.rows, autocast, args.seconds)
     print(f"| {name} | {trainables.trained(trained):,} | {rate:.0f} |", flush=True)
+    keep(f"pace of {name}", rate, parameters=trainables.trained(trained))
     del trained

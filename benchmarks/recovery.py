@@ -11,7 +11,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from scoring import Scoring, cells
+import results
+from scoring import Scoring, cells, measured
 
 import billhook
 from billhook.runtime import cache
@@ -64,6 +65,11 @@ def row(name: str) -> dict[str, Any]:
     return {"losses": losses, "recovery": found.healing}
 
 
+def keep(losses: Any, **row: Any) -> None:
+    how = {key: getattr(args, key) for key in ("student", "teacher", "train", "windows", "precision")}
+    results.write("recovery", [{**how, **row, **each} for each in measured(losses, dense)])
+
+
 args.results.mkdir(parents=True, exist_ok=True)
 common = {
     "student": args.student,
@@ -78,6 +84,8 @@ print(
     f"| unpruned | | | {cells(dense, dense)} | | | |\n| right after the cut | 0 | | {cells(cut, dense)} | | | |",
     flush=True,
 )
+keep(dense, row="unpruned")
+keep(cut, row="right after the cut", tokens=0)
 for name in args.rows.split(","):
     key = {**common, "row": name} | {k: getattr(args, k) for k in ("tokens", "lr", "states", "batch_tokens", "seed")}
     found = cache.cached(args.results, "row", key, lambda name=name: row(name))
@@ -87,3 +95,7 @@ for name in args.rows.split(","):
         f"{healing['tokens_per_second']:.0f} | {healing['peak_growth_bytes'] / 2**20:,.0f} |",
         flush=True,
     )
+    how = {key: getattr(args, key) for key in ("tokens", "lr", "states", "batch_tokens", "seed")} | {"row": name}
+    numbers = {"trained_parameters": healing["trained_parameters"], "tokens_per_second": healing["tokens_per_second"]}
+    numbers |= {"rate": healing["lr"], "peak_mib": healing["peak_growth_bytes"] / 2**20}
+    keep(found["losses"], **how, **numbers)

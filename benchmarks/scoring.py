@@ -40,6 +40,16 @@ class Scoring:
         return found
 
 
+def measured(losses: Losses, dense: Losses) -> list[dict[str, object]]:
+    """What `cells` says, as rows of a table of results: a text each."""
+    rows = []
+    for text, before in dense.items():
+        factor, error = perplexity.paired(before, losses[text])
+        judged = {"perplexity": perplexity.of_losses(losses[text]), "factor": factor, "standard_error": error}
+        rows.append({"text": text, **judged})
+    return rows
+
+
 def cells(losses: Losses, dense: Losses) -> str:
     """Perplexities with their factor to the unpruned model's, ± one standard error over pairs of windows."""
     said = []

@@ -18,8 +18,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import results
 import torch
-from scoring import Scoring, cells
+from scoring import Scoring, cells, measured
 
 from billhook import data
 from billhook.calibration.gradients import gradient_sums
@@ -218,10 +219,19 @@ ROWS: dict[str, Callable[[float], dict[str, Find]]] = {
         f"TPE, per_layer, seed {n}": searched(ratio, n, layout="per_layer") for n in range(args.seeds)
     },
 }
+
+
+def keep(ratio: float, row: str, restoration: str, losses: Any) -> None:
+    how = {key: getattr(args, key) for key in ("model", "train", "trials", "layout", "samples", "windows", "precision")}
+    how |= {"ratio": ratio, "row": row, "restoration": restoration}
+    results.write("search", [{**how, **each} for each in measured(losses, dense)])
+
+
 common = {"weights": WEIGHTS, "texts": [one.sha256 for one in scoring.texts], "windows": [args.windows, args.precision]}
 dense = cache.cached(args.results, "dense", common, lambda: scoring(opened.model, opened.tokenizer))
 print(f"| ratio | scores from | restoration | {scoring.heads} |\n|---|---|---|{'---|' * len(dense)}")
 print(f"| 0 | unpruned | | {cells(dense, dense)} |", flush=True)
+keep(0, "unpruned", "", dense)
 overfit: dict[str, dict[str, list[list[float]]]] = {}  # by what sampled and by text
 for ratio in map(float, args.ratios.split(",")):
     for kind in args.rows.split(","):
@@ -234,6 +244,7 @@ for ratio in map(float, args.ratios.split(",")):
                 overfit.setdefault(f"{kind}, {ratio:.0%}", {}).setdefault(text, []).extend(pairs)
             for end, losses in rows[name]["losses"].items():
                 print(f"| {ratio:.0%} | {name} | {end} | {cells(losses, dense)} |", flush=True)
+                keep(ratio, name, end, losses)
         if len(rows) > 1:
             for end in ("without", "with"):
                 factors = [
@@ -259,6 +270,11 @@ for kind, by_text in overfit.items():
         before, after = statistics.fmean(seen), statistics.fmean(lasting)
         ranks = statistics.correlation(ranked(seen), ranked(lasting)) if len(pairs) > 1 else 0
         print(f"| {kind} | {text} | {len(pairs)} | {before:.3f} | {after:.3f} | {after / before:.0%} | {ranks:.2f} |")
+        row, ratio = kind.rsplit(", ", 1)
+        how = {"model": args.model, "ratio": float(ratio.rstrip("%")) / 100, "row": row, "promoted": args.promoted}
+        gains = {"gain_validation": before, "gain_judged": after, "share_that_lasts": after / before}
+        how |= {"text": text, "trials": len(pairs), "rank_correlation": float(ranks)}
+        results.write("search_overfit", [how | gains])
         series.append(Series(f"{kind}, {text}", [Point(x, y) for x, y in pairs], drawn="points"))
 if series:
     ends = [f([float(p.x) for one in series for p in one.points]) for f in (min, max)]

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 
+import results
 import torch
 
 from billhook.calibration.gradients import gradient_sums
@@ -89,3 +90,5 @@ base = next(iter(found.values()))
 for name, times in found.items():
     share = statistics.median(a / b for a, b in zip(times, base, strict=True))
     print(f"| {name} | {statistics.median(times):.3f} ({min(times):.3f}-{max(times):.3f}) | {share:.2f} |")
+    spread = {"seconds": statistics.median(times), "least": min(times), "most": max(times)}
+    results.write("search_cost", [{"model": args.model, "what": name, **spread, "forward_passes": share}])

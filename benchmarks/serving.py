@@ -10,6 +10,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
+import results
 import torch
 
 from billhook.checkpoints import load
@@ -64,3 +65,14 @@ for n, (name, seen) in enumerate(zip(args.models, speeds, strict=True)):
     )
     client = " | ".join(spread([turn[n][what] for turn in found]) for what in ("prefill", "decode"))
     print(f"| {Path(name).name} | {layouts[n]} | {counts[n]:,} | {mega} | {own} | {client} |")
+    row = {"model": name, "layout": layouts[n], "prompt": args.prompt, "new_tokens": args.new_tokens}
+    row |= {"parameters": counts[n], "f16_mb": sizes[n][0] / 1e6, "q8_0_mb": sizes[n][1] / 1e6}
+    for what, middle, ends in (
+        ("prefill", seen.prefill, seen.prefill_range),
+        ("decode", seen.decode, seen.decode_range),
+    ):
+        row |= {what: middle, f"{what}_least": ends[0], f"{what}_most": ends[1]}
+        if rates := [turn[n][what] for turn in found]:
+            row |= {f"llama_{what}": statistics.median(rates)}
+            row |= {f"llama_{what}_least": min(rates), f"llama_{what}_most": max(rates)}
+    results.write("serving", [row])

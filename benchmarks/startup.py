@@ -10,6 +10,8 @@ import resource
 import subprocess
 import sys
 
+import results
+
 COMMANDS = ("--version", "--help", "prun", "methods", "prune --help", "prune . --ratio 2 -o out")
 RUN = """
 import json, resource, sys
@@ -37,4 +39,6 @@ if __name__ == "__main__":
     print("| `billhook …` | CPU seconds | imports torch |\n|---|---|---|")
     for line in COMMANDS:
         runs = [seconds(line.split()) for _ in range(times)]
-        print(f"| `{line}` | {min(spent for spent, _ in runs):.2f} | {'yes' if runs[0][1] else 'no'} |", flush=True)
+        least = min(spent for spent, _ in runs)
+        print(f"| `{line}` | {least:.2f} | {'yes' if runs[0][1] else 'no'} |", flush=True)
+        results.write("startup", [{"line": line, "cpu_seconds": least, "imports_torch": runs[0][1]}])

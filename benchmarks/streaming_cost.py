@@ -14,6 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import results
+
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("calibration")
 parser.add_argument("--layers", default="8,16,32")
@@ -55,6 +57,8 @@ for pairs, found in (([(n, widths[0]) for n in depths], by_depth), ([(depths[0],
         found.append(cost(layers, hidden))
         seconds, peak, whole = found[-1]
         print(f"| {layers} | {hidden} | {seconds:.1f} | {peak:.0f} | {whole:.0f} |", flush=True)
+        row = {"layers": layers, "width": hidden, "seconds": seconds, "peak_mib": peak, "peak_mib_with_write": whole}
+        results.write("streaming_cost", [row])
 for what, sizes, found in (("layers", depths, by_depth), ("width", widths, by_width)):
     time, memory = (exponent(sizes, [one[n] for one in found]) for n in (0, 1))
     print(f"\nexponents in {what}: time {time:.2f}, peak memory {memory:.2f}", flush=True)

@@ -9,6 +9,7 @@ import copy
 import math
 from typing import Any
 
+import results
 import torch
 
 from billhook import data
@@ -39,10 +40,20 @@ def bits_per_byte(model: Any, tokenizer: Any) -> tuple[float, int]:
 
 
 print("| tokens kept | parameters saved | bits per byte | tokens of the text |\n|---|---|---|---|")
+
+
+def keep(at_least: int | None, kept: int, saved: int, bits: float, tokens: int) -> None:
+    row = {"model": args.model, "source_text": args.source, "text": args.text, "characters": args.characters}
+    row |= {"at_least": at_least, "kept": kept, "parameters_saved": saved, "bits_per_byte": bits, "tokens": tokens}
+    results.write("vocabulary", [row])
+
+
 bits, count = bits_per_byte(opened.model, opened.tokenizer)
 print(f"| all {len(opened.tokenizer):,} | 0 | {bits:.3f} | {count:,} |", flush=True)
+keep(None, len(opened.tokenizer), 0, bits, count)
 for size in map(int, args.sizes.split(",")):
     model = copy.deepcopy(opened.model)
     tokenizer, cut = vocabulary.trim(model, opened.tokenizer, [source], at_least=size)
     bits, count = bits_per_byte(model, tokenizer)
     print(f"| {cut['kept']:,} | {cut['parameters_saved']:,} | {bits:.3f} | {count:,} |", flush=True)
+    keep(size, cut["kept"], cut["parameters_saved"], bits, count)

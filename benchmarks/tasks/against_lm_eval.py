@@ -14,6 +14,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import results
+
 from billhook.checkpoints import load
 from billhook.evaluation import zeroshot
 
@@ -63,6 +66,10 @@ for name in args.models:
         )
         equal = "equal" if same(row, own[row["task"]]) else f"{own[row['task']]}"
         print(f"| {row['task']} | {row['samples']} | {row['chance']:.3f} | {scores} | {equal} |", flush=True)
+        numbers = {"documents": row["samples"], "chance": row["chance"], "same_as_lm_eval": equal == "equal"}
+        numbers |= {"acc": row["accuracy"], "acc_error": row["standard_error"]}
+        numbers |= {"acc_norm": row["acc_norm"], "acc_norm_error": row["acc_norm_standard_error"]}
+        results.write("zeroshot", [{"model": name, "task": row["task"], "limit": args.limit, **numbers}])
     print()
 for name, rows in zip(args.models[1:], found[1:], strict=True):
     print(f"{name} beside {args.models[0]}: {zeroshot.retention(found[0], rows)}")

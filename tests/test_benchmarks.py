@@ -1,0 +1,81 @@
+"""Every benchmark starts and says how it is run; every table of results is whole, and says where its rows come from."""
+
+import csv
+import importlib
+import os
+import runpy
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from test_docs import anchors
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+results = importlib.import_module("results")
+SHARED = ("results", "scoring")  # what benchmarks import; clients run in environments of their own
+SCRIPTS = [p for p in sorted(BENCHMARKS.rglob("*.py")) if p.stem not in SHARED and not p.stem.endswith("_client")]
+KEPT = sorted(results.FOLDER.glob("*.csv"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_help(script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+    monkeypatch.setattr(sys, "path", [str(script.parent), *sys.path])  # as Python itself does
+    with mock.patch.dict(os.environ), pytest.raises(SystemExit) as left:
+        runpy.run_path(str(script), run_name="__main__")
+    assert left.value.code == 0 and f"usage: {script.name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_the_list_has_it(script: Path) -> None:
+    lines = (BENCHMARKS / "README.md").read_text(encoding="utf-8").splitlines()
+    name = script.relative_to(BENCHMARKS)
+    assert sum(line.startswith(f"| [{name}]({name}) |") for line in lines) == 1
+
+
+@pytest.mark.parametrize("table", KEPT, ids=lambda path: path.stem)
+def test_a_table_is_whole(table: Path) -> None:
+    with table.open(newline="", encoding="utf-8") as file:
+        header, *rows = csv.reader(file)
+    settings = len(results.TABLES[table.stem][0].split())
+    assert header == results.columns(table.stem) and rows
+    assert {len(row) for row in rows} == {len(header)}
+    assert len({tuple(row[:settings]) for row in rows}) == len(rows)  # no configuration twice
+
+
+@pytest.mark.parametrize("table", KEPT, ids=lambda path: path.stem)
+def test_a_row_says_where_it_comes_from(table: Path) -> None:
+    rows = results.read(table.stem)
+    assert all(row["command"] and row["date"] and (row["source"] or row["versions"]) for row in rows)
+    for source in {row["source"] for row in rows} - {""}:
+        page, _, anchor = source.partition("#")
+        assert anchor in anchors(ROOT / page), source
+
+
+def test_columns_are_told_apart() -> None:
+    for name in results.TABLES:
+        columns = results.columns(name)
+        assert len(set(columns)) == len(columns)
+
+
+def test_a_run_replaces_its_own_rows_and_adds_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = tmp_path / "some" / "text.txt"
+    text.parent.mkdir()
+    text.touch()
+    monkeypatch.setattr(sys, "argv", [str(BENCHMARKS / "search_cost.py"), str(text), "--repeats", "3"])
+    first = [{"model": "demo", "what": what, "seconds": 1 / 3, "least": None} for what in ("a trial", "a pass")]
+    results.write("search_cost", first, tmp_path)
+    results.write("search_cost", [{**first[0], "seconds": 2}, {**first[0], "model": text}], tmp_path)
+    rows = results.read("search_cost", tmp_path)
+    assert [(row["model"], row["what"], row["seconds"]) for row in rows] == [
+        ("demo", "a trial", "2"),
+        ("demo", "a pass", "0.333333"),
+        ("text.txt", "a trial", "0.333333"),
+    ]
+    assert {row["least"] for row in rows} == {""}
+    assert {row["command"] for row in rows} == {"python benchmarks/search_cost.py text.txt --repeats 3"}
+    with pytest.raises(KeyError, match="no column pace"):
+        results.write("search_cost", [{"pace": 1}], tmp_path)
