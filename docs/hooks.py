@@ -5,10 +5,13 @@ from typing import Any
 
 from billhook.methods import METHODS
 
-MARK = re.compile(r"<!-- method: (\w+) -->")
+WIDE = ("log/", "LOG.md", "families.md")  # pages of wide tables: no second column beside them
+MARK = re.compile(r"^<!-- method: (\w+) -->$", re.M)
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    if page.file.src_uri.startswith(WIDE):
+        page.meta["hide"] = ["toc"]
     return MARK.sub(lambda match: facts(match[1]), markdown)
 
 
