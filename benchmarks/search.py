@@ -39,12 +39,18 @@ from billhook.reports import charts
 from billhook.reports.charts import Axis, Point, Series
 from billhook.runtime import atomic, cache
 from billhook.runtime.progress import quiet
+from billhook.runtime.workers import Workers
 from billhook.search import adapruner
+from billhook.search.budgets import BaseCut
+from billhook.search.evaluator import Execution, evaluator_of
+from billhook.search.inputs import Inputs, read_inputs
 from billhook.search.metrics import scores
-from billhook.search.rounds import Search, gained
+from billhook.search.problem import Problem, prepare
+from billhook.search.rounds import Known, Rounds, try_known
 from billhook.search.samplers import Study
 from billhook.search.space import Candidate
-from billhook.search.trials import Means, bench_of
+from billhook.search.trial import paired_gain
+from billhook.search.validation import RungWindows
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("model")
@@ -102,38 +108,50 @@ def settled(ratio: float, seed: int, **other: Any) -> Recipe:
 def searched(ratio: float, seed: int, **other: Any) -> Find:
     def found(restoration: bool) -> tuple[Scores, Plan, dict[str, Any]]:
         chosen = settled(ratio, seed, restoration=restoration, **other)
-        material = adapruner.read(opened, chosen)
-        _, texts = draw(opened, chosen, material.calibration)
+        inputs = read_inputs(opened, chosen)
+        _, texts = draw(opened, chosen, inputs.calibration)
         plan = planning.make_plan(opened.model, chosen, texts, opened.dtype)
-        means = Means(jobs=args.jobs, name=args.model)
         fit, folder = method_settings.settings_of(chosen), args.results / "evidence"
-        end = adapruner.search(opened.model, chosen, plan, material, texts.calibration, fit, folder=folder, means=means)
-        trials = {} if chosen.space == "paper" else {"judged": judged_trials(chosen, plan, material, folder)}
+        given = (opened.model, chosen, plan, inputs, texts.calibration, fit)
+        execution = Execution(workers=Workers(jobs=args.jobs, name=args.model))
+        end = adapruner.search(*given, folder=folder, execution=execution)
+        trials = {} if chosen.space == "paper" else {"judged": judged_trials(chosen, plan, inputs, folder)}
         return end.scores, end.plan, {**end.record, **trials}
 
     return found
 
 
-def judged_trials(
-    chosen: Recipe, plan: Plan, material: adapruner.Material, folder: Path
-) -> dict[str, list[list[float]]]:
-    """Of every promoted trial, by text, what it gains over the standard: on validation windows, and on windows of the text."""
-    bench = bench_of(
-        opened.model, chosen.objective, folder
-    )  # which has all the answers: the search is asked its way again
-    at = Search(opened.model, chosen, plan, material.pool, material.validation, bench, quiet)
-    at.try_known()
-    promoted = at.promote(at.rounds(Study(at.space.dimensions(), chosen.sampler, chosen.seed), lambda: False))
-    masks = [at.masks[at.mask(Candidate(at.standard))], *(at.masks[trial.mask] for trial in promoted)]
-    found = {}
+def judged_trials(chosen: Recipe, plan: Plan, inputs: Inputs, folder: Path) -> dict[str, list[list[float]]]:
+    """What each promoted trial gains over the standard, by text: on validation windows, and on windows of the text.
+
+    `folder` has every loss of the search, so that it is repeated without a forward pass.
+    """
+    problem, known, rungs = begun(chosen, plan, inputs, folder)
+    rounds = Rounds(problem, known, rungs, quiet)
+    study = Study(problem.space.dimensions(), chosen.sampler, chosen.seed)
+    promoted = rounds.promote(rounds.run(study, lambda: False))
+    masks = [problem.mask(Candidate(known.standard)), *(trial.units for trial in promoted)]
+    gains = {}
     for text in scoring.texts:
         windows = data.windows(text, opened.tokenizer, 512).tokens[: args.promoted]
-        standard, *others = bench.losses(masks, windows)
-        found[text.name] = [
-            [gained(trial.losses["standard"], trial.losses["promoted"])["gain"], gained(standard, losses)["gain"]]
+        standard, *others = problem.evaluator.losses(masks, windows)
+        gains[text.name] = [
+            [
+                paired_gain(trial.losses["standard"], trial.losses["promoted"])["gain"],
+                paired_gain(standard, losses)["gain"],
+            ]
             for trial, losses in zip(promoted, others, strict=True)
         ]
-    return found
+    return gains
+
+
+def begun(chosen: Recipe, plan: Plan, inputs: Inputs, folder: Path) -> tuple[Problem, Known, RungWindows]:
+    """A search up to its known metrics."""
+    validation, rungs = inputs.texts.validation, RungWindows(inputs.texts.validation.rungs)
+    base = BaseCut(opened.model, plan, chosen.width_step, chosen.layout)
+    evaluator = evaluator_of(opened.model, chosen.objective, folder)
+    problem = prepare(base, chosen, inputs.pool, validation, evaluator, rungs, quiet)
+    return problem, try_known(problem, rungs, quiet), rungs
 
 
 def llm_pruner(ratio: float, seed: int) -> Find:
@@ -154,11 +172,8 @@ def best_fixed(ratio: float) -> Find:
 
     def found(restoration: bool) -> tuple[Scores, Plan, dict[str, Any]]:
         chosen = settled(ratio, 0)
-        material = adapruner.read(opened, chosen)
-        bench = bench_of(opened.model, chosen.objective, args.results / "evidence")
-        at = Search(opened.model, chosen, even(ratio), material.pool, material.validation, bench, quiet)
-        at.try_known()
-        return scores(at.evidence, at.standard), even(ratio), {"standard": at.standard.describe()}
+        problem, known, _ = begun(chosen, even(ratio), read_inputs(opened, chosen), args.results / "evidence")
+        return scores(problem.evidence, known.standard), even(ratio), {"standard": known.standard.describe()}
 
     return found
 

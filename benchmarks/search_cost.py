@@ -24,11 +24,14 @@ from billhook.models.surgery import remove
 from billhook.pruning import planning, texts
 from billhook.pruning.recipe import recipe
 from billhook.runtime.progress import quiet
-from billhook.search import adapruner
+from billhook.search.budgets import BaseCut
+from billhook.search.evaluator import evaluator_of, masked_losses
+from billhook.search.inputs import read_inputs
+from billhook.search.ladder import RUNGS
 from billhook.search.metrics import Solution
-from billhook.search.rounds import RUNGS, Search
+from billhook.search.problem import prepare
 from billhook.search.space import Candidate
-from billhook.search.trials import bench_of, tried
+from billhook.search.validation import RungWindows
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("model")
@@ -41,26 +44,27 @@ args = parser.parse_args()
 opened = open_model(args.model, device="cpu", dtype="float32")
 model = opened.model
 chosen = recipe(method="adapruner", ratio=args.ratio, calibration=args.train, validation=(args.valid,))
-material, nothing = adapruner.read(opened, chosen), torch.zeros(0, 512, dtype=torch.long)
+inputs, nothing = read_inputs(opened, chosen), torch.zeros(0, 512, dtype=torch.long)
 plan = planning.make_plan(model, chosen, texts.Texts(nothing, nothing), opened.dtype)
-bench = bench_of(model, "nll", None)
+evaluator, rungs = evaluator_of(model, "nll", None), RungWindows(inputs.texts.validation.rungs)
+base = BaseCut(model, plan, chosen.width_step, chosen.layout)
 started = time.perf_counter()
-at = Search(model, chosen, plan, material.pool, material.validation, bench, quiet)
+problem = prepare(base, chosen, inputs.pool, inputs.texts.validation, evaluator, rungs, quiet)
 print(f"evidence: {time.perf_counter() - started:.0f} s, once", flush=True)
-rung = at.windows(RUNGS[0])
+rung = rungs.take(RUNGS[0])
 few = windows(calibration_text(args.train), opened.tokenizer, 64, 10).tokens
 numbers = iter(range(10**6))
 
 
 def forward() -> None:
-    tried(model, {}, rung, None, None, bench.autocast)
+    masked_losses(model, {}, rung, None, None, evaluator.autocast)
 
 
 def trial() -> None:
     n = next(numbers)  # another mixture each time: nothing is found in a cache
     terms = {"param_second": 1.0, "gate_fisher": 0.1 + n % 10 / 10, "energy": 0.5, "param_first": 0.3}
-    solution = Solution((1,) * at.evidence.count, 8 + n % 50, n, terms)
-    tried(model, at.masks[at.mask(Candidate(solution))], rung, None, None, bench.autocast)
+    solution = Solution((1,) * problem.evidence.count, 8 + n % 50, n, terms)
+    masked_losses(model, problem.mask(Candidate(solution)), rung, None, None, evaluator.autocast)
 
 
 def papers_way() -> None:
@@ -69,7 +73,7 @@ def papers_way() -> None:
     for axis in axes(smaller, ("ffn",)):
         place = axis.layer, axis.kind
         remove(smaller, axis, selection.lowest(taylor1_element(sums[place]), plan.drops[place], axis.blocks)[0])
-    tried(smaller, {}, rung, None, None, bench.autocast)
+    masked_losses(smaller, {}, rung, None, None, evaluator.autocast)
 
 
 def timed(what: Callable[[], None]) -> float:

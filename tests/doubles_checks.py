@@ -17,7 +17,10 @@ from billhook.math.layerwise import Settings
 from billhook.math.optishear import Metric
 from billhook.math.sparsity import Pattern
 from billhook.runtime.cache import Grams
+from billhook.runtime.progress import quiet
 from billhook.search import optishear, pool
+from billhook.search.evaluator import evaluator_of
+from billhook.search.validation import Validation
 
 SMALL: dict[str, Any] = dict(seq_len=16, samples=4, multiple_of=2, ratio=0.2)
 
@@ -45,8 +48,8 @@ def every_method_prunes_as_on_the_cpu(case: tuple[str, dict[str, Any]], text: Pa
 def windows_are_grouped_as_on_the_cpu() -> None:
     windows, embedding = torch.randint(50, (20, 8)), torch.randn(50, 6)
     with no_doubles.device():
-        found = pool.grouped(windows, embedding.to(no_doubles.DEVICE), 3, 0)
-    assert found.equal(pool.grouped(windows, embedding, 3, 0))
+        found = pool.clustered(windows, embedding.to(no_doubles.DEVICE), 3, 0)
+    assert found.equal(pool.clustered(windows, embedding, 3, 0))
 
 
 def kept_grams_are_read_to_where_float64_is(tmp_path: Path) -> None:
@@ -62,10 +65,10 @@ def a_metric_is_tried_as_on_the_cpu() -> None:
     found = []
     with no_doubles.device():
         for device in (torch.device("cpu"), no_doubles.DEVICE):
-            windows = optishear.Validation(tokens[:0], tokens[:2], tokens[2:])
+            windows = Validation(tokens[:0], tokens[:2], tokens[2:])
             model = tiny.model("llama", num_hidden_layers=2).to(device)
-            shears = optishear.Shears(model, how, tokens, windows, "nll", None, lambda *_: None)
-            found += shears.losses([optishear.Candidate(Metric(f1="square"))], windows.rungs)
+            problem = optishear.prepare(how, tokens, windows, evaluator_of(model, "nll", None), quiet)
+            found += problem.losses([optishear.Candidate(Metric(f1="square"))], windows.rungs)
     assert found[0][0] == found[1][0] != ""
     assert found[0][1] == pytest.approx(found[1][1])
 

@@ -19,7 +19,7 @@ import torch
 PRELOADED = [
     "billhook.cli",
     "billhook.recovery.recover",
-    "billhook.search.trials",
+    "billhook.search.evaluator",
     "transformers.models.llama.modeling_llama",
 ]
 multiprocessing.set_forkserver_preload(PRELOADED)

@@ -22,7 +22,8 @@ from billhook.recovery import recover
 from billhook.reports import tables
 from billhook.reports.cut_tables import calibration_words
 from billhook.runtime.special_tokens import special_ids
-from billhook.search import adapruner, pool, rounds
+from billhook.search import pool, validation
+from billhook.search.inputs import read_inputs
 from billhook.training import text_windows
 
 BEGIN, END = 256, 257
@@ -79,8 +80,8 @@ def test_perplexity_counts_tokens_of_text_alone(tokenizer: Any) -> None:
 
 
 def test_short_windows_of_a_search_begin_so_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rounds, "SHORT", 9)
-    split = rounds.validation(windows(TEXT, BEGUN, 25).tokens, 0, 1)
+    monkeypatch.setattr(validation, "SHORT", 9)
+    split = validation.split(windows(TEXT, BEGUN, 25).tokens, 0, 1)
     for part, length in ((split.proxy, 9), (split.rungs, 9), (split.final, 25)):
         assert part.shape[1] == length and (part[:, 0] == BEGIN).all() and (part[:, 1:] != BEGIN).all()
 
@@ -147,15 +148,15 @@ def test_a_search_reads_windows_that_begin_so(tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text(tiny.text(3000, 300))
     given = {"ratio": 0.3, "pool": 24, "pool_len": 33, "seq_len": 64, "calibration": str(tmp_path / "words.txt")}
     opened = load.Opened(tiny.model("llama"), BEGUN, "tiny", None, torch.float32)
-    found = adapruner.read(opened, recipe(method="adapruner", **given))
-    split = found.validation
+    found = read_inputs(opened, recipe(method="adapruner", **given))
+    split = found.texts.validation
     for part in (found.pool.tokens, split.proxy, split.rungs, split.final):
         assert (part[:, 0] == BEGIN).all() and (part[:, 1:] != BEGIN).all()
     assert not any("<s>" in one for one in found.samples)
     with pytest.raises(
         billhook.BillhookError, match=r"\d+ of the \d+ windows of --validation are also in the calibration"
     ):
-        adapruner.read(opened, recipe(method="adapruner", validation=(given["calibration"],), **given))
+        read_inputs(opened, recipe(method="adapruner", validation=(given["calibration"],), **given))
 
 
 def test_training_reads_windows_that_begin_so(tmp_path: Path) -> None:

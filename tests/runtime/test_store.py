@@ -14,7 +14,7 @@ from billhook.checkpoints import load
 from billhook.evaluation import zeroshot
 from billhook.runtime import cache
 from billhook.search import evidence
-from billhook.search.trials import bench_of
+from billhook.search.evaluator import evaluator_of
 from billhook.training import teacher
 
 LENGTH = 16
@@ -42,7 +42,7 @@ KEPT: dict[str, Callable[[T.PreTrainedModel, Path, Path], Any]] = {
     **{name: lambda m, to, text, name=name: pruned(name, m, to, text) for name in PRUNES},
     "pool": lambda m, to, text: evidence.evidence(m, WINDOWS, torch.zeros(4, dtype=torch.long), ("ffn",), folder=to),
     "gates": lambda m, to, text: evidence.gate_fishers(m, WINDOWS, ("ffn",), folder=to),
-    "trial": lambda m, to, text: bench_of(m, "nll", to).losses([{}], WINDOWS),
+    "trial": lambda m, to, text: evaluator_of(m, "nll", to).losses([{}], WINDOWS),
     "lessons": lambda m, to, text: teacher.lessons(m, WINDOWS, to, k=4, states=False),
     "tasks": lambda m, to, text: (to / zeroshot._model_hash(m, tiny.tokenizer())).touch(),
 }

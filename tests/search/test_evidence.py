@@ -20,7 +20,7 @@ from billhook.search.metrics import (
     TERMS,
     PoolEvidence,
     Solution,
-    fixed,
+    known_metrics,
     mixtures,
     scores,
     shares,
@@ -109,7 +109,7 @@ def per_unit(entries: Tensor, slot: Slot) -> Tensor:
 )
 def test_terms_are_the_scores_they_are_named_after(term: str, known: str) -> None:
     sums = gradient_sums(tiny.model("llama"), IDS, KINDS, mean_gradient=True)
-    said = scores(found(), fixed(2)[term])
+    said = scores(found(), known_metrics(2)[term])
     for place, each in sums.items():
         want = GRADIENT_SCORES[known](each)
         assert close(said[place], want / want.mean(), ROUNDED if term == "param_first" else 1e-4)
@@ -151,14 +151,15 @@ def test_a_metric_alone_orders_units_as_its_formula_does_whatever_the_power(term
 
 
 def test_llm_pruners_metrics_are_points() -> None:
-    assert set(LLM_PRUNER) <= set(fixed(3)) and all(sum(one.coefficients.values()) == 1 for one in fixed(3).values())
+    known = known_metrics(3)
+    assert set(LLM_PRUNER) <= set(known) and all(sum(one.coefficients.values()) == 1 for one in known.values())
 
 
 def test_evidence_is_kept_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model("llama")
     first = evidence(model, IDS, CLUSTERS, KINDS, folder=tmp_path)
     (file,) = tmp_path.iterdir()
-    monkeypatch.setattr("billhook.search.evidence._gathered", None)
+    monkeypatch.setattr("billhook.search.evidence._measured", None)
     again = evidence(model, IDS, CLUSTERS, KINDS, folder=tmp_path)
     for place, own in first.units.items():
         assert all(torch.equal(value, vars(again.units[place])[name]) for name, value in vars(own).items())

@@ -4,6 +4,7 @@ import json
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +26,23 @@ from billhook.pruning import compare
 from billhook.pruning.recipe import recipe
 from billhook.reports.search_tables import outcome_words
 from billhook.runtime.progress import quiet
-from billhook.search import adapruner, layer_blocks, rounds, trials
-from billhook.search.metrics import Solution, digest, fixed, mixtures
-from billhook.search.rounds import FINAL, Trial, fronts, gained, validation, verdict
+from billhook.search import adapruner, evaluator, finals, ladder, layer_blocks
+from billhook.search.budgets import BaseCut, Shape, attention_counts, exchanged, longest_block, shaped
+from billhook.search.inputs import read_inputs
+from billhook.search.metrics import Solution, digest, known_metrics, mixtures
+from billhook.search.problem import prepare
 from billhook.search.samplers import SAMPLERS, Study
-from billhook.search.space import (
-    Candidate,
-    Dimension,
-    Shape,
-    attention_counts,
-    exchanged,
-    longest_block,
-    lowest,
-    shaped,
-    space,
-)
+from billhook.search.space import Candidate, Dimension, lowest, space
+from billhook.search.trial import Trial, by_fronts, paired_gain, verdict
+from billhook.search.validation import FINAL, RungWindows, split
 
 SMALL: dict[str, Any] = dict(
     method="adapruner", ratio=0.3, seq_len=64, pool=24, pool_len=32, samples=4, trials=20, multiple_of=4
 )
+
+
+def base_cut(drops: dict[str, int], layout: str = "uniform") -> BaseCut:
+    return BaseCut(tiny.model("llama"), even_plan(3, drops), 1, layout)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +70,7 @@ def test_the_same_seed_gives_the_same_search(text: str, whole: dict[str, Any]) -
 def test_a_search_that_was_cut_off_goes_on_to_the_same_end(
     text: str, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, count = trials.tried, 0
+    real, count = evaluator.masked_losses, 0
 
     def counted(limit: float) -> Callable[..., list[float]]:
         def tried(*args: Any) -> list[float]:
@@ -83,11 +82,11 @@ def test_a_search_that_was_cut_off_goes_on_to_the_same_end(
 
         return tried
 
-    monkeypatch.setattr(trials, "tried", counted(13))
+    monkeypatch.setattr(evaluator, "masked_losses", counted(13))
     with pytest.raises(KeyboardInterrupt):
         found(text, study=tmp_path / "study")
     before, count = count - 1, 0
-    monkeypatch.setattr(trials, "tried", counted(math.inf))
+    monkeypatch.setattr(evaluator, "masked_losses", counted(math.inf))
     assert json.dumps(found(text, study=tmp_path / "study")) == json.dumps(whole)
     resumed, count = count, 0
     found(text)
@@ -100,7 +99,7 @@ def test_a_finished_study_asks_nothing_again_and_goes_further(
     first = found(text, study=tmp_path / "study", restoration=False)
     longer = found(text, study=tmp_path / "study", restoration=False, trials=28)
     assert [one["mask"] for one in longer["trials"][:20]] == [one["mask"] for one in first["trials"]]
-    monkeypatch.setattr(trials, "tried", None)
+    monkeypatch.setattr(evaluator, "masked_losses", None)
     assert json.dumps(found(text, study=tmp_path / "study", restoration=False)) == json.dumps(first)
 
 
@@ -129,13 +128,13 @@ def test_two_processes_find_what_one_does(text: str, whole: dict[str, Any], tmp_
 
 def test_equal_masks_are_tried_once(text: str, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[str, bytes]] = []
-    real = trials.tried
+    real = evaluator.masked_losses
 
     def watched(model: Any, mask: Any, windows: torch.Tensor, *rest: Any) -> list[float]:
         seen.append((digest(mask), windows.numpy().tobytes()))
         return real(model, mask, windows, *rest)
 
-    monkeypatch.setattr(trials, "tried", watched)
+    monkeypatch.setattr(evaluator, "masked_losses", watched)
     found(text, restoration=False)
     assert len(set(seen)) == len(seen)
     states = [one["state"] for one in whole["trials"]]
@@ -147,12 +146,12 @@ def test_equal_masks_are_tried_once(text: str, whole: dict[str, Any], monkeypatc
 
 def test_no_window_serves_two_ends(text: str) -> None:
     windows = tiny.tokens(40, 64)
-    split = validation(windows, 0)
-    pieces = [tuple(row.tolist()) for row in torch.cat([split.proxy, split.rungs])]
-    finals = {tuple(row.tolist()) for row in split.final}
-    assert len(set(pieces)) == len(pieces) == 40 - len(split.final) and not finals & set(pieces)
+    parts = split(windows, 0)
+    pieces = [tuple(row.tolist()) for row in torch.cat([parts.proxy, parts.rungs])]
+    deciding = {tuple(row.tolist()) for row in parts.final}
+    assert len(set(pieces)) == len(pieces) == 40 - len(parts.final) and not deciding & set(pieces)
     with pytest.raises(BillhookError, match="has 11 windows of 64 tokens, and a search needs 12"):
-        validation(windows[:11], 0)
+        split(windows[:11], 0)
 
 
 @pytest.mark.parametrize("windows", [4, 8, FINAL])
@@ -179,17 +178,16 @@ def test_what_does_not_beat_the_standard_on_unseen_windows_is_not_taken(
     text: str, better: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every candidate is a tenth of a nat better than it is on the windows of the search, and as good or worse at the end."""
-    real = adapruner.Finals._cut
+    real = finals.Finals._cut
 
-    def cut(self: adapruner.Finals, candidates: Any, rung: Any) -> Any:
-        standards, others = (lambda both: (both[: adapruner.STANDARDS], both[adapruner.STANDARDS :]))(
-            real(self, candidates, rung)
-        )
+    def cut(self: finals.Finals, candidates: Any) -> Any:
+        both = real(self, candidates)
+        standards, others = both[: finals.STANDARDS], both[finals.STANDARDS :]
         gain, off = 0.05 if better else 0.0, torch.linspace(-0.01, 0.01, len(standards[0][1])).tolist()
         final = [x - gain + o for x, o in zip(standards[0][1], off, strict=True)]
         return [standards[0]] * len(standards) + [([x - 0.1 for x in rung], final) for rung, _ in others]
 
-    monkeypatch.setattr(adapruner.Finals, "_cut", cut)
+    monkeypatch.setattr(finals.Finals, "_cut", cut)
     end = found(text, restoration=False)
     assert end["accepted"] is better and end["chosen"] is not None
     if not better:
@@ -221,14 +219,14 @@ def test_what_the_winner_drops_is_gone_and_nothing_else_has_changed(text: str) -
 
 
 def test_a_loss_that_is_no_number_fails_its_trial_alone(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = trials.tried, 0
+    real, calls = evaluator.masked_losses, 0
 
     def broken(*args: Any) -> list[float]:
         nonlocal calls
         calls += 1
         return [math.nan] * len(args[2]) if calls % 5 == 0 and len(args[2]) == 4 else real(*args)
 
-    monkeypatch.setattr(trials, "tried", broken)
+    monkeypatch.setattr(evaluator, "masked_losses", broken)
     states = [one["state"] for one in found(text)["trials"]]
     assert "failed" in states and "tried" in states
 
@@ -265,8 +263,8 @@ def test_a_study_without_differences_has_no_importance() -> None:
 
 @pytest.mark.parametrize("name", ["full", "paper", "samples", "metric", "samples,metric,budgets"])
 def test_known_metrics_are_points_of_their_space(name: str) -> None:
-    open_ = space(name, "per_layer", 3, 24, tiny.model("llama"), even_plan(3, {"ffn": 8, "groups": 1}), 1)
-    standard = fixed(3)["param_second"]
+    open_ = space(name, base_cut({"ffn": 8, "groups": 1}, "per_layer"), 3, 24)
+    standard = known_metrics(3)["param_second"]
     for solution in open_.known.values() if "metric" in open_.groups else [standard]:
         decoded = open_.decode(open_.encode(solution), standard)
         assert decoded.solution == solution
@@ -275,11 +273,19 @@ def test_known_metrics_are_points_of_their_space(name: str) -> None:
 
 
 def test_a_point_says_what_it_chose() -> None:
-    open_ = space("full", "uniform", 3, 24, tiny.model("llama"), even_plan(3, {"ffn": 8}), 1)
-    given = open_.encode(fixed(3)["energy"]) | {"cluster 0": 0, "cluster 1": 2, "cluster 2": 2, "windows": 9, "draw": 4}
+    open_ = space("full", base_cut({"ffn": 8}), 3, 24)
+    given = open_.encode(known_metrics(3)["energy"]) | {
+        "cluster 0": 0,
+        "cluster 1": 2,
+        "cluster 2": 2,
+        "windows": 9,
+        "draw": 4,
+    }
     own = open_.decode(given, Solution((1, 1, 1))).solution
     assert own.levels == (0, 1, 1) and (own.count, own.draw) == (9, 4) and own.coefficients == {"energy": 1.0}
-    nothing = open_.decode(given | {name: 0 for name in given if name in ("energy",)}, fixed(3)["energy"]).solution
+    nothing = open_.decode(
+        given | {name: 0 for name in given if name in ("energy",)}, known_metrics(3)["energy"]
+    ).solution
     assert nothing.coefficients == {"energy": 1.0}
     assert lowest((0, 0)) == (1, 1) and lowest((2, 0)) == (1, 0) and lowest((2, 1)) == (2, 1)
     assert all(lowest(each) in mixtures(3) for each in [(0, 0, 0), (2, 2, 0), (1, 2, 0)])
@@ -288,30 +294,30 @@ def test_a_point_says_what_it_chose() -> None:
 @pytest.mark.parametrize("layout", ["uniform", "per_layer"])
 def test_attention_and_channels_make_up_for_each_other(layout: str) -> None:
     model = tiny.model("llama_bias")
-    base = even_plan(3, {"ffn": 20, "groups": 0})
-    counts = attention_counts(model, base, 1, layout)
+    base = BaseCut(model, even_plan(3, {"ffn": 20, "groups": 0}), 1, layout)
+    counts = attention_counts(base)
     assert counts[0] == 0 and set(counts) == {0, 1}
-    other = exchanged(model, base, 1, layout, attention=1)
+    other = exchanged(base, attention=1)
     assert {count for (_, kind), count in other.drops.items() if kind == "groups"} == {1}
     step = sum(axis.price(model) for axis in axes(model, ("ffn",)))
-    assert 0 <= saved_by(model, other) - saved_by(model, base) < step
-    assert attention_counts(model, even_plan(3, {"ffn": 4}), 1, layout) == ()
+    assert 0 <= saved_by(model, other) - saved_by(model, base.plan) < step
+    assert attention_counts(replace(base, plan=even_plan(3, {"ffn": 4}))) == ()
     with pytest.raises(BillhookError, match="makes up for that"):
-        exchanged(model, even_plan(3, {"ffn": 1, "groups": 0}), 1, layout, attention=1)
+        exchanged(replace(base, plan=even_plan(3, {"ffn": 1, "groups": 0})), attention=1)
 
 
 @pytest.mark.parametrize("block", [(1, 1), (1, 2), (2, 1)])
 def test_a_block_of_layers_and_channels_make_up_for_each_other(block: tuple[int, int]) -> None:
     model = tiny.model("llama", num_hidden_layers=5)
-    base = even_plan(5, {"ffn": 40})
-    assert longest_block(model, base) == 2
-    other = exchanged(model, base, 1, "uniform", block=block)
+    base = BaseCut(model, even_plan(5, {"ffn": 40}), 1, "uniform")
+    assert longest_block(model, base.plan) == 2
+    other = exchanged(base, block=block)
     assert other.layers == tuple(range(block[0], sum(block))) and not {n for n, _ in other.drops} & set(other.layers)
     assert len(set(other.drops.values())) == 1
     step = sum(axis.price(model) for axis in axes(model, ("ffn",)))
-    assert 0 <= saved_by(model, other) - saved_by(model, base) < step
+    assert 0 <= saved_by(model, other) - saved_by(model, base.plan) < step
     with pytest.raises(BillhookError, match="makes up for that"):
-        exchanged(model, base, 1, "uniform", block=(1, 3))
+        exchanged(base, block=(1, 3))
 
 
 def test_a_search_may_take_whole_layers(text: str) -> None:
@@ -333,7 +339,9 @@ def test_what_makes_up_for_a_block_in_a_trial_is_layerchops_patch(text: str) -> 
     assert made is not None and torch.allclose(made.weight, cut.model.layers[0].mlp.down_proj.weight, atol=1e-6)
     model, gone = tiny.model("llama"), {(1, "layers"): torch.empty(0, dtype=torch.long)}
     windows = tiny.tokens(4, 32)
-    assert trials.tried(model, gone, windows, None, made, None) == trials.tried(cut, {}, windows, None, None, None)
+    assert evaluator.masked_losses(model, gone, windows, None, made, None) == evaluator.masked_losses(
+        cut, {}, windows, None, None, None
+    )
     assert torch.equal(
         model.model.layers[0].mlp.down_proj.weight, tiny.model("llama").model.layers[0].mlp.down_proj.weight
     )
@@ -349,8 +357,12 @@ def test_a_layer_passed_by_in_a_trial_is_as_good_as_gone() -> None:
     drop_layers(gone, (1, 2))
     windows, nothing = tiny.tokens(4, 32), torch.empty(0, dtype=torch.long)
     there, here = ({(n, "layers"): nothing for n in layers} for layers in ((1, 2), ()))
-    assert trials.tried(model, there, windows, None, None, None) == trials.tried(gone, here, windows, None, None, None)
-    assert trials.tried(model, here, windows, None, None, None) != trials.tried(gone, here, windows, None, None, None)
+    assert evaluator.masked_losses(model, there, windows, None, None, None) == evaluator.masked_losses(
+        gone, here, windows, None, None, None
+    )
+    assert evaluator.masked_losses(model, here, windows, None, None, None) != evaluator.masked_losses(
+        gone, here, windows, None, None, None
+    )
 
 
 def test_a_search_over_attention_keeps_the_size(text: str) -> None:
@@ -364,8 +376,8 @@ def test_a_search_over_attention_keeps_the_size(text: str) -> None:
 @pytest.mark.parametrize("shape", [Shape(), Shape(1, 1), Shape(0, 0, 0.8, -0.4), Shape(1, 0, -0.8, 0.8)])
 def test_a_shape_saves_as_much_and_spares_what_it_says(shape: Shape) -> None:
     model = tiny.model("llama_bias")
-    base = even_plan(3, {"ffn": 12})
-    plan = shaped(model, base, shape, 1, 0.1)
+    base = BaseCut(model, even_plan(3, {"ffn": 12}), 1, "per_layer")
+    plan = shaped(base, shape, 0.1)
     drops = [plan.drops[n, "ffn"] for n in range(3)]
     assert sum(drops) == 36
     assert all(drops[n] == 0 for n in range(shape.first)) and all(drops[2 - n] == 0 for n in range(shape.last))
@@ -375,25 +387,24 @@ def test_a_shape_saves_as_much_and_spares_what_it_says(shape: Shape) -> None:
 
 def test_a_shape_that_spares_too_much_is_refused() -> None:
     with pytest.raises(BillhookError, match="spares too many layers"):
-        shaped(tiny.model("llama"), even_plan(3, {"ffn": 32}), Shape(2, 1), 1, 0.3)
+        shaped(base_cut({"ffn": 32}, "per_layer"), Shape(2, 1), 0.3)
 
 
 def test_a_large_cut_leaves_shapes_room(text: str) -> None:
     model, chosen = tiny.model("llama"), recipe(**{**SMALL, "calibration": text, "layout": "per_layer"})
-    material = adapruner.read(load.Opened(model, tiny.tokenizer(), "tiny", None, model.dtype), chosen)
-    bench = trials.bench_of(model, "nll", None)
-    at = rounds.Search(model, chosen, even_plan(3, {"ffn": 32}), material.pool, material.validation, bench, quiet)
-    drops = [at.plan(Candidate(shape=Shape(0, 0, 0.8, 0.0))).drops[n, "ffn"] for n in range(3)]
+    inputs = read_inputs(load.Opened(model, tiny.tokenizer(), "tiny", None, model.dtype), chosen)
+    validation, base = inputs.texts.validation, BaseCut(model, even_plan(3, {"ffn": 32}), 4, "per_layer")
+    measured_by, rungs = evaluator.evaluator_of(model, "nll", None), RungWindows(validation.rungs)
+    problem = prepare(base, chosen, inputs.pool, validation, measured_by, rungs, quiet)
+    drops = [problem.plan(Candidate(shape=Shape(0, 0, 0.8, 0.0))).drops[n, "ffn"] for n in range(3)]
     assert sum(drops) == 96
     assert drops[2] == 40  # of 48, where an even cut leaves 16: half of that stays, and three tenths would be 15
 
 
 def test_rungs_come_in_turn_and_none_twice_at_once() -> None:
-    windows = torch.arange(5)[:, None]
-    split = rounds.Validation(windows[:0], windows, windows[:0])
-    found, used = split.next(3, 4)
-    assert found[:, 0].tolist() == [3, 4, 0, 1] and used == 7
-    assert split.next(used, 64)[0][:, 0].tolist() == [2, 3, 4, 0, 1]
+    rungs = RungWindows(torch.arange(5)[:, None])
+    taken = [rungs.take(count)[:, 0].tolist() for count in (3, 4, 64)]
+    assert taken == [[0, 1, 2], [3, 4, 0, 1], [2, 3, 4, 0, 1]] and rungs.used == 3 + 4 + 5
 
 
 def test_the_front_comes_first() -> None:
@@ -402,12 +413,12 @@ def test_the_front_comes_first() -> None:
         return Trial(number, Candidate(Solution((1,))), str(number), losses=losses)
 
     steady, best, worse = trial(0, -0.2, -0.2), trial(1, -0.6, 0.0), trial(2, 0.1, 0.3)
-    assert [t.number for t in fronts([worse, steady, best])] == [1, 0, 2]
+    assert [t.number for t in by_fronts([worse, steady, best])] == [1, 0, 2]
 
 
 def test_gains_are_paired() -> None:
-    assert gained([1.0, 3.0], [0.5, 2.5]) == {"gain": 0.5, "standard_error": 0.0}
-    assert gained([1.0], [0.5])["standard_error"] is None
+    assert paired_gain([1.0, 3.0], [0.5, 2.5]) == {"gain": 0.5, "standard_error": 0.0}
+    assert paired_gain([1.0], [0.5])["standard_error"] is None
 
 
 @pytest.mark.parametrize(
@@ -471,12 +482,12 @@ def test_it_competes_like_any_method(text: str, tmp_path: Path) -> None:
 
 def test_trials_end_when_time_does(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapruner, "deadline", lambda *_: lambda: True)
-    assert len(found(text)["trials"]) == rounds.BATCH
+    assert len(found(text)["trials"]) == ladder.BATCH
 
 
 def test_fasps_own_score_is_among_the_standards_of_a_repair(whole: dict[str, Any]) -> None:
     names = [one["name"] for one in whole["finalists"]]
-    count = adapruner.STANDARDS
+    count = finals.STANDARDS
     assert names[count] == "obs (FASP)" and all(isinstance(name, int) for name in names[count + 1 :])
     assert not any(
         one["by_fasp"] for one in whole["finalists"] if one["name"] != "obs (FASP)"
@@ -485,21 +496,21 @@ def test_fasps_own_score_is_among_the_standards_of_a_repair(whole: dict[str, Any
 
 def test_budgets_stand_by_fasps_own_score_too(text: str) -> None:
     record = found(text, layout="per_layer")
-    rows = record["finalists"][adapruner.STANDARDS + 1 :]
+    rows = record["finalists"][finals.STANDARDS + 1 :]
     own, again = ([one["name"] for one in rows if one["by_fasp"] is by_fasp] for by_fasp in (False, True))
-    assert own == again and len(own) == rounds.FINALISTS
+    assert own == again and len(own) == ladder.FINALISTS
 
 
 def test_where_fasps_own_score_is_best_it_is_what_prunes(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = adapruner.Finals._restored
+    real = finals.Finals._restored
 
-    def restored(self: adapruner.Finals, candidates: Any, rung: Any) -> Any:
+    def restored(self: finals.Finals, candidates: Any) -> Any:
         return [
-            (rungs, finals) if one.solution else ([0.0], [0.0] * len(finals))
-            for one, (rungs, finals) in zip(candidates, real(self, candidates, rung), strict=True)
+            (rung, final) if candidate.solution else ([0.0], [0.0] * len(final))
+            for candidate, (rung, final) in zip(candidates, real(self, candidates), strict=True)
         ]
 
-    monkeypatch.setattr(adapruner.Finals, "_restored", restored)
+    monkeypatch.setattr(finals.Finals, "_restored", restored)
     given = {**SMALL, "calibration": text, "seed": 5}
     result = billhook.prune(tiny.model("llama"), tokenizer=tiny.tokenizer(), **given)
     assert result.report["search"]["winner"]["solution"] is None and result.report["search"]["standard"] == "obs (FASP)"

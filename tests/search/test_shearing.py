@@ -20,8 +20,11 @@ from billhook.math.layerwise import Settings, Target
 from billhook.math.optishear import ALIKE, FUNCTIONS, SCALES, Metric, norms_of, score
 from billhook.math.sparsity import Pattern
 from billhook.reports.search_tables import outcome_words
+from billhook.runtime.progress import quiet
 from billhook.search import optishear
+from billhook.search.evaluator import evaluator_of
 from billhook.search.optishear import Candidate, with_candidate
+from billhook.search.validation import Validation
 
 SMALL: dict[str, Any] = dict(method="optishear", sparsity=0.5, seq_len=64, samples=6, trials=12)
 
@@ -108,13 +111,13 @@ def test_the_model_is_as_it_was_after_trials(family: str, targets: tuple[str, ..
     model, how = tiny.model(family), masking.Masking("optishear", Pattern(0.5), targets, "dense", Settings())
     before = {name: one.clone() for name, one in model.state_dict().items()}
     tokens = torch.randint(0, 90, (16, 32), generator=torch.Generator().manual_seed(0))
-    windows = optishear.Validation(tokens[:0], tokens[:8], tokens[8:])
-    at = optishear.Shears(model, how, tokens, windows, "kl", None, lambda *_: None)
-    found = at.losses([Candidate(Metric()), Candidate(Metric(f1="square"))], windows.rungs)
+    windows = Validation(tokens[:0], tokens[:8], tokens[8:])
+    problem = optishear.prepare(how, tokens, windows, evaluator_of(model, "kl", None), quiet)
+    found = problem.losses([Candidate(Metric()), Candidate(Metric(f1="square"))], windows.rungs)
     assert found[0][0] != found[1][0]
     assert min(map(min, (losses for _, losses in found))) > 0
     assert all(torch.equal(before[name], one) for name, one in model.state_dict().items())
-    with at.without(Candidate(Metric())):
+    with problem.applied(Candidate(Metric())):
         zeros = [
             float((masking.weight_of(model, name) == 0).float().mean())
             for _, _, name in masking.every(model, how.targets)
@@ -150,7 +153,7 @@ def test_a_search_goes_on_from_its_answers(text: str, whole: billhook.Result, tm
     def none(*_: Any) -> Any:
         raise AssertionError("tried again")
 
-    monkeypatch.setattr(optishear, "tried", none)
+    monkeypatch.setattr(optishear, "masked_losses", none)
     assert json.dumps(pruned(text, study=tmp_path / "s").report["search"]) == json.dumps(whole.report["search"])
     with pytest.raises(BillhookError, match="differs in sparsity"):
         pruned(text, study=tmp_path / "s", sparsity=0.6)

@@ -32,9 +32,9 @@ from billhook.models.limits import AXES
 from billhook.pruning.recipe import Recipe, recipe
 from billhook.reports import records, terminal
 from billhook.reports.search_tables import outcome_words
+from billhook.search.evaluator import OBJECTIVES
 from billhook.search.samplers import SAMPLERS
 from billhook.search.space import GROUPS, SPACES
-from billhook.search.trials import OBJECTIVES
 
 DEFAULT = Recipe(method="adapruner", ratio=0.2)
 SEARCHED = ("adapruner", "optishear")

@@ -34,8 +34,9 @@ from billhook.runtime.cache import Grams
 from billhook.runtime.memory import peak_growth
 from billhook.runtime.progress import Clock, Tick, quiet, unheard
 from billhook.runtime.workers import Workers
-from billhook.search import adapruner, optishear, rounds
-from billhook.search.trials import Means
+from billhook.search import adapruner, optishear
+from billhook.search.evaluator import IN_PROCESS, Execution
+from billhook.search.inputs import read_inputs, read_texts
 from billhook.tensors import Tokens
 from billhook.training.text_windows import read
 
@@ -107,7 +108,7 @@ def prune(  # noqa: PLR0913
         load.check_config({**model.config.to_dict(), "architectures": [type(model).__name__]}, opened.name)
         unfuse(model)
         check_known(model)
-    means = Means(
+    means = Execution(
         Path(study) if study else None,
         fresh,
         replace(workers, name=os.path.abspath(opened.name) if Path(opened.name).exists() else opened.name),
@@ -127,7 +128,7 @@ def prune_opened(
     tick: Tick = quiet,
     statistics: str | os.PathLike[str] | None = None,
     announce: Callable[[str], object] = unheard,
-    means: Means = rounds.HERE,
+    means: Execution = IN_PROCESS,
     work: Path | None = None,
 ) -> Result:
     """Prune a model that is already loaded, in place."""
@@ -138,9 +139,9 @@ def prune_opened(
         load.check_positions(opened, chosen.seq_len)
         calibration = data.calibration_text(chosen.calibration, tick)
     vocabulary_cut = _trim(opened, chosen, calibration, tick)
-    material = adapruner.read(opened, chosen, tick) if chosen.searches else None  # by the tokenizer that is left
-    judged = adapruner.judged(opened, chosen, tick) if chosen.shears else None
-    calibration = material.calibration if material else data.joined(judged[0]) if judged else calibration
+    inputs = read_inputs(opened, chosen, tick) if chosen.searches else None  # by the tokenizer that is left
+    search_texts = inputs.texts if inputs else read_texts(opened, chosen, tick) if chosen.shears else None
+    calibration = data.joined(search_texts.calibration) if search_texts else calibration
     windows, texts = draw(opened, chosen, calibration)
     with peak_growth(model.device) as growth:
         folder = Path(statistics) if statistics else None
@@ -151,25 +152,25 @@ def prune_opened(
         if chosen.masks:
             plan, how = Plan(), method_settings.masking_of(chosen)
             masking.check(model, how)
-            if judged:
-                seen = {"folder": folder, "means": means, "clock": clock, "tick": tick}
-                hunt = optishear.search(model, chosen, how, *judged[1:], texts.calibration, **seen)
-                how = hunt.how
+            if search_texts:
+                seen = {"folder": folder, "execution": means, "clock": clock, "tick": tick}
+                hunt = optishear.search(model, chosen, how, search_texts, texts.calibration, **seen)
+                how = hunt.masking
             finished = _journal(opened, chosen, windows, texts.calibration, plan, work, means.fresh, folder)
             zeros = _masked(model, how, texts.calibration, means, finished, announce, clock, tick)
         else:
             plan = planning.make_plan(model, wanted, texts, opened.dtype, scores, folder, clock, tick)
-        if material:
+        if inputs:
             fit = method_settings.settings_of(chosen)
             hunt = adapruner.search(
                 model,
                 chosen,
                 plan,
-                material,
+                inputs,
                 texts.calibration,
                 fit,
                 folder=folder,
-                means=means,
+                execution=means,
                 clock=clock,
                 tick=tick,
             )
@@ -263,7 +264,7 @@ def _masked(
     model: Any,
     how: masking.Masking,
     tokens: Tokens,
-    means: Means,
+    means: Execution,
     finished: FinishedLayers,
     announce: Callable[[str], object],
     clock: Clock,

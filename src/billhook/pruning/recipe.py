@@ -27,8 +27,8 @@ from billhook.models.modeling_per_layer import MIXED
 from billhook.pruning import allocation
 from billhook.runtime.units import BYTES, COUNT, amount
 from billhook.runtime.validation import checked
+from billhook.search.evaluator import OBJECTIVES
 from billhook.search.samplers import SAMPLERS
-from billhook.search.trials import OBJECTIVES
 
 CLIENTS = {  # who will load it -> what FFN widths its kernels want, and why
     "transformers": (32, "matrix products like it"),

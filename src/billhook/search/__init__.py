@@ -1,14 +1,21 @@
 """Searches for samples, metrics and budgets: AdaPruner and OptiShear.
 
-adapruner     AdaPruner (Kong et al
+adapruner     AdaPruner's search from its inputs to the winner, step by step
+budgets       How a cut may be spread while it saves as much: over layers, between attention and FFN, in whole layers
+evaluator     Losses of a cut model on windows of text, in place, in several processes, kept on disk
 evidence      One backward pass over a pool of windows, and what it leaves
+finals        Finalists of AdaPruner's search as the result would be, and which is taken
+inputs        What a search reads: calibration text, pool, validation windows
+ladder        How many candidates stand on each rung, on how many windows, until when
 layer_blocks  Blocks of layers that a search may drop whole: which one of each length
-metrics       AdaPruner's solution space (Kong et al
-optishear     OptiShear's search (arXiv:2502.10735): by which metric, and with which sparsities over depth
+metrics       AdaPruner's solution space: mixtures of windows and importance metrics
+optishear     OptiShear's search: by which metric, and with which sparsities over depth
 pool          The pool that a search for calibration samples draws from: short windows of several texts
-rounds        The rounds of a search: known metrics, then batches of candidates
-samplers      Optuna, and nothing else of it: a study in memory that is told what trials are worth
+problem       What AdaPruner's search measures before the first trial, and what a candidate drops
+rounds        The rounds of AdaPruner's search: known metrics, then batches of candidates
+samplers      Optuna's samplers: a study in memory that proposes trials and is told their losses
 settings      What a search reads of a recipe
-space         What a search may choose, dimension by dimension, and what a choice means: a solution
-trials        Try cuts of a model on windows of text: in place, one after the other or in several processes
+space         What a search may choose, dimension by dimension
+trial         What becomes of a candidate, how two are compared, when a gain is believed
+validation    The validation windows of a search, and how rungs take them in turn
 """

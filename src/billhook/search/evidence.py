@@ -1,4 +1,4 @@
-"""One backward pass over a pool of windows, and what it leaves: every metric of any mixture of the windows, without data."""
+"""The evidence of a pool of windows: after one backward pass, every metric of any mixture of windows without further data."""
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ from billhook.runtime.progress import Tick, quiet
 from billhook.search.metrics import PoolEvidence, UnitEvidence, mixtures
 from billhook.tensors import Scores, Tokens
 
-CHUNK = 1 << 16  # entries of a weight that are mixed at a time: in the cache
+CHUNK = 1 << 16  # entries of a weight that are mixed at a time, so that they stay in the processor's cache
 
 
 def evidence(
@@ -33,10 +33,10 @@ def evidence(
     folder: Path | None = None,
     tick: Tick = quiet,
 ) -> PoolEvidence:
-    """What `tokens` (windows, length) say of every unit of the axes of `kinds`; kept in `folder`, if there is one.
+    """What `tokens` (windows, length) say of every unit of the axes of `kinds`; kept in `folder` if there is one.
 
     Args:
-        clusters: number of the cluster of each window, from 0.
+        clusters: (windows,), the number of each window's cluster, from 0.
 
     Raises:
         BillhookError: as `gradients.gradient_sums`; what was kept cannot be read.
@@ -47,22 +47,23 @@ def evidence(
         "kinds": list(kinds),
     }
 
-    def gathered() -> dict[str, Tensor]:
-        units = _gathered(model, tokens, clusters, kinds, tick)
-        parts = {f"{n}.{kind}": vars(one) for (n, kind), one in units.items()}
-        return {f"{place}.{name}": value for place, one in parts.items() for name, value in one.items()}
+    def measure() -> dict[str, Tensor]:
+        units = _measured(model, tokens, clusters, kinds, tick)
+        return {
+            f"{n}.{kind}.{name}": value for (n, kind), fields in units.items() for name, value in vars(fields).items()
+        }
 
     fields: dict[AxisKey, dict[str, Tensor]] = {}
-    for name, value in _kept(folder, "pool", key, gathered).items():
+    for name, value in _kept(folder, "pool", key, measure).items():
         n, kind, field = name.split(".")
         fields.setdefault((int(n), kind), {})[field] = value
-    return PoolEvidence({place: UnitEvidence(**each) for place, each in sorted(fields.items())}, clusters)
+    return PoolEvidence({place: UnitEvidence(**values) for place, values in sorted(fields.items())}, clusters)
 
 
 def gate_fishers(
     model: PreTrainedModel, tokens: Tokens, kinds: tuple[str, ...], *, folder: Path | None = None, tick: Tick = quiet
 ) -> dict[AxisKey, Scores]:
-    """The mean over windows of the squared gradient of a gate on each unit; kept in `folder`, if there is one.
+    """The mean over windows of the squared gradient of a gate on each unit; kept in `folder` if there is one.
 
     Raises:
         BillhookError: as `evidence`.
@@ -73,62 +74,63 @@ def gate_fishers(
         "kinds": list(kinds),
     }
 
-    def gathered() -> dict[str, Tensor]:
+    def measure() -> dict[str, Tensor]:
         sums = gradient_sums(model, tokens, kinds, tick=tick)
-        return {f"{n}.{kind}": gate_fisher(each).cpu() / len(tokens) for (n, kind), each in sums.items()}
+        return {f"{n}.{kind}": gate_fisher(gradients).cpu() / len(tokens) for (n, kind), gradients in sums.items()}
 
-    found = _kept(folder, "gates", key, gathered)
-    return {(int(n), kind): value for name, value in found.items() for n, kind in [name.split(".")]}
+    fishers = _kept(folder, "gates", key, measure)
+    return {(int(n), kind): value for name, value in fishers.items() for n, kind in [name.split(".")]}
 
 
 def _kept(
-    folder: Path | None, name: str, key: dict[str, Any], make: Callable[[], dict[str, Tensor]]
+    folder: Path | None, name: str, key: dict[str, Any], measure: Callable[[], dict[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """`make()`, or what it gave before where `folder` has it under the same key."""
+    """`measure()`, or what it gave before where `folder` has it under the same key."""
     if folder is None:
-        return make()
+        return measure()
     path = cache.path(folder, name, key, "safetensors")
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with atomic.file(path) as work:
-            tensor_files.write(make(), work)
+            tensor_files.write(measure(), work)
     return load(path, "delete it, it will be made again")
 
 
-def _gathered(
+def _measured(
     model: PreTrainedModel, tokens: Tokens, clusters: Tensor, kinds: tuple[str, ...], tick: Tick
 ) -> dict[AxisKey, UnitEvidence]:
-    found = axes(model, kinds)
+    every = axes(model, kinds)
+    slots = [slot for axis in every for slot in axis.slots]
+    sums = [torch.zeros(3, len(axis.slots), len(tokens), axis.units) for axis in every]  # A, B and D
     uses: dict[nn.Parameter, list[tuple[Slot, Tensor]]] = {}  # by identity: a tied parameter has one gradient
-    sums = [torch.zeros(3, len(axis.slots), len(tokens), axis.units) for axis in found]
-    for axis, into in zip(found, sums, strict=True):
+    for axis, axis_sums in zip(every, sums, strict=True):
         for s, slot in enumerate(axis.slots):
-            uses.setdefault(model.get_parameter(slot.param), []).append((slot, into[:, s]))
-    slots, done = [slot for axis in found for slot in axis.slots], 0
+            uses.setdefault(model.get_parameter(slot.param), []).append((slot, axis_sums[:, s]))
+    done = 0
     with tempfile.TemporaryDirectory() as scratch:
         gradients = _Gradients(Path(scratch), list(uses))
-        energies = _Energies(model, found, len(tokens))
+        energies = _Energies(model, every, len(tokens))
         for cluster in range(int(clusters.max()) + 1):
-            own = (clusters == cluster).nonzero().flatten()
+            members = (clusters == cluster).nonzero().flatten()
 
             def take(
-                n: int, param: nn.Parameter, grad: Tensor, entries: Mapping[int, Tensor], own: Tensor = own
+                n: int, param: nn.Parameter, grad: Tensor, entries: Mapping[int, Tensor], members: Tensor = members
             ) -> None:
                 gradients.add(param, grad)
-                for slot, into in uses[param]:
-                    into[:, own[n]] = pooled(entries[slot.dim], slot).float().cpu()
+                for slot, slot_sums in uses[param]:
+                    slot_sums[:, members[n]] = pooled(entries[slot.dim], slot).float().cpu()
 
-            def heard(stage: str, n: int, total: int, before: int = done) -> None:
+            def tick_all(stage: str, n: int, total: int, before: int = done) -> None:
                 tick(stage, before + n, len(tokens))
 
-            with energies.watched(own) as begin:
-                each_window(model, tokens[own], slots, take, held=gradients.bytes, begin=begin, tick=heard)
+            with energies.watched(members) as begin:
+                each_window(model, tokens[members], slots, take, held=gradients.bytes, begin=begin, tick=tick_all)
             gradients.close(cluster)
-            done += len(own)
-        weighed = _mixed(model, slots, gradients, clusters, tick)
+            done += len(members)
+        mixtures_of = _mixed(model, slots, gradients, clusters, tick)
     units = {}
-    for axis, (signed, absolute, squared), energy in zip(found, sums, energies.found, strict=True):
-        first, mixed = torch.stack([weighed[slot] for slot in axis.slots], 2)
+    for axis, (signed, absolute, squared), energy in zip(every, sums, energies.sums, strict=True):
+        first, mixed = torch.stack([mixtures_of[slot] for slot in axis.slots], 2)
         magnitude = torch.stack([_magnitude(model, slot) for slot in axis.slots])
         units[axis.layer, axis.kind] = UnitEvidence(
             signed.clone(), absolute.clone(), squared.clone(), first.clone(), mixed.clone(), energy, magnitude
@@ -137,7 +139,7 @@ def _gathered(
 
 
 class _Gradients:
-    """Sums of g and g^2 over the windows of each cluster: one cluster's in memory, those before it on disk."""
+    """Sums of g and g^2 over the windows of each cluster: the current cluster's in memory, those before it on disk."""
 
     def __init__(self, folder: Path, params: Sequence[nn.Parameter]) -> None:
         self.folder, self.names = folder, {param: str(n) for n, param in enumerate(params)}
@@ -151,29 +153,29 @@ class _Gradients:
         self.open[param][1].addcmul_(grad, grad)
 
     def close(self, cluster: int) -> None:
-        """Bfloat16 is enough: three digits of entries that are summed over a unit."""
+        """Write the sums of a cluster, in bfloat16: three digits are enough for entries that are summed over a unit."""
         file = self.folder / str(cluster)
         tensor_files.write({self.names[param]: both.bfloat16() for param, both in self.open.items()}, file)
         self.open.clear()
 
     def of(self, param: nn.Parameter, clusters: int) -> Tensor:
-        """(clusters, 2, *shape)"""
-        found = []
+        """The sums of a parameter, (clusters, 2, *shape)."""
+        sums = []
         for cluster in range(clusters):
             with safe_open(self.folder / str(cluster), "pt") as file:
-                found.append(file.get_tensor(self.names[param]))
-        return torch.stack(found)
+                sums.append(file.get_tensor(self.names[param]))
+        return torch.stack(sums)
 
 
 @torch.no_grad()
 def _mixed(
     model: PreTrainedModel, slots: Sequence[Slot], gradients: _Gradients, clusters: Tensor, tick: Tick
 ) -> dict[Slot, Tensor]:
-    """For every slot and mixture of clusters, param_first and param_mix of each unit: (2, mixtures, units)."""
+    """param_first and param_mix of each unit, for every slot and mixture of clusters: (2, mixtures, units)."""
     sizes = clusters.bincount().float()
     levels = torch.tensor(mixtures(len(sizes)), dtype=torch.float32)
     levels = levels / (levels @ sizes).unsqueeze(1)  # pi of one window of each cluster
-    found = {}
+    mixed = {}
     for n, slot in enumerate(slots):
         tick("mixing gradients", n, len(slots))
         param = model.get_parameter(slot.param)
@@ -182,14 +184,15 @@ def _mixed(
         sums = gradients.of(param, len(sizes)).movedim(slot.dim + 2, 2).reshape(len(sizes), 2, size, -1)
         rows, parts = max(1, CHUNK // w.shape[1]), []
         for start in range(0, len(w), rows):
-            weight, some = w[start : start + rows], sums[:, :, start : start + rows].float()
-            linear, square = ((levels @ some[:, order].flatten(1)).view(len(levels), *weight.shape) for order in (0, 1))
+            weight, chunk = w[start : start + rows], sums[:, :, start : start + rows].float()
+            shape = len(levels), *weight.shape
+            linear, square = ((levels @ chunk[:, order].flatten(1)).view(shape) for order in (0, 1))
             linear *= weight
             first = linear.abs().sum(2)
             parts.append(torch.stack([first, linear.sub_(square.mul_(weight).mul_(weight), alpha=0.5).abs_().sum(2)]))
-        found[slot] = torch.cat(parts, 2)[:, :, slot.index].sum(3)
+        mixed[slot] = torch.cat(parts, 2)[:, :, slot.index].sum(3)
     tick("mixing gradients", len(slots), len(slots))
-    return found
+    return mixed
 
 
 class _Energies:
@@ -197,27 +200,27 @@ class _Energies:
 
     def __init__(self, model: PreTrainedModel, axes: Sequence[Axis], windows: int) -> None:
         self.model, self.axes, self.window = model, axes, 0
-        self.found = [torch.zeros(windows, axis.units) for axis in axes]
+        self.sums = [torch.zeros(windows, axis.units) for axis in axes]
 
     @contextmanager
-    def watched(self, own: Tensor) -> Iterator[Callable[[int], None]]:
-        """While open, forward passes are seen; yields what must be told which of the windows `own` comes next."""
+    def watched(self, windows: Tensor) -> Iterator[Callable[[int], None]]:
+        """Watch forward passes while open; yields a function that must be told which of `windows` comes next."""
 
         def begin(n: int) -> None:
-            self.window = int(own[n])
+            self.window = int(windows[n])
 
         with ExitStack() as undo:
-            for axis, into in zip(self.axes, self.found, strict=True):
+            for axis, energy in zip(self.axes, self.sums, strict=True):
                 module = self.model.get_submodule(axis.reader_module)
-                undo.callback(module.register_forward_pre_hook(self._watcher(axis, into)).remove)
+                undo.callback(module.register_forward_pre_hook(self._watcher(axis, energy)).remove)
             yield begin
 
-    def _watcher(self, axis: Axis, into: Tensor) -> Callable[..., None]:
+    def _watcher(self, axis: Axis, energy: Tensor) -> Callable[..., None]:
         norms = reader_weight(self.model, axis).detach().float().square().sum(0)
 
         @torch.no_grad()
-        def watch(module: nn.Module, given: tuple[Tensor, ...]) -> None:
-            into[self.window] = axis.pool(given[0].float().flatten(0, -2).square().sum(0) * norms).cpu()
+        def watch(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            energy[self.window] = axis.pool(inputs[0].float().flatten(0, -2).square().sum(0) * norms).cpu()
 
         return watch
 

@@ -1,4 +1,4 @@
-"""Blocks of layers that a search may drop whole: which one of each length, and what makes up for it while candidates are tried."""
+"""Blocks of layers that a search may drop whole: which block of each length, and what makes up for it during trials."""
 
 import hashlib
 from collections.abc import Sequence
@@ -17,21 +17,21 @@ from billhook.runtime.precision import computing
 from billhook.runtime.progress import Tick, quiet
 from billhook.tensors import Probes, Tokens
 
-Block = tuple[int, int]  # the first of the layers that go whole, and how many
-LENGTHS = 6  # different ones, at most
+Block = tuple[int, int]  # the first of the layers that go whole, and how many go
+LENGTHS = 6  # the most lengths that are tried
 
 
 @dataclass(frozen=True)
 class Patch:
-    """The FFN's last projection before a block, refitted to add what the block would have (`--patch linear` of layerchop)."""
+    """The FFN's last projection before a block, refitted to add what the block would have (layerchop's `--patch linear`)."""
 
-    param: str
-    weight: Tensor
-    sha256: str
+    param: str  # name of the parameter
+    weight: Tensor  # its refitted value
+    sha256: str  # digest of the refitted value
 
 
 def lengths(longest: int) -> range:
-    """From the first step to the longest, in steps that are alike."""
+    """At most `LENGTHS` lengths of blocks, evenly spaced up to `longest`."""
     step = max(1, -(-longest // LENGTHS))
     return range(step, longest + 1, step)
 
@@ -39,27 +39,30 @@ def lengths(longest: int) -> range:
 def cheapest(
     model: PreTrainedModel, probe: Probes, counts: Sequence[int], autocast: torch.dtype | None, tick: Tick = quiet
 ) -> tuple[Block, ...]:
-    """Of every length the block without which the model loses least on `probe` (windows, length); the first and last layer stay."""
-    found = []
+    """For each length, the block without which the model loses least on `probe` (windows, length).
+
+    The first and the last layer always stay.
+    """
+    blocks = []
     with computing(model.device, autocast):
         for count in counts:
             losses = losses_without_blocks(model, probe, count, tick)
-            found.append((1 + min(range(len(losses)), key=losses.__getitem__), count))
-    return tuple(found)
+            blocks.append((1 + min(range(len(losses)), key=losses.__getitem__), count))
+    return tuple(blocks)
 
 
 @torch.no_grad()
 def patch(model: PreTrainedModel, tokens: Tokens, block: Block) -> Patch | None:
-    """What makes up for a block, in closed form; None where no FFN's output is added to the layer's as it is."""
+    """What makes up for a block, in closed form; None where no FFN's output is added to its layer's as it is."""
     before = block[0] - 1
     axis = next(axis for axis in axes(model, ("ffn",)) if axis.layer == before)
     if not axis.ends_layer:
         return None
-    gone = range(block[0], sum(block))
-    stops = walk(model, tokens, ("ffn",), stream="dense_target", dropped=gone, only={before}, held_out=0.0)
+    dropped = range(block[0], sum(block))
+    stops = walk(model, tokens, ("ffn",), stream="dense_target", dropped=dropped, only={before}, held_out=0.0)
     evidence = next(iter(stops)).fit[axis.reader_module]
     W = reader_weight(model, axis)
-    there = evidence.gram.device  # where the Gram is, which may be elsewhere than the model
-    weight, _ = restoration.fitted(W.to(there), evidence, torch.arange(W.shape[1], device=there), Settings.damping)
+    device = evidence.gram.device  # may be another one than the model's
+    weight, _ = restoration.fitted(W.to(device), evidence, torch.arange(W.shape[1], device=device), Settings.damping)
     weight = weight.to(W.device).movedim(-1, axis.reader.dim).contiguous()
     return Patch(axis.reader.param, weight, hashlib.sha256(weight.cpu().float().numpy().tobytes()).hexdigest())

@@ -1,14 +1,14 @@
 """AdaPruner's solution space (Kong et al. 2025, arXiv:2503.06184): calibration samples and importance metric, chosen together.
 
 The paper's method section is not public; its outline is.  Here a point of the space is a mixture of windows from a pool and
-a metric, and every point is worth a few sums over what one backward pass over the pool has left (`UnitEvidence`):
+a metric.  The scores at any point are a few sums over what one backward pass over the pool has left (`UnitEvidence`):
 
     S = w * dL_n/dw for every entry of a slot in window n;  A_n, B_n, D_n the sums of S, |S|, S^2 over a unit's entries
     pi_n  share of window n in the mixture, summing to 1
 
-What is linear in n is exact for every mixture.  What takes a modulus after summing over windows (LLM-Pruner's param_first and
-param_mix, arXiv:2305.11627) was summed for mixtures of clusters alone: a draw inside a cluster changes them by the clusters'
-shares only.
+A term that is linear in n is exact for every mixture.  A term that takes a modulus after summing over windows (LLM-Pruner's
+param_first and param_mix, arXiv:2305.11627) is summed for mixtures of whole clusters only: windows drawn inside a cluster
+change it only through the clusters' shares.
 """
 
 import hashlib
@@ -23,12 +23,12 @@ from torch import Tensor
 from billhook.models.plan import AxisKey
 from billhook.tensors import Clusters, Scores, Shares, SlotMixtures, SlotUnits, SlotWindows, WindowUnits
 
-Levels = tuple[int, ...]  # how much a window of each cluster weighs
+Levels = tuple[int, ...]  # the weight of a window of each cluster
 
 
 @dataclass(frozen=True)
 class UnitEvidence:
-    """What a pool of windows says of the units of one axis, slot by slot: those that write it, and last what reads it."""
+    """What a pool of windows says of the units of one axis, slot by slot: its writers in order, then its reader."""
 
     signed: SlotWindows  # A
     absolute: SlotWindows  # B
@@ -55,13 +55,13 @@ class PoolEvidence:
 class Solution:
     """One point: which samples, which metric."""
 
-    levels: Levels  # of each cluster
-    count: int = 0  # windows drawn of those whose level is not 0; 0: all
-    draw: int = 0  # which ones
-    coefficients: Mapping[str, float] = field(default_factory=dict)  # of TERMS
-    power: float = 1.0  # of every term
-    reduction: str = "sum"  # of the slots of a unit
-    within: bool = True  # terms are divided by their mean in the layer, not in the whole model
+    levels: Levels  # the weight of each cluster's windows
+    count: int = 0  # how many windows are drawn of those whose level is not 0; 0: all
+    draw: int = 0  # seed that decides which windows are drawn
+    coefficients: Mapping[str, float] = field(default_factory=dict)  # coefficient of each term, by its name in TERMS
+    power: float = 1.0  # power that every term is raised to
+    reduction: str = "sum"  # how the slots of a unit become one number: a name in REDUCTIONS
+    within: bool = True  # whether terms are divided by their mean in the layer, not in the whole model
 
     def describe(self) -> dict[str, Any]:
         return {**asdict(self), "levels": list(self.levels), "coefficients": dict(self.coefficients)}
@@ -86,20 +86,19 @@ REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sum": lambda slots: slots.sum(0),
     "prod": lambda slots: slots.prod(0),
     "max": lambda slots: slots.amax(0),
-    "down": lambda slots: slots[-1],  # the reader alone
+    "down": lambda slots: slots[-1],  # only the reader
 }
-SPARSEST = (0, 1)  # levels where clusters are many
-FEW = 4  # clusters, at most, whose windows may also weigh twice
+FEW = 4  # the most clusters for which windows may also weigh twice
 
 
 def mixtures(clusters: int) -> list[Levels]:
     """Every mixture of clusters that evidence is gathered for: in lowest terms, so that no two are the same."""
-    levels = (0, 1, 2) if clusters <= FEW else SPARSEST
-    return [each for each in itertools.product(levels, repeat=clusters) if 1 in each]
+    levels = (0, 1, 2) if clusters <= FEW else (0, 1)
+    return [mixture for mixture in itertools.product(levels, repeat=clusters) if 1 in mixture]
 
 
 def shares(clusters: Clusters, solution: Solution) -> Shares:
-    """pi: what each window weighs, float32."""
+    """pi: the share of each window in the mixture, float32."""
     weights = torch.tensor(solution.levels, dtype=torch.float32)[clusters]
     if solution.count and solution.count < int((weights > 0).sum()):
         order = torch.randperm(len(weights), generator=torch.Generator().manual_seed(solution.draw))
@@ -116,36 +115,38 @@ def scores(evidence: PoolEvidence, solution: Solution) -> dict[AxisKey, Scores]:
     The means are over the units of one axis (`within`) or over all of the same kind; float64 from there on.
     """
     pi, mixture = shares(evidence.clusters, solution), mixtures(evidence.count).index(solution.levels)
-    reduce, found = REDUCTIONS[solution.reduction], {}
+    reduce = REDUCTIONS[solution.reduction]
+    total: dict[AxisKey, Scores] = {}
     for name, coefficient in solution.coefficients.items():
         if coefficient:
-            raw = {place: reduce(TERMS[name][0](each, pi, mixture).double()) for place, each in evidence.units.items()}
+            term = TERMS[name][0]
+            raw = {place: reduce(term(units, pi, mixture).double()) for place, units in evidence.units.items()}
             means = _means(raw, solution.within)
             for place, values in raw.items():
                 part = coefficient * (values / means[place]).pow(solution.power)
-                found[place] = found[place] + part if place in found else part
-    return found
+                total[place] = total[place] + part if place in total else part
+    return total
 
 
 def _means(raw: Mapping[AxisKey, Tensor], within: bool) -> dict[AxisKey, Tensor]:
     """What each axis's values are divided by; 1 where all of them are 0."""
-    own = {place: values.mean() for place, values in raw.items()}
+    means = {place: values.mean() for place, values in raw.items()}
     if not within:
         kinds = {kind for _, kind in raw}
-        whole = {kind: torch.stack([mean for (_, k), mean in own.items() if k == kind]).mean() for kind in kinds}
-        own = {place: whole[place[1]] for place in own}
-    return {place: mean if mean > 0 else torch.ones_like(mean) for place, mean in own.items()}
+        of_kind = {kind: torch.stack([mean for (_, k), mean in means.items() if k == kind]).mean() for kind in kinds}
+        means = {place: of_kind[place[1]] for place in means}
+    return {place: mean if mean > 0 else torch.ones_like(mean) for place, mean in means.items()}
 
 
-def fixed(clusters: int, terms: Sequence[str] = tuple(TERMS)) -> dict[str, Solution]:
-    """The known metrics, each alone on the whole pool: what a search starts from, and may never do worse than."""
+def known_metrics(clusters: int, terms: Sequence[str] = tuple(TERMS)) -> dict[str, Solution]:
+    """The known metrics, each alone on the whole pool.  A search starts from them and never ends worse than the best of them."""
     whole = Solution((1,) * clusters)
     return {name: replace(whole, coefficients={name: 1.0}) for name in terms}
 
 
 def digest(dropped: Mapping[AxisKey, Tensor]) -> str:
-    """The same for masks that drop the same units."""
-    found = hashlib.sha256()
+    """A digest of the units that go: equal for equal masks."""
+    sha256 = hashlib.sha256()
     for (layer, kind), units in sorted(dropped.items()):
-        found.update(f"{layer} {kind}".encode() + units.cpu().numpy().tobytes())
-    return found.hexdigest()[:16]
+        sha256.update(f"{layer} {kind}".encode() + units.cpu().numpy().tobytes())
+    return sha256.hexdigest()[:16]

@@ -1,8 +1,8 @@
-"""Optuna, and nothing else of it: a study in memory that is told what trials are worth.
+"""Optuna's samplers: a study in memory that proposes trials and is told their losses.
 
-A sampler draws from its seed and from what it was told, so the same answers give the same questions: what is kept on disk are the
-answers (billhook.search.trials), and a search that was cut off asks its way back to where it was.  (Optuna's own journal would hold pickles
-for some samplers.)
+What a sampler proposes depends on its seed and on the losses that it was told.  So only losses are kept on disk
+(billhook.search.evaluator), and a search that was cut off replays them to get back to where it was.  Optuna's own journal would
+hold pickles for some samplers.
 """
 
 import warnings
@@ -19,7 +19,7 @@ SAMPLERS = {
     "nsga2": "a genetic algorithm",
     "random": "no learning: the control",
 }
-STARTUP = 10  # trials that are random before a sampler learns
+STARTUP = 10  # random trials before a sampler learns
 
 
 class Study:
@@ -29,7 +29,7 @@ class Study:
         optuna = _optuna()
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         kinds = optuna.samplers
-        made = {
+        samplers = {
             "tpe": lambda: kinds.TPESampler(multivariate=True, n_startup_trials=STARTUP, seed=seed),
             "gp": lambda: kinds.GPSampler(n_startup_trials=STARTUP, seed=seed, deterministic_objective=False),
             "cmaes": lambda: kinds.CmaEsSampler(n_startup_trials=STARTUP, seed=seed),
@@ -37,15 +37,15 @@ class Study:
             "random": lambda: kinds.RandomSampler(seed=seed),
         }
         self._optuna, self._trials = optuna, {}
-        self._distributions = {name: _distribution(optuna, one) for name, one in dimensions.items()}
-        with warnings.catch_warnings():  # experimental, says Optuna of `multivariate` and of GP
+        self._distributions = {name: _distribution(optuna, dimension) for name, dimension in dimensions.items()}
+        with warnings.catch_warnings():  # Optuna warns that `multivariate` and GP are experimental
             warnings.simplefilter("ignore")
-            self._study = optuna.create_study(sampler=made[sampler]())
+            self._study = optuna.create_study(sampler=samplers[sampler]())
 
     def ask(self, count: int, first: Sequence[Mapping[str, Any]] = ()) -> list[tuple[int, dict[str, Any]]]:
-        """`count` numbered trials, those of `first` before any that the sampler draws."""
-        for given in first:
-            self._study.enqueue_trial(dict(given))
+        """`count` numbered trials and their values: those of `first`, then what the sampler proposes."""
+        for values in first:
+            self._study.enqueue_trial(dict(values))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             trials = [self._study.ask(self._distributions) for _ in range(count)]
@@ -53,34 +53,34 @@ class Study:
         return [(trial.number, dict(trial.params)) for trial in trials]
 
     def tell(self, number: int, loss: float | None) -> None:
-        """What a trial is worth; None: nothing can be said of it."""
+        """Report the loss of a trial; None: the trial failed."""
         failed = self._optuna.trial.TrialState.FAIL
         self._study.tell(number, loss) if loss is not None else self._study.tell(number, state=failed)
 
     def drop(self, number: int, proxy: float) -> None:
-        """A trial that looked too bad to be tried; samplers that know of such (tpe) learn from the order of the proxies."""
+        """Report a trial that was dropped untried; samplers that support pruned trials (tpe) learn from the order of the proxies."""
         trial = self._trials[number]
         trial.report(proxy, step=0)
         self._study.tell(trial, state=self._optuna.trial.TrialState.PRUNED)
 
     def importance(self) -> dict[str, float]:
-        """Share of the losses' variance that each dimension explains by itself (fANOVA); nothing where all are alike."""
+        """Share of the losses' variance that each dimension explains by itself (fANOVA); empty where all losses are equal."""
         try:
-            found = self._optuna.importance.get_param_importances(
+            shares = self._optuna.importance.get_param_importances(
                 self._study, evaluator=self._optuna.importance.FanovaImportanceEvaluator(seed=0)
             )
         except (ValueError, RuntimeError):  # fewer than two different trials, or no variance
             return {}
-        return {name: float(share) for name, share in found.items()}
+        return {name: float(share) for name, share in shares.items()}
 
 
-def _distribution(optuna: Any, one: Dimension) -> Any:
+def _distribution(optuna: Any, dimension: Dimension) -> Any:
     kinds = optuna.distributions
-    if one.choices:
-        return kinds.CategoricalDistribution(one.choices)
-    if isinstance(one.step, int):
-        return kinds.IntDistribution(int(one.low), int(one.high), step=one.step)
-    return kinds.FloatDistribution(one.low, one.high, step=one.step)
+    if dimension.choices:
+        return kinds.CategoricalDistribution(dimension.choices)
+    if isinstance(dimension.step, int):
+        return kinds.IntDistribution(int(dimension.low), int(dimension.high), step=dimension.step)
+    return kinds.FloatDistribution(dimension.low, dimension.high, step=dimension.step)
 
 
 def _optuna() -> Any:

@@ -1,0 +1,135 @@
+"""AdaPruner's problem: all that is measured before the first trial, and what a candidate means by it."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from billhook.math import selection
+from billhook.models.axes import Axis, axes
+from billhook.models.plan import AxisKey, Plan
+from billhook.runtime.progress import Tick
+from billhook.search.budgets import BaseCut, exchanged, longest_block, shaped
+from billhook.search.evaluator import WHOLE, Evaluator, Mask, dropped_layers
+from billhook.search.evidence import evidence, gate_fishers
+from billhook.search.ladder import RUNGS
+from billhook.search.layer_blocks import Block, Patch, cheapest, lengths, patch
+from billhook.search.metrics import PoolEvidence, Solution, scores
+from billhook.search.pool import Pool
+from billhook.search.settings import SearchSettings
+from billhook.search.space import Candidate, Space, groups_of, space
+from billhook.search.trial import Trial
+from billhook.search.validation import RungWindows, Validation
+from billhook.tensors import Scores
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is known before the first trial.  Nothing in it changes while the search runs."""
+
+    base: BaseCut
+    chosen: SearchSettings
+    axes: tuple[Axis, ...]  # the axes that the base cut takes units from
+    evidence: PoolEvidence
+    fishers: dict[AxisKey, Scores]  # of each unit, the mean squared gradient of a gate on it, over the proxy windows
+    floor: float  # share of its FFN channels that a layer keeps at least
+    space: Space
+    evaluator: Evaluator
+
+    @property
+    def whole_pool(self) -> Solution:
+        """Every window of the pool with the same weight, and no metric yet."""
+        return Solution((1,) * self.evidence.count)
+
+    def plan(self, candidate: Candidate) -> Plan:
+        """How many units a candidate drops from every axis, and which layers."""
+        base, planned = self.base, next(iter(self.space.attention), None)
+        if candidate.block or candidate.attention not in (None, planned):
+            plan = exchanged(base, attention=candidate.attention, block=candidate.block)
+            base = replace(base, plan=plan)
+        return base.plan if candidate.shape is None else shaped(base, candidate.shape, self.floor)
+
+    def mask(self, candidate: Candidate) -> Mask:
+        """The units that a candidate with a solution drops."""
+        assert candidate.solution is not None
+        plan, unit_scores = self.plan(candidate), scores(self.evidence, candidate.solution)
+        mask: dict[AxisKey, torch.Tensor] = {(n, WHOLE): torch.empty(0, dtype=torch.long) for n in plan.layers}
+        for axis in self.axes:
+            place = axis.layer, axis.kind
+            if count := plan.drops.get(place, 0):
+                mask[place] = selection.lowest(unit_scores[place], count, axis.blocks)[0]
+        return mask
+
+    def proxy(self, mask: Mask) -> float:
+        """1/2 sum over dropped units of the mean squared gate gradient: the loss's second order, one gate at a time."""
+        dropped = {place: units for place, units in mask.items() if place[1] != WHOLE}
+        return sum(float(self.fishers[place][units].sum()) for place, units in dropped.items()) / 2
+
+    def better_half(self, trials: Sequence[Trial]) -> list[Trial]:
+        """The better half by the proxy, among trials that drop the same layers: the proxy says nothing of whole layers."""
+        by_layers: dict[tuple[int, ...], list[Trial]] = {}
+        for trial in sorted(trials, key=lambda trial: self.proxy(trial.units)):
+            by_layers.setdefault(dropped_layers(trial.units), []).append(trial)
+        return [trial for group in by_layers.values() for trial in group[: math.ceil(len(group) / 2)]]
+
+
+def prepare(
+    base: BaseCut,
+    chosen: SearchSettings,
+    pool: Pool,
+    validation: Validation,
+    evaluator: Evaluator,
+    rungs: RungWindows,
+    tick: Tick,
+) -> Problem:
+    """Measure what the search stands on: the pool's evidence, the proxy's gradients, blocks of layers that may go.
+
+    Raises:
+        BillhookError: nothing is open to choose; what was kept of an earlier run cannot be read.
+    """
+    model = base.model
+    kinds = tuple(dict.fromkeys(kind for _, kind in base.plan.drops))
+    cut_axes = tuple(axis for axis in axes(model, kinds) if (axis.layer, axis.kind) in base.plan.drops)
+    measured = evidence(model, pool.tokens, pool.clusters, kinds, folder=evaluator.folder, tick=tick)
+    fishers = gate_fishers(model, validation.proxy, kinds, folder=evaluator.folder, tick=tick)
+    blocks, patches = _blocks(base, chosen, pool, evaluator, rungs, tick)
+    return Problem(
+        base=base,
+        chosen=chosen,
+        axes=cut_axes,
+        evidence=measured,
+        fishers=fishers,
+        floor=min(chosen.floor, _even_share(base.plan, cut_axes) / 2),
+        space=space(chosen.space, base, measured.count, len(pool.tokens), blocks),
+        evaluator=replace(evaluator, patches=patches),
+    )
+
+
+def _even_share(plan: Plan, cut_axes: Sequence[Axis]) -> float:
+    """The share of FFN channels that an even cut leaves.
+
+    A floor near to it would leave shapes nothing to choose: half of SmolLM2's decoder is two thirds of its channels, and a
+    floor of 0.3 makes nearly all layers alike.
+    """
+    ffn = [axis for axis in cut_axes if axis.kind == "ffn"]
+    dropped = sum(plan.drops[axis.layer, "ffn"] for axis in ffn)
+    return 1 - dropped / sum(axis.units for axis in ffn) if ffn else 1.0
+
+
+def _blocks(
+    base: BaseCut, chosen: SearchSettings, pool: Pool, evaluator: Evaluator, rungs: RungWindows, tick: Tick
+) -> tuple[tuple[Block, ...], dict[Block, Patch]]:
+    """For each length, the block that costs least on a round's windows; and what makes up for blocks where weights are restored."""
+    is_open = base.layout == "uniform" and "budgets" in groups_of(chosen.space)
+    counts = lengths(longest_block(base.model, base.plan)) if is_open else range(0)
+    if not counts:
+        return (), {}
+    blocks = cheapest(base.model, rungs.take(RUNGS[0]), counts, evaluator.autocast, tick)
+    patches: dict[Block, Patch] = {}
+    if chosen.restores:
+        for n, block in enumerate(blocks):
+            tick("patching blocks", n, len(blocks))
+            if made := patch(base.model, pool.tokens, block):
+                patches[block] = made
+    return blocks, patches
