@@ -1,17 +1,22 @@
 """Laws of the documentation: lines, links, navigation, and the form of the lab book."""
 
 import re
+import shlex
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from billhook.cli.commands import FORMER, command
 from billhook.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *(ROOT / ".github").rglob("*.md")])
+PAGES = sorted(
+    [*ROOT.glob("*.md"), ROOT / "benchmarks" / "README.md", *DOCS.rglob("*.md"), *(ROOT / ".github").rglob("*.md")]
+)
 LIMIT = 120  # characters of a line of prose; tables and links cannot be wrapped
 
 
@@ -79,6 +84,33 @@ def test_every_page_is_in_the_navigation_once() -> None:
 def test_every_method_has_a_page_that_asks_for_its_settings() -> None:
     marks = {name: (DOCS / "methods" / f"{name}.md").read_text().count(f"<!-- method: {name} -->") for name in METHODS}
     assert marks == dict.fromkeys(METHODS, 1)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Every `billhook …` that a page shows, in blocks and in lines, as words; continued lines are one."""
+    text = page.read_text()
+    blocks = re.findall(r"^ *```\w*\n(.*?)^ *```", text, re.M | re.S)
+    lines = [line for block in blocks for line in re.sub(r"\s*\\?\n +", " ", block).splitlines()]
+    lines += re.findall(r"`(billhook [^`]+)`", without_code(text))
+    return [shlex.split(re.sub(r"\s+", " ", line), comments=True)[1:] for line in lines if line.startswith("billhook ")]
+
+
+@cache
+def options(name: str) -> set[str]:
+    """Every option of a command."""
+    parameters = command(FORMER.get(name, name)).params
+    return {"--help", *(option for parameter in parameters for option in (*parameter.opts, *parameter.secondary_opts))}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_commands_that_pages_show_exist(page: Path) -> None:
+    """The command and each of its options, by its name alone: what it takes, the command line itself refuses."""
+    for name, *words in commands(page):
+        if name.startswith("-"):
+            assert name in ("--help", "--version", "--install-completion")
+        elif name != "COMMAND":
+            flags = {word.partition("=")[0] for word in words if re.match("--?[a-z]", word)}
+            assert flags <= options(name), f"billhook {name}: {flags - options(name)}"
 
 
 def test_the_lab_book_is_a_table_of_decisions() -> None:
