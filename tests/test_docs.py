@@ -63,6 +63,13 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
+def test_files_that_pages_name_exist(page: Path) -> None:
+    folders = "tests|benchmarks|src/billhook|examples|recipes|docs"
+    paths = re.findall(rf"(?<![\w/.-])(?:{folders})/[\w/.-]*\w", page.read_text())
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_lines_fit(page: Path) -> None:
     lines = page.read_text().splitlines()
     assert [
