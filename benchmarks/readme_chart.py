@@ -5,11 +5,8 @@ import re
 from pathlib import Path
 
 from billhook.errors import BillhookError
-from billhook.reports.charts import STYLE
+from billhook.reports.charts import PICTURE
 from billhook.runtime import atomic
-
-INK = "svg{color:#1f2328;font-family:sans-serif}@media(prefers-color-scheme:dark){svg{color:#e6edf3}}"
-ALONE = ".wide.chart{display:block}"  # nothing else is there to show
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("page", type=Path)
@@ -24,4 +21,4 @@ if len(found) <= args.number:
     raise BillhookError(f"{args.page} has {len(found)} charts")
 head, rest = found[args.number].split(">", 1)
 name = "" if "xmlns=" in head else ' xmlns="http://www.w3.org/2000/svg"'
-atomic.write_text(args.out, f"{head}{name}><style>{STYLE}{ALONE}{INK}</style>{rest}\n")
+atomic.write_text(args.out, f"{head}{name}><style>{PICTURE}</style>{rest}\n")

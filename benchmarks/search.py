@@ -297,6 +297,5 @@ if series:
     x, y = (Axis(f"gain over the standard on {what} windows, nats a token") for what in ("validation", "judged"))
     drawing = charts.curves("Does the search overfit?", series, x, y)
     head, rest = drawing.split(">", 1)
-    style = f"{charts.STYLE}.wide.chart{{display:block}}svg{{font-family:sans-serif}}"
     name = "" if "xmlns=" in head else ' xmlns="http://www.w3.org/2000/svg"'
-    atomic.write_text(args.results / "overfit.svg", f"{head}{name}><style>{style}</style>{rest}\n")
+    atomic.write_text(args.results / "overfit.svg", f"{head}{name}><style>{charts.PICTURE}</style>{rest}\n")

@@ -42,6 +42,10 @@ STYLE = (
     ".narrow.chart{max-width:30rem;margin-inline:auto}.wide.chart{display:none}"
     "@media print,(min-width:44rem){.wide.chart{display:block}.narrow.chart{display:none}}"
 )
+PICTURE = (  # of a wide chart that is a file of its own: always shown, in ink that suits the page around it
+    f"{STYLE}.wide.chart{{display:block}}svg.chart{{color:#1f2328;font-family:sans-serif}}"
+    "@media(prefers-color-scheme:dark){svg.chart{color:#e6edf3}}"
+)
 
 
 @dataclass(frozen=True)
