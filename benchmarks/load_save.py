@@ -46,8 +46,8 @@ def settle(to: Path) -> None:
 def bring(_: Path) -> None:
     model = load_module.load(args.folder, stream=True)
     for page in offload.offloaded_modules(model):
-        page.bring()
-        page.leave()
+        page.load()
+        page.unload()
 
 
 def load(_: Path) -> None:

@@ -104,20 +104,20 @@ def test_one_layer_is_there_at_a_time(
 ) -> None:
     """Of each model, and where there are two, the same of both."""
     there, most = set[tuple[str, int]](), list[int]()
-    bring, leave = offload.OffloadedModule.bring, offload.OffloadedModule.leave
+    bring, leave = offload.OffloadedModule.load, offload.OffloadedModule.unload
 
     def brought(page: offload.OffloadedModule) -> None:
         bring(page)
-        there.add((page.name, id(page.pager)))
+        there.add((page.name, id(page.store)))
         most.append(len({name for name, _ in there}))
         assert len({pager for _, pager in there}) == len(there)
 
     def left(page: offload.OffloadedModule, edited: bool = False) -> None:
         leave(page, edited)
-        there.difference_update([(page.name, id(page.pager))] if not page.users else [])
+        there.difference_update([(page.name, id(page.store))] if not page.users else [])
 
-    monkeypatch.setattr(offload.OffloadedModule, "bring", brought)
-    monkeypatch.setattr(offload.OffloadedModule, "leave", left)
+    monkeypatch.setattr(offload.OffloadedModule, "load", brought)
+    monkeypatch.setattr(offload.OffloadedModule, "unload", left)
     pruned(written("llama", tmp_path / "model"), text_file, tmp_path / "out", stream_weights=True, **CASES[case])
     assert max(most) == 1 and not there
 

@@ -80,7 +80,7 @@ def test_one_layer_is_there_at_a_time(tmp_path: Path, text_file: Path, monkeypat
 
     def brought(page: offload.OffloadedModule) -> None:
         bring(page)
-        there.append(sum(one.users > 0 for one in page.pager.pages))
+        there.append(sum(one.users > 0 for one in page.store.modules))
 
     monkeypatch.setattr(offload.OffloadedModule, "bring", brought)
     pruned(written("mixtral", tmp_path / "model"), text_file, tmp_path / "out", stream_weights=True, **REAP)

@@ -111,7 +111,7 @@ def appears(what: str, out: Path) -> None:
 def test_what_appears_at_an_output_meanwhile_stays(what: str, system: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with (
-        pytest.raises(BillhookError, match=r"out came to be while this worked.* whole in .*out\.1"),
+        pytest.raises(BillhookError, match=r"out was made by something else meanwhile.* is in .*out\.1"),
         atomic.folder(out) as work,
     ):
         filled(work, "new")
@@ -123,7 +123,7 @@ def test_what_appears_at_an_output_meanwhile_stays(what: str, system: str, tmp_p
 
 def test_what_was_no_longer_its_own_is_not_replaced(system: str, tmp_path: Path) -> None:
     out = filled(tmp_path / "out", "old")
-    with pytest.raises(BillhookError, match="whole in"), atomic.folder(out, overwrite=True) as work:
+    with pytest.raises(BillhookError, match="finished output is in"), atomic.folder(out, overwrite=True) as work:
         filled(work, "new")
         (out / atomic.MARK).rename(out / "notes.txt")
     assert whole(out) == "old" and whole(tmp_path / "out.1") == "new"
@@ -142,7 +142,7 @@ def test_a_file_that_appears_stays_unless_it_may_be_replaced(taken: int, system:
     for n in range(1, taken):
         (tmp_path / f"a.gguf.{n}").write_text("taken")
     with (
-        pytest.raises(BillhookError, match=rf"whole in .*a\.gguf\.{max(1, taken)}"),
+        pytest.raises(BillhookError, match=rf"finished output is in .*a\.gguf\.{max(1, taken)}"),
         atomic.file(out, overwrite=False) as work,
     ):
         work.write_text("new")

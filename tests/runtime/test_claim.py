@@ -111,7 +111,7 @@ def test_without_locks_a_folder_is_worked_in_and_that_is_said(
         with run_folder.locked(one), run_folder.locked(one):
             assert one.is_dir()
         (line,) = lines()
-        assert line.startswith(f"{one}: its file system has no locks: let no other command work there")
+        assert line.startswith(f"{one}: its file system has no locks: start no other command that works there")
 
 
 def test_what_no_run_made_is_not_removed(tmp_path: Path) -> None:

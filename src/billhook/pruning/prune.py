@@ -251,7 +251,7 @@ def _journal(
             },
             fresh,
         )
-        offload.set_swap_folder(opened.model, work / run_folder.PAGES)
+        offload.set_swap_folder(opened.model, work / run_folder.SWAP_FOLDER)
     grams = None
     if statistics and chosen.stream == "dense":
         model, seen = opened.model, hashlib.sha256(tokens.numpy().tobytes()).hexdigest()

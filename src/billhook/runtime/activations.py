@@ -1,4 +1,4 @@
-"""Hidden states of the calibration text between layers: in memory, and beyond a budget in files, each brought back when it is read.
+"""Hidden states of the calibration text between layers: in memory, beyond a budget in files, loaded when they are read.
 
 with budget(2**30):
     state = keep(x)   # in memory, while there is room
@@ -22,7 +22,7 @@ from billhook.runtime.atomic import disk_full
 
 
 class Room:
-    """At most `limit` bytes of memory, and a folder for the rest."""
+    """At most `limit` bytes of memory, and a folder for everything beyond."""
 
     def __init__(self, limit: int | float) -> None:
         self.limit, self.used, self.numbers = limit, 0, count()
@@ -39,14 +39,14 @@ _room: ContextVar[Room | None] = ContextVar("room", default=None)
 
 
 def limit() -> int | float:
-    """Bytes that are kept in memory at most."""
+    """The largest number of bytes of hidden states in memory."""
     room = _room.get()
     return float("inf") if room is None else room.limit
 
 
 @contextmanager
 def budget(limit: int | float | None) -> Iterator[None]:
-    """Keep at most so many bytes of hidden states in memory while open; None: all."""
+    """Keep at most `limit` bytes of hidden states in memory while open; None: all of them."""
     before = _room.set(Room(float("inf") if limit is None else limit))
     try:
         yield
@@ -63,7 +63,8 @@ class State:
         self.file: Path | None = None
         if self.bytes > room.limit:
             raise BillhookError(
-                f"--hidden-budget {room.limit:,.0f} bytes: the hidden states of one batch alone take {self.bytes:,}: raise it"
+                f"--hidden-budget {room.limit:,.0f} bytes: the hidden states of one batch alone take {self.bytes:,}: "
+                "raise it"
             )
         if room.used + self.bytes <= room.limit:
             self.held, room.used = x, room.used + self.bytes
@@ -81,9 +82,8 @@ class State:
             return self.held
         dtype, shape, device = self.like
         mapped = torch.from_file(str(self.file), shared=False, size=shape.numel(), dtype=dtype)
-        return mapped.view(shape).to(
-            device, copy=True
-        )  # off the map, which would count as memory as long as it is there
+        # copied, since the mapped file would count as memory as long as it is referenced
+        return mapped.view(shape).to(device, copy=True)
 
     def __del__(self) -> None:
         if self.held is not None:
@@ -93,9 +93,9 @@ class State:
 
 
 def keep(x: Tensor) -> State:
-    """Put hidden states where the budget says.
+    """Store hidden states in memory or in a file, as the budget says.
 
     Raises:
-        BillhookError: it has no room for these alone; the disk is full.
+        BillhookError: the budget has no room for these states alone, or the disk is full.
     """
     return State(x, _room.get() or Room(float("inf")))

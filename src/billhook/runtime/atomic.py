@@ -1,4 +1,4 @@
-"""Outputs appear whole or not at all: a temporary sibling, on the disk, then a rename."""
+"""Outputs appear whole or not at all: they are written to a temporary sibling, synced to the disk, then renamed."""
 
 import errno
 import os
@@ -14,35 +14,35 @@ from billhook.runtime.locks import Lock, alone, locked
 from billhook.runtime.renaming import exchanged, rename_where_free
 from billhook.runtime.signals import cleanup_on_signal, signals_deferred
 
-MARK = "billhook.json"  # every folder billhook writes holds one; --overwrite replaces nothing else
-LONGEST = "model-00001-of-00001.safetensors"  # of the names in an output, about
-SHOWN = 150  # characters of either end of a path
+MARK = "billhook.json"  # a file in every folder that billhook writes; --overwrite replaces no other folders
+LONGEST = "model-00001-of-00001.safetensors"  # about the longest name inside an output
+SHOWN = 150  # a longer path is shown by this many characters of both its ends
 
 
 def check_name(out: Path) -> None:
-    """Raise BillhookError if `out` is no name for an output, or leaves no room for those of its hidden siblings."""
-    said = str(out).encode(errors="backslashreplace").decode()
-    said = said if len(said) <= 2 * SHOWN else f"{said[:SHOWN]}…{said[-SHOWN:]}"
+    """Raise BillhookError if `out` cannot name an output, or is too long for the names of its hidden siblings."""
+    shown = str(out).encode(errors="backslashreplace").decode()
+    shown = shown if len(shown) <= 2 * SHOWN else f"{shown[:SHOWN]}…{shown[-SHOWN:]}"
     if out.name in ("", ".."):
-        raise BillhookError(f"output {said!r} is no name of its own: write one")
+        raise BillhookError(f"output {shown!r} is no name of its own: write one")
     try:
         str(out).encode()
     except UnicodeEncodeError:
-        raise BillhookError(f"cannot write {said}: its name is not UTF-8: choose another output") from None
+        raise BillhookError(f"cannot write {shown}: its name is not UTF-8: choose another output") from None
     try:
         with suppress(FileNotFoundError):
             out.stat()  # a link that leads to itself
         longest = hidden(out.resolve(), "partial") / LONGEST
-        above = next(one for one in longest.parents if one.exists())
-        for one in (longest, *(above / name for name in longest.relative_to(above).parts)):
+        above = next(path for path in longest.parents if path.exists())
+        for path in (longest, *(above / name for name in longest.relative_to(above).parts)):
             with suppress(FileNotFoundError):
-                one.lstat()
+                path.lstat()
     except OSError as error:
-        raise BillhookError(f"cannot write {said}: {error.strerror or error}") from error
+        raise BillhookError(f"cannot write {shown}: {error.strerror or error}") from error
 
 
 def check_free(out: Path, overwrite: bool) -> None:
-    """Raise BillhookError if writing the folder `out` would destroy something, or it is no name for one."""
+    """Raise BillhookError if writing the folder `out` would destroy something, or its name cannot be used."""
     check_name(out)
     _bring_back(out)
     if not out.exists() and not out.is_symlink():
@@ -60,21 +60,21 @@ def check_free(out: Path, overwrite: bool) -> None:
 
 @contextmanager
 def folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A hidden sibling of `out` that becomes `out` when the context ends well, and vanishes when it does not.
+    """A hidden sibling of `out` that becomes `out` when the context ends without an error, and is removed otherwise.
 
     Raises:
-        BillhookError: `out` is taken or cannot be written, another command is writing it, or the disk is full; nothing is left
-            behind.  Or it was taken meanwhile: then the work has a name beside it, which is said.
+        BillhookError: `out` is taken or cannot be written, another command is writing it, or the disk is full; nothing
+            is left behind.  If `out` was taken meanwhile, the work is left under another name, which the message says.
     """
     check_free(out, overwrite)
-    out = out.resolve()  # a link stays a link; the temporary sibling is on the disk that the link leads to
+    out = out.resolve()  # a link stays a link, and the temporary sibling is on the disk that it leads to
     with _beside(out) as (work, lock):
         if lock != "ours":
             raise BillhookError(_why_not(work, out, lock))
         if out.exists():
             _remove(hidden(out, "old"))
         yield work
-        with _saying(out):  # a mount point, say
+        with _explaining(out):  # renaming fails for a mount point, for one
             for path in [*work.rglob("*"), work]:
                 _settle(path)
             work.chmod(0o777 & ~_umask())
@@ -83,57 +83,57 @@ def folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def hidden(out: Path, what: str) -> Path:
-    """What stands beside an output while it is worked on: `partial`, the work; `old`, what it takes the place of."""
+    """The path beside an output of its unfinished version (`partial`), or of the version that it replaces (`old`)."""
     return out.with_name(f".{out.name}.billhook.{what}")
 
 
 def is_hidden(path: Path) -> bool:
-    """Whether it is such a thing, of any output."""
+    """Whether a path is a hidden sibling of any output."""
     return path.match(".*.billhook.*")
 
 
 @contextmanager
 def _beside(out: Path) -> Iterator[tuple[Path, Lock]]:
-    """A folder beside `out`, empty and ours alone if it could be had; it goes unless it got another name, and so do the parents that
-    were made for it unless something is in them.
+    """Yield the folder for the unfinished version of `out`, and its lock; it is empty if the lock is "ours".
 
-    What a process that was killed left in it goes first.
+    Contents that a killed process left are removed first.  Afterwards the folder is removed unless it was renamed, and
+    so are parents that were made for it, if they are empty.
     """
-    made = [parent for parent in out.parents if not parent.exists()]
-    work, known = hidden(out, "partial"), list[os.stat_result]()
+    parents = [parent for parent in out.parents if not parent.exists()]
+    work, owned = hidden(out, "partial"), list[os.stat_result]()
 
     def undo() -> None:
         with suppress(OSError):
-            if known and os.path.samestat(known[0], work.stat()):
+            if owned and os.path.samestat(owned[0], work.stat()):
                 shutil.rmtree(work, ignore_errors=True)
-        remove_empty(made)
+        remove_empty(parents)
 
     try:
         with cleanup_on_signal(undo), ExitStack() as stack:
             with signals_deferred():
-                with _saying(out, ""):
+                with _explaining(out, ""):
                     out.parent.mkdir(parents=True, exist_ok=True)
-                    lock, new = stack.enter_context(alone(work, 0o700))
-                if new and lock == "unknown":  # no one else can have made it
+                    lock, created = stack.enter_context(alone(work, 0o700))
+                if created and lock == "unknown":  # a folder just made is no other command's
                     lock = "ours"
                 if lock == "ours":
-                    known.append(work.stat())
-            stack.callback(undo)  # while it is locked
-            if known:
-                for left in work.iterdir():
-                    _remove(left)
+                    owned.append(work.stat())
+            stack.callback(undo)  # called before the lock is released
+            if owned:
+                for content in work.iterdir():
+                    _remove(content)
             yield work, lock
     except BaseException as error:
-        if not known:
+        if not owned:
             _remove_unused(work)
-            remove_empty(made)
+            remove_empty(parents)
         if full := disk_full(error):
             raise BillhookError(f"cannot write {out}: {full}; nothing half-written was left") from error
         raise
 
 
 @contextmanager
-def _saying(out: Path, more: str = "; nothing half-written was left") -> Iterator[None]:
+def _explaining(out: Path, more: str = "; nothing half-written was left") -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -150,17 +150,17 @@ def _why_not(work: Path, out: Path, lock: Lock) -> str:
 
 
 def _put(work: Path, out: Path, overwrite: bool) -> None:
-    """Give `work` the name `out`, which at no moment stands for nothing; what it stood for before goes once the new is in place.
+    """Rename `work` to `out`, so that `out` exists at every moment; the old version is removed afterwards.
 
     Raises:
-        BillhookError: something is there that was not when the work began; the work has another name.
+        BillhookError: `out` came into being since the work began; the work is left under another name.
     """
     try:
         check_free(out, overwrite)
         if out.is_dir() and any(out.iterdir()):
             _replace(work, out)
         else:
-            work.rename(out)  # in place of nothing, or of an empty folder
+            work.rename(out)  # `out` is missing or an empty folder
     except BillhookError:
         raise _in_the_way(work, out) from None
     except OSError as error:
@@ -171,7 +171,7 @@ def _put(work: Path, out: Path, overwrite: bool) -> None:
 
 
 def _replace(work: Path, out: Path) -> None:
-    with locked(out):  # whoever finds it under its hidden name leaves it
+    with locked(out):  # so that no other command removes it while it has its hidden name
         if exchanged(work, out):
             old = work
         else:
@@ -187,23 +187,21 @@ def _replace(work: Path, out: Path) -> None:
 
 
 def _in_the_way(work: Path, out: Path) -> BillhookError:
-    return BillhookError(
-        f"{out} came to be while this worked, and is not its own: what was to be there is whole in {_spare(work, out)}"
-    )
+    return BillhookError(f"{out} was made by something else meanwhile: the finished output is in {_spare(work, out)}")
 
 
 def _spare(work: Path, out: Path) -> Path:
-    """The next free name beside `out`, which `work` now has."""
+    """Rename `work` to the next free name beside `out`, and return that."""
     for n in count(1):
         with suppress(FileExistsError):
-            found = out.with_name(f"{out.name}.{n}")
-            rename_where_free(work, found)
-            return found
+            free = out.with_name(f"{out.name}.{n}")
+            rename_where_free(work, free)
+            return free
     raise AssertionError
 
 
 def _bring_back(out: Path) -> None:
-    """Where a process was killed between taking an output's name from the old and giving it to the new: the old has it again."""
+    """Rename an old version back if a process was killed after it hid that and before it put the new one in place."""
     out = out.resolve()
     old = hidden(out, "old")
     if old.is_dir() and not os.path.lexists(out):
@@ -213,14 +211,14 @@ def _bring_back(out: Path) -> None:
 
 
 def _remove_unused(work: Path) -> None:
-    """Remove a folder that no process has: an interrupt came as it was made."""
+    """Remove a folder that no process has locked: an interrupt came as it was made."""
     with suppress(OSError), locked(work) as lock:
         if lock == "ours":
             shutil.rmtree(work)
 
 
 def check_file(path: Path) -> None:
-    """Raise BillhookError if `write_text` could not write there: before the work, not after it."""
+    """Raise BillhookError if `write_text` could not write to `path`: to be called before the work, not after it."""
     check_name(path)
     above = next(parent for parent in path.absolute().parents if parent.exists())
     if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
@@ -230,17 +228,17 @@ def check_file(path: Path) -> None:
 
 @contextmanager
 def file(out: Path, overwrite: bool = True) -> Iterator[Path]:
-    """A path in a temporary sibling folder; what is written there becomes `out` when the context ends well.
+    """A path in a temporary sibling folder; the file written there becomes `out` when the context ends without an error.
 
-    Two processes may write the same one: each writes its own, and the last stays.
+    Two processes may write the same file: each writes its own version, and the last one stays.
 
     Raises:
-        BillhookError: nothing can be written there; or it is not to be overwritten, and was taken meanwhile: then what was
-            written has a name beside it, which is said.
+        BillhookError: the file cannot be written; or it must not be overwritten, and `out` was taken meanwhile: then
+            the file is left under another name, which the message says.
     """
     check_file(out)
     out = out.resolve()  # a link stays a link
-    with _saying(out), _beside(out) as (work, lock), ExitStack() as stack:
+    with _explaining(out), _beside(out) as (work, lock), ExitStack() as stack:
         if lock != "ours":
             work = hidden(out, f"{secrets.token_hex(4)}.partial")
             stack.enter_context(cleanup_on_signal(lambda: _remove(work)))
@@ -265,7 +263,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def rename(work: Path, to: Path) -> None:
-    """Give a written file its name once its content is on the disk: no power loss leaves half of it under that."""
+    """Rename a file once its content is on the disk, so that no power loss leaves half of it under the new name."""
     _settle(work)
     work.replace(to)
     _settle(to.parent)
@@ -281,7 +279,7 @@ def _settle(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """A file or folder, if it is there, and what of it can be removed."""
+    """Remove a file or folder, as far as possible; it may be missing."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -290,7 +288,10 @@ def _remove(path: Path) -> None:
 
 
 def disk_full(error: BaseException) -> str:
-    """What the disk said, if it was the disk.  What is written in Rust (tokenizers) wraps the system's error in a text of its own."""
+    """The system's words if `error` is about the disk, or ''.
+
+    Libraries written in Rust (tokenizers) raise errors of their own with the system's error code in the text.
+    """
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
         return os.strerror(error.errno)
     codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -298,7 +299,7 @@ def disk_full(error: BaseException) -> str:
 
 
 def remove_empty(folders: list[Path]) -> None:
-    """Remove those of `folders` that are empty, innermost first."""
+    """Remove those of `folders` that are empty, in the order given: innermost first."""
     for path in folders:
         if path.is_dir() and not any(path.iterdir()):
             path.rmdir()

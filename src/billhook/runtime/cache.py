@@ -1,6 +1,6 @@
-"""Results kept on disk under a digest of what decides them: JSON, and the Grams of what enters a model's readers.
+"""Results kept on disk under a digest of everything that decides them: JSON, and Grams of the inputs of readers.
 
-A file holds one reader's, 8 bytes for every pair of its inputs, twice where windows are held out.
+A Gram file is of one reader: 8 bytes for every pair of its inputs, twice that if windows are held out.
 """
 
 import hashlib
@@ -23,15 +23,15 @@ from billhook.runtime.headers import load
 from billhook.runtime.offload import parameters
 from billhook.tensors import Gram, float64_device
 
-UNCOUNTED = {  # of a config: names, its writer, what the tensors say, and what is handed out besides logits
+IRRELEVANT = {  # config keys that change no result: names, the writer, what tensors say, outputs besides logits
     *("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "auto_map"),
     *("use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict"),
 }
-KEPT = re.compile(r"[\w.-]+-[0-9a-f]{16}\.(json|safetensors)|lessons")  # names of what lies in such a folder
+FILE_NAME = re.compile(r"[\w.-]+-[0-9a-f]{16}\.(json|safetensors)|lessons")  # names in a folder of cached results
 
 
 def check_folder(folder: Path | None, what: str) -> None:
-    """Raise BillhookError if a folder holds anything but such results: it is a model's, or somebody's, and not to be written in."""
+    """Raise BillhookError if a folder holds anything but cached results: it is a model's, or somebody else's."""
     if folder is None:
         return
     atomic.check_name(folder)
@@ -39,18 +39,18 @@ def check_folder(folder: Path | None, what: str) -> None:
         return
     if not folder.is_dir():
         raise BillhookError(f"{what} {folder} is not a folder: name an empty or a new one")
-    for one in folder.iterdir():
-        if not KEPT.fullmatch(one.name) and not atomic.is_hidden(one):
+    for file in folder.iterdir():
+        if not FILE_NAME.fullmatch(file.name) and not atomic.is_hidden(file):
             raise BillhookError(
-                f"{what} {folder} holds {one.name!a}, which is no result that billhook keeps: name an empty or a new folder"
+                f"{what} {folder} holds {file.name!a}, which is no result of billhook: name an empty or a new folder"
             )
 
 
 def cached(folder: Path | None, name: str, key: dict[str, Any], measure: Callable[[], Any]) -> Any:
-    """`measure()`, or what it gave before where `folder` has it under the same key; plain data either way.
+    """The result of `measure()`, or its earlier result if `folder` has one under the same key; plain data either way.
 
     Raises:
-        BillhookError: what was kept cannot be read; names the file.
+        BillhookError: the cached result cannot be read; names the file.
     """
     if folder is None:
         return json.loads(json.dumps(measure()))
@@ -64,62 +64,62 @@ def cached(folder: Path | None, name: str, key: dict[str, Any], measure: Callabl
 
 
 def has(folder: Path | None, name: str, key: dict[str, Any]) -> bool:
-    """Whether `kept` would measure nothing."""
+    """Whether `cached` has the result and would measure nothing."""
     return folder is not None and path(folder, name, key).exists()
 
 
 def model_key(model: nn.Module) -> dict[str, str]:
-    """What of a model, and of how it is looked at, decides a result: the start of every key that a result is kept under."""
+    """The part that every key has: the model, and the code that measures it."""
     return {"model": model_sha256(model), "version of billhook": code_sha256()}
 
 
 def model_sha256(model: nn.Module) -> str:
-    """Of what a model computes: every parameter's and buffer's name, shape and values, and its config."""
-    found = hashlib.sha256()
-    buffers = ((name, one) for name, one in model.named_buffers() if not one.is_meta)
+    """SHA-256 of what a model computes: name, shape and values of all parameters and buffers, and the config."""
+    total = hashlib.sha256()
+    buffers = ((name, buffer) for name, buffer in model.named_buffers() if not buffer.is_meta)
     for name, tensor in chain(parameters(model), buffers):
         values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        found.update(values.numpy().data)
+        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        total.update(values.numpy().data)
     config: Any = getattr(model, "config", None)
-    said = config.to_dict() if config is not None else {}
-    decides = {key: value for key, value in said.items() if key not in UNCOUNTED}
-    decides["attention by"] = getattr(config, "_attn_implementation", None)
-    found.update(json.dumps(decides, sort_keys=True, default=str).encode())
-    return found.hexdigest()
+    settings = config.to_dict() if config is not None else {}
+    relevant = {key: value for key, value in settings.items() if key not in IRRELEVANT}
+    relevant["attention by"] = getattr(config, "_attn_implementation", None)
+    total.update(json.dumps(relevant, sort_keys=True, default=str).encode())
+    return total.hexdigest()
 
 
 @cache
 def code_sha256() -> str:
-    """Of billhook's own source: a result of other code is not the same result."""
-    found = hashlib.sha256()
+    """SHA-256 of billhook's own source: another version's result is not the same result."""
+    total = hashlib.sha256()
     for file in sorted(Path(__file__).parents[1].rglob("*.py")):
-        found.update(file.read_bytes())
-    return found.hexdigest()[:16]
+        total.update(file.read_bytes())
+    return total.hexdigest()[:16]
 
 
 def path(folder: Path, name: str, key: dict[str, Any], ending: str = "json") -> Path:
-    """The file in `folder` that belongs to `key`."""
+    """The file in `folder` that holds the result of `key`."""
     return folder / f"{name}-{digest(key)}.{ending}"
 
 
 def digest(key: dict[str, Any]) -> str:
-    """Sixteen hexadecimal digits of a SHA-256."""
+    """The first sixteen hexadecimal digits of a key's SHA-256."""
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Grams:
-    """Those in `folder` that belong to `key`, all that decides them: model, code, text, and what it is computed in."""
+    """The Grams in `folder` under `key`, which has all that decides them: model, code, text, and type of products."""
 
     def __init__(self, folder: Path, key: dict[str, Any]) -> None:
         self.folder, self.key = folder, key
 
     def has(self, readers: Iterable[str]) -> bool:
-        """Whether all of these are there."""
+        """Whether the Grams of all these readers are there."""
         return all(self._file(reader).exists() for reader in readers)
 
     def read(self, reader: str, device: torch.device) -> tuple[Gram, Gram | None]:
-        """From the windows to fit, and from those held out.
+        """One reader's Gram over the windows to fit, and over those held out.
 
         Raises:
             BillhookError: the file cannot be read.
@@ -128,7 +128,7 @@ class Grams:
         return found["fit"].to(where), found["held_out"].to(where) if "held_out" in found else None
 
     def keep(self, reader: str, fit: Gram, held_out: Gram | None) -> None:
-        """Raises BillhookError where the disk does not take them."""
+        """Write one reader's Grams.  Raises BillhookError if the disk does not take them."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with atomic.file(self._file(reader)) as work:
             tensor_files.write({"fit": fit} | ({} if held_out is None else {"held_out": held_out}), work)

@@ -1,4 +1,4 @@
-"""JSON that billhook reads back: one reader, which names the file, the key and what it should be."""
+"""JSON files that billhook reads: one reader, whose messages name the file, the key and what it should be."""
 
 import hashlib
 import json
@@ -13,13 +13,13 @@ from pydantic import BaseModel, ValidationError
 
 from billhook.errors import BillhookError, first_line
 
-LARGEST = 2**26  # bytes of a file: an index of half a million tensors has half of that
-LARGEST_YAML = 2**17  # bytes of a recipe or an allocation: YAML takes a second for them
-SEAL = "sha256"  # the key of a digest of all others
-DEEPEST = 100  # lists and objects within one another: what follows a document down copies, compares and prints it, too
-SHOWN = 60  # characters of a value that is wrong
-HALF = re.compile(r"\\u[dD][89abAB]|\\u[dD][c-fC-F]")  # of a character, which may lack its other half
-PLAIN = {  # pydantic's words for what JSON calls otherwise
+LARGEST = 2**26  # bytes of a file; an index of half a million tensors has half as many
+LARGEST_YAML = 2**17  # bytes of a recipe or an allocation; parsing as much YAML takes a second
+SEAL = "sha256"  # key that holds the digest of all other keys
+DEEPEST = 100  # levels of lists and objects; copying, comparing and printing recurse as deep
+SHOWN = 60  # characters of a wrong value that a message shows
+SURROGATE = re.compile(r"\\u[dD][89abAB]|\\u[dD][c-fC-F]")  # half a character; the other half may be missing
+PLAIN = {  # messages in the words of JSON, by pydantic's type of error
     "model_type": "it should be an object",
     "model_attributes_type": "it should be an object",
     "dict_type": "it should be an object",
@@ -38,37 +38,41 @@ def read_object(path: Path, what: str, remedy: str, largest: int = LARGEST) -> d
 
     Args:
         what: the file, as messages call it.
-        remedy: what to do where it cannot be read.
+        remedy: what to do if it cannot be read.
 
     Raises:
-        BillhookError: it is no plain file, larger than `largest` bytes, not UTF-8, not JSON as the standard has it (no NaN, no
-            number beyond a float, no half a character), nested too deeply, or holds no object.
-        FileNotFoundError: there is none.
+        BillhookError: it is not a plain file, is larger than `largest` bytes, not UTF-8, not standard JSON (which has
+            no NaN, no number beyond a float and no half characters), nested too deeply, or holds no object.
+        FileNotFoundError: there is no such file.
     """
     return parsed_object(read_bytes(path, what, remedy, largest), what, remedy)
 
 
 def parsed_object(content: bytes, what: str, remedy: str, *, finite: bool = True) -> dict[str, Any]:
-    """The JSON object in what a file holds; see `read_object`.  With NaN and infinities, as Python writes them, if not `finite`."""
+    """The JSON object in a file's content; see `read_object`.
+
+    Args:
+        finite: False also reads NaN and infinities, as Python writes them.
+    """
     only = {"parse_constant": _refuse, "parse_float": _finite} if finite else {}
     try:
         text = content.decode("utf-8")
-        found = json.loads(text, **only)
-        if _deep(found):
+        document = json.loads(text, **only)
+        if _deep(document):
             raise RecursionError
-        if HALF.search(text):
-            _check_characters(found)
+        if SURROGATE.search(text):
+            _check_characters(document)
     except RecursionError:
         raise BillhookError(f"{what} cannot be read (nested too deeply): {remedy}") from None
     except ValueError as error:  # not UTF-8 and not JSON are kinds of it, and numbers of too many digits
         raise BillhookError(f"{what} cannot be read ({first_line(error)}): {remedy}") from error
-    if not isinstance(found, dict):
-        raise BillhookError(f"{what} holds {_kind(found)}, not a JSON object: {remedy}")
-    return found
+    if not isinstance(document, dict):
+        raise BillhookError(f"{what} holds {_kind(document)}, not a JSON object: {remedy}")
+    return document
 
 
 def read_as(kind: type[Document], path: Path, what: str, remedy: str, largest: int = LARGEST) -> Document:
-    """The JSON object in a file, each key of the type that `kind` gives it.
+    """The JSON object in a file, validated as a `kind`.
 
     Raises:
         BillhookError: as `read_object`, or a key is missing or of another type; names it.
@@ -78,41 +82,41 @@ def read_as(kind: type[Document], path: Path, what: str, remedy: str, largest: i
 
 
 def sealed(content: dict[str, Any]) -> str:
-    """JSON of what billhook keeps for itself, with a digest that tells whether it is still what was written."""
+    """JSON of data that billhook keeps for itself, with a digest that shows later damage."""
     plain = json.loads(json.dumps(content))
     return json.dumps({**plain, SEAL: _digest(plain)}) + "\n"
 
 
 def read_sealed(path: Path, what: str, remedy: str) -> dict[str, Any]:
-    """What `sealed` wrote.
+    """Read what `sealed` wrote.
 
     Raises:
-        BillhookError: as `read_object`, or it is no longer what was written.
+        BillhookError: as `read_object`, or the content was changed since.
         FileNotFoundError: there is no such file.
     """
-    found = parsed_object(read_bytes(path, what, remedy), what, remedy, finite=False)
-    if found.pop(SEAL, None) != _digest(found):
+    document = parsed_object(read_bytes(path, what, remedy), what, remedy, finite=False)
+    if document.pop(SEAL, None) != _digest(document):
         raise BillhookError(f"{what} is not as it was written: {remedy}")
-    return found
+    return document
 
 
 def read_yaml(path: Path, what: str) -> Any:
-    """The plain data in a YAML file of somebody's own, JSON among them.
+    """The plain data in a user's YAML file; JSON is YAML, too.
 
     Raises:
-        BillhookError: it is no plain file, is too large, not UTF-8, not YAML, or nested too deeply.
+        BillhookError: it is not a plain file, is too large, not UTF-8, not YAML, or nested too deeply.
     """
     try:
-        found = yaml.load(read_bytes(path, what, "write it again", LARGEST_YAML).decode("utf-8"), _Plain)
-        if _deep(found):
+        document = yaml.load(read_bytes(path, what, "write it again", LARGEST_YAML).decode("utf-8"), _Plain)
+        if _deep(document):
             raise RecursionError
     except BillhookError:
         raise
     except RecursionError:
         raise BillhookError(f"{what} cannot be read (nested too deeply)") from None
-    except (OSError, yaml.YAMLError, ValueError) as error:  # a date that is none is a ValueError
+    except (OSError, yaml.YAMLError, ValueError) as error:  # an impossible date is a ValueError
         raise BillhookError(f"{what} cannot be read: {first_line(error)}") from error
-    return found
+    return document
 
 
 def typed(kind: type[Document], content: Any, what: str, remedy: str) -> Document:
@@ -128,7 +132,7 @@ def typed(kind: type[Document], content: Any, what: str, remedy: str) -> Documen
 
 
 def read_bytes(path: Path, what: str, remedy: str, largest: int = LARGEST) -> bytes:
-    """What a plain file of at most `largest` bytes holds.
+    """The content of a plain file of at most `largest` bytes.
 
     Raises:
         BillhookError: it is a device, a pipe or a folder, is larger, or cannot be read.
@@ -145,25 +149,25 @@ def read_bytes(path: Path, what: str, remedy: str, largest: int = LARGEST) -> by
 
 
 def check_plain(path: Path, what: str, remedy: str, largest: int = LARGEST) -> None:
-    """Look at what a path names before it is opened, which a pipe would never end.
+    """Check what a path names before it is opened: reading a pipe might never end.
 
     Raises:
         BillhookError, FileNotFoundError: as `read_bytes`.
     """
     try:
-        seen = path.stat()
+        status = path.stat()
     except FileNotFoundError:
         raise
-    except (OSError, ValueError) as error:  # a zero in its name
+    except (OSError, ValueError) as error:  # a ValueError: the name holds a zero byte
         raise BillhookError(f"{what} cannot be read ({getattr(error, 'strerror', None) or error}): {remedy}") from error
-    if not stat.S_ISREG(seen.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise BillhookError(f"{what} is not a plain file: {remedy}")
-    if seen.st_size > largest:
-        raise BillhookError(f"{what} has {seen.st_size:,} bytes, more than the {largest:,} it can hold: {remedy}")
+    if status.st_size > largest:
+        raise BillhookError(f"{what} has {status.st_size:,} bytes, more than the {largest:,} it can hold: {remedy}")
 
 
 class _Plain(yaml.SafeLoader):
-    """Without aliases: a few lines of them stand for more than a memory holds."""
+    """Loads YAML without aliases: a few lines of those can stand for more than memory holds."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -180,35 +184,35 @@ def _refuse(constant: str) -> NoReturn:
 
 
 def _deep(document: Any) -> bool:
-    """Whether it is deeper than `DEEPEST`."""
+    """Whether a document is nested deeper than `DEEPEST`."""
     level = [document]
     for _ in range(DEEPEST):
         level = [
-            within
-            for one in level
-            if isinstance(one, dict | list)
-            for within in (one.values() if isinstance(one, dict) else one)
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
         ]
     return bool(level)
 
 
 def _finite(number: str) -> float:
-    found = float(number)
-    if not math.isfinite(found):
+    value = float(number)
+    if not math.isfinite(value):
         raise ValueError(f"{number[:SHOWN]} is beyond what a number may be")
-    return found
+    return value
 
 
-def _check_characters(found: Any) -> None:
-    """Raise ValueError if a text holds half a character, which no file could be written with."""
+def _check_characters(document: Any) -> None:
+    """Raise ValueError if a text holds half a character, which cannot be written to a file."""
     try:
-        json.dumps(found, ensure_ascii=False).encode()
+        json.dumps(document, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise ValueError("a text holds half a character, a lone surrogate") from None
 
 
 def _wrong(error: ValidationError | RecursionError) -> str:
-    """The first key that is wrong and what it should be."""
+    """The first wrong key and what it should be."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
     first = error.errors(include_url=False)[0]
@@ -216,8 +220,8 @@ def _wrong(error: ValidationError | RecursionError) -> str:
     should = PLAIN.get(first["type"], first["msg"][:1].lower() + first["msg"][1:]).removeprefix("value error, ")
     if first["type"] == "missing":
         return f"{key} is missing"
-    given = repr(first["input"])
-    return f"{key} is {given if len(given) <= SHOWN else given[:SHOWN] + '…'}: {should}"
+    value = repr(first["input"])
+    return f"{key} is {value if len(value) <= SHOWN else value[:SHOWN] + '…'}: {should}"
 
 
 def _kind(value: Any) -> str:

@@ -1,6 +1,7 @@
-"""What the header of a safetensors file says, checked against the file before anything is read by it.
+"""Headers of safetensors files, checked against the file before tensors are read.
 
-A file is eight bytes, the length of the header; the header, a JSON object; and the numbers, tensor after tensor without a gap.
+A file has three parts: the length of the header in eight bytes; the header, a JSON object; the numbers, tensor after
+tensor without a gap.
 """
 
 import stat
@@ -18,11 +19,11 @@ from torch import Tensor
 from billhook.errors import BillhookError, first_line
 from billhook.runtime.documents import parsed_object, typed
 
-LONGEST = 100_000_000  # bytes of a header, by the format
-PREFIX = 8
-DIMENSIONS = 64  # that a tensor of torch can have
+LONGEST = 100_000_000  # bytes of a header, as the format limits it
+PREFIX = 8  # bytes before the header: its length
+DIMENSIONS = 64  # the most that a tensor of torch can have
 META = "__metadata__"
-BITS = {  # of one number, by the format's names
+BITS = {  # size of one number, by the format's name of its type
     **dict.fromkeys(("F4",), 4),
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
@@ -34,7 +35,7 @@ Number = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Entry(BaseModel):
-    """What a header says of one tensor."""
+    """A header's entry of one tensor."""
 
     model_config = ConfigDict(strict=True)
 
@@ -44,7 +45,7 @@ class Entry(BaseModel):
 
 
 class Metadata(RootModel[dict[str, str]]):
-    """What a header says beside its tensors."""
+    """A header's entry beside those of tensors."""
 
     model_config = ConfigDict(strict=True)
 
@@ -54,9 +55,9 @@ class Stored:
     """One tensor of a folder."""
 
     file: Path
-    key: str  # its name there
+    key: str  # name of the tensor in the file
     shape: tuple[int, ...]
-    dtype: str  # safetensors' name
+    dtype: str  # safetensors' name of the type
 
     @property
     def elements(self) -> int:
@@ -64,48 +65,49 @@ class Stored:
 
 
 def read_header(file: Path, what: str, remedy: str) -> dict[str, Stored]:
-    """Every tensor of a safetensors file by its name.  No more is read than the header, nor more taken than it has in bytes.
+    """Every tensor of a safetensors file by its name.  Only the header is read, and at most as many bytes as there are.
 
     Args:
         what: the file, as messages call it.
-        remedy: what to do where it cannot be read.
+        remedy: what to do if it cannot be read.
 
     Raises:
-        BillhookError: it is no plain file, ends before its header or its last tensor does, or its header is none: names the tensor.
-        FileNotFoundError: there is none.
+        BillhookError: it is not a plain file, ends before its header or its last tensor does, or the header is wrong;
+            names the tensor.
+        FileNotFoundError: there is no such file.
     """
     damaged = f"{what} is damaged or truncated"
     try:
-        seen = file.stat()  # before it is opened: a pipe would keep us waiting
-        if not stat.S_ISREG(seen.st_mode):
+        status = file.stat()  # before the file is opened: a pipe would block
+        if not stat.S_ISREG(status.st_mode):
             raise BillhookError(f"{what} is not a plain file: {remedy}")
         with file.open("rb") as content:
-            header = _header(content, seen.st_size, damaged, remedy)
+            header = _header(content, status.st_size, damaged, remedy)
             start = content.tell()
     except FileNotFoundError:
         raise
     except OSError as error:
         raise BillhookError(f"{what} cannot be read ({error.strerror or error}): {remedy}") from error
     typed(Metadata, header.pop(META, {}), f"{damaged}: its {META}", remedy)
-    entries = {key: typed(Entry, one, f"{damaged}: its tensor {shown(key)}", remedy) for key, one in header.items()}
-    if wrong := _misplaced(entries, seen.st_size - start):
+    entries = {key: typed(Entry, entry, f"{damaged}: its tensor {shown(key)}", remedy) for key, entry in header.items()}
+    if wrong := _misplaced(entries, status.st_size - start):
         raise BillhookError(f"{damaged} ({wrong}): {remedy}")
     try:
-        with safe_open(file, framework="pt"):  # whose own rules have the last word
+        with safe_open(file, framework="pt"):  # safetensors' own checks, which may be stricter
             pass
     except (SafetensorError, OSError) as error:
         raise BillhookError(f"{damaged} ({first_line(error)}): {remedy}") from error
-    return {key: Stored(file, key, tuple(one.shape), one.dtype) for key, one in entries.items()}
+    return {key: Stored(file, key, tuple(entry.shape), entry.dtype) for key, entry in entries.items()}
 
 
 def load(file: Path, remedy: str, names: Iterable[str] = ()) -> dict[str, Tensor]:
     """Every tensor of a safetensors file that billhook wrote for itself.
 
     Args:
-        names: of tensors that it must have.
+        names: tensors that the file must have.
 
     Raises:
-        BillhookError: as `read_header`, there is no such file, or a tensor of these is missing.
+        BillhookError: as `read_header`, there is no such file, or it lacks one of `names`.
     """
     check_tensors(file, remedy, dict.fromkeys(names))
     try:
@@ -115,28 +117,28 @@ def load(file: Path, remedy: str, names: Iterable[str] = ()) -> dict[str, Tensor
 
 
 def check_tensors(file: Path, remedy: str, shapes: Mapping[str, tuple[int, ...] | None]) -> None:
-    """Raise BillhookError unless a safetensors file has these tensors, of these shapes where one is said."""
+    """Raise BillhookError unless a safetensors file has these tensors in these shapes; None stands for any shape."""
     try:
-        found = read_header(file, str(file), remedy)
+        stored = read_header(file, str(file), remedy)
     except FileNotFoundError:
         raise BillhookError(f"{file} is missing: {remedy}") from None
     for name, shape in shapes.items():
-        if name not in found:
+        if name not in stored:
             raise BillhookError(f"{file} has no tensor {shown(name)}: {remedy}")
-        if shape is not None and found[name].shape != shape:
+        if shape is not None and stored[name].shape != shape:
             raise BillhookError(
-                f"{file}: tensor {shown(name)} is {_shape(found[name].shape)}, not {_shape(shape)}: {remedy}"
+                f"{file}: tensor {shown(name)} is {_shape(stored[name].shape)}, not {_shape(shape)}: {remedy}"
             )
 
 
 def shown(name: str) -> str:
-    """A name out of a file, as a line can hold it."""
+    """A name from a file, printable and short enough for a message."""
     plain = name if name.isprintable() else ascii(name)[1:-1]
     return plain if len(plain) <= 120 else f"{plain[:120]}…"
 
 
 def _header(content: BinaryIO, size: int, damaged: str, remedy: str) -> dict[str, Any]:
-    """The header, of a file that has `size` bytes."""
+    """The header of a file of `size` bytes."""
     if size < PREFIX:
         raise BillhookError(f"{damaged} (it has {size} bytes): {remedy}")
     length = int.from_bytes(content.read(PREFIX), "little")
@@ -146,21 +148,21 @@ def _header(content: BinaryIO, size: int, damaged: str, remedy: str) -> dict[str
 
 
 def _misplaced(entries: dict[str, Entry], size: int) -> str:
-    """What is wrong with the places of tensors in the `size` bytes of numbers, or ''."""
+    """What is wrong with the positions of tensors in the `size` bytes of numbers, or ''."""
     ordered = sorted(entries.items(), key=lambda item: item[1].data_offsets)
-    if beyond := [key for key, one in ordered if one.data_offsets[1] > size]:
+    if beyond := [key for key, entry in ordered if entry.data_offsets[1] > size]:
         return f"{shown(beyond[0])} and all after it are cut off"
-    at = 0
-    for key, one in ordered:
-        begin, end = one.data_offsets
-        if one.dtype not in BITS:
-            return f"tensor {shown(key)} has the unknown dtype {shown(one.dtype)}"
-        if begin != at:
-            return f"tensor {shown(key)} begins at byte {begin:,}, where the one before it ends at {at:,}"
-        if 8 * (end - begin) != BITS[one.dtype] * prod(one.shape):
-            return f"tensor {shown(key)} of {one.dtype} {_shape(one.shape)} has {end - begin:,} bytes"
-        at = end
-    return "" if at == size else f"its tensors end at byte {at:,} of {size:,}"
+    position = 0
+    for key, entry in ordered:
+        begin, end = entry.data_offsets
+        if entry.dtype not in BITS:
+            return f"tensor {shown(key)} has the unknown dtype {shown(entry.dtype)}"
+        if begin != position:
+            return f"tensor {shown(key)} begins at byte {begin:,}, where the one before it ends at {position:,}"
+        if 8 * (end - begin) != BITS[entry.dtype] * prod(entry.shape):
+            return f"tensor {shown(key)} of {entry.dtype} {_shape(entry.shape)} has {end - begin:,} bytes"
+        position = end
+    return "" if position == size else f"its tensors end at byte {position:,} of {size:,}"
 
 
 def _shape(shape: Iterable[int]) -> str:

@@ -1,4 +1,7 @@
-"""How another Python is started: with nothing of this process, but where it is this very one, for what this process imports from."""
+"""Start another Python interpreter, isolated from this process.
+
+The interpreter that runs this process is started with the same import path.
+"""
 
 import functools
 import json
@@ -7,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Given a path, a script and its arguments, this is the script with its arguments; imports search the path, and find no billhook.
+# Arguments: an import path as JSON, a script, its arguments.  Runs the script; imports search that path, without billhook.
 START = """
 import json, runpy, sys
 sys.path[:], sys.modules["billhook"], sys.argv[:] = json.loads(sys.argv[1]), None, sys.argv[2:]
@@ -16,15 +19,16 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 PROBE = """
 import importlib.util, json, sys
 sys.path[:] = json.loads(sys.argv[1])
-gone = [name for name in sys.argv[2:] if not (spec := importlib.util.find_spec(name)) or not spec.origin]
-sys.exit(f"No module named {gone[0]!r}" if gone else 0)
+missing = [name for name in sys.argv[2:] if not (spec := importlib.util.find_spec(name)) or not spec.origin]
+sys.exit(f"No module named {missing[0]!r}" if missing else 0)
 """
 
 
 def command(python: str, script: Path, *arguments: str) -> list[str]:
-    """What runs `script` by the interpreter `python`, isolated (-I): without the user's site, PYTHONPATH and the working folder.
+    """The command that runs `script` by the interpreter `python`, isolated (-I).
 
-    Where it is the one that runs this process, imports search what they search here, wherever that came from, and find no billhook.
+    Isolated means without the user's site, PYTHONPATH and the working folder.  The interpreter of this process gets
+    this process's import path, wherever that came from, but finds no billhook in it.
     """
     if not is_own(python):
         return [python, "-I", str(script), *arguments]
@@ -32,20 +36,20 @@ def command(python: str, script: Path, *arguments: str) -> list[str]:
 
 
 def is_own(python: str) -> bool:
-    """Whether this process is run by it: by the very name, since a virtual environment is a link to another's Python."""
+    """Whether `python` runs this process; compares names, since a virtual environment links to another's Python."""
     return bool(python) and os.path.abspath(python) == os.path.abspath(sys.executable)
 
 
 def why_not(*packages: str) -> str:
-    """Why the interpreter of this process, started anew, would not find all these packages; empty where it would.
+    """Why this process's interpreter, started anew, would not find all these packages, or ''.
 
-    Nothing is imported; it is asked once.
+    Nothing is imported, and the answer is cached.
     """
     return _why_not(sys.executable or "", json.dumps(_path()), packages)
 
 
 def _path() -> list[str]:
-    """Where this process imports from, in full: an empty entry is its working folder."""
+    """This process's import path, absolute; an empty entry is the working folder."""
     return [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)]
 
 
@@ -59,5 +63,5 @@ def _why_not(python: str, path: str, packages: tuple[str, ...]) -> str:
         )
     except OSError as error:
         return error.strerror or type(error).__name__
-    said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    return (said or [f"exit code {done.returncode}"])[-1] if done.returncode else ""
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    return (lines or [f"exit code {done.returncode}"])[-1] if done.returncode else ""

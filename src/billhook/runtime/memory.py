@@ -11,26 +11,29 @@ import psutil
 import torch
 
 M_MMAP_THRESHOLD = -3  # malloc.h
-LARGE = 1_000_000  # bytes: a peak of 1,113 MB, and 1,117 with sixteen times as much (docs/LOG.md)
+LARGE = 1_000_000  # bytes; gives a peak of 1,113 MB, sixteen times as much gives 1,117 MB (docs/LOG.md)
 
 
 def return_freed() -> None:
-    """Have the C library give freed memory back: holes that small cuts leave in it are reused late, and unseen by a measure."""
+    """Have the C library give freed memory back.
+
+    Holes that small cuts leave are reused late, and a measurement would count them as used.
+    """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc alone has it
         libc.malloc_trim(0)
 
 
 def return_large() -> None:
-    """From now on have the C library take large blocks from the system one by one, and give each back when it is freed.
+    """From now on have the C library map large blocks one by one, and give each back when it is freed.
 
-    glibc does so from 128 kB on at first, and from up to 32 MB on once it has freed some, whose holes then stay.
+    By default glibc does so from 128 kB on, but raises that to as much as 32 MB once such blocks were freed.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that a new tensor could have."""
+    """Bytes that new tensors on a device can take."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
@@ -38,9 +41,9 @@ def free_bytes(device: torch.device) -> int:
 
 @contextmanager
 def peak_growth(device: torch.device) -> Iterator[Callable[[], int]]:
-    """Yield a function that tells, afterwards, by how many bytes memory rose at most while the context was open.
+    """Yield a function that returns, afterwards, by how many bytes memory grew at most while the context was open.
 
-    On CUDA the allocator's own peak; elsewhere the resident set, sampled every 5 ms.
+    On CUDA this is the allocator's own peak; elsewhere the resident set, sampled every 5 ms.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

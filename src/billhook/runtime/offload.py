@@ -1,13 +1,14 @@
 """Weights that are in memory only while something needs them: a model larger than memory, one decoder layer at a time.
 
-A paged model is a skeleton on the meta device.  Its pages are the decoder layers, each whole, and what else holds parameters,
-the embedding table, the last norm, the head.  A page comes from its safetensors file when its module is called and goes when the
-call ends; while it is `held` it stays, may be edited, and goes to a file of its own if it was.
+An offloaded model is a skeleton on the meta device.  Its offloaded modules are the decoder layers, each as a whole, and
+every other module with parameters: the embedding table, the last norm, the head.  The weights of an offloaded module are
+loaded from their safetensors file when it is called, and unloaded when the call ends.  While it is `loaded` they stay
+and may be edited; edited ones are swapped out to a file of their own.
 
-    with held(layer):
-        ...  # weights are there, and may be changed or replaced
-    for names in by_page(model, every):
-        ...  # those of one page, which is held
+    with loaded(layer):
+        ...  # weights are in memory, and may be changed or replaced
+    for names in by_module(model, paths):
+        ...  # the paths inside one offloaded module, which is loaded
 """
 
 import copy
@@ -29,40 +30,44 @@ from torch import Tensor, nn
 from billhook.errors import BillhookError, first_line
 from billhook.runtime import tensor_files
 
-ATTRIBUTE = "billhook_page"  # attribute of a module that is one
+ATTRIBUTE = "billhook_offloaded"  # attribute that marks an offloaded module
 
 
 def check_finite(tensor: Tensor, name: str, file: Path | str) -> None:
-    """Raise BillhookError if a weight of a file holds NaN or infinite values, as it is computed with."""
+    """Raise BillhookError if a weight, in the type it is computed with, holds NaN or infinite values."""
     if not finite(tensor):
         raise BillhookError(f"{file}: tensor {name} holds NaN or infinite values")
 
 
 def finite(tensor: Tensor) -> bool:
-    """Whether no entry is NaN or infinite; by the extremes, which of bfloat16 takes a tenth of what `isfinite` does."""
+    """Whether no entry is NaN or infinite; looks at minimum and maximum, for bfloat16 ten times as fast as `isfinite`."""
     return not tensor.numel() or all(bool(end.isfinite()) for end in tensor.aminmax())
 
 
 class SwapFiles:
-    """Files of pages that were edited, of a model and its twins: one that none of them reads any more goes, all when they do."""
+    """Files of edited weights of a model and its copies.
+
+    A file is removed once none of them reads it, and all files are removed with the last model.
+    """
 
     def __init__(self) -> None:
-        self.pagers: weakref.WeakSet[WeightStore] = weakref.WeakSet()
-        self.folder: Path | None = None  # None: a temporary one
+        self.stores: weakref.WeakSet[WeightStore] = weakref.WeakSet()
+        self.folder: Path | None = None  # None stands for a temporary folder
         self.made, self.numbers, self.written = False, count(), set[Path]()
 
-    def file(self, page: str) -> Path:
-        """A new one: what a twin reads is not written over."""
+    def file(self, module: str) -> Path:
+        """A new file name: a file that a copy reads is never overwritten."""
         if not self.made:
             self.folder = self.folder or Path(tempfile.mkdtemp(prefix="billhook-pages-"))
             self.folder.mkdir(parents=True, exist_ok=True)
             weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
             self.made = True
         assert self.folder is not None
-        return self.folder / f"{page}-{next(self.numbers)}.safetensors"
+        return self.folder / f"{module}-{next(self.numbers)}.safetensors"
 
     def sweep(self) -> None:
-        needed = {file for pager in self.pagers for file in pager.files.values()}
+        """Remove files that no model reads any more."""
+        needed = {file for store in self.stores for file in store.files.values()}
         for file in self.written - needed:
             file.unlink(missing_ok=True)
         self.written &= needed
@@ -70,28 +75,30 @@ class SwapFiles:
 
 @dataclass(eq=False)
 class WeightStore:
-    """Where every parameter of a paged model lies."""
+    """Where every parameter of an offloaded model is stored."""
 
-    files: dict[str, Path]  # by the parameter's name in the model
-    keys: dict[str, str]  # its name in that file
+    files: dict[str, Path]  # file by the parameter's name in the model
+    keys: dict[str, str]  # name in that file by the parameter's name in the model
     device: torch.device
-    spilled: SwapFiles = field(default_factory=SwapFiles)
-    pages: list["OffloadedModule"] = field(default_factory=list)
+    swap: SwapFiles = field(default_factory=SwapFiles)
+    modules: list["OffloadedModule"] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.spilled.pagers.add(self)
+        self.swap.stores.add(self)
 
     def read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-        """Parameters by name, as they are stored, each to be copied before the next is asked for: they lie in a mapped file.
+        """Yield parameters with their names, as they are stored.
+
+        Each is a view of a mapped file, and has to be copied before the next one is asked for.
 
         Raises:
-            BillhookError: one holds NaN or infinite values.
+            BillhookError: a parameter holds NaN or infinite values.
         """
         by_file: dict[Path, list[str]] = defaultdict(list)
         for name in names:
             by_file[self.files[name]].append(name)
-        for file, here in by_file.items():
-            for name in here:  # opened for each: what was touched of a mapping counts as memory until it is closed
+        for file, group in by_file.items():
+            for name in group:  # a mapping is closed after each: what was read from it counts as memory until then
                 with safe_open(file, framework="pt") as shard:
                     tensor = shard.get_tensor(self.keys[name])
                     check_finite(tensor, name, file)
@@ -99,17 +106,17 @@ class WeightStore:
                     del tensor
 
     def read_from(self, file: Path, names: list[str]) -> None:
-        """Have parameters come from another file, where they have their own names."""
+        """From now on read these parameters from another file, which has them under the names in the model."""
         self.files |= dict.fromkeys(names, file)
         self.keys |= {name: name for name in names}
 
-    def spill(self, page: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep edited parameters in a file of their own, from now on theirs.
+    def swap_out(self, module: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write edited parameters of a module to a new swap file, and read them from there from now on.
 
         Raises:
-            BillhookError: it cannot be written.
+            BillhookError: the file cannot be written.
         """
-        file = self.spilled.file(page)
+        file = self.swap.file(module)
         try:
             tensor_files.write(tensors, file)
         except OSError as error:
@@ -117,248 +124,259 @@ class WeightStore:
             raise BillhookError(
                 f"cannot write weights to {file}: {first_line(error)}: free some room, or choose another output"
             ) from error
-        self.spilled.written.add(file)
+        self.swap.written.add(file)
         self.read_from(file, list(tensors))
 
-    def standing(self) -> dict[int, list[tuple[str, nn.Module, str]]]:
-        """By parameter everywhere that it stands, a tied one more than once: its name, the module, its name there."""
-        found: dict[int, list[tuple[str, nn.Module, str]]] = defaultdict(list)
-        for page in self.pages:
-            for name, (owner, leaf) in page.owners().items():
-                found[id(owner._parameters[leaf])].append((name, owner, leaf))
-        return found
+    def places(self) -> dict[int, list[tuple[str, nn.Module, str]]]:
+        """By the parameter's id, each of its places (a tied one has several): full name, module, name in the module."""
+        places: dict[int, list[tuple[str, nn.Module, str]]] = defaultdict(list)
+        for offloaded in self.modules:
+            for name, (owner, leaf) in offloaded.owners().items():
+                places[id(owner._parameters[leaf])].append((name, owner, leaf))
+        return places
 
 
 @dataclass
 class OffloadedModule:
-    """One module whose weights come and go together."""
+    """One module whose weights are loaded and unloaded together."""
 
-    pager: WeightStore
+    store: WeightStore
     module: nn.Module
     prefix: str
-    whole: bool  # with all that is in it, or its own parameters alone
-    name: str  # of its own file: what its prefix was at first
-    users: int = 0
+    whole: bool  # whether parameters of inner modules belong to it
+    name: str  # start of its swap files' names: its first prefix
+    users: int = 0  # how many calls and `loaded` contexts need its weights
     called: bool = False
-    away: dict[str, nn.Parameter] = field(default_factory=dict)  # what stood for each, so that tied ones stay one
+    placeholders: dict[str, nn.Parameter] = field(
+        default_factory=dict
+    )  # meta parameters by name; reused, so that tied ones stay tied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OffloadedModule":
-        return self  # a copied module is no page; its hooks keep this one where it is
+        return self  # `copied` makes the new ones itself
 
-    def bring(self) -> None:
+    def load(self) -> None:
+        """Read the weights, unless another user has loaded them."""
         self.users += 1
         if self.users == 1:
             owners = self.owners()
-            for name, tensor in self.pager.read(list(owners)):
+            for name, tensor in self.store.read(list(owners)):
                 owner, leaf = owners[name]
-                meta = self.away[name] = getattr(owner, leaf)
-                own = tensor.to(self.pager.device, meta.dtype, copy=True)
-                if tensor.dtype != meta.dtype:  # which may hold less
-                    check_finite(own, name, self.pager.files[name])
-                owner._parameters[leaf] = nn.Parameter(own, meta.requires_grad)
+                meta = self.placeholders[name] = getattr(owner, leaf)
+                value = tensor.to(self.store.device, meta.dtype, copy=True)
+                if tensor.dtype != meta.dtype:  # a narrower type may overflow
+                    check_finite(value, name, self.store.files[name])
+                owner._parameters[leaf] = nn.Parameter(value, meta.requires_grad)
                 del tensor
 
-    def leave(self, edited: bool = False) -> None:
+    def unload(self, edited: bool = False) -> None:
+        """Free the weights after their last user; if they may be `edited`, changed ones are swapped out."""
         self.users -= 1
         if self.users:
             return
-        now, away = self.parameters(), self.away
+        now, placeholders = self.parameters(), self.placeholders
         for name, (owner, leaf) in self.owners().items():
-            owner._parameters[leaf] = away[name]
-        self.away = {}
-        spilled = edited and self._differs(now)
-        if spilled:
-            self.pager.spill(self.name, now)
-        if spilled or any(now[name].shape != away[name].shape for name in now):
-            self._share(now, away)
-            self.pager.spilled.sweep()
+            owner._parameters[leaf] = placeholders[name]
+        self.placeholders = {}
+        swap = edited and self._differs(now)
+        if swap:
+            self.store.swap_out(self.name, now)
+        if swap or any(now[name].shape != placeholders[name].shape for name in now):
+            self._share(now, placeholders)
+            self.store.swap.sweep()
 
-    def _share(self, now: Mapping[str, nn.Parameter], away: Mapping[str, nn.Parameter]) -> None:
-        """Have what stands for edited parameters follow their sizes, and what is tied to them their files."""
-        standing, pager = self.pager.standing(), self.pager
+    def _share(self, now: Mapping[str, nn.Parameter], placeholders: Mapping[str, nn.Parameter]) -> None:
+        """Give placeholders the new sizes of edited parameters, and tied parameters the new file."""
+        places, store = self.store.places(), self.store
         for name, new in now.items():
-            meta = away[name]
+            meta = placeholders[name]
             if new.shape != meta.shape:
                 meta = nn.Parameter(torch.empty_like(new, device="meta"), new.requires_grad)
-            for other, owner, leaf in standing[id(away[name])]:
+            for other, owner, leaf in places[id(placeholders[name])]:
                 owner._parameters[leaf] = meta
-                pager.files[other], pager.keys[other] = pager.files[name], pager.keys[name]
+                store.files[other], store.keys[other] = store.files[name], store.keys[name]
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """By name in the model, as they are now."""
+        """Its parameters as they are now, by name in the model."""
         return {name: getattr(owner, leaf) for name, (owner, leaf) in self.owners().items()}
 
     def owners(self) -> dict[str, tuple[nn.Module, str]]:
-        """By the name of each parameter in the model: the module that holds it, and its name there."""
-        found = {}
+        """By a parameter's name in the model: the module that holds it, and its name in that."""
+        owners = {}
         for path, module in self.module.named_modules() if self.whole else [("", self.module)]:
             for leaf in module._parameters:
                 if module._parameters[leaf] is not None:
-                    found[".".join(part for part in (self.prefix, path, leaf) if part)] = (module, leaf)
-        return found
+                    owners[".".join(part for part in (self.prefix, path, leaf) if part)] = (module, leaf)
+        return owners
 
     def _differs(self, now: Mapping[str, Tensor]) -> bool:
         return any(
             now[name].shape != stored.shape or not torch.equal(now[name].cpu(), stored.to(now[name].dtype))
-            for name, stored in self.pager.read(list(now))
+            for name, stored in self.store.read(list(now))
         )
 
 
 def offload_weights(
     model: Any, files: dict[str, Path], keys: dict[str, str], device: torch.device, whole: list[str]
 ) -> WeightStore:
-    """Page a skeleton on the meta device, in place.
+    """Offload a skeleton on the meta device, in place.
 
     Args:
-        files: where each parameter lies; keys: under which name.
-        whole: paths of the modules that are pages with all that is in them.
+        files: the file of every parameter, by its name in the model.
+        keys: its name in that file.
+        whole: paths of modules that are loaded with everything inside them.
     """
-    pager = WeightStore(files, keys, device)
+    store = WeightStore(files, keys, device)
     inside = tuple(f"{path}." for path in whole)
     for path, module in model.named_modules():
         if path in whole or (not path.startswith(inside) and any(p is not None for p in module._parameters.values())):
-            _hook(OffloadedModule(pager, module, path, path in whole, path))
-    vars(model)["billhook_pager"] = pager
-    kind = type(model)  # whose own `device` looks at the first parameter
+            _hook(OffloadedModule(store, module, path, path in whole, path))
+    vars(model)["billhook_weights"] = store
+    kind = type(model)  # its own `device` is the first parameter's: the meta device
     model.__class__ = type(
         kind.__name__, (kind,), {"device": property(lambda self: device), "__module__": kind.__module__}
     )
-    return pager
+    return store
 
 
-def _hook(page: OffloadedModule) -> None:
-    vars(page.module)[ATTRIBUTE] = page
-    page.pager.pages.append(page)
-    page.module.register_forward_pre_hook(_before)
-    page.module.register_forward_hook(_after, always_call=True)
+def _hook(offloaded: OffloadedModule) -> None:
+    vars(offloaded.module)[ATTRIBUTE] = offloaded
+    offloaded.store.modules.append(offloaded)
+    offloaded.module.register_forward_pre_hook(_before)
+    offloaded.module.register_forward_hook(_after, always_call=True)
 
 
 def _before(module: nn.Module, _: Any) -> None:
-    page: OffloadedModule = vars(module)[ATTRIBUTE]
-    page.called = "forward" not in vars(module)  # one that is passed by needs no weights
-    if page.called:
-        page.bring()
+    offloaded: OffloadedModule = vars(module)[ATTRIBUTE]
+    offloaded.called = "forward" not in vars(module)  # a replaced forward needs no weights
+    if offloaded.called:
+        offloaded.load()
 
 
 def _after(module: nn.Module, *_: Any) -> None:
-    page: OffloadedModule = vars(module)[ATTRIBUTE]
-    if page.called:
-        page.leave()
+    offloaded: OffloadedModule = vars(module)[ATTRIBUTE]
+    if offloaded.called:
+        offloaded.unload()
 
 
 def copied(model: Any) -> Any:
-    """A copy of a model, which keeps its weights whatever becomes of the first one's; of a paged one, none of whose pages is
-    held, no weight is copied."""
+    """A copy of a model, with weights independent of the original's.
+
+    Of an offloaded model no weight is copied; none of its modules may be loaded.
+    """
     if not is_offloaded(model):
         return copy.deepcopy(model)
     first = store_of(model)
-    pager = WeightStore(dict(first.files), dict(first.keys), first.device, first.spilled)
-    pager.pages = [replace(page, pager=pager, away={}) for page in first.pages]
-    old, new = (first, *first.pages), (pager, *pager.pages)
-    found = copy.deepcopy(model, {id(one): own for one, own in zip(old, new, strict=True)})
-    modules = dict(found.named_modules())
-    for page in pager.pages:
-        page.module = modules[page.prefix]
-    return found
+    store = WeightStore(dict(first.files), dict(first.keys), first.device, first.swap)
+    store.modules = [replace(offloaded, store=store, placeholders={}) for offloaded in first.modules]
+    old, new = (first, *first.modules), (store, *store.modules)
+    duplicate = copy.deepcopy(
+        model, {id(original): replacement for original, replacement in zip(old, new, strict=True)}
+    )
+    modules = dict(duplicate.named_modules())
+    for offloaded in store.modules:
+        offloaded.module = modules[offloaded.prefix]
+    return duplicate
 
 
 def is_offloaded(model: Any) -> bool:
-    """Whether a model's weights come and go."""
-    return "billhook_pager" in vars(model)
+    """Whether a model's weights stay in files."""
+    return "billhook_weights" in vars(model)
 
 
 def store_of(model: Any) -> WeightStore:
-    """What knows where the parameters of a paged model lie."""
-    return vars(model)["billhook_pager"]
+    """Where the parameters of an offloaded model are stored."""
+    return vars(model)["billhook_weights"]
 
 
 def offloaded_modules(model: Any) -> list[OffloadedModule]:
-    """The pages of a paged model, in the order of its modules."""
-    return store_of(model).pages
+    """The offloaded modules of a model, in the order of its modules."""
+    return store_of(model).modules
 
 
 def set_swap_folder(model: Any, folder: Path) -> None:
-    """Have pages of a paged model that are edited go to a folder of their own, which is emptied and goes with the model."""
+    """Set the folder for edited weights; it is emptied now, and removed with the model.  No effect on a model in memory."""
     if is_offloaded(model):
         shutil.rmtree(folder, ignore_errors=True)
-        spilled = store_of(model).spilled
-        spilled.folder, spilled.made = folder, False
+        swap = store_of(model).swap
+        swap.folder, swap.made = folder, False
 
 
 def parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter and its name, a tied one once, in the order of the modules.
+    """Every parameter with its name, a tied one once, in the order of the modules.
 
-    Those of a paged model lie in their mapped files, but for what is held or has another dtype there: to read them takes less than
-    new memory (docs/LOG.md, "Larger than memory").
+    Those of an offloaded model are views of mapped files, unless they are loaded or stored in another dtype: reading
+    them takes hardly any new memory (docs/LOG.md, "Larger than memory").
 
     Raises:
-        BillhookError: one holds NaN or infinite values.
+        BillhookError: a parameter holds NaN or infinite values.
     """
-    for name, one in model.named_parameters():
-        if is_offloaded(model) and one.is_meta:
+    for name, param in model.named_parameters():
+        if is_offloaded(model) and param.is_meta:
             ((_, stored),) = store_of(model).read([name])
-            yield name, stored.to(store_of(model).device, one.dtype)
+            yield name, stored.to(store_of(model).device, param.dtype)
         else:
-            yield name, one
+            yield name, param
 
 
-def place(model: Any, file: Path, names: list[str]) -> None:
-    """Have parameters of a paged model come from a file that has them under their own names; nothing to do for one in memory."""
+def read_from(model: Any, file: Path, names: list[str]) -> None:
+    """From now on read parameters from a file, which has them under their own names.  No effect on a model in memory."""
     if is_offloaded(model):
         store_of(model).read_from(file, names)
 
 
 def renumber(model: Any) -> None:
-    """Have the pages of a model follow where their modules are now, once some are gone; nothing to do for one in memory."""
+    """Give offloaded modules their new paths after layers were removed.  No effect on a model in memory."""
     if not is_offloaded(model):
         return
-    pager = store_of(model)
+    store = store_of(model)
     now = {id(module): path for path, module in model.named_modules()}
-    pager.pages = [page for page in pager.pages if id(page.module) in now]
+    store.modules = [offloaded for offloaded in store.modules if id(offloaded.module) in now]
     files, keys = {}, {}
-    for page in pager.pages:
-        before, page.prefix = list(page.parameters()), now[id(page.module)]
-        for old, new in zip(before, page.parameters(), strict=True):
-            files[new], keys[new] = pager.files[old], pager.keys[old]
-    pager.files, pager.keys = files, keys
-    pager.spilled.sweep()
+    for offloaded in store.modules:
+        before, offloaded.prefix = list(offloaded.parameters()), now[id(offloaded.module)]
+        for old, new in zip(before, offloaded.parameters(), strict=True):
+            files[new], keys[new] = store.files[old], store.keys[old]
+    store.files, store.keys = files, keys
+    store.swap.sweep()
 
 
 @contextmanager
 def loaded(module: nn.Module, *, edits: bool = True) -> Iterator[None]:
-    """A decoder layer's weights are in memory while open, and kept if they were edited; nothing to do for a model in memory.
+    """A decoder layer's weights are in memory while open; edited ones are kept.  No effect on a model in memory.
 
     Args:
-        edits: whether they may be, which to find out they are compared with their file.
+        edits: whether weights may be edited; if so they are compared with their file at the end.
     """
-    page: OffloadedModule | None = vars(module).get(ATTRIBUTE)
-    if page is None:
+    offloaded: OffloadedModule | None = vars(module).get(ATTRIBUTE)
+    if offloaded is None:
         yield
         return
-    page.bring()
+    offloaded.load()
     try:
         yield
     except BaseException:
-        page.leave()
+        offloaded.unload()
         raise
-    page.leave(edited=edits)
+    offloaded.unload(edited=edits)
 
 
 def by_module(model: Any, names: Iterable[str], *, edits: bool = True) -> Iterator[list[str]]:
-    """Paths of parameters or modules, those of one page at a time, which is held; of a model in memory all at once.
+    """Yield paths of parameters or modules in groups, one for each offloaded module, which is loaded meanwhile.
+
+    A model in memory has one group.
 
     Args:
-        edits: as of `held`.
+        edits: see `loaded`.
     """
     if not is_offloaded(model):
         yield list(names)
         return
-    pages = {page.prefix: page.module for page in offloaded_modules(model)}
-    found: dict[str, list[str]] = defaultdict(list)
+    modules = {offloaded.prefix: offloaded.module for offloaded in offloaded_modules(model)}
+    groups: dict[str, list[str]] = defaultdict(list)
     for name in names:
         parts = name.split(".")
         above = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
-        found[next(path for path in above if path in pages)].append(name)
-    for path, here in found.items():
-        with loaded(pages[path], edits=edits):
-            yield here
+        groups[next(path for path in above if path in modules)].append(name)
+    for path, group in groups.items():
+        with loaded(modules[path], edits=edits):
+            yield group

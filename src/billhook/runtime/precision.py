@@ -1,4 +1,4 @@
-"""What matrix products are computed in: bfloat16 where the device has instructions for it, weights staying as they are."""
+"""The type of matrix products: bfloat16 on devices with instructions for it; weights keep their own type."""
 
 import torch
 
@@ -7,14 +7,14 @@ PRECISIONS = {
     "float32": "all of it",
     "bfloat16": "matrix products; weights and optimiser stay float32",
 }
-FAST_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # torch's names of what CPUs have for it: x86's two, ARM's
+FAST_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # torch's names of instruction sets: two of x86, one of ARM
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """What matrix products are computed in; None: in the weights' own dtype."""
+    """The dtype of matrix products; None stands for the weights' own dtype."""
     fast = {
         "cpu": lambda: any(torch.cpu.get_capabilities().get(name) for name in FAST_BFLOAT16),
-        # by default torch counts GPUs that emulate it, from before 2020, which are slower then than in float32
+        # without this argument torch counts GPUs that emulate bfloat16 (before 2020), slower than their float32
         "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
     }
     wanted = precision == "bfloat16" or (precision == "auto" and device.type in fast and fast[device.type]())
@@ -22,5 +22,5 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 
 
 def computing(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
-    """While open, matrix products are computed in `dtype`; None: as the weights are."""
+    """While open, matrix products are computed in `dtype`; None stands for the weights' own dtype."""
     return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)

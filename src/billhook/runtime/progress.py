@@ -1,10 +1,10 @@
-"""How long work tells what it is doing: a callback for progress, a clock for where the time went."""
+"""Progress of long work: a callback for steps done, a clock for the time of each stage."""
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-Tick = Callable[[str, int, int], None]  # (stage, steps done, steps in all)
+Tick = Callable[[str, int, int], None]  # called with the stage, the steps done, and all steps
 
 
 def quiet(stage: str, done: int, total: int) -> None:
@@ -16,7 +16,7 @@ def unheard(line: str) -> None:
 
 
 class Clock:
-    """Wall seconds by stage.  A stage inside another is charged to itself alone."""
+    """Wall seconds by stage.  Time in a stage inside another counts for the inner one alone."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

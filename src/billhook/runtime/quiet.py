@@ -1,4 +1,4 @@
-"""What transformers prints in passing, kept off the terminal."""
+"""Keep the progress bars and warnings of transformers off the terminal."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from transformers.utils import logging as transformers_logging
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """transformers draws bars of its own and warns in passing; billhook speaks for both."""
+    """While open, transformers draws no progress bars and logs errors alone."""
     bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""A folder that long work is kept in belongs to one run, and one process at a time works in it: what run it is, lies in run.json."""
+"""A folder that keeps long work belongs to one run, described in run.json, and one process at a time works in it."""
 
 import json
 import logging
@@ -17,25 +17,25 @@ from billhook.runtime.signals import cleanup_on_signal, signals_deferred
 
 LOG = logging.getLogger("billhook")
 NAME = "run.json"
-ELSEWHERE = {"device"}  # settings that a run may go on with others of
-REMOVED = {"removed": True}  # what lies there while all else goes, so that whoever comes next goes on with that
-PAGES = "pages"  # folder in a run's folder: weights that it changed, where they stream, of no use to another process
-_held = set[tuple[int, str]]()  # by which process: a forked one has a copy
+CHANGEABLE = {"device"}  # settings that may change when a run is continued
+REMOVED = {"removed": True}  # content of run.json while the folder is emptied: an interrupted removal is continued
+SWAP_FOLDER = "pages"  # folder in a run's folder: offloaded weights that were edited, useless to another process
+_locked = set[tuple[int, str]]()  # (process, folder): a forked process has a copy of this set
 
 
 @contextmanager
 def locked(work: Path | None) -> Iterator[None]:
-    """Have a run's folder to ourselves while open; it is made if it is not there, and goes if nothing came into it.
+    """Lock a run's folder while open.  It is made if it is missing, and removed if it stays empty.
 
     Raises:
-        BillhookError: another process works in it; it holds what no run has made; it cannot be made.
+        BillhookError: another process works in the folder; it holds files of no run; it cannot be made.
     """
-    if work is None or (here := (os.getpid(), os.path.realpath(work))) in _held:
+    if work is None or (key := (os.getpid(), os.path.realpath(work))) in _locked:
         yield
         return
     check(work)
-    made = [one for one in (work, *work.parents) if not one.exists()]
-    with cleanup_on_signal(lambda: atomic.remove_empty(made)), ExitStack() as stack:
+    missing = [path for path in (work, *work.parents) if not path.exists()]
+    with cleanup_on_signal(lambda: atomic.remove_empty(missing)), ExitStack() as stack:
         try:
             work.parent.mkdir(parents=True, exist_ok=True)
             lock, _ = stack.enter_context(alone(work))
@@ -45,34 +45,39 @@ def locked(work: Path | None) -> Iterator[None]:
             raise BillhookError(f"another command works in {work}: wait until it has ended")
         if lock == "unknown":
             LOG.warning(
-                "%s: its file system has no locks: let no other command work there until this one has ended", work
+                "%s: its file system has no locks: start no other command that works there until this one has ended",
+                work,
             )
-        stack.callback(atomic.remove_empty, made)  # while it is locked
-        _held.add(here)
-        stack.callback(_held.remove, here)
+        stack.callback(atomic.remove_empty, missing)  # called before the lock is released
+        _locked.add(key)
+        stack.callback(_locked.remove, key)
         yield
 
 
 def check(work: Path) -> None:
-    """Raise BillhookError if a folder could not become a run's."""
+    """Raise BillhookError if a folder cannot become a run's folder."""
     atomic.check_name(work)
     if not os.path.lexists(work) or (work / NAME).exists():
         return
-    if not work.is_dir() or not all(atomic.is_hidden(one) for one in work.iterdir()):  # of one killed as it claimed
+    # hidden files may be those of a run that was killed as it claimed the folder
+    if not work.is_dir() or not all(atomic.is_hidden(path) for path in work.iterdir()):
         raise BillhookError(f"{work} is not a run's folder, and would become one: remove it, or choose another output")
 
 
 def claim(work: Path, key: dict[str, Any], fresh: bool, keep: Sequence[str] = ()) -> None:
-    """Make `work` the folder of the run that `key` describes, or find that it is; `fresh` empties it of another's, but for `keep`.
+    """Make `work` the folder of the run that `key` describes, unless it is already.
+
+    Args:
+        fresh: empty the folder first, whatever run it belongs to; files named in `keep` stay.
 
     Raises:
-        BillhookError: it is another's; says in what they differ.
+        BillhookError: the folder belongs to another run; names the settings that differ.
     """
     check(work)
     path = work / NAME
-    if path.exists() and (fresh or _goes(work)):
+    if path.exists() and (fresh or _half_removed(work)):
         _empty(work, keep)
-    elif path.exists() and (differing := sorted(_differing(_known(path), key))):
+    elif path.exists() and (differing := sorted(_differing(_read_key(path), key))):
         raise BillhookError(
             f"{work} holds an unfinished run that differs in {', '.join(differing)}: repeat its own command, or start "
             "over with --fresh"
@@ -82,50 +87,50 @@ def claim(work: Path, key: dict[str, Any], fresh: bool, keep: Sequence[str] = ()
 
 
 def remove(work: Path) -> None:
-    """Remove a run's folder; killed meanwhile, what is left of it is known as one that goes."""
+    """Remove a run's folder; if that is interrupted, the rest is recognised as one that is being removed."""
     with suppress(OSError, BillhookError), locked(work), signals_deferred():
         if (work / NAME).exists():
             _empty(work)
             (work / NAME).unlink()
-        work.rmdir()  # what no run made stays
+        work.rmdir()  # files of no run stay, and with them the folder
 
 
 def begun(work: Path) -> bool:
-    """Whether a run's folder holds anything that another process could go on from."""
-    if not (work / NAME).exists() or _goes(work):
+    """Whether a run's folder holds anything that another process could continue from."""
+    if not (work / NAME).exists() or _half_removed(work):
         return False
     return any(
-        any(one.iterdir()) if one.is_dir() else one.suffix != ".partial"
-        for one in work.iterdir()
-        if one.name not in (NAME, PAGES) and not atomic.is_hidden(one)
+        any(path.iterdir()) if path.is_dir() else path.suffix != ".partial"
+        for path in work.iterdir()
+        if path.name not in (NAME, SWAP_FOLDER) and not atomic.is_hidden(path)
     )
 
 
-def _goes(work: Path) -> bool:
-    """Whether a process was killed as it removed what is in a run's folder."""
+def _half_removed(work: Path) -> bool:
+    """Whether a process was killed while it emptied a run's folder."""
     with suppress(BillhookError, FileNotFoundError):
-        return _known(work / NAME) == REMOVED
+        return _read_key(work / NAME) == REMOVED
     return False
 
 
 def _empty(work: Path, keep: Sequence[str] = ()) -> None:
-    """Remove what is in a run's folder, all but its name."""
+    """Remove everything in a run's folder but run.json and what is named in `keep`."""
     with signals_deferred():
         atomic.write_text(work / NAME, json.dumps(REMOVED) + "\n")
-        for one in work.iterdir():
-            if one.name not in (*keep, NAME):
-                shutil.rmtree(one) if one.is_dir() else one.unlink()
+        for path in work.iterdir():
+            if path.name not in (*keep, NAME):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _known(path: Path) -> dict[str, Any]:
+def _read_key(path: Path) -> dict[str, Any]:
     return read_object(path, str(path), "start over with --fresh")
 
 
 def _differing(known: dict[str, Any], key: dict[str, Any]) -> set[str]:
-    flat = [{**one, **_settings(one), "settings": None} for one in (known, key)]
-    return {name for name in flat[0].keys() | flat[1].keys() if flat[0].get(name) != flat[1].get(name)} - ELSEWHERE
+    before, now = ({**each, **_settings(each), "settings": None} for each in (known, key))
+    return {name for name in before.keys() | now.keys() if before.get(name) != now.get(name)} - CHANGEABLE
 
 
 def _settings(key: dict[str, Any]) -> dict[str, Any]:
-    found = key.get("settings")
-    return found if isinstance(found, dict) else {}
+    settings = key.get("settings")
+    return settings if isinstance(settings, dict) else {}

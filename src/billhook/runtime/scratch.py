@@ -1,6 +1,6 @@
-"""One temporary folder for all that a process writes in passing, as large as a model where weights stream: it goes with the process.
+"""One folder for all temporary files of a process; with offloaded weights it is as large as a model.
 
-After a kill it goes with the next command, which tells by the lock that no process has it any more.
+It is removed when the process ends.  After a kill the next command removes it: its lock shows that no process has it.
 """
 
 import os
@@ -14,37 +14,37 @@ from billhook.runtime.locks import locked
 from billhook.runtime.signals import cleanup_on_signal, signals_deferred
 
 PREFIX = "billhook-"
-MARK = ".billhook"  # a file in each that was locked once
+MARK = ".billhook"  # file in every such folder that was ever locked
 
 
 @contextmanager
 def scratch() -> Iterator[None]:
-    """Have Python's temporary files and folders in one folder while open."""
+    """While open, Python puts temporary files and folders into one folder."""
     before, root = tempfile.tempdir, Path(tempfile.gettempdir())
-    for left in root.glob(f"{PREFIX}*"):
-        _sweep(left)
-    made = list[Path]()
+    for folder in root.glob(f"{PREFIX}*"):
+        _sweep(folder)
+    folders = list[Path]()
 
     def clear() -> None:
         tempfile.tempdir = before
-        for own in made:
-            shutil.rmtree(own, ignore_errors=True)
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
 
     with cleanup_on_signal(clear), ExitStack() as stack:
-        with suppress(OSError), signals_deferred():  # as full as it may be: not every command needs one
-            made.append(Path(tempfile.mkdtemp(prefix=PREFIX, dir=root)))
+        with suppress(OSError), signals_deferred():  # not every command needs it, so a full disk is no error
+            folders.append(Path(tempfile.mkdtemp(prefix=PREFIX, dir=root)))
             stack.callback(clear)
-            stack.enter_context(locked(made[0]))
-            (made[0] / MARK).touch()
-            tempfile.tempdir = str(made[0])
+            stack.enter_context(locked(folders[0]))
+            (folders[0] / MARK).touch()
+            tempfile.tempdir = str(folders[0])
         yield
 
 
-def _sweep(left: Path) -> None:
-    """Remove what a process that was killed has left: ours, marked, and locked by no one."""
+def _sweep(folder: Path) -> None:
+    """Remove a killed process's folder: one that is this user's, has the mark, and is not locked."""
     with suppress(OSError):
-        if left.lstat().st_uid != os.getuid() or not (left / MARK).is_file():
+        if folder.lstat().st_uid != os.getuid() or not (folder / MARK).is_file():
             return
-        with locked(left) as lock:
+        with locked(folder) as lock:
             if lock == "ours":
-                shutil.rmtree(left)
+                shutil.rmtree(folder)

@@ -1,4 +1,4 @@
-"""What a tokenizer puts around a text by itself: the token that begins it, the one that ends it."""
+"""Special tokens that a tokenizer adds to a text by itself: the token that begins it, the one that ends it."""
 
 import copy
 from typing import Any
@@ -7,7 +7,7 @@ from tokenizers import processors
 
 
 def special_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The ids that `tokenizer("a")` puts before and after the letter's own; most have none, or one before."""
+    """The ids that `tokenizer("a")` adds before and after the letter's own; most add none, or one before."""
     bare, full = (tokenizer("a", add_special_tokens=added).input_ids for added in (False, True))
     start = next(n for n in range(len(full) + 1) if full[n : n + len(bare)] == bare or n == len(full))
     return full[:start], full[start + len(bare) :]
@@ -19,9 +19,9 @@ def begin_token_names(tokenizer: Any) -> tuple[str, ...]:
 
 
 def without_end_token(tokenizer: Any) -> Any:
-    """A tokenizer that puts before a text what this one does, and nothing behind: what goes on has not ended."""
-    before, behind = special_ids(tokenizer)
-    if not behind:
+    """A tokenizer that adds the same tokens before a text, and none after it: a text to be continued has not ended."""
+    before, after = special_ids(tokenizer)
+    if not after:
         return tokenizer
     changed = copy.deepcopy(tokenizer)
     if changed.is_fast:

@@ -1,5 +1,8 @@
-"""Safetensors files out, tensor by tensor: safetensors' own writer wants a whole file's tensors at once, and takes seven times
-as long as a plain copy (docs/LOG.md, "Larger than memory")."""
+"""Write safetensors files, tensor by tensor.
+
+The library's own writer wants all tensors of a file at once, and takes seven times as long as a plain copy
+(docs/LOG.md, "Larger than memory").
+"""
 
 import json
 import math
@@ -9,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-NAMES = {  # safetensors', of the dtypes that a model or its sums may have
+NAMES = {  # names in safetensors of the dtypes that a model or its sums may have
     torch.float64: "F64",
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -24,27 +27,29 @@ NAMES = {  # safetensors', of the dtypes that a model or its sums may have
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-ALIGNED = 8  # bytes: where the data begin, so that every number lies on a multiple of its size
+ALIGNED = 8  # bytes; the data begin at a multiple of it, so that every number lies at a multiple of its size
 
 
 def write(tensors: Mapping[str, Tensor], to: Path) -> None:
-    """Write tensors, on whatever device, under their names; what is not contiguous is copied, one at a time.
+    """Write tensors, from any device, under their names; one that is not contiguous is copied first.
 
-    The file is written when this returns, and on the disk when the system sees fit, or once it is synced.
+    When this returns the system has the file's content; it is on the disk only once the file is synced.
 
     Raises:
-        OSError: it cannot be.
+        OSError: the file cannot be written.
     """
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # wide numbers first, all aligned
+    order = sorted(
+        tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)
+    )  # wide numbers first: all stay aligned
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in order:
-        one = tensors[name]
-        start, end = end, end + one.numel() * one.element_size()
-        header[name] = {"dtype": NAMES[one.dtype], "shape": list(one.shape), "data_offsets": [start, end]}
-    said = json.dumps(header, separators=(",", ":")).encode()
-    said = said.ljust(ALIGNED * math.ceil(len(said) / ALIGNED))
+        tensor = tensors[name]
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text = text.ljust(ALIGNED * math.ceil(len(text) / ALIGNED))
     with to.open("wb") as file:
-        file.write(len(said).to_bytes(8, "little") + said)
+        file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             file.write(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

@@ -1,4 +1,4 @@
-"""Pydantic's refusals, in one line."""
+"""Pydantic's validation errors, in one line."""
 
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -11,10 +11,10 @@ Settled = TypeVar("Settled", bound=BaseModel)
 
 
 def checked(model: type[Settled], settings: Mapping[str, Any]) -> Settled:
-    """Settings as a `model` of them; what is wrong is said in one line.
+    """Validate `settings` as a `model`.
 
     Raises:
-        BillhookError: an unknown setting or an impossible value, the first one found.
+        BillhookError: an unknown setting or an impossible value; names the first one.
     """
     for name in settings:
         one_of("setting", name, model.model_fields)
@@ -25,5 +25,5 @@ def checked(model: type[Settled], settings: Mapping[str, Any]) -> Settled:
         if "ctx" in first and isinstance(inner := first["ctx"].get("error"), BillhookError):
             raise inner from None
         name = ".".join(map(str, first["loc"])).replace("_", "-")
-        given = "" if first["type"] == "missing" else f" {first['input']!r}"
-        raise BillhookError(f"{name}{given}: {first['msg'].lower().replace('tuple', 'list')}") from None
+        value = "" if first["type"] == "missing" else f" {first['input']!r}"
+        raise BillhookError(f"{name}{value}: {first['msg'].lower().replace('tuple', 'list')}") from None

@@ -1,13 +1,13 @@
-"""Work in several processes: of this machine, or of a Ray cluster, which places it and does again what a dead worker had.
+"""Work in several processes: of this machine, or of a Ray cluster, which also repeats the work of a worker that died.
 
-    with crew(hands, "cpu", open_worker, (name, dtype)) as gang:
-        for found in gang.each(function, items):  # in the order of the items
+    with worker_pool(workers, "cpu", open_worker, (name, dtype)) as pool:
+        for result in pool.map(function, items):  # results in the order of the items
             ...
-        for found in gang.flow(generator, items):  # what the generator yields for any of them, as it comes
+        for result in pool.map_stream(generator, items):  # whatever the generator yields for any item, as it comes
             ...
 
-`prepare(*given)` is called once in every process, which then may keep what it made in a global of its module.  ray is an
-optional extra, `pip install 'billhook[ray]'`; only this module knows it.
+`prepare(*arguments)` is called once in every process; it may keep its result in a global of its module.
+ray is an optional extra, `pip install 'billhook[ray]'`; no other module imports it.
 """
 
 import functools
@@ -32,16 +32,16 @@ from billhook.errors import BillhookError, first_line
 from billhook.runtime import cache, signals
 from billhook.runtime.scratch import scratch
 
-RETRIES = 3  # of what a worker had that died
-PATIENCE = 5.0  # seconds for a Ray address to answer
-ParallelMap = Callable[..., Iterator[Any]]  # (function, items, *common): function(*common, item) of each
+RETRIES = 3  # how often a task is started again after its worker died
+PATIENCE = 5.0  # seconds within which a Ray address must answer
+ParallelMap = Callable[..., Iterator[Any]]  # (function, items, *common) -> function(*common, item) for every item
 
 
 @dataclass(frozen=True)
 class Workers:
-    """How many processes work: `jobs` of this machine, or all that the Ray cluster at the address `ray` has room for.
+    """How many processes work: `jobs` of this machine, or as many as the Ray cluster at the address `ray` has room for.
 
-    Each opens the model for itself, by `name` and `dtype`.
+    Each process opens the model for itself, by `name` and `dtype`.
     """
 
     jobs: int = 1
@@ -55,7 +55,7 @@ class Workers:
 
     @property
     def flag(self) -> str:
-        """The flag that asked for them."""
+        """The flag that asked for several processes."""
         return "--ray" if self.ray else "--jobs"
 
 
@@ -67,82 +67,86 @@ class WorkerPool:
     """Processes that wait for work."""
 
     size: int
-    map_stream: ParallelMap  # function is a generator; what it yields for all items, those of one item in order
+    map_stream: ParallelMap  # for generators: everything they yield; what one item yields comes in order
 
     def map(self, function: Callable[..., Any], items: Iterable[Any], *common: Any) -> Iterator[Any]:
-        """`function(*common, item)` of each item, in the order of the items."""
-        early, due = dict[int, Any](), 0
-        for n, found in self.map_stream(_numbered, enumerate(items), function, *common):
-            early[n] = found
-            while due in early:
-                yield early.pop(due)
-                due += 1
+        """`function(*common, item)` for every item, in the order of the items."""
+        waiting, following = dict[int, Any](), 0
+        for n, result in self.map_stream(_numbered, enumerate(items), function, *common):
+            waiting[n] = result
+            while following in waiting:
+                yield waiting.pop(following)
+                following += 1
 
 
-def _numbered(function: Callable[..., Any], *given: Any) -> Iterator[tuple[int, Any]]:
-    *common, (n, item) = given
+def _numbered(function: Callable[..., Any], *arguments: Any) -> Iterator[tuple[int, Any]]:
+    *common, (n, item) = arguments
     yield n, function(*common, item)
 
 
 def portions(total: int, count: int) -> list[range]:
-    """`total` things in at most `count` runs that follow one another, as even as can be."""
+    """The numbers 0 to `total` - 1 as at most `count` consecutive ranges of nearly equal length."""
     count = min(count, total)
     return [range(total * n // count, total * (n + 1) // count) for n in range(count)]
 
 
 @contextmanager
 def worker_pool(
-    workers: Workers, device: str, prepare: Callable[..., None], given: tuple[Any, ...]
+    workers: Workers, device: str, prepare: Callable[..., None], arguments: tuple[Any, ...]
 ) -> Iterator[WorkerPool]:
     """Processes, each prepared when it is first needed.
 
     Args:
-        device: what they compute on: a Ray task takes a GPU where this is one, else all cores of a machine.
+        device: what they compute on; a Ray task takes a GPU if this is one, else all cores of a machine.
+        prepare: called with `arguments` in every process before its first work.
 
     Raises:
-        BillhookError: no Ray cluster answers, or one without room or with another version; a process died for good.
+        BillhookError: no Ray cluster answers; it has no room or another version of billhook; a process died.
     """
     if workers.ray:
-        with _cluster(workers.ray, device, prepare, given) as found:
-            yield found
+        with _cluster(workers.ray, device, prepare, arguments) as pool:
+            yield pool
         return
     threads = max(1, torch.get_num_threads() // workers.jobs)
-    one = functools.partial(
-        ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"), _prepared, (threads, prepare, given)
+    start_process = functools.partial(
+        ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"), _prepared, (threads, prepare, arguments)
     )
     with ExitStack() as stack:
         yield WorkerPool(
-            workers.jobs, functools.partial(_flow, [stack.enter_context(one()) for _ in range(workers.jobs)])
+            workers.jobs, functools.partial(_flow, [stack.enter_context(start_process()) for _ in range(workers.jobs)])
         )
 
 
 def _flow(
     idle: Sequence[ProcessPoolExecutor], function: Callable[..., Iterator[Any]], items: Iterable[Any], *common: Any
 ) -> Iterator[Any]:
-    """Pools of one process, for a generator goes on where it began; each makes the next thing while the last is used."""
+    """Every item's generator runs in one process from start to end.
+
+    So each process is a pool of its own.  It computes its next result while the caller uses the last one.
+    """
     todo, busy = iter(items), dict[Future[list[Any]], ProcessPoolExecutor]()
     try:
         while True:
-            for pool, item in zip(idle, todo, strict=False):  # a pool first, or an item would be lost
-                with _heard_by_this_process_alone():  # a process starts with its first work
+            for pool, item in zip(idle, todo, strict=False):  # `idle` comes first, or an item would be lost
+                with _interrupts_blocked():  # the process starts with its first work
                     busy[pool.submit(_step, functools.partial(function, *common, item))] = pool
             if not busy:
                 return
             idle = []
             for future in wait(busy, return_when=FIRST_COMPLETED).done:
                 pool = busy.pop(future)
-                if found := future.result():
+                if results := future.result():
                     busy[pool.submit(_step)] = pool
-                    yield found[0]
+                    yield results[0]
                 else:
                     idle.append(pool)
     except BrokenProcessPool as error:
-        raise BillhookError("--jobs: a worker process died, perhaps for want of memory: use fewer jobs") from error
+        raise BillhookError("--jobs: a worker process died, perhaps of too little memory: use fewer jobs") from error
 
 
 @contextmanager
-def _heard_by_this_process_alone() -> Iterator[None]:
-    """A terminal sends Ctrl-C to all processes of a command: those that are started now leave it to this one."""
+def _interrupts_blocked() -> Iterator[None]:
+    """A terminal sends Ctrl-C to all processes of a command: those that start while this is open ignore it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
     try:
         yield
@@ -150,29 +154,29 @@ def _heard_by_this_process_alone() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-_begun: list[Iterator[Any]] = []  # the generator that this process is at
+_running: list[Iterator[Any]] = []  # the generator that this process is running
 
 
-def _step(begins: Callable[[], Iterator[Any]] | None = None) -> list[Any]:
-    """The next thing of the generator that `begins`, or of the one before; nothing at its end."""
-    if begins is not None:
-        _begun[:] = [begins()]
-    return list(itertools.islice(_begun[0], 1))
+def _step(start: Callable[[], Iterator[Any]] | None = None) -> list[Any]:
+    """The next result of the generator that `start` makes, or of the running one; an empty list at its end."""
+    if start is not None:
+        _running[:] = [start()]
+    return list(itertools.islice(_running[0], 1))
 
 
-def _prepared(threads: int, prepare: Callable[..., None], given: tuple[Any, ...]) -> None:
+def _prepared(threads: int, prepare: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGTERM, _end)
-    here = ExitStack()
-    here.enter_context(scratch())
-    Finalize(None, here.close, exitpriority=0)
+    stack = ExitStack()
+    stack.enter_context(scratch())
+    Finalize(None, stack.close, exitpriority=0)
     torch.set_num_threads(threads)
-    logging.getLogger("billhook").setLevel(logging.ERROR)  # what it warns of was said by the process that began
-    prepare(*given)
+    logging.getLogger("billhook").setLevel(logging.ERROR)  # the first process has shown the warnings
+    prepare(*arguments)
 
 
 def _end_with_parent() -> None:
-    """A process that waits for work is told that there will be none, but not by one that was killed; and holds a model."""
+    """End with the parent, even if that was killed and could not say so: a waiting process holds a model."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -180,31 +184,33 @@ def _end_with_parent() -> None:
 
 
 def _end(*_: object) -> NoReturn:
-    """At once, with what must not outlive a process gone."""
+    """End at once, after the registered cleanups."""
     signals.run_cleanups()
     os._exit(1)
 
 
 @contextmanager
-def _cluster(address: str, device: str, prepare: Callable[..., None], given: tuple[Any, ...]) -> Iterator[WorkerPool]:
+def _cluster(
+    address: str, device: str, prepare: Callable[..., None], arguments: tuple[Any, ...]
+) -> Iterator[WorkerPool]:
     try:
         import ray
     except ImportError as error:
         raise BillhookError("--ray needs the extra: pip install 'billhook[ray]'") from error
     _check_answers(address)
-    own = not ray.is_initialized()
-    if own:
+    started = not ray.is_initialized()
+    if started:
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise _no_answer(address, first_line(error)) from error
     try:
         size, cores, gpus = _room([node["Resources"] for node in ray.nodes() if node["Alive"]], address, device)
-        how = {"num_cpus": cores, "num_gpus": gpus, "max_retries": RETRIES, "num_returns": "streaming"}
-        setup = ray.put((cache.code_sha256(), cores, prepare, given))
-        yield WorkerPool(size, functools.partial(_in_cluster, ray, ray.remote(_on_a_worker).options(**how), setup))
+        resources = {"num_cpus": cores, "num_gpus": gpus, "max_retries": RETRIES, "num_returns": "streaming"}
+        setup = ray.put((cache.code_sha256(), cores, prepare, arguments))
+        yield WorkerPool(size, functools.partial(_in_cluster, ray, ray.remote(_on_worker).options(**resources), setup))
     finally:
-        if own:
+        if started:
             ray.shutdown()
 
 
@@ -216,10 +222,10 @@ def _in_cluster(
     try:
         while waiting:
             (first,), _ = ray.wait(waiting)
-            if (one := next(first, None)) is None:
+            if (reference := next(first, None)) is None:
                 waiting.remove(first)
             else:
-                yield ray.get(one)
+                yield ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, BillhookError):
             raise error.cause from None
@@ -229,12 +235,12 @@ def _in_cluster(
             f"--ray: a task was lost {RETRIES + 1} times ({first_line(error)}): its machine may lack memory"
         ) from error
     finally:
-        for one in waiting:  # not by force: Ray 2.60 aborts this process where such a task has just ended
-            ray.cancel(one)
+        for generator in waiting:  # without force: Ray 2.60 aborts this process if such a task has just ended
+            ray.cancel(generator)
 
 
 def _check_answers(address: str) -> None:
-    """Knock at HOST:PORT: Ray itself would wait a minute and more."""
+    """Try to connect to HOST:PORT first: Ray itself would wait for more than a minute."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if address in ("auto", "local"):
         return
@@ -248,42 +254,46 @@ def _check_answers(address: str) -> None:
 
 def _no_answer(address: str, why: str) -> BillhookError:
     return BillhookError(
-        f"--ray {address}: no Ray cluster answers ({why}): start one with 'ray start --head'; where it wants a token, set "
-        "RAY_AUTH_MODE=token"
+        f"--ray {address}: no Ray cluster answers ({why}): start one with 'ray start --head'; if it wants a token, "
+        "set RAY_AUTH_MODE=token"
     )
 
 
 def _room(machines: list[dict[str, float]], address: str, device: str) -> tuple[int, int, int]:
-    """Tasks at a time, and the cores and GPUs of each: every task takes what the smallest machine has, or one GPU."""
+    """How many tasks run at a time, and cores and GPUs of each task.
+
+    A task takes one GPU, or as many cores as the smallest machine has.
+    """
     if torch.device("cpu" if device == "auto" else device).type == "cuda":
-        machines = [one for one in machines if one.get("GPU", 0) >= 1]
-        tasks = [int(one["GPU"]) for one in machines]
-        cores = min((int(one.get("CPU", 0)) // n for one, n in zip(machines, tasks, strict=True)), default=0)
+        machines = [machine for machine in machines if machine.get("GPU", 0) >= 1]
+        tasks = [int(machine["GPU"]) for machine in machines]
+        shares = (int(machine.get("CPU", 0)) // count for machine, count in zip(machines, tasks, strict=True))
+        cores = min(shares, default=0)
         gpus = 1
     else:
-        every = [int(one["CPU"]) for one in machines if one.get("CPU", 0) >= 1]
-        cores, gpus = min(every, default=0), 0
-        tasks = [one // cores for one in every]
+        counts = [int(machine["CPU"]) for machine in machines if machine.get("CPU", 0) >= 1]
+        cores, gpus = min(counts, default=0), 0
+        tasks = [count // cores for count in counts]
     if not sum(tasks):
-        raise BillhookError(f"--ray {address}: its machines have no {'GPU' if gpus else 'core'} to work on")
+        raise BillhookError(f"--ray {address}: its machines have no free {'GPU' if gpus else 'core'}")
     return sum(tasks), cores, gpus
 
 
-_ready: dict[str, str] = {}  # what this worker process is prepared for
+_ready: dict[str, str] = {}  # the setup that this worker process is prepared for
 
 
-def _on_a_worker(
+def _on_worker(
     setup: tuple[str, int, Callable[..., None], tuple[Any, ...]],
     name: str,
     function: Callable[..., Iterator[Any]],
     common: tuple[Any, ...],
     item: Any,
 ) -> Iterator[Any]:
-    code, cores, prepare, given = setup
+    code, cores, prepare, arguments = setup
     if code != cache.code_sha256():
         raise BillhookError("--ray: a worker has another version of billhook: install the same one on every machine")
     if _ready.get("name") != name:
         torch.set_num_threads(max(1, cores))
-        prepare(*given)
+        prepare(*arguments)
         _ready["name"] = name
     yield from function(*common, item)
