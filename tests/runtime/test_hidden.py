@@ -34,8 +34,8 @@ def test_a_budget_changes_no_bit(way: str, tmp_path: Path, monkeypatch: pytest.M
         "calibration.walk",
         "calibration.gram",
         "calibration.linears",
-        "methods.slicegpt_restore",
-        "methods.slicegpt",
+        "cuts.slicing_restore",
+        "cuts.slicing",
     ):
         monkeypatch.setattr(import_module(f"billhook.{module}"), "BATCH_TOKENS", 256)
     scratch = tmp_path / "scratch"
