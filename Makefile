@@ -3,10 +3,11 @@ VENV ?= .venv
 PYTHON ?= python3
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-slow test-latest bench-allocation bench-depth bench-recovery bench-search bench-masks bench-mixtures families docs check clean
+.PHONY: help demo test test-whole test-slow test-latest bench-allocation bench-depth bench-recovery bench-search bench-masks bench-mixtures families docs check clean
 help:
 	@echo "make demo       prune a real model and see what it cost (first run fetches about 120 MB)"
 	@echo "make test       the fast test suite"
+	@echo "make test-whole  every case of every law, of which the fast suite runs a covering set"
 	@echo "make test-slow  the tests on the real model"
 	@echo "make test-latest  the fast test suite with the newest releases of what billhook needs, in an environment of its own"
 	@echo "make bench-allocation CALIBRATION=train.txt TEXTS='valid.txt demo'   the table of allocations and layouts (hours)"
@@ -23,8 +24,12 @@ help:
 demo: $(VENV)/.base
 	$(VENV)/bin/billhook demo
 
+# at most 5 minutes on two cores: what a law's cases multiply to is thinned by tests/covering.py
 test: $(VENV)/.test
-	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal --durations=20
+
+test-whole: $(VENV)/.test
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal --durations=20 -m 'not slow'
 
 test-slow: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -m slow

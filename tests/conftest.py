@@ -15,6 +15,7 @@ sys.path.extend(
 )  # shared helpers
 # `checked` before billhook: what is imported after it is checked as it says; `processes` says what their server imports
 import checked
+import covering
 import processes  # noqa: F401
 import tiny
 from folders import written
@@ -25,6 +26,11 @@ from billhook.reports import history, page
 os.environ["OMP_NUM_THREADS"] = "1"  # for the subprocesses: on tiny tensors threads only wait for one another
 torch.set_num_threads(1)
 _frozen = [0]  # how many modules there were
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` deselects by marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    covering.thin(items)
 
 
 @pytest.fixture(autouse=True)

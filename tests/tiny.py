@@ -98,7 +98,30 @@ ONE_EACH = [  # of every family
 STRUCTURES = ("llama", "phi3", "gpt2", "bloom", "qwen2_moe")  # apart, fused, transposed, by group, in experts
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "olmoe")
 DENSE = [name for name in CONFIGS if name not in MIXTURES]
+LAYER_NORM = ("gpt2", "gpt_neox", "gpt_neox_serial", "falcon", "falcon_new", "falcon_alibi", "bloom", "opt", "opt_350m")
+NO_GROUPS = (
+    "olmo2",
+    "olmoe",
+    "falcon",
+    "falcon_alibi",
+    "bloom",
+)  # a norm over all heads, one group, or heads in one matrix
+NO_HEADS = ("olmo2", "olmoe", "falcon_alibi", "bloom", "gpt2", "gpt_neox", "gpt_neox_serial", "opt", "opt_350m")
+NO_VALUE = ("phi3", "gpt2", "gpt_neox", "gpt_neox_serial", "falcon", "falcon_new", "falcon_alibi", "bloom")
 POST_NORM = ("opt_350m", "gemma2", "gemma3_text", "olmo2")  # norms, or a factor, between an FFN and the stream
+
+
+def has(family: str, kind: str) -> bool:
+    """Whether a tiny model has units of a kind to give; where it has none, a law says so and little more."""
+    return {
+        "ffn": family not in ("mixtral", "olmoe"),
+        "heads": family not in NO_HEADS,
+        "groups": family not in NO_GROUPS,
+        "value": family not in NO_VALUE,
+        "expert_ffn": family in MIXTURES and family != "glm4_moe",
+        "shared": family == "qwen2_moe",
+        "experts": family in MIXTURES,
+    }[kind]
 
 
 def model(name: str, seed: int = 0, **other: Any) -> T.PreTrainedModel:

@@ -167,6 +167,7 @@ def test_taylor_sums_over_every_linear_weight(family: str) -> None:
 
 @pytest.mark.parametrize("preset", layer_importance.PRESETS)
 @pytest.mark.parametrize("total", [1, 2])
+@pytest.mark.covering
 def test_a_model_without_inner_layers_has_none_to_give(total: int, preset: str, tmp_path: Path) -> None:
     deep(total).save_pretrained(tmp_path / "model")
     tiny.tokenizer().save_pretrained(tmp_path / "model")

@@ -58,6 +58,7 @@ AMID_A_LAYER = (STREAMS[0], STREAMS[4])  # no stream sees a layer that is not wh
 
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("settings", STREAMS, ids=lambda one: "-".join(map(str, one.values())))
+@pytest.mark.covering
 def test_what_was_cut_off_goes_on_to_the_same_bits(
     settings: dict[str, Any], streamed: bool, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,6 +168,7 @@ def test_a_hidden_budget_holds_in_workers(tmp_path: Path, text_file: Path) -> No
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize("after", [1, 4])
+@pytest.mark.covering
 def test_a_narrowed_stream_goes_on_as_it_was_turned(
     after: int, rotated: bool, streamed: bool, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,6 +197,7 @@ MIXED = (
 
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("how", MIXED, ids=["fasp", "random", "uncurl"])
+@pytest.mark.covering
 def test_a_mixture_goes_on(
     streamed: bool, how: dict[str, Any], tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,6 +27,7 @@ def damage(model: torch.nn.Module, dense: torch.nn.Module) -> float:
 
 @pytest.mark.parametrize("stream", AXIS_STREAMS)
 @pytest.mark.parametrize("family", tiny.DENSE)
+@pytest.mark.covering
 def test_restoration_repairs_in_every_family_and_stream(family: str, stream: str) -> None:
     dense = tiny.model(family)
     plain, restored = copy.deepcopy(dense), copy.deepcopy(dense)
@@ -99,6 +100,7 @@ def test_the_same_call_twice_gives_the_same_bits(family: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kinds", [("ffn",), ("heads",), ("groups",), ("ffn", "heads"), ("ffn", "groups")])
+@pytest.mark.covering
 def test_prune_in_memory_and_save(kinds: tuple[str, ...], dtype: torch.dtype, tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text(tiny.text())
     model = tiny.model("llama")

@@ -54,6 +54,7 @@ def weights(model: Any, roles: tuple[str, ...] = ROLES) -> dict[str, torch.Tenso
     ("name", "method"),
     [(name, method) for name in ALL for method in MASKING if name in tiny.STRUCTURES or method == "wanda"],
 )
+@pytest.mark.covering
 def test_every_family_has_exactly_the_zeros_that_were_asked_for(text: str, name: str, method: str) -> None:
     half, groups = masked(text, name, method=method), masked(text, name, method=method, pattern="2:4", half=True)
     dense = tiny.model(name)
@@ -73,6 +74,7 @@ def test_every_family_has_exactly_the_zeros_that_were_asked_for(text: str, name:
 
 @pytest.mark.parametrize("method", MASKING)
 @pytest.mark.parametrize("stream", OPERATOR_STREAMS)
+@pytest.mark.covering
 def test_every_method_runs_in_every_stream_and_repairs_help(text: str, method: str, stream: str) -> None:
     plain, refit = (masked(text, method=method, stream=stream, refit=each).report["zeros"] for each in (False, True))
     for bare, better in zip(plain["operators"], refit["operators"], strict=True):

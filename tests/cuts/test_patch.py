@@ -141,6 +141,7 @@ def test_a_boundless_ridge_leaves_the_model_unpatched(family: str) -> None:
 
 @pytest.mark.parametrize("damping", [1e-6, 1e-3, 0.1, 1.0])
 @pytest.mark.parametrize("gone", [(1,), (2, 3, 4), (0, 2, 5, 6), (1, 3, 5)])
+@pytest.mark.covering
 def test_no_patch_raises_the_error_it_was_fitted_to(gone: tuple[int, ...], damping: float) -> None:
     _, cuts = without(deep(), gone, linear(damping=damping))
     assert [cut.layer for cut in cuts] == layer_presets.layers_before(gone)

@@ -89,6 +89,7 @@ CASES = [(kind, True) for kind in INPUTS] + [(kind, False) for kind in OTHER]
 
 @pytest.mark.parametrize(("kind", "own"), CASES)
 @pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.covering
 def test_no_solver_ends_further_off_than_it_starts(name: str, kind: str, own: bool) -> None:
     W, wanted = drawn(kind, own)
     for pattern, some in ((HALF, settings_of(name)), (TWO_FOUR, settings_of(name)[:1])):

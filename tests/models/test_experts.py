@@ -206,6 +206,7 @@ def test_routing_counts_what_the_router_does() -> None:
         torch.testing.assert_close(routing.saliency[number].float(), mean)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("family", MIXED)
 def test_every_way_leaves_a_stock_model(way: str, family: str, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ METHODS = {
 }
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(
     ("asked", "family", "streamed"),
     [

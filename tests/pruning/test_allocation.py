@@ -224,6 +224,7 @@ def test_an_even_planner_takes_the_same_from_every_layer_that_may_give() -> None
 
 @pytest.mark.parametrize("kinds", [("ffn",), ("ffn", "groups"), ("ffn", "value")])
 @pytest.mark.parametrize("name", ["global", "standardised", "sensitivity"])
+@pytest.mark.covering
 def test_a_planner_reaches_its_most_and_keeps_the_floor(name: str, kinds: tuple[str, ...]) -> None:
     model = tiny.model("llama")
     found = {(axis.layer, axis.kind): axis for axis in axes(model, kinds)}
@@ -294,6 +295,7 @@ def test_a_probe_measures_the_divergence_from_the_model_as_it_was(family: str) -
 
 @pytest.mark.parametrize("every", [1, 5])
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.covering
 def test_a_loss_is_that_of_the_cut_made_by_hand(family: str, every: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sensitivity, "REFERENCE_BYTES", -(-4 * PROBE.numel() * 258 // every))
     model, settings = tiny.model(family), Settings()
@@ -350,6 +352,7 @@ ALLOCATIONS: Mapping[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", ALLOCATIONS)
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.covering
 def test_every_allocation_saves_what_the_ratio_says(family: str, name: str) -> None:
     model, found = deep(family=family), axes(deep(family=family), ("ffn",))
     before = {key: param.clone() for key, param in model.named_parameters()}
@@ -516,6 +519,7 @@ def test_one_layer_always_stays() -> None:
 
 @pytest.mark.parametrize("gone", [(0,), (1,), (1, 2), (0, 2)])
 @pytest.mark.parametrize("family", ["llama", "qwen2_sliding", "opt"])
+@pytest.mark.covering
 def test_a_walk_past_dropped_layers(family: str, gone: tuple[int, ...]) -> None:
     """The dense stream sees the unpruned model, the others the model without those layers."""
     model, without = tiny.model(family), tiny.model(family)
@@ -546,6 +550,7 @@ def test_a_walk_past_dropped_layers(family: str, gone: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("share", [0.0, 0.3])
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.covering
 def test_the_ffn_before_it_makes_up_for_a_dropped_layer(family: str, share: float) -> None:
     """On other text of the same kind.  With no share of other errors too: what goes whole is made up for in full."""
     dense, gone, tokens = deep(family=family), 2, words(40, seed=1)

@@ -190,6 +190,7 @@ def first(model: PreTrainedModel, kind: str) -> Any:
 
 @pytest.mark.parametrize("mixed", MIXED)
 @pytest.mark.parametrize("family", ["llama", "llama_bias", "qwen2", "qwen3", "opt", "opt_350m"])
+@pytest.mark.covering
 def test_what_a_plan_saves_is_what_goes(family: str, mixed: str) -> None:
     model = tiny.model(family)
     if mixed == "ffn+heads" and family.startswith("opt"):
@@ -202,6 +203,7 @@ def test_what_a_plan_saves_is_what_goes(family: str, mixed: str) -> None:
 
 @pytest.mark.parametrize("mixed", MIXED)
 @pytest.mark.parametrize("family", ["llama", "qwen3", "opt"])
+@pytest.mark.covering
 def test_the_cache_of_a_plan_is_that_of_the_model_it_leaves(family: str, mixed: str) -> None:
     model = tiny.model(family)
     if mixed == "ffn+heads" and family == "opt":
@@ -268,6 +270,7 @@ def test_an_endless_amount_is_refused() -> None:
 
 @pytest.mark.parametrize("kinds", ["ffn", "ffn,groups"])
 @pytest.mark.parametrize(("name", "allocation"), [("params", "skip:1,1"), ("params", "global"), ("memory", "equal")])
+@pytest.mark.covering
 def test_the_smallest_possible_is_possible(name: str, allocation: str, kinds: str) -> None:
     """What the refusal says can be had is then had."""
     model = deep()
