@@ -124,7 +124,7 @@ def keep(model: Any, **how: Any) -> None:
         after = losses(model, ids)
         factor, error = perplexity.paired(dense[name], after)
         rows.append(
-            {"text": name, "perplexity": perplexity.of_losses(after), "factor": factor, "standard_error": error}
+            {"text": name, "perplexity": perplexity.perplexity_of(after), "factor": factor, "standard_error": error}
         )
     results.write("mixtures", [{"steps": args.steps, "windows": args.windows, **how, **row} for row in rows])
 

@@ -45,7 +45,7 @@ def measured(losses: Losses, dense: Losses) -> list[dict[str, object]]:
     rows = []
     for text, before in dense.items():
         factor, error = perplexity.paired(before, losses[text])
-        judged = {"perplexity": perplexity.of_losses(losses[text]), "factor": factor, "standard_error": error}
+        judged = {"perplexity": perplexity.perplexity_of(losses[text]), "factor": factor, "standard_error": error}
         rows.append({"text": text, **judged})
     return rows
 

@@ -1,11 +1,15 @@
 """Every benchmark starts and says how it is run; every table of results is whole, and says where its rows come from."""
 
+import ast
 import csv
 import importlib
+import inspect
 import os
 import runpy
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -17,6 +21,7 @@ sys.path.append(str(BENCHMARKS))
 results = importlib.import_module("results")
 SHARED = ("results", "scoring")  # what benchmarks import; clients run in environments of their own
 SCRIPTS = [p for p in sorted(BENCHMARKS.rglob("*.py")) if p.stem not in SHARED and not p.stem.endswith("_client")]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 KEPT = sorted(results.FOLDER.glob("*.csv"))
 
 
@@ -27,6 +32,80 @@ def test_help(script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     with mock.patch.dict(os.environ), pytest.raises(SystemExit) as left:
         runpy.run_path(str(script), run_name="__main__")
     assert left.value.code == 0 and f"usage: {script.name}" in capsys.readouterr().out
+
+
+def imported(tree: ast.AST) -> dict[str, Any]:
+    """What a source file imports of billhook, and of what benchmarks share, by the name that it has there."""
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {one.asname or one.name: importlib.import_module(one.name) for one in node.names if ours(one.name)}
+        elif isinstance(node, ast.ImportFrom) and ours(node.module or ""):
+            home = importlib.import_module(node.module or "")
+            for one in node.names:
+                inside = f"{node.module}.{one.name}"
+                found[one.asname or one.name] = getattr(home, one.name, None) or importlib.import_module(inside)
+    return found
+
+
+def ours(module: str) -> bool:
+    return module.split(".")[0] in ("billhook", "results", "scoring")
+
+
+def stale(source: str) -> list[str]:
+    """What is asked of billhook's modules, and given to its functions by name, that they do not have."""
+    tree = ast.parse(source)
+    names, wrong = imported(tree), []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            owner = names.get(node.value.id)
+            if isinstance(owner, ModuleType) and not hasattr(owner, node.attr):
+                wrong.append(f"{node.value.id}.{node.attr}")
+        elif isinstance(node, ast.Call):
+            takes = accepted(node.func, names)
+            wrong += [f"{ast.unparse(node.func)}({word.arg}=)" for word in node.keywords if word.arg not in takes]
+    return wrong
+
+
+class Anything:
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
+def accepted(func: ast.expr, names: dict[str, Any]) -> Any:
+    """The names of what a function takes; anything, where that is not known."""
+    known: Any = names.get(func.id) if isinstance(func, ast.Name) else None
+    if isinstance(func, ast.Attribute) and isinstance(func.value, ast.Name):
+        owner = names.get(func.value.id)
+        known = getattr(owner, func.attr, None) if isinstance(owner, ModuleType) else None
+    if not callable(known) or (
+        isinstance(known, type) and issubclass(known, Exception)
+    ):  # Python's own have no signature
+        return Anything()
+    parameters = inspect.signature(known).parameters
+    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
+        return Anything()
+    return {None, *parameters}
+
+
+@pytest.mark.parametrize(
+    "script", [*SCRIPTS, *(BENCHMARKS / f"{name}.py" for name in SHARED), *EXAMPLES], ids=lambda path: path.stem
+)
+def test_what_it_uses_is_there(script: Path) -> None:
+    assert stale(script.read_text(encoding="utf-8")) == []
+
+
+def test_what_is_not_there_is_seen() -> None:
+    source = """
+import billhook
+from billhook.evaluation import perplexity
+from billhook.models.plan import Plan
+perplexity.nothing(1)
+billhook.prune("demo", **settings)
+Plan({}, layer=1)
+local.nothing(a=1)
+"""
+    assert sorted(stale(source)) == ["Plan(layer=)", "perplexity.nothing"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
