@@ -1,6 +1,6 @@
 """Hooks of the site.
 
-* `<!-- method: NAME -->` in a page becomes what the code says of that method.
+* `<!-- method: NAME -->` in a page becomes what the code says of that method, `<!-- settings: NAME -->` its settings.
 * The rows of the benchmarks are files of the site, too: benchmarks/results/X.csv is results/X.csv there.
 """
 
@@ -10,11 +10,33 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
+from billhook.cli.commands import command
 from billhook.methods import METHODS
 
 ROWS = Path(__file__).parents[1] / "benchmarks" / "results"
 WIDE = ("log/", "LOG.md", "families.md")  # pages of wide tables: no second column beside them
-MARK = re.compile(r"^<!-- method: (\w+) -->$", re.M)
+ZEROS = ("sparsity", "pattern", "targets", "layer_sparsity", "stream", "refit", "keep_zeros")
+SEARCHED = ("trials", "minutes", "validation", "pool", "pool_len", "clusters", "space", "sampler", "objective", "study")
+HEALED = ("select", "candidates", "heal_tokens", "held_out")
+RESTORED = ("stream", "damping", "restoration", "correction")
+SETTINGS = {  # of each method: the command that has them, and which they are
+    "fasp": ("prune", ("axes", "layout", "allocation", "floor", "score", *RESTORED)),
+    "layerchop": (
+        "prune",
+        ("preset", "drop", "keep", "layers", "patch", "damping", "correction", *HEALED),
+    ),
+    "slicegpt": ("prune", ("rotate", "damping", "restoration", "correction")),
+    "experts": ("prune", ("experts", "stream")),
+    "adapruner": ("search", ("axes", "layout", *SEARCHED, "restoration")),
+    "magnitude": ("prune", ZEROS),
+    "wanda": ("prune", ZEROS),
+    "optishear": ("search", ("sparsity", "pattern", "targets", *SEARCHED)),
+    "sparsegpt": ("prune", (*ZEROS, "damping")),
+    "fistapruner": ("prune", (*ZEROS, "init", "normalised", "damping")),
+    "admm": ("prune", (*ZEROS, "init", "damping")),
+}
+SHARED = "Budget, calibration text, output and machine are the same for every method: `billhook prune --help`."
+MARK = re.compile(r"^<!-- (method|settings): (\w+) -->$", re.M)
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -27,10 +49,34 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     if page.file.src_uri.startswith(WIDE):
         page.meta["hide"] = ["toc"]
     markdown = markdown.replace("](../../benchmarks/results/", "](../results/")
-    return MARK.sub(lambda match: facts(match[1]), markdown)
+    say = {"method": facts, "settings": settings}
+    return MARK.sub(lambda match: say[match[1]](match[2]), markdown)
 
 
 def facts(name: str) -> str:
+    """Title, paper, what a method says of itself, and what it needs."""
     method = METHODS[name]
     paper = re.sub(r"arXiv:(\d+\.\d+)", r"[arXiv:\1](https://arxiv.org/abs/\1)", method.paper)
-    return f"*{method.title}* ({paper})\n\n{method.note}\n\n**Needs** {method.needs}."
+    return f"*{method.title}* ({paper})\n\n{flags(method.note)}\n\n**Needs** {flags(method.needs)}."
+
+
+def settings(name: str) -> str:
+    """A method's settings as the command line has them."""
+    where, names = SETTINGS[name]
+    options = {option.name: option for option in command(where).params}
+    own = {"stream": METHODS[name].stream, **METHODS[name].own}
+    rows = [row(options[setting], own.get(setting)) for setting in names]
+    return "\n".join([f"| `billhook {where}` | default | what it does |", "|---|---|---|", *rows, "", SHARED])
+
+
+def row(option: Any, own: Any) -> str:
+    """One setting: its flags, its default (the method's own before the command's), its help."""
+    shown = option.show_default if isinstance(option.show_default, str) else option.default
+    shown = {None: "", True: "yes", False: "no", "": ""}.get(own if own is not None else shown, own or shown)
+    names = " ".join(f"`{flag}`" for flag in (*option.opts, *option.secondary_opts))
+    return f"| {names} | {shown} | {flags(option.help).replace('|', chr(92) + '|')} |"
+
+
+def flags(words: str) -> str:
+    """Flags in a text as code, or two hyphens would become a dash in some readers."""
+    return re.sub(r"(?<![`\w-])(--[a-z][a-z-]*)", r"`\1`", words)
