@@ -69,6 +69,11 @@ def test_files_that_pages_name_exist(page: Path) -> None:
     assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
+def test_pages_that_code_names_exist() -> None:
+    text = "".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
+    assert [page for page in set(re.findall(r"(?<![\w/])docs/[\w/.-]+\.md", text)) if not (ROOT / page).exists()] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_lines_fit(page: Path) -> None:
     lines = page.read_text().splitlines()

@@ -305,7 +305,7 @@ def parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
     """Every parameter with its name, a tied one once, in the order of the modules.
 
     Those of an offloaded model are views of mapped files, unless they are loaded or stored in another dtype: reading
-    them takes hardly any new memory (docs/LOG.md, "Larger than memory").
+    them takes hardly any new memory (docs/log/scale.md).
 
     Raises:
         BillhookError: a parameter holds NaN or infinite values.

@@ -1,7 +1,7 @@
 """Write safetensors files, tensor by tensor.
 
 The library's own writer wants all tensors of a file at once, and takes seven times as long as a plain copy
-(docs/LOG.md, "Larger than memory").
+(docs/log/scale.md).
 """
 
 import json
