@@ -20,7 +20,7 @@ from billhook.evaluation import perplexity
 from billhook.models.plan import Plan
 from billhook.models.sizes import decoder_parameters, total_parameters
 from billhook.models.surgery import cast
-from billhook.pruning.allocation import even_planner
+from billhook.pruning.planners import even_planner
 
 RATIOS = (0.1, 0.2, 0.3, 0.5)
 DENSE = [(Settings(score=score), ratio) for ratio in RATIOS for score in ("obs", "wanda", "energy")]

@@ -16,8 +16,9 @@ from billhook import data
 from billhook.calibration.linears import operators
 from billhook.checkpoints import load
 from billhook.cuts.masking import weight_of
-from billhook.math import admm, fistapruner, sparsegpt, sparsity, wanda
+from billhook.math import admm, fistapruner, sparsegpt, wanda
 from billhook.math.layerwise import Prune, Settings, Target, squared_error
+from billhook.math.pattern import Pattern, parse
 from billhook.tensors import Weight
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -65,7 +66,7 @@ def error(V: Weight, W: Weight, target: Target) -> float:
 
 print("| zeros | method | error | error, held out | seconds |\n|---|---|---|---|---|")
 for budget in args.budgets.split(","):
-    pattern = sparsity.parse(budget) if ":" in budget else sparsity.Pattern(float(budget))
+    pattern = parse(budget) if ":" in budget else Pattern(float(budget))
     for name, (prune, settings) in ROWS.items():
         began = time.perf_counter()
         found = [prune(W, fit, pattern, settings).weight for W, fit, _ in kept]

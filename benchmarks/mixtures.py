@@ -18,7 +18,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
 from billhook.checkpoints import load
-from billhook.cuts.experts import WAYS, Settings, reduce_experts
+from billhook.choices import WAYS
+from billhook.cuts.experts import Settings, reduce_experts
 from billhook.evaluation import perplexity
 from billhook.models.axes import axes
 from billhook.models.experts import fuse

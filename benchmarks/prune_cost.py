@@ -13,11 +13,12 @@ import time
 import results
 
 from billhook import data
-from billhook.calibration.walk import AXIS_STREAMS, walk
+from billhook.calibration.walk import walk
 from billhook.checkpoints import load
+from billhook.choices import AXIS_STREAMS
 from billhook.cuts.narrowing import Settings, narrow
 from billhook.models.sizes import decoder_parameters
-from billhook.pruning.allocation import even_planner
+from billhook.pruning.planners import even_planner
 from billhook.runtime.memory import peak_growth
 from billhook.runtime.progress import Clock
 

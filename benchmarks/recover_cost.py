@@ -98,7 +98,7 @@ share = statistics.median(a / b for a, b in found)
 print(f"| share of the bare loop's speed, median of pairs | | {share:.3f} |")
 keep("billhook recover", statistics.median(rates), least=rates[0], most=rates[-1], beside=share)
 print("\n| trained | parameters | tokens a second |\n|---|---|---|")
-for name, make in trainables.TRAINABLE.items():
+for name, make in trainables.TRAINERS.items():
     kept = list(range(12)) + list(range(20, 30))  # a seam in the middle, for the set that needs one
     trained = make(copy.deepcopy(opened.model), trainables.Seam(kept, 30), 32)
     rate = throughput.training_pace(trained, 512, args.rows, autocast, args.seconds)

@@ -14,8 +14,8 @@ import billhook
 from billhook import tensors
 from billhook.cuts import masking
 from billhook.math.layerwise import Settings
-from billhook.math.optishear import Metric
-from billhook.math.sparsity import Pattern
+from billhook.math.metric import Metric
+from billhook.math.pattern import Pattern
 from billhook.runtime.cache import Grams
 from billhook.runtime.progress import quiet
 from billhook.search import optishear, pool

@@ -12,10 +12,11 @@ import tiny
 from transformers import PreTrainedModel
 
 from billhook.checkpoints.gguf.architectures import CHOICES
+from billhook.choices import KINDS
 from billhook.errors import BillhookError
 from billhook.methods import MASKING, METHODS
 from billhook.models import limits, residual, rotation
-from billhook.models.axes import KINDS, axes, refusal
+from billhook.models.axes import axes, refusal
 from billhook.models.experts import unfuse
 from billhook.models.modeling_per_layer import FAMILIES
 

@@ -16,7 +16,7 @@ from billhook.checkpoints.resume import FinishedLayers
 from billhook.evaluation import zeroshot
 from billhook.models.axes import axes
 from billhook.models.surgery import remove
-from billhook.pruning import allocation
+from billhook.pruning import allocation, planners
 from billhook.pruning.recipe_file import read_recipe
 from billhook.runtime import cache, run_folder
 from billhook.runtime.cache import Grams
@@ -165,7 +165,7 @@ def shares(folder: Path) -> Kept:
     def read() -> object:
         found = allocation.parse(str(folder / "a.yaml")).keep
         assert found is not None
-        return allocation.file_plan(model, ("ffn", "heads"), found)
+        return planners.file_plan(model, ("ffn", "heads"), found)
 
     return Kept(folder / "a.yaml", read)
 

@@ -5,15 +5,15 @@ from typing import Any
 import pytest
 import torch
 
+from billhook.choices import check_axes
 from billhook.math import selection
-from billhook.models import limits
 
 
 @pytest.mark.parametrize("wrong", [("ffn", "uniform"), (("ffn",), 3)], ids=["kinds", "layout"])
 def test_a_wrong_type_is_refused(wrong: tuple[Any, Any]) -> None:
     """Of a function that names no shape: beartype alone has checked it."""
-    with pytest.raises(Exception, match=r"check_names.*parameter (kinds|layout)=.* violates type hint"):
-        limits.check_names(*wrong)
+    with pytest.raises(Exception, match=r"check_axes.*parameter (kinds|layout)=.* violates type hint"):
+        check_axes(*wrong)
 
 
 @pytest.mark.parametrize("wrong", [torch.zeros(2, 2), torch.zeros(4, dtype=torch.long)], ids=["shape", "dtype"])

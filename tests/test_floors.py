@@ -17,7 +17,8 @@ from billhook.models.modeling_per_layer import FAMILIES
 
 PACKAGE = Path(billhook.__file__).parent
 FLOORS = (  # low to high: folders, and files that stand beside them
-    {"errors", "tensors"},
+    {"errors"},
+    {"choices", "tensors"},
     {"math", "runtime"},
     {"models", "reports", "demo"},
     {"calibration", "checkpoints", "data"},
@@ -36,12 +37,13 @@ STANDALONE = {  # run where billhook is not: with checkpoints, or by a client's 
     *(f"{CLIENTS}{name}_client" for name in ("transformers", "vllm", "llamacpp")),
 }
 MAY_IMPORT = {  # folders that may import few others
-    "math": {"errors", "tensors"},
-    "runtime": {"errors", "tensors"},
-    "models": {"errors", "tensors", "runtime"},
-    "reports": {"errors", "runtime"},
+    "math": {"errors", "choices", "tensors"},
+    "runtime": {"errors", "choices", "tensors"},
+    "models": {"errors", "choices", "tensors", "runtime"},
+    "reports": {"errors", "choices", "runtime"},
     "recovery": {
         "errors",
+        "choices",
         "tensors",
         "runtime",
         "math",
@@ -52,7 +54,7 @@ MAY_IMPORT = {  # folders that may import few others
         "evaluation",
         "training",
     },
-    "evaluation": {"errors", "tensors", "runtime", "math", "models", "reports", "checkpoints", "data"},
+    "evaluation": {"errors", "choices", "tensors", "runtime", "math", "models", "reports", "checkpoints", "data"},
 }
 NUMERIC = {"torch", "numpy", "scipy"}  # what mathematics may stand on
 NAME_FAMILIES = {"models.families", "models.modeling_per_layer", "checkpoints.gguf.architectures"}
@@ -73,7 +75,7 @@ HEAVY = {
 MAX_LINES = 400
 TOKENIZERS = {"gpt2"}  # names of families that are names of tokenizers, too
 FAMILY = re.compile(  # opt, OPTForCausalLM; not option
-    rf"\b(?i:{'|'.join(set(FAMILIES) - TOKENIZERS)})(?!\.cpp)(\b|(?=[A-Z][a-z]))"
+    rf"\b(?i:{'|'.join(set(FAMILIES) - TOKENIZERS)})(?!\.cpp|-quantize)(\b|(?=[A-Z][a-z]))"
 )
 
 

@@ -11,6 +11,7 @@ import torch
 import transformers as T
 
 from billhook.calibration import layer_importance
+from billhook.choices import DATA_FREE_PRESETS, MEASURED_PRESETS, PRESETS
 from billhook.errors import BillhookError
 from billhook.math import layer_presets
 from billhook.models.experts import unfuse
@@ -165,7 +166,7 @@ def test_taylor_sums_over_every_linear_weight(family: str) -> None:
         assert found[n] == pytest.approx(len(tokens) * expected, rel=1e-3)
 
 
-@pytest.mark.parametrize("preset", layer_importance.PRESETS)
+@pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("total", [1, 2])
 @pytest.mark.covering
 def test_a_model_without_inner_layers_has_none_to_give(total: int, preset: str, tmp_path: Path) -> None:
@@ -181,17 +182,15 @@ def test_a_model_without_inner_layers_has_none_to_give(total: int, preset: str, 
 
 def test_what_was_measured_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = deep(9), tiny.tokens(3, 24)
-    once = [
-        layer_importance.chosen(model, p, 2, tokens, tokens, folder=tmp_path, key={}) for p in layer_importance.MEASURED
-    ]
+    once = [layer_importance.chosen(model, p, 2, tokens, tokens, folder=tmp_path, key={}) for p in MEASURED_PRESETS]
     monkeypatch.setattr(layer_importance, "run", None)
     monkeypatch.setattr(layer_importance, "element_sums", None)
     assert once == [
-        layer_importance.chosen(model, p, 2, tokens, tokens, folder=tmp_path, key={}) for p in layer_importance.MEASURED
+        layer_importance.chosen(model, p, 2, tokens, tokens, folder=tmp_path, key={}) for p in MEASURED_PRESETS
     ]
 
 
-@pytest.mark.parametrize("preset", layer_importance.PRESETS)
+@pytest.mark.parametrize("preset", PRESETS)
 def test_a_chopped_model_is_written_whole(preset: str, tmp_path: Path, text_file: Path) -> None:
     deep(8).save_pretrained(tmp_path / "model")
     tiny.tokenizer().save_pretrained(tmp_path / "model")
@@ -203,7 +202,7 @@ def test_a_chopped_model_is_written_whole(preset: str, tmp_path: Path, text_file
     assert len(gone) == 2 and sorted(gone + kept) == list(range(8)) and {0, 7} <= set(kept)
     again = T.AutoModelForCausalLM.from_pretrained(out)
     assert again.config.num_hidden_layers == len(layers(again)) == 6
-    assert (told["calibration"]["windows"] == 0) == (preset in layer_presets.DATA_FREE)
+    assert (told["calibration"]["windows"] == 0) == (preset in DATA_FREE_PRESETS)
 
 
 def test_presets_by_position_need_no_text(tmp_path: Path) -> None:

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 from processes import Child
 
-from billhook.calibration import layer_importance
-from billhook.cuts.chopping import PATCHES
+from billhook.choices import MEASURED_PRESETS, PATCHES
 
 Case = tuple[str, dict[str, Any]]  # a family, and how it is pruned
 CHOPPED: dict[str, Any] = dict(method="layerchop", layers=7, ratio=None)
@@ -37,7 +36,7 @@ SLOW: dict[str, Case] = {
     "optishear": ("llama", dict(method="optishear", **SPARSE)),
     **{
         name: ("llama", dict(preset=preset, **CHOPPED))
-        for preset in layer_importance.MEASURED
+        for preset in MEASURED_PRESETS
         if (name := f"layerchop {preset}") not in FAST
     },
     **{

@@ -15,7 +15,7 @@ from billhook.calibration.gradients import gradient_sums
 from billhook.errors import BillhookError
 from billhook.math.scores import fluctuation_columns, standardised
 from billhook.math.taylor import (
-    GRADIENT_SCORES,
+    FROM_GRADIENTS,
     NEED_MEAN_GRADIENT,
     GradientSums,
     UnitSums,
@@ -170,8 +170,8 @@ def test_gate_fisher_is_that_of_an_explicit_gate(family: str) -> None:
         with entering(model, axis.reader_module, lambda x, gate=gate, spread=spread: x * gate[spread]):
             slopes = torch.stack([torch.autograd.grad(loss_of(model, window), gate)[0] for window in IDS]).double()
         assert close(gate_fisher(sums), slopes.square().sum(0), 1e-4)
-        assert close(GRADIENT_SCORES["gate_sensitivity"](sums), slopes.abs().sum(0), 1e-4)
-        assert close(GRADIENT_SCORES["taylor1_vector"](sums.reader_only()), slopes.sum(0).abs(), 1e-3)
+        assert close(FROM_GRADIENTS["gate_sensitivity"](sums), slopes.abs().sum(0), 1e-4)
+        assert close(FROM_GRADIENTS["taylor1_vector"](sums.reader_only()), slopes.sum(0).abs(), 1e-3)
 
 
 def test_scores_are_their_sums() -> None:
@@ -188,12 +188,12 @@ def test_scores_are_their_sums() -> None:
         "gate_fisher": slots[-1].squared,
         "gate_sensitivity": slots[-1].absolute,
     }
-    assert expected.keys() == GRADIENT_SCORES.keys() and GRADIENT_SCORES.keys() > NEED_MEAN_GRADIENT
-    for name, score in GRADIENT_SCORES.items():
+    assert expected.keys() == FROM_GRADIENTS.keys() and FROM_GRADIENTS.keys() > NEED_MEAN_GRADIENT
+    for name, score in FROM_GRADIENTS.items():
         found, wanted = score(sums), expected[name]
         assert isinstance(wanted, Tensor) and close(found, wanted, 1e-4) and bool((found >= 0).all()), name
         assert bool((score(sums.reader_only()) <= found).all())
-    found = {name: score(sums) for name, score in GRADIENT_SCORES.items()}
+    found = {name: score(sums) for name, score in FROM_GRADIENTS.items()}
     assert bool((found["taylor1_vector"] <= found["taylor1_element"] * (1 + 1e-6)).all())
     assert bool((found["taylor1_element"] <= found["taylor1_window"] * (1 + 1e-6)).all())
 

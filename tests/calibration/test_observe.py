@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from billhook.calibration.walk import AXIS_STREAMS, Layer, ReaderSums, walk
+from billhook.calibration.walk import Layer, ReaderSums, walk
+from billhook.choices import AXIS_STREAMS
 from billhook.errors import BillhookError
 from billhook.models.axes import Axis, axes
 from billhook.models.families import layers

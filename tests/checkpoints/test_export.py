@@ -20,8 +20,9 @@ import transformers as T
 from billhook import demo
 from billhook.checkpoints import load
 from billhook.checkpoints.clients import llamacpp
-from billhook.checkpoints.gguf import vocabulary, write
+from billhook.checkpoints.gguf import vocabulary
 from billhook.checkpoints.gguf.write import write_gguf
+from billhook.choices import QUANTIZER
 from billhook.errors import BillhookError
 from billhook.models.axes import axes
 from billhook.models.families import layers
@@ -286,7 +287,7 @@ def test_progress_is_told(out: Path) -> None:
 @pytest.fixture
 def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A llama-quantize on PATH; the test writes what it does."""
-    tool = tmp_path / "bin" / write.QUANTIZER
+    tool = tmp_path / "bin" / QUANTIZER
     tool.parent.mkdir()
     monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
     yield tool

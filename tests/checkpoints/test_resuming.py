@@ -20,9 +20,9 @@ from folders import FASP, CutOffError, pruned, run, same, written
 from safetensors.torch import load_file, save_file
 
 import billhook
-from billhook.calibration import linears, walk
 from billhook.checkpoints import resume
 from billhook.checkpoints.clients import check
+from billhook.choices import AXIS_STREAMS, INDEPENDENT_STREAMS, OPERATOR_STREAMS
 from billhook.errors import BillhookError
 from billhook.methods import MASKING
 from billhook.models.families import layers
@@ -102,10 +102,10 @@ def test_what_workers_had_done_is_kept(
 MASKS = [
     {"method": method, "sparsity": 0.5, "stream": stream}
     for method in MASKING
-    for stream in linears.OPERATOR_STREAMS
+    for stream in OPERATOR_STREAMS
     if method != "optishear"  # whose search comes before, and then it is wanda
 ]
-ALL = [{**FASP, "axes": ("ffn", "groups"), "stream": stream} for stream in walk.AXIS_STREAMS] + MASKS
+ALL = [{**FASP, "axes": ("ffn", "groups"), "stream": stream} for stream in AXIS_STREAMS] + MASKS
 SLOW = [one for one in ALL if one.get("method", "wanda") != "wanda"]
 APART = [
     {**FASP, "ratio": 0.1, "stream": "dense", "allocation": "skip:1,0", "layout": "per_layer"},
@@ -140,7 +140,7 @@ def test_whichever_layers_are_done_the_others_end_in_the_same_bits(
 
     whole = made(tmp_path / "all")
     there = sorted(int(one.stem.partition("-")[2]) for one in (tmp_path / "all").glob("layer-*.json"))
-    alone = settings["stream"] in linears.INDEPENDENT_STREAMS
+    alone = settings["stream"] in INDEPENDENT_STREAMS
     sizes = range(len(there)) if settings in SLOW else (1,)
     parts = [done for size in sizes for done in itertools.combinations(there, size)]
     for done in parts if alone else [done for done in parts if list(done) == there[: len(done)]]:

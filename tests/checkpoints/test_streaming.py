@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import billhook
-from billhook.calibration.layer_importance import PRESETS
 from billhook.checkpoints import load, save
+from billhook.choices import PRESETS
 from billhook.models import residual
 from billhook.models.families import layers
 from billhook.runtime import offload

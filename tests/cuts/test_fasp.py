@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import billhook
-from billhook.calibration.walk import AXIS_STREAMS, walk
+from billhook.calibration.walk import walk
+from billhook.choices import AXIS_STREAMS
 from billhook.cuts.narrowing import Settings, narrow
 from billhook.models.axes import axes, reader_weight
 from billhook.models.families import layers

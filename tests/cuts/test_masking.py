@@ -15,13 +15,15 @@ import billhook
 from billhook import cli
 from billhook.calibration.forward import enter, run
 from billhook.calibration.gram import gram_of
-from billhook.calibration.linears import INDEPENDENT_STREAMS, OPERATOR_STREAMS, WITH_TARGET, operators
+from billhook.calibration.linears import WITH_TARGET, operators
+from billhook.choices import INDEPENDENT_STREAMS, OPERATOR_STREAMS, ROLES
 from billhook.cuts import masking, parallel
 from billhook.errors import BillhookError
-from billhook.math import layerwise, sparsity
+from billhook.math import layerwise
+from billhook.math.pattern import Pattern
 from billhook.methods import MASKING
 from billhook.models.experts import unfuse
-from billhook.models.families import ROLES, layers, linears
+from billhook.models.families import layers, linears
 from billhook.pruning.recipe import recipe
 from billhook.reports import commands
 
@@ -207,7 +209,7 @@ def test_layers_that_see_one_another_are_not_shared(folder: Path, text: str) -> 
 
 
 def test_a_process_that_comes_to_do_several_parts_starts_each_from_the_unpruned_model(folder: Path, text: str) -> None:
-    how = masking.Masking("wanda", sparsity.Pattern(0.5), ROLES, "dense", layerwise.Settings())
+    how = masking.Masking("wanda", Pattern(0.5), ROLES, "dense", layerwise.Settings())
     found = []
     for parts in ([range(1, 3)], [range(0, 1), range(1, 3)]):
         opens = {"name": str(folder), "device": "cpu", "dtype": "auto", "stream": False}

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from billhook import cli
 from billhook.calibration.walk import walk
-from billhook.cuts.chopping import PATCHES, Settings, chop
+from billhook.choices import PATCHES
+from billhook.cuts.chopping import Settings, chop
 from billhook.cuts.narrowing import Settings as Restoring
 from billhook.errors import BillhookError
 from billhook.math import layer_presets, restore

@@ -12,7 +12,7 @@ from billhook.calibration.linears import operators
 from billhook.cuts.masking import target_of
 from billhook.math import admm, restore, sparsity
 from billhook.math.layerwise import Found, Settings, Target, squared_error
-from billhook.math.sparsity import Pattern
+from billhook.math.pattern import Pattern
 from billhook.methods import METHODS
 from billhook.models.experts import unfuse
 from billhook.models.families import weight_of

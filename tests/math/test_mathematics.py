@@ -13,7 +13,7 @@ from billhook.math import linalg, restore, scores
 from billhook.math.knapsack import AxisChoices, even_widths
 from billhook.math.linalg import damped, factor
 from billhook.math.restore import least_squares
-from billhook.math.scores import SCORES, energy_columns, obs_columns, wanda_columns
+from billhook.math.scores import COLUMN_SCORES, energy_columns, obs_columns, wanda_columns
 from billhook.math.selection import lowest
 
 TINY_DAMPING = 1e-12
@@ -146,7 +146,7 @@ def test_degenerate_activations_give_numbers(case: str) -> None:
         X[:, 2] = X[:, 3]
     X = X * {"dead": (torch.arange(9) != 2).double(), "silence": 0.0}.get(case, 1.0)
     G = X.T @ X
-    for name, score in SCORES.items():
+    for name, score in COLUMN_SCORES.items():
         found = score(W, G, 1e-6)
         assert found.isfinite().all() and (found >= 0).all()
         if case == "dead":

@@ -12,7 +12,7 @@ from billhook.errors import BillhookError
 from billhook.math import admm, fistapruner, layerwise, magnitude, sparsegpt, sparsity, wanda
 from billhook.math.layerwise import Found, Settings, Target, squared_error
 from billhook.math.linalg import damped
-from billhook.math.sparsity import Pattern
+from billhook.math.pattern import Pattern, parse
 
 OUT, IN, TOKENS = 24, 32, 400
 HALF, TWO_FOUR = Pattern(sparsity=0.5), Pattern(zeros=2, group=4)
@@ -70,16 +70,16 @@ def close(found: Tensor, expected: Tensor, relative: float) -> bool:
 
 
 def test_a_pattern_says_its_share() -> None:
-    found = sparsity.parse("2:4")
+    found = parse("2:4")
     assert (found.zeros, found.group, found.share, str(found)) == (2, 4, 0.5, "2:4")
-    assert sparsity.parse("1:4").share == 0.25
+    assert parse("1:4").share == 0.25
     assert str(HALF) == "50%" and str(Pattern(sparsity=0.625)) == "62.5%"
 
 
 @pytest.mark.parametrize("text", ["", "2", "2:", "a:b", "2:4:8", "-1:4", "1.5:4", "0:4", "4:4", "5:4"])
 def test_a_bad_pattern_is_said_in_one_line(text: str) -> None:
     with pytest.raises(BillhookError) as caught:
-        sparsity.parse(text)
+        parse(text)
     assert "\n" not in str(caught.value) and (text in str(caught.value))
 
 

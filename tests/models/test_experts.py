@@ -19,8 +19,9 @@ from typer.testing import CliRunner
 import billhook
 from billhook.calibration.routers import mixtures
 from billhook.checkpoints import load, save, verify
+from billhook.choices import WAYS
 from billhook.cli import app
-from billhook.cuts.experts import WAYS, Settings, reduce_experts
+from billhook.cuts.experts import Settings, reduce_experts
 from billhook.data import Text
 from billhook.errors import BillhookError
 from billhook.evaluation import side_by_side

@@ -9,10 +9,11 @@ import tiny
 import torch
 
 import billhook
+from billhook.choices import MIXED
 from billhook.errors import BillhookError
 from billhook.models import limits
 from billhook.models.families import layers
-from billhook.models.modeling_per_layer import FAMILIES, MIXED
+from billhook.models.modeling_per_layer import FAMILIES
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 CASES: dict[str, dict[str, Any]] = {

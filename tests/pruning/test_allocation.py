@@ -28,7 +28,7 @@ from billhook.models.axes import Axis, axes
 from billhook.models.families import layers
 from billhook.models.plan import Plan, even_plan
 from billhook.models.surgery import drop_layers
-from billhook.pruning import allocation, planning, sensitivity, texts
+from billhook.pruning import allocation, planners, planning, sensitivity, texts
 from billhook.pruning.recipe import recipe
 from billhook.pruning.sensitivity import Probe, curves
 
@@ -203,7 +203,7 @@ def test_a_negative_skip_is_refused() -> None:
 def test_a_file_says_what_every_axis_keeps(family: str) -> None:
     model = tiny.model(family)
     keep = {0: {"ffn": 48}, 1: {"ffn": 17, "groups": 1}, 2: {}}
-    plan = allocation.file_plan(model, ("groups", "ffn"), keep)
+    plan = planners.file_plan(model, ("groups", "ffn"), keep)
     assert plan.layers == ()
     assert {place: n for place, n in plan.drops.items() if n} == {
         (1, "ffn"): 31,
@@ -214,7 +214,7 @@ def test_a_file_says_what_every_axis_keeps(family: str) -> None:
 def test_an_even_planner_takes_the_same_from_every_layer_that_may_give() -> None:
     model = deep()
     price = axes(model, ("ffn",))[0].price(model)
-    planner = allocation.even_planner(model, ("ffn",), 4, "uniform", spared=[0], gone=[2])
+    planner = planners.even_planner(model, ("ffn",), 4, "uniform", spared=[0], gone=[2])
     by_layer = sizes.layer_parameters(model, 2)
     plan = planner.make(by_layer + 2.0 * 12 * price)
     assert plan == Plan({(0, "ffn"): 0, (1, "ffn"): 12, (3, "ffn"): 12}, (2,))
@@ -229,7 +229,7 @@ def test_a_planner_reaches_its_most_and_keeps_the_floor(name: str, kinds: tuple[
     model = tiny.model("llama")
     found = {(axis.layer, axis.kind): axis for axis in axes(model, kinds)}
     losses = {place: {axis.blocks: 1.0 + axis.layer, axis.units - axis.blocks: 9.0} for place, axis in found.items()}
-    planner = allocation.planner(
+    planner = planners.planner(
         model, kinds, allocation.parse(name), multiple_of=4, floor=0.5, layout="per_layer", curves=losses
     )
     plan = planner.make(float(planner.most))
@@ -243,14 +243,14 @@ def test_a_global_allocation_is_one_threshold() -> None:
     model = tiny.model("llama")
     draw = torch.Generator().manual_seed(0)
     scores = {(n, "ffn"): torch.rand(48, generator=draw).double() * (n + 1) for n in range(3)}
-    planner = allocation.planner(
+    planner = planners.planner(
         model,
         ("ffn",),
         allocation.parse("global"),
         multiple_of=1,
         floor=0.01,
         layout="per_layer",
-        curves=allocation.score_curves(model, scores),
+        curves=planners.score_curves(model, scores),
     )
     threshold = torch.cat(list(scores.values())).sort().values[60]
     plan = planner.make(60.0 * axes(model, ("ffn",))[0].price(model))
@@ -264,7 +264,7 @@ def test_score_curves_sum_the_lowest_units_of_every_block(kind: str) -> None:
     draw = torch.Generator().manual_seed(1)
     scores = {(axis.layer, kind): torch.rand(axis.units, generator=draw).double() for axis in axes(model, (kind,))}
     for axis in axes(model, (kind,)):
-        each, found = scores[axis.layer, kind], allocation.score_curves(model, scores, steps=5)[axis.layer, kind]
+        each, found = scores[axis.layer, kind], planners.score_curves(model, scores, steps=5)[axis.layer, kind]
         assert list(found) == sorted(found) and max(found) == axis.units
         for count, loss in found.items():
             lowest = each.view(axis.blocks, -1).sort(1).values[:, : count // axis.blocks]

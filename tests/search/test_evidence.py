@@ -11,7 +11,7 @@ from torch import Tensor
 
 from billhook.calibration.gradients import gradient_sums
 from billhook.errors import BillhookError
-from billhook.math.taylor import GRADIENT_SCORES, GradientSums
+from billhook.math.taylor import FROM_GRADIENTS, GradientSums
 from billhook.models.axes import Slot, axes
 from billhook.search.evidence import evidence
 from billhook.search.metrics import (
@@ -111,7 +111,7 @@ def test_terms_are_the_scores_they_are_named_after(term: str, known: str) -> Non
     sums = gradient_sums(tiny.model("llama"), IDS, KINDS, mean_gradient=True)
     said = scores(found(), known_metrics(2)[term])
     for place, each in sums.items():
-        want = GRADIENT_SCORES[known](each)
+        want = FROM_GRADIENTS[known](each)
         assert close(said[place], want / want.mean(), ROUNDED if term == "param_first" else 1e-4)
 
 
@@ -121,7 +121,7 @@ def test_a_subset_of_windows_is_as_if_the_others_were_not_there() -> None:
     assert len(drawn) == 3
     sums: dict[tuple[int, str], GradientSums] = gradient_sums(model, IDS[drawn], KINDS)
     for place, found_there in scores(found(), some).items():
-        want = GRADIENT_SCORES["taylor2_element"](sums[place])
+        want = FROM_GRADIENTS["taylor2_element"](sums[place])
         assert close(found_there, want / want.mean(), 1e-4)
 
 

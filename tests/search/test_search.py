@@ -15,6 +15,7 @@ import torch
 import billhook
 from billhook import data
 from billhook.checkpoints import load
+from billhook.choices import SAMPLERS
 from billhook.cuts.chopping import Settings as Patching
 from billhook.cuts.chopping import chop
 from billhook.errors import BillhookError
@@ -31,7 +32,7 @@ from billhook.search.budgets import BaseCut, Shape, attention_counts, exchanged,
 from billhook.search.inputs import read_inputs
 from billhook.search.metrics import Solution, digest, known_metrics, mixtures
 from billhook.search.problem import prepare
-from billhook.search.samplers import SAMPLERS, Study
+from billhook.search.samplers import Study
 from billhook.search.space import Candidate, Dimension, lowest, space
 from billhook.search.trial import Trial, by_fronts, paired_gain, verdict
 from billhook.search.validation import FINAL, RungWindows, split

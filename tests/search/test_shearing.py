@@ -17,8 +17,9 @@ from billhook.errors import BillhookError
 from billhook.math import optishear as methods_optishear
 from billhook.math import sparsity, wanda
 from billhook.math.layerwise import Settings, Target
-from billhook.math.optishear import ALIKE, FUNCTIONS, SCALES, Metric, norms_of, score
-from billhook.math.sparsity import Pattern
+from billhook.math.metric import ALIKE, FUNCTIONS, SCALES, Metric
+from billhook.math.optishear import norms_of, score
+from billhook.math.pattern import Pattern, parse
 from billhook.reports.search_tables import outcome_words
 from billhook.runtime.progress import quiet
 from billhook.search import optishear
@@ -86,7 +87,7 @@ def test_scores_order_rows_as_the_paper_writes_them(alpha: str, f1: str) -> None
 
 def test_as_it_stands_it_is_wanda_and_equals_are_known_without_a_trial() -> None:
     W, target = layer()
-    for pattern in (Pattern(0.5), sparsity.parse("2:4")):
+    for pattern in (Pattern(0.5), parse("2:4")):
         own, known = (one(W, target, pattern, Settings(tokens=200)) for one in (methods_optishear.prune, wanda.prune))
         assert torch.equal(own.weight, known.weight)
     every = {Metric(a, f, b, g).canonical for a in SCALES for f in FUNCTIONS for b in SCALES for g in FUNCTIONS}

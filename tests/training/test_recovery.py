@@ -420,7 +420,7 @@ def test_what_is_aligned_pulls_as_hard_as_the_divergence_and_is_not_in_the_loss(
     torch.testing.assert_close(slope, (2 * x + x).detach() / 3)  # x^2 / 7x of 7, of each row
 
 
-@pytest.mark.parametrize("trainable", trainables.TRAINABLE)
+@pytest.mark.parametrize("trainable", trainables.TRAINERS)
 def test_only_what_is_trained_changes(
     trainable: str, student: Path, folder: Path, texts: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -18,9 +18,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from billhook.choices import KINDS
 from billhook.errors import BillhookError, one_of
 from billhook.math.taylor import GradientSums, UnitSums
-from billhook.models.axes import KINDS, Axis, Slot, axes, blocks
+from billhook.models.axes import Axis, Slot, axes, blocks
 from billhook.models.families import layers, shape
 from billhook.runtime.memory import free_bytes
 from billhook.runtime.progress import Tick, quiet

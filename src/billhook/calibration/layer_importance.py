@@ -22,15 +22,6 @@ from billhook.runtime import cache
 from billhook.runtime.progress import Tick, quiet
 from billhook.tensors import Probes, Tokens, precise
 
-MEASURED = {
-    "block-influence": "the least change of direction, 1 - cos(input, output), mean over tokens (ShortGPT, arXiv:2403.03853)",
-    "angular": "the block whose ends are nearest by angle, at the last token (Gromov et al., arXiv:2403.17887)",
-    "perplexity": "the least loss without each alone (Kim et al., arXiv:2402.02834)",
-    "contiguous": "the block with the least loss without it: what costs least without training (docs/LOG.md)",
-    "greedy": "one at a time, each time the one least missed (SLEB, arXiv:2402.09025)",
-    "taylor": "the least sum of |weight x gradient|, the first four and last two kept (Taylor+ of Kim et al.)",
-}
-PRESETS = (*layer_presets.DATA_FREE, *MEASURED)
 KEPT_BY_TAYLOR = (4, 2)  # of the first and the last layers
 STAGE = "measuring layers"
 

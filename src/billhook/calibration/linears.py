@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from billhook.calibration.forward import BATCH_TOKENS, enter, run
 from billhook.calibration.gram import gram_of
 from billhook.calibration.walk import Finished
+from billhook.choices import INDEPENDENT_STREAMS
 from billhook.errors import BillhookError
 from billhook.models.families import layers, linears, role_wanted, row_of
 from billhook.runtime.activations import State, keep
@@ -30,18 +31,9 @@ from billhook.runtime.offload import loaded
 from billhook.runtime.progress import Clock, Tick, quiet
 from billhook.tensors import Gram, Tokens, precise
 
-OPERATOR_STREAMS = {
-    "dense": "every operator sees the unpruned model's activations: one forward pass in all",
-    "sequential": "every layer sees what the pruned layers before it put out (SparseGPT, Wanda)",
-    "true_sequential": "as sequential, and every operator sees what was pruned before it in its layer",
-    "layer_target": "every layer sees the unpruned model's activations; in it every operator sees what was pruned before it, and shall "
-    "put out what the unpruned one does (FISTAPruner)",
-    "dense_target": "as true_sequential, and every operator shall put out what it does in the unpruned model",
-}
 STEPWISE = ("true_sequential", "layer_target", "dense_target")  # sums anew for every group of operators
 WITH_TARGET = ("layer_target", "dense_target")  # which follow the unpruned model as well
 HELD_OUT = 0.1  # of the windows
-INDEPENDENT_STREAMS = ("dense", "layer_target")  # no layer sees what became of another
 
 
 @dataclass(frozen=True)

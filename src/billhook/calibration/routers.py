@@ -19,8 +19,6 @@ from billhook.runtime.offload import loaded
 from billhook.runtime.progress import Clock, Tick, quiet
 from billhook.tensors import Gram, Scores, Tokens, precise
 
-EXPERT_STREAMS = ("dense", "sequential")
-
 
 @dataclass
 class Routing:

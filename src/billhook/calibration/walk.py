@@ -28,12 +28,6 @@ from billhook.runtime.offload import loaded
 from billhook.runtime.progress import Clock, Tick, quiet
 from billhook.tensors import Cross, Gram, Tokens, precise
 
-AXIS_STREAMS = {
-    "dense": "every layer sees the unpruned model's activations: one forward pass in all",
-    "sequential": "every layer sees the activations that the pruned layers before it produce",
-    "dense_target": "as sequential, and each restoration also makes up part of the difference to the unpruned model",
-}
-
 
 @dataclass
 class ReaderSums:

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from billhook import data, demo
-from billhook.calibration.walk import AXIS_STREAMS
 from billhook.checkpoints import load
+from billhook.choices import AXIS_STREAMS
 from billhook.cli.commands import app
 from billhook.cli.options import (
     Device,

@@ -9,10 +9,8 @@ import typer
 from rich.table import Table
 
 from billhook import data, demo
-from billhook.calibration.layer_importance import PRESETS
-from billhook.calibration.linears import OPERATOR_STREAMS as MASK_STREAMS
-from billhook.calibration.walk import AXIS_STREAMS
 from billhook.checkpoints import load
+from billhook.choices import AXIS_STREAMS, GRADIENT_SCORES, KINDS, OPERATOR_STREAMS, PARTS, PRESETS, ROLES, SCORES
 from billhook.cli.commands import app
 from billhook.cli.options import (
     Device,
@@ -39,12 +37,9 @@ from billhook.cli.options import (
 from billhook.errors import BillhookError, one_of
 from billhook.evaluation import side_by_side, zeroshot
 from billhook.evaluation.continuations import NEW_TOKENS, PROMPTS
-from billhook.math.scores import SCORES
-from billhook.math.taylor import GRADIENT_SCORES
 from billhook.methods import METHODS
 from billhook.models import limits
-from billhook.models.axes import KINDS
-from billhook.models.families import FAMILIES, ROLES
+from billhook.models.families import FAMILIES
 from billhook.reports import page, records, tables
 from billhook.runtime import atomic
 from billhook.runtime.offload import is_offloaded
@@ -88,7 +83,7 @@ def evaluate_command(
         str | None,
         typer.Option(
             help="what to measure besides perplexity and tasks, with commas, or none: "
-            + "; ".join(f"{name}: {what}" for name, what in side_by_side.PARTS.items()),
+            + "; ".join(f"{name}: {what}" for name, what in PARTS.items()),
             show_default="all, none of a model whose weights stay in their files",
         ),
     ] = None,
@@ -113,7 +108,7 @@ def evaluate_command(
     if len(set(names)) < len(names):
         raise BillhookError(f"{next(n for n in names if names.count(n) > 1)} is named twice")
     with progress() as tick:
-        wanted = tuple(one_of("part", one, side_by_side.PARTS) for one in listed(parts or "") if parts != "none")
+        wanted = tuple(one_of("part", one, PARTS) for one in listed(parts or "") if parts != "none")
         named = [name for one in tasks or () for name in listed(one)]
         scorer = _zero_shot(named, limit, max(sizes[0]), tick) if named else None
         asked = side_by_side.Measures(
@@ -125,7 +120,7 @@ def evaluate_command(
             prompts=side_by_side.read_prompts(prompts) if prompts else PROMPTS,
             new_tokens=new_tokens,
             tasks=scorer,
-            parts=tuple(side_by_side.PARTS) if parts is None else wanted,
+            parts=tuple(PARTS) if parts is None else wanted,
         )
         how = {"device": device, "dtype": dtype, "stream": stream_weights}
         opened = [load.open_model(name, **how, tick=tick) for name in names]
@@ -228,7 +223,9 @@ def methods_command(json: Json = False) -> None:
     for name, method in METHODS.items():
         out.print(f"[bold]{name}[/]  {method.title} ({method.paper})")
         if method.linear:
-            out.print(f"  zeros:  in {', '.join(ROLES)}; streams: {', '.join(MASK_STREAMS)} (default {method.stream})")
+            out.print(
+                f"  zeros:  in {', '.join(ROLES)}; streams: {', '.join(OPERATOR_STREAMS)} (default {method.stream})"
+            )
         else:
             out.print(f"  prunes: {', '.join(method.kinds)} (default {', '.join(method.default_kinds)})")
         out.print(f"  needs:  {method.needs}")

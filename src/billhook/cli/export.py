@@ -10,9 +10,9 @@ from rich.table import Table
 
 from billhook.checkpoints import load
 from billhook.checkpoints.clients import check
-from billhook.checkpoints.gguf.architectures import QUANTIZER
-from billhook.checkpoints.gguf.write import QUANTIZE, write_gguf
+from billhook.checkpoints.gguf.write import write_gguf
 from billhook.checkpoints.publish import check_apart
+from billhook.choices import QUANTIZE, QUANTIZER
 from billhook.cli.commands import app
 from billhook.cli.options import Json, Model, Overwrite, choice, out, progress
 from billhook.errors import BillhookError, one_of

@@ -5,10 +5,24 @@ from typing import Annotated
 
 import typer
 
-from billhook.calibration.layer_importance import MEASURED, PRESETS
-from billhook.calibration.linears import INDEPENDENT_STREAMS
-from billhook.calibration.linears import OPERATOR_STREAMS as MASK_STREAMS
-from billhook.calibration.walk import AXIS_STREAMS
+from billhook.choices import (
+    ALLOCATIONS,
+    AXES,
+    AXIS_STREAMS,
+    CLIENTS,
+    DATA_FREE_PRESETS,
+    GRADIENT_SCORES,
+    INDEPENDENT_STREAMS,
+    LAYOUTS,
+    MEASURED_PRESETS,
+    OPERATOR_STREAMS,
+    PATCHES,
+    PRESETS,
+    ROLES,
+    SCORES,
+    SELECT,
+    WAYS,
+)
 from billhook.cli.commands import app
 from billhook.cli.options import (
     Device,
@@ -31,22 +45,14 @@ from billhook.cli.options import (
     progress,
     prune_to,
 )
-from billhook.cuts.chopping import PATCHES
 from billhook.cuts.chopping import Settings as Patching
-from billhook.cuts.experts import WAYS
 from billhook.cuts.narrowing import Settings
 from billhook.errors import BillhookError
-from billhook.math import layer_presets, optishear
+from billhook.math import metric
 from billhook.math.layerwise import Settings as Solving
-from billhook.math.scores import SCORES
-from billhook.math.taylor import GRADIENT_SCORES
 from billhook.methods import MASKING, METHODS
-from billhook.models.families import ROLES
-from billhook.models.layout import LAYOUTS
-from billhook.models.limits import AXES
-from billhook.pruning.allocation import ALLOCATIONS
 from billhook.pruning.dry_run import estimate
-from billhook.pruning.recipe import CLIENTS, INITIALISED, INITS, SELECT, Recipe, recipe
+from billhook.pruning.recipe import INITIALISED, INITS, Recipe, recipe
 from billhook.reports import records, terminal
 from billhook.runtime.units import BYTES, amount
 
@@ -80,8 +86,8 @@ def prune_command(
         str,
         choice(
             PRESETS,
-            f"layerchop: which layers go. By position: {', '.join(layer_presets.DATA_FREE)}. "
-            + "; ".join(f"{k}: {v}" for k, v in MEASURED.items()),
+            f"layerchop: which layers go. By position: {', '.join(DATA_FREE_PRESETS)}. "
+            + "; ".join(f"{k}: {v}" for k, v in MEASURED_PRESETS.items()),
         ),
     ] = DEFAULT.preset,
     drop: Annotated[
@@ -151,8 +157,8 @@ def prune_command(
     metric: Annotated[
         str,
         typer.Option(
-            help=f"optishear: alpha,F1,beta,F2 of its score, like {optishear.Metric()}, which is Wanda's (alpha and beta of "
-            f"{', '.join(optishear.SCALES)}; F1 and F2 of {', '.join(optishear.FUNCTIONS)})",
+            help=f"optishear: alpha,F1,beta,F2 of its score, like {metric.Metric()}, which is Wanda's (alpha and beta of "
+            f"{', '.join(metric.SCALES)}; F1 and F2 of {', '.join(metric.FUNCTIONS)})",
             show_default="searched",
         ),
     ] = "",
@@ -224,8 +230,8 @@ def prune_command(
     stream: Annotated[
         str,
         choice(
-            {**MASK_STREAMS, **AXIS_STREAMS},
-            f"whose activations a layer sees: {', '.join(AXIS_STREAMS)}; for zeros also {', '.join(s for s in MASK_STREAMS if s not in AXIS_STREAMS)}; "
+            {**OPERATOR_STREAMS, **AXIS_STREAMS},
+            f"whose activations a layer sees: {', '.join(AXIS_STREAMS)}; for zeros also {', '.join(s for s in OPERATOR_STREAMS if s not in AXIS_STREAMS)}; "
             "empty: the method's own",
         ),
     ] = "",

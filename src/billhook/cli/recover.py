@@ -10,6 +10,7 @@ from accelerate import PartialState
 
 from billhook.checkpoints.clients import check
 from billhook.checkpoints.publish import check_out
+from billhook.choices import PRECISIONS, TRAINABLE
 from billhook.cli.commands import app
 from billhook.cli.options import (
     Device,
@@ -31,9 +32,7 @@ from billhook.recovery.settings import OBJECTIVES, STATES, STEPS, Recovery, reco
 from billhook.recovery.setup import on_cpu
 from billhook.reports import records, terminal
 from billhook.runtime import atomic, run_folder
-from billhook.runtime.precision import PRECISIONS
 from billhook.runtime.progress import Tick, quiet
-from billhook.training.trainables import WORDS
 
 DEFAULT = Recovery(teacher="demo", tokens=1)
 
@@ -68,7 +67,9 @@ def recover_command(
     objective: Annotated[
         str, choice(OBJECTIVES, "; ".join(f"{k}: {v}" for k, v in OBJECTIVES.items()))
     ] = DEFAULT.objective,
-    trainable: Annotated[str, choice(WORDS, "; ".join(f"{k}: {v}" for k, v in WORDS.items()))] = DEFAULT.trainable,
+    trainable: Annotated[
+        str, choice(TRAINABLE, "; ".join(f"{k}: {v}" for k, v in TRAINABLE.items()))
+    ] = DEFAULT.trainable,
     states: Annotated[
         str, choice(STATES, "distill: " + "; ".join(f"{k}: {v}" for k, v in STATES.items()))
     ] = DEFAULT.states,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from billhook.choices import AXES, GROUPS, LAYOUTS, ROLES, SAMPLERS, SEARCH_OBJECTIVES, SPACES
 from billhook.cli.commands import app
 from billhook.cli.options import (
     Device,
@@ -26,15 +27,9 @@ from billhook.cli.options import (
     unfinished,
 )
 from billhook.errors import one_of
-from billhook.models.families import ROLES
-from billhook.models.layout import LAYOUTS
-from billhook.models.limits import AXES
 from billhook.pruning.recipe import Recipe, recipe
 from billhook.reports import records, terminal
 from billhook.reports.search_tables import outcome_words
-from billhook.search.evaluator import OBJECTIVES
-from billhook.search.samplers import SAMPLERS
-from billhook.search.space import GROUPS, SPACES
 
 DEFAULT = Recipe(method="adapruner", ratio=0.2)
 SEARCHED = ("adapruner", "optishear")
@@ -99,7 +94,7 @@ def search_command(
         choice(SAMPLERS, "; ".join(f"{k}: {v}" for k, v in SAMPLERS.items()) + "; empty: tpe, of optishear nsga2"),
     ] = "",
     objective: Annotated[
-        str, choice(OBJECTIVES, "; ".join(f"{k}: {v}" for k, v in OBJECTIVES.items()))
+        str, choice(SEARCH_OBJECTIVES, "; ".join(f"{k}: {v}" for k, v in SEARCH_OBJECTIVES.items()))
     ] = DEFAULT.objective,
     axes: Annotated[str, choice(AXES, "what to prune, comma-separated, of ffn, heads, groups; empty: ffn")] = "",
     layout: Annotated[str, choice(LAYOUTS, "; ".join(f"{k}: {v}" for k, v in LAYOUTS.items()))] = DEFAULT.layout,

@@ -32,11 +32,6 @@ from billhook.models.surgery import drop_layers
 from billhook.runtime.progress import Clock, Tick, quiet
 from billhook.tensors import Tokens
 
-PATCHES = {
-    "none": "the layers go, the others stay as they are",
-    "linear": "the FFN before each cut learns in closed form to add what the layers that go would have added",
-}
-
 
 @dataclass(frozen=True)
 class Settings:

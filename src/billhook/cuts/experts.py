@@ -28,13 +28,6 @@ from billhook.models.surgery import drop_layers, remove, without
 from billhook.runtime.progress import Clock, Tick, quiet
 from billhook.tensors import Scores, Tokens, Units, precise
 
-WAYS = {
-    "reap": "drop those of lowest mean weight times output norm (REAP)",
-    "frequency": "drop those that fewest tokens go to",
-    "random": "drop any",
-    "uncurl": "merge those whose router logits are alike (UNCURL)",
-}
-
 
 @dataclass(frozen=True)
 class Settings:

@@ -15,14 +15,16 @@ from safetensors.torch import load, save
 from torch import nn
 from transformers import PreTrainedModel
 
-from billhook.calibration.linears import HELD_OUT, INDEPENDENT_STREAMS, Group, OperatorSums, operators
+from billhook.calibration.linears import HELD_OUT, Group, OperatorSums, operators
 from billhook.checkpoints.resume import FinishedLayers
+from billhook.choices import INDEPENDENT_STREAMS
 from billhook.cuts.parallel import spread
 from billhook.errors import BillhookError
 from billhook.math import sparsity
 from billhook.math.layerwise import Settings, Target, squared_error
+from billhook.math.pattern import Pattern
 from billhook.math.solvers import SOLVERS
-from billhook.math.sparsity import SPARSE_SHARE, Pattern, Support
+from billhook.math.sparsity import SPARSE_SHARE, Support
 from billhook.models.families import FUSED, layers, linear, linears, role_wanted, weight_of
 from billhook.runtime.offload import loaded as in_memory
 from billhook.runtime.progress import Clock, Tick, quiet

@@ -27,7 +27,7 @@ from billhook.calibration.walk import Layer, ReaderSums, walk
 from billhook.checkpoints.resume import FinishedLayers
 from billhook.cuts.restoration import errors, fitted
 from billhook.math import selection
-from billhook.math.scores import SCORES
+from billhook.math.scores import COLUMN_SCORES
 from billhook.models.axes import Axis, reader_weight
 from billhook.models.plan import Cut, Plan
 from billhook.models.surgery import drop_layers, remove
@@ -237,7 +237,7 @@ def fit(
 
 def axis_scores(axis: Axis, W: Weight, G: Gram, settings: Settings) -> Scores:
     """Step 2: one number for each unit."""
-    return axis.pool(SCORES[settings.score](W.to(G.device), G, settings.damping))
+    return axis.pool(COLUMN_SCORES[settings.score](W.to(G.device), G, settings.damping))
 
 
 def _restored(W: Weight, evidence: ReaderSums, kept: Kept, settings: Settings) -> tuple[Narrowed, float]:

@@ -8,6 +8,7 @@ from typing import Any
 from billhook import data
 from billhook.checkpoints.load import Opened
 from billhook.checkpoints.save import stored_bytes
+from billhook.choices import PARTS
 from billhook.data import Text
 from billhook.errors import BillhookError
 from billhook.evaluation.continuations import NEW_TOKENS, PROMPTS, continuations
@@ -19,10 +20,6 @@ from billhook.models.experts import fused
 from billhook.runtime.progress import Tick, quiet
 from billhook.runtime.text_files import read_text
 
-PARTS = {
-    "speed": "tokens a second, and the memory of a prefill",
-    "texts": "what they write",
-}
 ROOM = 64  # positions left for new tokens where a model is too short for the context asked for
 LONGEST_PROMPT = 2**16  # characters: beyond what most models have positions for
 Tasks = Callable[["Subject", Tick], list[dict[str, Any]]]

@@ -10,8 +10,10 @@ linalg         Symmetric positive definite systems: the one place that damps and
 losses         What a model is trained on after a cut: distances to the teacher's predictions and states
 magnitude      Magnitude pruning: the smallest weights go
 merging        Experts that do the same become one
+metric         The points of OptiShear's space: which transformations a score has
 optishear      OptiShear: Wanda's score with its parts transformed
 overlap        Which windows are, in part, the same text as others: they share a run of tokens
+pattern        What is asked for of a sparse weight: a share of zeros, or N of every M neighbours
 restore        Closed-form repair of the kept weights: no training, no gradients
 scores         Importance of the columns of a reader: what the layer's output loses when one goes
 selection      From scores to which units go

@@ -21,7 +21,8 @@ import torch
 from billhook.math import magnitude, sparsegpt, sparsity, wanda
 from billhook.math.layerwise import Found, Settings, Target, dead, finish, nearer, scaled, start, wanted
 from billhook.math.linalg import factor
-from billhook.math.sparsity import Pattern, Support
+from billhook.math.pattern import Pattern
+from billhook.math.sparsity import Support
 from billhook.tensors import Weight
 
 STARTS = {"magnitude": magnitude.prune, "wanda": wanda.prune, "sparsegpt": sparsegpt.prune}

@@ -46,7 +46,6 @@ POSITIONS: dict[str, Callable[[int, int], list[int]]] = {
     "both": both,
     "max-gap": max_gap,
 }
-DATA_FREE = (*POSITIONS, "random")  # of any data
 
 
 def random_layers(total: int, count: int, seed: int) -> list[int]:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from billhook.errors import one_of
-from billhook.math.sparsity import Pattern, Support
+from billhook.math.pattern import Pattern
+from billhook.math.sparsity import Support
 from billhook.tensors import Columns, Cross, Gram, Weight
 
 STRETCH = 40  # iterations of a refit between two residuals in float64

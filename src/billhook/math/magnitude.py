@@ -5,7 +5,7 @@ One threshold for the whole matrix, or the N smallest of every M.  No calibratio
 
 from billhook.math import sparsity
 from billhook.math.layerwise import Found, Settings, Target, finish
-from billhook.math.sparsity import Pattern
+from billhook.math.pattern import Pattern
 from billhook.tensors import Weight
 
 

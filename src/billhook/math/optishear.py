@@ -10,53 +10,18 @@ computed, which cannot overflow.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from billhook.errors import BillhookError, one_of
+from billhook.errors import BillhookError
 from billhook.math import sparsity
 from billhook.math.layerwise import Found, Settings, Target, finish
-from billhook.math.sparsity import Pattern
+from billhook.math.metric import Metric, parse
+from billhook.math.pattern import Pattern
 from billhook.tensors import Weight
 
-FUNCTIONS = ("identity", "sqrt", "square", "exp", "log", "sigmoid", "softmax")
-SCALES = ("none", "row", "column", "both", "sum", "mean", "frobenius")  # one over the sum of a row, …
-ALIKE = {"row": "none", "sum": "none", "mean": "none", "frobenius": "none", "exp": "softmax"}  # to the order in a row
 SEQUENCE = 2048  # tokens
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A point of the space; as it stands, Wanda's."""
-
-    alpha: str = "none"
-    f1: str = "identity"
-    beta: str = "none"
-    f2: str = "identity"
-
-    def __str__(self) -> str:
-        return ",".join((self.alpha, self.f1, self.beta, self.f2))
-
-    @property
-    def canonical(self) -> "Metric":
-        """The one of all points that order every row alike."""
-        return Metric(*(ALIKE.get(name, name) for name in (self.alpha, self.f1, self.beta, self.f2)))
-
-
-def parse(text: str) -> Metric:
-    """`none,identity,none,sqrt`: alpha, F1, beta, F2.
-
-    Raises:
-        BillhookError: there are not four names, or one is unknown.
-    """
-    names = [name.strip() for name in text.split(",")]
-    if len(names) != 4:
-        raise BillhookError(f"--metric {text!r}: name alpha, F1, beta and F2, like {Metric()}, which is Wanda's")
-    for name, valid in zip(names, (SCALES, FUNCTIONS) * 2, strict=True):
-        one_of("part of a metric", name, valid)
-    return Metric(*names)
 
 
 def score(W: Weight, norms: Tensor, metric: Metric) -> Weight:

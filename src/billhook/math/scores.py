@@ -50,7 +50,7 @@ def _inverse_columns(lower: Gram, at: int) -> Tensor:
     return found
 
 
-SCORES: dict[str, Callable[[Weight, Gram, float], Columns]] = {
+COLUMN_SCORES: dict[str, Callable[[Weight, Gram, float], Columns]] = {
     "obs": obs_columns,
     "wanda": wanda_columns,
     "energy": energy_columns,

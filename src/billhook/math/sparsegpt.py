@@ -17,7 +17,8 @@ from torch import Tensor
 from billhook.math import sparsity
 from billhook.math.layerwise import Found, Settings, Target, dead, finish, nearer
 from billhook.math.linalg import factor
-from billhook.math.sparsity import Pattern, Support
+from billhook.math.pattern import Pattern
+from billhook.math.sparsity import Support
 from billhook.tensors import Gram, Weight
 
 

@@ -115,7 +115,7 @@ def gate_sensitivity(sums: GradientSums) -> Scores:
     return sums.reader.absolute
 
 
-GRADIENT_SCORES: dict[str, Callable[[GradientSums], Scores]] = {
+FROM_GRADIENTS: dict[str, Callable[[GradientSums], Scores]] = {
     "taylor1_vector": taylor1_vector,
     "taylor1_element": taylor1_element,
     "taylor1_window": taylor1_window,

@@ -5,7 +5,7 @@ S_ij = |W_ij| ||X_j||_2, compared within each output row; the weights that stay 
 
 from billhook.math import sparsity
 from billhook.math.layerwise import Found, Settings, Target, finish
-from billhook.math.sparsity import Pattern
+from billhook.math.pattern import Pattern
 from billhook.tensors import Weight
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from billhook.choices import KINDS, MIXED
 from billhook.models.families import (
     Attention,
     attention,
@@ -25,7 +26,7 @@ from billhook.models.families import (
     row_of,
     shape,
 )
-from billhook.models.modeling_per_layer import MIXED, Family, Refusal
+from billhook.models.modeling_per_layer import Family, Refusal
 from billhook.tensors import Columns, Index, Kept, Scores, Units
 
 
@@ -97,17 +98,6 @@ def owners(model: PreTrainedModel, axis: Axis) -> Iterator[tuple[Slot, nn.Module
     for slot in axis.slots:
         path, _, leaf = slot.param.rpartition(".")
         yield slot, model.get_submodule(path), leaf
-
-
-KINDS = {
-    "ffn": "FFN channels: gate and up rows with the down column",
-    "heads": "query heads, the same number from every KV group",
-    "groups": "whole KV groups: key and value head with their query heads",
-    "value": "value channels (FASP's V/O): one V row with its O columns",
-    "experts": "whole experts of a mixture, with their rows of the router",
-    "expert_ffn": "FFN channels of every expert, each its own: gate and up rows with the down column",
-    "shared": "FFN channels of the expert that every token goes to",
-}
 
 
 def axes(model: PreTrainedModel, kinds: tuple[str, ...] = tuple(KINDS)) -> list[Axis]:

@@ -23,7 +23,6 @@ FFN_SIZES = ("width", "experts", "expert_width", "shared_width")  # what layers 
 PER_LAYER_KEYS = ("layer_types", "no_rope_layers")  # config keys that hold one value a layer
 OLDER_TYPE = ("phi3", "olmo2")  # transformers 4 calls the kind of their scaling `type` alone
 OLDER_ROTARY = {"gpt_neox": ("rotary_emb_base", "rotary_pct")}  # theta and turned share, in transformers 4
-ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}  # one matrix in some families: the roles that it has
 
 

@@ -12,11 +12,6 @@ from billhook.models import modeling_per_layer as per_layer
 from billhook.models.axes import refusal
 from billhook.models.families import FFN_SIZES, attention, family_of, layers, sizes, stock_type, uncut_size
 
-LAYOUTS = {
-    "uniform": "one width for all layers: a stock checkpoint, loaded by whatever loads the family",
-    "per_layer": "widths and heads differ by layer: transformers and vLLM load it with trust_remote_code, billhook.load "
-    "without, llama.cpp as GGUF",
-}
 CODE = Path(per_layer.__file__)
 AUTO = (AutoConfig, AutoModel, AutoModelForCausalLM)  # in the order of a row's classes
 

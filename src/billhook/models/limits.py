@@ -4,18 +4,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from billhook.errors import BillhookError, one_of
-from billhook.models.axes import KINDS, Axis, axes, refusal
+from billhook.choices import KINDS, MIXED, check_axes
+from billhook.errors import BillhookError
+from billhook.models.axes import Axis, axes, refusal
 from billhook.models.families import WIDTHS, attention, experts_per_token, layers, row_of, sizes
 from billhook.models.layout import stock_holder
-from billhook.models.modeling_per_layer import MIXED
 from billhook.models.sizes import decoder_parameters, total_parameters
 
-AXES = {
-    **KINDS,
-    "layers": "whole decoder layers",
-    "residual": "channels of the residual stream, through the whole model",
-}
 EXPERT_STEP = 8  # of experts' widths: transformers' grouped products want rows of 16 bytes, in two bytes a number
 
 
@@ -54,7 +49,7 @@ def check_kinds(model: PreTrainedModel, kinds: tuple[str, ...], layout: str = "u
         raise BillhookError(
             f"{model.config.model_type} has no per_layer layout: experts of a layer are stored as one tensor"
         )
-    check_names(kinds, layout)
+    check_axes(kinds, layout)
     for kind in kinds:
         if why := refusal(model, kind, "per_layer"):
             raise BillhookError(f"{model.config.model_type} cannot give up {kind!r}: {why}; name other --axes")
@@ -63,25 +58,6 @@ def check_kinds(model: PreTrainedModel, kinds: tuple[str, ...], layout: str = "u
                 f"{model.config.model_type} cannot give up {kind!r} in a stock checkpoint: {why}; name other --axes, or use "
                 "--layout per_layer"
             )
-
-
-def check_names(kinds: tuple[str, ...], layout: str = "uniform") -> None:
-    """Raise BillhookError for axes that no family can give up together in the layout."""
-    if not kinds:
-        raise BillhookError(f"no axis named: valid: {', '.join(AXES)}")
-    for kind in kinds:
-        one_of("axis", kind, AXES)
-    if "value" in kinds and layout == "uniform":
-        raise BillhookError(
-            "axis 'value' (FASP's V/O channels) needs another attention shape than stock classes have: use --layout per_layer, "
-            "or name others of ffn, heads, groups"
-        )
-    if "residual" in kinds and layout != "uniform":
-        raise BillhookError(
-            f"axis 'residual' is one size for the whole model, which the uniform layout says: leave out --layout {layout}"
-        )
-    if len(found := [kind for kind in ("heads", "groups", "value") if kind in kinds]) > 1:
-        raise BillhookError(f"axes {' and '.join(map(repr, found))} cut the same columns: name one of them")
 
 
 def allowed_drops(model: PreTrainedModel, axis: Axis, multiple_of: int, layout: str = "uniform") -> list[int]:

@@ -1,12 +1,13 @@
 """From a recipe to a plan, a cut model and its result; dry run, comparison, sweep.
 
-allocation       Which layers give how much: from a number of parameters to save to a plan
+allocation       How the budget is spread over the layers, as the user says it
 budget           From a goal (parameters, bytes, speed) to the ratio that reaches it
 compare          Many prunes of one model, judged by the same texts: methods at one size, or one method at many
 dry_run          What a prune will come to, before it: parameters, memory, disk, operations and time
 latency          How long a decoder layer takes at candidate sizes, on this machine
 method_settings  The settings of each method, taken from a recipe
 plan_lines       One line that says, before the work, what will go
+planners         From a number of parameters to save to a plan: which layers give how much, by an allocation
 planning         From a recipe to a plan: gather what the allocation needs to know, then solve it for the budget
 preflight        What cannot be done by the means that a prune was given, said before it computes anything
 prune            Prune a model by a recipe, and prove what was written

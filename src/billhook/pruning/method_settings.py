@@ -1,14 +1,13 @@
 """The settings of each method, taken from a recipe."""
 
+from billhook.choices import GRADIENT_SCORES, ROLES
 from billhook.cuts.chopping import Settings as Patching
 from billhook.cuts.experts import Settings as Ways
 from billhook.cuts.masking import Masking
 from billhook.cuts.narrowing import Settings
 from billhook.cuts.slicing import Settings as Slicing
-from billhook.math import layerwise, sparsity
-from billhook.math.sparsity import Pattern
-from billhook.math.taylor import GRADIENT_SCORES
-from billhook.models.families import ROLES
+from billhook.math import layerwise
+from billhook.math.pattern import Pattern, parse
 from billhook.pruning.recipe import Recipe
 
 
@@ -29,7 +28,7 @@ def method_settings(chosen: Recipe) -> Settings | Patching | Slicing | Ways:
 
 def masking_of(chosen: Recipe) -> Masking:
     """What a method that makes zeros is asked for."""
-    pattern = sparsity.parse(chosen.pattern) if chosen.pattern else Pattern(chosen.sparsity)
+    pattern = parse(chosen.pattern) if chosen.pattern else Pattern(chosen.sparsity)
     settings = layerwise.Settings(
         damping=chosen.ridge,
         refit=chosen.refit,

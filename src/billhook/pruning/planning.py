@@ -11,19 +11,20 @@ from transformers import PreTrainedModel
 from billhook.calibration import layer_importance
 from billhook.calibration.gradients import WINDOW, gradient_sums
 from billhook.calibration.walk import walk
+from billhook.choices import GRADIENT_SCORES
 from billhook.cuts.chopping import check_patch
 from billhook.cuts.narrowing import axis_scores
 from billhook.errors import BillhookError, first_line
 from billhook.math import layer_presets
 from billhook.math.scores import standardised
-from billhook.math.taylor import GRADIENT_SCORES, NEED_MEAN_GRADIENT
+from billhook.math.taylor import FROM_GRADIENTS, NEED_MEAN_GRADIENT
 from billhook.methods import carry_out
 from billhook.models import limits, sizes
 from billhook.models.axes import axes, reader_weight
 from billhook.models.families import layers
 from billhook.models.layout import layout_of
 from billhook.models.plan import Curves, Plan, UnitScores
-from billhook.pruning import allocation, budget, residual_budget
+from billhook.pruning import allocation, budget, planners, residual_budget
 from billhook.pruning.budget import Planner
 from billhook.pruning.latency import layer_times
 from billhook.pruning.method_settings import settings_of
@@ -75,7 +76,7 @@ def make_plan(
     if said.name != "file" and all(getattr(chosen, name) is None for name in BUDGETS):
         return Plan()  # the vocabulary alone
     if said.keep is not None:
-        return allocation.file_plan(model, kinds, said.keep)
+        return planners.file_plan(model, kinds, said.keep)
     if said.name == "auto":
         return _auto(model, chosen, texts, dtype, scores, clock, tick)
     weighed = None
@@ -86,7 +87,7 @@ def make_plan(
             _key(model, chosen, said.name, texts),
             lambda: _curves(model, chosen, said.name, texts, scores, clock, tick),
         )
-    planner = allocation.planner(
+    planner = planners.planner(
         model, kinds, said, multiple_of=chosen.width_step, floor=chosen.floor, layout=chosen.layout, curves=weighed
     )
     return _solved(model, chosen, planner, dtype, tick)
@@ -99,7 +100,7 @@ def _check_possible(
     free: Curves = {(axis.layer, axis.kind): {} for axis in axes(model, kinds)}
     if "layers" in chosen.kinds:
         free |= {(n, "layers"): {1: 0.0} for n in range(len(layers(model)))}
-    planner = allocation.planner(
+    planner = planners.planner(
         model, kinds, said, multiple_of=chosen.width_step, floor=chosen.floor, layout=chosen.layout, curves=free
     )
     if chosen.speedup is None:
@@ -146,12 +147,12 @@ def _curves(
 ) -> Curves:
     if name == "global":
         found = scores or _gradient_scores(model, GLOBAL_SCORE, chosen.unit_kinds, texts.calibration, clock, tick)
-        return allocation.score_curves(model, found)
+        return planners.score_curves(model, found)
     if name == "standardised":
         found = standardised(scores or _forward_scores(model, chosen, texts.calibration, clock, tick))
         # losses are not negative; what is added to all alike moves no threshold
         least = min(each.min() for each in found.values())
-        return allocation.score_curves(model, {place: each - least for place, each in found.items()})
+        return planners.score_curves(model, {place: each - least for place, each in found.items()})
     return curves(
         model,
         texts.calibration,
@@ -170,7 +171,7 @@ def _gradient_scores(
 ) -> UnitScores:
     with clock("gradients"):
         sums = gradient_sums(model, tokens[:, :WINDOW], kinds, mean_gradient=score in NEED_MEAN_GRADIENT, tick=tick)
-        return {place: GRADIENT_SCORES[score](found) for place, found in sums.items()}
+        return {place: FROM_GRADIENTS[score](found) for place, found in sums.items()}
 
 
 def _forward_scores(
@@ -269,14 +270,14 @@ def _auto(
     """
     settings, kinds = settings_of(chosen), chosen.unit_kinds
     if kinds:  # what equal widths cannot give is refused before anything is measured
-        whole = allocation.even_planner(model, kinds, chosen.width_step, chosen.layout)
+        whole = planners.even_planner(model, kinds, chosen.width_step, chosen.layout)
         if chosen.speedup is None:
             _solved(model, chosen, whole, dtype, quiet)
     alone = curves(model, texts.calibration[:1], texts.probe, (), settings, whole_layers=True, clock=clock, tick=tick)
     probe, best, since = Probe(model, texts.probe), (float("inf"), Plan()), 0
     for count in range(0 if kinds else 1, len(layers(model)) // 2):
         gone = _apart({n: loss[1] for (n, _), loss in alone.items()}, count)
-        planner = allocation.even_planner(model, kinds, chosen.width_step, chosen.layout, gone=gone)
+        planner = planners.even_planner(model, kinds, chosen.width_step, chosen.layout, gone=gone)
         try:
             plan = _solved(model, chosen, planner, dtype, tick)
         except BillhookError:

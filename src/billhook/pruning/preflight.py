@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from billhook.checkpoints.load import Opened
+from billhook.choices import GRADIENT_SCORES
 from billhook.errors import BillhookError
-from billhook.math.taylor import GRADIENT_SCORES
 from billhook.methods import METHODS
 from billhook.models import sizes
 from billhook.models.residual import embedding_and_head

@@ -5,30 +5,33 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from billhook.calibration import routers
-from billhook.calibration.layer_importance import PRESETS
-from billhook.calibration.linears import OPERATOR_STREAMS as MASK_STREAMS
-from billhook.calibration.walk import AXIS_STREAMS
 from billhook.checkpoints.load import DTYPES
-from billhook.cuts.chopping import PATCHES
+from billhook.choices import (
+    AXIS_STREAMS,
+    EXPERT_STREAMS,
+    GRADIENT_SCORES,
+    LAYOUTS,
+    MIXED,
+    OPERATOR_STREAMS,
+    PATCHES,
+    PRESETS,
+    ROLES,
+    SAMPLERS,
+    SCORES,
+    SEARCH_OBJECTIVES,
+    WAYS,
+    check_axes,
+)
 from billhook.cuts.chopping import Settings as Patching
-from billhook.cuts.experts import WAYS
 from billhook.cuts.narrowing import Settings
 from billhook.cuts.slicing import Settings as Slicing
 from billhook.errors import BillhookError, one_of
-from billhook.math import layerwise, optishear, sparsity
-from billhook.math.scores import SCORES
-from billhook.math.taylor import GRADIENT_SCORES
+from billhook.math import layerwise, metric
+from billhook.math.pattern import parse, parse_layer_sparsity
 from billhook.methods import MASKING, METHODS
-from billhook.models.families import ROLES
-from billhook.models.layout import LAYOUTS
-from billhook.models.limits import check_names
-from billhook.models.modeling_per_layer import MIXED
 from billhook.pruning import allocation
 from billhook.runtime.units import BYTES, COUNT, amount
 from billhook.runtime.validation import checked
-from billhook.search.evaluator import OBJECTIVES
-from billhook.search.samplers import SAMPLERS
 
 CLIENTS = {  # who will load it -> what FFN widths its kernels want, and why
     "transformers": (32, "matrix products like it"),
@@ -116,14 +119,14 @@ class Recipe(BaseModel):
         valid = {
             "method": METHODS,
             "score": (*SCORES, *GRADIENT_SCORES),
-            "stream": {**AXIS_STREAMS, **MASK_STREAMS},
+            "stream": {**AXIS_STREAMS, **OPERATOR_STREAMS},
             "dtype": ("auto", *DTYPES),
             "layout": LAYOUTS,
             "preset": PRESETS,
             "select": SELECT,
             "patch": PATCHES,
             "sampler": SAMPLERS,
-            "objective": OBJECTIVES,
+            "objective": SEARCH_OBJECTIVES,
             "init": ("", *INITS),
             "experts": ("", *WAYS),
         }
@@ -142,7 +145,7 @@ class Recipe(BaseModel):
     @field_validator("metric")
     @classmethod
     def _metric(cls, value: str) -> str:
-        return str(optishear.parse(value)) if value else ""
+        return str(metric.parse(value)) if value else ""
 
     @field_validator("targets")
     @classmethod
@@ -152,7 +155,7 @@ class Recipe(BaseModel):
     @field_validator("layer_sparsity", mode="before")
     @classmethod
     def _by_layer(cls, value: Any) -> Any:
-        return sparsity.parse_layer_sparsity(value) if isinstance(value, str) else value
+        return parse_layer_sparsity(value) if isinstance(value, str) else value
 
     @field_validator("params", "memory", "heal_tokens", mode="before")
     @classmethod
@@ -219,12 +222,12 @@ class Recipe(BaseModel):
             )
         if self.normalised and self.method != "fistapruner":
             raise BillhookError(f"--normalised is of fistapruner: {self.method} has one scale of its own")
-        one_of("stream", self.stream, MASK_STREAMS)
+        one_of("stream", self.stream, OPERATOR_STREAMS)
         self._check_shares()
 
     def _check_shares(self) -> None:
         if self.pattern:
-            sparsity.parse(self.pattern)
+            parse(self.pattern)
         if self.layer_sparsity and self.pattern:
             raise BillhookError("--layer-sparsity are shares of zeros, and --pattern has none: give --sparsity")
         for n, share in self.layer_sparsity.items():
@@ -273,7 +276,7 @@ class Recipe(BaseModel):
             raise BillhookError(
                 "allocation auto chooses depth and one width, for the uniform layout: leave out --layout"
             )
-        check_names(self.kinds, self.layout)
+        check_axes(self.kinds, self.layout)
         if alien := [kind for kind in self.kinds if kind not in METHODS[self.method].kinds]:
             own = ", ".join(METHODS[self.method].kinds)
             raise BillhookError(f"{self.method} does not prune {alien[0]!r}: leave out --axes, or name some of {own}")
@@ -284,8 +287,8 @@ class Recipe(BaseModel):
         """What mixtures of experts cannot do."""
         if self.experts and not self.routes:
             raise BillhookError("--experts says how a mixture of experts loses some: use it with --method experts")
-        if self.routes and self.stream not in routers.EXPERT_STREAMS:
-            raise BillhookError(f"stream {self.stream}: experts are observed in {' or '.join(routers.EXPERT_STREAMS)}")
+        if self.routes and self.stream not in EXPERT_STREAMS:
+            raise BillhookError(f"stream {self.stream}: experts are observed in {' or '.join(EXPERT_STREAMS)}")
         if set(self.kinds) & set(MIXED) and (self.allocation != "equal" or self.score in GRADIENT_SCORES):
             raise BillhookError(
                 "experts of a layer keep equal sizes: use --allocation equal, and a --score that needs no gradients"

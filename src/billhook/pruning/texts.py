@@ -7,7 +7,7 @@ import torch
 
 from billhook import data
 from billhook.checkpoints.load import Opened
-from billhook.math import layer_presets
+from billhook.choices import DATA_FREE_PRESETS
 from billhook.pruning import allocation
 from billhook.pruning.recipe import Recipe
 from billhook.tensors import Probes, Tokens
@@ -36,7 +36,7 @@ def judges(chosen: Recipe) -> bool:
 
 def weighs_layers(chosen: Recipe) -> bool:
     presets = chosen.candidates if chosen.select == "healed" else (chosen.preset,)
-    return chosen.chops and not (chosen.drop or chosen.keep or all(name in layer_presets.DATA_FREE for name in presets))
+    return chosen.chops and not (chosen.drop or chosen.keep or all(name in DATA_FREE_PRESETS for name in presets))
 
 
 def hashes(texts: Texts) -> dict[str, str]:

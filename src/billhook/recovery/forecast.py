@@ -94,7 +94,7 @@ def forecast(
     size = sum(param.numel() for param in model.parameters())
     free = ROOM * free_bytes(model.device)
     trainable = "decoder" if size * (STATE_BYTES - FROZEN_BYTES) < free else "lora"
-    trained_model = trainables.TRAINABLE[trainable](model, None, 32)
+    trained_model = trainables.TRAINERS[trainable](model, None, 32)
     tick("measuring", 1, 2)
     trained = throughput.training_pace(trained_model, seq_len, 1, autocast, seconds)
     tick("measuring", 2, 2)

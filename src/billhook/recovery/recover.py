@@ -16,6 +16,7 @@ import torch
 from accelerate import PartialState
 
 from billhook.checkpoints.publish import check_out, publish
+from billhook.choices import TRAINABLE
 from billhook.errors import BillhookError
 from billhook.evaluation.perplexity import perplexity_of
 from billhook.models.surgery import cast
@@ -213,7 +214,7 @@ def _line(run: Run, rate: float) -> str:
     passes = len(course.order) / len(course.windows)
     zeros = run.student.census
     return (
-        f"{how}, training {trainables.WORDS[chosen.trainable]}: {len(course.order) * chosen.seq_len:,} tokens of "
+        f"{how}, training {TRAINABLE[chosen.trainable]}: {len(course.order) * chosen.seq_len:,} tokens of "
         f"{' and '.join(run.texts.names)} ({passes:.2g} passes) in {course.steps:,} steps at {rate:g}"
         + (f", on {run.process.num_processes} processes" if run.process.num_processes > 1 else "")
         + (f", keeping all {zeros.total:,} zeros ({zeros.share:.0%})" if run.chosen.keeps_zeros and zeros.total else "")

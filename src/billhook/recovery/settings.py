@@ -4,11 +4,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from billhook.choices import PRECISIONS, TRAINABLE
 from billhook.errors import BillhookError, one_of
-from billhook.runtime.precision import PRECISIONS
 from billhook.runtime.units import COUNT, amount
 from billhook.runtime.validation import checked
-from billhook.training.trainables import TRAINABLE
 
 OBJECTIVES = {
     "distill": "the teacher's next-token probabilities, KL(teacher || student) and nothing else",

@@ -29,7 +29,7 @@ from billhook.training.early_stopping import Judge
 from billhook.training.schedule import Course
 from billhook.training.teacher import Lessons
 from billhook.training.text_windows import HELD_OUT, Texts, order_of, read
-from billhook.training.trainables import KEEPING_ZEROS, TRAINABLE, Seam
+from billhook.training.trainables import KEEPING_ZEROS, TRAINERS, Seam
 
 if TYPE_CHECKING:
     from billhook.training.trainer import Healer
@@ -309,7 +309,7 @@ def _ready(name: str, chosen: Recovery, cut: Seam | None) -> Any:
 
 
 def _makers(chosen: Recovery) -> dict[str, Any]:
-    return KEEPING_ZEROS if chosen.keep_zeros else TRAINABLE
+    return KEEPING_ZEROS if chosen.keep_zeros else TRAINERS
 
 
 def where(process: PartialState) -> torch.device:

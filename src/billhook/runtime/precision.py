@@ -2,11 +2,6 @@
 
 import torch
 
-PRECISIONS = {
-    "auto": "bfloat16 where the device has instructions for it",
-    "float32": "all of it",
-    "bfloat16": "matrix products; weights and optimiser stay float32",
-}
 FAST_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # torch's names of instruction sets: two of x86, one of ARM
 
 

@@ -24,10 +24,6 @@ from billhook.search.layer_blocks import Block, Patch
 from billhook.search.metrics import digest
 from billhook.tensors import Tokens
 
-OBJECTIVES = {
-    "nll": "the cut model's loss on the next token",
-    "kl": "its divergence from the unpruned model's predictions",
-}
 TOP_K = 256  # predictions of the unpruned model that kl compares, for each token
 BATCH_TOKENS = 2048
 WHOLE = "layers"  # the kind of a place that stands for a whole layer

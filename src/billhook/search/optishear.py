@@ -31,7 +31,8 @@ from billhook.cuts import masking
 from billhook.cuts.masking import Masking
 from billhook.errors import BillhookError
 from billhook.math import sparsity
-from billhook.math.optishear import FUNCTIONS, SCALES, Metric, norms_of, score
+from billhook.math.metric import FUNCTIONS, SCALES, Metric
+from billhook.math.optishear import norms_of, score
 from billhook.models.families import layers
 from billhook.runtime import cache
 from billhook.runtime.progress import Clock, Tick, quiet

@@ -12,13 +12,6 @@ from typing import Any
 from billhook.errors import BillhookError
 from billhook.search.space import Dimension
 
-SAMPLERS = {
-    "tpe": "tree-structured Parzen estimators, over all dimensions together (AdaPruner's)",
-    "gp": "a Gaussian process",
-    "cmaes": "evolution of a normal distribution",
-    "nsga2": "a genetic algorithm",
-    "random": "no learning: the control",
-}
 STARTUP = 10  # random trials before a sampler learns
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from billhook.choices import GROUPS, SPACES
 from billhook.errors import BillhookError, one_of
 from billhook.models.axes import axes
 from billhook.models.families import layers
@@ -11,17 +12,6 @@ from billhook.search.budgets import BaseCut, Shape, attention_counts
 from billhook.search.layer_blocks import Block
 from billhook.search.metrics import FEW, LLM_PRUNER, REDUCTIONS, TERMS, Solution, known_metrics
 
-GROUPS = {
-    "samples": "which clusters of the pool weigh how much, how many of their windows, which draw",
-    "metric": "a coefficient for each importance metric, a power, the reduction over a unit's slots, how terms are scaled",
-    "budgets": "how much each layer gives: a smooth profile over depth, and how many at either end stay whole (per_layer layout); a "
-    "block of layers that goes whole (uniform layout)",
-    "attention": "how many KV groups or query heads go, of what the budget takes (where --axes names them beside ffn)",
-}
-SPACES = {
-    "full": "samples, metric and budgets, attention where the axes have it",
-    "paper": "samples, and one of LLM-Pruner's metrics: what AdaPruner's abstract names; nothing is restored",
-}
 DRAWS = 8  # how many draws of windows there are to choose from
 FEWEST = 8  # the least windows in a draw
 # the most layers that stay whole at the start and at the end (LLM-Pruner's), but no more than an eighth of all

@@ -178,7 +178,7 @@ def train_seam(model: PreTrainedModel, cut: Seam | None, rank: int) -> PreTraine
     return model
 
 
-TRAINABLE: dict[str, Callable[[PreTrainedModel, Seam | None, int], Any]] = {
+TRAINERS: dict[str, Callable[[PreTrainedModel, Seam | None, int], Any]] = {
     "all": train_all,
     "decoder": train_decoder,
     "lora": train_adapters,
@@ -186,15 +186,7 @@ TRAINABLE: dict[str, Callable[[PreTrainedModel, Seam | None, int], Any]] = {
     "seam": train_seam,
     "spp": train_multipliers,
 }
-KEEPING_ZEROS = TRAINABLE | {"lora": train_masked_adapters}  # the others have their steps masked
-WORDS = {
-    "all": "every parameter",
-    "decoder": "all but embeddings and head",
-    "lora": "low-rank adapters on every linear weight of the decoder, merged at the end (extra: lora)",
-    "head+last3": "the head, the final norm and the last three layers",
-    "seam": "the layers beside dropped ones",
-    "spp": "multipliers of rows and columns (SPP), for sparse models: what is zero stays zero",
-}
+KEEPING_ZEROS = TRAINERS | {"lora": train_masked_adapters}  # the others have their steps masked
 
 
 def merged(model: Any) -> PreTrainedModel:

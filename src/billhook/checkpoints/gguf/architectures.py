@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-QUANTIZER = "llama-quantize"
 CLIENT_PACKAGE = "llama-cpp-python"
 HEAD_NORMS = frozenset({"attn_q_norm.weight", "attn_k_norm.weight"})
 QKV_BIASES = frozenset({"attn_q.bias", "attn_k.bias", "attn_v.bias"})

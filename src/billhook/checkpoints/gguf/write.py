@@ -19,24 +19,14 @@ import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from billhook.checkpoints.gguf.architectures import (
-    ARCHITECTURES,
-    CHOICES,
-    COMMON,
-    IN_LAYER,
-    QUANTIZER,
-    TOP,
-    Architecture,
-)
+from billhook.checkpoints.gguf.architectures import ARCHITECTURES, CHOICES, COMMON, IN_LAYER, TOP, Architecture
 from billhook.checkpoints.gguf.vocabulary import vocabulary
+from billhook.choices import BY_QUANTIZER, FILE_TYPES, QUANTIZE, QUANTIZER
 from billhook.errors import BillhookError, one_of
 from billhook.models import families
 from billhook.runtime import atomic
 from billhook.runtime.progress import Tick, quiet
 
-FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7, "Q5_1": 9, "Q5_0": 8, "Q4_1": 3, "Q4_0": 2}  # llama_ftype
-BY_QUANTIZER = ("Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K")
-QUANTIZE = (*FILE_TYPES, *BY_QUANTIZER)
 BLOCK = {"F32": 1, "F16": 1, "BF16": 1} | dict.fromkeys(BY_QUANTIZER, 256)  # entries of a row packed together, else 32
 COARSE = ("Q5_1", "Q5_0", "Q4_1", "Q4_0")  # what the embedding and the head are spared: llama-quantize spares them too
 EMBEDDINGS = ("token_embd.weight", "output.weight")
