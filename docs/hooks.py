@@ -1,6 +1,7 @@
 """Hooks of the site.
 
-* `<!-- method: NAME -->` in a page becomes what the code says of that method, `<!-- settings: NAME -->` its settings.
+* `<!-- method: NAME -->` in a page becomes what the code says of that method, `<!-- settings: NAME -->` its settings,
+  `<!-- fields: Recipe -->` the fields of a recipe.
 * The rows of the benchmarks are files of the site, too: benchmarks/results/X.csv is results/X.csv there.
 """
 
@@ -12,6 +13,7 @@ from mkdocs.structure.files import File, Files
 
 from billhook.cli.commands import command
 from billhook.methods import METHODS
+from billhook.pruning.recipe import Recipe
 
 ROWS = Path(__file__).parents[1] / "benchmarks" / "results"
 WIDE = ("log/", "LOG.md", "families.md")  # pages of wide tables: no second column beside them
@@ -36,7 +38,7 @@ SETTINGS = {  # of each method: the command that has them, and which they are
     "admm": ("prune", (*ZEROS, "init", "damping")),
 }
 SHARED = "Budget, calibration text, output and machine are the same for every method: `billhook prune --help`."
-MARK = re.compile(r"^<!-- (method|settings): (\w+) -->$", re.M)
+MARK = re.compile(r"^<!-- (method|settings|fields): (\w+) -->$", re.M)
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -49,7 +51,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     if page.file.src_uri.startswith(WIDE):
         page.meta["hide"] = ["toc"]
     markdown = markdown.replace("](../../benchmarks/results/", "](../results/")
-    say = {"method": facts, "settings": settings}
+    say = {"method": facts, "settings": settings, "fields": fields}
     return MARK.sub(lambda match: say[match[1]](match[2]), markdown)
 
 
@@ -69,12 +71,32 @@ def settings(name: str) -> str:
     return "\n".join([f"| `billhook {where}` | default | what it does |", "|---|---|---|", *rows, "", SHARED])
 
 
+def fields(_: str) -> str:
+    """The fields of a recipe, with the help of the options that set them."""
+    options = {option.name: option for where in ("search", "prune") for option in command(where).params}
+    rows = [
+        f"| `{name}` | {shown(field.default)} | {flags(options[name].help).replace('|', chr(92) + '|')} |"
+        for name, field in Recipe.model_fields.items()
+    ]
+    return "\n".join(["| field | default | what it says |", "|---|---|---|", *rows])
+
+
+def shown(value: Any) -> str:
+    """A default as a page shows it; nothing where there is none."""
+    names = {None: "", True: "yes", False: "no"}
+    if value is None or isinstance(value, bool):
+        return names[value]
+    return (
+        ", ".join(value) if isinstance(value, tuple) else f"{value:,}" if isinstance(value, int) else str(value or "")
+    )
+
+
 def row(option: Any, own: Any) -> str:
     """One setting: its flags, its default (the method's own before the command's), its help."""
-    shown = option.show_default if isinstance(option.show_default, str) else option.default
-    shown = {None: "", True: "yes", False: "no", "": ""}.get(own if own is not None else shown, own or shown)
+    given = option.show_default if isinstance(option.show_default, str) else option.default
+    default = shown(given if own is None else own)
     names = " ".join(f"`{flag}`" for flag in (*option.opts, *option.secondary_opts))
-    return f"| {names} | {shown} | {flags(option.help).replace('|', chr(92) + '|')} |"
+    return f"| {names} | {default} | {flags(option.help).replace('|', chr(92) + '|')} |"
 
 
 def flags(words: str) -> str:
