@@ -3,8 +3,6 @@
 Plain data, on the lowest floor: whatever defines settings or messages reads it without loading torch.
 """
 
-from collections.abc import Sequence
-
 from billhook.errors import BillhookError, one_of
 
 # What can be cut
@@ -163,7 +161,7 @@ BY_QUANTIZER = ("Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_L", "Q3_K_
 QUANTIZE = (*FILE_TYPES, *BY_QUANTIZER)
 
 
-def check_axes(kinds: Sequence[str], layout: str = "uniform") -> None:
+def check_axes(kinds: tuple[str, ...], layout: str = "uniform") -> None:
     """Refuse axes that no family can give up together in the layout.
 
     Raises:

@@ -66,7 +66,7 @@ class FinishedLayers:
             rename(work, weights)
             work.write_text(sealed(said), encoding="utf-8")
             rename(work, record)
-        offload.place(self.model, weights, list(tensors))
+        offload.read_from(self.model, weights, list(tensors))
 
     def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """What `make` gives, kept where layers are: those that are done go by it, and it may differ in its last bits where it is made again.
@@ -93,7 +93,7 @@ class FinishedLayers:
         shapes = {within + name: tuple(one.shape) for name, one in layers(self.model)[n].named_parameters()}
         check_tensors(file, AGAIN, shapes)
         if offload.is_offloaded(self.model):
-            offload.place(self.model, file, list(shapes))
+            offload.read_from(self.model, file, list(shapes))
             return
         for name, tensor in load(file, AGAIN, shapes).items():
             param = self.model.get_parameter(name)
