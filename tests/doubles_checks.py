@@ -24,7 +24,7 @@ from billhook.search.validation import Validation
 
 SMALL: dict[str, Any] = dict(seq_len=16, samples=4, multiple_of=2, ratio=0.2)
 
-tensors.WITHOUT = {no_doubles.NAME}
+tensors.WITHOUT_FLOAT64 = {no_doubles.NAME}
 
 
 def pruned(case: tuple[str, dict[str, Any]], text: Path, device: torch.device) -> dict[str, torch.Tensor]:

@@ -63,7 +63,7 @@ def test_without_such_a_token_nothing_changes() -> None:
 
 
 def test_a_window_with_no_room_for_text_is_refused() -> None:
-    with pytest.raises(billhook.BillhookError, match=r"2 tokens has no room for text behind the 2 .*: raise --seq-len"):
+    with pytest.raises(billhook.BillhookError, match=r"2 tokens has no room for text after the 2 .*: raise --seq-len"):
         windows(TEXT, TWICE, 2)
 
 

@@ -136,7 +136,7 @@ def test_demo_texts_share_no_article(cache: Path, monkeypatch: pytest.MonkeyPatc
     assert not {*calibrated} & {*evaluated["news"], *evaluated["lee"]}
     assert evaluated["lee"] == ["lee 0 costs £1", "lee 1"]
     (where / "lee.cor").write_bytes(b"\xff")
-    with pytest.raises(BillhookError, match=r"lee\.cor is not as it was fetched: delete its folder"):
+    with pytest.raises(BillhookError, match=r"lee\.cor was changed since it was fetched: delete its folder"):
         evaluation_texts(["demo"])
 
 

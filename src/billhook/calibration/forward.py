@@ -22,8 +22,11 @@ def enter(
 ) -> tuple[list[Any], list[list[dict[str, Any]]]]:
     """Hidden states before the first layer, and for each batch what the model passes to each of its layers.
 
-    The layers are replaced for one call by recorders that hand their input on, so the model itself makes the masks and
-    positions: they may differ from layer to layer (sliding windows).  The head never runs.  `kept`: what becomes of a state.
+    While this runs the layers' forwards are replaced by recorders that return their input, so that the model itself
+    makes masks and positions, which may differ from layer to layer (sliding windows).  The head never runs.
+
+    Args:
+        kept: what is done with a hidden state; its result is returned in the state's place.
     """
     states: list[Any] = []
     calls: list[list[dict[str, Any]]] = []
@@ -34,7 +37,7 @@ def enter(
         calls[-1].append(dict(zip(names, args, strict=False)) | kwargs)
         return as_output(model, state)
 
-    names = list(inspect.signature(type(layers(model)[0]).forward).parameters)[2:]  # after self and the state
+    names = list(inspect.signature(type(layers(model)[0]).forward).parameters)[2:]  # without self and the state
     with ExitStack() as undo:
         for module in layers(model):
             module.forward = record
@@ -48,7 +51,7 @@ def enter(
 
 @torch.no_grad()
 def head(model: PreTrainedModel, tokens: Tokens, state: Tensor, keep: Tensor | int = 0) -> Tensor:
-    """The logits of `state`, what left the last layer for `tokens`; `keep` as transformers' `logits_to_keep`."""
+    """The logits of `state`, the output of the last layer for `tokens`; `keep` is transformers' `logits_to_keep`."""
     with ExitStack() as undo:
         for module in layers(model):
             module.forward = lambda hidden_states, *_, **__: as_output(model, state)
@@ -58,6 +61,6 @@ def head(model: PreTrainedModel, tokens: Tokens, state: Tensor, keep: Tensor | i
 
 @torch.no_grad()
 def run(module: nn.Module, state: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """One decoder layer on hidden states, with what the model passes to it."""
+    """The output of one decoder layer for hidden states, with the arguments that the model passes to it."""
     out = module(state, **kwargs)
     return out[0] if isinstance(out, tuple) else out

@@ -3,8 +3,8 @@
     sums = gradient_sums(model, tokens, kinds=("ffn", "groups"))
     scores = taylor.gate_fisher(sums[layer, "ffn"])
 
-As soon as the backward pass has the gradient of a parameter, it is reduced to sums per unit and freed: no two parameters'
-gradients are held at once.  What takes memory is one window's activations.
+As soon as the backward pass has the gradient of a parameter, it is reduced to sums per unit and freed: no two
+parameters' gradients are in memory at once.  Most memory is taken by one window's activations.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -27,12 +27,12 @@ from billhook.runtime.memory import free_bytes
 from billhook.runtime.progress import Tick, quiet
 from billhook.tensors import Tokens, float64_device, precise
 
-WINDOW = 128  # tokens of each window that scores ask gradients of: more short windows tell more than few long ones
-CHUNK = {"cpu": 1 << 15}  # entries reduced at a time: in the cache ten times as fast as whole weights
-CHUNK_ELSEWHERE = 1 << 24
-KEPT = 2  # float32 copies, about, of what enters and leaves each projection that a backward pass needs
-LOGITS = 3  # of them, their softmax, their gradient
-# (window, parameter, its gradient, sums of S, |S| and S^2 for each entry of a dimension: (3, entries) by dimension)
+WINDOW = 128  # tokens of a window for gradients: many short windows tell more than few long ones
+CHUNK = {"cpu": 1 << 15}  # entries reduced at a time: they fit the cache, ten times as fast as whole weights
+CHUNK_ELSEWHERE = 1 << 24  # entries reduced at a time on other devices
+KEPT = 2  # float32 copies that a backward pass keeps of each projection's input and output, about
+LOGITS = 3  # float32 copies the size of the logits: themselves, their softmax, their gradient
+# (number of the window, parameter, its gradient, sums of S, |S| and S^2 by dimension, each (3, entries))
 Take = Callable[[int, nn.Parameter, Tensor, Mapping[int, Tensor]], None]
 
 
@@ -46,9 +46,9 @@ def gradient_sums(
 ) -> dict[tuple[int, str], GradientSums]:
     """Sums over the windows for every axis of `kinds`, by (layer, kind).
 
-    The loss of a window is its mean next-token cross-entropy, in float32; gradients come in the model's dtype (float16
-    underflows), products with the weights are float32, sums float64.  The model should be in eval mode; it is left as it
-    came: parameters, `requires_grad`, gradients.
+    The loss of a window is its mean next-token cross-entropy, in float32.  Gradients have the model's dtype (float16
+    underflows), products with the weights are float32, sums float64.  The model should be in eval mode; its parameters,
+    `requires_grad` and gradients are left as they were.
 
     Args:
         tokens: calibration windows (windows, length).
@@ -56,38 +56,41 @@ def gradient_sums(
             weights that the axes touch.
 
     Raises:
-        BillhookError: an unknown kind; no window of two tokens; a loss or a gradient is not finite (names the parameter).
+        BillhookError: an unknown kind; no window of two tokens; a loss or a gradient is not finite (names the
+            parameter).
     """
     for kind in kinds:
         one_of("kind of axis", kind, KINDS)
     sums: dict[tuple[int, str], GradientSums] = {}
-    uses: dict[nn.Parameter, list[tuple[Slot, UnitSums]]] = {}  # by identity: a tied parameter has one gradient
+    uses: dict[
+        nn.Parameter, list[tuple[Slot, UnitSums]]
+    ] = {}  # keys compare by identity: a tied parameter has one gradient
     for axis in axes(model, kinds):
-        fresh = {slot: _zeros(model, axis, slot) for slot in axis.slots}
-        for slot, found in fresh.items():
-            uses.setdefault(model.get_parameter(slot.param), []).append((slot, found))
-        writers = {slot.param: fresh[slot] for slot in axis.writers}
-        sums[axis.layer, axis.kind] = GradientSums(len(tokens), writers, fresh[axis.reader])
+        zeros = {slot: _zeros(model, axis, slot) for slot in axis.slots}
+        for slot, unit_sums in zeros.items():
+            uses.setdefault(model.get_parameter(slot.param), []).append((slot, unit_sums))
+        writers = {slot.param: zeros[slot] for slot in axis.writers}
+        sums[axis.layer, axis.kind] = GradientSums(len(tokens), writers, zeros[axis.reader])
     totals = {param: torch.zeros_like(param, dtype=torch.float32) for param in uses} if mean_gradient else {}
 
     def take(n: int, param: nn.Parameter, grad: Tensor, entries: Mapping[int, Tensor]) -> None:
         if mean_gradient:
             totals[param].add_(grad)
-        for slot, found in uses[param]:
-            _add(found, pooled(entries[slot.dim], slot))
+        for slot, unit_sums in uses[param]:
+            _add(unit_sums, pooled(entries[slot.dim], slot))
 
-    slots, held = [slot for found in uses.values() for slot, _ in found], sum(4 * t.numel() for t in totals.values())
-    each_window(model, tokens, slots, take, held=held, tick=tick)
+    slots = [slot for pairs in uses.values() for slot, _ in pairs]
+    each_window(model, tokens, slots, take, held=sum(4 * total.numel() for total in totals.values()), tick=tick)
     for param, total in totals.items():
-        for slot, found in uses[param]:
-            found.mean_absolute = pooled(_entries(param, total, slot.dim), slot)[1]
+        for slot, unit_sums in uses[param]:
+            unit_sums.mean_absolute = pooled(_entries(param, total, slot.dim), slot)[1]
     return sums
 
 
 def element_sums(model: PreTrainedModel, tokens: Tokens, names: Sequence[str], tick: Tick = quiet) -> list[float]:
     """sum |w * sum_n dL_n/dw| over the entries of each parameter of `names`, L_n the loss of window n as above.
 
-    A float32 copy of those parameters is held; one that no window reaches, as an expert may be, has 0.
+    A float32 copy of those parameters is kept meanwhile; one that no window reaches, as an expert may be, has 0.
 
     Raises:
         BillhookError: as `gradient_sums`.
@@ -99,7 +102,7 @@ def element_sums(model: PreTrainedModel, tokens: Tokens, names: Sequence[str], t
         totals[param].add_(grad)
 
     slots = [Slot(name, 0, blocks(len(param))) for name, param in zip(names, params, strict=True)]
-    each_window(model, tokens, slots, take, held=sum(4 * one.numel() for one in totals.values()), tick=tick)
+    each_window(model, tokens, slots, take, held=sum(4 * total.numel() for total in totals.values()), tick=tick)
     return [_entries(param, totals[param], 0)[1].sum().item() for param in params]
 
 
@@ -113,16 +116,16 @@ def each_window(
     begin: Callable[[int], object] = int,
     tick: Tick = quiet,
 ) -> None:
-    """One backward pass for each window: `take` sees the gradient of every parameter of `slots`, once, and then it is gone.
+    """One backward pass for each window: `take` is called once with the gradient of every parameter of `slots`.
 
-    Where activations do not fit beside what is held they are computed again, layer by layer, on the way back.
+    If memory is short, activations are computed again, layer by layer, in the backward pass.
 
     Args:
-        held: bytes that the caller will keep of what it takes.
+        held: bytes that the caller keeps of what `take` receives.
         begin: called with the number of each window before its pass.
 
     Raises:
-        BillhookError: as `gradient_sums`; it needs more memory than there is.
+        BillhookError: as `gradient_sums`, or there is too little memory.
     """
     if not tokens.shape[0] or tokens.shape[1] < 2:
         raise BillhookError(
@@ -131,36 +134,39 @@ def each_window(
     dims: dict[nn.Parameter, set[int]] = {}
     for slot in slots:
         dims.setdefault(model.get_parameter(slot.param), set()).add(slot.dim)
-    again = _short_of_memory(model, tokens.shape[1], held + 4 * max(param.numel() for param in dims))
-    with _by_layer(model) if again else nullcontext(), _reducing(model, dims, lambda *seen: take(at, *seen)):
-        for at, window in enumerate(tokens):  # the hooks read `at`
-            tick("gradients", at, len(tokens))
-            begin(at)
-            _loss(model, window, at).backward()
+    recompute = _short_of_memory(model, tokens.shape[1], held + 4 * max(param.numel() for param in dims))
+    with (
+        _by_layer(model) if recompute else nullcontext(),
+        _reducing(model, dims, lambda *reduced: take(number, *reduced)),
+    ):
+        for number, window in enumerate(tokens):  # `take` gets the current number
+            tick("gradients", number, len(tokens))
+            begin(number)
+            _loss(model, window, number).backward()
     tick("gradients", len(tokens), len(tokens))
 
 
 def _short_of_memory(model: PreTrainedModel, length: int, held: int) -> bool:
-    """Whether activations of a window must be computed twice.
+    """Whether activations of a window do not fit and must be computed twice.
 
     Raises:
-        BillhookError: even then they do not fit; says what is needed.
+        BillhookError: they do not fit even then; says how much memory is needed.
     """
     inner = [[m for m in layer.modules() if isinstance(m, nn.Linear | Conv1D)] for layer in layers(model)]
-    kept = [KEPT * 4 * length * sum(sum(shape(m)) for m in each) for each in inner]
+    kept = [KEPT * 4 * length * sum(sum(shape(m)) for m in modules) for modules in inner]
     ends = 4 * length * (LOGITS * model.config.vocab_size + len(kept) * model.config.hidden_size)
     free, least = free_bytes(model.device), held + ends + max(kept, default=0)
     if least > free:
         raise BillhookError(
-            f"gradients need about {least / 2**30:,.1f} GiB beside the model, and {free / 2**30:,.1f} GiB are free: use shorter windows, fewer "
-            "--axes, or a score without gradients"
+            f"gradients need about {least / 2**30:,.1f} GiB beside the model, and {free / 2**30:,.1f} GiB are free: "
+            "use shorter windows, fewer --axes, or a score without gradients"
         )
     return held + ends + sum(kept) > free
 
 
 @contextmanager
 def _by_layer(model: PreTrainedModel) -> Iterator[None]:
-    """While open, every decoder layer keeps its input alone for the backward pass, and runs again there."""
+    """While open, a decoder layer keeps only its input for the backward pass, and runs again there."""
     with ExitStack() as undo:
         for layer in layers(model):
             undo.callback(layer.__dict__.pop, "forward")
@@ -189,7 +195,7 @@ def _loss(model: PreTrainedModel, window: Tensor, number: int) -> Tensor:
 def _reducing(
     model: PreTrainedModel, dims: Mapping[nn.Parameter, Collection[int]], take: Callable[..., None]
 ) -> Iterator[None]:
-    """While open, a backward pass reduces the gradients of the parameters in `dims`, and makes no others."""
+    """While open, a backward pass makes gradients of the parameters in `dims` alone, and reduces them at once."""
     with ExitStack() as undo:
         for name, param in model.named_parameters():
             undo.callback(_put_back, param, param.requires_grad, param.grad)
@@ -212,7 +218,7 @@ def _reducer(name: str, dims: Collection[int], take: Callable[..., None]) -> Cal
         grad, param.grad = param.grad, None
         assert grad is not None
         entries = {dim: _entries(param, grad, dim) for dim in dims}
-        if not all(found.isfinite().all() for found in entries.values()):
+        if not all(sums.isfinite().all() for sums in entries.values()):
             raise BillhookError(f"the gradient of {name} is not finite: weights or dtype overflow; try --dtype float32")
         take(param, grad, entries)
 
@@ -232,13 +238,13 @@ def _add(sums: UnitSums, window: Tensor) -> None:
 def _entries(weight: Tensor, grad: Tensor, dim: int) -> Tensor:
     """Sums of S, |S| and S^2, S = weight * grad, over every dimension but `dim`: (3, entries of dim), float64."""
     step = max(1, CHUNK.get(weight.device.type, CHUNK_ELSEWHERE) * weight.shape[dim] // weight.numel())
-    found = []
+    parts = []
     for w, g in zip(weight.split(step, dim), grad.split(step, dim), strict=True):
         products = precise(w.float() * g.float()).movedim(dim, 0).reshape(w.shape[dim], -1)
-        found.append(torch.stack([products.sum(1), products.abs().sum(1), products.square().sum(1)]))
-    return torch.cat(found, 1)
+        parts.append(torch.stack([products.sum(1), products.abs().sum(1), products.square().sum(1)]))
+    return torch.cat(parts, 1)
 
 
 def pooled(entries: Tensor, slot: Slot) -> Tensor:
-    """Sums over the entries of a dimension (3, entries) added up by unit: (3, units)."""
+    """Sums over the entries of a dimension (3, entries), added up for every unit: (3, units)."""
     return entries[:, slot.index.to(entries.device)].sum(2)

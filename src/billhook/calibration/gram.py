@@ -1,4 +1,4 @@
-"""Gram matrices of what enters a matrix: summed block by block, one triangle of them."""
+"""Gram matrices of the inputs of a weight: summed block by block, upper triangle alone."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch import Tensor
 from billhook.calibration.forward import BATCH_TOKENS
 from billhook.tensors import Gram, float64_device
 
-GRAM_BLOCKS = 4  # block rows of the symmetric product: 10 of 16 blocks computed
+GRAM_BLOCKS = 4  # block rows of the symmetric product, so that 10 of 16 blocks are computed
 
 
 def gram_of(x: Tensor) -> Gram:
@@ -15,7 +15,7 @@ def gram_of(x: Tensor) -> Gram:
 
 
 def add_upper(total: Gram | None, x: Tensor) -> Gram:
-    """Add the upper block triangle of X^T X to `total`, in place."""
+    """Add the upper block triangle of X^T X to `total`, in place; None starts a new sum."""
     x = x.flatten(0, -2).float()
     size = x.shape[1]
     if total is None:
@@ -28,10 +28,10 @@ def add_upper(total: Gram | None, x: Tensor) -> Gram:
 
 
 def mirrored(upper: Gram) -> Gram:
-    """The whole Gram of its upper block triangle, in its place."""
+    """Complete a Gram from its upper block triangle, in place."""
     step = -(-len(upper) // GRAM_BLOCKS)
     for i in range(0, len(upper), step):
-        here = upper[i : i + step, i : i + step]
-        here.copy_(here.triu() + here.triu(1).T)
+        block = upper[i : i + step, i : i + step]
+        block.copy_(block.triu() + block.triu(1).T)
         upper[i + step :, i : i + step] = upper[i : i + step, i + step :].T
     return upper

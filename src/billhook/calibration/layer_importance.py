@@ -1,6 +1,6 @@
-"""Which layers go, by what they do: their influence on the hidden state, or the loss without them.
+"""Importance of layers, measured: their influence on the hidden state, or the loss without them.
 
-One pass over a few windows scores every layer; the losses are those of the model with the layers passed by, nothing is cut.
+One pass over a few windows scores every layer.  For a loss the layers are skipped in the forward pass; nothing is cut.
 """
 
 import math
@@ -22,7 +22,7 @@ from billhook.runtime import cache
 from billhook.runtime.progress import Tick, quiet
 from billhook.tensors import Probes, Tokens, precise
 
-KEPT_BY_TAYLOR = (4, 2)  # of the first and the last layers
+KEPT_BY_TAYLOR = (4, 2)  # how many of the first layers, and of the last, always stay
 STAGE = "measuring layers"
 
 
@@ -38,12 +38,12 @@ def chosen(
     key: dict[str, Any] | None = None,
     tick: Tick = quiet,
 ) -> list[int]:
-    """The `count` layers that go, ascending; the first and the last stay.
+    """The `count` layers that a preset drops, ascending; the first and the last stay.
 
     Args:
-        tokens: windows for what one pass measures.
-        probe: fewer windows, for losses: each layer or block that is tried takes a pass of its own over them.
-        folder: keeps what was measured under `key`, for other counts.
+        tokens: windows for measures that take one pass.
+        probe: fewer windows, for losses: every layer or block takes a pass of its own.
+        folder: keeps measurements, under `key`, for later calls with other counts.
 
     Raises:
         BillhookError: the preset keeps more layers than would be left.
@@ -54,48 +54,48 @@ def chosen(
     if preset == "random":
         return layer_presets.random_layers(total, count, seed)
 
-    def kept(name: str, measure: Callable[[], Any], **more: int) -> Any:
-        return cache.cached(folder, name, {**(key or {}), "criterion": name, **more}, measure)
+    def measured(name: str, measure: Callable[[], Any], **options: int) -> Any:
+        return cache.cached(folder, name, {**(key or {}), "criterion": name, **options}, measure)
 
     if preset == "block-influence":
-        return layer_presets.lowest_layers(kept(preset, lambda: block_influence(model, tokens, tick)), count)
+        return layer_presets.lowest_layers(measured(preset, lambda: block_influence(model, tokens, tick)), count)
     if preset == "angular":
-        found = kept(preset, lambda: angular_distances(model, tokens, tick))
+        distances = measured(preset, lambda: angular_distances(model, tokens, tick))
         starts = range(1, total - count)
-        return _block(min(starts, key=lambda n: found[n][n + count]), count)
+        return _block(min(starts, key=lambda n: distances[n][n + count]), count)
     if preset == "perplexity":
-        return layer_presets.lowest_layers(kept(preset, lambda: losses_without_each(model, probe, (), tick)), count)
+        return layer_presets.lowest_layers(measured(preset, lambda: losses_without_each(model, probe, (), tick)), count)
     if preset == "contiguous":
-        found = kept(preset, lambda: losses_without_blocks(model, probe, count, tick), count=count)
-        return _block(1 + min(range(len(found)), key=lambda n: found[n]), count)
+        losses = measured(preset, lambda: losses_without_blocks(model, probe, count, tick), count=count)
+        return _block(1 + min(range(len(losses)), key=lambda n: losses[n]), count)
     if preset == "greedy":
-        gone: list[int] = []
+        dropped: list[int] = []
         for n in range(count):
-            left = [m for m in range(1, total - 1) if m not in gone]
-            found = kept(preset, lambda: losses_without_each(model, probe, gone, tick), step=n)
-            gone.append(min(left, key=lambda m: found[m]))
-        return sorted(gone)
+            remaining = [m for m in range(1, total - 1) if m not in dropped]
+            losses = measured(preset, lambda: losses_without_each(model, probe, dropped, tick), step=n)
+            dropped.append(min(remaining, key=lambda m: losses[m]))
+        return sorted(dropped)
     may_go = _range_of_taylor(total, count)
-    scores = kept(preset, lambda: taylor_scores(model, tokens, tick))
+    scores = measured(preset, lambda: taylor_scores(model, tokens, tick))
     return layer_presets.lowest_layers([score if n in may_go else math.inf for n, score in enumerate(scores)], count)
 
 
 def _range_of_taylor(total: int, count: int) -> range:
-    """The layers of which `count` may go."""
+    """The layers that the preset taylor may drop."""
     first, last = KEPT_BY_TAYLOR
     may_go = range(first, max(total - last, first))
     if count > len(may_go):
         raise BillhookError(
-            f"--preset taylor keeps the first {first} and the last {last} of {total} layers: at most {len(may_go)} can go, and "
-            f"{count} would; ask for less, or use another --preset"
+            f"--preset taylor keeps the first {first} and the last {last} of {total} layers: at most {len(may_go)} can "
+            f"go, and {count} would; ask for less, or use another --preset"
         )
     return may_go
 
 
 def block_influence(model: PreTrainedModel, tokens: Tokens, tick: Tick = quiet) -> list[float]:
-    """BI_n = 1 - E cos(x_n, x_n+1) of every layer, x_n (tokens, hidden) what enters it.
+    """BI_n = 1 - E cos(x_n, x_n+1) of every layer; x_n (tokens, hidden) is its input.
 
-    Float32, and without each window's first token: an attention sink, whose state is like no other's.
+    In float32, without each window's first token: it is an attention sink, and its state is unlike any other.
     """
     sums = [0.0] * len(layers(model))
     for w, (_, states, _) in enumerate(_each_window(model, tokens)):
@@ -104,11 +104,12 @@ def block_influence(model: PreTrainedModel, tokens: Tokens, tick: Tick = quiet) 
             cosine = torch.cosine_similarity(before[:, 1:].float(), after[:, 1:].float(), dim=-1)
             sums[n] += precise(cosine).sum().item()
     tick(STAGE, len(tokens), len(tokens))
-    return [1 - one / (tokens.numel() - len(tokens)) for one in sums]
+    return [1 - total / (tokens.numel() - len(tokens)) for total in sums]
 
 
 def angular_distances(model: PreTrainedModel, tokens: Tokens, tick: Tick = quiet) -> list[list[float]]:
-    """d[l][m] = arccos cos(x_l, x_m) / pi at the last token, mean over windows: what layers l to m - 1 turn."""
+    """d[l][m] = arccos cos(x_l, x_m) / pi at the last token, mean over windows: the angle that layers l to m - 1
+    turn."""
     last = []
     for w, (_, states, _) in enumerate(_each_window(model, tokens)):
         tick(STAGE, w, len(tokens))
@@ -122,7 +123,7 @@ def angular_distances(model: PreTrainedModel, tokens: Tokens, tick: Tick = quiet
 def losses_without_each(
     model: PreTrainedModel, probe: Probes, gone: Sequence[int] = (), tick: Tick = quiet
 ) -> list[float]:
-    """The loss, in nats a token, without layer n and without those already `gone`, for every n."""
+    """The loss, in nats a token, without layer n and without the layers `gone`, for every n."""
     return _losses(model, probe, [{n, *gone} for n in range(len(layers(model)))], tick)
 
 
@@ -135,16 +136,16 @@ def losses_without_blocks(model: PreTrainedModel, probe: Probes, count: int, tic
 def taylor_scores(model: PreTrainedModel, tokens: Tokens, tick: Tick = quiet) -> list[float]:
     """sum |w dL/dw| over the linear weights of each layer: attention's, every FFN's, every expert's.
 
-    Routers have no part in it: the paper names the weights that project (q, k, v, o, gate, up, down), and they only choose.
+    Routers are left out: the paper names the projections (q, k, v, o, gate, up, down), and routers only choose.
     """
     layer_of = {
-        f"{path}.weight": n for n in range(len(layers(model))) for one in linears(model, n) for path in one.values()
+        f"{path}.weight": n for n in range(len(layers(model))) for group in linears(model, n) for path in group.values()
     }
-    found = [0.0] * len(layers(model))
+    scores = [0.0] * len(layers(model))
     sums = element_sums(model, tokens[:, :WINDOW], list(layer_of), tick)
-    for layer, one in zip(layer_of.values(), sums, strict=True):
-        found[layer] += one
-    return found
+    for layer, total in zip(layer_of.values(), sums, strict=True):
+        scores[layer] += total
+    return scores
 
 
 def _block(start: int, count: int) -> list[int]:
@@ -153,8 +154,8 @@ def _block(start: int, count: int) -> list[int]:
 
 @torch.no_grad()
 def _each_window(model: PreTrainedModel, tokens: Tokens) -> Iterator[tuple[Tensor, list[Tensor], list[dict[str, Any]]]]:
-    """One window at a time: its ids, the states (1, length, hidden) that enter each layer and leave the last, and what the
-    model passes to each layer."""
+    """For each window: its ids, the inputs (1, length, hidden) of all layers and the last one's output, and the
+    arguments that the model passes to each layer."""
     for window in tokens.split(1):
         (state,), (calls,) = enter(model, [window])
         states = [state]
@@ -165,7 +166,7 @@ def _each_window(model: PreTrainedModel, tokens: Tokens) -> Iterator[tuple[Tenso
 
 @torch.no_grad()
 def _losses(model: PreTrainedModel, probe: Probes, without: Sequence[Collection[int]], tick: Tick) -> list[float]:
-    """Mean loss of the model without each of the sets of layers; what comes before a set is run once."""
+    """Mean loss of the model without each set of layers; layers before all of a set are run once."""
     sums, steps = [0.0] * len(without), len(probe) * len(without)
     for w, (ids, states, calls) in enumerate(_each_window(model, probe)):
         for n, gone in enumerate(without):
@@ -176,4 +177,4 @@ def _losses(model: PreTrainedModel, probe: Probes, without: Sequence[Collection[
             logits = head(model, ids, state)
             sums[n] += torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:]).item()
     tick(STAGE, steps, steps)
-    return [one / len(probe) for one in sums]
+    return [total / len(probe) for total in sums]

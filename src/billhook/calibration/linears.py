@@ -1,10 +1,13 @@
-"""Run a model layer by layer and keep sums of what enters every linear weight of a decoder layer: what mask methods stand on.
+"""Run a model layer by layer and sum over the inputs of the linear weights of a decoder layer, its operators.
+
+Methods that mask weights are built on these sums.
 
     for group in operators(model, tokens, roles, stream="sequential"):
-        ...  # edit the weights group.modules; they share one input
+        ...  # edit the weights of the modules group.names; they share one input
 
-Within a layer the operators come in the order in which they compute: q, k and v, which share one input; o; gate and up; down.
-Nothing is kept for all layers: one hidden state a token (two where targets are the unpruned model's), the sums of one layer.
+Within a layer the operators come in the order in which they compute: q, k and v, which share one input; o; gate and up;
+down.  Memory holds one hidden state per token (two if the unpruned model's are followed, too) and the sums of one
+layer, never of all layers.
 """
 
 import copy
@@ -31,14 +34,15 @@ from billhook.runtime.offload import loaded
 from billhook.runtime.progress import Clock, Tick, quiet
 from billhook.tensors import Gram, Tokens, precise
 
-STEPWISE = ("true_sequential", "layer_target", "dense_target")  # sums anew for every group of operators
-WITH_TARGET = ("layer_target", "dense_target")  # which follow the unpruned model as well
-HELD_OUT = 0.1  # of the windows
+STEPWISE = ("true_sequential", "layer_target", "dense_target")  # streams with new sums for every group of operators
+WITH_TARGET = ("layer_target", "dense_target")  # streams that follow the unpruned model as well
+HELD_OUT = 0.1  # share of the windows
 
 
 @dataclass(frozen=True)
 class OperatorSums:
-    """Over tokens, of what enters an operator, X* (tokens, in), and of what does so in the unpruned model, X, where that differs."""
+    """Sums over tokens of an operator's input, X* (tokens, in), and of its input in the unpruned model, X, if that
+    differs."""
 
     gram: Gram  # X*^T X*
     cross: Tensor | None = None  # (in, in) X^T X*
@@ -52,10 +56,10 @@ class OperatorSums:
 
 @dataclass(frozen=True)
 class Group:
-    """Operators of one layer that share their input: path of the module by role, sums over the windows to fit and those held out."""
+    """Operators of one layer that share their input, with the sums over the windows to fit and over those held out."""
 
     layer: int
-    names: Mapping[str, str]
+    names: Mapping[str, str]  # path of the module, by role
     fit: OperatorSums
     held_out: OperatorSums | None
 
@@ -65,13 +69,22 @@ class _Batch:
     """Some windows on their way through the model."""
 
     state: State
-    target: State  # in the unpruned model, where the stream follows that too
-    calls: list[dict[str, Any]]  # what the model passes to each layer
+    target: State  # state in the unpruned model, if the stream follows that too
+    calls: list[dict[str, Any]]  # arguments that the model passes to each layer
     held_out: bool
 
 
+@dataclass(frozen=True)
+class _Stop:
+    """The layer that the walk is at."""
+
+    number: int
+    module: nn.Module
+    unpruned: nn.Module | None = None  # copy of the module before pruning, if the stream has a target
+
+
 class _EnoughError(Exception):
-    """Ends a forward pass behind the operator whose input was wanted."""
+    """Ends a forward pass after the last operator whose input was wanted."""
 
 
 @torch.no_grad()
@@ -87,71 +100,77 @@ def operators(
     clock: Clock | None = None,
     tick: Tick = quiet,
 ) -> Iterator[Group]:
-    """Yield every group of operators that has one of `roles`, each on the inputs that `stream` says.
+    """Yield every group of operators that has one of `roles`, on the inputs that `stream` names.
 
     Args:
         tokens: calibration windows (windows, length).
-        at: the layers whose operators are yielded, in order; the walk ends with the last.  None: all.
-        held_out: share of the windows, the last ones, whose sums are kept apart.
-        finished: layers that are made what they became and passed through, not yielded.
+        only: the layers whose operators are yielded, in order, None for all; the walk ends with the last of them.
+        held_out: share of the windows, the last ones, that are summed separately.
+        finished: layers of an earlier run: they are restored and passed through, not yielded.
 
     Raises:
         BillhookError: an activation is not finite; the message names the module.
     """
     clock = clock or Clock()
     only = range(len(layers(model))) if only is None else only
-    kept = finished.grams if finished is not None and stream == "dense" else None
+    cached = finished.grams if finished is not None and stream == "dense" else None
     if (
         finished is not None
-        and kept
-        and kept.has(_input(model, n, named) for n in only for named in _groups(model, n, roles))
+        and cached
+        and cached.has(_input(model, n, named) for n in only for named in _groups(model, n, roles))
     ):
-        yield from _recalled(model, kept, roles, finished, only, clock, tick)
+        yield from _recalled(model, cached, roles, finished, only, clock, tick)
         return
     with clock("forward"):
         batches = _entered(model, tokens, len(tokens) - int(held_out * len(tokens)))
-    mixed = f"{row_of(model).experts}."
+    expert_prefix = f"{row_of(model).experts}."
     for n, module in enumerate(layers(model)[: only[-1] + 1 if only else 0]):
-        tick("pruning", sum(one < n for one in only), len(only))
+        tick("pruning", sum(layer < n for layer in only), len(only))
         if finished is not None and n in finished.records:
-            _replayed(n, module, finished, batches, stream, clock)
+            _reload(_Stop(n, module), finished, batches, stream, clock)
             continue
         with loaded(module):
             groups = _groups(model, n, roles) if n in only else []
-            unpruned = copy.deepcopy(module) if stream in WITH_TARGET else None
-            # the experts of a layer compute side by side, and have the same roles
-            alike = [list(some) for _, some in itertools.groupby(groups, key=tuple)]
-            steps = alike if stream in STEPWISE else [groups] if groups else []
+            stop = _Stop(n, module, copy.deepcopy(module) if stream in WITH_TARGET else None)
+            # the experts of a layer compute side by side and have the same roles: they are one step
+            steps_by_role = [list(same_roles) for _, same_roles in itertools.groupby(groups, key=tuple)]
+            steps = steps_by_role if stream in STEPWISE else [groups] if groups else []
             for step, together in enumerate(steps):
                 paths = [next(iter(named.values())).partition(f".{n}.")[2] for named in together]
-                whole = stream == "dense"  # and so the layer's output is the unpruned model's
-                found = _gathered(
-                    n, module, unpruned, paths, batches, edited=step > 0, whole=whole, mixed=mixed, clock=clock
+                sums = _gathered(
+                    stop,
+                    paths,
+                    batches,
+                    edited=step > 0,
+                    to_the_end=stream == "dense",
+                    expert_prefix=expert_prefix,
+                    clock=clock,
                 )
                 for named, path in zip(together, paths, strict=True):
-                    fit, apart = (found.get((path, side)) for side in (False, True))
+                    fit, held_out_sums = (sums.get((path, side)) for side in (False, True))
                     assert fit is not None
                     _check_finite(next(iter(named.values())), fit)
-                    if kept:
+                    if cached:
                         with clock("gram"):
-                            kept.keep(_input(model, n, named), fit.gram, apart and apart.gram)
-                    yield Group(n, named, fit, apart)
+                            cached.keep(_input(model, n, named), fit.gram, held_out_sums and held_out_sums.gram)
+                    yield Group(n, named, fit, held_out_sums)
             if n < only[-1] and not (stream == "dense" and groups):
                 with clock("forward"):
-                    _passed(n, module, unpruned, batches, alone=stream in INDEPENDENT_STREAMS)
+                    _pass(stop, batches, independent=stream in INDEPENDENT_STREAMS)
             return_freed()
     tick("pruning", len(only), len(only))
 
 
 def _groups(model: PreTrainedModel, n: int, roles: Sequence[str]) -> list[dict[str, str]]:
-    """Of layer n the operators of each group that have one of `roles`, path by role."""
-    groups = [{role: path for role, path in one.items() if role_wanted(role, roles)} for one in linears(model, n)]
+    """The groups of layer n, each with the operators that have one of `roles`: path by role."""
+    groups = [{role: path for role, path in group.items() if role_wanted(role, roles)} for group in linears(model, n)]
     return [named for named in groups if named]
 
 
 def _input(model: PreTrainedModel, n: int, named: Mapping[str, str]) -> str:
-    """What the Gram of a group's input is kept by: the path of the first operator that has it, whichever are pruned."""
-    return next(next(iter(one.values())) for one in linears(model, n) if set(named.values()) <= set(one.values()))
+    """The key of a group's Gram: the path of the first operator with that input, whether or not it is pruned."""
+    groups = (list(group.values()) for group in linears(model, n))
+    return next(paths[0] for paths in groups if set(named.values()) <= set(paths))
 
 
 def _recalled(
@@ -159,30 +178,32 @@ def _recalled(
     grams: Grams,
     roles: Sequence[str],
     finished: Finished,
-    at: Sequence[int],
+    only: Sequence[int],
     clock: Clock,
     tick: Tick,
 ) -> Iterator[Group]:
-    """Every group by what an earlier walk in the dense stream has kept."""
-    for done, n in enumerate(at):
-        tick("pruning", done, len(at))
+    """Every group, by the cached Grams of an earlier walk in the dense stream."""
+    for done, n in enumerate(only):
+        tick("pruning", done, len(only))
         if n in finished.records:
             finished.reload(n)
             continue
         with loaded(layers(model)[n]):
             for named in _groups(model, n, roles):
                 with clock("gram"):
-                    fit, apart = grams.read(_input(model, n, named), model.device)
-                yield Group(n, named, OperatorSums(fit), None if apart is None else OperatorSums(apart))
+                    fit, held_out = grams.read(_input(model, n, named), model.device)
+                yield Group(n, named, OperatorSums(fit), None if held_out is None else OperatorSums(held_out))
         return_freed()
-    tick("pruning", len(at), len(at))
+    tick("pruning", len(only), len(only))
 
 
 def _entered(model: PreTrainedModel, tokens: Tokens, count: int) -> list[_Batch]:
-    """The states before the first layer; windows from `count` on are held out."""
+    """All batches, with their states before the first layer; windows from `count` on are held out."""
     rows = max(1, BATCH_TOKENS // tokens.shape[1])
     parts = [
-        (part, side) for some, side in ((tokens[:count], False), (tokens[count:], True)) for part in some.split(rows)
+        (part, side)
+        for windows, side in ((tokens[:count], False), (tokens[count:], True))
+        for part in windows.split(rows)
     ]
     parts = [(part, side) for part, side in parts if len(part)]
     states, calls = enter(model, [part for part, _ in parts], keep)
@@ -190,60 +211,58 @@ def _entered(model: PreTrainedModel, tokens: Tokens, count: int) -> list[_Batch]
 
 
 def _gathered(
-    n: int,
-    module: nn.Module,
-    unpruned: nn.Module | None,
+    stop: _Stop,
     paths: Sequence[str],
     batches: Sequence[_Batch],
     *,
     edited: bool,
-    whole: bool,
-    mixed: str,
+    to_the_end: bool,
+    expert_prefix: str,
     clock: Clock,
 ) -> dict[tuple[str, bool], OperatorSums]:
-    """Sums of what enters each of `paths`, by path and whether held out.
+    """Sums over the inputs of the operators at `paths`, by path and whether held out.
 
     Args:
         edited: whether an operator of this layer was pruned before.
-        whole: run the layer to its end, and go on from there.
-        mixed: what paths of experts begin with.
+        to_the_end: run the whole layer and take its output as the new state: the dense stream.
+        expert_prefix: start of the paths of experts.
     """
-    found: dict[tuple[str, bool], OperatorSums] = {}
+    sums: dict[tuple[str, bool], OperatorSums] = {}
     for batch in batches:
-        call = batch.calls[n]
+        call = batch.calls[stop.number]
         with clock("forward"):
-            inputs, after = seen(module, paths, batch.state.read(), call, whole)
+            inputs, after = inputs_of(stop.module, paths, batch.state.read(), call, to_the_end)
             dense = None
-            if unpruned is not None and (edited or batch.state is not batch.target):
-                dense, _ = seen(unpruned, paths, batch.target.read(), call, False)
+            if stop.unpruned is not None and (edited or batch.state is not batch.target):
+                dense, _ = inputs_of(stop.unpruned, paths, batch.target.read(), call, False)
         with clock("gram"):
             for path in paths:
                 x = inputs[path].flatten(0, -2).float()
-                # what an expert sees is other tokens where the router saw something else: it has no target
-                y = dense[path].flatten(0, -2).float() if dense and not path.startswith(mixed) else None
+                # after an edit the router may send other tokens to an expert, which therefore has no target
+                y = dense[path].flatten(0, -2).float() if dense and not path.startswith(expert_prefix) else None
                 gram = gram_of(x)
-                here = OperatorSums(gram) if y is None else OperatorSums(gram, precise(y.T @ x), gram_of(y))
+                batch_sums = OperatorSums(gram) if y is None else OperatorSums(gram, precise(y.T @ x), gram_of(y))
                 key = path, batch.held_out
-                found[key] = found[key] + here if key in found else here
-        if whole:  # in the dense stream alone, where both are one
+                sums[key] = sums[key] + batch_sums if key in sums else batch_sums
+        if to_the_end:  # in the dense stream the state is its own target
             assert after is not None
             batch.state = batch.target = keep(after)
-    return found
+    return sums
 
 
-def seen(
-    module: nn.Module, paths: Sequence[str], state: Tensor, call: dict[str, Any], whole: bool
+def inputs_of(
+    module: nn.Module, paths: Sequence[str], state: Tensor, call: dict[str, Any], to_the_end: bool
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """What enters the modules at `paths` of a layer, and what leaves the layer if it is run to its end."""
+    """The inputs of the modules at `paths` of a layer, and the layer's output if it is run to its end."""
     inputs: dict[str, Tensor] = {}
 
     def tap(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def taken(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-            inputs[path] = given[0]
-            if not whole and len(inputs) == len(paths):
+        def record(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            inputs[path] = arguments[0]
+            if not to_the_end and len(inputs) == len(paths):
                 raise _EnoughError
 
-        return taken
+        return record
 
     with ExitStack() as hooks:
         for path in paths:
@@ -254,39 +273,37 @@ def seen(
             return inputs, None
 
 
-def _replayed(
-    n: int, module: nn.Module, finished: Finished, batches: Sequence[_Batch], stream: str, clock: Clock
-) -> None:
-    """Take every batch through a layer that an earlier run has finished."""
-    follows = stream in (*WITH_TARGET, "dense")
+def _reload(stop: _Stop, finished: Finished, batches: Sequence[_Batch], stream: str, clock: Clock) -> None:
+    """Restore a layer that an earlier run has finished, and take every batch through it."""
+    n, module, has_target = stop.number, stop.module, stream in (*WITH_TARGET, "dense")
     with clock("forward"), loaded(module):
-        for batch in batches if follows else ():
+        for batch in batches if has_target else ():
             batch.target = _run(module, batch.target, batch.calls[n])
     finished.reload(n)
     with clock("forward"), loaded(module):
         for batch in batches:
             batch.state = batch.target if stream in INDEPENDENT_STREAMS else _run(module, batch.state, batch.calls[n])
-            batch.target = batch.target if follows else batch.state
+            batch.target = batch.target if has_target else batch.state
 
 
 def _run(module: nn.Module, state: State, call: dict[str, Any]) -> State:
     return keep(run(module, state.read(), call))
 
 
-def _passed(n: int, module: nn.Module, unpruned: nn.Module | None, batches: Sequence[_Batch], *, alone: bool) -> None:
-    """Take every batch through layer n."""
+def _pass(stop: _Stop, batches: Sequence[_Batch], *, independent: bool) -> None:
+    """Take every batch through the layer."""
     for batch in batches:
-        together, call = batch.state is batch.target, batch.calls[n]
-        if unpruned is not None:
-            batch.target = _run(unpruned, batch.target, call)
-        if alone and unpruned is not None:
+        same, call = batch.state is batch.target, batch.calls[stop.number]
+        if stop.unpruned is not None:
+            batch.target = _run(stop.unpruned, batch.target, call)
+        if independent and stop.unpruned is not None:
             batch.state = batch.target
         else:
-            batch.state = _run(module, batch.state, call)
-            if unpruned is None and together:
+            batch.state = _run(stop.module, batch.state, call)
+            if stop.unpruned is None and same:
                 batch.target = batch.state
 
 
 def _check_finite(name: str, sums: OperatorSums) -> None:
-    if not all(one.isfinite().all() for one in (sums.gram, sums.cross, sums.dense) if one is not None):
-        raise BillhookError(f"what enters {name} is not finite: weights or dtype overflow; try --dtype float32")
+    if not all(total.isfinite().all() for total in (sums.gram, sums.cross, sums.dense) if total is not None):
+        raise BillhookError(f"the input of {name} is not finite: weights or dtype overflow; try --dtype float32")

@@ -1,10 +1,10 @@
-"""Run a model layer by layer and keep sums of what enters the readers of its axes.
+"""Run a model layer by layer and sum over the inputs of the readers of its axes.
 
     for layer in walk(model, tokens, kinds=("ffn",), stream="dense"):
         G = layer.fit[axis.reader_module].gram  # for each axis of layer.axes
-        ...                                     # edit the layer; all streams but the dense one see the edit
+        ...                                     # edit the layer; in all streams but "dense" later layers see the edit
 
-Nothing is kept for all layers: one hidden state per token (two where there is a dense target), the sums of one layer.
+Memory holds one hidden state per token (two in the stream dense_target) and the sums of one layer, never of all layers.
 """
 
 import math
@@ -31,11 +31,11 @@ from billhook.tensors import Cross, Gram, Tokens, precise
 
 @dataclass
 class ReaderSums:
-    """Sums over tokens of what enters one reader, X (tokens, in), and of what the reader should add, E (tokens, out).
+    """Sums over tokens of one reader's input, X (tokens, in), and of what its output should gain, E (tokens, out).
 
-    E is zero but in the `dense_target` stream, and there for the readers alone whose output is added to the layer's as it
-    is: `share` of the unpruned model's output of the layer minus this model's, plus all that layers right after it would
-    have added which go as a whole.
+    E is zero in all streams but `dense_target`, and there for all readers whose output is not added to the layer's
+    output unchanged.  For the other it is `correction` times the unpruned model's output of the layer minus this
+    model's, plus everything that dropped layers right after this one would have added.
     """
 
     gram: Gram  # X^T X
@@ -51,19 +51,20 @@ class ReaderSums:
 class Finished(Protocol):
     """Layers that an earlier run of the same work has finished (billhook.checkpoints.resume)."""
 
-    grams: Grams | None  # of the dense stream, kept for other work
+    grams: Grams | None  # cache of the dense stream's Grams, shared with other runs
 
     @property
     def records(self) -> Collection[int]: ...
 
     def reload(self, n: int) -> None:
-        """Make layer n what it then became."""
+        """Give layer n the weights it had when it was finished."""
         ...
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One stop of the walk: its axes and, by reader module, the evidence from the windows to fit and those held out."""
+    """One layer of the walk: its axes and, by reader module, the sums over the windows to fit and over those held
+    out."""
 
     number: int
     axes: list[Axis]
@@ -85,15 +86,16 @@ def walk(  # noqa: PLR0913
     clock: Clock | None = None,
     tick: Tick = quiet,
 ) -> Iterator[Layer]:
-    """Yield every decoder layer with the evidence on its axes, each on the inputs that `stream` says.
+    """Yield every decoder layer with the sums of its axes' readers, on the inputs that `stream` names.
 
     Args:
         tokens: calibration windows (windows, length).
-        share: how much of the difference to the unpruned model a `dense_target` asks for.
-        gone: layers that will go as a whole: not yielded, and passed by but in the dense stream.
-        at: the layers to gather evidence on, the others are not yielded and the walk ends with the last; None: all.
-        held_out: share of the windows, the last ones, whose evidence is kept apart.
-        finished: layers that are made what they became and passed through, not yielded.
+        correction: error-compensation strength in the stream `dense_target`: the share of the difference to the
+            unpruned model that readers should make up.
+        dropped: layers that will be dropped: not yielded, and skipped in all streams but `dense`.
+        only: the layers to yield, None for all; the walk ends with the last of them.
+        held_out: share of the windows, the last ones, that are summed separately.
+        finished: layers of an earlier run: they are restored and passed through, not yielded.
 
     Raises:
         BillhookError: an activation is not finite; the message names the module.
@@ -103,49 +105,55 @@ def walk(  # noqa: PLR0913
     rows = max(1, BATCH_TOKENS // tokens.shape[1])
     batches = [(batch, False) for batch in tokens[:count].split(rows)]
     batches += [(batch, True) for batch in tokens[count:].split(rows) if len(batch)]
-    every = axes(model, kinds)
-    by_layer = [[axis for axis in every if axis.layer == n] for n in range(len(layers(model)))]
+    all_axes = axes(model, kinds)
+    by_layer = [[axis for axis in all_axes if axis.layer == n] for n in range(len(layers(model)))]
     end = len(by_layer) if only is None else max(only, default=-1) + 1
-    kept = finished.grams if finished is not None and stream == "dense" else None
+    cached = finished.grams if finished is not None and stream == "dense" else None
     wanted = [n for n in range(end) if n not in dropped and (only is None or n in only)]
-    if finished is not None and kept and kept.has(axis.reader_module for n in wanted for axis in by_layer[n]):
-        yield from _recalled(model, kept, {n: by_layer[n] for n in wanted}, finished, clock, tick)
+    if finished is not None and cached and cached.has(axis.reader_module for n in wanted for axis in by_layer[n]):
+        yield from _recalled(model, cached, {n: by_layer[n] for n in wanted}, finished, clock, tick)
         return
     with clock("forward"):
         states, calls = enter(model, [batch for batch, _ in batches], keep)
-        leading = _gone_from(0, dropped)
-        unpruned = [_through(model, leading, state, calls[b]) for b, state in enumerate(states)] if leading else states
+        first_dropped = _dropped_from(0, dropped)
+        unpruned = (
+            [_through(model, first_dropped, state, calls[b]) for b, state in enumerate(states)]
+            if first_dropped
+            else states
+        )
     targets = unpruned if stream == "dense_target" else []
     states = unpruned if stream == "dense" else list(states)
     for n, module in enumerate(layers(model)[:end]):
         if n in dropped:
             continue
         tick("statistics", n, end)
-        on = _Passage(model, n, module, states, targets, calls, _gone_from(n + 1, dropped), stream)
+        passage = _Passage(model, n, module, states, targets, calls, _dropped_from(n + 1, dropped), stream)
         if finished is not None and n in finished.records:
             with clock("forward"), loaded(module):
-                on.unpruned()
+                passage.unpruned()
             finished.reload(n)
             with clock("forward"), loaded(module):
-                on.pruned()
+                passage.pruned()
             continue
         with loaded(module):
             if n not in wanted:
-                on.gather([], batches, correction, clock, onward=True)
+                passage.gather([], batches, correction, clock, onward=True)
                 continue
-            # a layer's Grams may be most of the memory: none is the generator's once they are handed out
-            yield Layer(n, by_layer[n], *_kept(kept, on.gather(by_layer[n], batches, correction, clock), clock))
-            return_freed()  # or the holes that the cuts leave pile up (docs/LOG.md)
+            # a layer's Grams may be most of the memory: this generator keeps no reference once it has yielded them
+            yield Layer(
+                n, by_layer[n], *_stored(cached, passage.gather(by_layer[n], batches, correction, clock), clock)
+            )
+            return_freed()  # holes that the cuts leave would pile up (docs/LOG.md)
             if n + 1 < end:
                 with clock("forward"):
-                    on.pruned()
+                    passage.pruned()
     tick("statistics", end, end)
 
 
-def _kept(
+def _stored(
     grams: Grams | None, sums: tuple[dict[str, ReaderSums], dict[str, ReaderSums]], clock: Clock
 ) -> tuple[dict[str, ReaderSums], dict[str, ReaderSums]]:
-    """`sums`, once they are on disk if they are to be."""
+    """The same sums, once they are in the cache, if there is one."""
     with clock("gram"):
         for name, fit in sums[0].items() if grams else ():
             assert grams is not None
@@ -156,135 +164,144 @@ def _kept(
 def _recalled(
     model: PreTrainedModel, grams: Grams, wanted: Mapping[int, list[Axis]], finished: Finished, clock: Clock, tick: Tick
 ) -> Iterator[Layer]:
-    """The layers `wanted`, each with its axes, by what an earlier walk in the dense stream has kept."""
+    """The layers `wanted` with their axes, by the cached Grams of an earlier walk in the dense stream."""
 
-    def read(found: list[Axis]) -> tuple[dict[str, ReaderSums], dict[str, ReaderSums]]:
+    def read(layer_axes: list[Axis]) -> tuple[dict[str, ReaderSums], dict[str, ReaderSums]]:
         sums: tuple[dict[str, ReaderSums], dict[str, ReaderSums]] = ({}, {})
         with clock("gram"):
-            for name in {axis.reader_module for axis in found}:
+            for name in {axis.reader_module for axis in layer_axes}:
                 for side, gram in zip(sums, grams.read(name, model.device), strict=True):
                     if gram is not None:
                         side[name] = ReaderSums(gram)
         return sums
 
-    for n, found in wanted.items():
+    for n, layer_axes in wanted.items():
         if n in finished.records:
             finished.reload(n)
             continue
         tick("statistics", n, len(wanted))
         with loaded(layers(model)[n]):
-            yield Layer(n, found, *read(found))
+            yield Layer(n, layer_axes, *read(layer_axes))
         return_freed()
     tick("statistics", len(wanted), len(wanted))
 
 
 @dataclass
 class _Passage:
-    """Every batch on its way through layer n: `states`, and `targets` in the unpruned model, are changed in place."""
+    """All batches at layer n: their `states`, and `targets`, the states in the unpruned model; both change in place."""
 
     model: PreTrainedModel
     n: int
     module: nn.Module
     states: list[State]
-    targets: list[State]  # none but in the dense_target stream
-    calls: list[list[dict[str, Any]]]
-    after_it: list[int]  # layers that go as a whole right after it
+    targets: list[State]  # empty in all streams but dense_target
+    calls: list[list[dict[str, Any]]]  # arguments of each layer, by batch
+    after_it: list[int]  # dropped layers right after this one
     stream: str
 
     def gather(
-        self, found: list[Axis], batches: list[tuple[Tensor, bool]], share: float, clock: Clock, onward: bool = False
+        self,
+        layer_axes: list[Axis],
+        batches: list[tuple[Tensor, bool]],
+        share: float,
+        clock: Clock,
+        onward: bool = False,
     ) -> tuple[dict[str, ReaderSums], dict[str, ReaderSums]]:
-        """Every batch through the layer as it is, and the evidence on the axes `found` from the windows to fit and those held out; `onward`: where
-        nothing will be cut, and the sequential streams go on at once."""
+        """Run every batch through the layer as it is, and sum over the windows to fit and those held out.
+
+        Args:
+            found: axes whose readers are summed.
+            onward: nothing will be cut here, so that the sequential streams take the outputs at once.
+        """
         sums: tuple[dict[str, ReaderSums], dict[str, ReaderSums]] = ({}, {})
         for b in range(len(self.states)):
             with clock("forward"):
-                with _tapped(self.model, found) as inputs:
+                with _tapped(self.model, layer_axes) as inputs:
                     after = run(self.module, self.states[b].read(), self.calls[b][self.n])
                 lack = self.step(b, after, share)
                 if onward and self.stream != "dense":
                     self.states[b] = keep(after)
             with clock("gram"):
-                _add(sums[batches[b][1]], found, inputs, lack)
+                _add(sums[batches[b][1]], layer_axes, inputs, lack)
         with clock("gram"):
             _complete(sums)
         return_freed()
         return sums
 
     def step(self, b: int, after: Tensor, share: float) -> Tensor | None:
-        """Batch b through the layer as it is, which put out `after`; what the layer should add, where there is a target."""
+        """Move batch b on; `after` is the layer's output.  Returns what that should gain, if there is a target."""
         if self.stream == "dense":
             self.states[b] = keep(_past(self.model, self.after_it, after, self.calls[b]))
         if not self.targets:
             return None
-        same = self.targets[b] is self.states[b]  # nothing cut so far
+        same = self.targets[b] is self.states[b]  # nothing was cut so far
         dense = after if same else run(self.module, self.targets[b].read(), self.calls[b][self.n])
         target = _past(self.model, self.after_it, dense, self.calls[b])
         self.targets[b] = keep(target)
         return share * (dense - after) + (target - dense)
 
     def unpruned(self) -> None:
-        """What sees the unpruned layer, through it."""
+        """Take the states that see the unpruned layer through it."""
         following = self.states if self.stream == "dense" else self.targets
         for b, state in enumerate(following):
             following[b] = _through(self.model, [self.n, *self.after_it], state, self.calls[b])
 
     def pruned(self) -> None:
-        """What sees the pruned layer, through it."""
+        """Take the states that see the pruned layer through it."""
         for b, state in enumerate(self.states if self.stream != "dense" else ()):
             self.states[b] = keep(run(self.module, state.read(), self.calls[b][self.n]))
 
 
-def _add(sums: dict[str, ReaderSums], found: list[Axis], inputs: dict[str, Tensor], lack: Tensor | None) -> None:
-    """Add one batch to the evidence of every reader; the Grams stay upper triangles until the layer is done."""
-    for name, ends in {axis.reader_module: axis.ends_layer for axis in found}.items():
+def _add(sums: dict[str, ReaderSums], layer_axes: list[Axis], inputs: dict[str, Tensor], lack: Tensor | None) -> None:
+    """Add one batch to the sums of every reader; Grams stay upper triangles until the layer is done."""
+    for name, ends in {axis.reader_module: axis.ends_layer for axis in layer_axes}.items():
         x = inputs[name].flatten(0, -2).float()
         before = sums.get(name)
-        here = ReaderSums(add_upper(before.gram if before else None, x))
+        total = ReaderSums(add_upper(before.gram if before else None, x))
         if lack is not None and ends:
             e = lack.flatten(0, -2).float()
-            here.cross = precise(e.T @ x) + (before.cross if before and before.cross is not None else 0.0)
-            here.energy = precise(e.square()).sum().item() + (before.energy if before else 0.0)
-        sums[name] = here
+            total.cross = precise(e.T @ x) + (before.cross if before and before.cross is not None else 0.0)
+            total.energy = precise(e.square()).sum().item() + (before.energy if before else 0.0)
+        sums[name] = total
 
 
 @contextmanager
-def _tapped(model: PreTrainedModel, found: list[Axis]) -> Iterator[dict[str, Tensor]]:
-    """Yield a dict that, while the context is open, receives what enters the reader of each axis."""
+def _tapped(model: PreTrainedModel, layer_axes: list[Axis]) -> Iterator[dict[str, Tensor]]:
+    """Yield a dict that, while the context is open, records the input of each axis's reader."""
     inputs: dict[str, Tensor] = {}
 
     def tap(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _, args: inputs.update({name: args[0]})
 
     with ExitStack() as hooks:
-        for name in {axis.reader_module for axis in found}:
+        for name in {axis.reader_module for axis in layer_axes}:
             hooks.callback(model.get_submodule(name).register_forward_pre_hook(tap(name)).remove)
         yield inputs
 
 
 def _complete(sums: tuple[dict[str, ReaderSums], dict[str, ReaderSums]]) -> None:
-    for name, evidence in (*sums[0].items(), *sums[1].items()):
-        evidence.gram = mirrored(evidence.gram)
-        _check_finite(name, evidence)
+    for name, total in (*sums[0].items(), *sums[1].items()):
+        total.gram = mirrored(total.gram)
+        _check_finite(name, total)
 
 
-def _check_finite(name: str, evidence: ReaderSums) -> None:
-    if not evidence.gram.diagonal().isfinite().all():  # which overflows first
-        raise BillhookError(f"what enters {name} is not finite: weights or dtype overflow; try --dtype float32")
-    if not math.isfinite(evidence.energy) or (evidence.cross is not None and not evidence.cross.isfinite().all()):
-        raise BillhookError(f"what leaves {name} is not finite: weights or dtype overflow; try --dtype float32")
+def _check_finite(name: str, total: ReaderSums) -> None:
+    if not total.gram.diagonal().isfinite().all():  # the diagonal overflows first
+        raise BillhookError(f"the input of {name} is not finite: weights or dtype overflow; try --dtype float32")
+    if not math.isfinite(total.energy) or (total.cross is not None and not total.cross.isfinite().all()):
+        raise BillhookError(f"the output of {name} is not finite: weights or dtype overflow; try --dtype float32")
 
 
-def _gone_from(start: int, gone: Collection[int]) -> list[int]:
-    """The layers of `gone` that follow one another from `start` on."""
-    found = []
-    while start + len(found) in gone:
-        found.append(start + len(found))
-    return found
+def _dropped_from(start: int, dropped: Collection[int]) -> list[int]:
+    """The consecutive layers of `dropped` that begin with `start`."""
+    numbers = []
+    while start + len(numbers) in dropped:
+        numbers.append(start + len(numbers))
+    return numbers
 
 
 def _through(model: PreTrainedModel, numbers: Iterable[int], state: State, calls: list[dict[str, Any]]) -> State:
-    """`state` after the layers `numbers`."""
+    """A state after the layers `numbers`."""
     return keep(_past(model, numbers, state.read(), calls))
 
 

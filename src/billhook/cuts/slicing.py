@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 
 from billhook.calibration.forward import BATCH_TOKENS, enter
 from billhook.calibration.gram import add_upper, mirrored
-from billhook.calibration.linears import seen
+from billhook.calibration.linears import inputs_of
 from billhook.checkpoints.resume import FinishedLayers
 from billhook.cuts.slicing_restore import restore
 from billhook.errors import BillhookError
@@ -153,7 +153,7 @@ def _inputs(model: PreTrainedModel, tokens: Tokens, tick: Tick) -> Iterator[tupl
         readers = {group[0].partition(f".{n}.")[2]: group for group in groups}
         with loaded(layer, edits=False):
             for b in range(len(states)):
-                inputs, after = seen(layer, list(readers), states[b].read(), calls[b][n], whole=True)
+                inputs, after = inputs_of(layer, list(readers), states[b].read(), calls[b][n], to_the_end=True)
                 assert after is not None
                 states[b] = keep(after)
                 for path, x in inputs.items():

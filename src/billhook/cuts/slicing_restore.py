@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from billhook.calibration.forward import BATCH_TOKENS, enter, run
 from billhook.calibration.gram import add_upper, mirrored
-from billhook.calibration.linears import seen
+from billhook.calibration.linears import inputs_of
 from billhook.checkpoints.resume import FinishedLayers
 from billhook.errors import BillhookError
 from billhook.math.linalg import factor
@@ -128,7 +128,7 @@ def _pair(
     """What enters a weight of the cut layer, X*, and beside it X for a reader, T for a writer."""
     path = name.partition(f".{n}.")[2]
     (inputs, after), (unpruned_inputs, dense) = (
-        seen(module, [path], state.read(), one.calls[n], step == LAST)
+        inputs_of(module, [path], state.read(), one.calls[n], step == LAST)
         for module, state in ((layer, one.state), (unpruned, one.dense))
     )
     x, y = inputs[path], unpruned_inputs[path]

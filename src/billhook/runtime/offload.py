@@ -1,9 +1,9 @@
 """Weights that are in memory only while something needs them: a model larger than memory, one decoder layer at a time.
 
 An offloaded model is a skeleton on the meta device.  Its offloaded modules are the decoder layers, each as a whole, and
-every other module with parameters: the embedding table, the last norm, the head.  The weights of an offloaded module are
-loaded from their safetensors file when it is called, and unloaded when the call ends.  While it is `loaded` they stay
-and may be edited; edited ones are swapped out to a file of their own.
+every other module with parameters: the embedding table, the last norm, the head.  The weights of an offloaded module
+are loaded from their safetensors file when it is called, and unloaded when the call ends.  While it is `loaded` they
+stay and may be edited; edited ones are swapped out to a file of their own.
 
     with loaded(layer):
         ...  # weights are in memory, and may be changed or replaced
@@ -40,7 +40,8 @@ def check_finite(tensor: Tensor, name: str, file: Path | str) -> None:
 
 
 def finite(tensor: Tensor) -> bool:
-    """Whether no entry is NaN or infinite; looks at minimum and maximum, for bfloat16 ten times as fast as `isfinite`."""
+    """Whether no entry is NaN or infinite; looks at minimum and maximum, for bfloat16 ten times as fast as
+    `isfinite`."""
     return not tensor.numel() or all(bool(end.isfinite()) for end in tensor.aminmax())
 
 
@@ -294,7 +295,8 @@ def offloaded_modules(model: Any) -> list[OffloadedModule]:
 
 
 def set_swap_folder(model: Any, folder: Path) -> None:
-    """Set the folder for edited weights; it is emptied now, and removed with the model.  No effect on a model in memory."""
+    """Set the folder for edited weights; it is emptied now, and removed with the model.  No effect on a model in
+    memory."""
     if is_offloaded(model):
         shutil.rmtree(folder, ignore_errors=True)
         swap = store_of(model).swap
@@ -319,7 +321,8 @@ def parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def read_from(model: Any, file: Path, names: list[str]) -> None:
-    """From now on read parameters from a file, which has them under their own names.  No effect on a model in memory."""
+    """From now on read parameters from a file, which has them under their own names.  No effect on a model in
+    memory."""
     if is_offloaded(model):
         store_of(model).read_from(file, names)
 

@@ -1,6 +1,7 @@
 """Renames that Python's library lacks: exchange two names in one step; rename only if the new name is free.
 
-Linux has both in renameat2(2), macOS in renamex_np(2).  On file systems without them (network ones) `exchanged` says so.
+Linux has both in renameat2(2), macOS in renamex_np(2).  On file systems without them (network ones) `exchanged` says
+so.
 """
 
 import ctypes

@@ -1,4 +1,5 @@
-"""Text in files: plain, or records with a field `text` (JSON by line or as one list, CSV, parquet), packed by gzip or not.
+"""Text in files: plain, or records with a field `text` (JSON by line or as one list, CSV, parquet), packed by gzip or
+not.
 
 What a file is, and how large, is looked at before it is read, and no line is read further than windows could need.
 """
@@ -93,7 +94,8 @@ def _by_line(path: Path, file: BufferedIOBase) -> str:
 
 
 def _json(path: Path, file: BufferedIOBase) -> str:
-    """One list of records, by itself or under the only key that has one; one record; or records by line, whatever the name says."""
+    """One list of records, by itself or under the only key that has one; one record; or records by line, whatever the
+    name says."""
     content = file.read(LARGEST_RECORD + 1)
     if len(content) > LARGEST_RECORD:
         raise BillhookError(f"text {path} is JSON beyond {LARGEST_RECORD:,} bytes: write it as .jsonl, a record a line")
