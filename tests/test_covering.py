@@ -45,6 +45,13 @@ def test_a_choice_is_the_same_each_time_and_another_where_it_starts_elsewhere() 
     assert covering(CASES, start=3) == covering(CASES, start=3) != covering(CASES)
 
 
+def test_laws_that_take_long_share_the_values_of_a_parameter() -> None:
+    found = [covering(CASES, some={"row": 3}, start=n) for n in range(3)]
+    assert all(values(one, "way") == {(w,) for w in WAYS} and len(one) == 3 for one in found)
+    shared = [covering([{"row": r} for r in ROWS], some={"row": 3}, start=n) for n in range(3)]
+    assert sorted(n for one in shared for n in one) == list(range(len(ROWS))) and max(map(len, shared)) == 2
+
+
 def test_what_cannot_be_hashed_is_a_value_too() -> None:
     rows = [{"settings": {"a": n % 2}, "flag": n > 1} for n in range(4)]
     assert len(covering(rows)) == 2

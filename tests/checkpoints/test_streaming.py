@@ -240,6 +240,7 @@ def test_the_heap_does_not_grow_with_the_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("preset", [one for one in PRESETS if one not in ("taylor", "contiguous")])
+@pytest.mark.covering(some={"preset": 3})
 def test_layers_are_chosen_alike_in_their_files(preset: str, tmp_path: Path, text_file: Path) -> None:
     model, settings = written("llama", tmp_path / "model"), {"method": "layerchop", "layers": 2, "preset": preset}
     found = [
@@ -333,6 +334,7 @@ def test_a_model_that_would_not_fit_is_streamed(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.covering(some={"case": 3})
 def test_no_random_number_is_drawn(case: str, tmp_path: Path, text_file: Path) -> None:
     """So there is no generator whose state a layer's record would have to hold: a seed decides the windows, and the claim has them."""
     model = written("llama", tmp_path / "model")

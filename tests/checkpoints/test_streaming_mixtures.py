@@ -40,6 +40,7 @@ DROPPED = {"method": "layerchop", "drop": "1"}
 
 
 @pytest.mark.parametrize("family", tiny.CONFIGS)
+@pytest.mark.covering(some={"family": 3})
 def test_every_family_computes_in_its_files_what_it_would_in_memory(family: str, tmp_path: Path) -> None:
     model = str(written(family, tmp_path / "model", "20KB"))
     there, away = (load.open_model(model, stream=stream).model for stream in (False, True))
@@ -53,7 +54,7 @@ def test_every_family_computes_in_its_files_what_it_would_in_memory(family: str,
     ("family", "settings"),
     [*CUTS.items(), *((family, how) for family in tiny.MIXTURES for how in WAYS.values()), ("qwen2_moe", DROPPED)],
 )
-@pytest.mark.covering
+@pytest.mark.covering(some={"settings": 2})
 def test_streamed_is_as_in_memory(
     family: str, settings: dict[str, Any], tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
