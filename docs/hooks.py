@@ -6,13 +6,13 @@
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mkdocs.structure.files import File, Files
-
+from billhook import choices
 from billhook.cli.commands import command
-from billhook.methods import METHODS
+from billhook.methods import METHODS, Method
 from billhook.pruning.recipe import Recipe
 
 ROWS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -37,11 +37,26 @@ SETTINGS = {  # of each method: the command that has them, and which they are
     "fistapruner": ("prune", (*ZEROS, "init", "normalised", "damping")),
     "admm": ("prune", (*ZEROS, "init", "damping")),
 }
+CHOICES = {  # of each setting that has named values: what they mean
+    "axes": choices.AXES,
+    "layout": choices.LAYOUTS,
+    "allocation": choices.ALLOCATIONS,
+    "score": {**choices.SCORES, **choices.GRADIENT_SCORES},
+    "preset": choices.PRESETS,
+    "patch": choices.PATCHES,
+    "experts": choices.WAYS,
+    "init": choices.STARTS,
+    "space": {**choices.SPACES, **choices.GROUPS},
+    "sampler": choices.SAMPLERS,
+    "objective": choices.SEARCH_OBJECTIVES,
+}
 SHARED = "Budget, calibration text, output and machine are the same for every method: `billhook prune --help`."
 MARK = re.compile(r"^<!-- (method|settings|fields): (\w+) -->$", re.M)
 
 
-def on_files(files: Files, config: Any) -> Files:
+def on_files(files: Any, config: Any) -> Any:
+    from mkdocs.structure.files import File  # the tests read this file without it
+
     for path in sorted(ROWS.glob("*.csv")):
         files.append(File.generated(config, f"results/{path.name}", abs_src_path=str(path)))
     return files
@@ -68,14 +83,33 @@ def settings(name: str) -> str:
     options = {option.name: option for option in command(where).params}
     own = {"stream": METHODS[name].stream, **METHODS[name].own}
     rows = [row(options[setting], own.get(setting)) for setting in names]
-    return "\n".join([f"| `billhook {where}` | default | what it does |", "|---|---|---|", *rows, "", SHARED])
+    table = ["", f"| `billhook {where}` | default | what it does |", "|---|---|---|", *rows, "", SHARED]
+    axes = {kind: words for kind, words in choices.AXES.items() if kind in METHODS[name].kinds}
+    named = CHOICES | {"axes": axes, "stream": streams(METHODS[name])}
+    return "\n".join(
+        table + [line for setting in names if setting in named for line in values(setting, named[setting])]
+    )
+
+
+def streams(method: Method) -> Mapping[str, str]:
+    """The streams that a method has."""
+    if method.kinds == ("experts",):
+        return choices.EXPERT_STREAMS
+    return choices.OPERATOR_STREAMS if method.linear else choices.AXIS_STREAMS
+
+
+def values(setting: str, named: Mapping[str, str]) -> list[str]:
+    """A table of a setting's values."""
+    flag = "--" + setting.replace("_", "-")
+    rows = [f"| `{name}` | {cell(words)} |" for name, words in named.items()]
+    return ["", f"### `{flag}`", "", "| value | what it means |", "|---|---|", *rows]
 
 
 def fields(_: str) -> str:
     """The fields of a recipe, with the help of the options that set them."""
     options = {option.name: option for where in ("search", "prune") for option in command(where).params}
     rows = [
-        f"| `{name}` | {shown(field.default)} | {flags(options[name].help).replace('|', chr(92) + '|')} |"
+        f"| `{name}` | {shown(field.default)} | {cell(options[name].help)} |"
         for name, field in Recipe.model_fields.items()
     ]
     return "\n".join(["| field | default | what it says |", "|---|---|---|", *rows])
@@ -96,7 +130,18 @@ def row(option: Any, own: Any) -> str:
     given = option.show_default if isinstance(option.show_default, str) else option.default
     default = shown(given if own is None else own)
     names = " ".join(f"`{flag}`" for flag in (*option.opts, *option.secondary_opts))
-    return f"| {names} | {default} | {flags(option.help).replace('|', chr(92) + '|')} |"
+    return f"| {names} | {default} | {cell(brief(option))} |"
+
+
+def brief(option: Any) -> str:
+    """A setting's help, without the values that a table of its own has."""
+    starts = [option.help.find(f"{value}: ") for value in CHOICES.get(option.name, ())]
+    words = option.help[: min((start for start in starts if start >= 0), default=None)]
+    return words.strip() or "see below"
+
+
+def cell(words: str) -> str:
+    return flags(words).replace("|", "\\|")
 
 
 def flags(words: str) -> str:

@@ -3,7 +3,9 @@
 import re
 import shlex
 from functools import cache
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import yaml
 
 from billhook.cli.commands import FORMER, command
 from billhook.methods import METHODS
+from billhook.pruning.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -93,10 +96,27 @@ def test_every_page_is_in_the_navigation_once() -> None:
     assert sorted(nav) == sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
 
 
+@cache
+def hooks() -> ModuleType:
+    """What the build of the site calls: docs/hooks.py."""
+    spec = spec_from_file_location("hooks", DOCS / "hooks.py")
+    assert spec and spec.loader
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_field_of_a_recipe_is_told() -> None:
+    assert hooks().fields("").count("\n| `") == len(Recipe.model_fields)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_a_page_that_asks_for_its_settings(method: str) -> None:
     marks = re.findall(r"^<!-- (\w+): (\w+) -->$", (DOCS / "methods" / f"{method}.md").read_text(), re.M)
     assert marks == [("method", method), ("settings", method)]
+    page = "\n".join(f"<!-- {kind}: {of} -->" for kind, of in marks)
+    filled = hooks().on_page_markdown(page, SimpleNamespace(file=SimpleNamespace(src_uri="methods"), meta={}))
+    assert "<!--" not in filled and filled.count("| `") > 2 and METHODS[method].title in filled
 
 
 def commands(page: Path) -> list[list[str]]:
