@@ -13,7 +13,8 @@ from statistics import fmean
 from typing import Any
 
 import billhook
-from billhook.math import scores
+from billhook.choices import SCORES
+from billhook.math.scores import COLUMN_SCORES
 from billhook.tensors import Columns, Gram, Weight
 
 
@@ -26,7 +27,8 @@ def unlike_others(W: Weight, G: Gram, damping: float = 0.0) -> Columns:
 
 
 def main(model: str = "demo", **settings: Any) -> None:
-    scores.SCORES["unlike_others"] = unlike_others
+    SCORES["unlike_others"] = "what a channel adds that no other says, too"
+    COLUMN_SCORES["unlike_others"] = unlike_others
     for score in ("wanda", "obs", "unlike_others"):
         report = billhook.prune(model, score=score, **{"ratio": 0.2, "samples": 16, **settings}).report
         errors = [cut["error_held_out"] for cut in report["cuts"]]

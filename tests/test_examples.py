@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from billhook.math import scores
+from billhook.choices import SCORES
+from billhook.math.scores import COLUMN_SCORES
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL: dict[str, Any] = dict(samples=12, seq_len=32, multiple_of=4)
@@ -37,7 +38,8 @@ def test_what_is_written_is_read_and_served(
 def test_a_score_of_ones_own_decides(
     folder: Path, text_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(scores.SCORES, "unlike_others", scores.energy_columns)  # gone again after the test
+    for table in (SCORES, COLUMN_SCORES):
+        monkeypatch.setitem(table, "unlike_others", None)  # gone again after the test
     own = example("own_score")
     own["main"](str(folder), calibration=str(text_file), **SMALL)
     lines = capsys.readouterr().out.splitlines()
