@@ -288,7 +288,7 @@ def test_the_command_ends_in_a_stock_checkpoint(
     [
         (["--method", "experts", "--ratio", "0.9"], "at most"),
         (["--ratio", "0.2", "--axes", "value", "--layout", "per_layer"], "no per_layer layout"),
-        (["--ratio", "0.2", "--axes", "shared"], "no expert that every token goes to"),
+        (["--ratio", "0.2", "--axes", "shared"], "no shared expert, to which every token goes"),
         (["--ratio", "0.2", "--axes", "expert_ffn", "--score", "taylor1_vector"], "a --score that needs no gradients"),
         (["--speedup", "1.2", "--axes", "heads"], "those of a mixture of experts are not alike"),
         (["--ratio", "0.2", "--experts", "reap"], "use it with --method experts"),

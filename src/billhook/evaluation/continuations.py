@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from billhook.models.greedy import ends, greedy_tokens
+from billhook.models.greedy import end_tokens_of, greedy_tokens
 from billhook.runtime.special_tokens import without_end_token
 
 PROMPTS = (
@@ -26,7 +26,7 @@ def continuations(
 ) -> tuple[list[str], dict[str, float | None]]:
     """Plain greedy continuations, the prompts excluded, and what `variety` says of their tokens."""
     texts, written = [], []
-    encode, last = without_end_token(tokenizer), ends(model)
+    encode, last = without_end_token(tokenizer), end_tokens_of(model)
     for prompt in prompts:
         given = encode(prompt).input_ids
         room = getattr(model.config, "max_position_embeddings", math.inf) - len(given)

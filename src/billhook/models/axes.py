@@ -47,10 +47,10 @@ class Axis:
     kind: str
     writers: tuple[Slot, ...]
     reader: Slot
-    counters: tuple[tuple[str, Fraction], ...] = ()  # (path of an attribute, how much it holds for each unit)
+    counters: tuple[tuple[str, Fraction], ...] = ()  # (path of an attribute, its share for each unit)
     blocks: int = 1  # units form this many equal contiguous blocks, cut evenly
-    modules: str = ""  # path of a list of modules, of which unit u owns the u-th whole
-    ends_layer: bool = False  # whether what the reader puts out is added to the layer's output as it is
+    modules: str = ""  # path of a list of modules; unit u owns the u-th as a whole
+    ends_layer: bool = False  # whether the reader's output is added to the layer's output unchanged
 
     @property
     def slots(self) -> tuple[Slot, ...]:
@@ -75,8 +75,8 @@ class Axis:
 
     def price(self, model: PreTrainedModel) -> int:
         """Parameters that one unit owns."""
-        whole = next(model.get_submodule(self.modules).children()).parameters() if self.modules else ()
-        return sum(param.numel() for param in whole) + sum(
+        owned_params = next(model.get_submodule(self.modules).children()).parameters() if self.modules else ()
+        return sum(param.numel() for param in owned_params) + sum(
             slot.index.shape[1] * param.numel() // param.shape[slot.dim]
             for slot, owner, leaf in owners(model, self)
             if isinstance(param := getattr(owner, leaf), nn.Parameter)
@@ -101,50 +101,50 @@ def owners(model: PreTrainedModel, axis: Axis) -> Iterator[tuple[Slot, nn.Module
 
 
 def axes(model: PreTrainedModel, kinds: tuple[str, ...] = tuple(KINDS)) -> list[Axis]:
-    """Every axis of the given kinds that some layout could do with less of, layer by layer, attention before the FFN."""
-    there = [kind for kind in kinds if not refusal(model, kind, "per_layer")]
-    found = []
+    """Every axis of the given kinds that can be cut in some layout, layer by layer, attention before the FFN."""
+    possible = [kind for kind in kinds if not refusal(model, kind, "per_layer")]
+    result = []
     for n in range(len(layers(model))):
-        found += [make(model, n) for kind, make in ATTENTION.items() if kind in there]
-        found += [_ffn(model, *one) for one in feed_forwards(model, n) if one[0] in there]
-        found += [_experts(model, n)] if "experts" in there and mixture(model, n) is not None else []
-    return found
+        result += [make(model, n) for kind, make in ATTENTION.items() if kind in possible]
+        result += [_ffn(model, kind, up, down) for kind, up, down in feed_forwards(model, n) if kind in possible]
+        result += [_experts(model, n)] if "experts" in possible and mixture(model, n) is not None else []
+    return result
 
 
 def refusal(model: PreTrainedModel, kind: str, layout: str) -> str:
     """Why the model cannot give up a kind of axis (or `layers`) in a layout, or ''."""
     row = row_of(model)
     if kind in MIXED and not row.experts:
-        return "it is dense, and that is of mixtures of experts"
+        return "only mixtures of experts have that axis, and it is dense"
     if kind == "shared" and not row.shared:
-        return "it has no expert that every token goes to"
+        return "it has no shared expert, to which every token goes"
     if kind == "ffn" and all(mixture(model, n) is not None for n in range(len(layers(model)))):
         return "all its FFNs are mixtures of experts, whose axes are experts and expert_ffn"
-    for one in row.refusals:
-        if kind in one.kinds and (layout == "uniform" or not one.uniform_only) and _holds(model, one):
-            return one.why
+    for entry in row.refusals:
+        if kind in entry.kinds and (layout == "uniform" or not entry.uniform_only) and _holds(model, entry):
+            return entry.why
     return ""
 
 
-def _holds(model: PreTrainedModel, one: Refusal) -> bool:
-    return not one.key or bool(getattr(model.config, one.key, False))
+def _holds(model: PreTrainedModel, entry: Refusal) -> bool:
+    return not entry.key or bool(getattr(model.config, entry.key, False))
 
 
-def _projections(row: Family, now: Attention) -> dict[str, tuple[str, Index]]:
-    """Of q, k and v: the matrix, and the rows of each head in it (heads, head size)."""
-    d, heads, kv = now.head_dim, now.heads, now.kv_heads
+def _projections(row: Family, sizes: Attention) -> dict[str, tuple[str, Index]]:
+    """For q, k and v: the name of the matrix, and the rows of each head in it (heads, head size)."""
+    d, heads, kv = sizes.head_dim, sizes.heads, sizes.kv_heads
     if not row.qkv:
         return {
             "q": (row.q, blocks(heads, d)),
             "k": (row.k, blocks(kv, d)),
-            "v": (row.v, blocks(kv, now.value_dim)),
+            "v": (row.v, blocks(kv, sizes.value_dim)),
         }
     if row.by_group:
-        every = torch.arange(kv * (now.group + 2) * d).view(kv, now.group + 2, d)
-        found = (every[:, :-2].reshape(heads, d), every[:, -2], every[:, -1])
+        rows_by_group = torch.arange(kv * (sizes.group + 2) * d).view(kv, sizes.group + 2, d)
+        parts = (rows_by_group[:, :-2].reshape(heads, d), rows_by_group[:, -2], rows_by_group[:, -1])
     else:
-        found = (blocks(heads, d), blocks(kv, d) + heads * d, blocks(kv, d) + (heads + kv) * d)
-    return {part: (row.qkv, rows) for part, rows in zip("qkv", found, strict=True)}
+        parts = (blocks(heads, d), blocks(kv, d) + heads * d, blocks(kv, d) + (heads + kv) * d)
+    return {part: (row.qkv, rows) for part, rows in zip("qkv", parts, strict=True)}
 
 
 def _ffn(model: PreTrainedModel, kind: str, up: tuple[str, ...], down: str) -> Axis:
@@ -156,12 +156,12 @@ def _ffn(model: PreTrainedModel, kind: str, up: tuple[str, ...], down: str) -> A
         kind,
         _rows(model, dict.fromkeys(up, index)),
         _read(model, down, blocks(width)),
-        ends_layer=kind == "ffn" and _as_is(model),
+        ends_layer=kind == "ffn" and _ffn_ends_layer(model),
     )
 
 
 def _experts(model: PreTrainedModel, layer: int) -> Axis:
-    """One unit is one expert: its module, and the router's row that chooses it."""
+    """One unit is one expert: its module, and its row of the router."""
     router, bias = router_path(model, layer), row_of(model).bias
     rows = blocks(len(model.get_parameter(f"{router}.weight")))
     return Axis(
@@ -175,37 +175,38 @@ def _experts(model: PreTrainedModel, layer: int) -> Axis:
     )
 
 
-def _as_is(model: PreTrainedModel) -> bool:
-    said: Any = row_of(model).as_is
-    return said if isinstance(said, bool) else getattr(model.config, said[0]) == said[1]
+def _ffn_ends_layer(model: PreTrainedModel) -> bool:
+    """Whether an FFN's output is added to its layer's output unchanged."""
+    rule: Any = row_of(model).as_is
+    return rule if isinstance(rule, bool) else getattr(model.config, rule[0]) == rule[1]
 
 
 def _heads(model: PreTrainedModel, layer: int) -> Axis:
     """One unit is one query head; each KV group gives up the same number."""
-    row, now = row_of(model), attention(model, layer)
-    per_unit = {"heads": Fraction(1), "entries": Fraction(now.head_dim), "per_group": Fraction(1, now.kv_heads)}
-    name, rows = _projections(row, now)["q"]
+    row, sizes = row_of(model), attention(model, layer)
+    per_unit = {"heads": Fraction(1), "entries": Fraction(sizes.head_dim), "per_group": Fraction(1, sizes.kv_heads)}
+    name, rows = _projections(row, sizes)["q"]
     return Axis(
         layer,
         "heads",
         _rows(model, {module_path(model, layer, f"{row.attention}.{name}"): rows}),
-        _read(model, module_path(model, layer, f"{row.attention}.{row.o}"), blocks(now.heads, now.value_dim)),
+        _read(model, module_path(model, layer, f"{row.attention}.{row.o}"), blocks(sizes.heads, sizes.value_dim)),
         _counters(model, layer, per_unit),
-        blocks=now.kv_heads,
+        blocks=sizes.kv_heads,
     )
 
 
 def _groups(model: PreTrainedModel, layer: int) -> Axis:
-    """One unit is a KV head with the query heads that share it: contiguous, as repeat_kv lays them out."""
-    row, now = row_of(model), attention(model, layer)
+    """One unit is a KV head with the query heads that share it; those are contiguous, as in repeat_kv."""
+    row, sizes = row_of(model), attention(model, layer)
     owned: dict[str, Index] = {}
-    for name, rows in _projections(row, now).values():
-        path, rows = module_path(model, layer, f"{row.attention}.{name}"), rows.reshape(now.kv_heads, -1)
+    for name, rows in _projections(row, sizes).values():
+        path, rows = module_path(model, layer, f"{row.attention}.{name}"), rows.reshape(sizes.kv_heads, -1)
         owned[path] = torch.cat([owned[path], rows], 1) if path in owned else rows
     per_unit = {
-        "heads": Fraction(now.group),
+        "heads": Fraction(sizes.group),
         "kv_heads": Fraction(1),
-        "entries": Fraction(now.group * now.head_dim),
+        "entries": Fraction(sizes.group * sizes.head_dim),
     }
     return Axis(
         layer,
@@ -214,7 +215,7 @@ def _groups(model: PreTrainedModel, layer: int) -> Axis:
         _read(
             model,
             module_path(model, layer, f"{row.attention}.{row.o}"),
-            blocks(now.kv_heads, now.group * now.value_dim),
+            blocks(sizes.kv_heads, sizes.group * sizes.value_dim),
         ),
         _counters(model, layer, per_unit),
     )
@@ -225,9 +226,9 @@ def _value(model: PreTrainedModel, layer: int) -> Axis:
 
     Each KV head gives up the same number, so that heads stay equally wide.
     """
-    row, now = row_of(model), attention(model, layer)
-    name, rows = _projections(row, now)["v"]
-    columns = torch.arange(now.heads * now.value_dim).view(now.kv_heads, now.group, now.value_dim)
+    row, sizes = row_of(model), attention(model, layer)
+    name, rows = _projections(row, sizes)["v"]
+    columns = torch.arange(sizes.heads * sizes.value_dim).view(sizes.kv_heads, sizes.group, sizes.value_dim)
     return Axis(
         layer,
         "value",
@@ -235,31 +236,31 @@ def _value(model: PreTrainedModel, layer: int) -> Axis:
         _read(
             model,
             module_path(model, layer, f"{row.attention}.{row.o}"),
-            columns.transpose(1, 2).reshape(-1, now.group),
+            columns.transpose(1, 2).reshape(-1, sizes.group),
         ),
-        blocks=now.kv_heads,
+        blocks=sizes.kv_heads,
     )
 
 
-ATTENTION = {"heads": _heads, "groups": _groups, "value": _value}
+ATTENTION = {"heads": _heads, "groups": _groups, "value": _value}  # kinds of attention's axes
 
 
 def _counters(model: PreTrainedModel, layer: int, per_unit: Mapping[str, Fraction]) -> tuple[tuple[str, Fraction], ...]:
-    row, at = row_of(model), module_path(model, layer, row_of(model).attention)
-    return tuple((f"{at}.{name}", per_unit[what]) for name, what in row.counters.items() if what in per_unit)
+    row, path = row_of(model), module_path(model, layer, row_of(model).attention)
+    return tuple((f"{path}.{name}", per_unit[unit]) for name, unit in row.counters.items() if unit in per_unit)
 
 
 def _rows(model: PreTrainedModel, owned: Mapping[str, Index]) -> tuple[Slot, ...]:
-    """The slots of outputs of linear modules, with their biases."""
-    found = []
+    """The slots of the outputs of linear modules, and of their biases."""
+    slots = []
     for path, index in owned.items():
         module = linear(model, path)
-        found.append(Slot(f"{path}.weight", 0 if isinstance(module, nn.Linear) else 1, index))
+        slots.append(Slot(f"{path}.weight", 0 if isinstance(module, nn.Linear) else 1, index))
         if module.bias is not None:
-            found.append(Slot(f"{path}.bias", 0, index))
-    return tuple(found)
+            slots.append(Slot(f"{path}.bias", 0, index))
+    return tuple(slots)
 
 
 def _read(model: PreTrainedModel, path: str, index: Index) -> Slot:
-    """The slot of inputs of a linear module."""
+    """The slot of the inputs of a linear module."""
     return Slot(f"{path}.weight", 1 if isinstance(linear(model, path), nn.Linear) else 0, index)

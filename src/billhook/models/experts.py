@@ -1,8 +1,9 @@
-"""A mixture of experts as modules, each with linear weights of its own, and back as the stock class stores it.
+"""The experts of a mixture as separate modules with linear weights, and fused again as the stock class stores them.
 
-transformers 5 keeps the experts of a layer in two 3-D parameters.  What works on linear modules (statistics, scores, masks,
-adapters) wants them apart: `unfuse` when a model is opened, `fuse` before it is saved or handed out.  What is measured is the
-stock class's own forward: `together` while it is.
+transformers 5 keeps the experts of a layer in two 3-D parameters.  Statistics, scores, masks and adapters work on
+linear
+modules: `unfuse` a model when it is opened, `fuse` it before it is saved or returned.  Measurements are of the stock
+class's own forward: they run within `fused`.
 """
 
 from collections.abc import Iterator
@@ -17,7 +18,10 @@ from billhook.errors import BillhookError
 from billhook.models.families import layers, mixture, row_of
 from billhook.runtime.offload import is_offloaded
 
-JOINED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}  # of the stock class: what it joins
+JOINED = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "down_proj": ("down_proj",),
+}  # the stock class's parameters: which weights they join
 
 
 class Expert(nn.Module):
@@ -34,10 +38,10 @@ class Expert(nn.Module):
 
 
 class Experts(nn.ModuleList):
-    """In place of the stock module, and called as it is: hidden states (tokens, hidden), the experts that each token
-    goes to, and their weights (tokens, k).  Every expert runs, those that no token goes to on none."""
+    """Replaces the stock module, and has its arguments: hidden states (tokens, hidden), the experts that each token
+    goes to, and their weights (tokens, k).  Every expert runs, even on no tokens."""
 
-    stock: Any  # the module it stands for, without its weights
+    stock: Any  # the module it replaces, without its weights
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         total = torch.zeros_like(hidden_states)
@@ -49,10 +53,10 @@ class Experts(nn.ModuleList):
 
 
 def unfuse(model: PreTrainedModel) -> None:
-    """Take the experts of every layer apart, in place; views of the stored weights.
+    """Make a module of every expert, in place; their weights are views of the stored ones.
 
     Raises:
-        BillhookError: they are not stored as the stock classes do.
+        BillhookError: the experts are not stored as the stock classes do.
     """
     for n in range(len(layers(model))):
         stock: Any = mixture(model, n)
@@ -64,66 +68,70 @@ def unfuse(model: PreTrainedModel) -> None:
                 f"{model.config.model_type}"
             )
         parts = zip(stock.gate_up_proj, stock.down_proj, strict=True)
-        apart = Experts(Expert(gate_up, down, stock.act_fn) for gate_up, down in parts)
+        experts = Experts(Expert(gate_up, down, stock.act_fn) for gate_up, down in parts)
         for name in JOINED:
             stock.register_parameter(name, None)
-        vars(apart)["stock"] = stock  # no submodule: it has no weights
-        layers(model)[n].set_submodule(row_of(model).experts, apart)
+        vars(experts)["stock"] = stock  # not a submodule, since it has no weights
+        layers(model)[n].set_submodule(row_of(model).experts, experts)
 
 
 def fuse(model: PreTrainedModel) -> None:
-    """Put the experts of every layer together again, in place, as many and as wide as they are now.
+    """Join the experts of every layer in the stock module, in place, in their number and width of now.
 
-    Those of a model that stays in its files stay apart, as they are there (billhook.checkpoints.tensor_names).
+    An offloaded model stays unfused: so its files have the experts (billhook.checkpoints.tensor_names).
 
     Raises:
-        BillhookError: those of one layer differ in width, which no stock class can hold.
+        BillhookError: the experts of one layer differ in width, which no stock class can hold.
     """
     for n in range(len(layers(model))):
-        if not isinstance(apart := mixture(model, n), Experts):
+        if not isinstance(unfused := mixture(model, n), Experts):
             continue
-        stock, every = apart.stock, cast(list[Expert], list(apart))
-        widths = {one.down_proj.in_features for one in every}
+        stock, experts = unfused.stock, cast(list[Expert], list(unfused))
+        widths = {expert.down_proj.in_features for expert in experts}
         if len(widths) > 1:
             raise BillhookError(f"layer {n}: its experts are {min(widths)} to {max(widths)} wide, and must be equal")
         if is_offloaded(model):
             continue
         joined = {
-            "gate_up_proj": [torch.cat([one.gate_proj.weight, one.up_proj.weight]) for one in every],
-            "down_proj": [one.down_proj.weight for one in every],
+            "gate_up_proj": [torch.cat([expert.gate_proj.weight, expert.up_proj.weight]) for expert in experts],
+            "down_proj": [expert.down_proj.weight for expert in experts],
         }
-        learns = every[0].down_proj.weight.requires_grad
+        trained = experts[0].down_proj.weight.requires_grad
         for name, weights in joined.items():
-            setattr(stock, name, nn.Parameter(torch.stack([one.detach() for one in weights]), learns))
-        stock.num_experts, stock.intermediate_dim = len(every), widths.pop()
+            setattr(stock, name, nn.Parameter(torch.stack([expert.detach() for expert in weights]), trained))
+        stock.num_experts, stock.intermediate_dim = len(experts), widths.pop()
         layers(model)[n].set_submodule(row_of(model).experts, stock)
 
 
 @contextmanager
 def fused(*models: Any) -> Iterator[None]:
-    """While open the experts of models are together, as they are served; afterwards apart where they were.
+    """While open the experts of these models are fused, as they are served; afterwards unfused again.
 
-    Those of a model that stays in its files stay apart.
+    Offloaded models stay unfused.
 
     Raises:
-        BillhookError: those of one layer differ in width.
+        BillhookError: the experts of one layer differ in width.
     """
-    mixed = [one for one in models if isinstance(one, PreTrainedModel) and not is_offloaded(one) and is_unfused(one)]
-    for model in mixed:
+    unfused = [
+        candidate
+        for candidate in models
+        if isinstance(candidate, PreTrainedModel) and not is_offloaded(candidate) and is_unfused(candidate)
+    ]
+    for model in unfused:
         fuse(model)
     try:
         yield
     finally:
-        for model in mixed:
+        for model in unfused:
             unfuse(model)
 
 
 def is_unfused(model: PreTrainedModel) -> bool:
-    """Whether a model has experts that were taken apart."""
+    """Whether a model has experts as separate modules."""
     return any(isinstance(module, Experts) for module in model.modules())
 
 
 def _linear(weight: Tensor) -> nn.Linear:
-    made = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
-    made.weight = nn.Parameter(weight.detach(), weight.requires_grad)
-    return made
+    module = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+    module.weight = nn.Parameter(weight.detach(), weight.requires_grad)
+    return module

@@ -1,8 +1,8 @@
-"""What a model's family says about it: its axes, its linear modules, its sizes, and what it cannot give up.
+"""What a model's family says about it: where its linear modules are, its sizes, and what cannot be cut.
 
-A family is one row of FAMILIES (billhook.models.modeling_per_layer, since the table travels with checkpoints).  Sizes are read from
-tensors, never from the config, so that the axes of a model that has been cut are found the same way.
-docs/adding-a-family.md walks through a row.
+A family is one row of FAMILIES, which is in billhook.models.modeling_per_layer since the table travels with
+checkpoints. Sizes are read from tensors, never from the config, so that they are right for a model that has been cut.
+docs/adding-a-family.md explains a row.
 """
 
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ from billhook.models.modeling_per_layer import FAMILIES, FFN_DIM, MODEL_TYPE, V_
 from billhook.tensors import Weight
 
 WIDTHS = ("ffn", "expert_ffn", "shared")  # kinds of axis whose units are channels
-FFN_SIZES = ("width", "experts", "expert_width", "shared_width")  # what layers that mix experts have, or the others
-PER_LAYER_KEYS = ("layer_types", "no_rope_layers")  # config keys that hold one value a layer
-OLDER_TYPE = ("phi3", "olmo2")  # transformers 4 calls the kind of their scaling `type` alone
-OLDER_ROTARY = {"gpt_neox": ("rotary_emb_base", "rotary_pct")}  # theta and turned share, in transformers 4
-FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}  # one matrix in some families: the roles that it has
+FFN_SIZES = ("width", "experts", "expert_width", "shared_width")  # sizes of plain FFNs and of mixtures of experts
+PER_LAYER_KEYS = ("layer_types", "no_rope_layers")  # config keys that hold one value for each layer
+OLDER_TYPE = ("phi3", "olmo2")  # families whose kind of rope scaling transformers 4 reads under `type` alone
+OLDER_ROTARY = {"gpt_neox": ("rotary_emb_base", "rotary_pct")}  # keys in transformers 4 of theta and rotated share
+FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}  # roles of matrices that some families fuse
 
 
 def family_of(model_type: str | None) -> Family:
@@ -35,87 +35,88 @@ def family_of(model_type: str | None) -> Family:
     stock = stock_type(model_type or "")
     if stock not in FAMILIES:
         raise BillhookError(
-            f"model family {model_type!r} is not supported: billhook knows {', '.join(FAMILIES)} (docs/adding-a-family.md)"
+            f"model family {model_type!r} is not supported: billhook knows {', '.join(FAMILIES)} "
+            "(docs/adding-a-family.md)"
         )
     return FAMILIES[stock]
 
 
 def stock_type(model_type: str) -> str:
-    """The stock family's model type, of a per-layer checkpoint too."""
+    """The stock family's model type, for per-layer checkpoints as well."""
     return model_type.removeprefix(MODEL_TYPE.format(""))
 
 
 def layers(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder layers, in order."""
-    found = model.get_submodule(row_of(model).layers)
-    assert isinstance(found, nn.ModuleList)
-    return found
+    modules = model.get_submodule(row_of(model).layers)
+    assert isinstance(modules, nn.ModuleList)
+    return modules
 
 
 def as_output(model: PreTrainedModel, state: torch.Tensor) -> Any:
-    """A hidden state in the form in which the family's layers return it."""
+    """A hidden state as the family's layers return it: a tensor or a tuple."""
     return (state, None) if row_of(model).tuples else state
 
 
 def linears(model: PreTrainedModel, layer: int) -> list[dict[str, str]]:
-    """The linear modules of one layer: path by role, those that share an input together, in the order in which they compute.
+    """The linear modules of one layer, path by role, in groups that share an input, in the order in which they compute.
 
-    One matrix that does the work of several has one of the roles FUSED.
+    A fused matrix has one of the roles in FUSED.
     """
-    row, ffns = row_of(model), [one[1:] for one in feed_forwards(model, layer)]
+    row, ffns = row_of(model), [(up, down) for _, up, down in feed_forwards(model, layer)]
     attention: dict[str, str] = {"qkv": row.qkv} if row.qkv else {"q": row.q, "k": row.k, "v": row.v}
     groups: list[dict[str, str]] = [
-        {role: module_path(model, layer, f"{row.attention}.{name}") for role, name in one.items()}
-        for one in (attention, {"o": row.o})
+        {role: module_path(model, layer, f"{row.attention}.{name}") for role, name in group.items()}
+        for group in (attention, {"o": row.o})
     ]
     roles: tuple[str, ...] = ("gate_up",) if row.stacked else ("gate", "up")[-len(row.up) :]
     groups += [{role: path for role, path in zip(roles, up, strict=True)} for up, _ in ffns]
     groups += [{"down": down} for _, down in ffns]
-    for path in (path for one in groups for path in one.values()):
+    for path in (path for group in groups for path in group.values()):
         linear(model, path)
     return groups
 
 
 def role_wanted(role: str, roles: Sequence[str]) -> bool:
-    """Whether a linear module of `role` is meant by the roles asked for: one that has several, by all of them."""
+    """Whether `roles` include a linear module of `role`; for a fused one they have to name all its parts."""
     return all(part in roles for part in FUSED.get(role, (role,)))
 
 
 def sizes(model: PreTrainedModel, layer: int) -> dict[str, int]:
-    """The sizes of one layer as its tensors have them, under the config's own keys.
+    """The sizes of one layer's tensors, under the config's own keys.
 
-    What no stock config can say is there only where it differs from what the family always has.
+    Sizes that no stock config can hold are included only if they differ from the family's fixed value.
     """
-    row, now = row_of(model), attention(model, layer)
-    found = {"heads": now.heads, "kv_heads": now.kv_heads, "head_dim": now.head_dim, **_ffn_sizes(model, layer)}
-    said = {key: found[size] for size, key in row.keys.items() if size in found}
-    if said.get(FFN_DIM) == 4 * model.config.hidden_size:
-        del said[FFN_DIM]
+    row, heads = row_of(model), attention(model, layer)
+    values = {"heads": heads.heads, "kv_heads": heads.kv_heads, "head_dim": heads.head_dim, **_ffn_sizes(model, layer)}
+    config = {key: values[size] for size, key in row.keys.items() if size in values}
+    if config.get(FFN_DIM) == 4 * model.config.hidden_size:
+        del config[FFN_DIM]
     hidden = shape(linear(model, module_path(model, layer, f"{row.attention}.{row.o}")))[0]
-    if hidden != model.config.hidden_size:  # until the config has followed, or where another family's stands in for it
-        said["hidden_size"] = hidden
-    return said | ({V_HEAD_DIM: now.value_dim} if now.value_dim != now.head_dim else {})
+    if hidden != model.config.hidden_size:  # the config is not updated yet, or another family's will replace it
+        config["hidden_size"] = hidden
+    return config | ({V_HEAD_DIM: heads.value_dim} if heads.value_dim != heads.head_dim else {})
 
 
 def _ffn_sizes(model: PreTrainedModel, layer: int) -> dict[str, int]:
     experts: Any = mixture(model, layer)
     if experts is None:
         return {"width": shape(linear(model, module_path(model, layer, row_of(model).down)))[1]}
-    found: dict[str, int] = {}
-    for kind, _, down in feed_forwards(model, layer):  # experts last, those of one layer equally wide
-        found["shared_width" if kind == "shared" else "expert_width"] = shape(linear(model, down))[1]
+    values: dict[str, int] = {}
+    for kind, _, down in feed_forwards(model, layer):  # the experts of one layer are equally wide
+        values["shared_width" if kind == "shared" else "expert_width"] = shape(linear(model, down))[1]
     if isinstance(experts, nn.ModuleList):
-        return found | {"experts": len(experts)}
-    return found | {"experts": len(experts.down_proj), "expert_width": experts.down_proj.shape[-1]}
+        return values | {"experts": len(experts)}
+    return values | {"experts": len(experts.down_proj), "expert_width": experts.down_proj.shape[-1]}
 
 
 def experts_per_token(model: PreTrainedModel) -> int:
-    """How many experts of a layer every token goes to."""
+    """How many experts of a layer each token goes to."""
     return getattr(model.config, row_of(model).keys["top_k"])
 
 
 def mixture(model: PreTrainedModel, layer: int) -> nn.Module | None:
-    """The experts of one layer, together or apart (billhook.models.experts); None where it has a plain FFN."""
+    """The experts of one layer, fused or not (billhook.models.experts); None for a layer with a plain FFN."""
     path = row_of(model).experts
     try:
         return layers(model)[layer].get_submodule(path) if path else None
@@ -124,14 +125,14 @@ def mixture(model: PreTrainedModel, layer: int) -> nn.Module | None:
 
 
 def router_path(model: PreTrainedModel, layer: int) -> str:
-    """Path of what chooses the experts of one layer."""
+    """Path of the router, which chooses the experts of one layer."""
     return module_path(model, layer, row_of(model).router)
 
 
 def feed_forwards(model: PreTrainedModel, layer: int) -> list[tuple[str, tuple[str, ...], str]]:
-    """Every FFN of one layer: the kind of its axis, paths of what writes its channels, and of what reads them.
+    """Every FFN of one layer: the kind of its axis, the paths of its writers, and of its reader.
 
-    Of experts only those that are apart.
+    Fused experts are left out.
     """
     row, experts = row_of(model), mixture(model, layer)
     if experts is None:
@@ -151,7 +152,7 @@ def feed_forwards(model: PreTrainedModel, layer: int) -> list[tuple[str, tuple[s
 
 
 def uncut_size(model: PreTrainedModel, layer: int, key: str) -> int:
-    """What one of the sizes that no stock config can say is where a layer has lost none of it."""
+    """The size before any cut of one of those that no stock config can hold."""
     if key == V_HEAD_DIM:
         return attention(model, layer).head_dim
     return shape(linear(model, module_path(model, layer, row_of(model).down)))[1]
@@ -172,20 +173,20 @@ def module_path(model: PreTrainedModel, layer: int, name: str) -> str:
 
 
 def linear(model: PreTrainedModel, path: str) -> nn.Linear | Conv1D:
-    """A linear module of either storage order.
+    """The linear module at `path`, in either storage order.
 
     Raises:
-        BillhookError: there is none at `path`.
+        BillhookError: there is no linear module at `path`.
     """
     try:
-        found = model.get_submodule(path)
+        module = model.get_submodule(path)
     except AttributeError:
-        found = None
-    if not isinstance(found, nn.Linear | Conv1D):
+        module = None
+    if not isinstance(module, nn.Linear | Conv1D):
         raise BillhookError(
-            f"{path} is {type(found).__name__}, not a Linear: this checkpoint is not a stock {model.config.model_type}"
+            f"{path} is {type(module).__name__}, not a Linear: this checkpoint is not a stock {model.config.model_type}"
         )
-    return found
+    return module
 
 
 def weight_of(model: PreTrainedModel, path: str) -> Weight:
@@ -196,8 +197,8 @@ def weight_of(model: PreTrainedModel, path: str) -> Weight:
 
 def shape(module: nn.Linear | Conv1D) -> tuple[int, int]:
     """Outputs and inputs of a linear module."""
-    out, into = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]
-    return out, into
+    outputs, inputs = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]
+    return outputs, inputs
 
 
 @dataclass(frozen=True)
@@ -207,16 +208,16 @@ class Attention:
     head_dim: int
     heads: int
     kv_heads: int
-    value_dim: int  # channels of one value head: head_dim unless some were cut
+    value_dim: int  # channels of one value head; head_dim unless some were cut
 
     @property
     def group(self) -> int:
-        """Query heads that share one KV head."""
+        """How many query heads share one KV head."""
         return self.heads // self.kv_heads
 
 
 def attention(model: PreTrainedModel, layer: int) -> Attention:
-    """The attention sizes of one layer, from its tensors."""
+    """The sizes of one layer's attention, read from its tensors."""
     row, module = row_of(model), attention_module(model, layer)
     head_dim = cast(int, getattr(module, row.head_dim))
     out = {name: shape(linear(model, module_path(model, layer, f"{row.attention}.{name}"))) for name in _parts(row)}
@@ -232,25 +233,26 @@ def _parts(row: Family) -> tuple[str, ...]:
 
 
 def check_known(model: PreTrainedModel) -> None:
-    """Refuse a model whose layers hold more than its row speaks of: a cut would leave that as it is.
+    """Refuse a model whose layers have parameters that its row does not cover: a cut would leave them uncut.
 
     Raises:
-        BillhookError: names the first such parameter; or attention's sizes do not fit one another.
+        BillhookError: there is such a parameter (named), or attention's sizes do not fit one another.
     """
     row, family = row_of(model), model.config.model_type
     for n in range(len(layers(model))):
         within = f"{row.layers}.{n}"
-        known = {path for one in linears(model, n) for path in one.values()}
+        covered = {path for group in linears(model, n) for path in group.values()}
         if mixture(model, n) is not None:
-            known |= {f"{within}.{name}" for name in (row.router, row.experts, f"{row.shared}_gate")}
+            covered |= {f"{within}.{name}" for name in (row.router, row.experts, f"{row.shared}_gate")}
         for name, param in layers(model)[n].named_parameters():
             path = f"{within}.{name}"
-            if param.ndim > 1 and path.rpartition(".")[0] not in known:
+            if param.ndim > 1 and path.rpartition(".")[0] not in covered:
                 raise BillhookError(
-                    f"{path} is nothing that billhook knows of {family}: a setting of its config adds it, and no cut would be right"
+                    f"{path} is nothing that billhook knows of {family}: a setting of its config adds it, and no cut "
+                    "would be right"
                 )
-        now, columns = attention(model, n), shape(linear(model, f"{within}.{row.attention}.{row.o}"))[1]
-        if now.heads % now.kv_heads or columns != now.heads * now.value_dim:
+        heads, columns = attention(model, n), shape(linear(model, f"{within}.{row.attention}.{row.o}"))[1]
+        if heads.heads % heads.kv_heads or columns != heads.heads * heads.value_dim:
             raise BillhookError(
-                f"layer {n}: {now.heads} query heads of {now.head_dim} do not fit its other projections"
+                f"layer {n}: {heads.heads} query heads of {heads.head_dim} do not fit its other projections"
             )

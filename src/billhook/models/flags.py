@@ -1,4 +1,7 @@
-"""What config.json asks of every forward: to put out more, or other types.  It is carried along, and decides nothing that billhook does."""
+"""Flags in config.json about every forward: more outputs, or outputs of other types.
+
+They are kept for the output's config.json, and change nothing that billhook does.
+"""
 
 import json
 from pathlib import Path
@@ -10,17 +13,17 @@ PLAIN = {
     "output_router_logits": False,
     "return_dict": True,
 }
-CHOICES = ("attn_implementation", "experts_implementation")  # which transformers reads, and leaves out when it saves
+CHOICES = ("attn_implementation", "experts_implementation")  # keys that transformers reads but does not save
 
 
 def flags_in(folder: Path) -> dict[str, Any]:
-    """Those of a folder's config.json, as they are there."""
+    """The flags of a folder's config.json, unchanged."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return {key: config[key] for key in (*PLAIN, *CHOICES) if key in config}
 
 
 def with_plain_flags(config: Any) -> Any:
-    """The same config, its forwards asking for what they do by themselves."""
+    """Reset a config's flags to their defaults; returns the config."""
     for key, value in PLAIN.items():
         if hasattr(config, key):
             setattr(config, key, value)
@@ -28,10 +31,10 @@ def with_plain_flags(config: Any) -> Any:
 
 
 def remember(model: Any, folder: Path) -> None:
-    """Have a model remember those of its folder."""
+    """Keep the flags of a model's folder with the model."""
     model.flags_said = flags_in(folder)
 
 
 def remembered(model: Any) -> dict[str, Any]:
-    """What `carry` had it remember."""
+    """The flags that `remember` kept."""
     return getattr(model, "flags_said", {})

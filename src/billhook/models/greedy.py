@@ -1,7 +1,7 @@
-"""Plain greedy text: the likeliest token each time, whatever a checkpoint's generation_config.json asks of `generate`.
+"""Plain greedy text: the likeliest token each time, whatever a checkpoint's generation_config.json sets for `generate`.
 
-A setting of that file may need what a caller does not have (stop strings), return another type, or prefer other tokens
-(penalties): comparisons of models, and of clients, are of the models alone.
+Settings of that file may need more than a caller has (stop strings), return another type, or prefer other tokens
+(penalties).  Comparisons of models and of clients must depend on the models alone.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,22 +15,22 @@ from transformers import GenerationConfig
 
 @contextmanager
 def without_generation_settings(model: Any) -> Iterator[None]:
-    """`model.generate` by its own defaults, with none of the model's settings, which it would fill in for what is not given."""
-    own = model.generation_config
+    """While open, `model.generate` has its own defaults; else it fills missing arguments from the model's settings."""
+    settings = model.generation_config
     model.generation_config = GenerationConfig()
     try:
         yield
     finally:
-        model.generation_config = own
+        model.generation_config = settings
 
 
 def greedy_tokens(
     model: Any, ids: Tensor, new_tokens: int, end_tokens: Sequence[int] = (), use_cache: bool = True
 ) -> Tensor:
-    """The tokens that follow `ids`, (rows, tokens) of one length: (rows, at most `new_tokens`).
+    """The greedy continuation of `ids` (rows, tokens): (rows, at most `new_tokens`).
 
     Args:
-        ends: the tokens that end a row, filled up with the first of them; without any, nothing does.
+        end_tokens: tokens that end a row, which is then padded with the first of them; without any, no row ends early.
     """
     settings = GenerationConfig(
         max_new_tokens=new_tokens,
@@ -40,15 +40,15 @@ def greedy_tokens(
         pad_token_id=end_tokens[0] if end_tokens else None,
     )
     with without_generation_settings(model):
-        made = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
-    return made[:, ids.shape[1] :]
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+    return output[:, ids.shape[1] :]
 
 
-def ends(model: Any) -> list[int]:
-    """The tokens that end a text, as generation_config.json says, or else config.json."""
+def end_tokens_of(model: Any) -> list[int]:
+    """The tokens that end a text, by generation_config.json or else config.json."""
     for config in (model.generation_config, model.config):
-        said = getattr(config, "eos_token_id", None)
-        found: list[Any] = said if isinstance(said, list) else [said]
-        if found and all(type(one) is int and one >= 0 for one in found):
-            return found
+        value = getattr(config, "eos_token_id", None)
+        ids: list[Any] = value if isinstance(value, list) else [value]
+        if ids and all(type(number) is int and number >= 0 for number in ids):
+            return ids
     return []

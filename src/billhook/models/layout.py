@@ -13,11 +13,11 @@ from billhook.models.axes import refusal
 from billhook.models.families import FFN_SIZES, attention, family_of, layers, sizes, stock_type, uncut_size
 
 CODE = Path(per_layer.__file__)
-AUTO = (AutoConfig, AutoModel, AutoModelForCausalLM)  # in the order of a row's classes
+AUTO = (AutoConfig, AutoModel, AutoModelForCausalLM)  # in the same order as a row's classes
 
 
 def register(model_type: str) -> None:
-    """Have transformers' Auto classes load a per-layer checkpoint by our own copy of the code, never by what came with it."""
+    """Make transformers' Auto classes load a per-layer checkpoint by billhook's code, never by the code beside it."""
     if model_type != (stock := stock_type(model_type)):
         config, base, causal = per_layer.classes_of(stock)
         AutoConfig.register(model_type, config, exist_ok=True)
@@ -31,28 +31,29 @@ def layer_sizes(model: PreTrainedModel) -> list[dict[str, int]]:
 
 
 def largest_sizes(model: PreTrainedModel) -> dict[str, int]:
-    """The largest of every size that a stock config can say."""
-    found = layer_sizes(model)
-    said = dict.fromkeys(key for one in found for key in one if key not in per_layer.OWN_KEYS)
-    return {key: max(one[key] for one in found if key in one) for key in said}
+    """The largest value over layers of every size that a stock config can hold."""
+    sizes_of_layers = layer_sizes(model)
+    keys = dict.fromkeys(key for layer in sizes_of_layers for key in layer if key not in per_layer.OWN_KEYS)
+    return {key: max(layer[key] for layer in sizes_of_layers if key in layer) for key in keys}
 
 
 def stock_holder(model: PreTrainedModel, changes: Mapping[str, Any]) -> str:
-    """The stock family that can hold the model with `changes` to its config: its own, one that stands in for it, or ''.
+    """The stock family that can hold the model with `changes` to its config: its own, its stand-in, or ''.
 
-    LlamaConfig, for one, refuses hidden_size % heads != 0 since transformers 5.4; Mistral computes the same without.
+    For example, LlamaConfig refuses hidden_size % heads != 0 since transformers 5.4; Mistral computes the same and does
+    not.
     """
-    own = stock_type(model.config.model_type)
-    row, config = family_of(own), {**_plain(model.config.to_dict()), **changes}
+    stock = stock_type(model.config.model_type)
+    row, config = family_of(stock), {**_plain(model.config.to_dict()), **changes}
     if any(key in changes for key in per_layer.OWN_KEYS):
         return ""
     if (
         "head_dim" not in row.keys
         and model.config.hidden_size != config[row.keys["heads"]] * attention(model, 0).head_dim
     ):
-        return ""  # whose head size is hidden_size / heads
+        return ""  # the family's head size is hidden_size / heads
     biased = any(config.get(key) for key in ("attention_bias", "mlp_bias"))
-    for family in (own, *([row.stand_in] if row.stand_in and not biased else [])):
+    for family in (stock, *([row.stand_in] if row.stand_in and not biased else [])):
         try:
             CONFIG_MAPPING[family].from_dict({**config, "model_type": family})
         except Exception:  # each transformers release raises its own validation errors
@@ -62,18 +63,18 @@ def stock_holder(model: PreTrainedModel, changes: Mapping[str, Any]) -> str:
 
 
 def layout_of(model: PreTrainedModel) -> str:
-    """The plainest layout that holds the model."""
+    """`uniform` if that can hold the model, else `per_layer`."""
     return "per_layer" if _why_not_uniform(model) else "uniform"
 
 
 def _why_not_uniform(model: PreTrainedModel) -> str:
-    first, *rest = layer_sizes(model)
+    first, *others = layer_sizes(model)
     keys = family_of(model.config.model_type).keys
     ffn = {keys[size] for size in FFN_SIZES if size in keys}
-    for n, other in enumerate(rest, start=1):
-        # where some layers have experts, and others a plain FFN, these compare among themselves
-        alike = {key: value for key, value in first.items() if key in other or key not in ffn}
-        if alike != {key: value for key, value in other.items() if key in first or key not in ffn}:
+    for n, other in enumerate(others, start=1):
+        # layers with experts are compared with one another, and so are layers with a plain FFN
+        common = {key: value for key, value in first.items() if key in other or key not in ffn}
+        if common != {key: value for key, value in other.items() if key in first or key not in ffn}:
             return f"layer {n} has {other}, layer 0 has {first}, and the uniform layout needs equal layers"
         first = other | first
     if per_layer.V_HEAD_DIM in first:
@@ -86,57 +87,58 @@ def _why_not_uniform(model: PreTrainedModel) -> str:
 
 
 def update_config(model: PreTrainedModel) -> None:
-    """Write the sizes that the tensors have into the config in memory: the `uniform` layout.
+    """Write the tensors' sizes into the config in memory: the `uniform` layout.
 
-    Where another family's config must stand in, the one in memory keeps what it has: it would refuse to be saved.
+    If another family's config has to stand in, the one in memory stays as it is: it would refuse these sizes.
 
     Raises:
-        BillhookError: no stock config can say them.
+        BillhookError: no stock config can hold the sizes.
     """
     if why := _why_not_uniform(model):
         raise BillhookError(f"{why}: use --layout per_layer")
-    found = largest_sizes(model)
-    if stock_holder(model, found) == stock_type(model.config.model_type):
-        for key, value in found.items():
+    largest = largest_sizes(model)
+    if stock_holder(model, largest) == stock_type(model.config.model_type):
+        for key, value in largest.items():
             setattr(model.config, key, value)
 
 
 def config_json(model: PreTrainedModel, written: dict[str, Any]) -> dict[str, Any]:
-    """What config.json must say for the tensors that the model has; `written` is what transformers wrote.
+    """The content of config.json for the model's tensors; `written` is what transformers wrote.
 
-    Sizes that all layers share stand once; the others in `per_layer_config`, with the largest as the global value, and the
-    modelling file is named.
+    Sizes that all layers share are global.  The others are in `per_layer_config`, with the largest as the global value,
+    and `auto_map` names the modelling file.
     """
-    found, stock = layer_sizes(model), stock_type(model.config.model_type)
+    sizes_of_layers, stock = layer_sizes(model), stock_type(model.config.model_type)
     row = family_of(stock)
     largest = largest_sizes(model)
-    config = _plain(written) | largest | {"num_hidden_layers": len(found)}
+    config = _plain(written) | largest | {"num_hidden_layers": len(sizes_of_layers)}
     if layout_of(model) == "uniform":
         holder = stock_holder(model, largest)
         swapped = {"sliding_window": None} if holder != stock else {}
         return config | swapped | {"model_type": holder, "architectures": [family_of(holder).classes[-1]]}
-    differing = sorted({key for one in found for key, value in one.items() if largest.get(key) != value})
+    differing = sorted({key for layer in sizes_of_layers for key, value in layer.items() if largest.get(key) != value})
     return config | {
         "model_type": per_layer.MODEL_TYPE.format(stock),
         "architectures": [f"PerLayer{row.classes[-1]}"],
         "auto_map": auto_map(stock),
         "per_layer_config": {
-            str(n): {key: one.get(key, uncut_size(model, n, key)) for key in differing} for n, one in enumerate(found)
+            str(n): {key: layer.get(key, uncut_size(model, n, key)) for key in differing}
+            for n, layer in enumerate(sizes_of_layers)
         },
     }
 
 
 def auto_map(stock: str) -> dict[str, str]:
-    """Where transformers finds the classes of a per-layer model of a family."""
+    """The entry of config.json by which transformers finds the classes of a per-layer model."""
     classes = zip(AUTO, family_of(stock).classes, strict=True)
     return {auto.__name__: f"{CODE.stem}.PerLayer{own}" for auto, own in classes}
 
 
 def write_code(to: Path) -> None:
-    """Put the modelling file beside a checkpoint whose config names it."""
+    """Copy the modelling file into a checkpoint's folder."""
     shutil.copyfile(CODE, to / CODE.name)
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    """Without what only a per-layer config has."""
+    """A config without the keys that only per-layer configs have."""
     return {k: v for k, v in config.items() if k not in ("auto_map", "per_layer_config", *per_layer.OWN_KEYS)}

@@ -11,11 +11,11 @@ from billhook.models.families import WIDTHS, attention, experts_per_token, layer
 from billhook.models.layout import stock_holder
 from billhook.models.sizes import decoder_parameters, total_parameters
 
-EXPERT_STEP = 8  # of experts' widths: transformers' grouped products want rows of 16 bytes, in two bytes a number
+EXPERT_STEP = 8  # widths of experts are multiples of it: transformers' grouped products want rows of 16 bytes
 
 
 def anatomy(model: PreTrainedModel) -> dict[str, Any]:
-    """What a model is made of and what each kind of axis could give up; weights are not needed."""
+    """Layers, sizes and axes of a model, and what each kind of axis could give up; weights are not needed."""
     decoder, rows = decoder_parameters(model), []
     for kind in KINDS:
         if kind in MIXED and not row_of(model).experts:
@@ -23,10 +23,10 @@ def anatomy(model: PreTrainedModel) -> dict[str, Any]:
         row: dict[str, Any] = {"axis": kind, "units": None, "parameters_per_unit": None, "share_of_decoder": None}
         try:
             check_kinds(model, (kind,))
-            found = axes(model, (kind,))
-            price = found[0].price(model)
-            share = sum(axis.units * axis.price(model) for axis in found) / decoder
-            units = [axis.units for axis in found]
+            axes_of_kind = axes(model, (kind,))
+            price = axes_of_kind[0].price(model)
+            share = sum(axis.units * axis.price(model) for axis in axes_of_kind) / decoder
+            units = [axis.units for axis in axes_of_kind]
             row |= {"units": units[0] if len(set(units)) == 1 else units, "parameters_per_unit": price}
             row |= {"share_of_decoder": share, "refused": None}
         except BillhookError as error:
@@ -45,7 +45,7 @@ def anatomy(model: PreTrainedModel) -> dict[str, Any]:
 
 def check_kinds(model: PreTrainedModel, kinds: tuple[str, ...], layout: str = "uniform") -> None:
     """Raise BillhookError unless the model can give up every one of `kinds` in the layout."""
-    if row_of(model).experts and (layout == "per_layer" or "value" in kinds):  # which that layout alone can hold
+    if row_of(model).experts and (layout == "per_layer" or "value" in kinds):  # `value` needs that layout
         raise BillhookError(
             f"{model.config.model_type} has no per_layer layout: experts of a layer are stored as one tensor"
         )
@@ -55,16 +55,16 @@ def check_kinds(model: PreTrainedModel, kinds: tuple[str, ...], layout: str = "u
             raise BillhookError(f"{model.config.model_type} cannot give up {kind!r}: {why}; name other --axes")
         if layout == "uniform" and (why := refusal(model, kind, "uniform")):
             raise BillhookError(
-                f"{model.config.model_type} cannot give up {kind!r} in a stock checkpoint: {why}; name other --axes, or use "
-                "--layout per_layer"
+                f"{model.config.model_type} cannot give up {kind!r} in a stock checkpoint: {why}; name other --axes, "
+                "or use --layout per_layer"
             )
 
 
 def allowed_drops(model: PreTrainedModel, axis: Axis, multiple_of: int, layout: str = "uniform") -> list[int]:
-    """Counts that may go from an axis, ascending; 0 is always one, all units never.
+    """How many units of an axis may be dropped, ascending: 0 always, all of them never.
 
     Raises:
-        BillhookError: no width fits, or there is nothing to take.
+        BillhookError: no smaller width is allowed, or no unit can be dropped.
     """
     if axis.kind == "experts":
         least = least_experts(model, axis.blocks)
@@ -87,9 +87,10 @@ def allowed_drops(model: PreTrainedModel, axis: Axis, multiple_of: int, layout: 
 
 
 def least_experts(model: PreTrainedModel, groups: int) -> int:
-    """The fewest that a router can choose among: what a token goes to must fit in the groups that it is sent to.
+    """The fewest experts that a router can choose among.
 
-    Such a router judges a group by its two best.
+    If it chooses groups first, a token's experts must fit in its groups, and each group needs two: it is judged by its
+    two best.
     """
     if groups == 1:
         return experts_per_token(model)
@@ -97,15 +98,15 @@ def least_experts(model: PreTrainedModel, groups: int) -> int:
 
 
 def limit_reason(model: PreTrainedModel, axis: Axis) -> str:
-    """What cutting more of an axis than `allowed` would come to."""
+    """What would happen if more of an axis were cut than `allowed_drops` says."""
     if axis.kind == "experts":
         return f"a layer has fewer experts than the {least_experts(model, axis.blocks)} that its router needs"
     return "a layer loses all units"
 
 
 def _heads_after(model: PreTrainedModel, axis: Axis, drop: int) -> dict[str, int]:
-    keys, now = row_of(model).keys, attention(model, 0)
-    left = {"heads": now.heads - drop}
+    keys, heads = row_of(model).keys, attention(model, 0)
+    remaining = {"heads": heads.heads - drop}
     if axis.kind == "groups":
-        left = {"heads": now.heads - drop * now.group, "kv_heads": now.kv_heads - drop}
-    return sizes(model, 0) | {keys[size]: count for size, count in left.items() if size in keys}
+        remaining = {"heads": heads.heads - drop * heads.group, "kv_heads": heads.kv_heads - drop}
+    return sizes(model, 0) | {keys[size]: count for size, count in remaining.items() if size in keys}

@@ -1,4 +1,4 @@
-"""What a model does in training alone: how it is kept out of a measurement, and what of a config asks for it."""
+"""What a model does in training alone (dropout, noise): switched off for measurements, and read from its config."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,17 +6,17 @@ from typing import Any
 
 from torch import nn
 
-RANDOM = ("drop", "jitter")  # in a config's words for rates: dropout, attn_pdrop, layerdrop, router_jitter_noise
-OTHER_HEADS = ("classifier", "summary")  # of models that predict no next token
+RANDOM = ("drop", "jitter")  # parts of config keys: dropout, attn_pdrop, layerdrop, router_jitter_noise
+OTHER_HEADS = ("classifier", "summary")  # starts of config keys of heads that predict no next token
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """While open the model is as it is judged, and its outputs have names; afterwards every module is in the mode it came in.
+    """While open the model is in eval mode and its outputs have names; afterwards every module has its former mode.
 
-    A new one is in the model's.
+    Modules that were added meanwhile get the model's mode.
     """
-    whole, modes = model.training, {module: module.training for module in model.modules()}
+    training, modes = model.training, {module: module.training for module in model.modules()}
     config: Any = getattr(model, "config", None)
     named = getattr(config, "return_dict", None)
     model.eval()
@@ -28,15 +28,15 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         if named is False:
             config.return_dict = False
         for module in model.modules():
-            module.training = modes.get(module, whole)
+            module.training = modes.get(module, training)
 
 
 def noise(config: Any) -> dict[str, float]:
-    """The rates at which training under this config drops or shakes what a layer computes, by key; none that is zero."""
-    given = config.to_dict().items()
+    """The rates of dropout and noise in training under this config, by key, without those that are zero."""
+    items = config.to_dict().items()
     return {
         key: float(value)
-        for key, value in given
+        for key, value in items
         if any(word in key for word in RANDOM)
         and not key.startswith(OTHER_HEADS)
         and isinstance(value, int | float)

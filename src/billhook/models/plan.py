@@ -1,4 +1,4 @@
-"""What a prune will cut: units of every axis of every layer, whole layers, channels of the residual stream."""
+"""What a prune will cut: units of axes, whole layers, channels of the residual stream."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -8,15 +8,12 @@ from billhook.tensors import Scores
 
 @dataclass(frozen=True)
 class Plan:
-    """`drops`: units to drop, by (layer, kind), layers numbered as before the cut; `layers`: those that go whole.
+    """What to cut; layers are numbered as before the cut."""
 
-    `residual`: channels of the residual stream that go, once it is rotated if `rotate`.
-    """
-
-    drops: Mapping[tuple[int, str], int] = field(default_factory=dict)
-    layers: tuple[int, ...] = ()
-    residual: int = 0
-    rotate: bool = False
+    drops: Mapping[tuple[int, str], int] = field(default_factory=dict)  # units to drop, by (layer, kind)
+    layers: tuple[int, ...] = ()  # layers to drop as a whole
+    residual: int = 0  # channels of the residual stream to drop
+    rotate: bool = False  # whether the residual stream is rotated first
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -25,29 +22,30 @@ class Plan:
 
 
 def even_plan(layers: int, drops: Mapping[str, int], spared: Collection[int] = (), gone: Collection[int] = ()) -> Plan:
-    """The same units from every layer but those spared, and those that go whole."""
-    cut = [n for n in range(layers) if n not in gone]
-    each = {(n, kind): 0 if n in spared else count for n in cut for kind, count in drops.items()}
-    return Plan(each, tuple(sorted(gone)))
+    """The same number of units from every layer but those `spared`; layers in `gone` are dropped as a whole."""
+    staying = [n for n in range(layers) if n not in gone]
+    drops_by_axis = {(n, kind): 0 if n in spared else count for n in staying for kind, count in drops.items()}
+    return Plan(drops_by_axis, tuple(sorted(gone)))
 
 
-UnitScores = Mapping[tuple[int, str], Scores]  # by (layer, kind)
-# (layer, kind) -> units dropped -> nats a token; of kind `layers`, {1: what the whole layer costs}
+UnitScores = Mapping[tuple[int, str], Scores]  # keys are (layer, kind)
+# (layer, kind) -> units dropped -> nats a token; for the kind `layers` {1: cost of the whole layer}
 Curves = dict[tuple[int, str], dict[int, float]]
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Errors are relative, ||V X_S^T - W X^T||_F / ||W X^T||_F, of the layer's reader on the calibration text."""
+    """One cut.  Errors are relative, ||V X_S^T - W X^T||_F / ||W X^T||_F, of the axis's reader on the calibration
+    text."""
 
     layer: int
     kind: str
     units: int  # before the cut
     dropped: int
-    damping: float  # that the restoration took, 0 without one
-    error_without: float  # kept weights as they were
+    damping: float  # damping that the restoration took, 0 without one
+    error_without: float  # error with the kept weights unchanged
     error: float  # after the restoration
-    error_held_out: float | None  # after the restoration, on windows that it did not see
+    error_held_out: float | None  # after the restoration, on held-out windows
     score_dropped: float  # share of the sum of all scores that the dropped units held
 
 

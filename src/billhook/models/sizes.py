@@ -1,4 +1,4 @@
-"""What a model weighs, in parameters and bytes."""
+"""Sizes of a model: parameters, operations, entries of the KV cache."""
 
 from typing import Any
 
@@ -20,36 +20,36 @@ def decoder_parameters(model: PreTrainedModel) -> int:
 def parameters(model: PreTrainedModel) -> dict[str, int]:
     """All parameters, those of the decoder layers, and those of embeddings and head (a tied one counted once)."""
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    held = {id(p): p.numel() for end in ends for p in end.parameters()}
+    counts = {id(p): p.numel() for end in ends for p in end.parameters()}
     return {
         "parameters": total_parameters(model),
         "decoder_parameters": decoder_parameters(model),
-        "embedding_parameters": sum(held.values()),
+        "embedding_parameters": sum(counts.values()),
     }
 
 
 def macs_per_token(model: PreTrainedModel, context: int) -> int:
-    """Multiply-accumulates of one token that attends to `context` others: every linear weight once, scores and values."""
+    """Multiply-accumulates of one token that attends to `context` others: every linear weight once, scores, values."""
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear | Conv1D))
-    for axis in axes(model, ("experts",)):  # of which a token sees a few, and the router's rows, all of them
+    for axis in axes(model, ("experts",)):  # a token uses a few experts, but all rows of the router
         rows, hidden = model.get_parameter(axis.reader.param).shape
         linear += rows * hidden - (rows - experts_per_token(model)) * (axis.price(model) - hidden)
         experts: Any = mixture(model, axis.layer)
-        if not isinstance(experts, nn.ModuleList):  # together: neither linear nor of the price
+        if not isinstance(experts, nn.ModuleList):  # fused experts are neither linear modules nor part of the price
             linear += experts_per_token(model) * sum(p.numel() for p in experts.parameters()) // rows
-    found = [attention(model, n) for n in range(len(layers(model)))]
-    return linear + context * sum(2 * one.heads * one.head_dim for one in found)
+    heads = [attention(model, n) for n in range(len(layers(model)))]
+    return linear + context * sum(2 * layer.heads * layer.head_dim for layer in heads)
 
 
 def total_parameters(model: PreTrainedModel) -> int:
-    """Parameters of the whole model, a tied head counted once: what the checkpoint holds."""
+    """Parameters of the whole model, a tied head counted once: as many as the checkpoint holds."""
     return sum(p.numel() for p in model.parameters())
 
 
 def saved_by(model: PreTrainedModel, plan: Plan) -> int:
-    """Parameters that a plan takes away."""
+    """Parameters that a plan removes."""
     if plan.residual:
-        return parameters_saved(model, plan.residual, plan.rotate)  # no method cuts anything beside
+        return parameters_saved(model, plan.residual, plan.rotate)  # no method combines it with other cuts
     units = sum(plan.drops.get((axis.layer, axis.kind), 0) * axis.price(model) for axis in axes(model, plan.kinds))
     return units + sum(layer_parameters(model, n) for n in plan.layers)
 
@@ -60,23 +60,23 @@ def layer_parameters(model: PreTrainedModel, number: int) -> int:
 
 
 def kv_cache_entries(model: PreTrainedModel, plan: Plan, context: int, batch: int) -> int:
-    """Numbers in the KV cache once `plan` is carried out: keys and values of every position in every layer that stays.
+    """Numbers in the KV cache after `plan`: keys and values of every position in every layer that stays.
 
-    Value heads that lost channels are filled up with zeros before the cache (modeling_per_layer.NarrowValues).
+    Value heads that lost channels are padded with zeros before the cache (modeling_per_layer.NarrowValues).
     """
     total, window = 0, getattr(model.config, "sliding_window", None)
     types = getattr(model.config, "layer_types", None) or ["sliding_attention"] * len(layers(model))
     for n in range(len(layers(model))):
         if n not in plan.layers:
-            now, seen = attention(model, n), context
+            heads, positions = attention(model, n), context
             if window and types[n] == "sliding_attention":
-                seen = min(context, window - 1)
-            total += 2 * (now.kv_heads - plan.drops.get((n, "groups"), 0)) * now.head_dim * seen * batch
+                positions = min(context, window - 1)
+            total += 2 * (heads.kv_heads - plan.drops.get((n, "groups"), 0)) * heads.head_dim * positions * batch
     return total
 
 
 def sizes(before: dict[str, int], after: dict[str, int], budget: str) -> dict[str, Any]:
-    """Sizes before and after, with the budget asked for and the two ratios that were achieved."""
+    """Sizes before and after a cut, the budget asked for, and the two achieved ratios."""
     return {
         "before": before,
         "after": after,

@@ -16,13 +16,14 @@ from billhook.models.modeling_per_layer import holder_of, narrow_values
 from billhook.runtime.offload import renumber
 from billhook.tensors import Units
 
-PLAIN_LAYERS = "mlp_only_layers"  # config key that holds the numbers of the layers without a mixture of experts
-PLAIN_FIRST = "first_k_dense_replace"  # or how many they are, where they come first
-SIZES = ("in_features", "out_features", "nx", "nf")  # that linear modules keep of their own weight
+PLAIN_LAYERS = "mlp_only_layers"  # config key: numbers of the layers without a mixture of experts
+PLAIN_FIRST = "first_k_dense_replace"  # config key of other families: how many such layers come first
+SIZES = ("in_features", "out_features", "nx", "nf")  # attributes of linear modules: the sizes of their weight
 
 
 def remove(model: PreTrainedModel, axis: Axis, drop: Units) -> None:
-    """Physically remove the units `drop` of `axis`, in place.  `axis` is stale afterwards; the config is not touched."""
+    """Physically remove the units `drop` of `axis`, in place.  `axis` is stale afterwards; the config stays as it
+    is."""
     for slot, owner, leaf in owners(model, axis):
         old = getattr(owner, leaf)
         keep = torch.ones(old.shape[slot.dim], dtype=torch.bool)
@@ -35,10 +36,10 @@ def remove(model: PreTrainedModel, axis: Axis, drop: Units) -> None:
         elif isinstance(owner, Conv1D):
             owner.nx, owner.nf = owner.weight.shape
     if axis.modules:
-        listed = model.get_submodule(axis.modules)
-        assert isinstance(listed, nn.ModuleList)
+        modules = model.get_submodule(axis.modules)
+        assert isinstance(modules, nn.ModuleList)
         for number in reversed(drop.tolist()):
-            del listed[number]
+            del modules[number]
     for counter, per_unit in axis.counters:
         owner, leaf = _holder(model, counter)
         setattr(owner, leaf, int(getattr(owner, leaf) - per_unit * len(drop)))
@@ -47,7 +48,7 @@ def remove(model: PreTrainedModel, axis: Axis, drop: Units) -> None:
 
 
 def _holder(model: PreTrainedModel, counter: str) -> tuple[Any, str]:
-    """What holds a cached size, and its name there."""
+    """The object that holds a cached size, and the attribute's name."""
     module, _, leaf = counter.rpartition(".")
     above, _, name = module.rpartition(".")
     return (
@@ -59,10 +60,10 @@ def _holder(model: PreTrainedModel, counter: str) -> tuple[Any, str]:
 
 @contextmanager
 def without(model: PreTrainedModel, dropped: Iterable[tuple[Axis, Tensor]], gone: Iterable[int] = ()) -> Iterator[None]:
-    """The model without these units (by number), physically, and passing by the layers `gone`, while open; afterwards every
-    tensor and size is the very one it was.
+    """While open, these units (by number) are physically removed and the layers `gone` are skipped.
 
-    No weight is written to and none but the narrowed ones is copied: to try a cut costs less than what it saves a forward pass.
+    Afterwards every tensor is the same object as before, and every size is restored.  No weight is written to, and only
+    narrowed ones are copied: trying a cut costs less than the cut saves in a forward pass.
     """
     with ExitStack() as undo:
         for n in gone:
@@ -77,15 +78,15 @@ def without(model: PreTrainedModel, dropped: Iterable[tuple[Axis, Tensor]], gone
                 owner, leaf = _holder(model, counter)
                 undo.callback(setattr, owner, leaf, getattr(owner, leaf))
             if axis.modules:
-                listed = model.get_submodule(axis.modules)
-                undo.callback(setattr, listed, "_modules", dict(listed._modules))
+                modules = model.get_submodule(axis.modules)
+                undo.callback(setattr, modules, "_modules", dict(modules._modules))
             remove(model, axis, units)
         yield
 
 
 @contextmanager
 def with_weight(model: PreTrainedModel, param: str, weight: Tensor) -> Iterator[None]:
-    """The model with another weight in place of one parameter, while open."""
+    """While open, the model has another weight in place of one parameter."""
     path, _, leaf = param.rpartition(".")
     owner = model.get_submodule(path)
     before = getattr(owner, leaf)
@@ -97,13 +98,13 @@ def with_weight(model: PreTrainedModel, param: str, weight: Tensor) -> Iterator[
 
 
 def drop_layers(model: PreTrainedModel, numbers: Collection[int]) -> None:
-    """Remove whole decoder layers, in place: the rest are renumbered, and the config's per-layer lists follow.
+    """Remove whole decoder layers, in place; the others are renumbered, and the config's per-layer lists follow.
 
     Raises:
         BillhookError: no layer would be left, or there is no such layer.
     """
-    found = layers(model)
-    total = len(found)
+    modules = layers(model)
+    total = len(modules)
     if unknown := sorted(set(numbers) - set(range(total))):
         raise BillhookError(f"there is no layer {unknown[0]}: the model has {total}, numbered from 0")
     kept = [n for n in range(total) if n not in set(numbers)]
@@ -111,10 +112,10 @@ def drop_layers(model: PreTrainedModel, numbers: Collection[int]) -> None:
     if not kept:
         raise BillhookError(f"all {total} layers would go: keep at least one")
     for n in sorted(set(numbers), reverse=True):
-        del found[n]
-    for new, layer in enumerate(found):
+        del modules[n]
+    for new, layer in enumerate(modules):
         inner: Any
-        for inner in layer.modules():  # the cache is indexed by it: a stale one is silently wrong
+        for inner in layer.modules():  # the KV cache is indexed by it: a stale number is silently wrong
             if hasattr(inner, "layer_idx"):
                 inner.layer_idx = new
     for key in PER_LAYER_KEYS:
@@ -126,7 +127,7 @@ def drop_layers(model: PreTrainedModel, numbers: Collection[int]) -> None:
 
 
 def _say_plain(config: Any, plain: list[int]) -> None:
-    """Have the config name the layers without a mixture of experts: a rule by layer number no longer holds."""
+    """Name the layers without a mixture of experts in the config: its rule by layer number no longer holds."""
     if hasattr(config, PLAIN_LAYERS):
         setattr(config, PLAIN_LAYERS, plain)
         config.decoder_sparse_step = 1
@@ -135,13 +136,13 @@ def _say_plain(config: Any, plain: list[int]) -> None:
 
 
 def zero(model: PreTrainedModel, axis: Axis, drop: Units) -> None:
-    """Silence the units `drop` by zeroing what reads them: the reference that `remove` must match."""
+    """Silence the units `drop` by zeroing their columns of the reader: the reference that `remove` must match."""
     slot = axis.reader
     model.get_parameter(slot.param).data.index_fill_(slot.dim, slot.index[drop].flatten(), 0)
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Cast the parameters, and only them: rotary frequencies stay float32 as a stock load leaves them."""
+    """Cast the parameters alone: rotary frequencies stay float32, as after a stock load."""
     for param in model.parameters():
         param.data = param.data.to(dtype)
     model.config.dtype = dtype

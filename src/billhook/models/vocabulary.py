@@ -1,8 +1,8 @@
 """Vocabulary pruning: keep the tokens that a text needs, and cut tokenizer, embedding and head down to them.
 
-The text tokenises as before.  Of a BPE's merges those stay whose parts and result are all kept, and every token that the
-text passes through on its way is kept, so that each step finds the same best merge.  Any other text still goes in and
-comes out whole, in more tokens: the smallest ones, bytes or single symbols, all stay.
+That text is tokenised as before.  A BPE's merge stays if its parts and its result are all kept, and so is every
+intermediate token of the text, so that each step finds the same best merge.  Any other text can still be encoded and
+decoded without loss, in more tokens: the smallest ones, bytes or single symbols, all stay.
 """
 
 import copy
@@ -20,11 +20,11 @@ from billhook.errors import BillhookError
 from billhook.runtime.progress import Tick, quiet
 
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-SPACE = "▁"  # SentencePiece's; the decoder knows a space by this token alone, not by its bytes
+SPACE = "▁"  # SentencePiece's token of a space; its decoder does not take that from bytes
 ID_KEYS = re.compile(r"(_token_ids?|suppress_tokens|_words_ids|sequence_bias)$")  # config keys that hold token ids
 CHATS = [[{"role": role, "content": "Hello"} for role in roles.split()] for roles in ("user", "system user assistant")]
 Move = Callable[[int], int]
-Ranks = dict[tuple[str, str], int]  # pair -> when BPE merges it, the lowest first
+Ranks = dict[tuple[str, str], int]  # pair -> rank of its merge; BPE takes the lowest first
 
 
 def trim(
@@ -32,18 +32,20 @@ def trim(
 ) -> tuple[Any, dict[str, Any]]:
     """Cut `model`, in place, down to the vocabulary of `documents`.
 
-    Returns the trimmed tokenizer, and what it did: embedding rows before and kept, parameters saved.
+    Returns:
+        the trimmed tokenizer, and a record: embedding rows before and kept, parameters saved.
 
     Raises:
-        BillhookError: an empty text, a tokenizer that cannot be trimmed, or one that is another model's.  The model is
-            then as it was.
+        BillhookError: an empty text, a tokenizer that cannot be trimmed, or one that belongs to another model.  The
+            model is unchanged then.
     """
     tick("vocabulary", 0, 2)
     before, size = model.num_parameters(), model.get_input_embeddings().num_embeddings
     kept = occurring(tokenizer, documents, named_ids(model), at_least=at_least, multiple_of=multiple_of)
     if kept[-1] >= size:
         raise BillhookError(
-            f"the tokenizer has a token of id {kept[-1]}, beyond the model's vocabulary of {size}: it is another model's; copy the right one"
+            f"the tokenizer has a token of id {kept[-1]}, beyond the model's vocabulary of {size}: it is another "
+            "model's; copy the right one"
         )
     trimmed = trim_tokenizer(tokenizer, kept)
     for old, new in zip(_encode(tokenizer, documents), _encode(trimmed, documents), strict=True):
@@ -58,11 +60,11 @@ def trim(
 def occurring(
     tokenizer: Any, documents: Sequence[str], also: Iterable[int] = (), *, at_least: int = 0, multiple_of: int = 1
 ) -> list[int]:
-    """The ids to keep, ascending, so that `documents` tokenise as before and no other text loses anything.
+    """The ids to keep, ascending, so that `documents` are tokenised as before and any other text without loss.
 
-    These are the tokens of the text and of a short chat, the tokens that merges pass through on the way to them, special
-    and added tokens, the smallest tokens, and `also`; then others, what was learnt from the most frequent words first, up
-    to `at_least` tokens and a multiple of `multiple_of`, as far as there are any.
+    These are the tokens of the text and of a short chat, the intermediate tokens of their merges, special and added
+    tokens, the smallest tokens, and `also`.  Others fill up to `at_least` tokens and a multiple of `multiple_of`, as
+    far as there are any, the earliest merges first.
 
     Raises:
         BillhookError: no document holds a word, or the tokenizer is not a fast BPE.
@@ -77,9 +79,9 @@ def occurring(
     def steps(n: int) -> set[int]:
         return {vocab[step] for step in _steps(names[n], ranks) if step in vocab} if n in names else {n}
 
-    found = {n for ids in _encode(tokenizer, [*documents, *_chats(tokenizer)]) for n in ids}
+    ids_of_text = {n for ids in _encode(tokenizer, [*documents, *_chats(tokenizer)]) for n in ids}
     kept = {*also}.union(_special(tokenizer, state), (vocab[token] for token in _smallest(state["model"])))
-    kept = kept.union(*map(steps, found))
+    kept = kept.union(*map(steps, ids_of_text))
     spare = -(-max(at_least, len(kept)) // multiple_of) * multiple_of - len(kept)
     for n in chain((vocab["".join(pair)] for pair in ranks), sorted(names)):
         if not spare:
@@ -131,21 +133,22 @@ def trim_model(model: Any, kept: Sequence[int]) -> None:
 
 
 def named_ids(model: Any) -> set[int]:
-    """Token ids that the configs name and that the model has an embedding for."""
-    found: set[int] = set()
+    """Token ids that the configs name and the model has an embedding for."""
+    ids: set[int] = set()
     for _, _, value in _named(model):
-        _move(value, lambda n: found.add(n) or n)
-    return {n for n in found if 0 <= n < model.get_input_embeddings().num_embeddings}
+        _move(value, lambda n: ids.add(n) or n)
+    return {n for n in ids if 0 <= n < model.get_input_embeddings().num_embeddings}
 
 
 def growth(original: Any, trimmed: Any, documents: Sequence[str]) -> float:
-    """How many more tokens `trimmed` makes of a text than `original`, as a share of the latter's."""
-    before, after = (sum(map(len, _encode(one, documents))) for one in (original, trimmed))
+    """How many more tokens a text has with `trimmed` than with `original`, as a share of the latter."""
+    before, after = (sum(map(len, _encode(tokenizer, documents))) for tokenizer in (original, trimmed))
     return after / before - 1 if before else 0.0
 
 
 def share_as_bytes(original: Any, trimmed: Any, documents: Sequence[str]) -> float:
-    """The share of characters, spaces aside, that `trimmed` writes in single bytes or symbols and `original` does not."""
+    """Share of characters, without spaces, that `trimmed` encodes in single bytes or symbols and `original` does
+    not."""
     text = "\n\n".join(documents)
     letters = [not letter.isspace() for letter in text]
     solid = zip(letters, _in_words(original, text), _in_words(trimmed, text), strict=True)
@@ -153,21 +156,22 @@ def share_as_bytes(original: Any, trimmed: Any, documents: Sequence[str]) -> flo
 
 
 def _in_words(tokenizer: Any, text: str) -> bytearray:
-    """For each character, 1 if a token other than the smallest writes it."""
-    model, found = _state(tokenizer)["model"], bytearray(len(text))
+    """For each character, 1 if its token is not one of the smallest."""
+    model, flags = _state(tokenizer)["model"], bytearray(len(text))
     small = {model["vocab"][token] for token in _smallest(model)}
     coded = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
     for n, (start, end) in zip(coded.ids, coded.offsets, strict=True):
         if n not in small:
-            found[start:end] = b"\1" * (end - start)
-    return found
+            flags[start:end] = b"\1" * (end - start)
+    return flags
 
 
 def _state(tokenizer: Any) -> dict[str, Any]:
-    """The tokenizer as its tokenizer.json says it."""
+    """The content of the tokenizer's tokenizer.json."""
     if not getattr(tokenizer, "is_fast", False):
         raise BillhookError(
-            f"the vocabulary of a slow tokenizer ({type(tokenizer).__name__}) cannot be trimmed: give the model a tokenizer.json"
+            f"the vocabulary of a slow tokenizer ({type(tokenizer).__name__}) cannot be trimmed: give the model a "
+            "tokenizer.json"
         )
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     model = state["model"]
@@ -178,35 +182,35 @@ def _state(tokenizer: Any) -> dict[str, Any]:
 
 
 def _steps(token: str, ranks: Ranks) -> set[str]:
-    """Every symbol on the way from single characters to `token`, the best merge first, as BPE goes in any word.
+    """Every symbol on BPE's way from single characters to `token`, the best merge first.
 
-    What stands around a token changes none of these steps, or the token would not have come out of that word.
+    The characters around a token change none of these steps, or it would not be a token of that word.
     """
-    symbols, seen = [*token], {token, *token}
-    while found := [(ranks[pair], n) for n, pair in enumerate(pairwise(symbols)) if pair in ranks]:
-        at = min(found)[1]
-        symbols[at : at + 2] = ["".join(symbols[at : at + 2])]
-        seen.add(symbols[at])
-    return seen
+    symbols, passed = [*token], {token, *token}
+    while merges := [(ranks[pair], n) for n, pair in enumerate(pairwise(symbols)) if pair in ranks]:
+        position = min(merges)[1]
+        symbols[position : position + 2] = ["".join(symbols[position : position + 2])]
+        passed.add(symbols[position])
+    return passed
 
 
 def _smallest(model: dict[str, Any]) -> set[str]:
-    """The tokens that any text can be written in: bytes where there is a token for each, else single symbols."""
-    found = {token for token in model["vocab"] if BYTE.fullmatch(token)}
-    if model["byte_fallback"] and len(found) == 256:
-        return found | ({SPACE} & model["vocab"].keys())
+    """The tokens that can encode any text: bytes, if there is a token for each, else single symbols."""
+    bytes_known = {token for token in model["vocab"] if BYTE.fullmatch(token)}
+    if model["byte_fallback"] and len(bytes_known) == 256:
+        return bytes_known | ({SPACE} & model["vocab"].keys())
     return {token for token in model["vocab"] if len(token) == 1}
 
 
 def _special(tokenizer: Any, state: dict[str, Any]) -> set[int]:
-    """Ids of special and added tokens, and of whatever else the tokenizer names by id."""
-    found = {*tokenizer.all_special_ids, state["model"]["vocab"].get(state["model"]["unk_token"])}
-    _move_ids(state, lambda n: found.add(n) or n)
-    return found - {None}
+    """Ids of special and added tokens, and all others that the tokenizer names by id."""
+    ids = {*tokenizer.all_special_ids, state["model"]["vocab"].get(state["model"]["unk_token"])}
+    _move_ids(state, lambda n: ids.add(n) or n)
+    return ids - {None}
 
 
 def _move_ids(state: dict[str, Any], move: Move) -> None:
-    """Renumber, in place, what a tokenizer.json names by id outside its vocabulary."""
+    """Renumber, in place, the ids in a tokenizer.json outside its vocabulary."""
     for token in state["added_tokens"]:
         token["id"] = move(token["id"])
     if state["padding"]:
@@ -220,7 +224,7 @@ def _move_ids(state: dict[str, Any], move: Move) -> None:
 
 
 def _move(value: Any, move: Move) -> Any:
-    """Renumber an id, or the ids in a list of whatever depth."""
+    """Renumber an id, or the ids in a list of any depth."""
     if isinstance(value, list):
         return [_move(item, move) for item in value]
     return move(value) if isinstance(value, int) else value
@@ -233,9 +237,9 @@ def _named(model: Any) -> list[tuple[Any, str, Any]]:
 
 
 def _chats(tokenizer: Any) -> Iterator[str]:
-    """What the chat templates write around short messages."""
-    found = tokenizer.chat_template or {}
-    for jinja, chat in product(found.values() if isinstance(found, dict) else [found], CHATS):
+    """Short chats, written by the tokenizer's chat templates."""
+    templates = tokenizer.chat_template or {}
+    for jinja, chat in product(templates.values() if isinstance(templates, dict) else [templates], CHATS):
         with suppress(Exception):  # a template is a program, and refuses a role in a way of its own
             yield tokenizer.apply_chat_template(chat, chat_template=jinja, tokenize=False, add_generation_prompt=True)
 
