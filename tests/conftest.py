@@ -3,33 +3,31 @@
 import gc
 import multiprocessing
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 sys.path.extend(
     str(one) for one in (Path(__file__).parent, *Path(__file__).parent.iterdir()) if one.is_dir()
 )  # shared helpers
-# `checked` before billhook: what is imported after it is checked as it says; `processes` says what their server imports
+# `checked` before billhook: what is imported after it is checked as it says.  What takes seconds to import comes later: the
+# process that hands tests out to others needs none of it
 import checked
 import covering
-import processes  # noqa: F401
-import tiny
-from folders import written
 
-from billhook.checkpoints.clients import check
-from billhook.reports import history, page
-
-os.environ["OMP_NUM_THREADS"] = "1"  # for the subprocesses: on tiny tensors threads only wait for one another
-torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # here and in subprocesses: on tiny tensors threads only wait for one another
 _frozen = [0]  # how many modules there were
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` deselects by marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import processes  # noqa: F401  which says what the server of new processes imports
+    import torch
+
+    torch.set_num_threads(1)
     covering.thin(items)
 
 
@@ -53,18 +51,34 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
 
 
+def _not_run(path: Path, client: str, python: str | None = None, trust: bool = False) -> dict[str, Any]:
+    return {"client": client, "version": "not run"}
+
+
 @pytest.fixture(autouse=True)
 def _no_other_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check in a process of its own takes seconds, most of them imports: tests that mean it ask for `stock_client`."""
+    from billhook.checkpoints.clients import check
+
     if "stock_client" not in request.fixturenames and "slow" not in request.keywords:
-        monkeypatch.setattr(
-            check, "check", lambda path, client, python=None, trust=False: {"client": client, "version": "not run"}
-        )
+        monkeypatch.setattr(check, "check", _not_run)
+
+
+@pytest.fixture(autouse=True)
+def _probes_are_short(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Token by token through a cache, every output of a test takes longer to verify than to make; windows slide over 8."""
+    from billhook.checkpoints import verify
+
+    whole = verify._probe
+    if "slow" not in request.keywords:
+        monkeypatch.setattr(verify, "_probe", lambda model: whole(model)[:, :20])
 
 
 @pytest.fixture(autouse=True)
 def _records_are_read_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever record a command writes, by any method, is one that the commands after it take."""
+    from billhook.reports import history, page
+
     save = page.save
 
     def saved(path: Path, *given: Any) -> None:
@@ -88,17 +102,39 @@ def stock_client() -> None:
     """Have `prune` check its result in a separate process, as it does outside the tests."""
 
 
+@pytest.fixture(scope="session")
+def _llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from folders import written
+
+    return written("llama", tmp_path_factory.mktemp("kept") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def _chopped(_llama: Path) -> Path:
+    from billhook.checkpoints.clients import check
+    from billhook.pruning import prune
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(check, "check", _not_run)
+        return prune.prune(str(_llama), method="layerchop", drop="1").save(_llama.parent / "student")
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A tiny LLaMA checkpoint with tokenizer and tied embeddings."""
-    out = tmp_path / "tiny-llama"
-    tiny.model("llama").save_pretrained(out)
-    tiny.tokenizer().save_pretrained(out)
-    return out
+def folder(_llama: Path, tmp_path: Path) -> Path:
+    """A tiny LLaMA checkpoint with tokenizer and tied embeddings: a copy of one."""
+    return shutil.copytree(_llama, tmp_path / "tiny-llama")
+
+
+@pytest.fixture
+def student(_chopped: Path, tmp_path: Path) -> Path:
+    """The same without its middle layer."""
+    return shutil.copytree(_chopped, tmp_path / "student")
 
 
 @pytest.fixture
 def text_file(tmp_path: Path) -> Path:
+    import tiny
+
     path = tmp_path / "words.txt"
     path.write_text(tiny.text())
     return path
@@ -106,6 +142,8 @@ def text_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def command(tmp_path: Path, text_file: Path) -> list[object]:
+    from folders import written
+
     model = written("llama", tmp_path / "model")
     given = ["--calibration", text_file, "--samples", 10, "--seq-len", 32, "--multiple-of", 2]
     return ["prune", model, "-o", tmp_path / "out", *given]

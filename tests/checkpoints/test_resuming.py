@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import json
 import os
 import random
 import re
@@ -58,7 +59,7 @@ AMID_A_LAYER = (STREAMS[0], STREAMS[4])  # no stream sees a layer that is not wh
 
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("settings", STREAMS, ids=lambda one: "-".join(map(str, one.values())))
-@pytest.mark.covering
+@pytest.mark.covering(some={"settings": 2})
 def test_what_was_cut_off_goes_on_to_the_same_bits(
     settings: dict[str, Any], streamed: bool, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -78,25 +79,24 @@ def test_what_was_cut_off_goes_on_to_the_same_bits(
             assert again.report[part] == whole.report[part]
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
 @pytest.mark.parametrize("settings", [STREAMS[0], {"method": "fistapruner", "pattern": "2:4"}], ids=["fasp", "zeros"])
+@pytest.mark.covering
 def test_what_workers_had_done_is_kept(
-    settings: dict[str, Any], tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any], jobs: int, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The command that spreads the layers is killed itself, and goes on with workers, or alone."""
     model, more = written("llama", tmp_path / "model"), {"hidden_budget": "40KB", **settings}
-    whole = billhook.prune(model, calibration=str(text_file), samples=10, seq_len=32, **settings)
-    whole.save(tmp_path / "whole")
-    for jobs in (1, 2):
-        work = tmp_path / f"work-{jobs}"
-        undo = cut_off(monkeypatch, 4)
-        with pytest.raises(CutOffError):
-            pruned(model, text_file, tmp_path / "never", work=work, jobs=2, **more)
-        undo()
-        assert len(list(work.glob("layer-*.json"))) == 2
-        again = billhook.prune(model, calibration=str(text_file), samples=10, seq_len=32, work=work, jobs=jobs, **more)
-        assert same(tmp_path / "whole", again.save(tmp_path / f"again-{jobs}"))
-        for part in ("cuts", "zeros"):
-            assert again.report[part] == whole.report[part]
+    whole, work = pruned(model, text_file, tmp_path / "whole", **settings), tmp_path / "work"
+    undo = cut_off(monkeypatch, 4)
+    with pytest.raises(CutOffError):
+        pruned(model, text_file, tmp_path / "never", work=work, jobs=2, **more)
+    undo()
+    assert len(list(work.glob("layer-*.json"))) == 2
+    again = pruned(model, text_file, tmp_path / "again", work=work, jobs=jobs, **more)
+    assert same(whole, again)
+    kept = [json.loads((one / "billhook.json").read_text()) for one in (whole, again)]
+    assert all(kept[0].get(part) == kept[1].get(part) for part in ("cuts", "zeros"))
 
 
 MASKS = [
@@ -127,6 +127,7 @@ def left_by(whole: Path, done: Iterable[int], work: Path) -> Path:
     [pytest.param(one, marks=pytest.mark.slow) if one in SLOW else one for one in [*ALL, *APART]],
     ids=lambda one: "-".join(map(str, one.values())),
 )
+@pytest.mark.covering(some={"settings": 2})
 def test_whichever_layers_are_done_the_others_end_in_the_same_bits(
     settings: dict[str, Any], tmp_path: Path, text_file: Path
 ) -> None:

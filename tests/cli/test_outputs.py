@@ -32,6 +32,7 @@ WRITE = {  # options that come before an output
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("command", WRITE)
+@pytest.mark.covering
 def test_a_name_that_no_output_can_have(command: str, name: str, bench: Bench) -> None:
     place, words = NAMES[name]
     bench.refuses(words, command.split()[0], bench.model, *WRITE[command], place(bench.tmp))

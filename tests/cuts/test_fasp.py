@@ -60,6 +60,7 @@ def test_a_dense_target_without_correction_is_the_sequential_stream() -> None:
 
 
 @pytest.mark.parametrize("family", tiny.DENSE)
+@pytest.mark.covering(some={"family": 3})
 def test_ends_layer_says_where_the_reader_adds_to_the_output_as_it_is(family: str) -> None:
     """What the dense target relies on: shift the reader's output, and the layer's output shifts by just that."""
     model = tiny.model(family)

@@ -95,6 +95,7 @@ def test_what_is_linear_in_the_activations_is_made_up_for_whole(family: str) -> 
 
 
 @pytest.mark.parametrize("family", PRE_NORM)
+@pytest.mark.covering(some={"family": 3})
 def test_a_patch_brings_its_layer_nearer_by_what_it_says(family: str) -> None:
     dense = tiny.model(family)
     plain, _ = without(dense, (1,), Settings())
@@ -108,6 +109,7 @@ def test_a_patch_brings_its_layer_nearer_by_what_it_says(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", PRE_NORM)
+@pytest.mark.covering(some={"family": 3})
 def test_a_patch_in_bfloat16_helps_too(family: str) -> None:
     model = tiny.model(family)
     cast(model, torch.bfloat16)
@@ -116,6 +118,7 @@ def test_a_patch_in_bfloat16_helps_too(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", PRE_NORM)
+@pytest.mark.covering(some={"family": 3})
 def test_the_held_out_error_is_that_of_a_fit_which_did_not_see_them(family: str) -> None:
     dense, held = tiny.model(family), IDS[-1:]  # a tenth of 16 windows
     fitted, (cut,) = copy.deepcopy(dense), without(dense, (1,), linear())[1]
@@ -216,6 +219,7 @@ def patch(parent: Path, text_file: Path) -> Callable[..., prune.Result]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("given", [{"drop": "2-3,5"}, {"ratio": 0.3}, {"layers": 5, "preset": "max-gap"}])
+@pytest.mark.covering
 def test_a_patched_model_is_written_whole(
     given: dict[str, Any], dtype: torch.dtype, tmp_path: Path, text_file: Path
 ) -> None:

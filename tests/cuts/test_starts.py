@@ -128,6 +128,7 @@ def test_what_is_restored_is_no_further_off_than_what_was_kept(kind: str) -> Non
 
 @pytest.mark.parametrize("roles", ROLES, ids=["down", "others"])
 @pytest.mark.parametrize("family", tiny.CONFIGS)
+@pytest.mark.covering(some={"family": 3})
 def test_nor_in_any_family(family: str, roles: tuple[str, ...]) -> None:
     model, few = tiny.model(family), Settings(iterations=6, gradual=4, rounds=1)
     unfuse(model)

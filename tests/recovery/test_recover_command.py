@@ -22,19 +22,18 @@ from tokenizers import Tokenizer, models
 
 from billhook import cli
 from billhook.errors import BillhookError
-from billhook.pruning import prune
 from billhook.recovery import recover
 from billhook.runtime import cache
 from billhook.training import schedule, teacher, trainer
 
 LENGTH = 16
-STEPS = 60
+STEPS = 24
+LONG = {"tokens": 60 * 2 * LENGTH}
 
 
 @pytest.fixture
-def bench(folder: Path, tmp_path: Path) -> Path:
+def bench(folder: Path, student: Path, tmp_path: Path) -> Path:
     """A folder with a teacher, a student, and two texts."""
-    prune.prune(str(folder), method="layerchop", drop="1").save(tmp_path / "student")
     words = tiny.text(1200)
     (tmp_path / "train.txt").write_text(words[:3000])
     (tmp_path / "held.txt").write_text(words[3000:])
@@ -97,10 +96,15 @@ def killed(bench: Path, after: float, **more: Any) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("trainable", "after"), [("all", 0.0), ("all", 0.011), ("lora", 0.03)], ids=["at once", "amid a save", "lora"]
+    ("trainable", "after"),
+    [
+        pytest.param("all", 0.0, id="at once"),
+        pytest.param("all", 0.011, id="amid a save", marks=pytest.mark.whole),
+        pytest.param("lora", 0.03, id="lora"),
+    ],
 )
 def test_a_killed_run_ends_as_if_it_had_not_been(trainable: str, after: float, bench: Path) -> None:
-    more = {"trainable": trainable, "rank": 4}
+    more = {"trainable": trainable, "rank": 4, **LONG}
     whole = run(bench, "whole", **more)
     assert killed(bench, after, **more), "it was done before it could be killed"
     assert not list((bench / "work").glob("*.partial"))
@@ -328,7 +332,7 @@ def test_a_loss_that_is_no_number(
     tensors["model.norm.weight"] *= 1e38
     save_file(tensors, file, metadata={"format": "pt"})
     said = command(bench, capsys, monkeypatch, [*flags(bench), "--no-guard", "--objective", "ce"])
-    assert "the loss is no longer finite at step 1 of 60: none was saved yet; lower --lr" in said
+    assert f"the loss is no longer finite at step 1 of {STEPS}: none was saved yet; lower --lr" in said
 
 
 def test_a_loss_that_becomes_none_keeps_the_last_good_checkpoint(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,9 +346,9 @@ def test_a_loss_that_becomes_none_keeps_the_last_good_checkpoint(bench: Path, mo
     with pytest.raises(
         BillhookError, match=r"finite at step 46 of 60: the checkpoint of step 4\d is kept in .*checkpoint-4\d"
     ):
-        run(bench)
+        run(bench, **LONG)
     last = schedule.checkpoints(bench / "work")[-1]
     assert schedule.is_whole(last)
     assert all(value.isfinite().all() for value in load_file(last / "model.safetensors").values())
     monkeypatch.setattr(trainer, "divergence", true)
-    assert len(run(bench).healing["losses"]) == STEPS
+    assert len(run(bench, **LONG).healing["losses"]) == 60

@@ -51,6 +51,7 @@ def forbid_passes(monkeypatch: pytest.MonkeyPatch) -> None:
         ({**MASKS, "sparsity": 0.3}, {**FASP, "ratio": 0.2}),
     ],
 )
+@pytest.mark.covering
 def test_another_cut_runs_no_layer(
     first: dict[str, Any],
     second: dict[str, Any],
@@ -67,6 +68,7 @@ def test_another_cut_runs_no_layer(
 
 
 @pytest.mark.parametrize("how", [{**FASP, "ratio": 0.2}, {**MASKS, "sparsity": 0.3}], ids=["fasp", "zeros"])
+@pytest.mark.covering
 def test_workers_keep_and_take_them(
     how: dict[str, Any], tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
