@@ -21,9 +21,9 @@ from billhook.checkpoints import load
 from billhook.math.losses import divergence
 from billhook.runtime.precision import autocast_dtype, computing
 from billhook.training import teacher, text_windows, throughput, trainables
-from billhook.training.early_stopping import Judge
-from billhook.training.schedule import Course
-from billhook.training.trainer import Healer, _stacked, _Steps
+from billhook.training.early_stopping import EarlyStopping
+from billhook.training.schedule import Schedule
+from billhook.training.trainer import RecoveryTrainer, _stacked, _Steps
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("student")
@@ -39,11 +39,12 @@ args = parser.parse_args()
 opened = load.open_model(args.student, device="cpu", dtype="float32")
 model, autocast = opened.model.requires_grad_(True), autocast_dtype(args.precision, torch.device("cpu"))
 texts = text_windows.read((args.train,), (), opened.tokenizer, 512, 0)
-course = Course(texts.train, list(range(args.steps * args.rows)), args.rows, 1e-6, autocast=autocast, cpu=True)
+order = list(range(args.steps * args.rows))
+schedule = Schedule(texts.train, order, args.rows, 1e-6, autocast=autocast, cpu=True)
 scratch = Path(tempfile.mkdtemp())
 dense = load.open_model(args.teacher, device="cpu", dtype="float32").model
-lessons = teacher.lessons(
-    dense, texts.train[: len(course.order)], scratch / "lessons", k=256, states=False, autocast=autocast
+predictions = teacher.fill_cache(
+    dense, texts.train[: len(schedule.order)], scratch / "lessons", k=256, states=False, autocast=autocast
 )
 del dense
 
@@ -51,8 +52,8 @@ del dense
 def bare() -> float:
     """Seconds of all steps but the first, which allocates."""
     fresh = copy.deepcopy(model)
-    optimizer = torch.optim.AdamW(fresh.parameters(), lr=course.lr, weight_decay=0.0, fused=True)
-    items, started = _Steps(course, lessons), 0.0
+    optimizer = torch.optim.AdamW(fresh.parameters(), lr=schedule.lr, weight_decay=0.0, fused=True)
+    items, started = _Steps(schedule, predictions), 0.0
     fresh.train()
     for step in range(args.steps):
         if step == 1:
@@ -72,8 +73,9 @@ def bare() -> float:
 def ours() -> float:
     ticks: list[float] = []
     fresh = copy.deepcopy(model)
-    healer = Healer(fresh, course, lessons, Judge(()), scratch / "work", lambda *_: ticks.append(time.perf_counter()))
-    healer.heal(lambda line: None)
+    given = (fresh, schedule, predictions, EarlyStopping(()), scratch / "work")
+    trainer = RecoveryTrainer(*given, lambda *_: ticks.append(time.perf_counter()))
+    trainer.train_or_resume(lambda line: None)
     return ticks[-1] - ticks[1]
 
 

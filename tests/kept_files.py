@@ -113,7 +113,7 @@ def lesson(folder: Path) -> Kept:
     model, tokens = tiny.model("llama"), tiny.tokens()
 
     def read() -> object:
-        return teacher.lessons(model, tokens, folder, k=4, states=True).of(1)
+        return teacher.fill_cache(model, tokens, folder, k=4, states=True).of(1)
 
     read()
     return Kept(next(folder.glob("teacher-*")), read)

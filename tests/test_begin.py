@@ -164,10 +164,10 @@ def test_training_reads_windows_that_begin_so(tmp_path: Path) -> None:
     for n, name in enumerate(names):
         name.write_text(tiny.text(900, 30 + n))
     found = text_windows.read((str(names[0]),), (str(names[1]),), BEGUN, 16, 0)
-    for tokens in (found.train, *(one.tokens for one in found.judged)):
+    for tokens in (found.train, *(one.tokens for one in found.held_out)):
         assert (tokens[:, 0] == BEGIN).all() and (tokens[:, 1:] != BEGIN).all()
     assert found.begins_with == ("<s>",)
-    for one in text_windows.judged_by(found).values():
+    for one in text_windows.conditions(found).values():
         assert one["tokens"] == 15 * one["windows"] and one["begins_with"] == ["<s>"]
 
 

@@ -12,7 +12,7 @@ import tiny
 from billhook import cli
 from billhook.errors import BillhookError
 from billhook.pruning.recipe import recipe
-from billhook.recovery import forecast, setup
+from billhook.recovery import budget, forecast
 from billhook.recovery.settings import recovery
 from billhook.training import throughput
 
@@ -23,7 +23,7 @@ def test_minutes_become_tokens_at_the_speed_measured(folder: Path, monkeypatch: 
     monkeypatch.setattr(throughput, "training_pace", lambda *_: 1000.0)
     monkeypatch.setattr(throughput, "answering_pace", lambda *_: 4000.0)
     found = forecast.forecast(str(folder), 0.3, 10, **ASKED)
-    each = (1 + setup.JUDGING + 3 * setup.TRIAL) / 1000 + 1 / 4000
+    each = (1 + budget.EVALUATING + 3 * budget.TRIAL) / 1000 + 1 / 4000
     assert found["tokens"] == int(600 / each) // 1000 * 1000
     whole = sum(param.numel() for param in tiny.model("llama").parameters())
     assert found["parameters"] < whole and found["training_bytes"] == 16 * found["parameters"]
@@ -82,7 +82,7 @@ def test_a_ratio_that_is_none(ratio: float, folder: Path) -> None:
 
 def test_too_little_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(throughput, "training_pace", lambda *_: 0.01)
-    with pytest.raises(BillhookError, match="that is no window of 16: give more time"):
+    with pytest.raises(BillhookError, match="less than one window of 16: give more time"):
         forecast.forecast(str(folder), 0.3, 0.1, **ASKED)
 
 

@@ -118,7 +118,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(trainable: str, after: float, b
 
 def test_a_run_that_had_only_to_write_trains_no_more(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = run(bench)
-    monkeypatch.setattr(trainer.Healer, "train", None)
+    monkeypatch.setattr(trainer.RecoveryTrainer, "train", None)
     assert same(first, run(bench))
 
 
@@ -162,7 +162,7 @@ def test_fresh_starts_over_and_keeps_what_the_teacher_said(bench: Path, monkeypa
     run(bench)
     (bench / "work" / "mine.txt").touch()
     asked: list[object] = []
-    monkeypatch.setattr(teacher, "_answers", lambda *_: asked.append(1))
+    monkeypatch.setattr(teacher, "_predictions", lambda *_: asked.append(1))
     assert run(bench, fresh=True, lr=2e-3).healing["lr"] == 2e-3 and not asked
     assert not (bench / "work" / "mine.txt").exists()
 

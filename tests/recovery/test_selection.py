@@ -69,7 +69,7 @@ def test_what_was_trained_is_kept_and_the_same_layers_are_trained_once(
 ) -> None:
     first = prune(bench, candidates=("input", "output", "reverse"))  # two names of one choice
     healed = []
-    monkeypatch.setattr(trainer, "Healer", lambda *_: healed.append(1))
+    monkeypatch.setattr(trainer, "RecoveryTrainer", lambda *_: healed.append(1))
     assert len(list((bench / "kept").glob("candidate-*"))) == 2
     again = prune(bench, candidates=("input", "output", "reverse"))
     assert not healed and again["selection"]["candidates"] == first["selection"]["candidates"]

@@ -217,7 +217,7 @@ def test_masks_are_of_trained_weights_that_have_zeros() -> None:
 
 def test_moments_know_nothing_of_zeros_and_decay_cannot_fill_them() -> None:
     model = masked(tiny.model("llama")).requires_grad_(True)
-    before, keeper = masked(tiny.model("llama")), keep_zeros.Keeper(model)
+    before, keeper = masked(tiny.model("llama")), keep_zeros.ZeroKeeper(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     for _ in range(3):
         model(tiny.tokens(), labels=tiny.tokens()).loss.backward()
@@ -288,13 +288,13 @@ def test_the_mask_is_the_students_not_a_checkpoints(bench: Path, monkeypatch: py
     """A weight that happens to be zero in a checkpoint is not frozen by it."""
     first = recover(bench, trainable="decoder")
     seen: list[dict[str, Tensor]] = []
-    true = keep_zeros.Keeper.on_optimizer_step
+    true = keep_zeros.ZeroKeeper.on_optimizer_step
 
-    def spy(self: keep_zeros.Keeper, *args: Any, **more: Any) -> None:
+    def spy(self: keep_zeros.ZeroKeeper, *args: Any, **more: Any) -> None:
         seen.append({name: mask.clone() for name, mask in self.masks.items()})
         true(self, *args, **more)
 
-    monkeypatch.setattr(keep_zeros.Keeper, "on_optimizer_step", spy)
+    monkeypatch.setattr(keep_zeros.ZeroKeeper, "on_optimizer_step", spy)
     *_, before, last = schedule.checkpoints(bench / "work")
     (last / schedule.WHOLE).unlink()
     tensors = load_file(before / "model.safetensors")
@@ -367,9 +367,9 @@ def test_multipliers_need_no_asking(bench: Path) -> None:
 
 
 def test_a_zero_that_was_filled_is_not_written(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(self: keep_zeros.Keeper, model: Any) -> None:
+    def broken(self: keep_zeros.ZeroKeeper, model: Any) -> None:
         self.masks, self.kept = {}, {}
 
-    monkeypatch.setattr(keep_zeros.Keeper, "__init__", broken)
+    monkeypatch.setattr(keep_zeros.ZeroKeeper, "__init__", broken)
     with pytest.raises(BillhookError, match=r"zeros of .* were filled in training: nothing is written"):
         recover(bench)

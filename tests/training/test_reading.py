@@ -47,7 +47,7 @@ def record_of(source: str, samples: int, seed: int, length: int = LENGTH) -> dic
     }
 
 
-def read(training: tuple[Path, ...], record: dict[str, Any] | None, seed: int = 0) -> text_windows.Texts:
+def read(training: tuple[Path, ...], record: dict[str, Any] | None, seed: int = 0) -> text_windows.TrainingTexts:
     return text_windows.read([str(one) for one in training], (), tiny.tokenizer(), LENGTH, seed, record=record)
 
 
@@ -60,11 +60,11 @@ def test_what_a_prune_was_fitted_on_is_not_held_out_of_several_texts(
     for seed in SEEDS:
         record = record_of(source, 30, seed, length)
         found, blind = read(texts, record, seed), read(texts, None, seed)
-        assert not overlap.overlapping(found.judged[0].tokens, record["fitted"]).any() and not found.doubt
-        assert len(found.judged[0].tokens) == text_windows.HELD_OUT
-        every = [sorted(map(tuple, [*one.train.tolist(), *one.judged[0].tokens.tolist()])) for one in (found, blind)]
+        assert not overlap.overlapping(found.held_out[0].tokens, record["fitted"]).any() and not found.doubt
+        assert len(found.held_out[0].tokens) == text_windows.HELD_OUT
+        every = [sorted(map(tuple, [*one.train.tolist(), *one.held_out[0].tokens.tolist()])) for one in (found, blind)]
         assert every[0] == every[1]
-        twice += int(overlap.overlapping(blind.judged[0].tokens, record["fitted"]).sum())
+        twice += int(overlap.overlapping(blind.held_out[0].tokens, record["fitted"]).sum())
     assert twice > 0  # it would be so otherwise
 
 
@@ -80,7 +80,7 @@ def test_a_calibration_text_that_is_gone_or_changed(texts: tuple[Path, Path], tm
     assert not read(texts, record).doubt  # it is read where it lies
     other.write_text(other.read_text() + letters(8, 100))  # all of it counts then
     found, rest = read(texts, record), data.windows(data.calibration_text(str(other)), tiny.tokenizer(), LENGTH)
-    assert not found.doubt and not overlap.overlapping(found.judged[0].tokens, rest.tokens).any()
+    assert not found.doubt and not overlap.overlapping(found.held_out[0].tokens, rest.tokens).any()
     other.unlink()
     assert read(texts, record).doubt == (
         "windows held out of one and two may be among those that the prune was calibrated on: its text other is not found here"

@@ -22,14 +22,14 @@ from billhook.models import surgery
 from billhook.models.experts import unfuse
 from billhook.models.families import layers, row_of
 from billhook.pruning import prune
+from billhook.recovery import budget, setup
 from billhook.recovery import recover as recover_module
-from billhook.recovery import setup
 from billhook.recovery.recover import Recovered
 from billhook.recovery.settings import OBJECTIVES, recovery
 from billhook.runtime.precision import autocast_dtype
 from billhook.training import teacher, text_windows, throughput, trainables, trainer
-from billhook.training.early_stopping import Judge
-from billhook.training.schedule import Course
+from billhook.training.early_stopping import EarlyStopping
+from billhook.training.schedule import Schedule
 from billhook.training.trainables import Seam
 
 LENGTH = 16
@@ -118,7 +118,7 @@ def test_misalignment_sees_directions_alone() -> None:
 @pytest.mark.parametrize("states", [False, True])
 def test_lessons_are_what_the_teacher_says(tmp_path: Path, states: bool) -> None:
     model, windows = tiny.model("llama"), tiny.tokens(40, LENGTH)
-    found = teacher.lessons(model, windows, tmp_path, k=8, states=states)
+    found = teacher.fill_cache(model, windows, tmp_path, k=8, states=states)
     assert len(found.files) == 2
     with torch.no_grad():
         out = model(windows[37:38], output_hidden_states=True)
@@ -136,26 +136,26 @@ def test_lessons_are_what_the_teacher_says(tmp_path: Path, states: bool) -> None
 def test_lessons_are_asked_for_once_and_shared_by_longer_runs(tmp_path: Path) -> None:
     model, windows, asked = tiny.model("llama"), tiny.tokens(70, LENGTH), []
     model.register_forward_hook(lambda *_: asked.append(1))
-    first = teacher.lessons(model, windows[:32], tmp_path, k=4, states=False)
+    first = teacher.fill_cache(model, windows[:32], tmp_path, k=4, states=False)
     before = len(asked)
-    longer = teacher.lessons(model, windows, tmp_path, k=4, states=False)
+    longer = teacher.fill_cache(model, windows, tmp_path, k=4, states=False)
     assert longer.files[0] == first.files[0] and 0 < before < len(asked) <= 3 * before
     count = len(asked)
-    teacher.lessons(model, windows, tmp_path, k=4, states=False)
+    teacher.fill_cache(model, windows, tmp_path, k=4, states=False)
     assert len(asked) == count
-    teacher.lessons(model, windows, tmp_path, k=5, states=False)
+    teacher.fill_cache(model, windows, tmp_path, k=5, states=False)
     assert len(asked) > count
 
 
 def test_processes_share_the_asking(tmp_path: Path) -> None:
     model, windows = tiny.model("llama"), tiny.tokens(70, LENGTH)
     for n in range(2):
-        found = teacher.lessons(model, windows, tmp_path, k=4, states=False, share=(n, 2))
+        found = teacher.fill_cache(model, windows, tmp_path, k=4, states=False, share=(n, 2))
         assert [path.exists() for path in found.files] == [True, n == 1, True]
 
 
 def test_a_damaged_lesson_is_named(tmp_path: Path) -> None:
-    found = teacher.lessons(tiny.model("llama"), tiny.tokens(2, LENGTH), tmp_path, k=4, states=False)
+    found = teacher.fill_cache(tiny.model("llama"), tiny.tokens(2, LENGTH), tmp_path, k=4, states=False)
     found.files[0].write_bytes(found.files[0].read_bytes()[:-20])
     with pytest.raises(BillhookError, match=r"is damaged .* delete it"):
         found.of(0)
@@ -252,7 +252,7 @@ def test_every_pass_sees_every_window_once() -> None:
 def test_what_a_prune_was_calibrated_on_is_not_held_out(texts: tuple[Path, Path]) -> None:
     drawn = data.windows(data.calibration_text(str(texts[0])), tiny.tokenizer(), LENGTH, 64, seed=3).tokens
     found = text_windows.read((str(texts[0]),), (str(texts[1]),), tiny.tokenizer(), LENGTH, 3)
-    held, other = found.judged
+    held, other = found.held_out
     assert len(held.tokens) == len(other.tokens) == text_windows.HELD_OUT and found.guards == ("held",)
     calibrated, first = {tuple(row) for row in drawn.tolist()}, found.train[:64].tolist()
     assert not calibrated & {tuple(row) for row in held.tokens.tolist()} and tuple(first[0]) not in calibrated
@@ -261,7 +261,7 @@ def test_what_a_prune_was_calibrated_on_is_not_held_out(texts: tuple[Path, Path]
 
 @pytest.mark.parametrize("steps", [1, 2, 50, 1000])
 def test_a_run_is_judged_at_its_end_and_not_too_often(steps: int) -> None:
-    points = setup._points(steps * 2, steps, 24)
+    points = budget.evaluation_steps(steps * 2, steps, 24)
     assert points[-1] == steps and points == tuple(sorted(set(points))) and points[0] >= 1
     assert len(points) <= 10
 
@@ -269,8 +269,8 @@ def test_a_run_is_judged_at_its_end_and_not_too_often(steps: int) -> None:
 @pytest.mark.parametrize("steps", [1, 2, 3, 20, 1000])
 @pytest.mark.parametrize("warmup", [0.0, 0.05, 0.5, 0.99])
 def test_every_step_has_a_rate_and_one_has_all_of_it(steps: int, warmup: float) -> None:
-    course = Course(tiny.tokens(1, LENGTH), [0] * steps, 1, 1e-3, warmup=warmup)
-    shares = [course.share_of_lr(n) for n in range(steps)]
+    schedule = Schedule(tiny.tokens(1, LENGTH), [0] * steps, 1, 1e-3, warmup=warmup)
+    shares = [schedule.lr_factor(n) for n in range(steps)]
     peak = shares.index(1.0)
     assert peak == min(round(warmup * steps), steps - 1)
     assert all(a < b for a, b in pairwise(shares[: peak + 1])) and all(a > b for a, b in pairwise(shares[peak:]))
@@ -294,14 +294,13 @@ def judged(*values: tuple[float, ...]) -> list[dict[str, Any]]:
     ],
 )
 def test_the_guard(values: list[tuple[float, ...]], stops: bool) -> None:
-    judge = Judge((), ("other",))
-    assert bool(judge.verdict(judged(*values))) == stops
-    assert not Judge((), ()).verdict(judged(*values))
+    assert bool(EarlyStopping((), ("other",)).stopped_by(judged(*values))) == stops
+    assert not EarlyStopping((), ()).stopped_by(judged(*values))
 
 
 def test_the_best_is_kept() -> None:
-    assert Judge((), ("other",)).best(judged((2.0,), (1.5,), (1.6,)))["step"] == 1
-    assert Judge((), ("other",)).best(judged((2.0,), (math.nan,)))["step"] == 0
+    assert EarlyStopping((), ("other",)).best(judged((2.0,), (1.5,), (1.6,)))["step"] == 1
+    assert EarlyStopping((), ("other",)).best(judged((2.0,), (math.nan,)))["step"] == 0
 
 
 def test_precision_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -502,7 +501,7 @@ def test_layers_that_differ_recover(folder: Path, texts: tuple[Path, Path], tmp_
 
 def test_a_rate_is_found_by_trial(student: Path, folder: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
     healing = recover(student, tmp_path / "work", **given(texts, folder, lr="auto")).healing
-    assert [one["lr"] for one in healing["rates"]] == list(setup.RATES_OTHERWISE)
+    assert [one["lr"] for one in healing["rates"]] == list(budget.OTHER_RATES)
     assert healing["lr"] == min(healing["rates"], key=lambda one: one["loss"])["lr"]
     assert healing["steps"] == 20  # trials are beyond the budget
 
@@ -537,5 +536,7 @@ def test_minutes_buy_tokens(
     monkeypatch.setattr(throughput, "training_pace", lambda *_: 1000.0)
     asked = {"objective": "ce", "teacher": "", "tokens": None, "minutes": 0.05, "held_out": (str(texts[1]),)}
     healing = recover(student, tmp_path / "work", text=(str(texts[0]),), **asked).healing
-    least = (setup.POINTS[0] + 2) * setup.TEXTS * text_windows.HELD_OUT * LENGTH * setup.FORWARD / 1000
-    assert healing["tokens"] == pytest.approx(min((3 - 0.05) / (1 + setup.JUDGING), 3 - 0.05 - least) * 1000, rel=0.02)
+    least = (budget.EVALUATIONS[0] + 2) * budget.TEXTS * text_windows.HELD_OUT * LENGTH * budget.FORWARD / 1000
+    assert healing["tokens"] == pytest.approx(
+        min((3 - 0.05) / (1 + budget.EVALUATING), 3 - 0.05 - least) * 1000, rel=0.02
+    )

@@ -27,7 +27,7 @@ from billhook.pruning import method_settings, plan_lines, planning, preflight, r
 from billhook.pruning.recipe import Recipe, recipe
 from billhook.pruning.result import Result
 from billhook.pruning.texts import Texts, draw, needs_text
-from billhook.recovery.candidates import after_a_heal
+from billhook.recovery.candidates import rank_after_training
 from billhook.reports import records
 from billhook.runtime import activations, cache, offload, run_folder, units
 from billhook.runtime.cache import Grams
@@ -299,7 +299,7 @@ def _selected(
         carry_out(chosen.method)(model, texts.calibration, Plan(layers=tuple(gone)), settings)
 
     with clock("healing candidates"):
-        return after_a_heal(
+        return rank_after_training(
             opened.model,
             {name: plan.layers for name, plan in plans.items()},
             cut,
@@ -309,7 +309,7 @@ def _selected(
             folder=folder,
             seed=chosen.seed,
             tick=tick,
-        )
+        ).record()
 
 
 def finish(model: Any, chosen: Recipe, dtype: torch.dtype) -> None:

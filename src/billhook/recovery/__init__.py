@@ -1,8 +1,9 @@
 """Training after a cut: settings, setup, the run, candidates, forecast.
 
-candidates  Which layers go, judged after a short heal
+budget      What minutes buy in tokens, what of it rates and evaluations take, when to evaluate
+candidates  Which layers go, judged after a short training
 forecast    What minutes of training buy on this machine, and what that calls for
-recover     Train a pruned model back: from the unpruned model's predictions, or on text alone
-settings    What a recovery may choose, and what its words mean
-setup       Before a recovery trains: what it reads, what the teacher says of it
+recover     Train a pruned model: on the unpruned model's predictions, or on text alone
+settings    The settings of a recovery, and what their values mean
+setup       Before a recovery trains: its texts, the teacher's predictions, and the folder that keeps them
 """

@@ -1,7 +1,7 @@
-"""Which layers go, judged after a short heal: the ranks of candidates before and after training are not the same.
+"""Which layers go, judged after a short training: the ranks of candidates before and after it differ.
 
-Every candidate is cut, trained on the same windows by the same rule, and judged by texts that it was not trained on.  Minitron
-(arXiv:2407.14679) calls for it: "perform lightweight retraining to stabilize the rankings of searched pruned candidates".
+Every candidate is cut, trained on the same windows by the same schedule, and evaluated on texts that it was not trained on.
+Minitron (arXiv:2407.14679): "perform lightweight retraining to stabilize the rankings of searched pruned candidates".
 """
 
 import copy
@@ -10,6 +10,8 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,112 +22,172 @@ from billhook.runtime.memory import return_freed
 from billhook.runtime.precision import autocast_dtype
 from billhook.runtime.progress import Tick, quiet
 from billhook.training import teacher
-from billhook.training.early_stopping import Judge
-from billhook.training.schedule import Course
-from billhook.training.text_windows import Texts, judged_by, order_of
+from billhook.training.early_stopping import EarlyStopping
+from billhook.training.schedule import Schedule
+from billhook.training.teacher import TeacherCache
+from billhook.training.text_windows import TrainingTexts, conditions, order_of
 from billhook.training.trainables import train_decoder
 
-RATE = 3e-4  # for all alike; it left 1.66 times the perplexity where 5e-4 left 1.73 (docs/LOG.md)
-TOP_K = 256
+RATE = 3e-4  # learning rate of all candidates; it left 1.66 times the perplexity where 5e-4 left 1.73 (docs/LOG.md)
+TOP_K = 256  # the teacher's predictions that are kept of each token
+Cut = Callable[[Any, Sequence[int]], object]  # drops layers of a model, in place
 
 
-def after_a_heal(
+@dataclass(frozen=True)
+class TrainedCandidate:
+    """A candidate, its perplexities by text, and its ranks, 1 for the best."""
+
+    name: str
+    dropped: list[int]  # the layers that go
+    before: dict[str, float]  # right after the cut
+    after: dict[str, float]  # after the training
+    rank_before: int
+    rank_after: int
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What candidates are worth before and after a short training; `record` has these fields as plain data."""
+
+    chosen: str  # name of the best candidate after the training
+    by: str  # the texts that decide
+    heal_tokens: int
+    lr: float
+    seconds: float
+    judged_by: dict[str, dict[str, Any]]  # the windows behind the perplexities, by text
+    candidates: list[TrainedCandidate]
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Training:
+    """How every candidate is trained, and on what."""
+
+    model: Any  # the unpruned model, which is the teacher
+    cut: Cut
+    texts: TrainingTexts
+    schedule: Schedule
+    teacher: TeacherCache
+
+    def perplexities(self, dropped: Sequence[int], work: Path, tick: Tick) -> dict[str, dict[str, float]]:
+        """Perplexities by text without the layers `dropped`: "before" the training and "after" it."""
+        from billhook.training.trainer import RecoveryTrainer  # takes 120 MB of memory, only where something is trained
+
+        evaluation = EarlyStopping(self.texts.held_out, (), self.schedule.autocast)
+        student = copy.deepcopy(self.model).float()
+        self.cut(student, dropped)
+        before = evaluation.losses(student)
+        trainable, until_the_end = train_decoder(student, None, 0), EarlyStopping(())
+        trainer = RecoveryTrainer(trainable, self.schedule, self.teacher, until_the_end, work, tick)
+        trainer.train_or_resume(lambda line: None)
+        after = evaluation.losses(trainer.gathered(lambda: student))
+        return {"before": _by_text(before), "after": _by_text(after)}
+
+
+def rank_after_training(
     model: Any,
     candidates: Mapping[str, Sequence[int]],
-    cut: Callable[[Any, Sequence[int]], object],
-    texts: Texts,
+    cut: Cut,
+    texts: TrainingTexts,
     tokens: int,
     *,
     key: Mapping[str, Any],
     folder: Path | None = None,
     seed: int = 0,
     tick: Tick = quiet,
-) -> dict[str, Any]:
-    """What each candidate is worth right after the cut and after `tokens` of distillation from `model`, and which is best.
+) -> Ranking:
+    """What each candidate is worth right after the cut and after `tokens` of distillation from `model`.
+
+    Candidates are ranked by the geometric mean of their perplexities over the held-out texts.
 
     Args:
-        candidates: the layers that would go, by name; those that name the same layers are trained once.
+        candidates: the layers that would go, by name; candidates that name the same layers are trained once.
         cut: drops layers of a model, in place.
         key: what else decides the results: how `cut` cuts.
-        folder: keeps the teacher's answers and each candidate's result, so that a killed search goes on.
-
-    Returns:
-        {"chosen", "by", "heal_tokens", "lr", "judged_by", "seconds", "candidates": [{"name", "dropped", "before", "after", "rank_before", "rank_after"}]},
-        perplexities by text; the ranks are of their geometric mean over the held-out texts.
+        folder: keeps the teacher's predictions and each candidate's result, so that a killed run goes on.
     """
-    started, autocast = time.perf_counter(), autocast_dtype("auto", model.device)
-    rows = rows_for(tokens, texts.train.shape[1])
-    steps = max(1, round(tokens / (rows * texts.train.shape[1])))
-    course = Course(
+    started = time.perf_counter()
+    schedule = _schedule(model, texts, tokens, seed)
+    windows = len(set(schedule.order))
+    key = {
+        **key,
+        **cache.model_key(model),
+        "windows": cache.digest({"train": texts.train[list(set(schedule.order))].tolist()}),
+        "judged": [text.text_sha256 for text in texts.held_out],
+        "course": [schedule.rows, schedule.steps, schedule.lr, str(schedule.autocast), seed],
+    }
+    results: dict[str, dict[str, dict[str, float]]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        kept = folder or Path(scratch)
+        answers = teacher.fill_cache(
+            model,
+            texts.train[:windows],
+            kept / "lessons",
+            k=TOP_K,
+            states=False,
+            autocast=schedule.autocast,
+            tick=tick,
+        )
+        training = Training(model, cut, texts, schedule, answers)
+        for n, (name, dropped) in enumerate(candidates.items()):
+            ticked = _part(tick, n, len(candidates), schedule.steps)
+            measure = partial(training.perplexities, dropped, Path(scratch) / f"heal-{n}", ticked)
+            results[name] = cache.cached(kept, "candidate", {**key, "dropped": list(dropped)}, measure)
+            gc.collect()
+            return_freed()
+    deciding = texts.guards or tuple(text.source for text in texts.held_out)
+    before, after = (_ranks(results, moment, deciding) for moment in ("before", "after"))
+    return Ranking(
+        chosen=min(after, key=after.__getitem__),
+        by=" and ".join(deciding),
+        heal_tokens=schedule.steps * schedule.step_tokens,
+        lr=RATE,
+        seconds=round(time.perf_counter() - started, 1),
+        judged_by=conditions(texts),
+        candidates=[
+            TrainedCandidate(
+                name, list(candidates[name]), **results[name], rank_before=before[name], rank_after=after[name]
+            )
+            for name in results
+        ],
+    )
+
+
+def _schedule(model: Any, texts: TrainingTexts, tokens: int, seed: int) -> Schedule:
+    seq_len = texts.train.shape[1]
+    rows = rows_for(tokens, seq_len)
+    steps = max(1, round(tokens / (rows * seq_len)))
+    return Schedule(
         windows=texts.train,
         order=order_of(len(texts.train), steps * rows, seed),
         rows=rows,
         lr=RATE,
-        autocast=autocast,
+        autocast=autocast_dtype("auto", model.device),
         cpu=model.device.type == "cpu",
         seed=seed,
     )
-    key = {
-        **key,
-        **cache.model_key(model),
-        "windows": cache.digest({"train": texts.train[list(set(course.order))].tolist()}),
-        "judged": [text.text_sha256 for text in texts.judged],
-        "course": [rows, steps, RATE, str(autocast), seed],
-    }
-    judge, found = Judge(texts.judged, (), autocast), []
-    with tempfile.TemporaryDirectory() as scratch:
-        kept = folder or Path(scratch)
-        lessons = teacher.lessons(
-            model,
-            texts.train[: len(set(course.order))],
-            kept / "lessons",
-            k=TOP_K,
-            states=False,
-            autocast=autocast,
-            tick=tick,
-        )
-
-        def tried(gone: Sequence[int], nth: int) -> dict[str, Any]:
-            def of_all(stage: str, done: int, total: int) -> None:
-                tick("healing candidates", nth * steps + done, len(candidates) * steps)
-
-            from billhook.training.trainer import Healer  # brings 120 MB, for whoever trains alone
-
-            student = copy.deepcopy(model).float()
-            cut(student, gone)
-            before = judge(student)
-            healer = Healer(
-                train_decoder(student, None, 0), course, lessons, Judge(()), Path(scratch) / f"heal-{nth}", of_all
-            )
-            healer.heal(lambda line: None)
-            after = judge(healer.gathered(lambda: student))
-            return {"before": _perplexities(before), "after": _perplexities(after)}
-
-        for nth, (name, gone) in enumerate(candidates.items()):
-            one = cache.cached(kept, "candidate", {**key, "dropped": list(gone)}, lambda g=gone, n=nth: tried(g, n))
-            found.append({"name": name, "dropped": list(gone), **one})
-            gc.collect()
-            return_freed()
-    deciding = texts.guards or tuple(text.source for text in texts.judged)
-    for moment in ("before", "after"):
-        worth = sorted(found, key=lambda one: _mean_log(one[moment], deciding))
-        for one in found:
-            one[f"rank_{moment}"] = 1 + worth.index(one)
-    return {
-        "chosen": min(found, key=lambda one: one["rank_after"])["name"],
-        "by": " and ".join(deciding),
-        "heal_tokens": steps * course.step_tokens,
-        "lr": RATE,
-        "seconds": round(time.perf_counter() - started, 1),
-        "judged_by": judged_by(texts),
-        "candidates": found,
-    }
 
 
-def _perplexities(losses: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    return {text: perplexity_of(found) for text, found in losses.items()}
+def _part(tick: Tick, n: int, count: int, steps: int) -> Tick:
+    """Report the steps of the n-th of `count` trainings as a part of all steps."""
+
+    def of_all(stage: str, done: int, total: int) -> None:
+        tick("healing candidates", n * steps + done, count * steps)
+
+    return of_all
+
+
+def _ranks(results: Mapping[str, Mapping[str, Any]], moment: str, texts: Sequence[str]) -> dict[str, int]:
+    order = sorted(results, key=lambda name: _mean_log(results[name][moment], texts))
+    return {name: 1 + order.index(name) for name in results}
+
+
+def _by_text(losses: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    return {text: perplexity_of(window_losses) for text, window_losses in losses.items()}
 
 
 def _mean_log(perplexities: Mapping[str, float], texts: Sequence[str]) -> float:
-    found = [perplexities[text] for text in texts]
-    return sum(math.log(one) if math.isfinite(one) else math.inf for one in found) / len(found)
+    values = [perplexities[text] for text in texts]
+    return sum(math.log(value) if math.isfinite(value) else math.inf for value in values) / len(values)

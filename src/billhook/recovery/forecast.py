@@ -11,30 +11,30 @@ from billhook.math import layer_presets
 from billhook.models.axes import axes
 from billhook.models.families import layers
 from billhook.models.surgery import drop_layers
-from billhook.recovery.setup import RATES_OTHERWISE, bought
+from billhook.recovery.budget import OTHER_RATES, affordable_tokens
 from billhook.runtime.memory import free_bytes
 from billhook.runtime.precision import autocast_dtype
 from billhook.runtime.progress import Tick, quiet
 from billhook.training import throughput, trainables
 
-SECONDS = 60  # of measuring; two seconds of each side say little on a machine that others use
-STATE_BYTES = 16  # of a trained parameter in float32: itself, its gradient, Adam's two moments
-FROZEN_BYTES = 4
-ROOM = 0.8  # of free memory that these may take; activations need some, too
+SECONDS = 60  # how long training is measured; a few seconds say little on a machine that others use
+STATE_BYTES = 16  # bytes a trained parameter takes in float32: itself, its gradient, Adam's two moments
+FROZEN_BYTES = 4  # bytes a frozen parameter takes in float32
+ROOM = 0.8  # share of free memory that parameters may take; activations need some, too
 
 
 @dataclass(frozen=True)
 class Advice:
-    """What a budget calls for; of SmolLM2-135M, docs/LOG.md.  The first row whose limit holds."""
+    """What a budget of tokens calls for, as measured on SmolLM2-135M (docs/LOG.md)."""
 
-    tokens: int  # at least
+    tokens: int  # the least tokens that it holds for
     layers: bool  # whether whole layers go
-    prune: str  # what `billhook prune MODEL --ratio R` gets besides
-    recover: bool
+    prune: str  # options of `billhook prune MODEL --ratio R`
+    recover: bool  # whether to train afterwards
     why: str
 
 
-ADVICE = (
+ADVICE = (  # the first row that holds is taken
     Advice(
         10_000,
         True,
@@ -56,8 +56,8 @@ ADVICE = (
         False,
         "--allocation auto",
         False,
-        "too few tokens to train on: the stock checkpoint by widths that costs least without (1.50 times at 20 %; where clients load "
-        "layers that differ, --layout per_layer --allocation sensitivity has 1.36)",
+        "too few tokens to train on: the stock checkpoint by widths that costs least without (1.50 times at 20 %; where "
+        "clients load layers that differ, --layout per_layer --allocation sensitivity has 1.36)",
     ),
 )
 
@@ -74,7 +74,7 @@ def forecast(
 ) -> dict[str, Any]:
     """How fast a model of the size asked for trains here, how many tokens the minutes buy, and the commands to run.
 
-    For training speed it stands in that the layers in the middle are dropped; nothing is written.
+    The speed of training is measured on the model without its middle layers; nothing is written.
 
     Raises:
         BillhookError: a ratio that leaves nothing, or minutes too short for one window.
@@ -85,7 +85,7 @@ def forecast(
     load.check_positions(opened, seq_len)
     model, autocast = opened.model, autocast_dtype("auto", opened.model.device)
     tick("measuring", 0, 2)
-    answered = throughput.answering_pace(model, seq_len, 1, autocast)
+    teacher_pace = throughput.answering_pace(model, seq_len, 1, autocast)
     total = len(layers(model))
     patchable = all(axis.ends_layer for axis in axes(model, ("ffn",)))
     count = min(round(ratio * total), total - 2)
@@ -96,27 +96,29 @@ def forecast(
     trainable = "decoder" if size * (STATE_BYTES - FROZEN_BYTES) < free else "lora"
     trained_model = trainables.TRAINERS[trainable](model, None, 32)
     tick("measuring", 1, 2)
-    trained = throughput.training_pace(trained_model, seq_len, 1, autocast, seconds)
+    pace = throughput.training_pace(trained_model, seq_len, 1, autocast, seconds)
     tick("measuring", 2, 2)
-    tokens = bought(60 * minutes, trained, answered, len(RATES_OTHERWISE), seq_len)
+    tokens = affordable_tokens(60 * minutes, pace, teacher_pace, len(OTHER_RATES), seq_len)
     if tokens < seq_len:
         raise BillhookError(
-            f"minutes {minutes:g}: at {trained:,.0f} tokens a second that is no window of {seq_len}: give more time"
+            f"minutes {minutes:g}: at {pace:,.0f} tokens a second that is less than one window of {seq_len}: give more time"
         )
-    advice = next(one for one in ADVICE if tokens >= one.tokens and (not one.layers or (count > 0 and patchable)))
+    can_drop_layers = count > 0 and patchable
+    advice = next(row for row in ADVICE if tokens >= row.tokens and (can_drop_layers or not row.layers))
     tokens = tokens // 1000 * 1000 or tokens
     commands = [f"billhook prune {name} --ratio {ratio:g} {advice.prune} -o smaller"]
     if advice.recover:
         commands.append(
-            f"billhook recover smaller --teacher {name} --tokens {tokens} --trainable {trainable} --seq-len {seq_len} -o healed"
+            f"billhook recover smaller --teacher {name} --tokens {tokens} --trainable {trainable} --seq-len {seq_len} "
+            "-o healed"
         )
     return {
         "model": name,
         "ratio": ratio,
         "minutes": minutes,
         "parameters": size,
-        "training_tokens_per_second": trained,
-        "teacher_tokens_per_second": answered,
+        "training_tokens_per_second": pace,
+        "teacher_tokens_per_second": teacher_pace,
         "precision": str(autocast or torch.float32).removeprefix("torch."),
         "device": str(model.device),
         "tokens": tokens,

@@ -1,6 +1,7 @@
-"""Train a pruned model back: from the unpruned model's predictions, or on text alone.
+"""Train a pruned model after the cut: on the unpruned model's predictions, or on text alone.
 
-The teacher answers once, to disk; then one model is in memory.  All that a killed run needs to go on lies in one folder.
+The teacher's predictions are cached on disk once, so that training holds one model in memory.  All that a killed run needs to
+go on lies in one folder.
 """
 
 import math
@@ -20,42 +21,45 @@ from billhook.choices import TRAINABLE
 from billhook.errors import BillhookError
 from billhook.evaluation.perplexity import perplexity_of
 from billhook.models.surgery import cast
+from billhook.recovery.budget import TRIAL, TRIAL_STEPS, rates_of
 from billhook.recovery.settings import recovery
-from billhook.recovery.setup import BY_FORM, TRIAL, TRIAL_STEPS, Run, on_cpu, prepare, rates_of, shared, where
+from billhook.recovery.setup import UNMASKED, Environment, Prepared, device_of, on_cpu, prepare
 from billhook.reports import commands, records
 from billhook.runtime import atomic, cache, run_folder
 from billhook.runtime.memory import peak_growth
 from billhook.runtime.progress import Tick, quiet, unheard
 from billhook.training import trainables
-from billhook.training.early_stopping import Judge
-from billhook.training.schedule import Course, Diverged, checkpoints
-from billhook.training.text_windows import judged_by
+from billhook.training.early_stopping import EarlyStopping
+from billhook.training.schedule import Diverged, Schedule, checkpoints
+from billhook.training.text_windows import conditions
 
 if TYPE_CHECKING:
-    from billhook.training.trainer import Healer
+    from billhook.training.trainer import RecoveryTrainer
 
 
 @dataclass
 class Recovered:
-    """A trained model, its tokenizer, and its record: what billhook.json will hold."""
+    """A trained model, its tokenizer, and its record."""
 
     model: Any
     tokenizer: Any
-    report: dict[str, Any]
-    source: Path | None
+    report: dict[str, Any]  # what billhook.json will hold
+    source: Path | None  # the student's folder, if it has one
 
     @property
     def healing(self) -> dict[str, Any]:
-        """What this recovery was and did."""
+        """The record of this recovery, the last of the model's."""
         return self.report["recovery"][-1]
 
     def page(self) -> dict[str, Any]:
         """The content of report.json."""
-        found = self.healing
-        title = f"{found['student']}, trained on {found['kept_tokens']:,} tokens"
-        where = records.conditions(self.model, commands.recover_command(found), sum(found["seconds"].values()))
+        record = self.healing
+        title = f"{record['student']}, trained on {record['kept_tokens']:,} tokens"
+        command, seconds = commands.recover_command(record), sum(record["seconds"].values())
         cut = self.report if "cuts" in self.report else None
-        return records.assemble("recover", title, where, cut=cut, healing=found)
+        return records.assemble(
+            "recover", title, records.conditions(self.model, command, seconds), cut=cut, healing=record
+        )
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> Path:
         """Write a plain checkpoint with report and model card, reload it with stock transformers and compare.
@@ -89,10 +93,10 @@ def recover(
     Args:
         model: a folder, a hub id, a .gguf file, or `demo`.
         work: a folder for all that the same call needs to go on after a kill; delete it afterwards.  Not given: nothing stays.
-        lessons: a folder for the teacher's answers, which other runs may share; in `work` if not given.
-        fresh: start over where `work` holds an unfinished run; what the teacher answered stays.
+        lessons: a folder for the teacher's predictions, which other runs may share; in `work` if not given.
+        fresh: start over where `work` holds an unfinished run; the teacher's predictions stay.
         tick: called with (stage, done, total) as the work proceeds.
-        announce: called with one line, what will be trained, before it is.
+        announce: called with one line that says what will be trained, before it is.
         settings: the fields of `Recovery`: teacher="demo", tokens="500k", text=("wiki.txt",), …
 
     Returns:
@@ -108,177 +112,195 @@ def recover(
     work = Path(work)
     cache.check_folder(Path(lessons) if lessons else None, "--lessons")
     process = PartialState(cpu=on_cpu(chosen.device))
-    own = run_folder.locked(work) if process.is_main_process else nullcontext()
-    with own, peak_growth(where(process)) as growth, _kept_if_begun(work):
-        answers = Path(lessons) if lessons else work / "lessons"
-        heard = tick if process.is_main_process else quiet
-        run = prepare(os.fspath(model), chosen, work, answers, process, heard, fresh=fresh)
-        tried = [] if chosen.lr else _try_rates(run)
+    locked = run_folder.locked(work) if process.is_main_process else nullcontext()
+    with locked, peak_growth(device_of(process)) as growth, _removed_if_refused(work):
+        predictions, own_tick = (
+            Path(lessons) if lessons else work / "lessons",
+            tick if process.is_main_process else quiet,
+        )
+        env = Environment(work, predictions, process, own_tick)
+        prepared = prepare(os.fspath(model), chosen, env, fresh=fresh)
+        tried = [] if chosen.lr else _try_rates(prepared)
         rate = chosen.lr or _best_rate(tried)
         if process.is_main_process:
-            announce(_line(run, rate))
-            if run.texts.doubt:
-                announce(run.texts.doubt)
-            if run.student.noise and not chosen.dropout:
-                rates = ", ".join(f"{key} {rate:g}" for key, rate in run.student.noise.items())
-                announce(
-                    f"trained without the dropout of its config ({rates}), which stays there: --dropout trains with it"
-                )
-        guards = run.texts.guards if chosen.guard else ()
-        judge = Judge(run.texts.judged, guards, run.course.autocast)
-        healer = run.healer(replace(run.course, lr=rate), judge, work, run.tick)
-        healer.heal(announce)
-        run.clock.seconds |= {"training": healer.seconds, "judging": judge.seconds}
-        stopped = judge.verdict(healer.judged)
-        kept = judge.best(healer.judged)["step"] if stopped else healer.state.global_step
-        if kept and kept != healer.state.global_step:
-            healer.restore(kept)
-        trained = trainables.trained(healer.model)
-        healed = trainables.merged(healer.gathered(run.start) if kept else run.start())
-    cast(healed.cpu(), run.student.dtype)
-    _check_zeros(run, healed)
-    found = _outcome(run, healer, tried, stopped, kept)
-    found |= {"trained_parameters": trained, "parameters": sum(p.numel() for p in healed.parameters())}
-    found |= {"peak_growth_bytes": growth(), "versions": records.versions()}
-    blank = {"parent": run.student.name, "model_type": healed.config.model_type, "versions": records.versions()}
-    record = run.student.record or blank
-    record = {**record, "recovery": [*record.get("recovery", []), found]}
-    return Recovered(healed.eval(), run.student.tokenizer, record, run.student.folder)
+            for line in _announcements(prepared, rate):
+                announce(line)
+        guards = prepared.texts.guards if chosen.guard else ()
+        early_stopping = EarlyStopping(prepared.texts.held_out, guards, prepared.schedule.autocast)
+        trainer = prepared.trainer(replace(prepared.schedule, lr=rate), early_stopping, work, env.tick)
+        trainer.train_or_resume(announce)
+        prepared.clock.seconds |= {"training": trainer.seconds, "judging": early_stopping.seconds}
+        stopped_by = early_stopping.stopped_by(trainer.evaluations)
+        last = trainer.state.global_step
+        kept = early_stopping.best(trainer.evaluations)["step"] if stopped_by else last
+        if kept and kept != last:
+            trainer.restore(kept)
+        trained_parameters = trainables.trained(trainer.model)
+        trained = trainables.merged(trainer.gathered(prepared.start) if kept else prepared.start())
+    student = prepared.student
+    cast(trained.cpu(), student.dtype)
+    _check_zeros(prepared, trained)
+    outcome = _outcome(prepared, trainer, tried, stopped_by, kept)
+    outcome |= {"trained_parameters": trained_parameters, "parameters": sum(p.numel() for p in trained.parameters())}
+    outcome |= {"peak_growth_bytes": growth(), "versions": records.versions()}
+    empty = {"parent": student.name, "model_type": trained.config.model_type, "versions": records.versions()}
+    record = student.record or empty
+    record = {**record, "recovery": [*record.get("recovery", []), outcome]}
+    return Recovered(trained.eval(), student.tokenizer, record, student.folder)
 
 
 @contextmanager
-def _kept_if_begun(work: Path) -> Iterator[None]:
-    """Of a run that is refused nothing stays, unless it has checkpoints or has asked the teacher."""
-    known = (work / run_folder.NAME).exists()
+def _removed_if_refused(work: Path) -> Iterator[None]:
+    """Remove the folder of a new run that is refused, unless it has checkpoints or predictions of the teacher."""
+    is_old = (work / run_folder.NAME).exists()
     try:
         yield
     except BillhookError:
-        if not known and not checkpoints(work) and not any(work.glob("lessons/*")):
+        if not is_old and not checkpoints(work) and not any(work.glob("lessons/*")):
             run_folder.remove(work)
         raise
 
 
-def _try_rates(run: Run) -> list[dict[str, float]]:
-    """A few steps at each of three rates; the loss afterwards on windows of the training text that are never trained on."""
-    if not run.texts.judged:
+def _try_rates(prepared: Prepared) -> list[dict[str, float]]:
+    """A few steps at each of several rates; the loss afterwards on windows held out of the training text."""
+    if not prepared.texts.held_out:
         raise BillhookError(
             "--lr auto judges rates by held-out text, and there is none: name a --held-out, or give a rate"
         )
-    steps = max(TRIAL_STEPS, round(TRIAL * run.course.steps))
-    trial = replace(run.course, order=run.course.order[: steps * run.course.rows], points=())
-    rates, found = rates_of(run.chosen), []
-    with run.clock("rates"):
+    schedule, env = prepared.schedule, prepared.env
+    steps = max(TRIAL_STEPS, round(TRIAL * schedule.steps))
+    short = replace(schedule, order=schedule.order[: steps * schedule.rows], evaluate_after=())
+    rates, tried = rates_of(prepared.chosen), []
+    with prepared.clock("rates"):
         for n, rate in enumerate(rates):
 
             def tick(stage: str, done: int, total: int, n: int = n) -> None:
-                run.tick("trying rates", n * steps + done, len(rates) * steps)
+                env.tick("trying rates", n * steps + done, len(rates) * steps)
 
-            known = shared(run.process, lambda rate=rate: cache.has(run.work, "rate", {"lr": rate}))
-            loss = None if known else _loss_after(run, replace(trial, lr=rate), tick)
-            found.append(
-                shared(
-                    run.process,
-                    lambda r=rate, x=loss: cache.cached(run.work, "rate", {"lr": r}, lambda: {"lr": r, "loss": x}),
-                )
-            )
-    return found
+            tried.append(_try_rate(prepared, replace(short, lr=rate), tick))
+    return tried
 
 
-def _loss_after(run: Run, course: Course, tick: Tick) -> float | None:
-    """Of one trial; None if it diverged."""
-    judge, text = Judge((), (), course.autocast), run.texts.judged[0]
-    healer = run.healer(course, judge, run.work / f"trial-{course.lr:g}", tick)
+def _try_rate(prepared: Prepared, schedule: Schedule, tick: Tick) -> dict[str, float]:
+    """The rate of a short schedule and the loss after it, which is kept: all processes train, the first one writes."""
+    env, key = prepared.env, {"lr": schedule.lr}
+    is_known = env.in_first(lambda: cache.has(env.work, "rate", key))
+    loss = None if is_known else _loss_after(prepared, schedule, tick)
+    return env.in_first(lambda: cache.cached(env.work, "rate", key, lambda: {**key, "loss": loss}))
+
+
+def _loss_after(prepared: Prepared, schedule: Schedule, tick: Tick) -> float | None:
+    """The loss after a short schedule; None if it diverged."""
+    text = prepared.texts.held_out[0]
+    until_the_end = EarlyStopping((), (), schedule.autocast)
+    trainer = prepared.trainer(schedule, until_the_end, prepared.env.work / f"trial-{schedule.lr:g}", tick)
     try:
-        healer.heal(unheard)
+        trainer.train_or_resume(unheard)
     except Diverged:
         return None
-    judge.texts = (text,)
-    losses = judge(healer.gathered(run.start))[text.source]
+    losses = EarlyStopping((text,), (), schedule.autocast).losses(trainer.gathered(prepared.start))[text.source]
     return sum(losses) / len(losses)
 
 
 def _best_rate(tried: Sequence[dict[str, float]]) -> float:
-    lasting = [one for one in tried if one["loss"] is not None and math.isfinite(one["loss"])]
+    lasting = [trial for trial in tried if trial["loss"] is not None and math.isfinite(trial["loss"])]
     if not lasting:
-        rates = ", ".join(f"{one['lr']:g}" for one in tried)
+        rates = ", ".join(f"{trial['lr']:g}" for trial in tried)
         raise BillhookError(
             f"the loss is no longer finite after a few steps at any of the rates {rates}: give a lower --lr"
         )
-    return min(lasting, key=lambda one: one["loss"])["lr"]
+    return min(lasting, key=lambda trial: trial["loss"])["lr"]
 
 
-def _line(run: Run, rate: float) -> str:
+def _announcements(prepared: Prepared, rate: float) -> Iterator[str]:
+    """What will be trained, and what the user should know of it, a line each."""
+    yield _summary(prepared, rate)
+    if prepared.texts.doubt:
+        yield prepared.texts.doubt
+    noise = prepared.student.noise
+    if noise and not prepared.chosen.dropout:
+        rates = ", ".join(f"{key} {value:g}" for key, value in noise.items())
+        yield f"trained without the dropout of its config ({rates}), which stays there: --dropout trains with it"
+
+
+def _summary(prepared: Prepared, rate: float) -> str:
     """What will be trained, in one line."""
-    course, chosen = run.course, run.chosen
-    how = f"distillation from {chosen.teacher}" if chosen.objective == "distill" else "continued pretraining"
-    passes = len(course.order) / len(course.windows)
-    zeros = run.student.census
+    schedule, chosen, processes = prepared.schedule, prepared.chosen, prepared.env.process.num_processes
+    objective = f"distillation from {chosen.teacher}" if chosen.objective == "distill" else "continued pretraining"
+    passes = len(schedule.order) / len(schedule.windows)
+    zeros = prepared.student.census
     return (
-        f"{how}, training {TRAINABLE[chosen.trainable]}: {len(course.order) * chosen.seq_len:,} tokens of "
-        f"{' and '.join(run.texts.names)} ({passes:.2g} passes) in {course.steps:,} steps at {rate:g}"
-        + (f", on {run.process.num_processes} processes" if run.process.num_processes > 1 else "")
-        + (f", keeping all {zeros.total:,} zeros ({zeros.share:.0%})" if run.chosen.keeps_zeros and zeros.total else "")
+        f"{objective}, training {TRAINABLE[chosen.trainable]}: {len(schedule.order) * chosen.seq_len:,} tokens of "
+        f"{' and '.join(prepared.texts.names)} ({passes:.2g} passes) in {schedule.steps:,} steps at {rate:g}"
+        + (f", on {processes} processes" if processes > 1 else "")
+        + (f", keeping all {zeros.total:,} zeros ({zeros.share:.0%})" if chosen.keeps_zeros and zeros.total else "")
     )
 
 
-def _check_zeros(run: Run, healed: Any) -> None:
-    """Nothing should be able to fail here: what it says would be an error of ours, and better said than written."""
-    if run.chosen.keeps_zeros and (filled := run.student.census.filled(healed)):
-        raise BillhookError(f"{filled:,} zeros of {run.student.name} were filled in training: nothing is written")
+def _check_zeros(prepared: Prepared, trained: Any) -> None:
+    """A last check that zeros stayed, before anything is written; it can only fail by a fault of billhook's."""
+    if prepared.chosen.keeps_zeros and (filled := prepared.student.census.filled(trained)):
+        raise BillhookError(f"{filled:,} zeros of {prepared.student.name} were filled in training: nothing is written")
 
 
-def _outcome(run: Run, healer: "Healer", tried: Sequence[dict[str, float]], stopped: str, kept: int) -> dict[str, Any]:
-    """The record of a recovery: plain data, which the report shows."""
-    course, chosen, judged = healer.course, run.chosen, healer.judged
-    done, step = len(healer.losses), course.step_tokens
-    why = (
-        f"{stopped} got worse after {done * step:,} tokens: the model of {kept * step:,} tokens is kept"
-        if stopped
-        else None
-    )
-    seconds = run.clock.seconds
+def _outcome(
+    prepared: Prepared, trainer: "RecoveryTrainer", tried: Sequence[dict[str, float]], stopped_by: str, kept: int
+) -> dict[str, Any]:
+    """The record of a recovery as plain data, which the report shows.
+
+    Args:
+        tried: rates that were tried, with their losses.
+        stopped_by: the text that got worse, if that ended the training.
+        kept: the step after which the model is kept.
+    """
+    schedule, chosen, student, texts = trainer.schedule, prepared.chosen, prepared.student, prepared.texts
+    steps_done, step_tokens = len(trainer.losses), schedule.step_tokens
+    tokens_done, tokens_kept, seconds = steps_done * step_tokens, kept * step_tokens, prepared.clock.seconds
+    stopped = None
+    if stopped_by:
+        stopped = f"{stopped_by} got worse after {tokens_done:,} tokens: the model of {tokens_kept:,} tokens is kept"
     return {
-        "student": run.student.name,
+        "student": student.name,
         "teacher": chosen.teacher or None,
         "objective": chosen.objective,
-        "states": course.states,
+        "states": schedule.states,
         "trainable": chosen.trainable,
-        "rank": chosen.rank if chosen.trainable in BY_FORM else None,
+        "rank": chosen.rank if chosen.trainable in UNMASKED else None,
         "keep_zeros": chosen.keep_zeros,
         "dropout": chosen.dropout,
-        "zeros": run.student.census.total if run.chosen.keeps_zeros else None,
+        "zeros": student.census.total if chosen.keeps_zeros else None,
         "texts": list(chosen.text),
-        "text_sha256": list(run.texts.sha256),
-        "windows": len(set(course.order)),
-        "windows_available": len(course.windows),
-        "passes": done * course.rows / len(course.windows),
-        "tokens": len(course.order) * chosen.seq_len,
+        "text_sha256": list(texts.sha256),
+        "windows": len(set(schedule.order)),
+        "windows_available": len(schedule.windows),
+        "passes": steps_done * schedule.rows / len(schedule.windows),
+        "tokens": len(schedule.order) * chosen.seq_len,
         "seq_len": chosen.seq_len,
-        "begins_with": list(run.texts.begins_with),
-        "batch_tokens": step,
-        "steps": course.steps,
-        "lr": course.lr,
-        "warmup": course.warmup,
+        "begins_with": list(texts.begins_with),
+        "batch_tokens": step_tokens,
+        "steps": schedule.steps,
+        "lr": schedule.lr,
+        "warmup": schedule.warmup,
         "rates": list(tried),
-        "precision": str(course.autocast or torch.float32).removeprefix("torch."),
+        "precision": str(schedule.autocast or torch.float32).removeprefix("torch."),
         "top_k": chosen.top_k,
-        "processes": run.process.num_processes,
+        "processes": prepared.env.process.num_processes,
         "seed": chosen.seed,
         "held_out": list(chosen.held_out),
-        "held_out_doubt": run.texts.doubt or None,
-        "losses": healer.losses,
+        "held_out_doubt": texts.doubt or None,
+        "losses": trainer.losses,
         "evaluations": [
             {
-                "step": one["step"],
-                "tokens": one["step"] * step,
-                "perplexities": {text: perplexity_of(losses) for text, losses in one["losses"].items()},
+                "step": evaluation["step"],
+                "tokens": evaluation["step"] * step_tokens,
+                "perplexities": {text: perplexity_of(losses) for text, losses in evaluation["losses"].items()},
             }
-            for one in judged
+            for evaluation in trainer.evaluations
         ],
-        "teacher_perplexities": run.teacher_perplexities,
-        "judged_by": judged_by(run.texts),
-        "stopped": why,
-        "kept_tokens": kept * step,
-        "tokens_per_second": done * step / seconds["training"] if seconds["training"] else None,
-        "seconds": {stage: round(s, 3) for stage, s in seconds.items()},
+        "teacher_perplexities": prepared.teacher_perplexities,
+        "judged_by": conditions(texts),
+        "stopped": stopped,
+        "kept_tokens": tokens_kept,
+        "tokens_per_second": tokens_done / seconds["training"] if seconds["training"] else None,
+        "seconds": {stage: round(spent, 3) for stage, spent in seconds.items()},
     }

@@ -1,4 +1,4 @@
-"""What a recovery may choose, and what its words mean."""
+"""The settings of a recovery, and what their values mean."""
 
 from typing import Any
 
@@ -13,39 +13,45 @@ OBJECTIVES = {
     "distill": "the teacher's next-token probabilities, KL(teacher || student) and nothing else",
     "ce": "the text itself: continued pretraining, which needs no teacher",
 }
-HALVED = 0.6  # of the layers left, at most: depth counts as halved
+HALVED = 0.6  # share of layers left up to which the depth counts as halved
 STATES = {
     "auto": f"where at most {HALVED:.0%} of the layers are left",
     "on": "align embeddings and late hidden states with the teacher's, too",
     "off": "predictions alone",
 }
-STEPS = 200  # into which a budget is cut: 10k tokens did better in 20 steps than in 10 (docs/LOG.md)
-MOST = 2**16  # tokens in a step, however large the budget
+STEPS = 200  # steps that a budget is divided into: 10k tokens did better in 20 steps than in 10 (docs/LOG.md)
+MOST = 2**16  # the most tokens in a step, for any budget
 
 
 class Recovery(BaseModel):
-    """How to train after a cut: everything that decides the result but the two models."""
+    """How to train after a cut: everything that decides the result besides the two models."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     teacher: str = ""
-    tokens: int | None = Field(default=None, ge=1)  # to train on; "500k" is understood
-    minutes: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # instead: all of it may take
+    tokens: int | None = Field(default=None, ge=1)  # tokens to train on; "500k" is understood
+    minutes: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False
+    )  # instead of tokens: the time that the recovery may take
     text: tuple[str, ...] = ("demo",)
-    held_out: tuple[str, ...] = ("demo",)  # texts to judge by
+    held_out: tuple[str, ...] = ("demo",)  # texts to evaluate on
     objective: str = "distill"
     states: str = "auto"
-    trainable: str = "decoder"  # ahead of `all` on three texts, faster (docs/LOG.md)
-    lr: float | None = Field(default=None, gt=0, lt=1, allow_inf_nan=False)  # None: the best of three
-    batch_tokens: int | None = Field(default=None, ge=1)  # a step; None: `STEPS` of them, where the windows allow
-    micro_batch: int = Field(default=1, ge=1)  # windows in one forward
+    trainable: str = "decoder"  # faster than `all`, and ahead of it on three texts (docs/LOG.md)
+    lr: float | None = Field(default=None, gt=0, lt=1, allow_inf_nan=False)  # learning rate; None: the best of three
+    batch_tokens: int | None = Field(
+        default=None, ge=1
+    )  # tokens in a step; None: such that there are `STEPS` steps, where windows allow
+    micro_batch: int = Field(default=1, ge=1)  # windows in one forward pass
     seq_len: int = Field(default=512, ge=2)
-    warmup: float = Field(default=0.05, ge=0, lt=1, allow_inf_nan=False)  # share of the steps
-    top_k: int = Field(default=256, ge=1)  # of the teacher's next tokens
-    rank: int = Field(default=32, ge=1)  # of lora; of spp, blocks of rows
-    keep_zeros: bool | None = None  # of a sparse model; None: refuse to train one, unless it is by spp
-    dropout: bool = False  # the config's own
-    guard: bool = True
+    warmup: float = Field(
+        default=0.05, ge=0, lt=1, allow_inf_nan=False
+    )  # share of the steps that the learning rate rises over
+    top_k: int = Field(default=256, ge=1)  # the teacher's likeliest next tokens that are kept
+    rank: int = Field(default=32, ge=1)  # rank of lora's adapters; blocks of rows of spp
+    keep_zeros: bool | None = None  # whether zeros stay; None: a sparse model is trained by spp only
+    dropout: bool = False  # whether the dropout of the model's config is on
+    guard: bool = True  # whether training stops once a held-out text gets worse
     precision: str = "auto"
     device: str = "auto"
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -84,19 +90,19 @@ class Recovery(BaseModel):
 
     @property
     def keeps_zeros(self) -> bool:
-        """Whether no zero of a weight is filled: asked for, or by the form of what is trained."""
+        """Whether every zero stays: because that was asked for, or because what is trained fills none."""
         return bool(self.keep_zeros) or self.trainable == "spp"
 
     def rows(self, tokens: int, processes: int = 1) -> int:
-        """Windows in a step, of a run over so many tokens."""
+        """Windows in a step of a run over `tokens`."""
         if self.batch_tokens is not None:
             return max(1, round(self.batch_tokens / self.seq_len))
         return rows_for(tokens, self.seq_len, self.micro_batch * processes)
 
 
-def rows_for(tokens: int, seq_len: int, share: int = 1) -> int:
-    """Windows in a step, a multiple of `share`: `STEPS` steps in a budget, where windows allow."""
-    return share * max(1, round(min(tokens // STEPS, MOST) / seq_len / share))
+def rows_for(tokens: int, seq_len: int, multiple_of: int = 1) -> int:
+    """Windows in a step, such that `tokens` make `STEPS` steps where windows allow."""
+    return multiple_of * max(1, round(min(tokens // STEPS, MOST) / seq_len / multiple_of))
 
 
 def recovery(**settings: Any) -> Recovery:

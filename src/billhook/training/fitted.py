@@ -1,4 +1,4 @@
-"""The text that a pruned model has seen before it is trained, by its record: what would judge it too kindly."""
+"""The text that a pruned model was calibrated on, by its record: held out, it would judge the model too kindly."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,55 +23,54 @@ class Calibration(BaseModel):
     tokens_sha256: str
 
 
-class Choice(BaseModel):
-    """What a recipe says of them."""
+class Recipe(BaseModel):
+    """The part of a recipe that decides which windows these are."""
 
     calibration: str
     seed: int = Field(ge=0, lt=2**63)
 
 
 class Record(BaseModel):
-    """Of billhook.json, what says which text a model has seen."""
+    """The part of billhook.json that says which text a model has seen."""
 
     calibration: Calibration
-    recipe: Choice
+    recipe: Recipe
 
 
 def calibrated_on(
     record: dict[str, Any] | None, texts: Sequence[Text], tokenizer: Any, tick: Tick = quiet
 ) -> tuple[Windows | None, str]:
-    """What a prune has seen, drawn again; all of its text where the windows are no longer the same ones.
+    """The windows that a prune has seen, drawn again; its whole text where the same windows cannot be drawn.
 
     Args:
         record: billhook.json of the pruned model, if there is one.
-        texts: that are here already.
+        texts: texts that are loaded already.
 
     Returns:
         the windows, or None where none were seen or none are found; and the name of the text where it is not found.
     """
     try:
-        said = Record.model_validate(record)
-    except ValidationError:  # of a model that nothing was calibrated for, or no record of a prune's
+        prune = Record.model_validate(record)
+    except ValidationError:  # nothing was calibrated for this model, or the record is not a prune's
         return None, ""
-    if not said.calibration.windows:
+    if not prune.calibration.windows:
         return None, ""
-    seen = said.calibration
-    for text in _candidates(texts, said.recipe.calibration, tick):
-        same = text.sha256 == seen.text_sha256
+    seen = prune.calibration
+    for text in _candidates(texts, prune.recipe.calibration, tick):
         try:
-            found = data.windows(text, tokenizer, seen.seq_len)
-            if same:
-                drawn = data.windows(text, tokenizer, seen.seq_len, seen.windows + seen.probes, said.recipe.seed)
-                return (drawn if drawn.sha256 == seen.tokens_sha256 else found), ""
-        except BillhookError:  # too short by another tokenizer
+            whole = data.windows(text, tokenizer, seen.seq_len)
+            if text.sha256 == seen.text_sha256:
+                drawn = data.windows(text, tokenizer, seen.seq_len, seen.windows + seen.probes, prune.recipe.seed)
+                return (drawn if drawn.sha256 == seen.tokens_sha256 else whole), ""
+        except BillhookError:  # the text is too short by this tokenizer
             continue
         if text.name == seen.source:
-            return found, ""
+            return whole, ""
     return None, seen.source
 
 
 def _candidates(texts: Sequence[Text], source: str, tick: Tick) -> Iterator[Text]:
-    """Texts that may be the one: those that are here, as one, and what the recipe names, where that is on this machine."""
+    """Texts that the prune may have read: the loaded ones, these joined, and the recipe's where it is on this machine."""
     yield from texts
     yield data.joined(texts)
     if all(name.strip() == "demo" or Path(name.strip()).expanduser().exists() for name in source.split("+")):

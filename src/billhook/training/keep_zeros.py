@@ -1,6 +1,6 @@
-"""Exact zeros in the linear weights of the decoder layers: what a mask method leaves, and what training must not fill.
+"""Exact zeros in the linear weights of the decoder layers: a mask method leaves them, and training must not fill them.
 
-A gradient is as large where a weight was masked as anywhere else: after one plain step hardly a zero is left.
+Gradients are as large at masked weights as anywhere else: after one plain step hardly a zero is left.
 """
 
 from collections.abc import Iterator
@@ -17,10 +17,10 @@ from billhook.models.families import layers
 
 @dataclass(frozen=True)
 class Census:
-    """How many entries of the decoder layers' linear weights there are, and how many of each weight are exactly zero."""
+    """A count of the exact zeros in the decoder layers' linear weights."""
 
-    entries: int
-    zeros: dict[str, int]
+    entries: int  # entries of all these weights together
+    zeros: dict[str, int]  # zeros of each weight, by its name
 
     @property
     def total(self) -> int:
@@ -31,38 +31,38 @@ class Census:
         return self.total / self.entries if self.entries else 0.0
 
     def filled(self, model: PreTrainedModel) -> int:
-        """How many zeros fewer `model` has than the one that was counted, weight by weight.
+        """How many zeros `model` has lost since the count, weight by weight.
 
-        Counts, not places: within one weight an entry that a narrow dtype rounds to zero hides one that was filled.
+        Counts are compared, not places: in the same weight, an entry that a narrow dtype rounds to zero hides a filled one.
         """
-        now = census(model).zeros
-        return sum(max(0, before - now[name]) for name, before in self.zeros.items())
+        after = census(model).zeros
+        return sum(max(0, before - after[name]) for name, before in self.zeros.items())
 
 
 def weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """The linear weights of the decoder layers; names count from the first layer: 0.mlp.down_proj."""
+    """The linear weights of the decoder layers, by names that begin with the layer's number, like 0.mlp.down_proj."""
     for name, module in layers(model).named_modules():
         if isinstance(module, nn.Linear | Conv1D):
             yield name, module.weight
 
 
 def census(model: PreTrainedModel) -> Census:
-    """Count them; -0 is a zero as well."""
-    found = {name: weight.numel() - int(torch.count_nonzero(weight)) for name, weight in weights(model)}
-    return Census(sum(weight.numel() for _, weight in weights(model)), found)
+    """Count the zeros of a model; -0 is one as well."""
+    counts = {name: weight.numel() - int(torch.count_nonzero(weight)) for name, weight in weights(model)}
+    return Census(sum(weight.numel() for _, weight in weights(model)), counts)
 
 
 def zeros(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Where the trained weights are exactly zero: bool, a byte an entry, and nothing for weights that are frozen or have none."""
+    """Where the trained weights are exactly zero, as bool masks; weights that are frozen or without zeros are left out."""
     trained = {name: weight.detach() == 0 for name, weight in weights(model) if weight.requires_grad}
     return {name: mask for name, mask in trained.items() if mask.any()}
 
 
-class Keeper(TrainerCallback):
-    """Keeps every zero of `model` through its training, as it is now: before weights of a checkpoint are read into it.
+class ZeroKeeper(TrainerCallback):
+    """Keeps the zeros that `model` has when this is made: before weights of a checkpoint are read into it.
 
-    Gradients are masked as they arise, so that neither the clipped norm nor Adam's moments know of them; after each step the
-    zeros are written again, whatever weight decay or a rounding made of them.
+    Gradients are masked as they arise, so that they enter neither the clipped norm nor Adam's moments.  After each step the
+    zeros are written again, against weight decay and rounding.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -80,7 +80,7 @@ class Keeper(TrainerCallback):
         for name, weight in self.kept.items():
             weight.masked_fill_(self._mask(name, weight), 0)
 
-    def _mask(self, name: str, beside: Tensor) -> Tensor:
-        """A mask on the device that training has moved its weight to."""
-        self.masks[name] = self.masks[name].to(beside.device)
+    def _mask(self, name: str, tensor: Tensor) -> Tensor:
+        """The mask of a weight, on the device of `tensor`, which training may have moved."""
+        self.masks[name] = self.masks[name].to(tensor.device)
         return self.masks[name]

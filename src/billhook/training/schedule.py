@@ -16,27 +16,27 @@ from billhook.runtime import atomic
 from billhook.runtime.documents import read_sealed, sealed
 from billhook.tensors import Tokens
 
-WHOLE = "whole.json"  # a checkpoint's last file: digests of all others
-# how all begins that torch.save says of a file that it cannot write
-TORCH_WRITES = ("[enforce fail at inline_container.cc", "basic_ios::clear")
+WHOLE = "whole.json"  # the file that completes a checkpoint: digests of all its other files
+# how every message of torch.save begins when it cannot write a file
+TORCH_WRITE_ERRORS = ("[enforce fail at inline_container.cc", "basic_ios::clear")
 
 
 @dataclass(frozen=True)
-class Course:
-    """All that decides a training run but the model and its teacher."""
+class Schedule:
+    """All that decides a training run besides the model and its teacher."""
 
     windows: Tokens
-    order: Sequence[int]  # windows by number, step by step, over all passes
+    order: Sequence[int]  # numbers of the windows to train on, step by step, over all passes
     rows: int  # windows in a step
     lr: float
-    micro_batch: int = 1  # windows in one forward
-    warmup: float = 0.05  # share of the steps
-    states: bool = False
-    dropout: bool = False  # as the model's config has it
+    micro_batch: int = 1  # windows in one forward pass
+    warmup: float = 0.05  # share of the steps that the learning rate rises over
+    states: bool = False  # whether hidden states are aligned with the teacher's
+    dropout: bool = False  # whether the dropout of the model's config is on
     autocast: torch.dtype | None = None
     cpu: bool = False
     seed: int = 0
-    points: Sequence[int] = ()  # steps after which the model is judged
+    evaluate_after: Sequence[int] = ()  # steps after which the model is evaluated
 
     @property
     def steps(self) -> int:
@@ -47,15 +47,15 @@ class Course:
         return self.rows * self.windows.shape[1]
 
     @property
-    def warming(self) -> int:
-        """Steps below the full rate at the start; one at least has all of it."""
+    def warmup_steps(self) -> int:
+        """Steps at the start that train below the full rate; at least one step has the full rate."""
         return min(round(self.warmup * self.steps), self.steps - 1)
 
-    def share_of_lr(self, step: int) -> float:
-        """What of `lr` the step after `step` others trains at: a line up from above zero, then a cosine down towards it."""
-        if step < self.warming:
-            return (step + 1) / (self.warming + 1)
-        return (1 + math.cos(math.pi * (step - self.warming) / (self.steps - self.warming))) / 2
+    def lr_factor(self, step: int) -> float:
+        """The share of `lr` after `step` steps: a line up from above zero, then a cosine down towards zero."""
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        return (1 + math.cos(math.pi * (step - self.warmup_steps) / (self.steps - self.warmup_steps))) / 2
 
 
 class Diverged(BillhookError):
@@ -63,18 +63,18 @@ class Diverged(BillhookError):
 
 
 def checkpoints(work: Path) -> list[Path]:
-    """The Trainer's checkpoint folders, by step."""
+    """The Trainer's checkpoint folders, in the order of steps."""
     return sorted((path for path in work.glob("checkpoint-*") if path.is_dir()), key=step_of)
 
 
 def mark_whole(checkpoint: Path) -> None:
-    """Say that nothing is missing from a checkpoint: its last file lists the digests of all others."""
+    """Mark a checkpoint as complete, by a last file that lists the digests of all others."""
     digests = {str(file.relative_to(checkpoint)): _digest(file) for file in checkpoint.rglob("*") if file.is_file()}
     atomic.write_text(checkpoint / WHOLE, sealed(digests))
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint has all that it had when it was written."""
+    """Whether a checkpoint is complete and undamaged."""
     try:
         digests = read_sealed(checkpoint / WHOLE, WHOLE, "")
         return all(_digest(checkpoint / name) == digest for name, digest in digests.items())
@@ -83,7 +83,7 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def _digest(file: Path) -> str:
-    """Of a plain file: a pipe has none."""
+    """The digest of a plain file; '' for a pipe."""
     if not file.is_file():
         return ""
     with file.open("rb") as content:
@@ -91,32 +91,33 @@ def _digest(file: Path) -> str:
 
 
 def last_whole(work: Path) -> str:
-    """What a run that ends here leaves to go on from, in words."""
-    found = [one for one in checkpoints(work) if is_whole(one)]
-    return f"the checkpoint of step {step_of(found[-1])} is kept in {found[-1]}" if found else "none was saved yet"
+    """In words, the checkpoint from which a run that ends now can go on."""
+    whole = [checkpoint for checkpoint in checkpoints(work) if is_whole(checkpoint)]
+    return f"the checkpoint of step {step_of(whole[-1])} is kept in {whole[-1]}" if whole else "none was saved yet"
 
 
 @contextmanager
 def saving(checkpoint: Path) -> Iterator[None]:
-    """Write a checkpoint, or have nothing of it: one that the disk does not take goes, and its space is free again.
+    """Write a checkpoint whole or not at all: one that does not fit on the disk is removed, which frees its space.
 
     Raises:
-        BillhookError: the disk is full, or files may not be as large; says which checkpoint is left.
+        BillhookError: the disk is full, or files may not be as large; names the checkpoint that is left.
     """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError, BillhookError) as error:
         why = atomic.disk_full(error.__cause__ or error)
-        if not why and str(error).startswith(TORCH_WRITES):
+        if not why and str(error).startswith(TORCH_WRITE_ERRORS):
             why = "the disk is full, or files may not be as large"
         if not why:
             raise
         shutil.rmtree(checkpoint, ignore_errors=True)
         raise BillhookError(
-            f"cannot write {checkpoint}: {why}; {last_whole(checkpoint.parent)}: make room, then give the same command again"
+            f"cannot write {checkpoint}: {why}; {last_whole(checkpoint.parent)}: make room, then give the same command "
+            "again"
         ) from error
 
 
 def step_of(checkpoint: Path) -> int:
-    """After which step a checkpoint was written."""
+    """The step after which a checkpoint was written."""
     return int(checkpoint.name.rpartition("-")[2])

@@ -1,7 +1,7 @@
-"""What the teacher says of every training window, on disk: training then needs no second model in memory.
+"""The teacher's predictions for every training window, cached on disk, so that training needs no second model in memory.
 
-A file holds SHARD windows, under a name made of all that decides its content: a longer run of the same seed goes on where a
-shorter one ended, and runs share a folder.
+A file holds SHARD windows, and its name is a digest of all that decides its content.  So runs may share a folder, and a longer
+run of the same seed goes on where a shorter one ended.
 """
 
 import hashlib
@@ -27,19 +27,20 @@ SHARD = 32  # windows in a file: 12 MB of 512 tokens at k = 256
 BATCH_TOKENS = 2048
 AGAIN = "delete it, it will be made again"
 STAGE = "asking the teacher"
-# of hidden_states: the embeddings, and what enters the last layer but one, where Minitron (arXiv:2407.14679) ties a student
+# indices into hidden_states: the embeddings, and what enters the last layer but one, where Minitron (arXiv:2407.14679) aligns
+# a student
 EMBEDDED, HIDDEN = 0, -3
 
 
 @dataclass(frozen=True)
-class Lessons:
-    """The files that hold the teacher's answers, by window."""
+class TeacherCache:
+    """Files that hold the teacher's predictions, window by window."""
 
-    files: Sequence[Path]
-    states: bool  # whether hidden states are there too
+    files: Sequence[Path]  # one for every SHARD windows
+    states: bool  # whether they hold hidden states, too
 
     def of(self, window: int) -> dict[str, Tensor]:
-        """One window's `ids` (length - 1, k), `chances` (length - 1, k), `tail` (length - 1), and states (length, hidden).
+        """A window's `ids` (length - 1, k), `chances` (length - 1, k), `tail` (length - 1), and states (length, hidden).
 
         Raises:
             BillhookError: the file is damaged.
@@ -47,14 +48,14 @@ class Lessons:
         path, row = self.files[window // SHARD], window % SHARD
         try:
             with safe_open(path, framework="pt") as file:
-                found = {key: file.get_slice(key)[row] for key in file.keys()}  # noqa: SIM118
+                tensors = {key: file.get_slice(key)[row] for key in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise BillhookError(f"{path} is damaged ({first_line(error)}): {AGAIN}") from error
-        found["ids"] = found["ids"].long()
-        return found
+        tensors["ids"] = tensors["ids"].long()
+        return tensors
 
 
-def lessons(
+def fill_cache(
     teacher: PreTrainedModel,
     windows: Tokens,
     folder: Path,
@@ -64,14 +65,17 @@ def lessons(
     autocast: torch.dtype | None = None,
     share: tuple[int, int] = (0, 1),
     tick: Tick = quiet,
-) -> Lessons:
-    """Run `teacher` over the windows that `folder` has no file for.
+) -> TeacherCache:
+    """The teacher's predictions for `windows` (windows, length); `teacher` runs over those that `folder` has no file for.
 
     Args:
-        k: how many of its most likely tokens are kept at each position.
-        states: keep also its embeddings and the states that enter the last layer but one.
-        autocast: what matrix products are computed in; None: in the model's own dtype.
-        share: (n, of): this process makes every of-th file from the n-th on; the others are made elsewhere.
+        k: how many of the likeliest tokens are kept at each position.
+        states: whether embeddings and the states that enter the last layer but one are kept, too.
+        autocast: dtype that matrix products are computed in; None: the model's own.
+        share: (n, count): this process makes every count-th file from the n-th on; other processes make the others.
+
+    Raises:
+        BillhookError: a file in `folder` is damaged.
     """
     shards = windows.split(SHARD)
     key = {
@@ -89,37 +93,39 @@ def lessons(
         if n % share[1] == share[0] and not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
             with atomic.file(path) as work:
-                tensor_files.write(_answers(teacher, shard, k, states, autocast), work)
+                tensor_files.write(_predictions(teacher, shard, k, states, autocast), work)
     tick(STAGE, len(files), len(files))
-    return Lessons(files, states)
+    return TeacherCache(files, states)
 
 
 def _files(shards: Sequence[Tensor], folder: Path, key: dict[str, Any]) -> list[Path]:
-    said = [{**key, "tokens": hashlib.sha256(one.numpy().tobytes()).hexdigest()} for one in shards]
-    return [cache.path(folder, "teacher", one, "safetensors") for one in said]
+    keys = [{**key, "tokens": hashlib.sha256(shard.numpy().tobytes()).hexdigest()} for shard in shards]
+    return [cache.path(folder, "teacher", shard_key, "safetensors") for shard_key in keys]
 
 
 def _shapes(teacher: PreTrainedModel, shard: Tokens, k: int, states: bool) -> dict[str, tuple[int, ...] | None]:
-    """Of the tensors that answer a shard."""
+    """The shapes of the tensors in a shard's file; None where any will do."""
     rows, length = shard.shape
-    most = (rows, length - 1, min(k, teacher.config.vocab_size))
-    return {"ids": most, "chances": most, "tail": most[:2], **dict.fromkeys(("embedded", "hidden") if states else ())}
+    likeliest = (rows, length - 1, min(k, teacher.config.vocab_size))
+    hidden: dict[str, None] = dict.fromkeys(("embedded", "hidden") if states else ())
+    return {"ids": likeliest, "chances": likeliest, "tail": likeliest[:2], **hidden}
 
 
 @torch.no_grad()
-def _answers(
+def _predictions(
     teacher: PreTrainedModel, shard: Tokens, k: int, states: bool, autocast: torch.dtype | None
 ) -> dict[str, Tensor]:
-    found: dict[str, list[Tensor]] = {}
-    small = torch.uint16 if teacher.config.vocab_size <= 2**16 else torch.int32
+    batches: dict[str, list[Tensor]] = {}
+    narrow = torch.uint16 if teacher.config.vocab_size <= 2**16 else torch.int32
     for batch in shard.split(max(1, BATCH_TOKENS // shard.shape[1])):
         with computing(teacher.device, autocast):
             out = teacher(batch.to(teacher.device), use_cache=False, output_hidden_states=states)
         ids, chances, tail = most_likely(out.logits[:, :-1], k)
-        # half precision spaces log-probabilities by 0.8 % at e^-8 to e^-16; the tail keeps what they sum to exact
-        one = {"ids": ids.to(small), "chances": chances.half(), "tail": tail}
-        if states:  # bfloat16: the largest activations are beyond what float16 holds
-            one |= {"embedded": out.hidden_states[EMBEDDED].bfloat16(), "hidden": out.hidden_states[HIDDEN].bfloat16()}
-        for name, value in one.items():
-            found.setdefault(name, []).append(value.cpu())
-    return {name: torch.cat(values).contiguous() for name, values in found.items()}
+        # half precision rounds log-probabilities to 0.8 % at e^-8 to e^-16; the tail keeps their sum exact
+        tensors = {"ids": ids.to(narrow), "chances": chances.half(), "tail": tail}
+        if states:  # in bfloat16, since the largest activations are beyond what float16 holds
+            tensors["embedded"] = out.hidden_states[EMBEDDED].bfloat16()
+            tensors["hidden"] = out.hidden_states[HIDDEN].bfloat16()
+        for name, tensor in tensors.items():
+            batches.setdefault(name, []).append(tensor.cpu())
+    return {name: torch.cat(values).contiguous() for name, values in batches.items()}

@@ -1,4 +1,4 @@
-"""How many tokens a second this machine trains, and answers: what a budget in minutes buys."""
+"""How many tokens a second this machine trains on, and a teacher answers: what a budget in minutes buys."""
 
 import time
 from typing import Any
@@ -8,14 +8,14 @@ import torch
 from billhook.math.losses import most_likely, next_token
 from billhook.runtime.precision import computing
 
-TOP_K = 256  # what a recovery keeps by default
-WARM_UP = 1  # steps that are not counted: they allocate gradients and optimiser state
+TOP_K = 256  # predictions of each token that a recovery keeps by default
+WARM_UP = 1  # first steps that are not counted, since they allocate gradients and optimiser state
 
 
 def training_pace(model: Any, seq_len: int, rows: int, autocast: torch.dtype | None, seconds: float | int) -> float:
-    """Tokens a second of forward, backward and step of what `model` trains, for about `seconds`; no weight changes."""
-    found = [param for param in model.parameters() if param.requires_grad]
-    optimizer = torch.optim.AdamW(found, lr=0.0, weight_decay=0.0)
+    """Tokens a second of forward, backward and optimiser step, measured for about `seconds`; no weight changes."""
+    trained = [param for param in model.parameters() if param.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
     tokens = _any_tokens(model, rows, seq_len)
     steps, started, ended = -WARM_UP, time.perf_counter(), 0.0
     while steps < 1 or ended - started < seconds:
@@ -33,9 +33,9 @@ def training_pace(model: Any, seq_len: int, rows: int, autocast: torch.dtype | N
 
 @torch.no_grad()
 def answering_pace(model: Any, seq_len: int, rows: int, autocast: torch.dtype | None) -> float:
-    """Tokens a second of a teacher's answers: its forward pass, and the most likely of its predictions, which take as long on a CPU."""
+    """Tokens a second of a teacher's answers: a forward pass, and finding the likeliest tokens, which takes as long on a CPU."""
     tokens, started = _any_tokens(model, rows, seq_len), 0.0
-    for _ in range(2):  # the first warms up
+    for _ in range(2):  # the first pass warms up
         started = time.perf_counter()
         with computing(model.device, autocast):
             most_likely(model(tokens, use_cache=False).logits, TOP_K)
@@ -44,8 +44,8 @@ def answering_pace(model: Any, seq_len: int, rows: int, autocast: torch.dtype | 
 
 
 def _any_tokens(model: Any, rows: int, seq_len: int) -> torch.Tensor:
-    drawn = torch.randint(model.config.vocab_size, (rows, seq_len), generator=torch.Generator().manual_seed(0))
-    return drawn.to(model.device)
+    tokens = torch.randint(model.config.vocab_size, (rows, seq_len), generator=torch.Generator().manual_seed(0))
+    return tokens.to(model.device)
 
 
 def _wait(device: torch.device) -> None:

@@ -20,21 +20,21 @@ from billhook.errors import BillhookError
 from billhook.models.families import layers, mixture
 from billhook.tensors import Weight
 
-LAST = 3  # layers of head+last3, after "Reassessing Layer Pruning" (arXiv:2411.15558)
-SCALE = 2  # of what adapters add, whatever their rank; SPP's multipliers bear the same (arXiv:2405.16057, its code)
+LAST = 3  # last layers that head+last3 trains, after "Reassessing Layer Pruning" (arXiv:2411.15558)
+SCALE = 2  # factor of what adapters add, for any rank; SPP's multipliers use the same (arXiv:2405.16057, its code)
 
 
 @dataclass(frozen=True)
 class Seam:
-    """Where layers went: the numbers, before the cut, of those that stayed, and how many there were."""
+    """Where layers were dropped."""
 
-    kept: Sequence[int]
-    total: int
+    kept: Sequence[int]  # the layers that stayed, as numbered before the cut
+    total: int  # how many layers there were before the cut
 
     @property
     def beside(self) -> list[int]:
         """The layers on either side of each gap, as the cut model numbers them."""
-        ends = [-1, *self.kept, self.total]  # what stands before the first layer and after the last
+        ends = [-1, *self.kept, self.total]  # with what is before the first layer and after the last
         gaps = [n for n in range(len(ends) - 1) if ends[n + 1] != ends[n] + 1]
         return sorted({n for gap in gaps for n in (gap - 1, gap) if 0 <= n < len(self.kept)})
 
@@ -44,7 +44,7 @@ def train_all(model: PreTrainedModel, cut: Seam | None, rank: int) -> PreTrained
 
 
 def train_decoder(model: PreTrainedModel, cut: Seam | None, rank: int) -> PreTrainedModel:
-    """All but embeddings and head: of the tokens that a short training sees once or twice these learn noise (docs/LOG.md)."""
+    """All but embeddings and head: these learn noise about tokens that a short training sees once or twice (docs/LOG.md)."""
     model.requires_grad_(True)
     ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
     for end in ends:
@@ -53,9 +53,9 @@ def train_decoder(model: PreTrainedModel, cut: Seam | None, rank: int) -> PreTra
 
 
 def train_adapters(model: PreTrainedModel, cut: Seam | None, rank: int) -> Any:
-    """Low-rank adapters (LoRA, arXiv:2106.09685) on every linear weight of the decoder layers; `merged` takes them in."""
+    """Low-rank adapters (LoRA, arXiv:2106.09685) on every linear weight of the decoder layers; `merged` adds them to it."""
     if any(mixture(model, n) is not None for n in range(len(layers(model)))):
-        return train_masked_adapters(model, cut, rank)  # peft takes the experts of these families to be one tensor
+        return train_masked_adapters(model, cut, rank)  # peft expects the experts of these families in one tensor
     try:
         import peft
     except ImportError as error:
@@ -79,7 +79,7 @@ def train_adapters(model: PreTrainedModel, cut: Seam | None, rank: int) -> Any:
 
 
 class MaskedAdapter(nn.Module):
-    """A low-rank adapter that reaches only where W is not zero, in training as in what is merged; peft's fills every zero."""
+    """A low-rank adapter that changes W only where it is not zero, in training and once merged; peft's fills every zero."""
 
     zeros: Tensor | None
 
@@ -88,16 +88,16 @@ class MaskedAdapter(nn.Module):
         rows, columns = weight.shape
         self.a = _drawn(rank, columns)
         self.b = nn.Parameter(torch.zeros(rows, rank))
-        zeros = weight == 0  # of the student: no checkpoint holds it
+        zeros = weight == 0  # taken from the student each time, since no checkpoint holds it
         self.register_buffer("zeros", zeros if zeros.any() else None, persistent=False)
 
     def forward(self, weight: Weight) -> Weight:
-        added = SCALE * self.b @ self.a
-        return weight + (added if self.zeros is None else added.masked_fill(self.zeros, 0))
+        update = SCALE * self.b @ self.a
+        return weight + (update if self.zeros is None else update.masked_fill(self.zeros, 0))
 
 
 class Multiplier(nn.Module):
-    """W * (1 + s Rep(a) * b) of SPP (arXiv:2405.16057): what is zero stays zero, whatever is learned.
+    """W * (1 + s Rep(a) * b) of SPP (arXiv:2405.16057): zeros stay zero, whatever is learned.
 
     Rows of W are cut into `rank` blocks.  Each block has a row of `a`, one number a column, that all its rows share; `b` is
     one number a row, zero at first.
@@ -111,23 +111,23 @@ class Multiplier(nn.Module):
 
     def forward(self, weight: Weight) -> Weight:
         blocks, (rows, columns) = len(self.a), weight.shape
-        height = math.ceil(rows / blocks)  # the last block is lower where they do not fit
+        height = math.ceil(rows / blocks)  # the last block has fewer rows where they do not divide
         repeated = self.a.unsqueeze(1).expand(blocks, height, columns).reshape(-1, columns)[:rows]
         return weight * (1 + SCALE * repeated * self.b)
 
 
 def train_masked_adapters(model: PreTrainedModel, cut: Seam | None, rank: int) -> PreTrainedModel:
-    """`lora` where zeros are kept."""
-    return _instead(model, MaskedAdapter, rank)
+    """`lora` that keeps zeros."""
+    return _parametrized(model, MaskedAdapter, rank)
 
 
 def train_multipliers(model: PreTrainedModel, cut: Seam | None, rank: int) -> PreTrainedModel:
     """Multipliers of the rows and columns of every linear weight of the decoder layers."""
-    return _instead(model, Multiplier, rank)
+    return _parametrized(model, Multiplier, rank)
 
 
-def _instead(model: PreTrainedModel, form: Callable[[Tensor, int], nn.Module], rank: int) -> PreTrainedModel:
-    """Have every linear weight of the decoder layers computed from the frozen one by a module that is trained."""
+def _parametrized(model: PreTrainedModel, form: Callable[[Tensor, int], nn.Module], rank: int) -> PreTrainedModel:
+    """Compute every linear weight of the decoder layers from the frozen one by a trained module of the kind `form`."""
     model.requires_grad_(False)
     for linear in _linears(model):
         parametrize.register_parametrization(linear, "weight", form(linear.weight, rank).to(linear.weight), unsafe=True)
@@ -139,7 +139,7 @@ def _linears(model: PreTrainedModel) -> list[nn.Linear | Conv1D]:
 
 
 def _drawn(rows: int, columns: int) -> nn.Parameter:
-    """As `nn.Linear`, and LoRA's first factor, begin."""
+    """A matrix drawn as `nn.Linear` and LoRA's first factor are."""
     values = torch.empty(rows, columns)
     nn.init.kaiming_uniform_(values, a=math.sqrt(5))
     return nn.Parameter(values)
@@ -148,8 +148,8 @@ def _drawn(rows: int, columns: int) -> nn.Parameter:
 def train_end(model: PreTrainedModel, cut: Seam | None, rank: int) -> PreTrainedModel:
     """The last layers, the final norm and the head.
 
-    Where the head is tied to the embedding the shared weight learns from its use as the head alone: the embeddings that go
-    in are detached, or the backward pass would run through every frozen layer for them.
+    Where the head is tied to the embedding, the shared weight learns only from its use as the head.  The input embeddings
+    are detached, or the backward pass would run through every frozen layer for them.
     """
     model.requires_grad_(False)
     for layer in list(layers(model))[-LAST:]:
@@ -167,7 +167,7 @@ def train_end(model: PreTrainedModel, cut: Seam | None, rank: int) -> PreTrained
 
 
 def train_seam(model: PreTrainedModel, cut: Seam | None, rank: int) -> PreTrainedModel:
-    """The layers beside the cut: what has to meet there did not before."""
+    """The layers beside the cut, which had other neighbours before."""
     if cut is None or not cut.beside:
         raise BillhookError(
             "--trainable seam trains the layers beside dropped ones, and this model records none: use all"
@@ -186,11 +186,11 @@ TRAINERS: dict[str, Callable[[PreTrainedModel, Seam | None, int], Any]] = {
     "seam": train_seam,
     "spp": train_multipliers,
 }
-KEEPING_ZEROS = TRAINERS | {"lora": train_masked_adapters}  # the others have their steps masked
+KEEPING_ZEROS = TRAINERS | {"lora": train_masked_adapters}  # for all others ZeroKeeper masks the steps
 
 
 def merged(model: Any) -> PreTrainedModel:
-    """The plain model: adapters and multipliers become part of the weights they sit on, hooks go."""
+    """The plain model: adapters and multipliers become part of their weights, and hooks are removed."""
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
     for linear in _linears(model):
@@ -207,5 +207,5 @@ def trained(model: nn.Module) -> int:
     return sum(param.numel() for param in model.parameters() if param.requires_grad)
 
 
-def _detached(module: nn.Module, given: tuple[Tensor, ...], found: Tensor) -> torch.Tensor:
-    return found.detach()
+def _detached(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> torch.Tensor:
+    return output.detach()
