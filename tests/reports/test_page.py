@@ -369,7 +369,7 @@ def test_curves_of_extreme_numbers(heights: list[float | None], log: bool, width
 @pytest.mark.parametrize("width", [NARROW, WIDE])
 @pytest.mark.parametrize("row", [[0.5], [0.0] * 200, [None, math.inf, 1e9, math.nan], [1] * 30, list(range(200))])
 def test_steps_of_extreme_numbers(row: list[float | None], width: int) -> None:
-    check_drawing(charts.layers("Steps", {"one": row, "none": [None]}, Axis("y"), gone=[0], width=width))
+    check_drawing(charts.layers("Steps", {"one": row, "none": [None]}, Axis("y"), dropped=[0], width=width))
     assert charts.layers("Steps", {"one": [None, math.nan]}, Axis("y")) == ""
 
 

@@ -22,7 +22,7 @@ def model_card(report: dict[str, Any]) -> str:
         story = [f"pruned{training} by {recipe['method']} ({report.get('paper') or 'no paper'})"]
     if recoveries:
         done, tags = [*done, "recovered"], [*tags, "recovered"]
-        story += [f"trained by {tables.plain(recovered_words(one))}" for one in recoveries]
+        story += [f"trained by {tables.plain(recovered_words(recovery))}" for recovery in recoveries]
     layout = CARD_LAYOUT[report.get("layout") or "unknown"].format(report.get("model_type") or "transformers")
     made = "`, then `".join(commands(report))
     return f"""---

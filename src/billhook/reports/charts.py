@@ -14,12 +14,14 @@ from billhook.reports.scales import Axis, Number, Scale, fit
 
 NARROW, WIDE = 340, 760
 FONT = 12.5
-LETTER = 0.62 * FONT  # of the widest common sans-serif face: labels are placed for that one
+LETTER = 0.62 * FONT  # width of a letter in the widest common sans-serif face, which labels are placed for
 LINE = 18
-LIGHT = ("#0072b2", "#c44e00", "#00795a", "#a8487e", "#8a6100", "#5a6572")  # told apart by the colour-blind,
-DARK = ("#5ab4e8", "#f58c4b", "#3cc79d", "#e59bc8", "#e3b53f", "#a9b4c0")  # and at least 4.5 : 1 on the page
-MARKS = ("circle", "square", "triangle", "diamond", "wedge", "plus", "cross")  # as many as have no divisor with LIGHT
-MARKED = 24  # points of a line that get a mark each; with more the line alone is clearer
+# colours of lines: colour-blind readers can tell them apart, and their contrast with the page is at least 4.5 : 1
+LIGHT = ("#0072b2", "#c44e00", "#00795a", "#a8487e", "#8a6100", "#5a6572")
+DARK = ("#5ab4e8", "#f58c4b", "#3cc79d", "#e59bc8", "#e3b53f", "#a9b4c0")
+# their number and that of the colours have no common divisor, so that pairs repeat late
+MARKS = ("circle", "square", "triangle", "diamond", "wedge", "plus", "cross")
+MARKED = 24  # the most points of a line that get marks; with more the line alone is clearer
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "12 4")
 SHAPES = {
     "circle": "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0Z",
@@ -57,7 +59,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """A line; `level` is a height drawn right across, dotted in its colour: what it should come to.
+    """A line; `level` is a dotted height right across in its colour: the value that it should come to.
 
     `drawn` as a line from point to point, as `steps` that hold a value until the next, or as `points` alone.
     """
@@ -80,7 +82,7 @@ class Band:
 
 @dataclass(frozen=True)
 class End:
-    """The last point of a line, and what names it: in its colour beside it, or with a swatch in a legend."""
+    """The last point of a line and its name, which stands beside it in its colour, or with a swatch in a legend."""
 
     name: str
     point: Point
@@ -90,7 +92,7 @@ class End:
 
 @dataclass(frozen=True)
 class Frame:
-    """Where on the page a chart plots, and how wide the whole of it is."""
+    """Where on the page a chart plots, and how wide it is as a whole."""
 
     x: Scale
     y: Scale
@@ -148,9 +150,9 @@ def curves(
 
 
 def layers(
-    title: str, rows: Mapping[str, Sequence[Number | None]], y: Axis, gone: Sequence[int] = (), width: int = WIDE
+    title: str, rows: Mapping[str, Sequence[Number | None]], y: Axis, dropped: Sequence[int] = (), width: int = WIDE
 ) -> str:
-    """Values layer by layer as steps from 0, the last row filled; layers that are `gone` are marked on the axis."""
+    """Values layer by layer as steps from 0, the last row filled; `dropped` layers are marked on the axis."""
     kept = {name: [v if v is not None and math.isfinite(v) else None for v in row] for name, row in rows.items()}
     kept = {name: row for name, row in kept.items() if any(v is not None for v in row)}
     if not kept:
@@ -158,19 +160,19 @@ def layers(
     count = max(map(len, kept.values()))
     highest = max(v for row in kept.values() for v in row if v is not None)
     height, top = (120 if width < WIDE else 150), 30
-    left = 6 * LETTER + 6  # one left edge: charts stand below one another
+    left = 6 * LETTER + 6  # the same in all charts, which stand below one another
     across = Scale(0, count, left, width - 14)
     up = Scale(0, highest * 1.06 if highest > 0 else 1.0, top + height, top)
     frame = Frame(across, up, width)
     body = [_grid(frame, Axis("layer"), y, _layer_ticks(count, width))]
     for n, row in enumerate(kept.values()):
         body.append(_steps(frame, len(kept) - 1 - n, row))
-    for layer in gone:
+    for layer in dropped:
         body.append(f'<path class="base" d="{_cross(across.at(layer + 0.5), top + height - 5)}" stroke-width="1.6"/>')
     entries = [(name, _step_swatch(len(kept) - 1 - n)) for n, name in enumerate(kept)] if len(kept) > 1 else []
     keys, foot = _legend(entries, top + height + 62, width)
     told = "; ".join(_told_layers(name, row, y) for name, row in kept.items())
-    told += f"; dropped layers: {', '.join(map(str, gone))}" if gone else ""
+    told += f"; dropped layers: {', '.join(map(str, dropped))}" if dropped else ""
     return _svg(title, told, [*body, keys], width, foot if entries else top + height + 46)
 
 
@@ -204,7 +206,7 @@ def _svg(title: str, told: str, body: Sequence[str], width: int, height: Number)
 
 
 def _grid(frame: Frame, x: Axis, y: Axis, x_ticks: Sequence[Number] | None = None) -> str:
-    """Lines at the ticks of y, numbers on both axes, and what they are."""
+    """Lines at the ticks of y, numbers on both axes, and the names of the axes."""
     left, right, bottom = frame.x.start, frame.x.end, frame.y.start
     log, room = ", log scale" if y.log else "", int(frame.width / LETTER)
     out = [_text(0, 12, _short(y.label, room - len(log)) + log, cls="soft")]
@@ -246,7 +248,7 @@ def _curve(frame: Frame, n: int, series: Series, x: Axis, y: Axis) -> str:
 
 
 def _reference(frame: Frame, point: Point, curve: Sequence[str]) -> list[str]:
-    """Its height below the curves, its mark above them: a curve may start there."""
+    """The height of the reference, below the curves, and its mark, above them, since a curve may start there."""
     a, b = _n(frame.x.at(point.x)), _n(frame.y.at(point.y or 0))
     line = f'<path class="dense" d="M{_n(frame.x.start)} {b}H{_n(frame.x.end)}"/>'
     mark = f'<path class="halo" d="{SHAPES["star"]}" transform="translate({a} {b})" fill="currentColor"/>'
@@ -254,7 +256,7 @@ def _reference(frame: Frame, point: Point, curve: Sequence[str]) -> list[str]:
 
 
 def _band(frame: Frame, band: Band, x: Axis) -> str:
-    """The interval shaded, its middle a line, its label above the plot where no curve runs."""
+    """The interval, shaded, with a line in its middle and a label above the plot, where no curve runs."""
     low, at, high = (frame.x.at(v) for v in (band.low, band.at, band.high))
     top, bottom = frame.y.end, frame.y.start
     label = f"{band.label} {x.exact(band.at)}"
@@ -268,7 +270,7 @@ def _band(frame: Frame, band: Band, x: Axis) -> str:
 
 
 def _beside(frame: Frame, ends: Sequence[End]) -> str:
-    """Names at the right edge, each as near to its line's end as the others let it, tied to it by a thin line."""
+    """Names at the right edge, each as near to the end of its line as the others allow, joined to it by a thin line."""
     order = sorted(ends, key=lambda end: frame.y.at(end.point.y or 0))
     placed: list[float] = []
     for end in order:

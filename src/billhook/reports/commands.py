@@ -10,7 +10,7 @@ def commands(report: dict[str, Any]) -> list[str]:
     cuts = [command(report)] if report.get("recipe") else []
     outs = ["OUT", *[f"OUT{n}" for n in range(2, len(recoveries) + 2)]]
     outs = outs if cuts or not recoveries else [str(recoveries[0]["student"]), *outs]
-    return [*cuts, *[recover_command(one, *outs[n : n + 2]) for n, one in enumerate(recoveries)]]
+    return [*cuts, *[recover_command(recovery, *outs[n : n + 2]) for n, recovery in enumerate(recoveries)]]
 
 
 def command(report: dict[str, Any]) -> str:
@@ -41,27 +41,28 @@ def command(report: dict[str, Any]) -> str:
 
 def _zeros_command(parent: str, recipe: dict[str, Any]) -> str:
     shares = recipe.get("layer_sparsity") or {}
-    given = {**recipe, "layer_sparsity": ",".join(f"{n}:{share:g}" for n, share in shares.items())}
-    said = {key: given.get(key) for key in ZEROS_FLAGS}
+    values = {**recipe, "layer_sparsity": ",".join(f"{n}:{share:g}" for n, share in shares.items())}
     settings = [
-        f"--{key.replace('_', '-')} {_flag(value)}" for key, value in said.items() if value not in (None, "", [])
+        f"--{key.replace('_', '-')} {_flag(values[key])}"
+        for key in ZEROS_FLAGS
+        if values.get(key) not in (None, "", [])
     ]
-    published = recipe["method"] == "fistapruner"
-    on = {key: bool(recipe.get(key)) for key in ("refit", "normalised")}
-    switches = [f"--{'' if given else 'no-'}{key}" for key, given in on.items() if given or published]
+    published = recipe["method"] == "fistapruner"  # its paper's setting is the default, so that both are said
+    switched = {key: bool(recipe.get(key)) for key in ("refit", "normalised")}
+    switches = [f"--{'' if on else 'no-'}{key}" for key, on in switched.items() if on or published]
     switches += [] if recipe.get("keep_zeros", True) else ["--no-keep-zeros"]
     return f"billhook prune {parent} {' '.join([*settings, *switches])} -o OUT"
 
 
 def _search_command(parent: str, recipe: dict[str, Any]) -> str:
-    given = {**recipe, "calibration": recipe.get("calibration", "").split("+")}
-    given |= {key: ",".join(recipe.get(key, ())) for key in ("axes", "targets")}
+    values = {**recipe, "calibration": recipe.get("calibration", "").split("+")}
+    values |= {key: ",".join(recipe.get(key, ())) for key in ("axes", "targets")}
     idle = UNIT_SEARCH if recipe["method"] == "optishear" else ()
     settings = " ".join(
         f"--{key.replace('_', '-')} {shlex.quote(str(value))}"
         for key in SEARCH_FLAGS
         if key not in idle
-        for value in (given[key] if isinstance(given.get(key), list) else [given.get(key)])
+        for value in (values[key] if isinstance(values.get(key), list) else [values.get(key)])
         if value not in (None, "")
     )
     return f"billhook search {parent} {settings}{'' if recipe.get('restoration', True) else ' --no-restoration'} -o OUT"
@@ -69,27 +70,27 @@ def _search_command(parent: str, recipe: dict[str, Any]) -> str:
 
 def recover_command(recovery: dict[str, Any], student: str = "OUT", out: str = "OUT2") -> str:
     """The command line that trains a checkpoint `student` the same way."""
-    given = {**recovery, "text": recovery["texts"], "states": "on" if recovery["states"] else "off"}
+    values = {**recovery, "text": recovery["texts"], "states": "on" if recovery["states"] else "off"}
     distils = recovery["objective"] == "distill"
     settings = [
         f"--{key.replace('_', '-')} {shlex.quote(str(value))}"
         for key in RECOVER_FLAGS
         if distils or key not in TEACHER_FLAGS
-        for value in (given[key] if isinstance(given.get(key), list) else [given.get(key)])
+        for value in (values[key] if isinstance(values.get(key), list) else [values.get(key)])
         if value is not None
     ]
     if (keep := recovery.get("keep_zeros")) is not None:
         settings.append("--keep-zeros" if keep else "--no-keep-zeros")
     settings += ["--dropout"] if recovery.get("dropout") else []
-    several = recovery.get("processes") or 1
-    start = f"accelerate launch --num_processes {several} -m billhook" if several > 1 else "billhook"
-    return f"{start} recover {shlex.quote(student)} {' '.join(settings)} -o {out}"
+    processes = recovery.get("processes") or 1
+    program = f"accelerate launch --num_processes {processes} -m billhook" if processes > 1 else "billhook"
+    return f"{program} recover {shlex.quote(student)} {' '.join(settings)} -o {out}"
 
 
 HEAL_FLAGS = ("select", "candidates", "heal_tokens", "held_out")
 LAYER_FLAGS = ("preset", "drop", "keep", "layers", "patch", *HEAL_FLAGS)
 PATCH_FLAGS = ("damping", "correction")
-SCORE_FLAGS = ("allocation", "axes", "score", "stream")  # idle where no axis of a layer is cut
+SCORE_FLAGS = ("allocation", "axes", "score", "stream")  # flags without effect where no axis of a layer is cut
 UNIT_FLAGS = ("allocation", "axes", "score", "stream", "damping", "correction", "multiple_of")
 CARD_FLAGS = (
     *("method", "ratio", "params", "memory", "speedup", *LAYER_FLAGS, "layout", *UNIT_FLAGS),
@@ -100,32 +101,17 @@ ZEROS_FLAGS = (
     *("calibration", "samples", "seq_len", "seed"),
 )
 SEARCH_FLAGS = (
-    *(
-        "method",
-        "ratio",
-        "params",
-        "sparsity",
-        "pattern",
-        "targets",
-        "trials",
-        "minutes",
-        "space",
-        "sampler",
-        "objective",
-        "calibration",
-        "validation",
-        "pool",
-        "pool_len",
-    ),
+    *("method", "ratio", "params", "sparsity", "pattern", "targets", "trials", "minutes"),
+    *("space", "sampler", "objective", "calibration", "validation", "pool", "pool_len"),
     *("clusters", "axes", "layout", "multiple_of", "samples", "seq_len", "seed"),
 )
-UNIT_SEARCH = ("pool", "pool_len", "clusters", "axes", "layout", "multiple_of")  # idle where zeros are searched
+# flags without effect where a search is for zeros
+UNIT_SEARCH = ("pool", "pool_len", "clusters", "axes", "layout", "multiple_of")
 RECOVER_FLAGS = (
     *("teacher", "objective", "states", "trainable", "rank", "tokens", "text", "held_out", "seq_len"),
-    *("batch_tokens", "lr"),
-    *("warmup", "top_k", "precision", "seed"),
+    *("batch_tokens", "lr", "warmup", "top_k", "precision", "seed"),
 )
-TEACHER_FLAGS = ("teacher", "states", "top_k")  # idle without one
+TEACHER_FLAGS = ("teacher", "states", "top_k")  # flags without effect where there is no teacher
 
 
 def _flag(value: Any) -> str:

@@ -10,8 +10,8 @@ from billhook.reports.search_tables import choice_words
 from billhook.reports.tables import begun_words
 
 KINDS = {"ffn": "FFN channels", "heads": "query heads", "groups": "KV groups", "value": "value channels"}
-MANY = 8  # layers: more are not named one by one
-FITS = {"Q4_0, Q8_0": 32, "Marlin": 128, "K-quants": 256}  # what FFN widths must be multiples of
+MANY = 8  # the most layers that are named one by one
+FITS = {"Q4_0, Q8_0": 32, "Marlin": 128, "K-quants": 256}  # the number that FFN widths must be multiples of
 
 
 def layer_header() -> list[str]:
@@ -33,21 +33,22 @@ def layer_rows(cuts: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 def zero_rows(zeros: Mapping[str, Any]) -> list[tuple[str, str]]:
     """How many weights are zero, and what that costs each kind of operator, as (name, value)."""
-    done = zeros["operators"]
+    operators = zeros["operators"]
     shares = percent(zeros["sparsity"], 2)
     rows = [
         (
             "zeros",
-            f"{zeros['zeros']:,} of {zeros['weights']:,} weights ({shares}, {zeros['pattern']}; {', '.join(zeros['targets'])}): alone they "
-            "make nothing smaller or faster",
+            f"{zeros['zeros']:,} of {zeros['weights']:,} weights ({shares}, {zeros['pattern']}; "
+            f"{', '.join(zeros['targets'])}): alone they make nothing smaller or faster",
         )
     ]
     means, brackets = [], ""
-    for role in dict.fromkeys(one["role"] for one in done):
-        errors = [one["error"] for one in done if one["role"] == role and finite(one["error"])]
-        apart = [one["error_held_out"] for one in done if one["role"] == role and finite(one["error_held_out"])]
-        unseen = f" ({statistics.fmean(apart):.3f})" if apart else ""
-        brackets = "; in brackets: on held-out windows" if apart else brackets
+    for role in dict.fromkeys(operator["role"] for operator in operators):
+        of_role = [operator for operator in operators if operator["role"] == role]
+        errors = [operator["error"] for operator in of_role if finite(operator["error"])]
+        held_out = [operator["error_held_out"] for operator in of_role if finite(operator["error_held_out"])]
+        unseen = f" ({statistics.fmean(held_out):.3f})" if held_out else ""
+        brackets = "; in brackets: on held-out windows" if held_out else brackets
         means += [f"{role} {statistics.fmean(errors):.3f}{unseen}"] if errors else []
     if means:
         rows.append(("error of each operator", f"{', '.join(means)} (mean of layers, relative{brackets})"))
@@ -55,7 +56,7 @@ def zero_rows(zeros: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def cut_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What was cut, of what, what it took, and what was trained after it, as (name, value); a cut may be missing."""
+    """What was cut, what it took, and what was trained afterwards, as (name, value); a cut may be missing."""
     rows = _pruned_rows(cut) if "cuts" in cut else []
     rows += recovery_rows(cut.get("recovery") or [])
     for client in cut.get("loads") or ():
@@ -79,21 +80,21 @@ def _pruned_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
     if words := cut.get("vocabulary"):
         grows = f"the calibration text takes {percent(words['calibration_grows'])} more of them"
         rows.append(("vocabulary", f"{words['before']:,} → {words['kept']:,} tokens; {grows}"))
-    if gone := cut.get("dropped_layers"):
+    if dropped := cut.get("dropped_layers"):
         kept = f"; kept: {ranges(cut['kept_layers'])}" if cut.get("kept_layers") else ""
-        rows.append(("layers", f"dropped: {ranges(gone)}{kept} (numbered from 0)"))
+        rows.append(("layers", f"dropped: {ranges(dropped)}{kept} (numbered from 0)"))
     if selection := cut.get("selection"):
         rows.append(("layers chosen", selection_words(selection)))
     if search := cut.get("search"):
         rows.append(("samples and metric" if search.get("pool") else "metric", choice_words(search)))
     touched = dict.fromkeys(c["kind"] for c in cuts if c["dropped"])
     for kind in touched:
-        of = [c for c in cuts if c["kind"] == kind]
+        cuts_of_kind = [c for c in cuts if c["kind"] == kind]
         name = str(KINDS.get(kind, kind))
-        rows.append((name, widths(of)))
-        if errors := _errors(of):
+        rows.append((name, widths(cuts_of_kind)))
+        if errors := _errors(cuts_of_kind):
             rows.append((f"{name}, error", errors))
-    if patched := _patched([c for c in cuts if c["kind"] not in touched], gone or ()):
+    if patched := _patched([c for c in cuts if c["kind"] not in touched], dropped or ()):
         rows.append(("patched", patched))
     if kept := [c["units"] - c["dropped"] for c in cuts if c["kind"] == "ffn" and "ffn" in touched]:
         fits = [f"{name} ({step}) in {sum(w % step == 0 for w in kept)}" for name, step in FITS.items()]
@@ -120,8 +121,11 @@ def calibration_words(cut: Mapping[str, Any]) -> str:
         return "none was needed"
     seed = (cut.get("recipe") or {}).get("seed")
     probes = f", {text['probes']} more to probe with" if text.get("probes") else ""
-    said = [f"{text['windows']:,} windows of {text['seq_len']:,} tokens of {text['source']}{probes}", begun_words(text)]
-    return ", ".join(filter(None, [*said, f"seed {seed}" if seed is not None else ""]))
+    words = [
+        f"{text['windows']:,} windows of {text['seq_len']:,} tokens of {text['source']}{probes}",
+        begun_words(text),
+    ]
+    return ", ".join(filter(None, [*words, f"seed {seed}" if seed is not None else ""]))
 
 
 def widths(cuts: Sequence[Mapping[str, Any]]) -> str:
@@ -134,19 +138,19 @@ def widths(cuts: Sequence[Mapping[str, Any]]) -> str:
     return f"{'/'.join(f'{n:,}' for n in sorted(before))} → {min(after):,} to {max(after):,}{whole}"
 
 
-def _patched(cuts: Sequence[Mapping[str, Any]], gone: Sequence[int]) -> str:
-    """Layers that lost nothing themselves and were refitted to make up for those that went: each, or where many, the mean."""
+def _patched(cuts: Sequence[Mapping[str, Any]], dropped: Sequence[int]) -> str:
+    """Layers that lost nothing and were refitted to make up for dropped ones: each of them, or the mean where they are many."""
     if not cuts:
         return ""
     if len(cuts) > MANY:
         return f"layers {ranges(c['layer'] for c in cuts)}: error {_errors(cuts)}"
-    each = []
+    words = []
     for c in cuts:
         held = f", {c['error_held_out']:.2f} held out" if finite(c.get("error_held_out")) else ""
-        each.append(f"layer {c['layer']}: error {number(c['error_without'])} → {number(c['error'])}{held}")
-    if 0 in gone:
-        each.append("nothing stands before layer 0 to patch")
-    return "; ".join(each)
+        words.append(f"layer {c['layer']}: error {number(c['error_without'])} → {number(c['error'])}{held}")
+    if 0 in dropped:
+        words.append("nothing stands before layer 0 to patch")
+    return "; ".join(words)
 
 
 def _errors(cuts: Sequence[Mapping[str, Any]]) -> str:

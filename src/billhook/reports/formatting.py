@@ -1,10 +1,10 @@
-"""Numbers as people read them; what is no number is a dash."""
+"""Numbers as people read them; a dash where there is none."""
 
 import math
 from collections.abc import Iterable
 from typing import Any
 
-NONE = "—"  # no number: not measured, or not finite
+NONE = "—"  # what stands for a number that was not measured or is not finite
 
 
 def finite(value: Any) -> bool:
@@ -32,7 +32,7 @@ def with_error(value: Any, error: Any, form: str = "", scale: float | int = 1) -
 
 
 def places(value: Any) -> str:
-    """A form with two decimals, none where they say nothing."""
+    """A format with two decimals, or fewer for large numbers, where they say nothing."""
     size = abs(value) if finite(value) else 0
     return "{:,.2f}" if size < 1e3 else "{:,.0f}" if size < 1e7 else "{:.3g}"
 
@@ -45,7 +45,7 @@ def ratio(last: Any, first: Any, digits: int = 3) -> str:
 
 
 def count(value: Any) -> str:
-    """Parameters to three or four figures, whatever their size."""
+    """A number of parameters to three or four figures, for any size."""
     for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if finite(value) and abs(value) >= unit:
             return f"{value / unit:.2f} {name}"
@@ -77,11 +77,11 @@ def rate(value: Any) -> str:
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """Ascending whole numbers, what follows on one another drawn together: 0-12, 19-29."""
-    found: list[list[int]] = []
+    """Ascending whole numbers, with consecutive ones as a range: 0-12, 19-29."""
+    spans: list[list[int]] = []
     for n in numbers:
-        if found and n == found[-1][1] + 1:
-            found[-1][1] = n
+        if spans and n == spans[-1][1] + 1:
+            spans[-1][1] = n
         else:
-            found.append([n, n])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in found)
+            spans.append([n, n])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)

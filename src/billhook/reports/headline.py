@@ -33,7 +33,7 @@ from billhook.reports.tables import ordered, perplexity_of, same_tokens, score_o
 
 @dataclass(frozen=True)
 class Figure:
-    """A large number, what it is of, and the conditions it holds under."""
+    """A large number, its name, and the conditions that it holds under."""
 
     name: str
     value: str
@@ -61,7 +61,7 @@ def how_to_measure(report: Mapping[str, Any]) -> str | None:
     dense = cut.get("parent") or healing.get("teacher")
     if not dense or report.get("models"):
         return None
-    out = "OUT2" if cut and healing else "OUT"  # as `report.recover_command` names them
+    out = "OUT2" if cut and healing else "OUT"  # the names that `commands.recover_command` gives them
     return f"billhook evaluate {out} --against {shlex.quote(str(dense))} --report report.html"
 
 
@@ -92,7 +92,7 @@ def _speed(models: list[Mapping[str, Any]]) -> list[Figure]:
 
 def _perplexity(models: list[Mapping[str, Any]]) -> list[Figure]:
     """What was lost on each of the first two texts."""
-    found = []
+    shown = []
     for score in (models[0].get("perplexities") or [])[:2]:
         other = perplexity_of(models[-1], score["text"], score["seq_len"])
         if not other:
@@ -100,8 +100,8 @@ def _perplexity(models: list[Mapping[str, Any]]) -> list[Figure]:
         a, b = (with_error(s.get("perplexity"), s.get("standard_error")) for s in (score, other))
         factor = ratio(other.get("perplexity"), score.get("perplexity"), 2) if same_tokens([score, other]) else NONE
         why = "" if factor != NONE else "; not finite" if NONE in (a, b) else "; tokens differ: see bits a byte"
-        found.append(Figure(f"perplexity on {score['text']}", factor, f"{a} → {b}{why}; {window_words(score)}"))
-    return found
+        shown.append(Figure(f"perplexity on {score['text']}", factor, f"{a} → {b}{why}; {window_words(score)}"))
+    return shown
 
 
 def _accuracy(model: Mapping[str, Any]) -> list[Figure]:
@@ -114,14 +114,14 @@ def _accuracy(model: Mapping[str, Any]) -> list[Figure]:
 
 def _alone(model: Mapping[str, Any]) -> list[Figure]:
     size = model["sizes"]
-    found = [Figure("parameters", count(size["parameters"]), f"{count(size['decoder_parameters'])} in the decoder")]
+    shown = [Figure("parameters", count(size["parameters"]), f"{count(size['decoder_parameters'])} in the decoder")]
     for score in (model.get("perplexities") or [])[:2]:
         value = number(score.get("perplexity"), places(score.get("perplexity")))
         error = f"± {number(score['standard_error'])}" if finite(score.get("standard_error")) else ""
         why = "not finite" if value == NONE else ""
         conditions = "; ".join(filter(None, (error, why, window_words(score))))
-        found.append(Figure(f"perplexity on {score['text']}", value, conditions))
-    return found
+        shown.append(Figure(f"perplexity on {score['text']}", value, conditions))
+    return shown
 
 
 def _cut(cut: Mapping[str, Any]) -> list[Figure]:
@@ -141,24 +141,24 @@ def _cut(cut: Mapping[str, Any]) -> list[Figure]:
 
 
 def _recovered(recovery: Mapping[str, Any]) -> list[Figure]:
-    """What two texts say, the training's own last, and what it took."""
-    found = []
-    for one in judged(recovery)[:2]:
-        before = f"before: {number(one.before, places(one.before))}"
-        why = "" if finite(one.after) else "not finite"
-        known = filter(None, (why, before, factor_words(one, recovery["teacher"]), one.conditions))
-        found.append(Figure(f"perplexity on {one.text}", number(one.after, places(one.after)), "; ".join(known)))
+    """Perplexities on two texts, the training's own last, and what the training took."""
+    perplexities = []
+    for text in judged(recovery)[:2]:
+        before = f"before: {number(text.before, places(text.before))}"
+        why = "" if finite(text.after) else "not finite"
+        known = filter(None, (why, before, factor_words(text, recovery["teacher"]), text.conditions))
+        value = number(text.after, places(text.after))
+        perplexities.append(Figure(f"perplexity on {text.text}", value, "; ".join(known)))
     planned, kept = recovery["tokens"], recovery.get("kept_tokens")
     tokens = planned if kept is None else kept
-    text = (
-        f"kept of {planned:,} tokens" * (tokens != planned) + f" of {texts_words(recovery)}, {passes_words(recovery)}"
-    )
-    trained = f"{text.strip()}; {objective_words(recovery)}"
+    share = f"kept of {planned:,} tokens" * (tokens != planned)
+    source = f"{share} of {texts_words(recovery)}, {passes_words(recovery)}"
+    trained = f"{source.strip()}; {objective_words(recovery)}"
     seconds = (recovery.get("seconds") or {}).get("training", math.nan)
     spent = f"{_duration(seconds)} in {recovery['precision']}" if finite(seconds) else f"in {recovery['precision']}"
     memory = f"{mebibytes(recovery.get('peak_growth_bytes'))} beyond the loaded model"
     return [
-        *found,
+        *perplexities,
         Figure(
             "tokens of training",
             f"{tokens:,}" if tokens < 1e6 else count(tokens),
@@ -188,13 +188,13 @@ def _per_cent(slope: Any) -> str:
 
 
 def _best(points: list[Mapping[str, Any]]) -> list[Figure]:
-    """The best of each budget on the first text; of a single method, what its smallest and largest cut cost."""
+    """The best method at each budget on the first text; with one method, what its smallest and largest cut cost."""
     text = (texts_of(points) or [""])[0]
     known = [p for p in ordered(points) if p.get("ratio") and finite(score_of(p, text).get("perplexity"))]
     budgets = sorted({p["ratio"] for p in known})
-    contest = len({p["series"] for p in known}) > 1
-    found = []
-    for budget in budgets if contest else sorted({*budgets[:1], *budgets[-1:]}):
+    several = len({p["series"] for p in known}) > 1
+    shown = []
+    for budget in budgets if several else sorted({*budgets[:1], *budgets[-1:]}):
         best, *rest = [p for p in known if p["ratio"] == budget]
         score = score_of(best, text)
         conditions = [f"perplexity {with_error(score['perplexity'], score.get('standard_error'))} on {text}"]
@@ -203,9 +203,9 @@ def _best(points: list[Mapping[str, Any]]) -> list[Figure]:
         if where := window_words(score):
             conditions.append(where)
         asked = percent(budget, 0)
-        name = f"best at {asked}: {_name(best)}" if contest else f"perplexity at {asked} of the decoder"
-        found.append(Figure(name, _cost(score, 2), "; ".join(conditions)))
-    return found
+        name = f"best at {asked}: {_name(best)}" if several else f"perplexity at {asked} of the decoder"
+        shown.append(Figure(name, _cost(score, 2), "; ".join(conditions)))
+    return shown
 
 
 def _name(point: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What billhook.json says was done to a model: every key that is read back, and what it should be.
+"""What billhook.json says was done to a model: every key that is read back, and its type.
 
 Pages, cards and commands take the record as plain data; what is typed here is what they rely on.  Keys that are not named may hold
 anything.
@@ -16,11 +16,11 @@ Count = Annotated[int, Field(ge=0, le=2**53)]
 Layer = Annotated[int, Field(ge=0, lt=10_000)]
 Real = Annotated[float, Field(ge=-1e300, le=1e300)]
 Name = Annotated[str, Field(pattern=r"\S")]
-Number = Real | None  # null: it was not finite, or not measured
+Number = Real | None  # null where it was not finite, or not measured
 
 
 class Part(BaseModel):
-    """Strict: a number in quotes is none.  What no one reads may be there."""
+    """Strict: a number in quotes is not one.  Keys that nothing reads are allowed."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -47,7 +47,7 @@ class Calibration(Part):
 
 
 class Settings(Part):
-    """The recipe; what its other keys hold is shown and never computed with."""
+    """The recipe; its other keys are shown and never computed with."""
 
     method: Name
     calibration: str = ""
@@ -199,7 +199,7 @@ class Pool(Part):
 
     @model_validator(mode="after")
     def _alike(self) -> "Pool":
-        lengths = {len(one) for one in (self.source, self.clusters, self.shares, self.samples)}
+        lengths = {len(values) for values in (self.source, self.clusters, self.shares, self.samples)}
         if len(lengths) > 1:
             raise ValueError("source, clusters, shares and samples should be of one length, one for each window")
         if any(n >= len(self.sources) for n in self.source):
@@ -207,7 +207,7 @@ class Pool(Part):
         return self
 
 
-Rectangle = Annotated[list[Count], Field(min_length=2, max_length=2)]  # windows, tokens of each
+Rectangle = Annotated[list[Count], Field(min_length=2, max_length=2)]  # how many windows, and how many tokens each has
 
 
 class Search(Part):
@@ -323,17 +323,17 @@ class Cut(Part):
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """What a checkpoint's billhook.json says was cut and trained, as plain data; None where there is none, or nothing was cut.
+    """What a checkpoint's billhook.json says was cut and trained, as plain data; None if nothing was cut or there is no file.
 
     Raises:
         BillhookError: it cannot be read, or a key is missing or of another type; names it.
     """
     path, remedy = folder / MARK, "copy the folder again, or remove the file if what it tells may be forgotten"
     try:
-        found = read_object(path, str(path), remedy)
+        record = read_object(path, str(path), remedy)
     except FileNotFoundError:
         return None
-    if "cuts" not in found:
+    if "cuts" not in record:
         return None
-    typed(Cut, found, str(path), remedy)
-    return found
+    typed(Cut, record, str(path), remedy)
+    return record

@@ -1,6 +1,6 @@
 """The pieces of a report page: text that is escaped on its way in, tables, figures, sections.
 
-Names and texts come from strangers: every function here escapes what it is given, but for parts that are markup already.
+Names and texts come from strangers: every function escapes what it is given, except parts that are markup already.
 """
 
 import re

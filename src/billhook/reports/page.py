@@ -31,7 +31,7 @@ UNMEASURED = {
     "prune": "Speed and quality have not been measured. To measure both models on held-out text:",
     "recover": "Only perplexity has been measured. To measure speed, memory and texts beside the unpruned model:",
 }
-SCALE = 20  # a chart of perplexities ends at so many times the lowest: models beyond are broken alike
+SCALE = 20  # a chart of perplexities ends at this multiple of the lowest: models beyond it are all broken
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
@@ -86,9 +86,9 @@ def _measures(report: Mapping[str, Any]) -> str:
         return ""
     header, bodies = tables.comparison_header(models), ""
     for group in dict.fromkeys(row.group for row in rows):
-        of = [_measure_row(row, len(models)) for row in rows if row.group == group]
+        rows_of_group = [_measure_row(row, len(models)) for row in rows if row.group == group]
         title = f'<tr class="group"><th scope="rowgroup" colspan="{len(header)}">{markup.say(group)}</th></tr>\n'
-        bodies += f"<tbody>{title}{''.join(of)}</tbody>\n"
+        bodies += f"<tbody>{title}{''.join(rows_of_group)}</tbody>\n"
     caption = "All that was measured" if len(models) == 1 else "Measured side by side"
     notes = ["± is one standard error, of the windows or the questions."]
     if any(row.name.startswith("KL from") for row in rows):
@@ -123,7 +123,7 @@ def _curve(report: Mapping[str, Any], points: Sequence[Mapping[str, Any]], text:
     by_name: dict[str, list[Point]] = {}
     dense = next((p for p in points if not p.get("ratio")), None)
     pruned = [p for p in points if p.get("ratio")]
-    twice = len({(p["series"], p["ratio"]) for p in pruned}) < len(pruned)  # one method under several settings
+    twice = len({(p["series"], p["ratio"]) for p in pruned}) < len(pruned)  # a method with several settings
     for point in pruned:
         name = str((point.get("settings") if twice else None) or point["series"])
         if finite(point.get("achieved_ratio")):
@@ -164,7 +164,7 @@ def _place(point: Mapping[str, Any], text: str) -> Point:
 
 
 def _window_of(report: Mapping[str, Any], text: str) -> Mapping[str, Any]:
-    """Window and tokens of a text: from the points if they say so, else from the models measured."""
+    """The window length and tokens of a text, from the points if they have them, else from the models."""
     records = [*(report.get("points") or []), *(report.get("models") or [])]
     return next((score for record in records if (score := score_of(record, text)).get("seq_len")), {})
 
@@ -172,19 +172,19 @@ def _window_of(report: Mapping[str, Any], text: str) -> Mapping[str, Any]:
 def _point_table(points: Sequence[Mapping[str, Any]]) -> str:
     header, first = tables.point_header(points), (texts_of(points) or [""])[0]
     order = tables.ordered(points)
-    contest = len({p["series"] for p in points if p.get("ratio")}) > 1
-    noted = header[-1] == "note"  # stands below the name here: a column of its own would be wide and mostly empty
+    several = len({p["series"] for p in points if p.get("ratio")}) > 1
+    noted = header[-1] == "note"  # goes below the name, since a column of its own would be wide and mostly empty
     seen: set[Any] = set()
     body = ""
     for point, row in zip(order, tables.point_rows(points), strict=True):
         ratio = point.get("ratio")
-        best = contest and bool(ratio) and ratio not in seen and finite(score_of(point, first).get("perplexity"))
+        best = several and bool(ratio) and ratio not in seen and finite(score_of(point, first).get("perplexity"))
         seen.add(ratio)
         small = f" <small>{markup.say(row[-1])}</small>" if noted and row[-1] else ""
         cells = row[1:-1] if noted else row[1:]
         body += markup.row(f'<th scope="row">{markup.name(row[0])}{small}</th>', map(markup.cell, cells), best)
     caption = "Every run: perplexity ± one standard error, and as a factor of the unpruned model's"
-    caption += f"; bold: the best on {first} at its size" if contest else ""
+    caption += f"; bold: the best on {first} at its size" if several else ""
     return markup.table(caption, markup.head(header[:-1] if noted else header), f"<tbody>{body}</tbody>\n")
 
 
@@ -224,13 +224,16 @@ def _layers(cut: Mapping[str, Any] | None) -> str:
     cuts = [c for c in cut.get("cuts") or () if c["kind"] in touched]
     if not cuts:
         return ""
-    gone = cut.get("dropped_layers") or []
-    count = 1 + max([*(c["layer"] for c in cuts), *gone])
+    dropped = cut.get("dropped_layers") or []
+    count = 1 + max([*(c["layer"] for c in cuts), *dropped])
     out = ""
     for kind in dict.fromkeys(c["kind"] for c in cuts):
-        of, name = [c for c in cuts if c["kind"] == kind], KINDS.get(kind, kind)
-        out += _layer_charts(of, str(name), count, gone, calibration_words(cut))
-        rows = [markup.row(f'<th scope="row">{markup.say(r[0])}</th>', map(markup.cell, r[1:])) for r in layer_rows(of)]
+        cuts_of_kind, name = [c for c in cuts if c["kind"] == kind], KINDS.get(kind, kind)
+        out += _layer_charts(cuts_of_kind, str(name), count, dropped, calibration_words(cut))
+        rows = [
+            markup.row(f'<th scope="row">{markup.say(r[0])}</th>', map(markup.cell, r[1:]))
+            for r in layer_rows(cuts_of_kind)
+        ]
         table = markup.table(
             f"{name} by layer: units, relative errors",
             markup.head(layer_header()),
@@ -242,14 +245,14 @@ def _layers(cut: Mapping[str, Any] | None) -> str:
 
 
 def _layer_charts(
-    cuts: Sequence[Mapping[str, Any]], name: str, count: int, gone: Sequence[int], calibration: str
+    cuts: Sequence[Mapping[str, Any]], name: str, count: int, dropped: Sequence[int], calibration: str
 ) -> str:
     def row(key: str) -> list[Any]:
         by_layer = {c["layer"]: c.get(key) for c in cuts}
         return [by_layer.get(n) for n in range(count)]
 
     def drawn(title: str, words: str, rows: Mapping[str, Sequence[Any]], y: Axis) -> str:
-        return markup.figure(title, words, charts.both(charts.layers, f"{title}, layer by layer", rows, y, gone))
+        return markup.figure(title, words, charts.both(charts.layers, f"{title}, layer by layer", rows, y, dropped))
 
     kept = [c["units"] - c["dropped"] for c in cuts]
     errors = {
@@ -269,11 +272,13 @@ def _layer_charts(
 
 
 def _conditions(report: Mapping[str, Any]) -> str:
-    given, cut = report.get("conditions") or {}, report.get("cut") or {}
-    rows = [(key, given[key]) for key in ("command", "machine", "device", "dtype", "threads") if given.get(key)]
-    if finite(given.get("seconds")):
-        rows.append(("took", f"{given['seconds']:,.1f} s"))
-    rows += [("versions", _versions(given["versions"]))] if given.get("versions") else []
+    conditions, cut = report.get("conditions") or {}, report.get("cut") or {}
+    rows = [
+        (key, conditions[key]) for key in ("command", "machine", "device", "dtype", "threads") if conditions.get(key)
+    ]
+    if finite(conditions.get("seconds")):
+        rows.append(("took", f"{conditions['seconds']:,.1f} s"))
+    rows += [("versions", _versions(conditions["versions"]))] if conditions.get("versions") else []
     scores = [score for m in (report.get("models") or [])[:1] for score in m.get("perplexities") or ()]
     for score in scores:
         size = f" ({score['bytes']:,} bytes)" if score.get("bytes") else ""
@@ -285,7 +290,7 @@ def _conditions(report: Mapping[str, Any]) -> str:
         text = cut["calibration"]
         sums = f", sha256 {text['text_sha256']}" if text.get("text_sha256") else ""
         rows.append(("calibrated on", calibration_words(cut) + sums))
-        if cut.get("versions") and cut["versions"] != given.get("versions"):
+        if cut.get("versions") and cut["versions"] != conditions.get("versions"):
             rows.append(("pruned with", _versions(cut["versions"])))
     if scores or trained:
         rows.append(("perplexity", "exp of the mean token loss over windows that do not overlap"))

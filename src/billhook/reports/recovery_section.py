@@ -1,4 +1,4 @@
-"""The sections of a report page about training after a cut: its course, and candidates judged after a little of it."""
+"""The sections of a report page about training after a cut: how it went, and candidates judged after a short one."""
 
 import math
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from billhook.reports.recovery_tables import (
     texts_judged,
 )
 
-DRAWN = 60  # points of the training loss that a chart can show: with more steps each is a mean of several
+DRAWN = 60  # points of the training loss in a chart; with more steps each point is the mean of several
 TOKENS = Axis("tokens of training", whole=True)
 
 
@@ -44,19 +44,19 @@ def training(recovery: Mapping[str, Any] | None) -> str:
     )
 
 
-def selection(found: Mapping[str, Any] | None) -> str:
+def selection(record: Mapping[str, Any] | None) -> str:
     """Candidates side by side, before and after the short training that decided between them."""
-    if not found or not found["candidates"]:
+    if not record or not record["candidates"]:
         return ""
     body = ""
-    for one, row in zip(selection_order(found), selection_rows(found), strict=True):
+    for candidate, row in zip(selection_order(record), selection_rows(record), strict=True):
         first = f'<th scope="row">{markup.name(row[0])}</th>'
-        body += markup.row(first, map(markup.cell, row[1:]), best=one["name"] == found["chosen"])
-    tokens = f"{found['heal_tokens']:,} tokens of training"
+        body += markup.row(first, map(markup.cell, row[1:]), best=candidate["name"] == record["chosen"])
+    tokens = f"{record['heal_tokens']:,} tokens of training"
     caption = f"Perplexity and rank before → after {tokens}; bold: the one chosen"
-    table = markup.table(caption, markup.head(selection_header(found)), f"<tbody>{body}</tbody>\n")
-    took = f" {number(found.get('seconds'), '{:,.0f}')} s for all of them." if finite(found.get("seconds")) else ""
-    words = f"Each candidate was cut and trained for {found['heal_tokens']:,} tokens; {found['by']} decided.{took}"
+    table = markup.table(caption, markup.head(selection_header(record)), f"<tbody>{body}</tbody>\n")
+    took = f" {number(record.get('seconds'), '{:,.0f}')} s for all of them." if finite(record.get("seconds")) else ""
+    words = f"Each candidate was cut and trained for {record['heal_tokens']:,} tokens; {record['by']} decided.{took}"
     return markup.section("Judged after a short heal", markup.note(words), table)
 
 
@@ -71,7 +71,7 @@ def _perplexities(recovery: Mapping[str, Any]) -> str:
     band = Band(dropped[0], dropped[0], dropped[1], "kept at") if dropped else None
     title = "Perplexity on held-out text"
     drawing = charts.both(charts.curves, title, lines, TOKENS, Axis("perplexity", log=True), None, band)
-    words = [f"{one.text}: {one.conditions}" for one in judged(recovery) if one.conditions]
+    words = [f"{text.text}: {text.conditions}" for text in judged(recovery) if text.conditions]
     known = [f"{text} {number(value, places(value))}" for text, value in teacher.items() if finite(value)]
     words += [f"level dotted lines: {recovery['teacher']}, {', '.join(known)}"] if known else []
     words += ["shaded: training after the model that was kept"] if band else []

@@ -19,7 +19,7 @@ TRAINED = {
     "head+last3": "the head and the last three layers",
     "seam": "the layers beside the cut",
 }
-HELD_OUT = ", held out"  # after the name of a training text: windows of it that are not trained on
+HELD_OUT = ", held out"  # follows a training text's name where the windows are held out of it
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Judged:
 
 
 def judged(recovery: Mapping[str, Any]) -> list[Judged]:
-    """Every text judged; `after` is of the model that was kept."""
+    """Every text that was evaluated; `after` belongs to the model that was kept."""
     steps = recovery.get("evaluations") or []
     start = next((step["perplexities"] for step in steps if not step["tokens"]), {})
     kept = next((step["perplexities"] for step in steps if step["tokens"] == recovery.get("kept_tokens")), {})
@@ -46,20 +46,20 @@ def judged(recovery: Mapping[str, Any]) -> list[Judged]:
 
 
 def texts_judged(recovery: Mapping[str, Any]) -> list[str]:
-    """The texts judged: the training's own, held out, come last."""
+    """The texts that were evaluated; those held out of the training texts come last."""
     trained = {f"{text}{HELD_OUT}" for text in recovery["texts"]}
-    found = dict.fromkeys(text for step in recovery.get("evaluations") or () for text in step["perplexities"])
-    return sorted(found, key=lambda text: text in trained)
+    texts = dict.fromkeys(text for step in recovery.get("evaluations") or () for text in step["perplexities"])
+    return sorted(texts, key=lambda text: text in trained)
 
 
 def step_tokens(recovery: Mapping[str, Any]) -> float:
-    """Tokens in a step as they were counted: whole windows, so not always the batch that was asked for."""
+    """Tokens in a step as counted: in whole windows, so not always the batch that was asked for."""
     counted = [step["tokens"] / step["step"] for step in recovery.get("evaluations") or () if step["step"]]
     return counted[-1] if counted else float(recovery["batch_tokens"])
 
 
 def dropped_after(recovery: Mapping[str, Any]) -> tuple[int, int] | None:
-    """From where to where, in tokens, training went on beyond the model that was kept; None if it did not."""
+    """From which to which token training went on beyond the model that was kept; None if it did not."""
     last = max((step["tokens"] for step in recovery.get("evaluations") or ()), default=0)
     kept = recovery.get("kept_tokens")
     return (kept, last) if kept is not None and kept < last else None
@@ -75,15 +75,15 @@ def objective_words(recovery: Mapping[str, Any]) -> str:
 def trained_words(recovery: Mapping[str, Any]) -> str:
     """Which parameters were trained, and how many of how many."""
     name = TRAINED.get(recovery["trainable"], str(recovery["trainable"]))
-    some, every = recovery.get("trained_parameters"), recovery.get("parameters")
-    if not (finite(some) and finite(every) and every):
+    trained, total = recovery.get("trained_parameters"), recovery.get("parameters")
+    if not (finite(trained) and finite(total) and total):
         return name
-    counted = count(every) if some == every else f"{count(some)} of {count(every)}, {percent(some / every)}"
+    counted = count(total) if trained == total else f"{count(trained)} of {count(total)}, {percent(trained / total)}"
     return f"{name} ({counted})"
 
 
 def tokens_words(recovery: Mapping[str, Any]) -> str:
-    """How many tokens made the model that was kept, of how many that were meant to, and of which texts."""
+    """How many tokens the model that was kept was trained on, of how many planned, and of which texts."""
     planned, kept = recovery["tokens"], recovery.get("kept_tokens")
     number_of = f"{planned:,}" if kept in (None, planned) else f"{kept:,} of {planned:,}"
     return f"{number_of} tokens of {texts_words(recovery)}"
@@ -124,37 +124,37 @@ def speed_words(recovery: Mapping[str, Any]) -> str:
     return f"{number(recovery.get('tokens_per_second'), '{:,.0f}')} tokens/s"
 
 
-def factor_words(one: Judged, teacher: Any) -> str:
+def factor_words(text: Judged, teacher: Any) -> str:
     """How far a recovered model is from its teacher on a text; '' where no teacher was judged."""
-    if not finite(one.teacher):
+    if not finite(text.teacher):
         return ""
-    factor = f"{ratio(one.after, one.teacher, 2)} of " if finite(one.after) else ""
-    return f"{factor}{teacher}'s {number(one.teacher, places(one.teacher))}"
+    factor = f"{ratio(text.after, text.teacher, 2)} of " if finite(text.after) else ""
+    return f"{factor}{teacher}'s {number(text.teacher, places(text.teacher))}"
 
 
 def recovery_rows(recoveries: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """What was trained, for how long, and what it gave, as (name, value); oldest first."""
     rows = []
-    for n, one in enumerate(recoveries, 1):
+    for n, recovery in enumerate(recoveries, 1):
         which = f", {n} of {len(recoveries)}" if len(recoveries) > 1 else ""
-        rows.append((f"recovered{which}", recovered_words(one)))
-        if one.get("stopped"):
-            rows.append(("stopped early", str(one["stopped"])))
-        for text in judged(one):
+        rows.append((f"recovered{which}", recovered_words(recovery)))
+        if recovery.get("stopped"):
+            rows.append(("stopped early", str(recovery["stopped"])))
+        for text in judged(recovery):
             change = f"{number(text.before, places(text.before))} → {number(text.after, places(text.after))}"
-            known = filter(None, (change, factor_words(text, one["teacher"]), text.conditions))
+            known = filter(None, (change, factor_words(text, recovery["teacher"]), text.conditions))
             rows.append((f"perplexity on {text.text}", "; ".join(known)))
-        took = f"{number(_seconds(one), '{:,.0f}')} s in all, {speed_words(one)} in {one['precision']}"
-        rows.append(("training", f"{took}, {mebibytes(one.get('peak_growth_bytes'))} beyond the loaded model"))
+        took = f"{number(_seconds(recovery), '{:,.0f}')} s in all, {speed_words(recovery)} in {recovery['precision']}"
+        rows.append(("training", f"{took}, {mebibytes(recovery.get('peak_growth_bytes'))} beyond the loaded model"))
     return rows
 
 
 def condition_rows(recovery: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Where the numbers of a recovery come from: texts with their hashes, time and memory."""
-    of = f"{recovery['windows']:,} of {recovery['windows_available']:,} windows of {recovery['seq_len']:,} tokens"
-    sums = [f"sha256 {one}" for one in recovery.get("text_sha256") or ()]
-    said = [f"{of} of {texts_words(recovery)}", begun_words(recovery), f"seed {recovery['seed']}", *sums]
-    rows = [("trained on", ", ".join(filter(None, said)))]
+    windows = f"{recovery['windows']:,} of {recovery['windows_available']:,} windows of {recovery['seq_len']:,} tokens"
+    digests = [f"sha256 {digest}" for digest in recovery.get("text_sha256") or ()]
+    words = [f"{windows} of {texts_words(recovery)}", begun_words(recovery), f"seed {recovery['seed']}", *digests]
+    rows = [("trained on", ", ".join(filter(None, words)))]
     rows += [(f"text {text}", window_words(score)) for text, score in (recovery.get("judged_by") or {}).items()]
     took = [f"{stage} {number(s, '{:,.1f}')}" for stage, s in (recovery.get("seconds") or {}).items()]
     rows += [("seconds", ", ".join(took))] if took else []
@@ -166,16 +166,16 @@ def evaluation_header(recovery: Mapping[str, Any]) -> list[str]:
 
 
 def evaluation_rows(recovery: Mapping[str, Any]) -> list[list[str]]:
-    """One row an evaluation, with factors of the teacher's perplexities, and the teacher's own last if it was judged."""
+    """One row an evaluation, with factors of the teacher's perplexities; the teacher's own come last, if it has any."""
     teacher, texts = recovery.get("teacher_perplexities") or {}, texts_judged(recovery)
 
     def cells(scores: Mapping[str, Any]) -> list[str]:
-        found = []
+        shown = []
         for text in texts:
             value, best = scores.get(text), teacher.get(text)
             factor = f" ({ratio(value, best, 2)})" if finite(value) and finite(best) and scores is not teacher else ""
-            found.append(number(value, places(value)) + factor)
-        return found
+            shown.append(number(value, places(value)) + factor)
+        return shown
 
     rows = [[f"{step['tokens']:,}", *cells(step["perplexities"])] for step in recovery.get("evaluations") or ()]
     return [*rows, *([["teacher", *cells(teacher)]] if teacher else [])]
@@ -190,8 +190,8 @@ def selection_header(selection: Mapping[str, Any]) -> list[str]:
 
 
 def selection_order(selection: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Candidates by their rank after the training; what has none last."""
-    ranks = [one["rank_after"] for one in selection["candidates"]]
+    """Candidates by their rank after the training; those without one come last."""
+    ranks = [candidate["rank_after"] for candidate in selection["candidates"]]
     order = sorted(range(len(ranks)), key=lambda n: (not finite(ranks[n]), ranks[n] if finite(ranks[n]) else 0))
     return [selection["candidates"][n] for n in order]
 
@@ -199,11 +199,11 @@ def selection_order(selection: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def selection_rows(selection: Mapping[str, Any]) -> list[list[str]]:
     """One row a candidate, in the order of `selection_order`, before → after the training."""
     rows = []
-    for one in selection_order(selection):
-        pairs = [[one[when].get(text) for when in ("before", "after")] for text in _selection_texts(selection)]
+    for candidate in selection_order(selection):
+        pairs = [[candidate[when].get(text) for when in ("before", "after")] for text in _selection_texts(selection)]
         changes = [" → ".join(number(value, places(value)) for value in pair) for pair in pairs]
-        ranks = " → ".join(number(one[f"rank_{when}"], "{:.0f}") for when in ("before", "after"))
-        rows.append([str(one["name"]), ranges(sorted(one["dropped"])) or "none", *changes, ranks])
+        ranks = " → ".join(number(candidate[f"rank_{when}"], "{:.0f}") for when in ("before", "after"))
+        rows.append([str(candidate["name"]), ranges(sorted(candidate["dropped"])) or "none", *changes, ranks])
     return rows
 
 
@@ -215,8 +215,8 @@ def selection_words(selection: Mapping[str, Any]) -> str:
 
 
 def _selection_texts(selection: Mapping[str, Any]) -> list[str]:
-    """The text that decided first."""
-    texts = [text for one in selection["candidates"] for when in ("before", "after") for text in one[when]]
+    """The texts with perplexities; the one that decided comes first."""
+    texts = [text for candidate in selection["candidates"] for when in ("before", "after") for text in candidate[when]]
     return list(dict.fromkeys([selection["by"], *texts]))
 
 

@@ -76,8 +76,8 @@ def log_ticks(low: Number, high: Number, most: int) -> list[float]:
     """At most `most` readable ticks of a logarithmic axis: 30, 50, 100, …; plain steps where it spans too little."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for digits in FINEST:
-        found = [digit * 10.0**n for n in decades for digit in digits if -308 < n < 308]
-        inside = [float(f"{tick:.10g}") for tick in found if low <= tick <= high]
+        ticks = [digit * 10.0**n for n in decades for digit in digits if -308 < n < 308]
+        inside = [float(f"{tick:.10g}") for tick in ticks if low <= tick <= high]
         if len(inside) <= most:
             return inside if len(inside) > 2 else linear_ticks(low, high, most)
     stride = math.ceil(len(decades) / most)

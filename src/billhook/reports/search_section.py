@@ -21,53 +21,54 @@ from billhook.reports.search_tables import (
     part_rows,
     pool_words,
     samples,
+    standard_metric,
     state_words,
-    yardstick_of,
 )
 
 HEADINGS = "How the samples and the metric were found", "How the metric was found"
-TEXTS = 64  # samples that a page shows
-FENCE = 1.5  # Tukey's: what lies so many interquartile ranges above the upper quartile is off the scale
+TEXTS = 64  # the most samples that a page shows
+FENCE = 1.5  # Tukey's: interquartile ranges above the upper quartile beyond which a loss is off the scale
 TRIALS = Axis("trial", whole=True)
 
 
-def search(found: Mapping[str, Any] | None) -> str:
+def search(record: Mapping[str, Any] | None) -> str:
     """How a search went, from its trials to the samples; parts without data are left out."""
-    if not found:
+    if not record:
         return ""
     return markup.section(
-        HEADINGS[found.get("method") == "optishear"],
-        f"<p>{markup.tight(outcome_words(found))}</p>\n",
-        markup.note(pool_words(found)),
-        _trace(found),
-        _importance(found),
-        _parts(found),
-        _known(found),
-        _finalists(found),
-        _choice(found),
-        _samples(found),
+        HEADINGS[record.get("method") == "optishear"],
+        f"<p>{markup.tight(outcome_words(record))}</p>\n",
+        markup.note(pool_words(record)),
+        _trace(record),
+        _importance(record),
+        _parts(record),
+        _known(record),
+        _finalists(record),
+        _choice(record),
+        _samples(record),
     )
 
 
-def _trace(found: Mapping[str, Any]) -> str:
+def _trace(record: Mapping[str, Any]) -> str:
     """Every trial that was tried, and the best so far; the best fixed metric dotted at 0, the finalist that won a star."""
-    tried = [t for t in found["trials"] if t["state"] == "tried" and finite(t.get("worse"))]
+    tried = [t for t in record["trials"] if t["state"] == "tried" and finite(t.get("worse"))]
     points = [Point(t["number"], t["worse"]) for t in tried]
     best = [Point(p.x, min(float(q.y or 0) for q in points[: n + 1])) for n, p in enumerate(points)]
-    chosen = [Point(t["number"], t.get("worse")) for t in found["trials"] if t["number"] == found.get("chosen")]
-    star = Series(f"number {found['chosen']}", chosen) if chosen and finite(chosen[0].y) else None
+    chosen = [Point(t["number"], t.get("worse")) for t in record["trials"] if t["number"] == record.get("chosen")]
+    star = Series(f"number {record['chosen']}", chosen) if chosen and finite(chosen[0].y) else None
     most = _fence([float(p.y or 0) for p in points])
     lines = [Series("tried", points, 0.0, "points"), Series("best so far", best, drawn="steps")]
     title = "Trace of the search"
     y = Axis(f"nats a token behind {STANDARD}", most=most)
     drawing = charts.both(charts.curves, title, lines, TRIALS, y, star)
     words = [
-        f"dotted at 0: {yardstick_of(found)}{' on the whole pool' * bool(found.get('pool'))}; each trial is compared with it on windows of its own round"
+        f"dotted at 0: {standard_metric(record)}{' on the whole pool' * bool(record.get('pool'))}; each trial is compared with "
+        "it on windows of its own round"
     ]
-    words += [f"star: number {found['chosen']}, the best of the finalists on more windows"] if star else []
+    words += [f"star: number {record['chosen']}, the best of the finalists on more windows"] if star else []
     off = sum(float(p.y or 0) > most for p in points)
     words += [f"arrows: {off:,} off the scale, up to {max(float(p.y or 0) for p in points):.3g}"] if off else []
-    words += [f"not drawn: {', '.join(left)}"] if (left := state_words(found)) else []
+    words += [f"not drawn: {', '.join(left)}"] if (left := state_words(record)) else []
     return markup.figure(title, "; ".join(words), drawing)
 
 
@@ -79,43 +80,43 @@ def _fence(values: Sequence[float]) -> float:
     return max(high + FENCE * (high - low), 0.0)
 
 
-def _importance(found: Mapping[str, Any]) -> str:
-    rows = [markup.row(_first(row[0]), [markup.cell(row[1])]) for row in importance_rows(found)]
+def _importance(record: Mapping[str, Any]) -> str:
+    rows = [markup.row(_first(row[0]), [markup.cell(row[1])]) for row in importance_rows(record)]
     caption = "Share of the losses' variance (fANOVA)"
     return _table("What decided", caption, ["dimension", "share"], rows, "few")
 
 
-def _parts(found: Mapping[str, Any]) -> str:
-    rows = [markup.row(_first(row[0]), map(markup.cell, row[1:])) for row in part_rows(found)]
-    bare = "without restoration up to the last row" if found.get("restoration") else "without restoration"
+def _parts(record: Mapping[str, Any]) -> str:
+    rows = [markup.row(_first(row[0]), map(markup.cell, row[1:])) for row in part_rows(record)]
+    bare = "without restoration up to the last row" if record.get("restoration") else "without restoration"
     caption = f"Nats a token on the windows that decided, {bare}; ± one standard error"
     return _table("Where the gain comes from", caption, part_header(), rows)
 
 
-def _known(found: Mapping[str, Any]) -> str:
+def _known(record: Mapping[str, Any]) -> str:
     rows = []
-    for best, meaning, row in known_rows(found):
+    for best, meaning, row in known_rows(record):
         small = f" <small>{markup.say(meaning)}</small>" if meaning else ""
         rows.append(markup.row(f'<th scope="row">{markup.name(row[0])}{small}</th>', map(markup.cell, row[1:]), best))
     caption = "Nats a token, tried before the first trial; bold: the best, which the others are compared with"
     return _table("Known metrics on the whole pool", caption, known_header(), rows)
 
 
-def _finalists(found: Mapping[str, Any]) -> str:
-    rows = [markup.row(_first(row[0]), map(markup.cell, row[1:]), best) for best, row in finalist_rows(found)]
-    zeros = "pruned as the result is" if found.get("method") == "optishear" else "without restoration"
-    restored = "restored as the result is" if found.get("restoration") else zeros
+def _finalists(record: Mapping[str, Any]) -> str:
+    rows = [markup.row(_first(row[0]), map(markup.cell, row[1:]), best) for best, row in finalist_rows(record)]
+    zeros = "pruned as the result is" if record.get("method") == "optishear" else "without restoration"
+    restored = "restored as the result is" if record.get("restoration") else zeros
     caption = f"Nats a token, {restored}: on windows that choose one of them, and on those that decide if it is taken; bold: taken"
     return _table("Finalists", caption, finalist_header(), rows)
 
 
-def _choice(found: Mapping[str, Any]) -> str:
-    whose = chosen_words(found) if found.get("accepted") else str(found["standard"])
-    return markup.part("What was chosen", markup.pairs(f"The solution of {whose}", choice_rows(found)))
+def _choice(record: Mapping[str, Any]) -> str:
+    whose = chosen_words(record) if record.get("accepted") else str(record["standard"])
+    return markup.part("What was chosen", markup.pairs(f"The solution of {whose}", choice_rows(record)))
 
 
-def _samples(found: Mapping[str, Any]) -> str:
-    every = samples(found)
+def _samples(record: Mapping[str, Any]) -> str:
+    every = samples(record)
     shown = "".join(
         f'<div><h4>{markup.tight(where)}</h4><blockquote dir="auto">{markup.say(text)}</blockquote></div>\n'
         for where, text in every[:TEXTS]

@@ -13,10 +13,10 @@ from billhook.reports.formatting import NONE, finite, number, percent, ranges
 from billhook.reports.tables import begun_words
 
 STANDARD = "the best fixed metric"
-SHOWN = 10  # dimensions that are named one by one
+SHOWN = 10  # the most dimensions that are named one by one
 LOSS, GAIN = "{:.4f}", "{:+.4f}"
-FAR = 100.0  # nats a token: what is that much worse is broken, and exp soon has no number for it
-DIMENSIONS = {  # those whose names do not say what they are; the others are clusters, and terms of the metric
+FAR = 100.0  # nats a token; a model that is this much worse is broken, and exp of it soon overflows
+DIMENSIONS = {  # dimensions whose names do not say what they are; the others are clusters, and terms of the metric
     "windows": "how many windows",
     "draw": "which windows",
     "reduction": "reduction over a unit's slots",
@@ -32,7 +32,6 @@ DIMENSIONS = {  # those whose names do not say what they are; the others are clu
     "beta": "beta, over norms",
     "f2": "F2, of norms",
 }
-OF_FASP = " (FASP)"  # a standard that calibrates as FASP does, without the pool
 BY_FASP = " with FASP's own score"
 STATES = {
     "dropped": "dropped untried by the proxy",
@@ -43,8 +42,8 @@ STATES = {
 
 def outcome_words(search: Mapping[str, Any]) -> str:
     """What a search has found, in a sentence or two."""
-    by_fasp = str(search["standard"]).endswith(OF_FASP)
-    standard = f"{search['standard']}{' on the whole pool' * (bool(search.get('pool')) and not by_fasp)}"
+    on_pool = bool(search.get("pool")) and not _standard_is_fasps(search)
+    standard = f"{search['standard']}{' on the whole pool' * on_pool}"
     states = Counter(trial["state"] for trial in search["trials"])
     became = f" ({', '.join(f'{n} {state}' for state, n in states.items())})" if states else ""
     tried = f"{len(search['trials'])} trials by {search['sampler']}{became}"
@@ -60,8 +59,14 @@ def outcome_words(search: Mapping[str, Any]) -> str:
     )
 
 
+def _standard_is_fasps(search: Mapping[str, Any]) -> bool:
+    """Whether the standard calibrates as FASP does, without the pool."""
+    rows = search.get("finalists") or ()
+    return any(bool(row.get("by_fasp")) for row in rows if row["name"] == search["standard"])
+
+
 def _needed(search: Mapping[str, Any]) -> str:
-    """What a gain must exceed; searches of before the record said so took one standard error."""
+    """What a gain must exceed; older records do not say so, and took one standard error."""
     needed = search.get("needed")
     return f"{number(needed, '{:.1f}')} standard errors" if finite(needed) else "its standard error"
 
@@ -72,7 +77,7 @@ def chosen_words(search: Mapping[str, Any]) -> str:
 
 
 def _gained(search: Mapping[str, Any]) -> str:
-    """The gain that decided; as a share of perplexity too where that is what the loss is the logarithm of."""
+    """The gain that decided, in nats; where the loss is the logarithm of perplexity, as a share of that, too."""
     gain: Any = search.get("gain")
     error = search.get("standard_error")
     known = f" ± {number(error, LOSS)}" if finite(error) else ""
@@ -82,37 +87,37 @@ def _gained(search: Mapping[str, Any]) -> str:
     return f"{_minus(number(gain, LOSS))}{known} nats a token{_minus(share)}"
 
 
-def yardstick_of(search: Mapping[str, Any]) -> str:
-    """The metric that trials were compared with: the best before the first of them."""
-    own = str(search["standard"]) if search.get("method") == "optishear" else STANDARD
-    return next((str(one["metric"]) for one in search.get("known") or () if one.get("standard")), own)
+def standard_metric(search: Mapping[str, Any]) -> str:
+    """The metric that trials were compared with: the best of the known ones."""
+    default = str(search["standard"]) if search.get("method") == "optishear" else STANDARD
+    return next((str(row["metric"]) for row in search.get("known") or () if row.get("standard")), default)
 
 
 def pool_words(search: Mapping[str, Any]) -> str:
-    """Where the samples come from, and which windows judged, in two sentences."""
+    """Where the samples come from, and on which windows trials were compared, in two sentences."""
     pool, shapes = search.get("pool") or {}, search.get("validation") or {}
-    said = []
+    sentences = []
     if pool:
         out = f"; {pool['left_out']:,} more left out, repeated or of little information" if pool.get("left_out") else ""
         clusters = len(set(pool["clusters"]))
         groups = f", sorted into {clusters} clusters" if clusters > 1 else ""
         texts = " and ".join(map(str, pool["sources"]))
         begun = f", {begun_words(pool)}" if begun_words(pool) else ""
-        said.append(
+        sentences.append(
             f"A pool of {len(pool['source']):,} windows of {pool['seq_len']:,} tokens of {texts}{begun}{groups}{out}."
         )
     if shapes:
-        of = {"proxy": "for the proxy", "rungs": "in turn for trials", "final": "to decide in the end"}
-        parts = [f"{_windows(shapes[part])} {what}" for part, what in of.items() if part in shapes]
-        said.append(f"Judged on {' and '.join(map(str, search.get('judges') or ()))}: {', '.join(parts)}.")
+        uses = {"proxy": "for the proxy", "rungs": "in turn for trials", "final": "to decide in the end"}
+        parts = [f"{_windows(shapes[part])} {use}" for part, use in uses.items() if part in shapes]
+        sentences.append(f"Judged on {' and '.join(map(str, search.get('judges') or ()))}: {', '.join(parts)}.")
         if "rungs" in shapes and (search.get("rung_windows") or 0) > shapes["rungs"][0]:
-            said.append(
+            sentences.append(
                 f"The text is short for so many trials: they took {search['rung_windows']:,} windows in turn, and began "
                 f"again after {shapes['rungs'][0]:,}."
             )
     if search.get("objective", "nll") != "nll":
-        said.append(f"Objective of the trials: {search['objective']}.")
-    return " ".join(said)
+        sentences.append(f"Objective of the trials: {search['objective']}.")
+    return " ".join(sentences)
 
 
 def _windows(shape: Sequence[int]) -> str:
@@ -120,15 +125,15 @@ def _windows(shape: Sequence[int]) -> str:
 
 
 def state_words(search: Mapping[str, Any]) -> list[str]:
-    """How many trials have no point of their own, and why."""
+    """How many trials are not drawn, and why."""
     states = Counter(trial["state"] for trial in search["trials"])
     return [f"{states[state]:,} {words}" for state, words in STATES.items() if states[state]]
 
 
 def importance_rows(search: Mapping[str, Any]) -> list[list[str]]:
-    """Dimensions, the most important first; what follows after `SHOWN` rows is summed in one."""
+    """Dimensions, the most important first; those after the first `SHOWN` are summed in one row."""
     known = [(str(name), share) for name, share in (search.get("importance") or {}).items() if finite(share)]
-    known.sort(key=lambda one: -one[1])
+    known.sort(key=lambda pair: -pair[1])
     rows = [[DIMENSIONS.get(name, name), percent(share)] for name, share in known[:SHOWN]]
     rest = known[SHOWN:]
     return [*rows, *([[f"{len(rest)} others together", percent(sum(share for _, share in rest))]] if rest else [])]
@@ -141,7 +146,7 @@ def part_header() -> list[str]:
 def part_rows(search: Mapping[str, Any]) -> list[list[str]]:
     """What samples, metric and budgets bring; the first row is what the others are compared with."""
     parts = search.get("parts") or []
-    return [[str(one["what"]), number(one["loss"], LOSS), _gain(one) if n else ""] for n, one in enumerate(parts)]
+    return [[str(row["what"]), number(row["loss"], LOSS), _gain(row) if n else ""] for n, row in enumerate(parts)]
 
 
 def known_header() -> list[str]:
@@ -149,14 +154,14 @@ def known_header() -> list[str]:
 
 
 def known_rows(search: Mapping[str, Any]) -> list[tuple[bool, str, list[str]]]:
-    """One row a fixed metric: whether it is the best, what it means, and its cells."""
+    """One row a known metric: whether it is the best, what it means, and its cells."""
     return [
         (
-            bool(one.get("standard")),
-            str(one.get("meaning") or ""),
-            [str(one["metric"]), number(one["loss"], LOSS), "" if one.get("standard") else _gain(one)],
+            bool(row.get("standard")),
+            str(row.get("meaning") or ""),
+            [str(row["metric"]), number(row["loss"], LOSS), "" if row.get("standard") else _gain(row)],
         )
-        for one in search.get("known") or ()
+        for row in search.get("known") or ()
     ]
 
 
@@ -165,35 +170,35 @@ def finalist_header() -> list[str]:
 
 
 def finalist_rows(search: Mapping[str, Any]) -> list[tuple[bool, list[str]]]:
-    """One row a candidate of the end: whether it was taken, and its cells."""
+    """One row a finalist: whether it was taken, and its cells."""
     taken = search.get("chosen"), bool(search.get("by_fasp"))
     accepted, standard = bool(search.get("accepted")), search.get("standard")
     return [
         (
-            (one["name"], bool(one.get("by_fasp"))) == taken if accepted else one["name"] == standard,
+            (row["name"], bool(row.get("by_fasp"))) == taken if accepted else row["name"] == standard,
             [
-                f"number {one['name']}{BY_FASP * bool(one.get('by_fasp'))}"
-                if isinstance(one["name"], int)
-                else str(one["name"]),
-                *[number(one.get(key), LOSS) for key in ("rung", "final")],
-                "" if one["name"] == standard else _gain(one),
+                f"number {row['name']}{BY_FASP * bool(row.get('by_fasp'))}"
+                if isinstance(row["name"], int)
+                else str(row["name"]),
+                *[number(row.get(key), LOSS) for key in ("rung", "final")],
+                "" if row["name"] == standard else _gain(row),
             ],
         )
-        for one in search.get("finalists") or ()
+        for row in search.get("finalists") or ()
     ]
 
 
 def choice_rows(search: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The samples, the metric and the budgets that were taken, as (name, value)."""
     winner = search.get("winner") or {}
-    own, shape = winner.get("solution"), winner.get("shape")
+    solution, shape = winner.get("solution"), winner.get("shape")
     rows = []
-    if own:
-        rows += [("clusters", level_words(own["levels"])), ("windows", drawn_words(search))]
-        rows.append(("metric", metric_words(own["coefficients"])))
-        rows.append(("power of each term", number(own["power"], "{:g}")))
-        rows.append(("over a unit's slots", str(own["reduction"])))
-        rows.append(("terms are scaled", "in each layer" if own["within"] else "over the whole model"))
+    if solution:
+        rows += [("clusters", level_words(solution["levels"])), ("windows", drawn_words(search))]
+        rows.append(("metric", metric_words(solution["coefficients"])))
+        rows.append(("power of each term", number(solution["power"], "{:g}")))
+        rows.append(("over a unit's slots", str(solution["reduction"])))
+        rows.append(("terms are scaled", "in each layer" if solution["within"] else "over the whole model"))
     elif metric := winner.get("metric"):
         rows.append(("metric (alpha, F1, beta, F2)", str(metric)))
         rows += [(f"{name} over depth, in shares of zeros", _shift(winner[name])) for name in ("slope", "bend")]
@@ -215,55 +220,54 @@ def choice_rows(search: Mapping[str, Any]) -> list[tuple[str, str]]:
 def choice_words(search: Mapping[str, Any]) -> str:
     """What was chosen, in one line."""
     winner = search.get("winner") or {}
-    own, shape = winner.get("solution"), winner.get("shape")
-    how = "" if search.get("accepted") else f"; {STANDARD}: no trial was better beyond {_needed(search)}"
-    said = [] if own else [str(winner["metric"])] if winner.get("metric") else ["FASP's own score"]
-    said += [f"{name} {_shift(winner[name])}" for name in ("slope", "bend") if winner.get(name)]
-    if own:
-        clusters = f" ({level_words(own['levels'])})" if len(set(own["levels"])) > 1 else ""
-        metric = (
-            f"{metric_words(own['coefficients'])}, power {number(own['power'], '{:g}')}, {own['reduction']} over slots"
-        )
-        said += [f"{drawn_words(search)}{clusters}"]
-        said += [f"{metric}, scaled {'in each layer' if own['within'] else 'over the model'}"]
+    solution, shape = winner.get("solution"), winner.get("shape")
+    instead = "" if search.get("accepted") else f"; {STANDARD}: no trial was better beyond {_needed(search)}"
+    words = [] if solution else [str(winner["metric"])] if winner.get("metric") else ["FASP's own score"]
+    words += [f"{name} {_shift(winner[name])}" for name in ("slope", "bend") if winner.get(name)]
+    if solution:
+        clusters = f" ({level_words(solution['levels'])})" if len(set(solution["levels"])) > 1 else ""
+        metric = f"{metric_words(solution['coefficients'])}, power {number(solution['power'], '{:g}')}, {solution['reduction']} over slots"
+        words += [f"{drawn_words(search)}{clusters}"]
+        words += [f"{metric}, scaled {'in each layer' if solution['within'] else 'over the model'}"]
     if block := winner.get("block"):
-        said.append(f"without layers {ranges(range(block[0], sum(block)))}")
+        words.append(f"without layers {ranges(range(block[0], sum(block)))}")
     if shape and any(shape.values()):
-        said.append(
+        words.append(
             f"{shape['first']} + {shape['last']} layers spared, slope {_shift(shape['slope'])}, bend {_shift(shape['bend'])}"
         )
-    return "; ".join(said) + how
+    return "; ".join(words) + instead
 
 
 def level_words(levels: Sequence[int]) -> str:
     """Which clusters weigh how much, the heaviest first."""
     if len(set(levels)) == 1:
         return "all alike"
-    said = []
+    words = []
     for level in sorted(set(levels), reverse=True):
-        of = [n for n, one in enumerate(levels) if one == level]
-        said.append(f"cluster{'s' * (len(of) > 1)} {ranges(of)} {f'×{level}' if level else 'left out'}")
-    return "; ".join(said)
+        clusters = [n for n, other in enumerate(levels) if other == level]
+        weight = f"×{level}" if level else "left out"
+        words.append(f"cluster{'s' * (len(clusters) > 1)} {ranges(clusters)} {weight}")
+    return "; ".join(words)
 
 
 def drawn_words(search: Mapping[str, Any]) -> str:
     """How many windows of the pool calibrate."""
-    own, shares = search["winner"]["solution"], (search.get("pool") or {}).get("shares") or []
+    solution, shares = search["winner"]["solution"], (search.get("pool") or {}).get("shares") or []
     used = sum(finite(share) and share > 0 for share in shares)
-    drawn = f", draw {own['draw']}" if own["count"] else ""
+    drawn = f", draw {solution['draw']}" if solution["count"] else ""
     return f"{used:,} of {len(shares):,} windows of the pool{drawn}"
 
 
 def metric_words(coefficients: Mapping[str, Any]) -> str:
-    """Terms with their coefficients, the heaviest first; one alone without."""
-    known = sorted(((name, c) for name, c in coefficients.items() if finite(c) and c), key=lambda one: -one[1])
+    """Terms with their coefficients, the heaviest first; a single term without its coefficient."""
+    known = sorted(((name, c) for name, c in coefficients.items() if finite(c) and c), key=lambda pair: -pair[1])
     if len(known) == 1:
         return f"{known[0][0]} alone"
     return " + ".join(f"{number(c, '{:g}')} {name}" for name, c in known) or NONE
 
 
 def samples(search: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Every window that calibrates, the heaviest first, as (where it is from and what it weighs, its text)."""
+    """Every window that calibrates, the heaviest first, as (its source and weight, its text)."""
     pool = search.get("pool") or {}
     used = [n for n, share in enumerate(pool.get("shares") or ()) if finite(share) and share > 0]
     used.sort(key=lambda n: -pool["shares"][n])
@@ -276,9 +280,9 @@ def samples(search: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _gain(one: Mapping[str, Any]) -> str:
+def _gain(row: Mapping[str, Any]) -> str:
     """A gain with its sign and its standard error."""
-    value, error = one.get("gain"), one.get("standard_error")
+    value, error = row.get("gain"), row.get("standard_error")
     return _minus(number(value, GAIN) + (f" ± {number(error, LOSS)}" if finite(value) and finite(error) else ""))
 
 

@@ -39,18 +39,18 @@ class Measure:
 
 
 def perplexity_of(model: Mapping[str, Any], text: str, seq_len: int) -> Mapping[str, Any]:
-    """What a model scored on a text in windows of one length; empty where it did not."""
-    of = [p for p in model.get("perplexities") or () if p["text"] == text and p.get("seq_len") == seq_len]
-    return of[0] if of else {}
+    """A model's score on a text in windows of one length; empty where it has none."""
+    scores = [p for p in model.get("perplexities") or () if p["text"] == text and p.get("seq_len") == seq_len]
+    return scores[0] if scores else {}
 
 
 def same_tokens(scores: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether perplexities are over the same tokens: else they do not compare, bits a byte do."""
+    """Whether perplexities are over the same tokens; if not, only bits a byte can be compared."""
     return len({(p.get("tokens"), p.get("text_sha256")) for p in scores if p}) == 1
 
 
 def window_words(score: Mapping[str, Any]) -> str:
-    """Where a perplexity is from, as far as it is recorded."""
+    """The windows behind a perplexity, as far as they are recorded."""
     tokens = f"{score['tokens']:,} tokens" if score.get("tokens") else ""
     length = f"windows of {score['seq_len']}" if score.get("seq_len") else ""
     return ", ".join(filter(None, (tokens, length, begun_words(score))))
@@ -111,11 +111,11 @@ def _row(
 
 def _sizes(models: Sequence[Mapping[str, Any]]) -> list[Measure]:
     rows: list[Measure] = []
-    of = [m.get("sizes") or {} for m in models]
-    rows += _row("size", "parameters", "", [s.get("parameters") for s in of], count)
-    rows += _row("size", "decoder parameters", "", [s.get("decoder_parameters") for s in of], count)
-    embeddings = [s.get("embedding_parameters") for s in of]
-    if len(set(embeddings)) > 1:  # alike unless the vocabulary was trimmed
+    sizes = [m.get("sizes") or {} for m in models]
+    rows += _row("size", "parameters", "", [s.get("parameters") for s in sizes], count)
+    rows += _row("size", "decoder parameters", "", [s.get("decoder_parameters") for s in sizes], count)
+    embeddings = [s.get("embedding_parameters") for s in sizes]
+    if len(set(embeddings)) > 1:  # equal unless the vocabulary was trimmed
         rows += _row("size", "embedding parameters", "", embeddings, count)
     rows += _row("size", "multiply–adds a token", "", [m.get("macs_per_token") for m in models], count)
     return rows + _row("size", "size on disk", "", [m.get("disk_bytes") for m in models], megabytes)
@@ -125,17 +125,17 @@ def _quality(models: Sequence[Mapping[str, Any]]) -> list[Measure]:
     rows: list[Measure] = []
     texts = dict.fromkeys((p["text"], p.get("seq_len")) for m in models for p in m.get("perplexities") or ())
     for text, seq_len in texts:
-        of = [perplexity_of(m, text, seq_len) for m in models]
-        alike = same_tokens(of)
-        tokens = " / ".join(dict.fromkeys(number(p.get("tokens"), "{:,.0f}") for p in of if p))
-        begun = [words for words in dict.fromkeys(begun_words(p) for p in of) if words]
+        scores = [perplexity_of(m, text, seq_len) for m in models]
+        alike = same_tokens(scores)
+        tokens = " / ".join(dict.fromkeys(number(p.get("tokens"), "{:,.0f}") for p in scores if p))
+        begun = [words for words in dict.fromkeys(begun_words(p) for p in scores) if words]
         conditions = ", ".join([f"{tokens} tokens", f"windows of {seq_len}", *begun])
-        cells = [with_error(p.get("perplexity"), p.get("standard_error")) for p in of]
-        change = ratio(of[-1].get("perplexity"), of[0].get("perplexity")) if alike else NONE
-        rows.append(Measure("quality", f"perplexity on {text}", conditions, cells, change if len(of) > 1 else ""))
-        bits = [p.get("bits_per_byte") for p in of]
+        cells = [with_error(p.get("perplexity"), p.get("standard_error")) for p in scores]
+        change = ratio(scores[-1].get("perplexity"), scores[0].get("perplexity")) if alike else NONE
+        rows.append(Measure("quality", f"perplexity on {text}", conditions, cells, change if len(scores) > 1 else ""))
+        bits = [p.get("bits_per_byte") for p in scores]
         rows += _row("quality", f"bits a byte of {text}", "", bits, lambda v: number(v, "{:.3f}"))
-        against = [p.get("against") or {} for p in of]
+        against = [p.get("against") or {} for p in scores]
         reference = models[0]["name"]
         if any(against):
             far = [with_error(a.get("kl"), a.get("kl_standard_error"), "{:.3f}") if a else "" for a in against]
@@ -149,43 +149,47 @@ def _speeds(models: Sequence[Mapping[str, Any]]) -> list[Measure]:
     rows: list[Measure] = []
     settings = dict.fromkeys((s["batch"], s["context"]) for m in models for s in m.get("speeds") or ())
     for setting in settings:
-        of = [next((s for s in m.get("speeds") or () if (s["batch"], s["context"]) == setting), {}) for m in models]
-        known = next(filter(None, of))
+        timings = [
+            next((s for s in m.get("speeds") or () if (s["batch"], s["context"]) == setting), {}) for m in models
+        ]
+        known = next(filter(None, timings))
         where = f"context {setting[1]}, batch {setting[0]}"
         often = f"median of {known['repeats']}" if known.get("repeats") else ""
         for key, name in (("prefill", "prefill tokens/s"), ("decode", "decode tokens/s")):
-            ranges = [_range(s.get(f"{key}_range")) for s in of]
+            ranges = [_range(s.get(f"{key}_range")) for s in timings]
             conditions = ", ".join(filter(None, (where, often)))
-            rows += _row("speed", name, conditions, [s.get(key) for s in of], lambda v: number(v, figures(v)), ranges)
-        first, rest = [s.get("first_token_seconds") for s in of], [s.get("token_seconds") for s in of]
+            rows += _row(
+                "speed", name, conditions, [s.get(key) for s in timings], lambda v: number(v, figures(v)), ranges
+            )
+        first, rest = [s.get("first_token_seconds") for s in timings], [s.get("token_seconds") for s in timings]
         rows += _row("speed", "time to first token", where, first, milliseconds)
         rows += _row("speed", "time per token after it", where, rest, milliseconds)
     return rows
 
 
 def _memory(models: Sequence[Mapping[str, Any]]) -> list[Measure]:
-    of = [m.get("memory") or {} for m in models]
-    known = next(filter(None, of), {})
+    memories = [m.get("memory") or {} for m in models]
+    known = next(filter(None, memories), {})
     where = f"context {known['context']}, batch {known.get('batch', 1)}" if known.get("context") else ""
-    rows = _row("memory", "weights in memory", "", [m.get("weights_bytes") for m in of], mebibytes)
-    rows += _row("memory", "KV cache", where, [m.get("kv_cache_bytes") for m in of], mebibytes)
-    return rows + _row("memory", "peak of a prefill", where, [m.get("peak_bytes") for m in of], mebibytes)
+    rows = _row("memory", "weights in memory", "", [m.get("weights_bytes") for m in memories], mebibytes)
+    rows += _row("memory", "KV cache", where, [m.get("kv_cache_bytes") for m in memories], mebibytes)
+    return rows + _row("memory", "peak of a prefill", where, [m.get("peak_bytes") for m in memories], mebibytes)
 
 
 def _tasks(models: Sequence[Mapping[str, Any]]) -> list[Measure]:
     rows: list[Measure] = []
     for task in dict.fromkeys(t["task"] for m in models for t in m.get("tasks") or ()):
-        of = [next((t for t in m.get("tasks") or () if t["task"] == task), {}) for m in models]
-        known = next(filter(None, of))
+        results = [next((t for t in m.get("tasks") or () if t["task"] == task), {}) for m in models]
+        known = next(filter(None, results))
         chance = f"chance {percent(known['chance'])}" if finite(known.get("chance")) else "chance level not known"
         conditions = f"{known['samples']:,} questions, {chance}"
         for key, error, name in (
             ("accuracy", "standard_error", task),
             ("acc_norm", "acc_norm_standard_error", f"{task}, length-normalised"),
         ):
-            values = [t.get(key) for t in of]
+            values = [t.get(key) for t in results]
             if any(v is not None for v in values):
-                cells = [with_error(t.get(key), t.get(error), "{:.1f}", 100) for t in of]
+                cells = [with_error(t.get(key), t.get(error), "{:.1f}", 100) for t in results]
                 cells = [c if c == NONE else f"{c} %" for c in cells]
                 rows.append(Measure("accuracy", name, conditions, cells, _points(values)))
     for key, name in (("above_chance", "accuracy kept, above chance"), ("plain", "accuracy kept, plain")):
@@ -197,13 +201,13 @@ def _tasks(models: Sequence[Mapping[str, Any]]) -> list[Measure]:
 
 
 def _texts(models: Sequence[Mapping[str, Any]]) -> list[Measure]:
-    of = [m.get("generation") or {} for m in models]
-    if not any(of):
+    generations = [m.get("generation") or {} for m in models]
+    if not any(generations):
         return []
     conditions = f"{len(models[0].get('prompts') or ())} prompts"
-    distinct = [" / ".join(number(g.get(f"distinct_{n}")) for n in (1, 2, 3)) for g in of]
+    distinct = [" / ".join(number(g.get(f"distinct_{n}")) for n in (1, 2, 3)) for g in generations]
     return [
-        Measure("greedy texts", "repetition", conditions, [number(g.get("repetition")) for g in of]),
+        Measure("greedy texts", "repetition", conditions, [number(g.get("repetition")) for g in generations]),
         Measure("greedy texts", "distinct 1-, 2-, 3-grams", conditions, distinct),
     ]
 
@@ -239,7 +243,7 @@ def score_of(point: Mapping[str, Any], text: str) -> Mapping[str, Any]:
 
 
 def ordered(points: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The unpruned model, then by budget, the best first, what has no number last."""
+    """The unpruned model first, then by budget and perplexity; points without a number come last."""
     first = (texts_of(points) or [""])[0]
 
     def place(point: Mapping[str, Any]) -> tuple[float, float]:

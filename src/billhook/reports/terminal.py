@@ -13,37 +13,41 @@ def summary_table(report: dict[str, Any], title: str) -> Table:
     """What was cut, for a terminal."""
     table = Table(title=title, show_header=False, title_justify="left")
     for name, value in cut_rows(report):
-        table.add_row(Text(name), Text(value))  # of strangers: brackets in them are no markup
+        table.add_row(Text(name), Text(value))  # not markup, since strangers' names may have brackets
     return table
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """Rows of `tables` for a terminal."""
-    found = Table(title=title, title_justify="left")
+    shown = Table(title=title, title_justify="left")
     for n, name in enumerate(header):
-        found.add_column(name, justify="right" if n else "left", overflow="fold")  # no name is cut short
+        shown.add_column(
+            name, justify="right" if n else "left", overflow="fold"
+        )  # wraps names instead of cutting them short
     for row in rows:
-        found.add_row(*row)
-    return found
+        shown.add_row(*row)
+    return shown
 
 
-def estimate_table(found: dict[str, Any], title: str) -> Table:
+def estimate_table(estimate: dict[str, Any], title: str) -> Table:
     """What a prune would come to, of `billhook.pruning.dry_run`."""
     table = Table(title=title, title_justify="left", show_header=False)
 
     def per(part: str) -> str:
-        before, after = (found[part][when] for when in ("before", "after"))
+        before, after = (estimate[part][when] for when in ("before", "after"))
         return f"{before:,} → {after:,} ({after / before - 1:+.1%})"
 
     table.add_row("parameters", per("parameters"))
     table.add_row("of the decoder", per("decoder_parameters"))
-    where = "weights stay in their files" if found["streamed"] else "weights in memory"
-    table.add_row("peak memory", f"{found['peak_bytes'] / 1e9:.2f} GB of {found['free_bytes'] / 1e9:.2f} free; {where}")
-    table.add_row("disk", f"{found['disk_bytes'] / 1e9:.2f} GB of {found['disk_free_bytes'] / 1e9:.2f} free")
-    for stage, cost in found["stages"].items():
+    where = "weights stay in their files" if estimate["streamed"] else "weights in memory"
+    table.add_row(
+        "peak memory", f"{estimate['peak_bytes'] / 1e9:.2f} GB of {estimate['free_bytes'] / 1e9:.2f} free; {where}"
+    )
+    table.add_row("disk", f"{estimate['disk_bytes'] / 1e9:.2f} GB of {estimate['disk_free_bytes'] / 1e9:.2f} free")
+    for stage, cost in estimate["stages"].items():
         done = f", {cost['flops'] / 1e12:.2f} TFLOP" if cost["flops"] else ""
         table.add_row(stage, f"{cost['seconds']:.1f} s{done}")
-    table.add_row("in all", f"{found['seconds']:.0f} s, {found['flops'] / 1e12:.2f} TFLOP", style="bold")
+    table.add_row("in all", f"{estimate['seconds']:.0f} s, {estimate['flops'] / 1e12:.2f} TFLOP", style="bold")
     return table
 
 
