@@ -76,7 +76,7 @@ def test_a_sentencepiece_model_without_its_packages(
 ) -> None:
     tiny.model("llama").save_pretrained(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x0c\x0a\x05<unk>\x15\0\0\0\0")
-    missing = {load.SENTENCES[one] for one in lacking}
+    missing = {load.SENTENCEPIECE[one] for one in lacking}
     monkeypatch.setattr(load, "find_spec", lambda module: None if module in missing else module)
     with pytest.raises(BillhookError, match=f"by sentencepiece and protobuf: pip install {' '.join(lacking)}, or"):
         load.load_tokenizer(tmp_path, "model")

@@ -1,18 +1,18 @@
 """Folders and files in and out: open, stream, save, verify, publish, resume.
 
-belongings    What lies in a model's folder and belongs to its tokenizer or processor: it goes along
-configs       What config.json may say: the values that transformers' classes take as they come
-contents      What the files of a folder hold of a model: one list of tensors
-generation    generation_config.json: what a checkpoint asks of `generate`.  It is carried along
-load          Checkpoints in: refuse what cannot be pruned before anything is computed
-older         What readers of transformers 4 look for in a checkpoint, beside what transformers 5 writes
-own_code      Which code that lies in a checkpoint folder a client may run
-publish       A model becomes a folder: weights, report, model card and page
-refused       What transformers refuses, in one line: its whole reason
+belongings    Files of a model's folder that belong to its tokenizer or processor, which are copied along
+configs       Checks of config.json that transformers does not make
+contents      Which tensors of a folder's files a model is made of
+generation    generation_config.json: settings of `generate`, which are carried along
+load          Load checkpoints, and refuse those that cannot be pruned before anything is computed
+older         Keys that transformers 4 reads in a checkpoint, beside those that transformers 5 writes
+own_code      Which code in a checkpoint folder a client may run
+publish       Write a model's folder: weights, report, model card and page
+refused       Errors of transformers in one line: the reason, and the key of config.json behind it
 resume        Layers that a prune has finished, kept in a folder as they are finished
-save          Checkpoints out: a plain folder that says what its tensors are
-shards        What the safetensors files of a model folder hold: whole, in a known dtype
-streaming     Models before their weights: what config.json says is built, and what is stored for it found
-tensor_names  What the tensors of a model that stays in its files are called there
-verify        Proof that what was written comes back equal, in this process
+save          Save checkpoints: a plain folder whose config says what its tensors are
+shards        The safetensors files of a model folder: which are its model's, and which tensors they hold
+streaming     Models without their weights, matched with the stored tensors, which may stay in their files
+tensor_names  The names that the tensors of a model have on disk
+verify        Prove that what was written comes back equal when it is loaded in this process
 """

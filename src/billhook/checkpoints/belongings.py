@@ -1,4 +1,4 @@
-"""What lies in a model's folder and belongs to its tokenizer or processor: it goes along, or a line says what does not."""
+"""Files of a model's folder that belong to its tokenizer or processor: copied, or named in a warning."""
 
 import logging
 import re
@@ -7,43 +7,42 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 LOG = logging.getLogger("billhook")
-PROCESSOR = re.compile(r"processor|audio_tokenizer")  # what reads images, sound and video beside the text
-OWN = (
-    re.compile(  # names, of which some have others before or behind them (tokenizer.model.v3, bpe.codes, qwen.tiktoken)
-        rf"{PROCESSOR.pattern}|token|vocab|merges|template|\.model$|\.model\.v\d|\bbpe\b|spiece|sentencepiece"
-    )
+PROCESSOR = re.compile(r"processor|audio_tokenizer")  # names of files that read images, sound and video
+# parts of names of tokenizer files, which may have prefixes and suffixes (tokenizer.model.v3, bpe.codes, qwen.tiktoken)
+TOKENIZER = re.compile(
+    rf"{PROCESSOR.pattern}|token|vocab|merges|template|\.model$|\.model\.v\d|\bbpe\b|spiece|sentencepiece"
 )
 KEPT_APART = re.compile(r"\.(pyc?|pkl|pickle|safetensors|pth?|ckpt|h5|gguf|onnx|msgpack)$")  # code, pickles, weights
-TEMPLATES = "additional_chat_templates"  # transformers' folder of those that have names
+TEMPLATES = "additional_chat_templates"  # transformers' folder of chat templates that have names
 
 
 def carry(source: Path, to: Path, named: Iterable[str] = ()) -> None:
-    """Copy what belongs to the tokenizer or processor of the folder `source` into the folder `to`, as it is; say what is left out.
+    """Copy the tokenizer's and processor's files from folder `source` into folder `to`; warn of what is left out.
 
     Args:
-        named: files that belong to it under any name, as the tokenizer's class calls its own.
+        named: names under which the tokenizer's class stores files of its own.
     """
-    for file in _belonging(source, OWN, set(named)):
+    for file in _belonging(source, TOKENIZER, set(named)):
         if file.is_file() and not KEPT_APART.search(file.name):
             shutil.copyfile(file, to / file.name)
-    templates = [one for one in sorted((source / TEMPLATES).glob("*.jinja")) if one.is_file()]
+    templates = [file for file in sorted((source / TEMPLATES).glob("*.jinja")) if file.is_file()]
     for file in templates:
         (to / TEMPLATES).mkdir(exist_ok=True)
         shutil.copyfile(file, to / TEMPLATES / file.name)
-    _say_left(source, to, OWN)
+    _warn_of_left(source, to, TOKENIZER)
 
 
 def leave(source: Path, to: Path) -> None:
-    """Say what of the processor is left out where the tokenizer is another than that of `source`."""
-    _say_left(source, to, PROCESSOR)
+    """Warn of the processor's files, which are left out where the tokenizer is not that of `source`."""
+    _warn_of_left(source, to, PROCESSOR)
 
 
 def _belonging(source: Path, names: re.Pattern[str], named: Iterable[str] = ()) -> Iterator[Path]:
-    return (one for one in sorted(source.iterdir()) if names.search(one.name) or one.name in named)
+    return (file for file in sorted(source.iterdir()) if names.search(file.name) or file.name in named)
 
 
-def _say_left(source: Path, to: Path, names: re.Pattern[str]) -> None:
-    left = [one.name + "/" * one.is_dir() for one in _belonging(source, names) if not (to / one.name).exists()]
+def _warn_of_left(source: Path, to: Path, names: re.Pattern[str]) -> None:
+    left = [file.name + "/" * file.is_dir() for file in _belonging(source, names) if not (to / file.name).exists()]
     if left:
         LOG.warning(
             "%s: %s left out: no part of a tokenizer that transformers reads by itself; copy what you need",

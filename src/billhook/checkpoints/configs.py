@@ -1,7 +1,7 @@
-"""What config.json may say: the values that transformers' classes take as they come, and what the stored tensors bear out.
+"""Checks of config.json that transformers does not make: impossible values, and layers that have no tensors.
 
-A class of transformers checks the type of what it declares.  It builds whatever number of layers it is told, and takes sizes
-below zero, and settings of other families, which its code reads all the same.
+A class of transformers checks the types of what it declares.  But it builds any number of layers, and takes sizes below
+zero, and settings of other families, which its code reads all the same.
 """
 
 import re
@@ -20,7 +20,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 LAYERS = ("num_hidden_layers", "n_layer")
-KINDS: dict[Any, tuple[str, ...]] = {  # what keys hold, where they hold anything
+KINDS: dict[Any, tuple[str, ...]] = {  # types, and the keys that have them where they are given
     Size: (
         *("hidden_size", "n_embd", "vocab_size", "max_position_embeddings", "n_positions", "word_embed_proj_dim"),
         *("num_attention_heads", "n_head", "num_key_value_heads", "num_kv_heads", "head_dim"),
@@ -41,9 +41,9 @@ KINDS: dict[Any, tuple[str, ...]] = {  # what keys hold, where they hold anythin
     dict[str, Any]: ("auto_map",),
 }
 KNOWN: dict[str, Any] = {key: (kind | None, None) for kind, keys in KINDS.items() for key in keys}
-Said: type[BaseModel] = create_model("Said", __config__=ConfigDict(strict=True), **KNOWN)
-Turned = create_model(
-    "Turned", __config__=ConfigDict(strict=True), partial_rotary_factor=KNOWN["partial_rotary_factor"]
+Config: type[BaseModel] = create_model("Config", __config__=ConfigDict(strict=True), **KNOWN)
+Rotary = create_model(
+    "Rotary", __config__=ConfigDict(strict=True), partial_rotary_factor=KNOWN["partial_rotary_factor"]
 )
 MEND = "correct it, or fetch or copy the model again"
 
@@ -53,35 +53,36 @@ def check_values(config: dict[str, Any], name: str) -> None:
 
     Args:
         config: what config.json holds.
-        name: of the model, for messages.
+        name: the model's name, for messages.
 
     Raises:
         BillhookError: names the key.
     """
     what = f"{name}: config.json"
-    typed(Said, config, what, MEND)
+    typed(Config, config, what, MEND)
     for key in ("rope_parameters", "rope_scaling"):
-        given = config.get(key)
-        groups = {key: given} | {f"{key}.{kind}": one for kind, one in given.items()} if isinstance(given, dict) else {}
-        for place, one in groups.items():
-            if isinstance(one, dict):
-                typed(Turned, one, f"{what}: {place}", MEND)
+        value, groups = config.get(key), {}
+        if isinstance(value, dict):  # one group for all layers, or one for each kind of layer
+            groups = {key: value} | {f"{key}.{kind}": group for kind, group in value.items()}
+        for place, group in groups.items():
+            if isinstance(group, dict):
+                typed(Rotary, group, f"{what}: {place}", MEND)
 
 
 def check_layers(config: dict[str, Any], stored: Iterable[str], name: str) -> None:
-    """Refuse a config of more layers than there are tensors of: building them would take as long as it says.
+    """Refuse a config with more layers than the tensors have, which would take long to build.
 
     Args:
         stored: names of the tensors.
 
     Raises:
-        BillhookError: it says more.
+        BillhookError: names the key.
     """
-    own = family_of(config.get("model_type")).layers.rpartition(".")[2]
-    place = re.compile(rf"(?:^|\.){own}\.(\d{{1,9}})\.")
-    there = 1 + max((int(found[1]) for key in stored if (found := place.search(key))), default=-1)
+    prefix = family_of(config.get("model_type")).layers.rpartition(".")[2]
+    numbered = re.compile(rf"(?:^|\.){prefix}\.(\d{{1,9}})\.")
+    count = 1 + max((int(match[1]) for key in stored if (match := numbered.search(key))), default=-1)
     for key in LAYERS:
-        if (said := config.get(key) or 0) > there:
+        if (claimed := config.get(key) or 0) > count:
             raise BillhookError(
-                f"{name}: config.json: {key} is {said:,}, and the weights are of {there:,} layers: {MEND}"
+                f"{name}: config.json: {key} is {claimed:,}, and the weights are of {count:,} layers: {MEND}"
             )

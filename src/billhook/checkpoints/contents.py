@@ -1,4 +1,4 @@
-"""What the files of a folder hold of a model: one list of tensors, by which it is opened whole and page by page alike."""
+"""Which tensors of a folder's files a model is made of; the model is opened by this list, whole or layer by layer."""
 
 import re
 from collections import defaultdict
@@ -16,8 +16,8 @@ from billhook.checkpoints.tensor_names import loaded_as, stored_as
 from billhook.errors import BillhookError
 from billhook.models.experts import unfuse
 
-ROWS = 1024  # of two tables, compared at a time
-WRAPPED = re.compile(r"^((module|base_model\.model)\.)+|(?<![^.])_orig_mod\.")  # what training puts before a name
+ROWS = 1024  # rows of two tensors that are compared at a time
+WRAPPED = re.compile(r"^((module|base_model\.model)\.)+|(?<![^.])_orig_mod\.")  # prefixes that training wrappers add
 
 
 @dataclass(frozen=True)
@@ -25,127 +25,136 @@ class Contents:
     """Which stored tensors a model is made of."""
 
     path: Path
-    name: str  # of the model, for messages
-    config: Any  # of transformers; says what the tensors are
-    tensors: dict[str, Stored]  # all that are used, by the names that transformers knows
-    keys: dict[str, str]  # name in `tensors` of each tensor of the model, its experts apart; tied ones share theirs
-    joined: str  # a tensor of the model that is stored in one with others, or ''
-    unused: tuple[str, ...]  # stored, and nothing that the model has, or had in older releases of transformers
-    rules: list[Any]  # of transformers, by which names differ
+    name: str  # the model's name, for messages
+    config: Any  # transformers' config; says what the tensors are
+    tensors: dict[str, Stored]  # all tensors that are used, by the names that transformers knows
+    keys: dict[str, str]  # for each tensor of the model, experts one by one, its name in `tensors`; tied ones share one
+    joined: str  # the first tensor of the model that is stored together with others; '' if none is
+    unused: tuple[str, ...]  # stored tensors that the model neither has nor had in older releases of transformers
+    rules: list[Any]  # transformers' rules by which names on disk differ
 
     @property
     def dtype(self) -> torch.dtype:
-        """That most of the weights are stored in."""
+        """The dtype that most of the weights are stored in."""
         return main_dtype(self.tensors.values())
 
 
 def contents(path: Path, name: str, config: Any, build: Callable[[Any], Any]) -> Contents:
-    """What a folder holds of the model of a config.
+    """The tensors in a folder of the model that a config describes.
 
-    Where tensors that the config ties are stored apart and differ, the config is told that they are not tied.
+    Where tensors that the config ties are stored apart and differ, the config is changed to say that they are not tied.
 
     Args:
-        build: the model of a config, without weights.
+        build: makes the model of a config, without weights.
 
     Raises:
-        BillhookError: a tensor is missing, of another shape than the model's, or of no dtype that weights have; or the files are damaged.
+        BillhookError: a tensor is missing, of another shape than the model's, or of a dtype that weights do not have;
+            or the files are damaged.
     """
     model = build(config)
-    held = _unwrapped(stored(path, name), model)
-    loaded, stock = loaded_as(model, held), model.state_dict()
+    on_disk = _unwrapped(stored(path, name), model)
+    loaded, stock = loaded_as(model, on_disk), model.state_dict()
     unfuse(model)
     own = model.state_dict(keep_vars=True)
-    fused = {one: meta for one, meta in stock.items() if one not in own}  # experts, as the stock class joins them
-    names = loaded.names | _stored_names(model, held, loaded.names)
-    found = {one: list(dict.fromkeys(names[n] for n in group if n in names)) for one, group in _tied(own).items()}
+    fused = {
+        tensor: meta for tensor, meta in stock.items() if tensor not in own
+    }  # experts, as the stock class joins them
+    names = loaded.names | _stored_names(model, on_disk, loaded.names)
+    copies = {
+        tensor: list(dict.fromkeys(names[alias] for alias in aliases if alias in names))
+        for tensor, aliases in _tied(own).items()
+    }
     if config.tie_word_embeddings and not all(
-        _equal([held[key] for key in there]) for there in found.values() if there
+        _equal([on_disk[key] for key in keys]) for keys in copies.values() if keys
     ):
         config.tie_word_embeddings = False
         return contents(path, name, config, build)
-    keys = {one: there[0] for one, there in found.items() if there}
-    known = {key for there in found.values() for key in there}
-    whole = {one: names[one] for one in fused if one in names}
+    keys = {tensor: stored_keys[0] for tensor, stored_keys in copies.items() if stored_keys}
+    known = {key for stored_keys in copies.values() for key in stored_keys}
+    fused_keys = {tensor: names[tensor] for tensor in fused if tensor in names}
     strays = {key: target for key, target in loaded.merged.items() if key not in known}
-    places = tuple({one.rpartition(".")[0] + "." for one in (*whole, *strays.values())})
-    joined = [one for one in own if one not in keys and one.startswith(places)]
-    lost = [one for one in own if one not in keys and one not in joined]
-    _check_shapes(name, lost, {**own, **fused}, {one: held[key] for one, key in {**keys, **whole}.items()}, model)
+    prefixes = tuple({tensor.rpartition(".")[0] + "." for tensor in (*fused_keys, *strays.values())})
+    joined = [tensor for tensor in own if tensor not in keys and tensor.startswith(prefixes)]
+    lost = [tensor for tensor in own if tensor not in keys and tensor not in joined]
+    shapes = {tensor: on_disk[key] for tensor, key in {**keys, **fused_keys}.items()}
+    _check_shapes(name, lost, {**own, **fused}, shapes, model)
     if strays and not joined:
         raise BillhookError(
-            f"{name}: {len(strays)} tensors have no place in the model that config.json describes, first {min(strays)}: {AGAIN}"
+            f"{name}: {len(strays)} tensors have no place in the model that config.json describes, first "
+            f"{min(strays)}: "
+            f"{AGAIN}"
         )
-    used = {key: held[key] for key in held if key in known or key in strays or key in whole.values()}
-    if strange := {one.dtype for one in used.values()} - set(STORED):
+    used = {key: on_disk[key] for key in on_disk if key in known or key in strays or key in fused_keys.values()}
+    if strange := {tensor.dtype for tensor in used.values()} - set(STORED):
         raise BillhookError(
             f"{name} stores weights as {', '.join(sorted(strange))}: dequantise to float32, bfloat16 or float16 first"
         )
-    gone = re.compile("|".join(_outlived(model)))
-    unused = tuple(key for key in held if key not in used and not gone.search(key))
+    obsolete = re.compile("|".join(_obsolete(model)))
+    unused = tuple(key for key in on_disk if key not in used and not obsolete.search(key))
     return Contents(path, name, config, used, keys, joined[0] if joined else "", unused, loaded.rules)
 
 
-def _unwrapped(held: Mapping[str, Stored], model: Any) -> dict[str, Stored]:
-    """Tensors under the names that they had before a wrapper of training put its own before them; a plain one comes first."""
-    found: dict[str, Stored] = {}
-    own = model.state_dict()
-    for key in sorted(held, key=len):
-        found.setdefault(key if key in own else WRAPPED.sub("", key), held[key])
-    return {name: found[name] for name in sorted(found)}
+def _unwrapped(on_disk: Mapping[str, Stored], model: Any) -> dict[str, Stored]:
+    """Tensors by their names without the prefixes of training wrappers; a tensor that has no prefix wins."""
+    tensors: dict[str, Stored] = {}
+    names = model.state_dict()
+    for key in sorted(on_disk, key=len):
+        tensors.setdefault(key if key in names else WRAPPED.sub("", key), on_disk[key])
+    return {name: tensors[name] for name in sorted(tensors)}
 
 
-def _stored_names(model: Any, held: Mapping[str, Stored], loaded: Mapping[str, str]) -> dict[str, str]:
-    """The stored name of each tensor that transformers would save under a name of its own, and that `loaded` lacks."""
-    within, found = f"{model.base_model_prefix}.", dict[str, str]()
-    for one, key in stored_as(model).items():
-        there = [written for written in (key, key.removeprefix(within)) if written in held]  # as older folders have it
-        if there and one not in loaded:
-            found[one] = there[0]
-    return found
+def _stored_names(model: Any, on_disk: Mapping[str, Stored], loaded: Mapping[str, str]) -> dict[str, str]:
+    """The stored name of each tensor that transformers would save under another name, and that `loaded` lacks."""
+    prefix, names = f"{model.base_model_prefix}.", dict[str, str]()
+    for tensor, key in stored_as(model).items():
+        written = next(
+            (name for name in (key, key.removeprefix(prefix)) if name in on_disk), None
+        )  # older folders lack it
+        if written is not None and tensor not in loaded:
+            names[tensor] = written
+    return names
 
 
-def _tied(own: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """For each tensor of a model all names that it has, its own first ones first."""
+def _tied(tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """For each tensor's name, all names of that tensor, the first one first."""
     groups: dict[int, list[str]] = defaultdict(list)
-    for one, meta in own.items():
-        groups[id(meta)].append(one)
-    return {one: groups[id(meta)] for one, meta in own.items()}
+    for name, tensor in tensors.items():
+        groups[id(tensor)].append(name)
+    return {name: groups[id(tensor)] for name, tensor in tensors.items()}
 
 
 def _equal(copies: Iterable[Stored]) -> bool:
-    """Whether stored tensors are the same numbers."""
+    """Whether stored tensors hold the same numbers."""
     first, *others = copies
     return all(first.shape == other.shape and _equal_rows(first, other) for other in others)
 
 
 def _equal_rows(a: Stored, b: Stored) -> bool:
-    with safe_open(a.file, framework="pt") as one, safe_open(b.file, framework="pt") as other:
-        left, right = one.get_slice(a.key), other.get_slice(b.key)
-        starts = range(0, a.shape[0], ROWS)
+    with safe_open(a.file, framework="pt") as first, safe_open(b.file, framework="pt") as second:
+        left, right = first.get_slice(a.key), second.get_slice(b.key)
+        dtype = torch.promote_types(left[:0].dtype, right[:0].dtype)
         return all(
-            torch.equal(
-                *(rows[n : n + ROWS].to(torch.promote_types(left[:0].dtype, right[:0].dtype)) for rows in (left, right))
-            )
-            for n in starts
+            torch.equal(left[n : n + ROWS].to(dtype), right[n : n + ROWS].to(dtype)) for n in range(0, a.shape[0], ROWS)
         )
 
 
 def _check_shapes(
-    name: str, lost: list[str], own: Mapping[str, Tensor], there: Mapping[str, Stored], model: Any
+    name: str, lost: list[str], tensors: Mapping[str, Tensor], on_disk: Mapping[str, Stored], model: Any
 ) -> None:
-    """Refuse tensors that are not there, or not of the model's shape."""
-    other = [one for one, tensor in there.items() if tensor.shape != tuple(own[one].shape)]
-    if not (wrong := lost + other):
+    """Refuse tensors that are missing, or not of the model's shape."""
+    misshapen = [tensor for tensor, entry in on_disk.items() if entry.shape != tuple(tensors[tensor].shape)]
+    if not (wrong := lost + misshapen):
         return
     first, what, remedy = wrong[0], "", AGAIN
     if not lost:
-        shape, expected = there[first].shape, tuple(own[first].shape)
+        shape, expected = on_disk[first].shape, tuple(tensors[first].shape)
         what = f" ({_times(shape)} stored, {_times(expected)} by config.json)"
         table = model.get_input_embeddings().weight.shape
         if expected == tuple(table) and shape[1:] == expected[1:]:
             remedy = f"if the embedding was resized without its config, set vocab_size to {shape[0]} there"
     raise BillhookError(
-        f"{name}: {len(wrong)} tensors are missing or of another shape than config.json says, first {first}{what}: {remedy}"
+        f"{name}: {len(wrong)} tensors are missing or of another shape than config.json says, first {first}{what}: "
+        f"{remedy}"
     )
 
 
@@ -153,9 +162,9 @@ def _times(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _outlived(model: Any) -> list[str]:
-    """Patterns of what older releases stored and newer ones compute, which transformers passes over without a word."""
-    buffers = [one for one, _ in model.named_buffers()]
+def _obsolete(model: Any) -> list[str]:
+    """Patterns of tensors that older releases stored and newer ones compute; transformers silently ignores them."""
+    buffers = [name for name, _ in model.named_buffers()]
     computed = [
         rf"{part}$"
         for part in (r"rotary_emb\.inv_freq", "position_ids")

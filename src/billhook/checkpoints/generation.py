@@ -1,4 +1,4 @@
-"""generation_config.json: what a checkpoint asks of `generate`.  It is carried along, and decides nothing that billhook does."""
+"""generation_config.json: a checkpoint's settings of `generate`, which are carried along and never used here."""
 
 import json
 import shutil
@@ -12,22 +12,22 @@ NAME = "generation_config.json"
 
 
 def read(folder: Path) -> GenerationConfig:
-    """The settings of a folder: of its file, or where transformers cannot read that, of config.json; or none."""
-    with warnings.catch_warnings(action="ignore"):  # of settings on their way out
+    """The settings of a folder, from its file; where transformers cannot read that, from config.json; or else none."""
+    with warnings.catch_warnings(action="ignore"):  # for deprecated settings
         for make in (GenerationConfig.from_pretrained, _of_config):
             try:
                 return make(folder)
-            except Exception:  # OSError, ValueError, TypeError, RecursionError… by what is wrong in the file
+            except Exception:  # OSError, ValueError, TypeError, RecursionError and others, depending on the file
                 continue
     return GenerationConfig()
 
 
 def write(model: Any, to: Path, source: Path | None) -> None:
-    """Put the file of `source` into `to` as it is, or what the model has where that is something else."""
-    there = source / NAME if source else None
-    if there and there.is_file() and read(there.parent) == model.generation_config:
-        shutil.copyfile(there, to / NAME)
-    else:  # save_pretrained refuses what it reads with a warning
+    """Copy the file of `source` into `to` as it is; write the model's settings where they differ from it."""
+    file = source / NAME if source else None
+    if file and file.is_file() and read(file.parent) == model.generation_config:
+        shutil.copyfile(file, to / NAME)
+    else:  # not by save_pretrained, which refuses settings that it warns of
         model.generation_config.to_json_file(to / NAME, keys_to_pop=["compile_config"])
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints in: refuse what cannot be pruned before anything is computed."""
+"""Load checkpoints, and refuse those that cannot be pruned before anything is computed."""
 
 import logging
 import os
@@ -35,29 +35,24 @@ from billhook.runtime.quiet import quiet_transformers
 
 LOG = logging.getLogger("billhook")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FETCHED = [
-    "*.json",
-    "*.safetensors",
-    "*.txt",
-    "*.model",
-    "*.jinja",
-    "*.tiktoken",
-    "*.bpe",
-    "tokenizer.model.v*",
-]  # from the hub
-SENTENCES = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # packages, and what each is imported as
-ROOM = 0.8  # of the free memory that a model loaded whole may take
+FETCHED = [  # patterns of the files that are fetched from the hub
+    *("*.json", "*.safetensors", "*.txt", "*.model"),
+    *("*.jinja", "*.tiktoken", "*.bpe", "tokenizer.model.v*"),
+]
+# packages that SentencePiece tokenizers need, and the modules that they are imported as
+SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+ROOM = 0.8  # share of the free memory that a model loaded whole may take
 
 
 @dataclass
 class Opened:
-    """A model ready to work on, and what its checkpoint was."""
+    """A model that is ready to be worked on, and its checkpoint."""
 
     model: Any  # a transformers PreTrainedModel
     tokenizer: Any
-    name: str  # as the user wrote it
-    folder: Path | None  # None for a model that came in memory
-    dtype: torch.dtype  # of the checkpoint; the model may compute in another
+    name: str  # the name that the user gave
+    folder: Path | None  # the checkpoint's folder; None for a model in memory
+    dtype: torch.dtype  # the checkpoint's dtype; the model may compute in another one
 
 
 def open_model(
@@ -65,37 +60,38 @@ def open_model(
 ) -> Opened:
     """Load MODEL: a Hugging Face folder, a hub id, a .gguf file or `demo`.
 
-    `stream` leaves the weights in their files, a layer at a time in memory (billhook.runtime.offload); None does where the model would
-    take more than `ROOM` of the memory that is free.
-
-    `dtype="auto"` computes in float32 on a CPU, where half precision is slow or emulated, and in the checkpoint's own
-    dtype elsewhere.
+    Args:
+        dtype: what the model computes in.  `auto` is float32 on a CPU, where half precision is slow or emulated, and
+            the checkpoint's own dtype elsewhere.
+        stream: whether weights stay in their files, with one layer at a time in memory (billhook.runtime.offload).
+            None: where the model would take more than `ROOM` of the free memory.
 
     Raises:
-        BillhookError: it does not exist, is damaged, is of a kind or family that billhook does not support, or holds NaN.
+        BillhookError: it does not exist, is damaged, is of a kind or family that billhook does not support, or holds
+            NaN.
     """
-    where = resolve_device(device)
+    target = resolve_device(device)
     path = locate(name, tick)
     if is_gguf(path):
         if stream:
             raise BillhookError(f"{name}: a GGUF is dequantised whole: --stream-weights wants a folder of safetensors")
         model, tokenizer = read.open_gguf(path)
-        _take_apart(model).to(where)
+        _take_apart(model).to(target)
         return Opened(model, tokenizer, name, None, torch.float32)
-    found = check_folder(path, name)
-    stored = found.dtype
-    say_unused(found)
-    compute = {"auto": torch.float32 if where.type == "cpu" else stored, **DTYPES}[
+    contents = check_folder(path, name)
+    stored = contents.dtype
+    say_unused(contents)
+    compute = {"auto": torch.float32 if target.type == "cpu" else stored, **DTYPES}[
         one_of("dtype", dtype, ("auto", *DTYPES))
     ]
     if stream is None:
-        stream = too_large(found, compute, where)
+        stream = too_large(contents, compute, target)
     if stream:
-        return Opened(open_paged(found, compute, where), load_tokenizer(path, name), name, path, stored)
+        return Opened(open_paged(contents, compute, target), load_tokenizer(path, name), name, path, stored)
     tick("loading", 0, 1)
-    model = _load(found, compute).to(where)
-    if compute == stored and where.type == "cpu":  # or every weight was copied on the way
-        for param in model.parameters():  # off the mapped file, which stays in memory whole until its last tensor goes
+    model = _load(contents, compute).to(target)
+    if compute == stored and target.type == "cpu":  # in all other cases every weight has been copied
+        for param in model.parameters():  # a mapped file stays in memory until none of its tensors is left
             param.data = param.data.clone()
     _take_apart(model)
     tick("loading", 1, 1)
@@ -105,23 +101,25 @@ def open_model(
 def load(
     path: str | os.PathLike[str], *, dtype: str | torch.dtype = "auto", device: str = "cpu", stream: bool = False
 ) -> Any:
-    """Load the model of a checkpoint folder, of either layout, without running code that came with it; `stream`: a layer at a time
-    (billhook.runtime.offload).
+    """Load the model of a checkpoint folder, of either layout, without running code that came with it.
+
+    Args:
+        stream: whether weights stay in their files, with one layer at a time in memory (billhook.runtime.offload).
 
     Raises:
         BillhookError: the folder is not a whole, plain, supported causal LM.
     """
     name = os.fspath(path)
-    found = check_folder(Path(name), name)
-    compute = {"auto": found.dtype, **DTYPES}[dtype] if isinstance(dtype, str) else dtype
+    contents = check_folder(Path(name), name)
+    compute = {"auto": contents.dtype, **DTYPES}[dtype] if isinstance(dtype, str) else dtype
     if stream:
-        return open_paged(found, compute, resolve_device(device))
-    return _load(found, compute).to(resolve_device(device))
+        return open_paged(contents, compute, resolve_device(device))
+    return _load(contents, compute).to(resolve_device(device))
 
 
-def too_large(found: Contents, dtype: torch.dtype, device: torch.device) -> bool:
+def too_large(contents: Contents, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a folder's weights would take more than `ROOM` of the memory that is free."""
-    return sum(one.elements for one in found.tensors.values()) * dtype.itemsize > ROOM * free_bytes(device)
+    return sum(stored.elements for stored in contents.tensors.values()) * dtype.itemsize > ROOM * free_bytes(device)
 
 
 def check_positions(opened: Opened, seq_len: int) -> None:
@@ -132,17 +130,17 @@ def check_positions(opened: Opened, seq_len: int) -> None:
 
 
 def open_skeleton(name: str, tick: Tick = quiet) -> Any:
-    """The model without its weights, on the meta device: shapes and config, whatever the model's size."""
+    """The model without its weights, on the meta device: shapes and config, for models of any size."""
     path = locate(name, tick)
     if is_gguf(path):
         return _take_apart(read.open_gguf(path)[0])
-    found = check_folder(path, name)
-    say_unused(found)
-    return _take_apart(refused.build(found.config))  # as it was when its contents were read
+    contents = check_folder(path, name)
+    say_unused(contents)
+    return _take_apart(refused.build(contents.config))  # the config may have been corrected when the contents were read
 
 
 def _take_apart(model: Any) -> Any:
-    """Experts as modules, and nothing in the layers that no row speaks of."""
+    """Make experts modules of their own, and refuse modules in the layers that the family's row does not know."""
     unfuse(model)
     check_known(model)
     return model
@@ -157,17 +155,16 @@ def open_tokenizer(name: str, tick: Tick = quiet) -> Any:
 def resolve_device(device: str) -> torch.device:
     """`auto` is the accelerator if there is one, else the CPU."""
     if device == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
-        return found or torch.device("cpu")
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
-        where = torch.device(device)
-        torch.empty(1, device=where)
+        resolved = torch.device(device)
+        torch.empty(1, device=resolved)
     except (RuntimeError, AssertionError) as error:
         why = str(error).splitlines()[0].partition(". ")[0]  # torch adds paragraphs
         raise BillhookError(f"device {device!r} cannot be used here: {why}; try --device auto") from error
-    if where.type == "meta":
+    if resolved.type == "meta":
         raise BillhookError(f"device {device!r} cannot be used here: it holds no data; try --device auto")
-    return where
+    return resolved
 
 
 def load_tokenizer(path: Path, name: str) -> Any:
@@ -178,12 +175,14 @@ def load_tokenizer(path: Path, name: str) -> Any:
     except Exception as error:  # transformers and tokenizers raise many kinds for a missing or broken file
         if "trust_remote_code" in str(error):
             raise BillhookError(
-                f"{name}: its tokenizer is code in the folder (auto_map), which billhook does not run: save it as a tokenizer.json"
+                f"{name}: its tokenizer is code in the folder (auto_map), which billhook does not run: save it as a "
+                "tokenizer.json"
             ) from None
-        lacking = [package for package, module in SENTENCES.items() if not _is_there(module)]
+        lacking = [package for package, module in SENTENCEPIECE.items() if not _is_installed(module)]
         if lacking and any(path.glob("*.model")) and not (path / "tokenizer.json").exists():
             raise BillhookError(
-                f"{name}: its tokenizer is a SentencePiece model, which transformers reads by {' and '.join(SENTENCES)}: "
+                f"{name}: its tokenizer is a SentencePiece model, which transformers reads by "
+                f"{' and '.join(SENTENCEPIECE)}: "
                 f"pip install {' '.join(lacking)}, or save the tokenizer as a tokenizer.json"
             ) from error
         raise BillhookError(
@@ -191,10 +190,10 @@ def load_tokenizer(path: Path, name: str) -> Any:
         ) from error
 
 
-def _is_there(module: str) -> bool:
+def _is_installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # of the package that the module is in
+    except ModuleNotFoundError:  # not even the package that the module is in
         return False
 
 
@@ -214,24 +213,25 @@ def check_folder(path: Path, name: str) -> Contents:
     return read_contents(path, name)
 
 
-def say_unused(found: Contents) -> None:
-    """Say once what is stored and is no part of the model; transformers leaves it out, too."""
-    if found.unused:
+def say_unused(contents: Contents) -> None:
+    """Warn of stored tensors that are no part of the model; transformers leaves them out, too."""
+    if contents.unused:
         LOG.warning(
             "%s: %d stored tensors are not used by its model, first %s: left out, as transformers leaves them",
-            *(found.name, len(found.unused), found.unused[0]),
+            *(contents.name, len(contents.unused), contents.unused[0]),
         )
 
 
 def check_config(config: dict[str, Any], name: str) -> None:
     """Refuse a config that is not a plain causal LM of a supported family."""
-    kind, built = config.get("model_type"), config.get("architectures") or []
-    built = built if isinstance(built, list) else [built]
+    kind, architectures = config.get("model_type"), config.get("architectures") or []
+    architectures = architectures if isinstance(architectures, list) else [architectures]
     if (quantised := config.get("quantization_config")) is not None:
         method = quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else quantised
         raise BillhookError(
-            f"{name} is quantised ({shown(str(method))}): prune the full-precision checkpoint, or load it with transformers, model.dequantize(), and "
-            "save_pretrained that first"
+            f"{name} is quantised ({shown(str(method))}): prune the full-precision checkpoint, or load it with "
+            "transformers, "
+            "model.dequantize(), and save_pretrained that first"
         )
     if config.get("is_encoder_decoder"):
         raise BillhookError(
@@ -239,12 +239,15 @@ def check_config(config: dict[str, Any], name: str) -> None:
         )
     if isinstance(text := config.get("text_config"), dict):
         raise BillhookError(
-            f"{name} is multimodal ({shown(str(kind))}): billhook prunes text alone; save its language model by itself first, as a causal LM of "
-            f"type {shown(str(text.get('model_type', kind)))}"
+            f"{name} is multimodal ({shown(str(kind))}): billhook prunes text alone; save its language model by itself "
+            "first, "
+            f"as a causal LM of type {shown(str(text.get('model_type', kind)))}"
         )
-    if built and not any(str(architecture).endswith(("ForCausalLM", "LMHeadModel")) for architecture in built):
+    causal = ("ForCausalLM", "LMHeadModel")
+    if architectures and not any(str(architecture).endswith(causal) for architecture in architectures):
         raise BillhookError(
-            f"{name} is a {shown(str(built[0]))}, not a causal LM: billhook prunes decoder-only causal LMs (…ForCausalLM)"
+            f"{name} is a {shown(str(architectures[0]))}, not a causal LM: billhook prunes decoder-only causal LMs "
+            "(…ForCausalLM)"
         )
     try:
         family_of(kind if kind is None else shown(str(kind)))
@@ -258,7 +261,7 @@ def check_config(config: dict[str, Any], name: str) -> None:
 
 def demo_folder(tick: Tick = quiet) -> Path:
     """The demo model as a Hugging Face folder in the cache, dequantised to float32 on the first call."""
-    out = demo.cache_folder() / "SmolLM2-135M-Instruct-2"  # 2: its tokenizer splits as the GGUF says
+    out = demo.cache_folder() / "SmolLM2-135M-Instruct-2"  # 2: since its tokenizer splits as the GGUF says
     if not out.is_dir():
         gguf = demo.model_gguf(tick)
         tick("dequantising", 0, 1)
@@ -269,14 +272,14 @@ def demo_folder(tick: Tick = quiet) -> Path:
 
 
 def locate(name: str, tick: Tick = quiet) -> Path:
-    """The folder or .gguf file of a model, fetched where it is not here.
+    """The folder or .gguf file of a model, fetched from the hub where it is not on this machine.
 
     Raises:
         BillhookError: there is none.
     """
     if name == "demo":
         return demo_folder(tick)
-    path = Path(os.path.expanduser(name))  # Path's own raises for a user that is not known
+    path = Path(os.path.expanduser(name))  # Path.expanduser raises for unknown users
     if path.exists():
         if path.is_file() and not is_gguf(path):
             raise BillhookError(f"{name} is a file: give the model's folder, a hub id, a .gguf file or 'demo'")
@@ -289,7 +292,7 @@ def locate(name: str, tick: Tick = quiet) -> Path:
 
 
 def _download(name: str, tick: Tick) -> Path:
-    from huggingface_hub import (  # imported here: it reads its offline setting on import
+    from huggingface_hub import (  # imported late, since it reads its offline setting on import
         hf_hub_download,
         snapshot_download,
     )
@@ -298,46 +301,50 @@ def _download(name: str, tick: Tick) -> Path:
     try:
         config = read_json(Path(hf_hub_download(name, "config.json")), name)
         check_config(config, name)  # refuse before the weights come
-        found = snapshot_download(name, allow_patterns=FETCHED)
+        fetched = snapshot_download(name, allow_patterns=FETCHED)
     except BillhookError:
         raise
-    except Exception as error:  # the hub client raises dozens of kinds, offline ones among them
+    except Exception as error:  # the hub client raises many kinds of error
         raise BillhookError(
             f"model {name} is no folder here, and could not be fetched from the hub ({first_line(error)})"
         ) from error
     tick(f"fetching {name}", 1, 1)
-    return Path(found)
+    return Path(fetched)
 
 
-def _load(found: Contents, dtype: torch.dtype) -> Any:
+def _load(contents: Contents, dtype: torch.dtype) -> Any:
     """The model of a folder, whole: transformers is given the tensors of its contents and no others."""
-    name = found.name
+    name = contents.name
     try:
         with quiet_transformers(), ExitStack() as opened:
             files = {
-                one.file: opened.enter_context(safe_open(one.file, framework="pt")) for one in found.tensors.values()
+                stored.file: opened.enter_context(safe_open(stored.file, framework="pt"))
+                for stored in contents.tensors.values()
             }
-            kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(found.config)]
+            kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(contents.config)]
             loaded: Any = kind.from_pretrained(
                 None,
-                config=found.config,
-                state_dict={key: files[one.file].get_slice(one.key) for key, one in found.tensors.items()},
+                config=contents.config,
+                state_dict={key: files[stored.file].get_slice(stored.key) for key, stored in contents.tensors.items()},
                 dtype=dtype,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
-                generation_config=GenerationConfig(),  # or what is wrong in the folder's ends the load
+                generation_config=GenerationConfig(),  # so that a fault in the folder's own does not end the load
             )
             model, info = loaded
     except Exception as error:  # transformers raises OSError, ValueError, RuntimeError, KeyError… for bad weights
         raise BillhookError(f"{name}: transformers could not load it ({reason(error)})") from error
-    other = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]  # (name, shape, shape)
-    if missing := [*sorted(info["missing_keys"]), *sorted(other), *sorted(info["unexpected_keys"])]:
+    # transformers gives mismatched keys as (name, shape, shape)
+    misshapen = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
+    if missing := [*sorted(info["missing_keys"]), *sorted(misshapen), *sorted(info["unexpected_keys"])]:
         raise BillhookError(
-            f"{name}: {len(missing)} tensors are missing or of another shape than config.json says, first {missing[0]}: {AGAIN}"
+            f"{name}: {len(missing)} tensors are missing or of another shape than config.json says, first "
+            f"{missing[0]}: "
+            f"{AGAIN}"
         )
-    give_settings(model, found)
-    model.name_or_path = model.config._name_or_path = str(found.path)  # where peft looks for its base
+    give_settings(model, contents)
+    model.name_or_path = model.config._name_or_path = str(contents.path)  # where peft looks for its base model
     for tensor, param in model.named_parameters():
-        stored = found.tensors.get(tensor)
-        check_finite(param.detach(), tensor, stored.file if stored else name)
+        entry = contents.tensors.get(tensor)
+        check_finite(param.detach(), tensor, entry.file if entry else name)
     return model.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Which code that lies in a checkpoint folder a client may run: none but the modelling file that billhook wrote."""
+"""Which code in a checkpoint folder a client may run: only the modelling file that billhook wrote."""
 
 import hashlib
 from pathlib import Path
@@ -8,7 +8,7 @@ from billhook.models import layout
 from billhook.models.families import stock_type
 from billhook.runtime.documents import read_bytes, read_object
 
-WRITTEN = {  # SHA-256 of every text that a billhook has written as its modelling file, the newest first: when
+WRITTEN = {  # SHA-256 of every modelling file that billhook has written, the newest first, and its date
     "10c6d771120c1629084489c6149959086294275a12d84d1c9b18e66c453c73cb": "2026-11-23",
     "540374679cfac197cd82a3e47b7c19f456f5aa61bd5e77c1b5283ba6a18a19b6": "2026-11-23",
     "009e8cf87c76d6c54113872901da420ac38a2a4fc5b2d0433295c76612eeb045": "2026-11-23",
@@ -18,17 +18,17 @@ WRITTEN = {  # SHA-256 of every text that a billhook has written as its modellin
     "c0a4d382233a0db8c59c819923ed2b9418b0c3b3fc21d3a349ddb75a59a53519": "2026-11-22",
 }
 ALLOW = "--trust-remote-code runs it all the same"
-GENERATES = "custom_generate"  # a folder whose code transformers runs in place of `generate`, where it is trusted
-LARGEST = 2**20  # bytes of a modelling file
+GENERATES = "custom_generate"  # a folder whose code transformers runs in place of `generate` where code is trusted
+LARGEST = 2**20  # the most bytes of a modelling file
 
 
 def needed(folder: Path) -> bool:
-    """Whether a client must run the folder's modelling file to load its model, which then is one that billhook wrote.
+    """Whether a client must run the folder's modelling file to load its model; then billhook wrote that file.
 
     A stock type's model is loaded by the client's own class, whatever code lies beside it.
 
     Raises:
-        BillhookError: it must, and the file's text is not billhook's, or other code would run with it.
+        BillhookError: it must, but the file's text is not billhook's, or other code would run with it.
     """
     config = read_object(folder / "config.json", f"{folder}: config.json", "it cannot be checked")
     stock = stock_type(str(config.get("model_type")))

@@ -1,4 +1,4 @@
-"""A model becomes a folder: weights, report, model card and page, reloaded and compared before anyone may have it."""
+"""Write a model's folder: weights, report, model card and page, reloaded and compared before anyone can use them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -27,8 +27,8 @@ def publish(
 
     Args:
         source: the folder whose tokenizer files are copied; None writes them anew.
-        record: what billhook.json will hold; gains what was verified and what loads it.
-        content: of report.json, once the record is complete.
+        record: the content of billhook.json, to which the verification and the clients that load the folder are added.
+        content: makes the content of report.json, once the record is complete.
 
     Raises:
         BillhookError: what was written does not come back equal.
@@ -38,7 +38,9 @@ def publish(
     tick("saving", 1, 2)
     with evaluation_mode(model):
         record["verified"] = verify.verify(work, model)
-    record["loads"] = [] if is_offloaded(model) else [check.check(work, "transformers")]  # which loads it whole
+    record["loads"] = (
+        [] if is_offloaded(model) else [check.check(work, "transformers")]
+    )  # the check would load the whole model
     atomic.write_text(work / atomic.MARK, records.to_json(record))
     atomic.write_text(work / "README.md", card.model_card(record))
     page.save(work / "report.html", content())
@@ -57,5 +59,5 @@ def check_apart(out: Path, source: Path | None) -> None:
     """Refuse to write in a model's own folder, or over its file."""
     atomic.check_name(out)
     if source is not None and source.exists() and source.resolve() in (out.resolve(), *out.resolve().parents):
-        own = "lies inside the model's own folder" if source.is_dir() else "is the model's own file"
-        raise BillhookError(f"{out} {own} {source}: choose another output")
+        fault = "lies inside the model's own folder" if source.is_dir() else "is the model's own file"
+        raise BillhookError(f"{out} {fault} {source}: choose another output")

@@ -1,4 +1,4 @@
-"""What transformers refuses, in one line: its whole reason, and the key of config.json that it is about, which few of its errors name."""
+"""Errors of transformers in one line: the reason, and the key of config.json behind it, which few errors name."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -10,60 +10,64 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from billhook.errors import BillhookError, reason
 from billhook.runtime.quiet import quiet_transformers
 
-NAMES = ("model_type", "architectures", "transformers_version", "_name_or_path")  # what a config is of, and no setting
-MOST = 3  # keys that are named
-SHOWN = 40  # characters of a value
+NAMES = ("model_type", "architectures", "transformers_version", "_name_or_path")  # keys that are not settings
+MOST = 3  # the most keys that are named
+SHOWN = 40  # the most characters of a value that are shown
 
 
 def error_of(
-    what: str, error: Exception, name: str, said: Mapping[str, Any], again: Callable[[dict[str, Any]], object]
+    what: str, error: Exception, name: str, config: Mapping[str, Any], retry: Callable[[dict[str, Any]], object]
 ) -> BillhookError:
     """An error of transformers in one line.
 
     Args:
-        what: it could not do.
-        name: of the model.
-        said: what its config says.
-        again: fails as `error` did, given that, and may succeed once the key that it is about is left out.
+        what: what transformers could not do.
+        name: the model's name.
+        config: the content of its config.json.
+        retry: does it again with a config: it fails alike with all keys, and may succeed without the one at fault.
     """
-    blamed = [f"{key} is {_shown(said[key])}" for key in to_blame(error, said, again)]
-    of = f"config.json: {' and '.join(blamed)}: " if blamed else ""
-    return BillhookError(f"{name}: {of}transformers {what} ({reason(error)})")
+    faults = [f"{key} is {_shown(config[key])}" for key in to_blame(error, config, retry)]
+    where = f"config.json: {' and '.join(faults)}: " if faults else ""
+    return BillhookError(f"{name}: {where}transformers {what} ({reason(error)})")
 
 
-def to_blame(error: Exception, said: Mapping[str, Any], again: Callable[[dict[str, Any]], object]) -> list[str]:
-    """The keys of which each, left out, mends it, or else has another error; none where that cannot be found out, or is true of many."""
+def to_blame(error: Exception, config: Mapping[str, Any], retry: Callable[[dict[str, Any]], object]) -> list[str]:
+    """The keys whose absence mends the error, or else changes it; none if that cannot be told, or they are many."""
 
     def fails(keys: Mapping[str, Any]) -> str:
         try:
             with quiet_transformers():
-                again(copy.deepcopy(dict(keys)))
-        except Exception as error:  # any kind, as above
+                retry(copy.deepcopy(dict(keys)))
+        except Exception as error:  # transformers raises many kinds
             return reason(error)
         return ""
 
-    if fails(said) != reason(error):
+    if fails(config) != reason(error):
         return []
-    others = {key: fails({one: said[one] for one in said if one != key}) for key in said if key not in NAMES}
-    mending = [key for key, other in others.items() if not other]
-    found = mending or [key for key, other in others.items() if other != reason(error)]
-    return found if len(found) <= MOST else []
+    without = {
+        key: fails({other: value for other, value in config.items() if other != key})
+        for key in config
+        if key not in NAMES
+    }
+    mending = [key for key, failure in without.items() if not failure]
+    blamed = mending or [key for key, failure in without.items() if failure != reason(error)]
+    return blamed if len(blamed) <= MOST else []
 
 
-def read(said: dict[str, Any]) -> Any:
-    """A config of what config.json says; raises whatever transformers does."""
-    return CONFIG_MAPPING[said["model_type"]].from_dict(said)
+def read(content: dict[str, Any]) -> Any:
+    """transformers' config of what config.json holds; raises whatever transformers does."""
+    return CONFIG_MAPPING[content["model_type"]].from_dict(content)
 
 
 def build(config: Any) -> Any:
-    """The model of a config on the meta device, buffers too; raises whatever transformers does."""
+    """The model of a config with parameters and buffers on the meta device; raises whatever transformers does."""
     with torch.device("meta"), quiet_transformers():
         return AutoModelForCausalLM.from_config(config)
 
 
-def build_first(said: dict[str, Any]) -> Any:
-    """A model of one layer: what is wrong with a layer is wrong with the first one, and a hundred would take a minute for all keys."""
-    config = read(said)
+def build_first(content: dict[str, Any]) -> Any:
+    """A model of one layer, where a fault of any layer shows; a hundred layers would take a minute over all keys."""
+    config = read(content)
     config.num_hidden_layers = 1
     return build(config)
 

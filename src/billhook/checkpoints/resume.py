@@ -1,7 +1,8 @@
-"""Layers that a prune has finished, kept in a folder as they are finished: the same prune goes on from there, bit for bit.
+"""Layers that a prune has finished, kept in a folder: the same prune goes on from there, bit for bit.
 
-A layer is there once its record is, which is written after its weights, each on the disk before it has its name.  What a walk
-saw before a layer is computed anew from the layers themselves, which is a forward pass, and no statistics.
+A layer is finished once its record is in the folder.  The record is written after the weights, and each file gets its
+name when it is complete on the disk.  The inputs of the next layer are computed anew by a forward pass through the
+finished ones.
 """
 
 import os
@@ -28,9 +29,9 @@ AGAIN = "start over with --fresh"
 
 
 class FinishedLayers:
-    """What `folder` holds of a prune of `model`, and what joins it.  None: nothing is kept.
+    """The layers that `folder` holds of a prune of `model`, and those that are added.  With no folder nothing is kept.
 
-    `grams`: of the dense stream, for this prune and others.
+    `grams` caches the Grams of the dense stream, for this prune and others.
     """
 
     def __init__(self, folder: Path | None, model: PreTrainedModel, grams: Grams | None = None) -> None:
@@ -42,15 +43,15 @@ class FinishedLayers:
 
     @property
     def found(self) -> list[dict[str, Any]]:
-        """What became of the layers that are done, as their records say, in order."""
-        return [one for n in sorted(self.records) for one in self.records[n]["found"]]
+        """What became of the finished layers, as their records say, in the order of layers."""
+        return [cut for n in sorted(self.records) for cut in self.records[n]["found"]]
 
     def save(self, n: int, found: list[dict[str, Any]], drops: Sequence[tuple[Axis, Tensor]]) -> None:
         """Keep layer n as it is now.
 
         Args:
             found: what became of it, as plain data.
-            drops: the units that went from each axis, in the order in which they did.
+            drops: the units that were dropped from each axis, in the order of dropping.
 
         Raises:
             BillhookError: the disk is full, or cannot be written.
@@ -58,18 +59,18 @@ class FinishedLayers:
         if self.folder is None:
             return
         weights, record = self._file(n, "safetensors"), self._file(n, "json")
-        within = f"{row_of(self.model).layers}.{n}."
-        tensors = {f"{within}{name}": one.data for name, one in layers(self.model)[n].named_parameters()}
-        said = {"found": found, "drops": [(axis.kind, axis.reader.param, units.tolist()) for axis, units in drops]}
+        prefix = f"{row_of(self.model).layers}.{n}."
+        tensors = {f"{prefix}{name}": param.data for name, param in layers(self.model)[n].named_parameters()}
+        content = {"found": found, "drops": [(axis.kind, axis.reader.param, units.tolist()) for axis, units in drops]}
         with self._writing(weights) as work:
             tensor_files.write(tensors, work)
             rename(work, weights)
-            work.write_text(sealed(said), encoding="utf-8")
+            work.write_text(sealed(content), encoding="utf-8")
             rename(work, record)
         offload.read_from(self.model, weights, list(tensors))
 
     def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        """What `make` gives, kept where layers are: those that are done go by it, and it may differ in its last bits where it is made again.
+        """What `make` gives, kept beside the layers, which were pruned by it; made again, its last bits might differ.
 
         Raises:
             BillhookError: the disk is full, or cannot be written.
@@ -84,13 +85,13 @@ class FinishedLayers:
         return load(file, AGAIN, [name])[name]
 
     def reload(self, n: int) -> None:
-        """Make layer n what it was committed as."""
+        """Restore layer n as it was saved."""
         for kind, reader, units in self.records[n]["drops"]:
-            axis = next(one for one in axes(self.model, (kind,)) if one.reader.param == reader)
+            axis = next(axis for axis in axes(self.model, (kind,)) if axis.reader.param == reader)
             remove(self.model, axis, torch.tensor(units, dtype=torch.long))
         file = self._file(n, "safetensors")
-        within = f"{row_of(self.model).layers}.{n}."
-        shapes = {within + name: tuple(one.shape) for name, one in layers(self.model)[n].named_parameters()}
+        prefix = f"{row_of(self.model).layers}.{n}."
+        shapes = {prefix + name: tuple(param.shape) for name, param in layers(self.model)[n].named_parameters()}
         check_tensors(file, AGAIN, shapes)
         if offload.is_offloaded(self.model):
             offload.read_from(self.model, file, list(shapes))
@@ -101,7 +102,7 @@ class FinishedLayers:
 
     @contextmanager
     def _writing(self, file: Path) -> Iterator[Path]:
-        """A place to write what becomes `file`."""
+        """A temporary file, to be renamed to `file`."""
         work = file.with_name("layer.partial")
         try:
             yield work

@@ -1,4 +1,4 @@
-"""Checkpoints out: a plain folder that says what its tensors are."""
+"""Save checkpoints: a plain folder whose config says what its tensors are."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -21,34 +21,34 @@ from billhook.runtime.memory import return_freed
 from billhook.runtime.offload import is_offloaded, parameters
 from billhook.runtime.quiet import quiet_transformers
 
-SHARD = 2**27  # bytes of a file of a model that is written a page at a time; one in memory is a single file
+SHARD = 2**27  # bytes of a file where weights are offloaded; a model in memory becomes a single file
 
 
 def save(model: Any, tokenizer: Any, to: Path, source: Path | None) -> None:
-    """Write weights, config and tokenizer into the existing folder `to`; tokenizer files are copied from `source` if given.
+    """Write weights, config and tokenizer into the existing folder `to`; with `source`, its tokenizer files are copied.
 
-    The config says what the tensors are, in the plainest layout that can.
+    The config says what the tensors are, in the plainest layout that can express it.
     """
     fuse(model)
     with quiet_transformers():
-        _save_weights(_pages(model) if is_offloaded(model) else iter([_whole(model)]), to)
+        _save_weights(_parts(model) if is_offloaded(model) else iter([_whole(model)]), to)
         model.config.architectures = [type(model).__name__]
         model.config.dtype = model.dtype
         model.config.save_pretrained(to)
         if model.can_generate():
             generation.write(model, to, source)
     config = to / "config.json"
-    said = _for_older(layout.config_json(model, json.loads(config.read_text(encoding="utf-8"))))
-    said |= flags.remembered(model)
-    config.write_text(json.dumps(said, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    if "auto_map" in said:
+    content = _for_older(layout.config_json(model, json.loads(config.read_text(encoding="utf-8"))))
+    content |= flags.remembered(model)
+    config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if "auto_map" in content:
         layout.write_code(to)
     _save_tokenizer(tokenizer, to, source)
     older.name_tokenizer(to)
 
 
 def _for_older(config: dict[str, Any]) -> dict[str, Any]:
-    """A config, for readers of transformers 4 too."""
+    """A config that transformers 4 reads, too."""
     family = stock_type(config["model_type"])
     kind = "type" if family in OLDER_TYPE else "rope_type"
     return older.with_older_keys(config, OLDER_ROTARY.get(family, older.ROTARY), kind)
@@ -85,24 +85,25 @@ def _save_weights(shards: Iterator[Mapping[str, Tensor]], to: Path) -> None:
 
 def _whole(model: Any) -> dict[str, Tensor]:
     """Every tensor of a model in memory, a tied one once, under the names that its class has on disk."""
-    own: dict[int, str] = {}  # the first name of each: a tied one has that of the embedding table
-    every = model.state_dict(keep_vars=True)
-    tensors = {name: one.data for name, one in every.items() if own.setdefault(id(one), name) == name}
-    # our own classes load no names but their own: transformers renames by class (GPT-NeoX's head is embed_out on disk)
+    first_names: dict[int, str] = {}  # a tied tensor has the name of the embedding table
+    state = model.state_dict(keep_vars=True)
+    tensors = {name: tensor.data for name, tensor in state.items() if first_names.setdefault(id(tensor), name) == name}
+    # transformers renames by class (GPT-NeoX's head is embed_out on disk), and billhook's own classes only load their
+    # names
     return revert_weight_conversion(model, tensors) if layout.layout_of(model) == "uniform" else tensors
 
 
-def _pages(model: Any) -> Iterator[dict[str, Tensor]]:
-    """What `_whole` has of a paged model, under the same names, some pages at a time."""
-    names, found = stored_as(model), dict[str, Tensor]()
-    buffers = ((name, one) for name, one in model.named_buffers() if name in names)
-    for name, one in chain(parameters(model), buffers):
-        found[names[name]] = one
-        if sum(map(_bytes, found.values())) >= SHARD:
-            yield found
-            found = {}
-    if found:
-        yield found
+def _parts(model: Any) -> Iterator[dict[str, Tensor]]:
+    """The same for a model with offloaded weights, in parts of at least `SHARD` bytes."""
+    names, part = stored_as(model), dict[str, Tensor]()
+    buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in names)
+    for name, tensor in chain(parameters(model), buffers):
+        part[names[name]] = tensor
+        if sum(map(_bytes, part.values())) >= SHARD:
+            yield part
+            part = {}
+    if part:
+        yield part
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -110,15 +111,15 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def stored_bytes(path: Path) -> int:
-    """Of the safetensors files of a folder that are its model's."""
+    """The size of those safetensors files of a folder that are its model's."""
     return sum(file.stat().st_size for file in weight_files(path, str(path))[0])
 
 
 def stored_parameters(path: Path) -> int:
-    """Elements of all tensors in a folder's safetensors files that are its model's."""
-    return sum(one.elements for one in stored(path, str(path)).values())
+    """Elements of all tensors in those safetensors files of a folder that are its model's."""
+    return sum(tensor.elements for tensor in stored(path, str(path)).values())
 
 
 def elements(model: torch.nn.Module) -> int:
-    """Elements that a checkpoint of the model stores: its parameters, a tied one once, and buffers that are not computed."""
+    """Elements that a checkpoint of the model stores: parameters, tied ones once, and buffers that are not computed."""
     return sum({id(t): t.numel() for t in model.state_dict(keep_vars=True).values()}.values())

@@ -1,4 +1,4 @@
-"""What the safetensors files of a model folder hold: whole, in a known dtype, and where their index says."""
+"""The safetensors files of a model folder: which are its model's, and which tensors they hold."""
 
 import hashlib
 import os
@@ -15,7 +15,7 @@ from billhook.errors import BillhookError
 from billhook.runtime.documents import read_object, typed
 from billhook.runtime.headers import Stored, read_header, shown
 
-STORED = {  # safetensors' names of what weights may be stored as, and what they are read as
+STORED = {  # dtypes that weights may be stored in, by safetensors' names, and the dtypes that they are read in
     "F32": torch.float32,
     "BF16": torch.bfloat16,
     "F16": torch.float16,
@@ -23,12 +23,12 @@ STORED = {  # safetensors' names of what weights may be stored as, and what they
 }
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-NAMED = "transformers_weights"  # key of config.json that names another file or index
+NAMED = "transformers_weights"  # the key of config.json that names another file or index
 AGAIN = "fetch or copy the model again"
 
 
 def weight_files(path: Path, name: str) -> tuple[list[Path], dict[str, str]]:
-    """The safetensors files of a folder that transformers reads, and what their index says is in which, if it has one.
+    """The safetensors files of a folder that transformers reads, and each tensor's file, if there is an index.
 
     A folder may hold other sets of weights: transformers takes the file or index that config.json names, else
     model.safetensors, else its index.
@@ -41,7 +41,7 @@ def weight_files(path: Path, name: str) -> tuple[list[Path], dict[str, str]]:
         raise BillhookError(
             f"{name}: config.json names {shown(str(named))!r} as {NAMED}, which is no file of the folder: {AGAIN}"
         )
-    first = next((one for one in (named, SINGLE, INDEX) if one and os.path.lexists(path / one)), None)
+    first = next((file for file in (named, SINGLE, INDEX) if file and os.path.lexists(path / file)), None)
     if first is not None and not first.endswith(".json"):
         return [path / first], {}
     if first is not None:
@@ -49,59 +49,62 @@ def weight_files(path: Path, name: str) -> tuple[list[Path], dict[str, str]]:
         return sorted({path / file for file in mapped.values()}), mapped
     if others := sorted(path.glob("*.safetensors")):
         raise BillhookError(
-            f"{name} holds {others[0].name}, and neither {SINGLE} nor {INDEX}, which transformers reads: fetch the index, or give a "
-            "single file that name"
+            f"{name} holds {others[0].name}, and neither {SINGLE} nor {INDEX}, which transformers reads: fetch the "
+            "index, or "
+            "give a single file that name"
         )
     if pickles := [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")]:
         raise BillhookError(
-            f"{name} holds pickled weights ({pickles[0].name}), which can run code when opened: convert them where you trust them, "
-            "AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) writes safetensors"
+            f"{name} holds pickled weights ({pickles[0].name}), which can run code when opened: convert them where you "
+            "trust "
+            "them, AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) writes safetensors"
         )
     raise BillhookError(f"{name} holds no *.safetensors: {AGAIN}")
 
 
 def stored(path: Path, name: str) -> dict[str, Stored]:
-    """Every tensor by its name, from the headers of the files that `weight_files` names, alone.
+    """Every tensor by its name, from the headers of the files that `weight_files` names.
 
     Args:
-        name: of the model, for messages.
+        name: the model's name, for messages.
 
     Raises:
-        BillhookError: a file is missing, truncated or pickled, or the index says otherwise; names the file and the tensor.
+        BillhookError: a file is missing, truncated or pickled, or the index says otherwise; names the file and the
+            tensor.
     """
     files, mapped = weight_files(path, name)
-    found: dict[str, Stored] = {}
+    tensors: dict[str, Stored] = {}
     for file in files:
         try:
-            found |= read_header(file, f"{name}: shard {file.name}", AGAIN)
+            tensors |= read_header(file, f"{name}: shard {file.name}", AGAIN)
         except FileNotFoundError as error:
-            first = next((key for key, of in mapped.items() if of == file.name), "")
+            first = next((key for key, holder in mapped.items() if holder == file.name), "")
             why = f", though {INDEX} names it (for {shown(first)}, say)" if first else ": it is a link to nothing"
             raise BillhookError(f"{name}: shard {file.name} is missing{why}: {AGAIN}") from error
     for key, file in mapped.items():
-        if key not in found or found[key].file.name != file:
-            where = f"it is in {found[key].file.name}" if key in found else "no shard holds it"
+        if key not in tensors or tensors[key].file.name != file:
+            where = f"it is in {tensors[key].file.name}" if key in tensors else "no shard holds it"
             raise BillhookError(f"{name}: {INDEX} says that {file} holds {shown(key)}, but {where}: {AGAIN}")
-    return found
+    return tensors
 
 
 def digest(path: Path) -> str:
-    """What changes when a folder's weights do: names, sizes, times and headers of its files, not the weights, which may be many."""
-    found = hashlib.sha256()
+    """What changes when a folder's weights do: a digest of its files' names, sizes, times and headers."""
+    sha256 = hashlib.sha256()
     for file in sorted([*weight_files(path, str(path))[0], path / "config.json"]):
-        seen = file.stat()
-        found.update(f"{file.name} {seen.st_size} {seen.st_mtime_ns}".encode())
+        status = file.stat()
+        sha256.update(f"{file.name} {status.st_size} {status.st_mtime_ns}".encode())
         with file.open("rb") as content:
-            length = int.from_bytes(content.read(8), "little") if file.suffix == ".safetensors" else seen.st_size
-            found.update(content.read(min(length, seen.st_size)))
-    return found.hexdigest()[:16]
+            length = int.from_bytes(content.read(8), "little") if file.suffix == ".safetensors" else status.st_size
+            sha256.update(content.read(min(length, status.st_size)))
+    return sha256.hexdigest()[:16]
 
 
-def main_dtype(found: Iterable[Stored]) -> torch.dtype:
-    """The dtype that most of the numbers have, as they are read."""
+def main_dtype(tensors: Iterable[Stored]) -> torch.dtype:
+    """The dtype that most of the numbers are read in."""
     counts: Counter[torch.dtype] = Counter()
-    for one in found:
-        counts[STORED[one.dtype]] += one.elements
+    for tensor in tensors:
+        counts[STORED[tensor.dtype]] += tensor.elements
     return counts.most_common(1)[0][0]
 
 
@@ -118,7 +121,7 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
 
 
 class Index(BaseModel):
-    """Which file holds each tensor."""
+    """The index: which file holds each tensor."""
 
     model_config = ConfigDict(strict=True)
 
@@ -126,7 +129,7 @@ class Index(BaseModel):
 
 
 def _weight_map(index: Path, name: str) -> dict[str, str]:
-    """The name of its file by tensor, every one of a file in this folder."""
+    """The name of each tensor's file, which lies in the same folder."""
     what = f"{name}: {index.name}"
     mapped = typed(Index, read_json(index, name), what, AGAIN).weight_map
     for key, file in mapped.items():

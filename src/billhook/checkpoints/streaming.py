@@ -1,4 +1,4 @@
-"""Models before their weights: what config.json says is built, and what is stored for it found; a model that stays in its files."""
+"""Models built from config.json and matched with the stored tensors, which may stay in their files."""
 
 from pathlib import Path
 from typing import Any
@@ -19,75 +19,76 @@ from billhook.runtime.memory import return_large
 from billhook.runtime.offload import offload_weights
 from billhook.runtime.quiet import quiet_transformers
 
-WHOLE = "load it whole (--no-stream-weights)"
+LOAD_WHOLE = "load it whole (--no-stream-weights)"
 
 
 def read_contents(path: Path, name: str) -> Contents:
-    """What a folder, whose config.json was checked, holds of its model.
+    """The tensors of the model in a folder whose config.json was checked.
 
     Raises:
         BillhookError: transformers refuses its config, what is stored does not fit it, or a file is damaged.
     """
 
-    def said() -> dict[str, Any]:
+    def content() -> dict[str, Any]:
         return read_json(path / "config.json", name)
 
     try:
         with quiet_transformers():
             config = flags.with_plain_flags(AutoConfig.from_pretrained(path, trust_remote_code=False))
-    except Exception as error:  # transformers raises many kinds for a value that it refuses
-        raise refused.error_of("could not read it", error, name, said(), refused.read) from error
+    except Exception as error:  # transformers raises many kinds
+        raise refused.error_of("could not read it", error, name, content(), refused.read) from error
 
     def shapes(config: Any) -> Any:
         try:
             return refused.build(config)
         except Exception as error:  # transformers raises many kinds
-            raise refused.error_of("could not build it", error, name, said(), refused.build_first) from error
+            raise refused.error_of("could not build it", error, name, content(), refused.build_first) from error
 
     return contents(path, name, config, shapes)
 
 
-def open_paged(found: Contents, dtype: torch.dtype, device: torch.device) -> Any:
-    """The model of a folder, its weights left where they are; computes in `dtype` on `device`.
+def open_paged(contents: Contents, dtype: torch.dtype, device: torch.device) -> Any:
+    """The model of a folder, with its weights left in their files; it computes in `dtype` on `device`.
 
     Raises:
-        BillhookError: it is stored in a way in which it cannot be read by parts.
+        BillhookError: its tensors cannot be read one by one.
     """
-    if found.joined:
+    if contents.joined:
         raise BillhookError(
-            f"{found.name}: tensor {found.joined} is stored under another name or in one with others: {AGAIN}, or {WHOLE}"
+            f"{contents.name}: tensor {contents.joined} is stored under another name or in one with others: {AGAIN}, "
+            f"or {LOAD_WHOLE}"
         )
-    model = bare(found.config, dtype)
-    give_settings(model, found)
-    model._weight_conversions = found.rules  # as one that transformers loads remembers them: what is saved goes by them
+    model = bare(contents.config, dtype)
+    give_settings(model, contents)
+    model._weight_conversions = contents.rules  # transformers saves by the rules that it loaded by
     unfuse(model)
-    keys = {one: found.tensors[key] for one, key in found.keys.items()}
+    tensors = {name: contents.tensors[key] for name, key in contents.keys.items()}
     pager = offload_weights(
         model,
-        {one: there.file for one, there in keys.items()},
-        {one: there.key for one, there in keys.items()},
+        {name: stored.file for name, stored in tensors.items()},
+        {name: stored.key for name, stored in tensors.items()},
         device,
         [f"{row_of(model).layers}.{n}" for n in range(len(layers(model)))],
     )
     buffers = dict(model.named_buffers())
-    for one, tensor in pager.read([one for one in buffers if one in keys]):  # small, and in memory from here on
-        buffers[one].data = tensor.to(device, buffers[one].dtype, copy=True)
+    for name, tensor in pager.read([name for name in buffers if name in tensors]):  # small, so that they stay in memory
+        buffers[name].data = tensor.to(device, buffers[name].dtype, copy=True)
     check_known(model)
     return model.eval().requires_grad_(False)
 
 
-def give_settings(model: Any, found: Contents) -> None:
-    """What a model remembers of its folder besides its weights."""
+def give_settings(model: Any, contents: Contents) -> None:
+    """Give a model its folder's settings of generation, its name and its flags."""
     with quiet_transformers():
-        model.generation_config = generation.read(found.path)
-    model.config._name_or_path = str(found.path)
-    flags.remember(model, found.path)
+        model.generation_config = generation.read(contents.path)
+    model.config._name_or_path = str(contents.path)
+    flags.remember(model, contents.path)
 
 
 def bare(config: Any, dtype: torch.dtype) -> Any:
-    """The model of a config, its parameters on the meta device; buffers are computed."""
-    return_large()  # before every weight is allocated for a moment, which would leave the heap as large as the model
+    """The model of a config, with parameters on the meta device and computed buffers."""
+    return_large()  # every weight is allocated for a moment, which would leave the heap as large as the model
     with quiet_transformers(), no_init_weights(), init_empty_weights(include_buffers=False):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.tie_weights()  # which a parameter that goes to the meta device forgets
+    model.tie_weights()  # parameters that move to the meta device are no longer tied
     return model

@@ -1,4 +1,4 @@
-"""A written checkpoint in clients of their own: transformers, vLLM and llama.cpp open it, each in a process without billhook."""
+"""Check that stock clients load a checkpoint: transformers, vLLM and llama.cpp, each in a process without billhook."""
 
 import base64
 import json
@@ -30,39 +30,42 @@ CLIENT_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process: its errors then come back as errors
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process, so that its errors come back as errors
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB, where vLLM runs on a CPU
 }
 ERROR = re.compile(r"(\[\w+\]: )?[\w.]*(Error|Exception)\b")
-LLAMACPP_TOLERANCE = 1e-3  # of the logits' norm, float32 weights and cache: other kernels, the same numbers
+# largest difference of logits, as a share of their norm: float32 weights and cache in other kernels
+LLAMACPP_TOLERANCE = 1e-3
 
 
 def check_startable() -> None:
-    """Refuse work whose result stock transformers could not be asked about, in a process of its own.
+    """Refuse work whose result could not be checked by stock transformers in a process of its own.
 
     Raises:
-        BillhookError: no such process starts, or it would not find its packages.
+        BillhookError: such a process does not start, or does not find its packages.
     """
     if why := interpreters.why_not("torch", "transformers"):
         raise BillhookError(
-            f"what is written could not be checked: {sys.executable or 'Python'}, started anew, has no stock transformers ({why}): "
-            "install torch and transformers where billhook is"
+            f"what is written could not be checked: {sys.executable or 'Python'}, started anew, has no stock "
+            "transformers "
+            f"({why}): install torch and transformers where billhook is"
         )
 
 
 def check(path: Path, client: str, python: str | None = None, trust: bool = False) -> dict[str, Any]:
-    """Load a checkpoint in a separate process of a stock client, without billhook, and compare with billhook's own load.
+    """Load a checkpoint in a process of a stock client, without billhook, and compare with billhook's own load.
 
     Args:
-        client: of CHECKS.
+        client: a name in CHECKS.
         python: the interpreter that has the client; this one if not given.
-        trust: run whatever code lies in the folder, of model and tokenizer; else none but what billhook wrote (billhook.checkpoints.own_code).
+        trust: whether all code in the folder may run, of model and tokenizer; else only what billhook wrote
+            (billhook.checkpoints.own_code).
 
     Returns:
-        the client's name and version, whether it was compared by logits too, and `equal`.
+        the client's name and version, that its tokens are equal, and how far logits differ where they were compared.
 
     Raises:
-        BillhookError: the client is not there, cannot load the checkpoint, or gives other tokens or logits.
+        BillhookError: the client is not installed, cannot load the checkpoint, or gives other tokens or logits.
     """
     return CHECKS[one_of("client", client, CHECKS)](path, python or sys.executable, trust)
 
@@ -70,20 +73,24 @@ def check(path: Path, client: str, python: str | None = None, trust: bool = Fals
 def _check_transformers(path: Path, python: str, trust: bool) -> dict[str, Any]:
     code = {"model_code": trust or own_code.needed(path), "tokenizer_code": trust}
     model, prompts = load(path, dtype="float32"), _prompts(path)
-    # as many threads as here: sums in another order could tip a near tie, and the whole prune would be refused for it
+    # the same number of threads: sums in another order could tip a near tie, for which the whole prune would be refused
     request = {"prompts": prompts, "new_tokens": NEW_TOKENS, "threads": torch.get_num_threads(), **code}
     answer = _ask(python, "transformers", path, request)
     logits = torch.frombuffer(bytearray(base64.b64decode(answer["logits"]["float32"])), dtype=torch.float32)
-    own = _logits(model, prompts)
-    drift = float((logits.view(answer["logits"]["shape"]) - own).norm() / own.norm())
-    problems = {
-        f"its logits differ by {drift:.1e} of their size": not drift <= CACHE_TOLERANCE,
-        "it generates other tokens": answer["greedy"] != _greedy(model, prompts),
-        "it generates other tokens with a cache than without": answer["greedy"] != answer["greedy_without_cache"],
-        "it counts other parameters": answer["parameters"] != elements(model),
-        "billhook was there": not answer["stock"],
-    }
-    refused = answer.get("refused_generation_config")  # which its from_pretrained then ends in, here as in the source
+    expected = _logits(model, prompts)
+    drift = float((logits.view(answer["logits"]["shape"]) - expected).norm() / expected.norm())
+    problems = []
+    if not drift <= CACHE_TOLERANCE:
+        problems.append(f"its logits differ by {drift:.1e} of their size")
+    if answer["greedy"] != _greedy(model, prompts):
+        problems.append("it generates other tokens")
+    if answer["greedy"] != answer["greedy_without_cache"]:
+        problems.append("it generates other tokens with a cache than without")
+    if answer["parameters"] != elements(model):
+        problems.append("it counts other parameters")
+    if not answer["stock"]:
+        problems.append("billhook was there")
+    refused = answer.get("refused_generation_config")  # its from_pretrained fails by it, as it does in the source
     seen = {"logits_drift": drift} | ({"refused_generation_config": refused} if refused else {})
     return _verdict("transformers", path, answer["version"], problems, seen)
 
@@ -96,7 +103,7 @@ def _check_vllm(path: Path, python: str, trust: bool) -> dict[str, Any]:
             f"{path} has value heads narrower than its key heads (axis value), which vllm does not serve"
         )
     answer = _ask(python, "vllm", path, {"prompts": prompts, "new_tokens": NEW_TOKENS, "model_code": code})
-    problems = {"it generates other tokens": answer["greedy"] != _greedy(model, prompts)}
+    problems = ["it generates other tokens"] if answer["greedy"] != _greedy(model, prompts) else []
     return _verdict("vllm", path, answer["version"], problems, {})
 
 
@@ -109,13 +116,14 @@ def _check_llamacpp(path: Path, python: str, trust: bool) -> dict[str, Any]:
         write_gguf(model, tokenizer, file, "F32")
         request = {"logits": prompts, "prompts": prompts, "new_tokens": NEW_TOKENS, "cache": "f32"}
         answer = llamacpp.run(python, file, request)
-    own = _logits(model, prompts)
-    found = torch.stack([torch.from_numpy(rows.copy()) for rows in answer["logits"]])
-    drift = float((found - own).norm() / own.norm())
-    problems = {
-        f"its logits differ by {drift:.1e} of their size": drift > LLAMACPP_TOLERANCE,
-        "it generates other tokens": answer["greedy"] != _greedy(model, prompts),
-    }
+    expected = _logits(model, prompts)
+    logits = torch.stack([torch.from_numpy(rows.copy()) for rows in answer["logits"]])
+    drift = float((logits - expected).norm() / expected.norm())
+    problems = []
+    if drift > LLAMACPP_TOLERANCE:
+        problems.append(f"its logits differ by {drift:.1e} of their size")
+    if answer["greedy"] != _greedy(model, prompts):
+        problems.append("it generates other tokens")
     return _verdict("llama.cpp", path, answer["version"], problems, {"logits_drift": drift})
 
 
@@ -126,9 +134,9 @@ CHECKS: dict[str, Callable[[Path, str, bool], dict[str, Any]]] = {
 }
 
 
-def _verdict(client: str, path: Path, version: str, problems: dict[str, bool], seen: dict[str, Any]) -> dict[str, Any]:
-    if found := [text for text, wrong in problems.items() if wrong]:
-        raise BillhookError(f"{client} {version} does not serve {path} as billhook does: {'; '.join(found)}")
+def _verdict(client: str, path: Path, version: str, problems: list[str], seen: dict[str, Any]) -> dict[str, Any]:
+    if problems:
+        raise BillhookError(f"{client} {version} does not serve {path} as billhook does: {'; '.join(problems)}")
     return {"client": client, "version": version, "tokens": "equal", **seen}
 
 
@@ -147,8 +155,8 @@ def _ask(python: str, client: str, path: Path, request: dict[str, Any]) -> dict[
     except OSError as error:
         raise BillhookError(f"cannot run {python}: {error.strerror}: name a Python that has {client}") from error
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
-        last = ([line for line in said if ERROR.match(line)] or said)[-1]  # a progress bar may come after it
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
+        last = ([line for line in lines if ERROR.match(line)] or lines)[-1]  # a progress bar may follow the error
         if last.startswith("ModuleNotFoundError"):
             raise BillhookError(f"{python} has no {client} ({last}): install it there, or name another with --python")
         raise BillhookError(f"{client} could not load {path}: {last.strip()}")
@@ -167,6 +175,5 @@ def _logits(model: Any, prompts: list[list[int]]) -> torch.Tensor:
 
 
 def _greedy(model: Any, prompts: list[list[int]]) -> list[list[int]]:
-    return greedy_tokens(
-        model, torch.tensor(prompts), NEW_TOKENS
-    ).tolist()  # to the last: other clients go on behind an end
+    """All new tokens, since other clients do not stop at an end of text."""
+    return greedy_tokens(model, torch.tensor(prompts), NEW_TOKENS).tolist()

@@ -1,4 +1,4 @@
-"""A GGUF in llama.cpp: run by another Python, the one where llama-cpp-python is installed."""
+"""A GGUF in llama.cpp, in a process of a Python that has llama-cpp-python."""
 
 import base64
 import json
@@ -16,16 +16,23 @@ CLIENT = Path(__file__).with_name("llamacpp_client.py")
 
 
 def run(python: str | Path, gguf_path: Path, request: dict[str, Any], timeout: float | None = None) -> dict[str, Any]:
-    """What llama.cpp makes of `gguf_path`, in a process of the interpreter `python`, isolated (billhook.runtime.interpreters).
+    """Answer a request by llama.cpp with `gguf_path`, in an isolated process of the interpreter `python`.
 
-    `request` holds any of: `tokenize`, texts; `logits`, lists of token ids; `prompts`, lists of token ids, with
-    `new_tokens`, how many to add to each; `windows`, lists of token ids; `speed`, a dict of `prompt`, `new_tokens` and
-    `repeats`; and the settings `cache`, "f16" (llama.cpp's own) or "f32", and `threads`.
+    A request holds any of:
+        tokenize: texts.
+        logits: lists of token ids.
+        prompts: lists of token ids, with `new_tokens`, how many to add to each.
+        windows: lists of token ids.
+        speed: a dict of `prompt`, `new_tokens` and `repeats`.
+        cache: "f16" (llama.cpp's default) or "f32".
+        threads: how many to use.
 
-    The answer holds, for what was asked: `tokens`, ids of each text, special tokens added and recognised; `logits`,
-    float32 arrays (positions, vocabulary); `greedy`, the new ids; `perplexity`, exp of the mean loss over the windows, of
-    each every token but the first; `speed`, tokens per second for `prefill` and `decode`; and always `version`, of the
-    client.
+    The answer holds the client's `version` and, for what was asked:
+        tokens: ids of each text, special tokens added and recognised.
+        logits: float32 arrays (positions, vocabulary).
+        greedy: the new ids.
+        perplexity: exp of the mean loss over the windows, over every token but the first.
+        speed: tokens a second for `prefill` and `decode`.
 
     Raises:
         BillhookError: there is no such interpreter, it has no llama-cpp-python, or llama.cpp could not do it; the
@@ -57,5 +64,5 @@ def _why(python: str, gguf_path: Path, done: subprocess.CompletedProcess[str]) -
     last = lines[-1] if lines else f"exit code {done.returncode}"
     if last.startswith("ModuleNotFoundError"):
         return f"{python} has no {CLIENT_PACKAGE} ({last}): install it there, or name a Python that has it"
-    said = next((line for line in lines if "error loading model" in line or "GGML_ASSERT" in line), last)
-    return f"llama.cpp could not run {gguf_path}: {said.strip()}"
+    reason = next((line for line in lines if "error loading model" in line or "GGML_ASSERT" in line), last)
+    return f"llama.cpp could not run {gguf_path}: {reason.strip()}"

@@ -2,8 +2,8 @@
 
     python checkpoints/clients/llamacpp_client.py model.gguf < request.json
 
-What a request may hold, and what comes back, is said in checkpoints/clients/llamacpp.py.  Standard output carries the answer alone; what
-llama.cpp logs goes to standard error.
+checkpoints/clients/llamacpp.py says what a request may hold, and what comes back.  Standard output carries the answer
+alone; llama.cpp's log goes to standard error.
 """
 
 import base64
@@ -17,11 +17,11 @@ import time
 import llama_cpp  # pyright: ignore[reportMissingImports]
 import numpy as np
 
-F32 = 0  # GGML_TYPE_F32, for the cache: llama.cpp keeps it in float16 otherwise
+F32 = 0  # GGML_TYPE_F32, for the cache, which is float16 by default
 
 
 def opened(path, request, positions, logits_all):
-    """The model, ready to take `positions` tokens."""
+    """The model, with room for `positions` tokens."""
     cache = {"type_k": F32, "type_v": F32} if request.get("cache", "f16") == "f32" else {}
     threads = request.get("threads") or os.cpu_count()
     return llama_cpp.Llama(
@@ -61,7 +61,7 @@ def loss(model, window):
 
 
 def speed(model, prompt, new_tokens, repeats):
-    """Tokens per second of reading `prompt` and of one token at a time after it: medians, the first round not counted."""
+    """Tokens a second of reading `prompt`, and one at a time after it: medians without the first round."""
     rates = {"prefill": [], "decode": []}
     for turn in range(repeats + 1):
         model.reset()
@@ -90,9 +90,9 @@ def answer(path, request):
     lengths += [len(prompt) + new for prompt in prompts]
     if lengths:
         model = opened(path, request, max(lengths), logits_all=True)
-        found = [logits(model, ids) for ids in request.get("logits", [])]
+        every = [logits(model, ids) for ids in request.get("logits", [])]
         out["logits"] = [
-            {"shape": rows.shape, "float32": base64.b64encode(rows.astype("<f4").tobytes()).decode()} for rows in found
+            {"shape": rows.shape, "float32": base64.b64encode(rows.astype("<f4").tobytes()).decode()} for rows in every
         ]
         out["greedy"] = [greedy(model, prompt, new) for prompt in prompts]
         losses = [loss(model, window) for window in request.get("windows", [])]

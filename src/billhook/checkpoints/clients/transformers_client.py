@@ -2,10 +2,12 @@
 
     python checkpoints/clients/transformers_client.py FOLDER < request.json
 
-`prompts` are lists of token ids of one length, `new_tokens` how many to add, `threads` how many to use.  The answer holds the logits of the prompts
-(float32, base64), the greedy continuations with and without a cache, the number of parameters, the client's version, and why it
-refuses generation_config.json, if it does: the continuations are plain, by none of the settings in that file.
-`model_code` and `tokenizer_code` say whether code of the folder may run.
+A request holds `prompts`, lists of token ids of one length; `new_tokens`, how many to add; `threads`, how many to use;
+and `model_code` and `tokenizer_code`, whether code of the folder may run.
+
+The answer holds the logits of the prompts (float32, base64), the greedy continuations with and without a cache, the
+number of parameters, the client's version, and why it refuses generation_config.json, if it does.  The continuations
+use none of the settings in that file.
 """
 
 import base64

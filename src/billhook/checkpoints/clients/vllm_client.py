@@ -2,8 +2,8 @@
 
     python checkpoints/clients/vllm_client.py FOLDER < request.json
 
-`prompts` are lists of token ids, `new_tokens` how many to add, greedily; `model_code` says whether code of the folder may
-run; the answer holds the continuations.
+`prompts` are lists of token ids, `new_tokens` how many to add, greedily; `model_code` says whether code of the folder
+may run; the answer holds the continuations.
 """
 
 import json

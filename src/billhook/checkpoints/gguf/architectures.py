@@ -1,8 +1,8 @@
-"""What llama.cpp can hold, as data: its architectures, its tensor names, its names for pre-tokenizers.
+"""Tables of llama.cpp: its architectures, its tensor names, its names for pre-tokenizers.
 
-Read off llama.cpp's loaders, graphs and tokenizer (src/models/*.cpp, src/llama-vocab.cpp) as vendored by
-llama-cpp-python 0.3.36, and proven by tests/checkpoints/test_export.py, which runs every row in llama.cpp itself.  Family names
-stand here because they name architectures of the file format, not families of models.
+They are taken from llama.cpp's loaders, graphs and tokenizer (src/models/*.cpp, src/llama-vocab.cpp) as vendored by
+llama-cpp-python 0.3.36, and proven by tests/checkpoints/test_export.py, which runs every row in llama.cpp itself.  The
+names are those of architectures of the file format, not of families of models.
 """
 
 from collections.abc import Mapping
@@ -19,14 +19,14 @@ OWN_HEAD = frozenset({"output.weight"})
 
 @dataclass(frozen=True)
 class Architecture:
-    """One llama.cpp architecture.  All of them want value heads as long as key heads: their graphs assert it."""
+    """One architecture of llama.cpp.  All of them need value heads as long as key heads, which their graphs assert."""
 
     name: str
-    optional: frozenset[str]  # tensors it reads beyond COMMON; any other stops llama.cpp from loading the file
-    ropes: frozenset[str] = frozenset({"default", "linear"})
-    interleaved: bool = False  # RoPE turns rows 2i and 2i+1 together, where transformers turns i and i + head_dim/2
+    optional: frozenset[str]  # tensors that it reads beyond COMMON; llama.cpp loads no file with any other
+    ropes: frozenset[str] = frozenset({"default", "linear"})  # types of RoPE that it computes
+    interleaved: bool = False  # RoPE rotates rows 2i and 2i+1 together, where transformers rotates i and i + head_dim/2
     uneven: bool = False  # FFN width, query heads and KV heads may differ by layer
-    square: bool = False  # q is hidden x hidden
+    square: bool = False  # q must be hidden x hidden
     fused: bool = False  # q, k and v are one tensor
 
 
@@ -48,13 +48,15 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         )
     }
 )
-CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(  # model_type -> architectures, the first that fits is taken
-    {
-        "llama": ("llama", "deci"),
-        "mistral": ("llama", "deci"),
-        "qwen2": ("qwen2", "deci"),
-        "qwen3": ("qwen3", "openelm"),
-    }
+CHOICES: Mapping[str, tuple[str, ...]] = (
+    MappingProxyType(  # model_type -> architectures, of which the first that fits is taken
+        {
+            "llama": ("llama", "deci"),
+            "mistral": ("llama", "deci"),
+            "qwen2": ("qwen2", "deci"),
+            "qwen3": ("qwen3", "openelm"),
+        }
+    )
 )
 TOP: Mapping[str, str] = MappingProxyType(
     {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
@@ -81,40 +83,40 @@ BIASES = {"attention_bias": QKV_BIASES | {"attn_output.bias"}, "mlp_bias": MLP_B
 
 @dataclass(frozen=True)
 class Source:
-    """Where a module's weight and bias come from: tensors of a layer, and what is done with them (gguf_in.HOW)."""
+    """The tensors that a module's weight and bias come from, and the conversion (a name in gguf.read.CONVERSIONS)."""
 
     tensors: tuple[str, ...]
-    how: str = "as it is"
+    conversion: str = "none"
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How a file of one architecture becomes a model.  What stands neither here nor in the tables below is refused by name."""
+    """How a file of an architecture becomes a model; what is neither here nor in the tables below is refused."""
 
     family: str
-    sources: Mapping[str, Source]  # module path, in the layer or in the model -> tensors
-    biases: Mapping[str, frozenset[str]]  # config key -> tensors, any of which says that it is set
-    factors: bool = False  # knows a factor for each rotary frequency
+    sources: Mapping[str, Source]  # path of a module, in its layer or in the model -> tensors
+    biases: Mapping[str, frozenset[str]]  # config key -> tensors, any of which sets it
+    factors: bool = False  # whether it knows a factor for each rotary frequency
 
 
 def _sources(**other: Source) -> Mapping[str, Source]:
-    """Each module from the tensor that export writes it to, but for some, by their name in the file."""
+    """The tensor that export writes each module to, except for `other`, by names in the file."""
     return MappingProxyType({path: other.get(name, Source((name,))) for path, name in NAMES.items()})
 
 
 FUSED_QKV = {f"attn_{part}": Source(("attn_qkv",), f"rows of {part}") for part in "qkv"}
-TURNED = {f"attn_{part}": Source((f"attn_{part}",), f"turned {part}") for part in "qk"}
+INTERLEAVED = {f"attn_{part}": Source((f"attn_{part}",), f"interleaved {part}") for part in "qk"}
 READINGS: Mapping[str, Reading] = MappingProxyType(
     {
-        "llama": Reading("llama", _sources(**TURNED), BIASES, factors=True),
-        "deci": Reading("llama", _sources(**TURNED), BIASES, factors=True),
+        "llama": Reading("llama", _sources(**INTERLEAVED), BIASES, factors=True),
+        "deci": Reading("llama", _sources(**INTERLEAVED), BIASES, factors=True),
         "qwen2": Reading("qwen2", _sources(), {}),
         "qwen3": Reading("qwen3", _sources(), {"attention_bias": QKV_BIASES}),
         "openelm": Reading("qwen3", _sources(**FUSED_QKV), {}),
     }
 )
 ALWAYS: Mapping[str, object] = (
-    MappingProxyType(  # a field under the architecture's name that says what is so in any case
+    MappingProxyType(  # fields under the architecture's name, and the only value that is read
         {
             "attention.causal": True,
             "expert_count": 0,
@@ -122,7 +124,7 @@ ALWAYS: Mapping[str, object] = (
             "leading_dense_block_count": 0,
             "attention.max_alibi_bias": 0.0,
             "attention.clamp_kqv": 0.0,
-            "attention.scale": 0.0,  # llama.cpp's word for the usual one
+            "attention.scale": 0.0,  # stands for the usual scale
             "attn_logit_softcapping": 0.0,
             "final_logit_softcapping": 0.0,
             "logit_scale": 1.0,
@@ -132,12 +134,12 @@ ALWAYS: Mapping[str, object] = (
         }
     )
 )
-NOTHING = frozenset(  # fields that say nothing of what the model computes
+NOTHING = frozenset(  # fields that do not change what the model computes
     {"tensor_data_layout", "rope.scaling.finetuned", "use_parallel_residual"}
 )
-BYTE_LEVEL = "gpt2"  # tokenizer.ggml.model of byte-level BPE, whatever splits the text
-SENTENCEPIECE = "llama"  # and of SentencePiece BPE
-NO_SPLITS = "default"  # tokenizer.ggml.pre of SentencePiece, which has none
+BYTE_LEVEL = "gpt2"  # tokenizer.ggml.model of byte-level BPE, for all ways to split text
+SENTENCEPIECE = "llama"  # tokenizer.ggml.model of SentencePiece BPE
+NO_SPLITS = "default"  # tokenizer.ggml.pre of SentencePiece, which does not split text
 DIGIT = r"\p{N}"
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -153,14 +155,14 @@ GPT4O = rf"{_CASED[0]}{_CONTRACTION}?|{_CASED[1]}{_CONTRACTION}?|\p{{N}}{{1,3}}{
 
 @dataclass(frozen=True)
 class Splits:
-    """How text is cut before BPE: regular expressions in turn, each match a piece of its own."""
+    """How text is split before BPE: by regular expressions in turn, each match of which is a piece of its own."""
 
     regexes: tuple[str, ...]
-    ignore_merges: bool = False  # a piece that is a token is taken whole
+    ignore_merges: bool = False  # whether a piece that is a token is taken whole
 
 
 PRE_TOKENIZERS: Mapping[str, Splits] = MappingProxyType(  # tokenizer.ggml.pre; no two rows are equal
-    {  # in tekken and gpt-4o llama.cpp takes no combining mark for part of a word, as in Khmer
+    {  # in tekken and gpt-4o llama.cpp does not count combining marks, as in Khmer, as parts of words
         "gpt-2": Splits((GPT2,)),
         "smollm": Splits((DIGIT, GPT2)),
         "llama-bpe": Splits((LLAMA3,), ignore_merges=True),
@@ -170,11 +172,12 @@ PRE_TOKENIZERS: Mapping[str, Splits] = MappingProxyType(  # tokenizer.ggml.pre; 
         "gpt-4o": Splits((GPT4O,)),
     }
 )
-ALIASES: Mapping[str, str] = MappingProxyType(  # other names by which llama.cpp cuts text as one of these
+ALIASES: Mapping[str, str] = MappingProxyType(  # other names for the same splits in llama.cpp
     {
         other: name
         for name, others in {
-            "gpt-2": "phi-2 jina-es jina-de jina-v2-es jina-v2-de gigachat mpt olmo jais trillion granite-docling a.x-4.0 mellum",
+            "gpt-2": "phi-2 jina-es jina-de jina-v2-es jina-v2-de gigachat mpt olmo jais trillion granite-docling "
+            "a.x-4.0 mellum",
             "smollm": "starcoder refact command-r codeshell exaone minerva-7b mellum2",
             "llama-bpe": "llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano",
             "smaug-bpe": "dbrx",

@@ -1,7 +1,7 @@
-"""A GGUF file, or the parts of a split one, as it lies on the disk: its fields, and where its tensors are.
+"""A GGUF file, or the parts of a split one, on disk: its fields, and where its tensors are.
 
-Every length and count is compared with what the file holds before anything is read or allocated by it, so that a damaged file ends in
-one line.  The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+Every length and count is compared with the size of the file before anything is read or allocated by it, so that a
+damaged file ends in one line.  The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import math
@@ -24,41 +24,29 @@ from billhook.errors import BillhookError
 SUFFIX = ".gguf"
 AGAIN = "fetch or copy the file again"
 VERSIONS = (2, 3)
-SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}  # struct's letters
+SCALARS = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True))  # types of numbers, as letters of struct
 STRING, ARRAY = 8, 9
-ENTRIES = 2**22  # of one array, fields or tensors: the largest vocabularies and merges have an eighth of that
-HEADER = 2**27  # bytes before the weights
-DIMENSIONS = 4
-NAME = 200  # characters: llama.cpp's own have 63 at most
+ENTRIES = 2**22  # the most entries of an array, fields or tensors; the largest vocabularies have an eighth of that
+HEADER = 2**27  # the most bytes before the weights
+DIMENSIONS = 4  # the most dimensions of a tensor
+NAME = 200  # the most characters of a name; llama.cpp's have at most 63
 PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
-SPLIT = ("split.no", "split.count", "split.tensors.count")  # fields of a part
-Fields = dict[str, Any]  # int, float, bool, str, or a list of one of them
+SPLIT = ("split.no", "split.count", "split.tensors.count")  # fields that only parts of a split file have
+Fields = dict[str, Any]  # values: int, float, bool, str, or a list of one of these
 
 
 @dataclass(frozen=True)
 class Placed:
-    """One tensor of a file."""
+    """Where a tensor lies in a file."""
 
     file: Path
     kind: gguf.GGMLQuantizationType
-    shape: tuple[int, ...]  # in torch's order
-    offset: int  # from the beginning of the file
-    size: int  # bytes
+    shape: tuple[int, ...]  # sizes in torch's order
+    offset: int  # bytes from the beginning of the file
+    size: int  # size in bytes
 
     def values(self) -> torch.Tensor:
-        """Dequantised, float32."""
+        """The dequantised tensor, float32."""
         packed = np.memmap(self.file, np.uint8, "r", self.offset, (self.size,))
         rows = packed.reshape(*self.shape[:-1], -1)
         return torch.from_numpy(np.array(gguf.quants.dequantize(rows, self.kind), np.float32)).reshape(self.shape)
@@ -66,38 +54,38 @@ class Placed:
 
 @dataclass(frozen=True)
 class Gguf:
-    """What a file says, and where its tensors lie."""
+    """The fields of a file, and where its tensors lie."""
 
     fields: Fields
     tensors: dict[str, Placed]
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a path is of a GGUF file, by its name."""
+    """Whether a path names a GGUF file."""
     return path.suffix.lower() == SUFFIX and not path.is_dir()
 
 
 def alone(folder: Path) -> Path:
-    """The one GGUF file of a folder that holds no other model; the folder itself where it holds none, or safetensors.
+    """The only GGUF file of a folder; the folder itself where it holds none, or a model in safetensors.
 
     Raises:
-        BillhookError: there are several, and none says which is meant.
+        BillhookError: there are several.
     """
-    found = sorted(file for file in folder.iterdir() if is_gguf(file))
-    if not found or (folder / "config.json").exists() or any(folder.glob("*.safetensors")):
+    files = sorted(file for file in folder.iterdir() if is_gguf(file))
+    if not files or (folder / "config.json").exists() or any(folder.glob("*.safetensors")):
         return folder
-    firsts = [file for file in found if (part := PART.fullmatch(file.name)) is None or int(part[2]) == 1]
+    firsts = [file for file in files if (part := PART.fullmatch(file.name)) is None or int(part[2]) == 1]
     if len(firsts) > 1 or not firsts:
-        names = ", ".join(file.name for file in found[:4]) + (", …" if len(found) > 4 else "")
-        raise BillhookError(f"{folder} holds {len(found)} GGUF files: name the one that is meant, of {names}")
+        names = ", ".join(file.name for file in files[:4]) + (", …" if len(files) > 4 else "")
+        raise BillhookError(f"{folder} holds {len(files)} GGUF files: name the one that is meant, of {names}")
     return firsts[0]
 
 
 def read(path: Path) -> Gguf:
-    """The fields and tensors of a file, of all parts where it is one of several.
+    """The fields and tensors of a file, with all its parts where it is split.
 
     Raises:
-        BillhookError: it is no plain file, no GGUF, damaged, or a part is missing.
+        BillhookError: it is not a plain file, not a GGUF, damaged, or a part is missing.
     """
     first, *rest = parts(path)
     whole = _Reader(first).read()
@@ -107,20 +95,22 @@ def read(path: Path) -> Gguf:
             if name in tensors:
                 raise BillhookError(f"{file}: tensor {name} is in another part, too: {AGAIN}")
             tensors[name] = placed
-    said = whole.fields.get("split.count", len(rest) + 1) or 1  # 0: written by tools that split nothing
-    if said != len(rest) + 1:
+    count = whole.fields.get("split.count", len(rest) + 1) or 1  # tools that do not split write 0
+    if count != len(rest) + 1:
         raise BillhookError(
-            f"{path} is one of {said} parts, and its name is not NAME-00001-of-{said:05}.gguf: rename them so"
+            f"{path} is one of {count} parts, and its name is not NAME-00001-of-{count:05}.gguf: rename them so"
         )
     if len(tensors) != whole.fields.get("split.tensors.count", len(tensors)):
         raise BillhookError(
-            f"{path}: its parts hold {len(tensors)} tensors, not the {whole.fields['split.tensors.count']} they should: {AGAIN}"
+            f"{path}: its parts hold {len(tensors)} tensors, not the {whole.fields['split.tensors.count']} they "
+            "should: "
+            f"{AGAIN}"
         )
     return Gguf({key: value for key, value in whole.fields.items() if key not in SPLIT}, tensors)
 
 
 def parts(path: Path) -> list[Path]:
-    """The files of a split GGUF in order, the first of which has the fields; of any other the file alone."""
+    """The files of a split GGUF in order, the first of which has the fields; for any other GGUF the file alone."""
     if (part := PART.fullmatch(path.name)) is None:
         return [path]
     files = [path.with_name(f"{part[1]}-{n:05}-of-{part[3]}{path.suffix}") for n in range(1, int(part[3]) + 1)]
@@ -158,9 +148,8 @@ class _Reader:
                 f"{other}, and billhook reads versions 2 and 3, little-endian", "convert it again with llama.cpp"
             )
         tensors, entries = self.number("Q", "its counts"), self.number("Q", "its counts")
-        self.check(
-            entries, 13, f"it is said to hold {entries:,} fields"
-        )  # the shortest: an empty name, its type, one byte
+        # the shortest field has an empty name, a type and one byte
+        self.check(entries, 13, f"it is said to hold {entries:,} fields")
         self.check(tensors, 32, f"it is said to hold {tensors:,} tensors")
         fields: Fields = {}
         for n in range(entries):
@@ -174,7 +163,7 @@ class _Reader:
         return Gguf(fields, self.placed(infos, fields))
 
     def info(self, n: int) -> tuple[str, tuple[gguf.GGMLQuantizationType, tuple[int, ...], int]]:
-        """One entry of the table of tensors: type, shape and offset by name."""
+        """One entry of the table of tensors: its name, and type, shape and offset."""
         name = self.name(f"the name of tensor {n}")
         sides = self.number("I", name)
         if not 1 <= sides <= DIMENSIONS:
@@ -182,24 +171,27 @@ class _Reader:
         shape = tuple(self.number("Q", name) for _ in range(sides))[::-1]
         kind, offset = self.number("I", name), self.number("Q", name)
         try:
-            found = gguf.GGMLQuantizationType(kind)
-            block, packed = GGML_QUANT_SIZES[found]
-            gguf.quants.dequantize(np.zeros((1, packed), np.uint8), found)
+            known = gguf.GGMLQuantizationType(kind)
+            block, packed = GGML_QUANT_SIZES[known]
+            gguf.quants.dequantize(np.zeros((1, packed), np.uint8), known)
         except (ValueError, KeyError, NotImplementedError):
             self.refuse(
                 f"stores tensor {name} in a type that cannot be dequantised here ({_type(kind)})",
                 "quantise it otherwise",
             )
-        if min(shape) < 1 or math.prod(shape) > self.size * 64 or shape[-1] % block:  # no type has under half a bit
+        if (
+            min(shape) < 1 or math.prod(shape) > self.size * 64 or shape[-1] % block
+        ):  # every type takes half a bit or more
             self.damaged(f"tensor {name} of shape {list(shape)} does not fit the file")
-        return name, (found, shape, offset)
+        return name, (known, shape, offset)
 
     def placed(self, infos: dict[str, Any], fields: Fields) -> dict[str, Placed]:
-        """Where each tensor lies: one after another, as llama.cpp wants it."""
+        """Where each tensor lies: one after another, as llama.cpp needs them."""
         align = fields.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
         if isinstance(align, bool) or not isinstance(align, int) or align < 1 or align & (align - 1) or align > HEADER:
             self.damaged(f"general.alignment is {shown(align)}")
-        start, expected, found = -(-self.at // align) * align, 0, {}
+        start, expected = -(-self.at // align) * align, 0
+        tensors: dict[str, Placed] = {}
         for name, (kind, shape, offset) in infos.items():
             block, packed = GGML_QUANT_SIZES[kind]
             size = math.prod(shape) // block * packed
@@ -207,9 +199,9 @@ class _Reader:
                 self.damaged(f"tensor {name} is said to begin at {offset}, and the one before ends at {expected}")
             if start + offset + size > self.size:
                 self.damaged(f"tensor {name} and all after it are cut off")
-            found[name] = Placed(self.path, kind, shape, start + offset, size)
+            tensors[name] = Placed(self.path, kind, shape, start + offset, size)
             expected = -(-(offset + size) // align) * align
-        return found
+        return tensors
 
     def value(self, kind: int, key: str) -> Any:
         if kind in SCALARS:
@@ -236,12 +228,12 @@ class _Reader:
 
     def name(self, what: str) -> str:
         """A text that messages can show."""
-        found = self.string(what)
-        return found if found.isprintable() and len(found) <= NAME else self.damaged(f"{what} is {shown(found)}")
+        name = self.string(what)
+        return name if name.isprintable() and len(name) <= NAME else self.damaged(f"{what} is {shown(name)}")
 
     def number(self, letter: str, what: str) -> Any:
-        (found,) = struct.unpack(f"<{letter}", self.take(struct.calcsize(f"<{letter}"), what))
-        return found
+        (value,) = struct.unpack(f"<{letter}", self.take(struct.calcsize(f"<{letter}"), what))
+        return value
 
     def take(self, count: int, what: str) -> bytes:
         """The next bytes."""
@@ -250,11 +242,11 @@ class _Reader:
             self.damaged(f"it ends in {what}")
         if end > HEADER:
             self.damaged(f"what comes before the weights has more than {HEADER:,} bytes, at {what}")
-        found, self.at = self.content[self.at : end], end
-        return found
+        taken, self.at = self.content[self.at : end], end
+        return taken
 
     def check(self, count: int, least: int, many: str) -> None:
-        """Refuse a count of entries, each of `least` bytes at least, that the file cannot hold; `many` says what it counts."""
+        """Refuse a count of entries of at least `least` bytes that the file cannot hold; `many` says what they are."""
         if count > ENTRIES or self.at + count * least > self.size:
             self.damaged(many)
 
@@ -266,11 +258,11 @@ class _Reader:
 
 
 def _type(kind: int) -> str:
-    names: Iterator[str] = (one.name for one in gguf.GGMLQuantizationType if one == kind)
+    names: Iterator[str] = (known.name for known in gguf.GGMLQuantizationType if known == kind)
     return next(names, f"number {kind}")
 
 
 def shown(value: Any) -> str:
-    """A value of a field, cut to what a line holds."""
-    said = repr(value)
-    return said if len(said) <= 60 else said[:60] + "…"
+    """A value of a field, cut to fit a line."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + "…"

@@ -1,6 +1,7 @@
 """A GGUF as a transformers model: every field and tensor of the file is used, or refused by name.
 
-What a file of an architecture means is in tables (checkpoints/gguf/architectures.py).  Sizes are compared with the tensors before a model is built.
+The meaning of a file is in tables by architecture (checkpoints/gguf/architectures.py).  Sizes are compared with the
+tensors before a model is built.
 """
 
 import math
@@ -32,7 +33,7 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of one layer."""
+    """The sizes of one layer."""
 
     width: int
     heads: int
@@ -40,55 +41,57 @@ class Sizes:
     head_dim: int
 
 
-class Said:
-    """The fields under the architecture's name: each is asked for once, and what nobody asked for is refused."""
+class ArchitectureFields:
+    """The fields under the architecture's name: each is taken once, and those that nothing takes are refused."""
 
     def __init__(self, path: Path, arch: str, fields: Mapping[str, Any]) -> None:
         self.path, self.arch = path, arch
-        self.rest = {key.removeprefix(f"{arch}."): one for key, one in fields.items() if key.startswith(f"{arch}.")}
+        prefix = f"{arch}."
+        self.rest = {key.removeprefix(prefix): value for key, value in fields.items() if key.startswith(prefix)}
 
     def whole(self, key: str, default: int | None = None) -> int:
         """A number above zero."""
-        found = self.take(key, default)
-        if not _is_whole(found):
-            self.wrong(key, found, "a whole number above 0")
-        return found
+        value = self.take(key, default)
+        if not _is_whole(value):
+            self.wrong(key, value, "a whole number above 0")
+        return value
 
     def each(self, key: str, layers: int, default: list[int] | None = None) -> list[int]:
-        """A number above zero for every layer: one for all, or a list."""
-        found = self.take(key, default)
-        found = [found] * layers if not isinstance(found, list) else found
-        if len(found) != layers or not all(map(_is_whole, found)):
-            self.wrong(key, found, f"a whole number above 0, or one for each of {layers} layers")
-        return found
+        """A number above zero for every layer; the file has one for all, or a list."""
+        value = self.take(key, default)
+        values = value if isinstance(value, list) else [value] * layers
+        if len(values) != layers or not all(map(_is_whole, values)):
+            self.wrong(key, values, f"a whole number above 0, or one for each of {layers} layers")
+        return values
 
     def real(self, key: str, default: float | None = None) -> float:
         """A number that is finite."""
-        found = self.take(key, default)
-        if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
-            self.wrong(key, found, "a number")
-        return float(found)
+        value = self.take(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            self.wrong(key, value, "a number")
+        return float(value)
 
     def text(self, key: str, default: str) -> str:
-        found = self.take(key, default)
-        return found if isinstance(found, str) else self.wrong(key, found, "a text")
+        value = self.take(key, default)
+        return value if isinstance(value, str) else self.wrong(key, value, "a text")
 
     def take(self, key: str, default: Any = None) -> Any:
-        found = self.rest.pop(key, default)
-        if found is None:
+        value = self.rest.pop(key, default)
+        if value is None:
             raise BillhookError(f"{self.path}: field {self.arch}.{key} is missing: {AGAIN}")
-        return found
+        return value
 
-    def wrong(self, key: str, found: Any, should: str) -> NoReturn:
-        raise BillhookError(f"{self.path}: field {self.arch}.{key} is {shown(found)}, and should be {should}: {AGAIN}")
+    def wrong(self, key: str, value: Any, should: str) -> NoReturn:
+        raise BillhookError(f"{self.path}: field {self.arch}.{key} is {shown(value)}, and should be {should}: {AGAIN}")
 
     def no_more(self) -> None:
-        """Refuse what is left, but for what changes nothing."""
-        for key, found in self.rest.items():
+        """Refuse fields that are left, except those that change nothing."""
+        for key, value in self.rest.items():
             usual = ALWAYS.get(key)
-            if key not in NOTHING and (usual is None or type(found) is not type(usual) or found != usual):
+            if key not in NOTHING and (usual is None or type(value) is not type(usual) or value != usual):
                 raise BillhookError(
-                    f"{self.path}: field {self.arch}.{key} is {shown(found)}, which billhook does not read in this architecture: {FOLDER}"
+                    f"{self.path}: field {self.arch}.{key} is {shown(value)}, which billhook does not read in this "
+                    f"architecture: {FOLDER}"
                 )
 
 
@@ -96,23 +99,24 @@ def open_gguf(path: Path) -> tuple[Any, Any]:
     """Model, in float32, and tokenizer of a GGUF file.
 
     Raises:
-        BillhookError: it is damaged, of an architecture that billhook does not read, or says what no transformers model computes.
+        BillhookError: it is damaged, of an architecture that billhook does not read, or asks for what no transformers
+            model computes.
     """
     file = read(path)
     arch, reading = _reading(path, file.fields)
     layers = _by_layer(path, file.tensors)
-    said = Said(path, arch, file.fields)
-    values, sizes, used = _config(said, reading, file, len(layers))
-    said.no_more()
+    fields = ArchitectureFields(path, arch, file.fields)
+    values, sizes, used = _config(fields, reading, file, len(layers))
+    fields.no_more()
     tokenizer = tokenizer_of(path, arch, file.fields)
     values |= _special(path, tokenizer, values["vocab_size"])
-    config = _built(path, reading, values, sizes)
-    places = _places(path, reading, config, file.tensors, sizes, used)
+    config = _config_of(path, reading, values, sizes)
+    params = _params(path, reading, config, file.tensors, sizes, used)
     try:
         model: Any = bare(config, torch.float32)
-    except Exception as error:  # a config that the class refuses: transformers raises many kinds
+    except Exception as error:  # the class refuses the config; transformers raises many kinds
         raise _unbuilt(path, error) from error
-    _fill(model, places)
+    _fill(model, params)
     model.config._name_or_path = str(path)
     model.config.architectures = [type(model).__name__]
     return model.eval().requires_grad_(False), tokenizer
@@ -132,94 +136,96 @@ def _reading(path: Path, fields: Mapping[str, Any]) -> tuple[str, Reading]:
 
 
 def _by_layer(path: Path, tensors: Mapping[str, Placed]) -> list[int]:
-    """The numbers of the layers, which must be all from 0."""
-    found = {name.split(".")[1] for name in tensors if name.startswith("blk.")}
-    numbers = sorted(int(one) for one in found if one.isdecimal() and len(one) < 7)
-    if not numbers or numbers != list(range(len(found))):
-        raise BillhookError(f"{path}: its tensors are of layers {shown(sorted(found))}, not of all from 0: {AGAIN}")
+    """The numbers of the layers, which must run from 0 without gaps."""
+    texts = {name.split(".")[1] for name in tensors if name.startswith("blk.")}
+    numbers = sorted(int(text) for text in texts if text.isdecimal() and len(text) < 7)
+    if not numbers or numbers != list(range(len(texts))):
+        raise BillhookError(f"{path}: its tensors are of layers {shown(sorted(texts))}, not of all from 0: {AGAIN}")
     return numbers
 
 
-def _config(said: Said, reading: Reading, file: Gguf, layers: int) -> tuple[Values, list[Sizes], set[str]]:
-    """Values of the config but for sizes that differ by layer, those, and the tensors that are used for it."""
-    tensors, largest = file.tensors, max(max(one.shape) for one in file.tensors.values())
-    if (blocks := said.whole("block_count")) != layers:
-        said.wrong("block_count", blocks, f"the {layers} layers that there are tensors of")
-    hidden = said.whole("embedding_length")
-    heads = said.each("attention.head_count", layers)
-    kv_heads = said.each("attention.head_count_kv", layers, heads)
-    widths = said.each("feed_forward_length", layers)
-    head_dim = said.whole("attention.key_length", max(1, hidden // max(heads)))
-    if (value := said.whole("attention.value_length", head_dim)) != head_dim:
-        said.wrong("attention.value_length", value, f"{head_dim}, as attention.key_length")
-    for key, found in {
-        "embedding_length": hidden,
-        "attention.key_length": head_dim,
-        "feed_forward_length": max(widths),
-    }.items():
-        if found > largest:
-            said.wrong(key, found, f"at most {largest}, the largest side of a tensor")
-    if (rotated := said.whole("rope.dimension_count", head_dim)) != head_dim:
-        said.wrong("rope.dimension_count", rotated, f"{head_dim}, as the size of a head")
+def _config(
+    fields: ArchitectureFields, reading: Reading, file: Gguf, layers: int
+) -> tuple[Values, list[Sizes], set[str]]:
+    """Values of the config, the sizes of each layer, and the tensors that were read for them."""
+    tensors, largest = file.tensors, max(max(placed.shape) for placed in file.tensors.values())
+    if (blocks := fields.whole("block_count")) != layers:
+        fields.wrong("block_count", blocks, f"the {layers} layers that there are tensors of")
+    hidden = fields.whole("embedding_length")
+    heads = fields.each("attention.head_count", layers)
+    kv_heads = fields.each("attention.head_count_kv", layers, heads)
+    widths = fields.each("feed_forward_length", layers)
+    head_dim = fields.whole("attention.key_length", max(1, hidden // max(heads)))
+    if (value := fields.whole("attention.value_length", head_dim)) != head_dim:
+        fields.wrong("attention.value_length", value, f"{head_dim}, as attention.key_length")
+    lengths = {"embedding_length": hidden, "attention.key_length": head_dim, "feed_forward_length": max(widths)}
+    for key, length in lengths.items():
+        if length > largest:
+            fields.wrong(key, length, f"at most {largest}, the largest side of a tensor")
+    if (rotated := fields.whole("rope.dimension_count", head_dim)) != head_dim:
+        fields.wrong("rope.dimension_count", rotated, f"{head_dim}, as the size of a head")
     embedding = tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
-        raise BillhookError(f"{said.path}: tensor token_embd.weight is missing: {AGAIN}")
-    if (words := said.whole("vocab_size", embedding.shape[0])) != embedding.shape[0]:
-        said.wrong("vocab_size", words, f"{embedding.shape[0]}, the rows of token_embd.weight")
-    positions = said.whole("context_length")
-    rope, used = _rope(said, reading, file, positions, head_dim)
+        raise BillhookError(f"{fields.path}: tensor token_embd.weight is missing: {AGAIN}")
+    if (words := fields.whole("vocab_size", embedding.shape[0])) != embedding.shape[0]:
+        fields.wrong("vocab_size", words, f"{embedding.shape[0]}, the rows of token_embd.weight")
+    positions = fields.whole("context_length")
+    rope, used = _rope(fields, reading, file, positions, head_dim)
     values = {
         "vocab_size": words,
         "hidden_size": hidden,
         "num_hidden_layers": layers,
         "max_position_embeddings": positions,
-        "rms_norm_eps": said.real("attention.layer_norm_rms_epsilon"),
+        "rms_norm_eps": fields.real("attention.layer_norm_rms_epsilon"),
         "rope_parameters": rope,
         "tie_word_embeddings": "output.weight" not in tensors,
         **{key: any(_in_layer(name) in names for name in tensors) for key, names in reading.biases.items()},
     }
-    return values, [Sizes(*one, head_dim) for one in zip(widths, heads, kv_heads, strict=True)], used
+    return values, [Sizes(*sizes, head_dim) for sizes in zip(widths, heads, kv_heads, strict=True)], used
 
 
-def _rope(said: Said, reading: Reading, file: Gguf, positions: int, head_dim: int) -> tuple[Values, set[str]]:
+def _rope(
+    fields: ArchitectureFields, reading: Reading, file: Gguf, positions: int, head_dim: int
+) -> tuple[Values, set[str]]:
     """rope_parameters, and the tensors that they come from."""
-    base, kind = said.real("rope.freq_base", 10000.0), said.text("rope.scaling.type", LINEAR)
+    base, kind = fields.real("rope.freq_base", 10000.0), fields.text("rope.scaling.type", LINEAR)
     if kind not in SCALING_TYPES:
-        said.wrong("rope.scaling.type", kind, f"one of {', '.join(SCALING_TYPES)}")
+        fields.wrong("rope.scaling.type", kind, f"one of {', '.join(SCALING_TYPES)}")
     if base <= 0:
-        said.wrong("rope.freq_base", base, "a number above 0")
-    scaling = [key for key in said.rest if key.startswith("rope.scaling.") and key not in NOTHING]
-    numbers = {key.removeprefix("rope.scaling."): said.real(key) for key in scaling}
-    if "rope.scale_linear" in said.rest:  # its older name
-        numbers.setdefault("factor", said.real("rope.scale_linear"))
+        fields.wrong("rope.freq_base", base, "a number above 0")
+    scaling = [key for key in fields.rest if key.startswith("rope.scaling.") and key not in NOTHING]
+    numbers = {key.removeprefix("rope.scaling."): fields.real(key) for key in scaling}
+    if "rope.scale_linear" in fields.rest:  # the older name of the factor
+        numbers.setdefault("factor", fields.real("rope.scale_linear"))
     if numbers.get("factor", 0.0) < 0 or numbers.get("original_context_length", 1) < 1:
-        said.wrong("rope.scaling", numbers, "numbers above 0")
+        fields.wrong("rope.scaling", numbers, "numbers above 0")
     factors = {}
     if reading.factors:
         names = (FACTORS, SHORT_FACTORS, LONG_FACTORS)
         factors = {name: _values(name, file.tensors[name]) for name in names if name in file.tensors}
-    for name, found in factors.items():
-        if found.shape != (head_dim // 2,) or found.min() <= 0:
-            raise BillhookError(f"{said.path}: tensor {name} is not {head_dim // 2} numbers above 0: {AGAIN}")
+    for name, factor in factors.items():
+        if factor.shape != (head_dim // 2,) or factor.min() <= 0:
+            raise BillhookError(f"{fields.path}: tensor {name} is not {head_dim // 2} numbers above 0: {AGAIN}")
     try:
         return parameters(kind, base, numbers, positions, factors), set(factors)
     except ValueError as error:
-        raise BillhookError(f"{said.path}: {error} is no rotary embedding that billhook reads: {FOLDER}") from None
+        raise BillhookError(f"{fields.path}: {error} is no rotary embedding that billhook reads: {FOLDER}") from None
 
 
 def _special(path: Path, tokenizer: Any, rows: int) -> Values:
-    """Ids of special tokens, which the config repeats."""
+    """Ids of special tokens, for the config."""
     if len(tokenizer) > rows:
         raise BillhookError(f"{path}: it has {len(tokenizer)} tokens, and {rows} rows of token_embd.weight: {AGAIN}")
     return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
 
 
-def _built(path: Path, reading: Reading, values: Values, sizes: list[Sizes]) -> Any:
-    """The plainest config that says these sizes."""
+def _config_of(path: Path, reading: Reading, values: Values, sizes: list[Sizes]) -> Any:
+    """The plainest config that has these sizes."""
     keys, stock = family_of(reading.family).keys, reading.family
-    own = [{keys[size]: getattr(one, size) for size in ("width", "heads", "kv_heads")} for one in sizes]
-    values = values | {key: max(one[key] for one in own) for key in own[0]} | {keys["head_dim"]: sizes[0].head_dim}
-    differing = [key for key in own[0] if len({one[key] for one in own}) > 1]
+    layers = [{keys[size]: getattr(layer, size) for size in ("width", "heads", "kv_heads")} for layer in sizes]
+    largest = {key: max(layer[key] for layer in layers) for key in layers[0]}
+    values = values | largest | {keys["head_dim"]: sizes[0].head_dim}
+    differing = [key for key in layers[0] if len({layer[key] for layer in layers}) > 1]
     if not differing:
         stand_in = family_of(stock).stand_in
         biased = any(values[key] for key in reading.biases)
@@ -228,7 +234,7 @@ def _built(path: Path, reading: Reading, values: Values, sizes: list[Sizes]) -> 
         if stand_in and not biased and (config := _stock(stand_in, {**values, "sliding_window": None})) is not None:
             return config
     layout.register(kind := MODEL_TYPE.format(stock))
-    per_layer = {str(n): {key: one[key] for key in differing} for n, one in enumerate(own)}
+    per_layer = {str(n): {key: layer[key] for key in differing} for n, layer in enumerate(layers)}
     try:
         return AutoConfig.for_model(kind, **values, per_layer_config=per_layer)
     except Exception as error:  # each transformers release raises its own validation errors
@@ -247,24 +253,28 @@ def _unbuilt(path: Path, error: Exception) -> BillhookError:
 
 
 @dataclass(frozen=True)
-class Place:
-    """What one parameter of the model is made of."""
+class Param:
+    """What a parameter of the model is made of."""
 
     shape: tuple[int, ...]
-    tensors: dict[str, Placed]  # none: zeros
+    tensors: dict[str, Placed]  # tensors of the file; without any the parameter is zero
     make: Callable[[list[Tensor]], Tensor]
 
 
-def _places(
+def _params(
     path: Path, reading: Reading, config: Any, tensors: Mapping[str, Placed], sizes: list[Sizes], used: set[str]
-) -> dict[str, Place]:
-    """What every parameter is made of; shapes are compared on the meta device, where a model takes no room."""
+) -> dict[str, Param]:
+    """What every parameter is made of; shapes are compared on the meta device, where a model takes no memory.
+
+    Args:
+        used: tensors that were read already, to which those used here are added.
+    """
     try:
         with torch.device("meta"), quiet_transformers():
             model: Any = AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # a config that the class refuses: transformers raises many kinds
+    except Exception as error:  # the class refuses the config; transformers raises many kinds
         raise _unbuilt(path, error) from error
-    found, prefix = {}, family_of(config.model_type).layers + "."
+    params, prefix = {}, family_of(config.model_type).layers + "."
     tied = set(model._tied_weights_keys or ()) if config.tie_word_embeddings else set()
     for name, param in model.state_dict(keep_vars=True).items():
         if name in tied:
@@ -272,78 +282,80 @@ def _places(
         module, _, leaf = name.removeprefix(prefix).rpartition(".")
         number, _, inner = module.partition(".") if name.startswith(prefix) else ("", "", module)
         source = reading.sources.get(inner)
-        within = f"blk.{number}." if number else ""
-        names = [f"{within}{one}.{leaf}" for one in source.tensors] if source else []
-        there = {one: tensors[one] for one in names if one in tensors}
+        block = f"blk.{number}." if number else ""
+        names = [f"{block}{tensor}.{leaf}" for tensor in source.tensors] if source else []
+        parts = {part: tensors[part] for part in names if part in tensors}
         size = sizes[int(number or 0)]
-        if len(there) < max(1, len(names)) and leaf != "bias":
+        if len(parts) < max(1, len(names)) and leaf != "bias":
+            missing = next((part for part in names if part not in parts), name)
+            raise BillhookError(f"{path}: tensor {missing} is missing: {AGAIN}")
+        make = _maker(source.conversion if source else "", size)
+        used |= set(parts)
+        params[name] = Param(tuple(param.shape), parts, make)
+        shapes = [torch.empty(part.shape, device="meta") for part in parts.values()]
+        if parts and (made := _shape(make, shapes)) != tuple(param.shape):
             raise BillhookError(
-                f"{path}: tensor {next((one for one in names if one not in there), name)} is missing: {AGAIN}"
-            )
-        make = _maker(source.how if source else "", size)
-        used |= set(there)
-        found[name] = Place(tuple(param.shape), there, make)
-        shapes = [torch.empty(one.shape, device="meta") for one in there.values()]
-        if there and (made := _shape(make, shapes)) != tuple(param.shape):
-            raise BillhookError(
-                f"{path}: tensor {names[0]} has shape {list(shapes[0].shape)}, and its fields say {list(param.shape)} of {name}: {AGAIN}"
-                if made is None or len(there) == 1
-                else f"{path}: tensors {', '.join(there)} do not make {name} of {list(param.shape)}: {AGAIN}"
+                f"{path}: tensor {names[0]} has shape {list(shapes[0].shape)}, and its fields say {list(param.shape)} "
+                "of "
+                f"{name}: {AGAIN}"
+                if made is None or len(parts) == 1
+                else f"{path}: tensors {', '.join(parts)} do not make {name} of {list(param.shape)}: {AGAIN}"
             )
     if extra := [name for name in tensors if name not in used]:
         raise BillhookError(
-            f"{path}: {len(extra)} tensors have no place in a {config.model_type} of transformers, first {extra[0]}: {FOLDER}"
+            f"{path}: {len(extra)} tensors have no place in a {config.model_type} of transformers, first {extra[0]}: "
+            f"{FOLDER}"
         )
-    return found
+    return params
 
 
 def _shape(make: Callable[[list[Tensor]], Tensor], parts: list[Tensor]) -> tuple[int, ...] | None:
     try:
         return tuple(make(parts).shape)
-    except RuntimeError:  # rows that no number of heads divides
+    except RuntimeError:  # the number of heads does not divide the rows
         return None
 
 
-def _maker(how: str, size: Sizes) -> Callable[[list[Tensor]], Tensor]:
-    return lambda parts: HOW[how](parts[0], size)
+def _maker(conversion: str, size: Sizes) -> Callable[[list[Tensor]], Tensor]:
+    return lambda parts: CONVERSIONS[conversion](parts[0], size)
 
 
-def _turned(rows: Tensor, heads: int) -> Tensor:
-    """Rows of q or k from the order of interleaved RoPE: entries 2i and 2i+1 of a head to i and i + head_dim/2."""
+def _deinterleaved(rows: Tensor, heads: int) -> Tensor:
+    """Rows of q or k out of the order of interleaved RoPE: entries 2i and 2i+1 of a head go to i and i + head_dim/2."""
     return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def _rows(fused: Tensor, size: Sizes, part: str) -> Tensor:
-    """Of q, k and v in one matrix, one below another."""
+    """The rows of one part of q, k and v, which stand one below another in one matrix."""
     ends = [size.heads * size.head_dim, *[size.kv_heads * size.head_dim] * 2]
     return fused.split(ends)["qkv".index(part)]
 
 
-HOW: Mapping[str, Callable[[Tensor, Sizes], Tensor]] = {
-    "as it is": lambda rows, size: rows,
-    "turned q": lambda rows, size: _turned(rows, size.heads),
-    "turned k": lambda rows, size: _turned(rows, size.kv_heads),
+CONVERSIONS: Mapping[str, Callable[[Tensor, Sizes], Tensor]] = {
+    "none": lambda rows, size: rows,
+    "interleaved q": lambda rows, size: _deinterleaved(rows, size.heads),
+    "interleaved k": lambda rows, size: _deinterleaved(rows, size.kv_heads),
     "rows of q": lambda rows, size: _rows(rows, size, "q"),
     "rows of k": lambda rows, size: _rows(rows, size, "k"),
     "rows of v": lambda rows, size: _rows(rows, size, "v"),
 }
 
 
-def _fill(model: Any, places: Mapping[str, Place]) -> None:
-    """Give a model that is on the meta device its weights."""
-    filled = {}
-    for name, place in places.items():
-        parts = [_values(one, placed) for one, placed in place.tensors.items()]
-        filled[name] = place.make(parts).contiguous() if parts else torch.zeros(place.shape)
-    model.load_state_dict(filled, strict=False, assign=True)
+def _fill(model: Any, params: Mapping[str, Param]) -> None:
+    """Give a model on the meta device its weights."""
+    weights = {}
+    for name, param in params.items():
+        parts = [_values(tensor, placed) for tensor, placed in param.tensors.items()]
+        weights[name] = param.make(parts).contiguous() if parts else torch.zeros(param.shape)
+    model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
 
 
 def _values(name: str, placed: Placed) -> Tensor:
-    found = placed.values()
-    if not finite(found):
+    values = placed.values()
+    if not finite(values):
         raise BillhookError(f"{placed.file}: tensor {name} holds NaN or infinite values")
-    return found
+    return values
 
 
 def _in_layer(name: str) -> str:
@@ -352,14 +364,14 @@ def _in_layer(name: str) -> str:
 
 
 def read_tokenizer(path: Path) -> Any:
-    """The tokenizer of a GGUF file, its weights left where they are.
+    """The tokenizer of a GGUF file, whose weights are not read.
 
     Raises:
-        BillhookError: the file is damaged, or has none that transformers can build.
+        BillhookError: the file is damaged, or has no tokenizer that transformers can build.
     """
     fields = read(path).fields
     return tokenizer_of(path, _reading(path, fields)[0], fields)
 
 
-def _is_whole(found: Any) -> bool:
-    return isinstance(found, int) and not isinstance(found, bool) and found > 0
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

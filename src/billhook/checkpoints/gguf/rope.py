@@ -1,7 +1,8 @@
-"""Rotary position embedding as a GGUF says it, in transformers' words.
+"""A GGUF's rotary position embedding as transformers' rope_parameters.
 
-llama.cpp keeps a factor for each frequency in a tensor where transformers computes them from a few numbers (`llama3`): the numbers are
-found again, and where none fit, the factors themselves are kept, as `longrope` does, the same for short and long texts.
+llama.cpp keeps a factor for each frequency in a tensor, where transformers computes them from a few numbers (`llama3`).
+The numbers are found again; where none fit, the factors themselves are kept, as in `longrope`, for short and long texts
+alike.
 """
 
 import math
@@ -15,33 +16,35 @@ Rope = dict[str, Any]
 NONE, LINEAR, YARN, LONG = "none", "linear", "yarn", "longrope"
 SCALING_TYPES = (NONE, LINEAR, YARN, LONG)
 FACTORS, SHORT_FACTORS, LONG_FACTORS = (f"rope_{name}.weight" for name in ("freqs", "factors_short", "factors_long"))
-CLOSE = 2e-6  # relative: factors are stored in float32
-USUAL = 1.0, 4.0  # low_freq_factor and high_freq_factor of every model that was published with this scaling
+CLOSE = 2e-6  # relative tolerance, since factors are stored in float32
+USUAL = 1.0, 4.0  # low_freq_factor and high_freq_factor of every published model with this scaling
 CONTEXTS = [8192, *(2**n for n in range(4, 21) if n != 13)]  # original_max_position_embeddings, the usual one first
 
 
 def parameters(
-    kind: str, base: float, said: Mapping[str, float], positions: int, factors: Mapping[str, Tensor]
+    kind: str, base: float, scaling: Mapping[str, float], positions: int, factors: Mapping[str, Tensor]
 ) -> Rope:
     """transformers' `rope_parameters`.
 
     Args:
         kind: one of SCALING_TYPES.
-        base: of the frequencies.
-        said: the numbers under `rope.scaling.`, those that the file has.
-        positions: how many the model has.
-        factors: those of FACTORS, SHORT_FACTORS and LONG_FACTORS that the file has, (rotated / 2,).
+        base: base of the frequencies.
+        scaling: the file's numbers under `rope.scaling.`.
+        positions: how many positions the model has.
+        factors: the file's tensors of FACTORS, SHORT_FACTORS and LONG_FACTORS, each (rotated / 2,).
 
     Raises:
-        ValueError: it says what transformers cannot compute; names it.
+        ValueError: transformers cannot compute this; names the field or tensor.
     """
-    return {"rope_theta": base, **_scaling(kind, base, said, positions, factors)}
+    return {"rope_theta": base, **_scaling(kind, base, scaling, positions, factors)}
 
 
-def _scaling(kind: str, base: float, said: Mapping[str, float], positions: int, factors: Mapping[str, Tensor]) -> Rope:
-    original, factor = int(said.get("original_context_length", positions)), said.get("factor", 0.0) or 1.0
-    attention = said.get("attn_factor", 1.0)
-    yarn = {key: value for key, value in said.items() if key.startswith("yarn_")}
+def _scaling(
+    kind: str, base: float, scaling: Mapping[str, float], positions: int, factors: Mapping[str, Tensor]
+) -> Rope:
+    original, factor = int(scaling.get("original_context_length", positions)), scaling.get("factor", 0.0) or 1.0
+    attention = scaling.get("attn_factor", 1.0)
+    yarn = {key: value for key, value in scaling.items() if key.startswith("yarn_")}
     if FACTORS in factors and (kind not in (NONE, LINEAR) or factor != 1.0):
         raise ValueError(f"tensor {FACTORS} beside rope.scaling.type {kind!r} and factor {factor:g}")
     if (SHORT_FACTORS in factors or LONG_FACTORS in factors) != (kind == LONG):
@@ -62,47 +65,54 @@ def _scaling(kind: str, base: float, said: Mapping[str, float], positions: int, 
 def _long(short: Tensor | None, long: Tensor | None, original: int, attention: float) -> Rope:
     if short is None or long is None:
         raise ValueError(f"only one of {SHORT_FACTORS} and {LONG_FACTORS}")
-    found = {"short_factor": short.tolist(), "long_factor": long.tolist()}
-    return {"rope_type": LONG, **found, "original_max_position_embeddings": original, "attention_factor": attention}
+    factors = {"short_factor": short.tolist(), "long_factor": long.tolist()}
+    return {"rope_type": LONG, **factors, "original_max_position_embeddings": original, "attention_factor": attention}
 
 
-def _yarn(said: Mapping[str, float], factor: float, original: int, attention: float) -> Rope:
-    """llama.cpp multiplies its own attention factor, which is transformers', by the one that is said."""
+def _yarn(scaling: Mapping[str, float], factor: float, original: int, attention: float) -> Rope:
+    """llama.cpp multiplies the attention factor that transformers computes by the one in the file."""
     for key, usual in (("yarn_ext_factor", 1.0), ("yarn_attn_factor", 1.0), ("yarn_log_multiplier", 0.0)):
-        if said.get(key, usual) != usual:
-            raise ValueError(f"rope.scaling.{key} {said[key]:g}")
-    betas = {key: said[f"yarn_{key}"] for key in ("beta_fast", "beta_slow") if said.get(f"yarn_{key}")}
-    own = {} if attention == 1.0 else {"attention_factor": attention * (0.1 * math.log(max(factor, 1.0)) + 1.0)}
-    return {"rope_type": YARN, "factor": factor, "original_max_position_embeddings": original, **betas, **own}
+        if scaling.get(key, usual) != usual:
+            raise ValueError(f"rope.scaling.{key} {scaling[key]:g}")
+    betas = {key: scaling[f"yarn_{key}"] for key in ("beta_fast", "beta_slow") if scaling.get(f"yarn_{key}")}
+    attention_factor = (
+        {} if attention == 1.0 else {"attention_factor": attention * (0.1 * math.log(max(factor, 1.0)) + 1.0)}
+    )
+    return {
+        "rope_type": YARN,
+        "factor": factor,
+        "original_max_position_embeddings": original,
+        **betas,
+        **attention_factor,
+    }
 
 
 def _by_frequency(factors: Tensor, base: float, original: int) -> Rope:
-    """The `llama3` scaling whose factors these are; else one that keeps them as they are."""
-    lengths = 2 * math.pi * base ** (torch.arange(len(factors)).double() / len(factors))  # of the waves, in tokens
+    """The `llama3` scaling that has these factors; else one that keeps the factors themselves."""
+    lengths = 2 * math.pi * base ** (torch.arange(len(factors)).double() / len(factors))  # wavelengths in tokens
     for rope in _candidates(factors.double(), lengths, original):
         if torch.allclose(_factors(lengths, rope), factors.double(), rtol=CLOSE, atol=0):
             return rope
     return _long(factors, factors, original, 1.0)
 
 
-def _candidates(factors: Tensor, lengths: Tensor, said: int) -> Iterator[Rope]:
-    """Numbers that may give these factors, of which only the ratios to the context show; the usual ones first."""
+def _candidates(factors: Tensor, lengths: Tensor, context: int) -> Iterator[Rope]:
+    """Scalings that may have these factors, which show only ratios to the context; the usual ones come first."""
     if factors.max() <= 1 + CLOSE:
         yield {"rope_type": "default"}
     factor = float(factors.max())
     factor = float(round(factor)) if abs(factor - round(factor)) <= CLOSE * factor else factor
     between = (factors > 1 + CLOSE) & (factors < factor * (1 - CLOSE))
-    for original in (*CONTEXTS, said):
+    for original in (*CONTEXTS, context):
         yield _llama3(factor, *USUAL, original)
-    if (
-        between.sum() > 1
-    ):  # 1 / f is linear in 1 / length there: (original / length - low) / (high - low) is how much stays
+    # where 1 / f is linear in 1 / length, the share that stays is (original / length - low) / (high - low)
+    if between.sum() > 1:
         stays = (1 / factors[between] - 1 / factor) / (1 - 1 / factor)
         x = 1 / lengths[between]
         slope = float((stays[-1] - stays[0]) / (x[-1] - x[0]))
-        low = float(slope * x[0] - stays[0])  # over (high - low)
+        low = float(slope * x[0] - stays[0])  # low / (high - low)
         if slope > 0 and low > 0:
-            yield _llama3(factor, low * said / slope, (low + 1) * said / slope, said)
+            yield _llama3(factor, low * context / slope, (low + 1) * context / slope, context)
 
 
 def _llama3(factor: float, low: float, high: float, original: int) -> Rope:
@@ -116,7 +126,7 @@ def _llama3(factor: float, low: float, high: float, original: int) -> Rope:
 
 
 def _factors(lengths: Tensor, rope: Rope) -> Tensor:
-    """What transformers divides each frequency by."""
+    """The factors that transformers divides the frequencies by."""
     if rope["rope_type"] == "default":
         return torch.ones_like(lengths)
     low, high, original = (

@@ -1,4 +1,4 @@
-"""The tokenizer of a GGUF, as a transformers one: every field under `tokenizer.` is used, or refused by name."""
+"""The tokenizer of a GGUF as a transformers tokenizer: every field under `tokenizer.` is used, or refused by name."""
 
 import json
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from billhook.checkpoints.gguf.vocabulary import NEVER_MERGED, SPACE, give_split
 from billhook.errors import BillhookError, first_line
 
 FOLDER = "give the model's folder instead"
-USED: Mapping[str, type | tuple[type, type]] = {  # field under `tokenizer.` -> what it must be; (list, x): of x
+USED: Mapping[str, type | tuple[type, type]] = {  # field under `tokenizer.` -> its type; (list, x): a list of x
     "ggml.model": str,
     "ggml.pre": str,
     "ggml.tokens": (list, str),
@@ -31,14 +31,14 @@ USED: Mapping[str, type | tuple[type, type]] = {  # field under `tokenizer.` -> 
     "ggml.add_space_prefix": bool,
     "chat_template": str,
 }
-NO_TOKEN = 2**32 - 1  # -1, as some tools write it
+NO_TOKEN = 2**32 - 1  # what some tools write for -1
 NAMED_TEMPLATE = "chat_template."
-IDS = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}  # name in the file -> in transformers
-NOTHING = frozenset(  # fields that say nothing of how a text is cut
+IDS = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}  # name in the file -> name in transformers
+NOTHING = frozenset(  # fields that do not change how text is cut
     {
         *("chat_templates", "huggingface.json", "ggml.token_type_count", "ggml.add_sep_token", "ggml.suppress_tokens"),
-        *(f"ggml.{one}_token_id" for one in ("eot", "eom", "seperator", "cls", "mask", "prefix", "suffix", "middle")),
-        *(f"ggml.fim_{one}_token_id" for one in ("pre", "suf", "mid", "pad", "rep", "sep")),
+        *(f"ggml.{name}_token_id" for name in ("eot", "eom", "seperator", "cls", "mask", "prefix", "suffix", "middle")),
+        *(f"ggml.fim_{name}_token_id" for name in ("pre", "suf", "mid", "pad", "rep", "sep")),
     }
 )
 ALWAYS = {
@@ -52,120 +52,126 @@ def tokenizer_of(path: Path, arch: str, fields: Mapping[str, Any]) -> Any:
     """A transformers tokenizer that cuts text as the fields of a GGUF say.
 
     Raises:
-        BillhookError: they are damaged, or say what no transformers tokenizer does here.
+        BillhookError: the fields are damaged, or ask for what no transformers tokenizer does.
     """
-    said = {
-        key.removeprefix("tokenizer."): one
-        for key, one in fields.items()
-        if key.startswith("tokenizer.") and not (key.endswith("_token_id") and one == NO_TOKEN)
+    settings = {
+        key.removeprefix("tokenizer."): value
+        for key, value in fields.items()
+        if key.startswith("tokenizer.") and not (key.endswith("_token_id") and value == NO_TOKEN)
     }
-    _check(path, said)
-    words, pre = said["ggml.tokens"], said.get("ggml.pre", "")
-    kind = said["ggml.model"]
+    _check(path, settings)
+    words, pre = settings["ggml.tokens"], settings.get("ggml.pre", "")
+    kind = settings["ggml.model"]
     if kind == BYTE_LEVEL and ALIASES.get(pre, pre) not in PRE_TOKENIZERS:
         what = f"is {shown(pre)}" if pre else "is missing"
         raise BillhookError(
             f"{path}: field tokenizer.ggml.pre {what}, and billhook knows {', '.join(PRE_TOKENIZERS)}: {FOLDER}"
         )
-    given = {
+    arguments = {
         "tokenizer_type": kind,
         "pre_tokenizer_type": pre,
         "tokens": words,
-        "scores": said.get("ggml.scores"),
-        "token_type": said.get("ggml.token_type"),
-        **({"merges": [one for one in said["ggml.merges"] if one != NEVER_MERGED]} if "ggml.merges" in said else {}),
+        "scores": settings.get("ggml.scores"),
+        "token_type": settings.get("ggml.token_type"),
+        **(
+            {"merges": [merge for merge in settings["ggml.merges"] if merge != NEVER_MERGED]}
+            if "ggml.merges" in settings
+            else {}
+        ),
     }
     special = {
-        f"{name}_token": words[said[key]] for one, name in IDS.items() if (key := f"ggml.{one}_token_id") in said
+        f"{name}_token": words[settings[key]]
+        for field, name in IDS.items()
+        if (key := f"ggml.{field}_token_id") in settings
     }
-    around = {"add_bos_token": said.get("ggml.add_bos_token", kind == SENTENCEPIECE)}  # llama.cpp's own default
-    around |= {"add_eos_token": True} if said.get("ggml.add_eos_token") else {}
+    added = {"add_bos_token": settings.get("ggml.add_bos_token", kind == SENTENCEPIECE)}  # llama.cpp's default
+    added |= {"add_eos_token": True} if settings.get("ggml.add_eos_token") else {}
     try:
-        backend, _ = convert_gguf_tokenizer(arch, {key: one for key, one in given.items() if one is not None})
+        backend, _ = convert_gguf_tokenizer(arch, {key: value for key, value in arguments.items() if value is not None})
         tokenizer: Any = PreTrainedTokenizerFast(
-            tokenizer_object=_of_these(backend, len(words)),
+            tokenizer_object=_without_added(backend, len(words)),
             **{f"{name}_token": None for name in IDS.values()} | special,
-            **around,
+            **added,
         )
     except Exception as error:  # transformers and tokenizers raise many kinds
         raise BillhookError(f"{path}: no tokenizer could be made of it ({first_line(error)}): {FOLDER}") from error
     tokenizer.name_or_path = str(path)
-    tokenizer.chat_template = _templates(said)
+    tokenizer.chat_template = _templates(settings)
     if kind == BYTE_LEVEL:
         give_splits(tokenizer, ALIASES.get(pre, pre))
-    elif said.get("ggml.add_space_prefix", True) is False:
+    elif settings.get("ggml.add_space_prefix", True) is False:
         tokenizer.backend_tokenizer.normalizer = normalizers.Replace(" ", SPACE)
         tokenizer.backend_tokenizer.pre_tokenizer = None
     return tokenizer
 
 
-def _of_these(backend: Tokenizer, words: int) -> Tokenizer:
-    """Without tokens that transformers adds to those of the file: the model has no rows for them."""
+def _without_added(backend: Tokenizer, words: int) -> Tokenizer:
+    """The tokenizer without tokens that transformers adds to the file's, which the model has no rows for."""
     if backend.get_vocab_size() <= words:
         return backend
-    said = json.loads(backend.to_str())
-    said["added_tokens"] = [one for one in said["added_tokens"] if one["id"] < words]
-    if said["model"].get("unk_token") not in said["model"]["vocab"]:
-        said["model"]["unk_token"] = None
-    return Tokenizer.from_str(json.dumps(said))
+    content = json.loads(backend.to_str())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < words]
+    if content["model"].get("unk_token") not in content["model"]["vocab"]:
+        content["model"]["unk_token"] = None
+    return Tokenizer.from_str(json.dumps(content))
 
 
-def _check(path: Path, said: Mapping[str, Any]) -> None:
-    """Refuse fields of other types, ids beyond the tokens, lists of other lengths, and what is not read."""
-    for key, one in said.items():
+def _check(path: Path, fields: Mapping[str, Any]) -> None:
+    """Refuse fields of other types, ids beyond the tokens, lists of other lengths, and fields that are not read."""
+    for key, value in fields.items():
         should = str if key.startswith(NAMED_TEMPLATE) else USED.get(key)
         if should is None:
-            if key not in NOTHING and (key not in ALWAYS or one is not ALWAYS[key]):
+            if key not in NOTHING and (key not in ALWAYS or value is not ALWAYS[key]):
                 raise BillhookError(
-                    f"{path}: field tokenizer.{key} is {shown(one)}, which billhook does not read: {FOLDER}"
+                    f"{path}: field tokenizer.{key} is {shown(value)}, which billhook does not read: {FOLDER}"
                 )
-        elif not _is(one, should):
+        elif not _is(value, should):
             raise _damaged(
-                path, key, one, f"a list of {should[1].__name__}" if isinstance(should, tuple) else should.__name__
+                path, key, value, f"a list of {should[1].__name__}" if isinstance(should, tuple) else should.__name__
             )
-    _check_whole(path, said)
-    _check_numbers(path, said, len(said["ggml.tokens"]))
+    _check_whole(path, fields)
+    _check_numbers(path, fields, len(fields["ggml.tokens"]))
 
 
-def _check_whole(path: Path, said: Mapping[str, Any]) -> None:
-    """Refuse what lacks a field that is needed, and models of texts that are not read."""
+def _check_whole(path: Path, fields: Mapping[str, Any]) -> None:
+    """Refuse a tokenizer that lacks a necessary field, or whose model is not read."""
     for key in ("ggml.model", "ggml.tokens"):
-        if key not in said:
+        if key not in fields:
             raise BillhookError(f"{path}: field tokenizer.{key} is missing, so that no text can be cut: {FOLDER}")
-    if said["ggml.model"] not in (BYTE_LEVEL, SENTENCEPIECE):
+    if fields["ggml.model"] not in (BYTE_LEVEL, SENTENCEPIECE):
         raise BillhookError(
-            f"{path}: field tokenizer.ggml.model is {shown(said['ggml.model'])}, and billhook reads {BYTE_LEVEL} and {SENTENCEPIECE}: "
-            f"{FOLDER}"
+            f"{path}: field tokenizer.ggml.model is {shown(fields['ggml.model'])}, and billhook reads {BYTE_LEVEL} and "
+            f"{SENTENCEPIECE}: {FOLDER}"
         )
-    wanted = "ggml.merges" if said["ggml.model"] == BYTE_LEVEL else "ggml.scores"
-    if wanted not in said:
+    wanted = "ggml.merges" if fields["ggml.model"] == BYTE_LEVEL else "ggml.scores"
+    if wanted not in fields:
         raise BillhookError(f"{path}: field tokenizer.{wanted} is missing, so that no text can be cut: {AGAIN}")
-    if len(set(said["ggml.tokens"])) != len(said["ggml.tokens"]):
+    if len(set(fields["ggml.tokens"])) != len(fields["ggml.tokens"]):
         raise BillhookError(f"{path}: field tokenizer.ggml.tokens has a token twice: {AGAIN}")
 
 
-def _check_numbers(path: Path, said: Mapping[str, Any], words: int) -> None:
-    """Refuse lists that are not of every token, and ids of none."""
+def _check_numbers(path: Path, fields: Mapping[str, Any], words: int) -> None:
+    """Refuse lists without an entry for every token, and ids beyond the tokens."""
     for key in ("ggml.scores", "ggml.token_type"):
-        if key in said and len(said[key]) != words:
-            raise _damaged(path, key, said[key], f"{words} numbers, one for each token")
-    for key in (f"ggml.{one}_token_id" for one in IDS):
-        if not 0 <= said.get(key, 0) < words:
-            raise _damaged(path, key, said[key], f"the number of one of {words} tokens")
+        if key in fields and len(fields[key]) != words:
+            raise _damaged(path, key, fields[key], f"{words} numbers, one for each token")
+    for key in (f"ggml.{name}_token_id" for name in IDS):
+        if not 0 <= fields.get(key, 0) < words:
+            raise _damaged(path, key, fields[key], f"the number of one of {words} tokens")
 
 
-def _is(one: Any, should: type | tuple[type, type]) -> bool:
+def _is(value: Any, should: type | tuple[type, type]) -> bool:
     if isinstance(should, tuple):
-        return isinstance(one, list) and all(type(entry) is should[1] for entry in one)
-    return type(one) is should
+        return isinstance(value, list) and all(type(entry) is should[1] for entry in value)
+    return type(value) is should
 
 
-def _damaged(path: Path, key: str, found: Any, should: str) -> BillhookError:
-    return BillhookError(f"{path}: field tokenizer.{key} is {shown(found)}, and should be {should}: {AGAIN}")
+def _damaged(path: Path, key: str, value: Any, should: str) -> BillhookError:
+    return BillhookError(f"{path}: field tokenizer.{key} is {shown(value)}, and should be {should}: {AGAIN}")
 
 
-def _templates(said: Mapping[str, Any]) -> str | dict[str, str] | None:
+def _templates(fields: Mapping[str, Any]) -> str | dict[str, str] | None:
     """The chat template, or several by name."""
-    default = said.get("chat_template")
-    named = {key.removeprefix(NAMED_TEMPLATE): one for key, one in said.items() if key.startswith(NAMED_TEMPLATE)}
+    default = fields.get("chat_template")
+    named = {key.removeprefix(NAMED_TEMPLATE): text for key, text in fields.items() if key.startswith(NAMED_TEMPLATE)}
     return (({"default": default} if default else {}) | named) if named else default

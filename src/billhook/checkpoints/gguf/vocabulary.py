@@ -1,9 +1,10 @@
 """A tokenizer as GGUF metadata: what llama.cpp needs to cut text as the Hugging Face tokenizer does.
 
-Everything is read from the tokenizer's own tokenizer.json.  What llama.cpp has no name for is refused, never guessed.
-Two differences stay.  llama.cpp does not compose Unicode (NFC), which shows on decomposed text alone.  And where a
-SentencePiece tokenizer of transformers 5 (`Metaspace`) puts no space of its own, before a text that begins with one
-and after a special token, llama.cpp puts one, as SentencePiece does.
+Everything is read from the tokenizer's tokenizer.json.  What llama.cpp has no name for is refused, never guessed.
+
+Two differences stay.  llama.cpp does not compose Unicode (NFC), which shows only on decomposed text.  And where a
+SentencePiece tokenizer of transformers 5 (`Metaspace`) adds no space, before a text that begins with one and after a
+special token, llama.cpp adds one, as SentencePiece does.
 """
 
 import json
@@ -28,16 +29,18 @@ from billhook.runtime.special_tokens import special_ids
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # token types, numbered as in llama.h
 SPECIAL = {"bos": "bos_token_id", "eos": "eos_token_id", "unknown": "unk_token_id", "padding": "pad_token_id"}
-SPACE = "▁"  # how SentencePiece writes a space
-NEVER_MERGED = f"{SPACE} {SPACE}"  # no byte is written so: stands for no merges, since gguf cannot write an empty array
-LAST_SCORE = -1e6  # below the score of any token that merging makes
+SPACE = "▁"  # SentencePiece's sign for a space
+NEVER_MERGED = f"{SPACE} {SPACE}"  # a merge that no text has; it stands for no merges, since gguf has no empty arrays
+LAST_SCORE = -1e6  # score of tokens that no merge makes, below all others
 Json = dict[str, Any]
 
 
 def vocabulary(tokenizer: Any, rows: int, bos: int | None = None) -> Json:
-    """Metadata under `tokenizer.`: a token and its type for each of the embedding's `rows`, how to cut, what to add.
+    """Metadata under `tokenizer.`: each token and its type, how to cut text, and what to add to it.
 
-    `bos` is the model's own first token, for a tokenizer that names none.  Lists are of one type each.
+    Args:
+        rows: number of rows of the embedding.
+        bos: the model's first token, for a tokenizer that names none.
 
     Raises:
         BillhookError: llama.cpp could not follow this tokenizer.
@@ -47,18 +50,18 @@ def vocabulary(tokenizer: Any, rows: int, bos: int | None = None) -> Json:
         raise _refused(f"its model is {backend['model']['type']}, not BPE")
     tokens, types = _tokens(backend, rows)
     if '"ByteLevel"' in json.dumps(backend["pre_tokenizer"]):
-        found = _byte_level(backend, tokens, types)
+        metadata = _byte_level(backend, tokens, types)
     else:
-        found = _sentencepiece(backend, tokens, types, tokenizer.unk_token_id)
-    found |= _special(tokenizer, bos) | _templates(tokenizer.chat_template)
-    return {f"tokenizer.{key}": value for key, value in found.items()}
+        metadata = _sentencepiece(backend, tokens, types, tokenizer.unk_token_id)
+    metadata |= _special(tokenizer, bos) | _templates(tokenizer.chat_template)
+    return {f"tokenizer.{key}": value for key, value in metadata.items()}
 
 
 def give_splits(tokenizer: Any, name: str) -> None:
-    """Cut text as llama.cpp's `tokenizer.ggml.pre` says, in place; an unknown name changes nothing.
+    """Make a tokenizer split text as llama.cpp's `tokenizer.ggml.pre` says, in place; an unknown name changes nothing.
 
-    For a tokenizer that transformers built from a GGUF: 5.23 knows the splits of some names only, and cuts the others
-    as GPT-2 does (`GGUF_PRE_TOKENIZER_SPLITS`).
+    Needed where transformers built the tokenizer from a GGUF: 5.23 knows only the splits of some names, and splits by
+    all others as GPT-2 does (`GGUF_PRE_TOKENIZER_SPLITS`).
     """
     if row := PRE_TOKENIZERS.get(name):
         splits = [pre_tokenizers.Split(Regex(regex), "isolated") for regex in row.regexes]
@@ -100,7 +103,7 @@ def _tokens(backend: Json, rows: int) -> tuple[list[str], list[int]]:
 
 
 def _byte_level(backend: Json, tokens: list[str], types: list[int]) -> Json:
-    """Byte-level BPE: merges, and the name of how text is cut before them."""
+    """Byte-level BPE: merges, and the name of the splits before them."""
     model, normalizer = backend["model"], backend["normalizer"]
     if normalizer and normalizer["type"] != "NFC":
         raise _refused(f"it normalizes by {normalizer['type']}")
@@ -123,10 +126,10 @@ def _byte_level(backend: Json, tokens: list[str], types: list[int]) -> Json:
 
 
 def _regexes(step: Json) -> tuple[str, ...]:
-    """A pre_tokenizer as the regular expressions that it isolates in turn; one that is no such thing names itself."""
+    """The regular expressions that a pre_tokenizer isolates in turn; one of another kind is returned as its JSON."""
     match step:
         case {"type": "Sequence", "pretokenizers": steps}:
-            return tuple(regex for one in steps for regex in _regexes(one))
+            return tuple(regex for inner in steps for regex in _regexes(inner))
         case {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}:
             return (regex,)
         case {"type": "Digits", "individual_digits": True}:
@@ -139,7 +142,7 @@ def _regexes(step: Json) -> tuple[str, ...]:
 
 
 def _merges(backend: Json) -> Iterator[tuple[str, str]]:
-    """Pairs of tokens, the first merged first; older files write a pair as one string."""
+    """Pairs of tokens in the order of merging; older files write a pair as one string."""
     for pair in backend["model"]["merges"]:
         left, right = pair.split(" ") if isinstance(pair, str) else pair
         yield left, right
@@ -165,7 +168,7 @@ def _sentencepiece(backend: Json, tokens: list[str], types: list[int], unknown: 
 
 
 def _prefix(backend: Json) -> bool:
-    """Whether a space goes before the text; spaces must become SPACE, and the text stay in one piece."""
+    """Whether a space is put before the text; spaces must become SPACE, and the text must stay in one piece."""
     escape = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     match backend["normalizer"], backend["pre_tokenizer"]:
         case {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": prepended}, last]}, None if (
@@ -185,9 +188,9 @@ def _prefix(backend: Json) -> bool:
 
 
 def _scores(backend: Json, tokens: list[str], types: list[int]) -> list[float]:
-    """A score for each token such that merging the best-scored token first, as SentencePiece does, is these merges.
+    """A score for each token, such that merging the best-scored token first, as in SentencePiece, gives these merges.
 
-    That needs every way to put a token together to be a merge, and the merges of one token to stand together.
+    That is possible where every split of a token into two tokens is a merge, and a token's merges follow one another.
     """
     pairs = list(_merges(backend))
     order = [token for token, _ in groupby(left + right for left, right in pairs)]
@@ -201,7 +204,7 @@ def _scores(backend: Json, tokens: list[str], types: list[int]) -> list[float]:
 
 
 def _special(tokenizer: Any, bos: int | None) -> Json:
-    """Ids of the special tokens, and which of them go around a text."""
+    """Ids of the special tokens, and which of them are added around a text."""
     ids = {name: getattr(tokenizer, attribute, None) for name, attribute in SPECIAL.items()}
     if ids["eos"] is None:
         raise BillhookError(
@@ -211,8 +214,8 @@ def _special(tokenizer: Any, bos: int | None) -> Json:
     if first not in ([], [ids["bos"]]) or last not in ([], [ids["eos"]]):
         raise _refused(f"it puts {first} before and {last} after a text, not its bos_token and eos_token")
     ids["bos"] = bos if ids["bos"] is None else ids["bos"]
-    found = {f"ggml.{name}_token_id": n for name, n in ids.items() if n is not None}
-    return {**found, "ggml.add_bos_token": bool(first), "ggml.add_eos_token": bool(last)}
+    named = {f"ggml.{name}_token_id": n for name, n in ids.items() if n is not None}
+    return {**named, "ggml.add_bos_token": bool(first), "ggml.add_eos_token": bool(last)}
 
 
 def _templates(templates: str | dict[str, str] | None) -> Json:

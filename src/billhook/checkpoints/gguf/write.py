@@ -1,6 +1,7 @@
-"""Export: a model in memory as one GGUF file for llama.cpp, whether its layers are equal or not.
+"""Export a model in memory as one GGUF file for llama.cpp, whether its layers are equal or not.
 
-The architecture is chosen from what llama.cpp's own can hold (checkpoints/gguf/architectures.py), before anything is written.
+An architecture of llama.cpp that can hold the model is chosen (checkpoints/gguf/architectures.py) before anything is
+written.
 """
 
 import math
@@ -27,17 +28,18 @@ from billhook.models import families
 from billhook.runtime import atomic
 from billhook.runtime.progress import Tick, quiet
 
-BLOCK = {"F32": 1, "F16": 1, "BF16": 1} | dict.fromkeys(BY_QUANTIZER, 256)  # entries of a row packed together, else 32
-COARSE = ("Q5_1", "Q5_0", "Q4_1", "Q4_0")  # what the embedding and the head are spared: llama-quantize spares them too
+BLOCK = {"F32": 1, "F16": 1, "BF16": 1} | dict.fromkeys(BY_QUANTIZER, 256)  # entries packed together; 32 for others
+# types that are too coarse for the embedding and the head, as in llama-quantize
+COARSE = ("Q5_1", "Q5_0", "Q4_1", "Q4_0")
 EMBEDDINGS = ("token_embd.weight", "output.weight")
-QUANTIZATION_VERSION = 2  # of ggml's block formats
+QUANTIZATION_VERSION = 2  # version of ggml's block formats
 FOLDER = "keep the folder, which transformers loads"
 EQUAL = "wants equal layers"
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What an architecture must hold, as the tensors have it; lists have one entry for each layer."""
+    """What an architecture must hold, by the tensors of the model; lists have one entry for each layer."""
 
     model_type: str
     vocabulary: int  # rows of the embedding
@@ -46,8 +48,8 @@ class Shape:
     widths: list[int]
     heads: list[int]
     kv_heads: list[int]
-    tensors: frozenset[str]  # GGUF names, without blk.N.
-    rope: str
+    tensors: frozenset[str]  # names of tensors in the file, without blk.N.
+    rope: str  # type of the rotary embedding
 
     @property
     def uneven(self) -> bool:
@@ -57,20 +59,23 @@ class Shape:
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor of the file: the rows of `parts` one below another, reordered for interleaved RoPE if `heads`."""
+    """One tensor of the file."""
 
     name: str
-    parts: tuple[Tensor, ...]
-    heads: int = 0
+    parts: tuple[Tensor, ...]  # their rows are put one below another
+    heads: int = 0  # with heads, rows are reordered for interleaved RoPE
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the tensor in the file, in torch's order; a side of no entries becomes one."""
+        """The shape of the tensor in the file, in torch's order; an empty side gets one entry."""
         return (max(1, sum(len(part) for part in self.parts)), *(max(1, n) for n in self.parts[0].shape[1:]))
 
     def array(self) -> np.ndarray:
-        """The values, float32.  A layer without FFN channels gets one of zeros: without any, llama.cpp drops what the
-        layer's attention adds (src/models/deci.cpp: `if (n_ff == 0) continue`)."""
+        """The values, float32.
+
+        A layer without FFN channels gets one channel of zeros.  Without any, llama.cpp would drop what the layer's
+        attention adds (src/models/deci.cpp: `if (n_ff == 0) continue`).
+        """
         rows = torch.cat([part.detach().float().cpu() for part in self.parts])
         if not rows.numel():
             return np.zeros(self.shape, np.float32)
@@ -78,7 +83,7 @@ class Piece:
 
 
 def interleaved(rows: Tensor, heads: int) -> Tensor:
-    """Rows of q or k in the order of interleaved RoPE: entries i and i + head_dim/2 of a head come to 2i and 2i+1."""
+    """Rows of q or k in the order of interleaved RoPE: entries i and i + head_dim/2 of a head go to 2i and 2i+1."""
     return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
@@ -88,11 +93,13 @@ def write_gguf(
 ) -> dict[str, Any]:
     """Write `model` and `tokenizer` as the GGUF file `path`, which appears whole or not at all.
 
-    `quantize` is one of QUANTIZE.  Matrices get that type, vectors stay F32, embedding and head stay Q8_0 where it is
-    coarser, and a matrix whose rows its blocks do not divide falls back to F16.  K-quants are made by the user's
-    llama-quantize from an F16 file.
+    Args:
+        quantize: one of QUANTIZE.  Matrices get that type and vectors F32.  Embedding and head get Q8_0 where the type
+            is coarse, and a matrix whose rows its blocks do not divide gets F16.  K-quants are made by the user's
+            llama-quantize from an F16 file.
 
-    Returns the architecture, the tensors by type, how many fell back and why, and bytes.
+    Returns:
+        the architecture, the number of tensors by type, how many fell back to F16 and why, and the file's bytes.
 
     Raises:
         BillhookError: llama.cpp cannot hold the model or follow the tokenizer, or the file cannot be written.
@@ -114,15 +121,15 @@ def write_gguf(
             types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(work).tensors}
         else:
             types = _write(work, arch, metadata, pieces, quantize, tick)
-        found = {"arch": arch.name, "quantize": quantize, "types": dict(Counter(types.values()))}
-        return {**found, **_fallback(pieces, quantize), "bytes": work.stat().st_size}
+        outcome = {"arch": arch.name, "quantize": quantize, "types": dict(Counter(types.values()))}
+        return {**outcome, **_fallback(pieces, quantize), "bytes": work.stat().st_size}
 
 
 def shape_of(model: Any) -> Shape:
     """Sizes, tensors and rotary type of a model.
 
     Raises:
-        BillhookError: it computes what no architecture of llama.cpp does.
+        BillhookError: no architecture of llama.cpp computes what the model does.
     """
     model_type = families.stock_type(model.config.model_type)
     if model_type not in CHOICES:
@@ -130,13 +137,14 @@ def shape_of(model: Any) -> Shape:
     row = families.family_of(model_type)
     sizes = [families.sizes(model, n) for n in range(len(families.layers(model)))]
     widths, heads, kv_heads, head_dims = (
-        [one[row.keys[key]] for one in sizes] for key in ("width", "heads", "kv_heads", "head_dim")
+        [layer[row.keys[key]] for layer in sizes] for key in ("width", "heads", "kv_heads", "head_dim")
     )
     for n in range(len(sizes)):
         value_dim = families.attention(model, n).value_dim
         if value_dim != head_dims[0]:
             raise BillhookError(
-                f"layer {n} has value heads of {value_dim} channels beside key heads of {head_dims[0]}, and every graph "
+                f"layer {n} has value heads of {value_dim} channels beside key heads of {head_dims[0]}, and every "
+                "graph "
                 f"of llama.cpp wants them equal: prune heads or groups instead, or {FOLDER}"
             )
     return Shape(
@@ -153,10 +161,10 @@ def shape_of(model: Any) -> Shape:
 
 
 def choose(shape: Shape) -> Architecture:
-    """The first architecture of the family's that holds the model.
+    """The first architecture of the family that holds the model.
 
     Raises:
-        BillhookError: none does; the message says what each lacks.
+        BillhookError: no architecture does; the message says what each lacks.
     """
     lacks = {name: list(_misfits(shape, ARCHITECTURES[name])) for name in CHOICES[shape.model_type]}
     for name, misfits in lacks.items():
@@ -168,11 +176,11 @@ def choose(shape: Shape) -> Architecture:
 
 
 def describe(config: Any, shape: Shape, arch: Architecture) -> dict[str, Any]:
-    """The metadata of the model: sizes are lists where layers differ."""
+    """The metadata of the model; sizes are lists where layers differ."""
     _check(config)
     rope = config.rope_parameters
     sizes = {
-        "vocab_size": shape.vocabulary,  # llama.cpp counts the tokens; transformers reads it here
+        "vocab_size": shape.vocabulary,  # read by transformers; llama.cpp counts the tokens
         "context_length": config.max_position_embeddings,
         "embedding_length": shape.hidden,
         "block_count": len(shape.widths),
@@ -207,19 +215,17 @@ def _misfits(shape: Shape, arch: Architecture) -> Iterator[str]:
 
 
 def _check(config: Any) -> None:
-    """Refuse what every architecture would compute differently, in silence."""
+    """Refuse what every architecture would silently compute in another way."""
     if config.hidden_act not in ("silu", "swish"):
         raise BillhookError(f"llama.cpp computes SiLU in this family's FFN, not {config.hidden_act}: {FOLDER}")
     if getattr(config, "is_causal", True) is False:
         raise BillhookError(f"llama.cpp's positions see only those before them, and this model's see all: {FOLDER}")
     window, longest = getattr(config, "sliding_window", None), config.max_position_embeddings
-    if (
-        window
-        and window < longest
-        and "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
-    ):
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    if window and window < longest and "sliding_attention" in kinds:
         raise BillhookError(
-            f"this model attends to its last {window} positions, and llama.cpp to all in this family's architectures: set "
+            f"this model attends to its last {window} positions, and llama.cpp to all in this family's architectures: "
+            "set "
             f"max_position_embeddings to {window} in config.json, since up to there nothing differs, or {FOLDER}"
         )
 
@@ -236,39 +242,41 @@ def _one_or_all(values: Sequence[int]) -> int | list[int]:
 
 
 def _named(model: Any) -> dict[tuple[int | None, str], Tensor]:
-    """Parameters by layer number and GGUF name; a head that is the embedding is not there twice."""
+    """Parameters by layer number and GGUF name; a tied head is the embedding and has no entry."""
     prefix = families.family_of(model.config.model_type).layers + "."
-    found: dict[tuple[int | None, str], Tensor] = {}
+    named: dict[tuple[int | None, str], Tensor] = {}
     for name, param in model.named_parameters():
         module, _, leaf = name.removeprefix(prefix).rpartition(".")
         number, _, inner = module.partition(".") if name.startswith(prefix) else ("", "", "")
         kind = IN_LAYER.get(inner) if number else TOP.get(module)
         if kind is None:
             raise BillhookError(f"tensor {name} has no place in a GGUF of this family: {FOLDER}")
-        found[int(number) if number else None, f"{kind}.{leaf}"] = param
-    return found
+        named[int(number) if number else None, f"{kind}.{leaf}"] = param
+    return named
 
 
 def _pieces(model: Any, shape: Shape, arch: Architecture) -> Iterator[Piece]:
     """The file's tensors."""
     if shape.rope == "llama3":
         yield Piece("rope_freqs.weight", (_rope_factors(model.config, shape.head_dim),))
-    turned = {"attn_q": shape.heads, "attn_k": shape.kv_heads} if arch.interleaved else {}
+    heads = {"attn_q": shape.heads, "attn_k": shape.kv_heads} if arch.interleaved else {}
     named = _named(model)
     for (layer, tensor), param in named.items():
         kind = tensor.partition(".")[0]
         if layer is None:
             yield Piece(tensor, (param,))
         elif not (arch.fused and kind in ("attn_q", "attn_k", "attn_v")):
-            yield Piece(f"blk.{layer}.{tensor}", (param,), turned[kind][layer] if kind in turned else 0)
+            yield Piece(f"blk.{layer}.{tensor}", (param,), heads[kind][layer] if kind in heads else 0)
         elif kind == "attn_q":
             parts = tuple(named[layer, f"attn_{part}.weight"] for part in "qkv")
             yield Piece(f"blk.{layer}.attn_qkv.weight", parts)
 
 
 def _rope_factors(config: Any, head_dim: int) -> Tensor:
-    """What each of the head_dim / 2 frequencies is divided by, next to plain RoPE; not from the model's own buffer,
-    which a cast may have rounded."""
+    """The factors that the head_dim / 2 frequencies of plain RoPE are divided by.
+
+    They are computed anew, since a cast may have rounded the model's buffer.
+    """
     plain = config.rope_parameters["rope_theta"] ** (-torch.arange(0, head_dim, 2).float() / head_dim)
     scaled, _ = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config, torch.device("cpu"))
     return plain / scaled
@@ -282,7 +290,7 @@ def _type(piece: Piece, quantize: str) -> str:
 
 
 def _fallback(pieces: list[Piece], quantize: str) -> dict[str, Any]:
-    """How many matrices have rows that the type's blocks do not divide."""
+    """How many matrices have rows that the type's blocks do not divide, and why they fall back."""
     block = BLOCK.get(quantize, 32)
     rows = [piece.shape[-1] for piece in pieces if len(piece.shape) > 1 and piece.shape[-1] % block]
     lengths = f"{min(rows)} to {max(rows)}" if len(set(rows)) > 1 else f"{rows[0]}" if rows else ""
@@ -298,7 +306,7 @@ def _write(
     quantize: str,
     tick: Tick,
 ) -> dict[str, str]:
-    """Write one file, a tensor in memory at a time; return the type of each tensor."""
+    """Write one file, with one tensor in memory at a time; return the type of each tensor."""
     types = {piece.name: _type(piece, quantize) for piece in pieces}
     with closing(gguf.GGUFWriter(path, arch.name)) as writer:
         for key, value in {**metadata, "general.file_type": FILE_TYPES[quantize]}.items():
@@ -327,8 +335,8 @@ def _packed(piece: Piece, kind: str) -> np.ndarray:
 
 
 def _quantizer() -> str:
-    if found := shutil.which(QUANTIZER):
-        return found
+    if path := shutil.which(QUANTIZER):
+        return path
     raise BillhookError(
         f"K-quants are made by llama.cpp's {QUANTIZER}, which is not on PATH: "
         f"put it there, or choose one of {', '.join(FILE_TYPES)}"
