@@ -1,7 +1,8 @@
 """Which layers go, judged after a short training: the ranks of candidates before and after it differ.
 
-Every candidate is cut, trained on the same windows by the same schedule, and evaluated on texts that it was not trained on.
-Minitron (arXiv:2407.14679): "perform lightweight retraining to stabilize the rankings of searched pruned candidates".
+Every candidate is cut, trained on the same windows by the same schedule, and evaluated on texts that it was not trained
+on. Minitron (arXiv:2407.14679): "perform lightweight retraining to stabilize the rankings of searched pruned
+candidates".
 """
 
 import copy

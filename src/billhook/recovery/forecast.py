@@ -56,7 +56,8 @@ ADVICE = (  # the first row that holds is taken
         False,
         "--allocation auto",
         False,
-        "too few tokens to train on: the stock checkpoint by widths that costs least without (1.50 times at 20 %; where "
+        "too few tokens to train on: the stock checkpoint by widths that costs least without (1.50 times at 20 %; "
+        "where "
         "clients load layers that differ, --layout per_layer --allocation sensitivity has 1.36)",
     ),
 )
@@ -101,7 +102,8 @@ def forecast(
     tokens = affordable_tokens(60 * minutes, pace, teacher_pace, len(OTHER_RATES), seq_len)
     if tokens < seq_len:
         raise BillhookError(
-            f"minutes {minutes:g}: at {pace:,.0f} tokens a second that is less than one window of {seq_len}: give more time"
+            f"minutes {minutes:g}: at {pace:,.0f} tokens a second that is less than one window of {seq_len}: give more "
+            "time"
         )
     can_drop_layers = count > 0 and patchable
     advice = next(row for row in ADVICE if tokens >= row.tokens and (can_drop_layers or not row.layers))

@@ -1,7 +1,7 @@
 """Train a pruned model after the cut: on the unpruned model's predictions, or on text alone.
 
-The teacher's predictions are cached on disk once, so that training holds one model in memory.  All that a killed run needs to
-go on lies in one folder.
+The teacher's predictions are cached on disk once, so that training holds one model in memory.  All that a killed run
+needs to go on lies in one folder.
 """
 
 import math
@@ -92,7 +92,8 @@ def recover(
 
     Args:
         model: a folder, a hub id, a .gguf file, or `demo`.
-        work: a folder for all that the same call needs to go on after a kill; delete it afterwards.  Not given: nothing stays.
+        work: a folder for all that the same call needs to go on after a kill; delete it afterwards.  Not given: nothing
+            stays.
         lessons: a folder for the teacher's predictions, which other runs may share; in `work` if not given.
         fresh: start over where `work` holds an unfinished run; the teacher's predictions stay.
         tick: called with (stage, done, total) as the work proceeds.

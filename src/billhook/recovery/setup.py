@@ -195,7 +195,8 @@ def _inspect(
     _check_zeros(student, chosen)
     if chosen.states == "on" and (student.record or {}).get("residual"):
         raise BillhookError(
-            f"--states on compares hidden states channel by channel, and {name} has other channels than what it was cut "
+            f"--states on compares hidden states channel by channel, and {name} has other channels than what it was "
+            "cut "
             "from: leave it out"
         )
     if chosen.trainable in ("seam", "lora"):
@@ -213,14 +214,16 @@ def _check_zeros(student: Student, chosen: Recovery) -> None:
     census = student.census
     if chosen.keep_zeros and not census.total:
         raise BillhookError(
-            f"--keep-zeros: {student.name} has no exact zero in the linear weights of its decoder layers, nothing to keep: "
+            f"--keep-zeros: {student.name} has no exact zero in the linear weights of its decoder layers, nothing to "
+            "keep: "
             "leave it out"
         )
     if chosen.keeps_zeros and parse_flag_from_env("ACCELERATE_USE_FSDP"):
         raise BillhookError("zeros are kept in whole weights, which FSDP cuts up: launch without --use_fsdp")
     if chosen.keep_zeros is None and not chosen.keeps_zeros and census.share >= sparsity.SPARSE_SHARE:
         raise BillhookError(
-            f"{census.share:.0%} of the decoder's linear weights of {student.name} are exactly zero, and training would fill "
+            f"{census.share:.0%} of the decoder's linear weights of {student.name} are exactly zero, and training "
+            "would fill "
             "them: give --keep-zeros to keep every one, or --no-keep-zeros to let them go"
         )
 
@@ -255,12 +258,14 @@ def _ask_teacher(
     name, process = chosen.teacher, env.process
     if data.fingerprint(load.open_tokenizer(name, env.tick)) != data.fingerprint(student.tokenizer):
         raise BillhookError(
-            f"teacher {name} has another tokenizer than {student.name}: name the model that was pruned, or use --objective ce"
+            f"teacher {name} has another tokenizer than {student.name}: name the model that was pruned, or use "
+            "--objective ce"
         )
     opened = load.open_model(name, device=str(env.device), tick=env.tick)
     if (size := opened.model.config.vocab_size) != student.vocabulary:
         raise BillhookError(
-            f"teacher {name} predicts {size:,} tokens, {student.name} {student.vocabulary:,}: name the model that was pruned, "
+            f"teacher {name} predicts {size:,} tokens, {student.name} {student.vocabulary:,}: name the model that was "
+            "pruned, "
             "or use --objective ce"
         )
     predictions = None

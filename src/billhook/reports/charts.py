@@ -199,7 +199,8 @@ def _bar(point: Point) -> tuple[float, float]:
 def _svg(title: str, told: str, body: Sequence[str], width: int, height: Number) -> str:
     kind = "narrow" if width < WIDE else "wide"
     return (
-        f'<svg class="chart {kind}" role="img" viewBox="0 0 {width} {_n(height)}" width="{width}" height="{_n(height)}" '
+        f'<svg class="chart {kind}" role="img" viewBox="0 0 {width} {_n(height)}" '
+        f'width="{width}" height="{_n(height)}" '
         f'xmlns="http://www.w3.org/2000/svg"><title>{escape(title)}</title><desc>{escape(told)}</desc>'
         f"{''.join(body)}</svg>"
     )

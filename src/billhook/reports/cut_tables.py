@@ -139,7 +139,7 @@ def widths(cuts: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _patched(cuts: Sequence[Mapping[str, Any]], dropped: Sequence[int]) -> str:
-    """Layers that lost nothing and were refitted to make up for dropped ones: each of them, or the mean where they are many."""
+    """Layers that lost nothing and were refitted to make up for dropped ones: each, or the mean where they are many."""
     if not cuts:
         return ""
     if len(cuts) > MANY:

@@ -1,7 +1,7 @@
 """What billhook.json says was done to a model: every key that is read back, and its type.
 
-Pages, cards and commands take the record as plain data; what is typed here is what they rely on.  Keys that are not named may hold
-anything.
+Pages, cards and commands take the record as plain data; what is typed here is what they rely on.  Keys that are not
+named may hold anything.
 """
 
 from pathlib import Path
@@ -323,7 +323,7 @@ class Cut(Part):
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """What a checkpoint's billhook.json says was cut and trained, as plain data; None if nothing was cut or there is no file.
+    """What a checkpoint's billhook.json says was cut and trained; None if nothing was cut or there is no file.
 
     Raises:
         BillhookError: it cannot be read, or a key is missing or of another type; names it.

@@ -1,6 +1,7 @@
 """report.html: one file, made for a person, from report.json and nothing else.
 
-No script, no request: what is not in the report is not on the page.  Names and texts come from strangers and are escaped.
+No script, no request: what is not in the report is not on the page.  Names and texts come from strangers and are
+escaped.
 """
 
 import json
@@ -193,7 +194,8 @@ def _texts(models: Sequence[Mapping[str, Any]]) -> str:
     out = ""
     for n, prompt in enumerate(prompts):
         shown = "".join(
-            f'<div><h4>{markup.say(m["name"])}</h4><blockquote dir="auto">{markup.say(m["continuations"][n].strip())}</blockquote></div>\n'
+            f"<div><h4>{markup.say(m['name'])}</h4>"
+            f'<blockquote dir="auto">{markup.say(m["continuations"][n].strip())}</blockquote></div>\n'
             for m in models
             if n < len(m.get("continuations") or [])
         )

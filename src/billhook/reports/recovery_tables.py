@@ -1,7 +1,7 @@
 """What training after a cut did, in words and rows for a terminal, a Markdown card and a page alike.
 
-A recovery is one record of the list `recovery` in billhook.json, a selection its `selection`: candidates that were judged
-after a short training each.
+A recovery is one record of the list `recovery` in billhook.json, a selection its `selection`: candidates that were
+judged after a short training each.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The section of a report page about a search: what it found, the way there, and the samples that calibrate in the end."""
+"""The section of a report page about a search: what it found, how, and the samples that calibrate in the end."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -50,7 +50,7 @@ def search(record: Mapping[str, Any] | None) -> str:
 
 
 def _trace(record: Mapping[str, Any]) -> str:
-    """Every trial that was tried, and the best so far; the best fixed metric dotted at 0, the finalist that won a star."""
+    """Every trial that was tried, and the best so far; the standard is dotted at 0, the winning finalist a star."""
     tried = [t for t in record["trials"] if t["state"] == "tried" and finite(t.get("worse"))]
     points = [Point(t["number"], t["worse"]) for t in tried]
     best = [Point(p.x, min(float(q.y or 0) for q in points[: n + 1])) for n, p in enumerate(points)]
@@ -62,7 +62,8 @@ def _trace(record: Mapping[str, Any]) -> str:
     y = Axis(f"nats a token behind {STANDARD}", most=most)
     drawing = charts.both(charts.curves, title, lines, TRIALS, y, star)
     words = [
-        f"dotted at 0: {standard_metric(record)}{' on the whole pool' * bool(record.get('pool'))}; each trial is compared with "
+        f"dotted at 0: {standard_metric(record)}{' on the whole pool' * bool(record.get('pool'))}; each trial is "
+        "compared with "
         "it on windows of its own round"
     ]
     words += [f"star: number {record['chosen']}, the best of the finalists on more windows"] if star else []
@@ -106,7 +107,8 @@ def _finalists(record: Mapping[str, Any]) -> str:
     rows = [markup.row(_first(row[0]), map(markup.cell, row[1:]), best) for best, row in finalist_rows(record)]
     zeros = "pruned as the result is" if record.get("method") == "optishear" else "without restoration"
     restored = "restored as the result is" if record.get("restoration") else zeros
-    caption = f"Nats a token, {restored}: on windows that choose one of them, and on those that decide if it is taken; bold: taken"
+    windows = "on windows that choose one of them, and on those that decide if it is taken"
+    caption = f"Nats a token, {restored}: {windows}; bold: taken"
     return _table("Finalists", caption, finalist_header(), rows)
 
 

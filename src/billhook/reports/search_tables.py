@@ -1,7 +1,8 @@
 """What a search has found, in words and rows for a terminal, a Markdown card and a page alike.
 
-A search is the record `search` in billhook.json: its trials, the fixed metrics that were known before, and what was chosen.
-Losses and gains are in nats a token; a gain has its standard error over windows, and is positive where it is better.
+A search is the record `search` in billhook.json: its trials, the fixed metrics that were known before, and what was
+chosen. Losses and gains are in nats a token; a gain has its standard error over windows, and is positive where it is
+better.
 """
 
 import math
@@ -112,7 +113,8 @@ def pool_words(search: Mapping[str, Any]) -> str:
         sentences.append(f"Judged on {' and '.join(map(str, search.get('judges') or ()))}: {', '.join(parts)}.")
         if "rungs" in shapes and (search.get("rung_windows") or 0) > shapes["rungs"][0]:
             sentences.append(
-                f"The text is short for so many trials: they took {search['rung_windows']:,} windows in turn, and began "
+                f"The text is short for so many trials: they took {search['rung_windows']:,} windows in turn, and "
+                "began "
                 f"again after {shapes['rungs'][0]:,}."
             )
     if search.get("objective", "nll") != "nll":
@@ -226,14 +228,16 @@ def choice_words(search: Mapping[str, Any]) -> str:
     words += [f"{name} {_shift(winner[name])}" for name in ("slope", "bend") if winner.get(name)]
     if solution:
         clusters = f" ({level_words(solution['levels'])})" if len(set(solution["levels"])) > 1 else ""
-        metric = f"{metric_words(solution['coefficients'])}, power {number(solution['power'], '{:g}')}, {solution['reduction']} over slots"
+        power = number(solution["power"], "{:g}")
+        metric = f"{metric_words(solution['coefficients'])}, power {power}, {solution['reduction']} over slots"
         words += [f"{drawn_words(search)}{clusters}"]
         words += [f"{metric}, scaled {'in each layer' if solution['within'] else 'over the model'}"]
     if block := winner.get("block"):
         words.append(f"without layers {ranges(range(block[0], sum(block)))}")
     if shape and any(shape.values()):
         words.append(
-            f"{shape['first']} + {shape['last']} layers spared, slope {_shift(shape['slope'])}, bend {_shift(shape['bend'])}"
+            f"{shape['first']} + {shape['last']} layers spared, slope {_shift(shape['slope'])}, bend "
+            f"{_shift(shape['bend'])}"
         )
     return "; ".join(words) + instead
 

@@ -1,16 +1,21 @@
 """AdaPruner (Kong et al. 2025, arXiv:2503.06184): search the calibration samples and the importance metric together.
 
-1. Evidence     one backward pass over a pool of windows; after it a candidate's mask costs no data (billhook.search.metrics).
-2. Known ones   every known metric on the whole pool is tried; the best is the standard, which the search may not fall behind.
-3. Rounds       a sampler proposes a few candidates.  A proxy without a forward pass, 1/2 sum of the dropped gates' Fisher on
-                validation windows, drops the worse half.  The others are tried, mask in place, on a few windows that the next
-                round does not see again; the sampler is told by how much each is worse than the standard on these windows.
-4. Ladder       the best are tried on more windows, those on the front of gain and steadiness are restored, and one is left.
-5. Acceptance   it is taken if it beats the best of the standards by more than two standard errors, paired, on windows that
-                nothing has seen.  The standards are restored like it, and FASP's own score is among them.
+1. Evidence     one backward pass over a pool of windows; after it a candidate's mask costs no data
+                (billhook.search.metrics).
+2. Known ones   every known metric on the whole pool is tried; the best is the standard, which the search may not fall
+                behind.
+3. Rounds       a sampler proposes a few candidates.  A proxy without a forward pass, 1/2 sum of the dropped gates'
+                Fisher on validation windows, drops the worse half.  The others are tried, mask in place, on a few
+                windows that the next round does not see again; the sampler is told by how much each is worse than the
+                standard on these windows.
+4. Ladder       the best are tried on more windows, those on the front of gain and steadiness are restored, and one is
+                left.
+5. Acceptance   it is taken if it beats the best of the standards by more than two standard errors, paired, on windows
+                that nothing has seen.  The standards are restored like it, and FASP's own score is among them.
 
-Steps 3 to 5 are billhook's: of the paper the outline is public (a joint space of data and metrics, candidates scored by the
-pruned model, TPE).  A search that trusts a few hundred tokens lowers its own loss and raises everyone else's (docs/LOG.md).
+Steps 3 to 5 are billhook's: of the paper the outline is public (a joint space of data and metrics, candidates scored by
+the pruned model, TPE).  A search that trusts a few hundred tokens lowers its own loss and raises everyone else's
+(docs/LOG.md).
 """
 
 import time

@@ -1,4 +1,4 @@
-"""How a cut may be spread while it saves as much: over the layers, between attention and FFN channels, in whole layers."""
+"""Ways to spread a cut that save equally much: over layers, between attention and FFN channels, in whole layers."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,10 @@ class BaseCut:
 
 @dataclass(frozen=True)
 class Shape:
-    """How a cut is spread over the layers: in shares exp(slope x + bend (2 x^2 - 1)), x from -1 at the first to 1 at the last."""
+    """How a cut is spread over the layers.
+
+    Shares are exp(slope x + bend (2 x^2 - 1)), x from -1 at the first layer to 1 at the last.
+    """
 
     first: int = 0  # layers at the start that stay whole
     last: int = 0  # layers at the end that stay whole
@@ -47,7 +50,7 @@ def attention_kind(plan: Plan) -> str | None:
 
 
 def attention_counts(base: BaseCut) -> tuple[int, ...]:
-    """How many units of the attention axis may go where FFN channels make up for it; the plan's own count comes first."""
+    """How many attention units may go where FFN channels make up for it; the plan's own count comes first."""
     if (kind := attention_kind(base.plan)) is None:
         return ()
     planned = max(count for (_, k), count in base.plan.drops.items() if k == kind)
@@ -73,10 +76,10 @@ def longest_block(model: PreTrainedModel, plan: Plan) -> int:
 
 
 def exchanged(base: BaseCut, *, attention: int | None = None, block: Block | None = None) -> Plan:
-    """The base plan with `attention` units of its attention axis gone from every layer, or with a block of whole layers gone.
+    """The base plan with `attention` attention units gone from every layer, or with a block of whole layers gone.
 
-    FFN channels make up for the difference: the model is no larger than by the base plan, and smaller by less than one step
-    of their width.
+    FFN channels make up for the difference: the model is no larger than by the base plan, and smaller by less than one
+    step of their width.
 
     Raises:
         BillhookError: no number of channels makes up for it.
@@ -148,7 +151,7 @@ def _settle(
     prices: Mapping[int, int],
     target: int,
 ) -> None:
-    """Move widths by single steps until the saving is nearest to `target`; the width nearest to its wish moves first."""
+    """Move widths by single steps until the saving is nearest to `target`; the nearest to its wish moves first."""
     while True:
         missing = target - sum(prices[n] * drops[n] for n in drops)
         moves = []

@@ -1,4 +1,4 @@
-"""Evaluate cuts of a model on windows of text: in place, one after another or in several processes; losses are kept on disk."""
+"""Evaluate cuts of a model on windows of text, in place, in one process or several; losses are kept on disk."""
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,7 +46,7 @@ class Evaluator:
     def losses(
         self, masks: Sequence[Mask], windows: Tokens, tick: Tick = quiet, stage: str = "trials"
     ) -> list[list[float]]:
-        """The mean loss of every window (windows, length) under every mask; no mask is evaluated twice on the same windows."""
+        """The mean loss of every window (windows, length) under every mask; nothing is evaluated twice."""
         windows_sha256 = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
         common = {**self.key, "objective": self.objective, "windows": windows_sha256}
         keys = [{**common, **self._mask_key(mask)} for mask in masks]
@@ -111,7 +111,8 @@ def masked_losses(
     """The loss of the model without the units of `mask`, on each window; afterwards the model is as it was.
 
     Args:
-        targets: predictions of the unpruned model, batch by batch, to measure the divergence from; None: the next token's loss.
+        targets: predictions of the unpruned model, batch by batch, to measure the divergence from; None: the next
+            token's loss.
         patch: a weight that makes up for the layers that go.
     """
     kinds = tuple(dict.fromkeys(kind for _, kind in mask if kind != WHOLE))
@@ -145,8 +146,8 @@ def _batches(windows: Tokens) -> Sequence[Tensor]:
 class Execution:
     """Where a search runs; none of it decides the result.
 
-    `study` is a folder that belongs to one search: after a kill the search goes on there.  Another search is refused there
-    unless `fresh`.
+    `study` is a folder that belongs to one search: after a kill the search goes on there.  Another search is refused
+    there unless `fresh`.
     """
 
     study: Path | None = None

@@ -1,4 +1,4 @@
-"""The evidence of a pool of windows: after one backward pass, every metric of any mixture of windows without further data."""
+"""The evidence of a pool of windows: one backward pass gives every metric of any mixture of them."""
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence

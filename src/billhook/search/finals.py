@@ -1,4 +1,4 @@
-"""The finals of AdaPruner's search: finalists become what the result would be, restored or not, and one is taken or none."""
+"""The finals of AdaPruner's search: finalists are tried as the result would be, and one is taken or none."""
 
 import copy
 import math
@@ -56,8 +56,8 @@ class Finals:
         """The best finalist if it beats the best standard on windows that nothing has seen, else that standard.
 
         Standards are the best of the known metrics and, where kept weights are restored, FASP's own score: what is best
-        before the restoration need not be best after it.  So finalists with budgets of their own stand there a second time,
-        by that score.
+        before the restoration need not be best after it.  So finalists with budgets of their own stand there a second
+        time, by that score.
 
         Args:
             known: a row for each known metric, with its name and loss.

@@ -27,6 +27,7 @@ def deadline(minutes: float | None, started: float, end: float) -> Callable[[], 
     if time.perf_counter() - started + end > 60 * minutes:
         least = (time.perf_counter() - started + end) / 60
         raise BillhookError(
-            f"--minutes {minutes:g} is too short for one trial: the pool, the known metrics and the end take {least:.1f} here"
+            f"--minutes {minutes:g} is too short for one trial: the pool, the known metrics and the end take "
+            f"{least:.1f} here"
         )
     return lambda: time.perf_counter() - started + end > 60 * minutes

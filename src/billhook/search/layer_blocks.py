@@ -23,7 +23,7 @@ LENGTHS = 6  # the most lengths that are tried
 
 @dataclass(frozen=True)
 class Patch:
-    """The FFN's last projection before a block, refitted to add what the block would have (layerchop's `--patch linear`)."""
+    """The FFN's last projection before a block, refitted to replace the block (layerchop's `--patch linear`)."""
 
     param: str  # name of the parameter
     weight: Tensor  # its refitted value

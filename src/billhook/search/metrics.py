@@ -1,14 +1,15 @@
-"""AdaPruner's solution space (Kong et al. 2025, arXiv:2503.06184): calibration samples and importance metric, chosen together.
+"""AdaPruner's solution space (Kong et al. 2025, arXiv:2503.06184): calibration samples with an importance metric.
 
-The paper's method section is not public; its outline is.  Here a point of the space is a mixture of windows from a pool and
-a metric.  The scores at any point are a few sums over what one backward pass over the pool has left (`UnitEvidence`):
+The paper's method section is not public; its outline is.  Here a point of the space is a mixture of windows from a pool
+and a metric.  The scores at any point are a few sums over what one backward pass over the pool has left
+(`UnitEvidence`):
 
     S = w * dL_n/dw for every entry of a slot in window n;  A_n, B_n, D_n the sums of S, |S|, S^2 over a unit's entries
     pi_n  share of window n in the mixture, summing to 1
 
-A term that is linear in n is exact for every mixture.  A term that takes a modulus after summing over windows (LLM-Pruner's
-param_first and param_mix, arXiv:2305.11627) is summed for mixtures of whole clusters only: windows drawn inside a cluster
-change it only through the clusters' shares.
+A term that is linear in n is exact for every mixture.  A term that takes a modulus after summing over windows
+(LLM-Pruner's param_first and param_mix, arXiv:2305.11627) is summed for mixtures of whole clusters only: windows drawn
+inside a cluster change it only through the clusters' shares.
 """
 
 import hashlib
@@ -139,7 +140,7 @@ def _means(raw: Mapping[AxisKey, Tensor], within: bool) -> dict[AxisKey, Tensor]
 
 
 def known_metrics(clusters: int, terms: Sequence[str] = tuple(TERMS)) -> dict[str, Solution]:
-    """The known metrics, each alone on the whole pool.  A search starts from them and never ends worse than the best of them."""
+    """The known metrics, each alone on the whole pool: a search starts from them and never ends behind the best."""
     whole = Solution((1,) * clusters)
     return {name: replace(whole, coefficients={name: 1.0}) for name in terms}
 

@@ -1,14 +1,17 @@
-"""OptiShear's search (arXiv:2502.10735): by which metric, and with which sparsities over depth, a model loses weights best.
+"""OptiShear's search (arXiv:2502.10735): the best metric for a model's weights, and the best sparsities over depth.
 
 1. Norms      of what enters every linear weight, in one forward pass of the unpruned model.
-2. Known ones Wanda's metric and RIA's are points of the space; Wanda's is the standard, which the search may not fall behind.
-3. Rounds     a sampler proposes a few candidates.  Those whose zeros differ from all before are tried, zeros in place, on a few
-              windows that the next round does not see again, against the standard on the same windows.
-4. Ladder     the best are tried on more windows; those on the front of gain and steadiness are pruned as the result will be.
-5. Acceptance as in billhook.search.adapruner: by more than two standard errors, paired, on windows that nothing has seen.
+2. Known ones Wanda's metric and RIA's are points of the space; Wanda's is the standard, which the search may not fall
+              behind.
+3. Rounds     a sampler proposes a few candidates.  Those whose zeros differ from all before are tried, zeros in place,
+              on a few windows that the next round does not see again, against the standard on the same windows.
+4. Ladder     the best are tried on more windows; those on the front of gain and steadiness are pruned as the result
+              will be.
+5. Acceptance as in billhook.search.adapruner: by more than two standard errors, paired, on windows that nothing has
+              seen.
 
-The paper scores trials by the distance of logits on its calibration prompts and searches each layer's sparsity afterwards;
-here a slope and a bend over depth are dimensions of the same search.  Steps 4 and 5 are billhook's.
+The paper scores trials by the distance of logits on its calibration prompts and searches each layer's sparsity
+afterwards; here a slope and a bend over depth are dimensions of the same search.  Steps 4 and 5 are billhook's.
 """
 
 import copy
@@ -82,7 +85,7 @@ class Found:
 
 
 def dimensions(groups: Sequence[str], base: Masking) -> dict[str, Dimension]:
-    """The open dimensions, under the names that Optuna uses; slope and bend are open only where sparsities are shares."""
+    """The open dimensions, by Optuna's names for them; slope and bend are open only where sparsities are shares."""
     opened: dict[str, Dimension] = {}
     if "metric" in groups:
         choices = {"alpha": SCALES, "f1": FUNCTIONS, "beta": SCALES, "f2": FUNCTIONS}
@@ -163,7 +166,7 @@ class Problem:
     def losses(
         self, candidates: Sequence[Candidate], windows: Tokens, tick: Tick = quiet
     ) -> list[tuple[str, list[float]]]:
-        """The digest of each candidate's zeros, and its loss on every window; '' and no losses where it is impossible."""
+        """The digest of each candidate's zeros, and its loss on every window; '' and no losses if it is impossible."""
         evaluator = self.evaluator
         targets = evaluator.dense_predictions(windows) if evaluator.objective == "kl" else None
         windows_sha256, results = hashlib.sha256(windows.numpy().tobytes()).hexdigest(), []
@@ -248,7 +251,8 @@ def search(
         folder: keeps every loss where the search has no study folder.
 
     Raises:
-        BillhookError: nothing is open to choose; the time is too short for one round; the study folder is another search's.
+        BillhookError: nothing is open to choose; the time is too short for one round; the study folder is another
+            search's.
     """
     clock, started = clock or Clock(), time.perf_counter()
     space = dimensions(("metric",) if chosen.space == "paper" else groups_of(chosen.space), base)
@@ -351,7 +355,7 @@ class Rounds:
         return trials
 
     def promote(self, trials: Sequence[Trial]) -> list[Trial]:
-        """Step 4, first half: try the best on more windows; the result is in non-dominated order of gain and steadiness."""
+        """Step 4, first half: try the best on more windows; returns them in the order of their fronts."""
         others = [trial for trial in trials if trial.candidate != STANDARD_CANDIDATE]
         promoted = best_of_each_mask(others, PROMOTED)
         candidates = [STANDARD_CANDIDATE, *(trial.candidate for trial in promoted)]
@@ -364,7 +368,7 @@ class Rounds:
 def _decide(
     problem: Problem, finalists: Sequence[Trial], calibration: Tokens, rung: Tensor, tick: Tick
 ) -> tuple[Candidate, dict[str, Any]]:
-    """The best finalist if it beats the standard, else that, all pruned in the result's own stream; and the record of it."""
+    """The best finalist if it beats the standard, else that, pruned in the result's own stream; and the record."""
     names: list[str | int] = [STANDARD, *(trial.number for trial in finalists)]
     candidates = [STANDARD_CANDIDATE, *(trial.candidate for trial in finalists)]
     losses = []

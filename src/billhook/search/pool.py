@@ -33,8 +33,9 @@ def draw(
 ) -> Pool:
     """`count` windows, equally many of each text, in `clusters` clusters by their mean embedding.
 
-    AdaPruner filters out samples of low information; its rule is not public.  Here a window's information is the mean of
-    -log2 of its tokens' frequency in its text.  The lowest tenth of the windows is left out, and every repeated window.
+    AdaPruner filters out samples of low information; its rule is not public.  Here a window's information is the mean
+    of -log2 of its tokens' frequency in its text.  The lowest tenth of the windows is left out, and every repeated
+    window.
 
     Raises:
         BillhookError: a text has too few windows.
@@ -48,7 +49,8 @@ def draw(
         begins_with = windows.begins_with
         if len(candidates) < wanted:
             raise BillhookError(
-                f"text {text.name!r} has {len(candidates)} windows of {length} tokens for the pool, fewer than {wanted}: "
+                f"text {text.name!r} has {len(candidates)} windows of {length} tokens for the pool, fewer than "
+                f"{wanted}: "
                 "use more text, or a smaller --pool"
             )
         order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed))

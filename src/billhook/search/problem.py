@@ -67,7 +67,7 @@ class Problem:
         return sum(float(self.fishers[place][units].sum()) for place, units in dropped.items()) / 2
 
     def better_half(self, trials: Sequence[Trial]) -> list[Trial]:
-        """The better half by the proxy, among trials that drop the same layers: the proxy says nothing of whole layers."""
+        """The better half by the proxy, which says nothing of whole layers: of trials that drop the same ones."""
         by_layers: dict[tuple[int, ...], list[Trial]] = {}
         for trial in sorted(trials, key=lambda trial: self.proxy(trial.units)):
             by_layers.setdefault(dropped_layers(trial.units), []).append(trial)
@@ -109,8 +109,8 @@ def prepare(
 def _even_share(plan: Plan, cut_axes: Sequence[Axis]) -> float:
     """The share of FFN channels that an even cut leaves.
 
-    A floor near to it would leave shapes nothing to choose: half of SmolLM2's decoder is two thirds of its channels, and a
-    floor of 0.3 makes nearly all layers alike.
+    A floor near to it would leave shapes nothing to choose: half of SmolLM2's decoder is two thirds of its channels,
+    and a floor of 0.3 makes nearly all layers alike.
     """
     ffn = [axis for axis in cut_axes if axis.kind == "ffn"]
     dropped = sum(plan.drops[axis.layer, "ffn"] for axis in ffn)
@@ -120,7 +120,7 @@ def _even_share(plan: Plan, cut_axes: Sequence[Axis]) -> float:
 def _blocks(
     base: BaseCut, chosen: SearchSettings, pool: Pool, evaluator: Evaluator, rungs: RungWindows, tick: Tick
 ) -> tuple[tuple[Block, ...], dict[Block, Patch]]:
-    """For each length, the block that costs least on a round's windows; and what makes up for blocks where weights are restored."""
+    """For each length, the block that costs least on a round's windows; and patches, where weights are restored."""
     is_open = base.layout == "uniform" and "budgets" in groups_of(chosen.space)
     counts = lengths(longest_block(base.model, base.plan)) if is_open else range(0)
     if not counts:

@@ -1,4 +1,4 @@
-"""The rounds of AdaPruner's search: known metrics first, then batches of candidates, dropped by a proxy or tried in place."""
+"""The rounds of AdaPruner's search: known metrics, then batches of candidates, dropped by a proxy or tried."""
 
 import math
 import statistics
@@ -123,7 +123,7 @@ class Rounds:
             study.tell(trial.number, trial.worse)
 
     def promote(self, trials: Sequence[Trial]) -> list[Trial]:
-        """Step 4, first half: try the best on more windows; the result is in non-dominated order of gain and steadiness."""
+        """Step 4, first half: try the best on more windows; returns them in the order of their fronts."""
         standard = self.problem.mask(Candidate(self.standard))
         promoted = best_of_each_mask(trials, PROMOTED, besides=digest(standard))
         if not promoted:

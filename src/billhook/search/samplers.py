@@ -1,8 +1,8 @@
 """Optuna's samplers: a study in memory that proposes trials and is told their losses.
 
 What a sampler proposes depends on its seed and on the losses that it was told.  So only losses are kept on disk
-(billhook.search.evaluator), and a search that was cut off replays them to get back to where it was.  Optuna's own journal would
-hold pickles for some samplers.
+(billhook.search.evaluator), and a search that was cut off replays them to get back to where it was.  Optuna's own
+journal would hold pickles for some samplers.
 """
 
 import warnings
@@ -51,13 +51,13 @@ class Study:
         self._study.tell(number, loss) if loss is not None else self._study.tell(number, state=failed)
 
     def drop(self, number: int, proxy: float) -> None:
-        """Report a trial that was dropped untried; samplers that support pruned trials (tpe) learn from the order of the proxies."""
+        """Report a trial that was dropped untried; tpe learns from the order of the proxies."""
         trial = self._trials[number]
         trial.report(proxy, step=0)
         self._study.tell(trial, state=self._optuna.trial.TrialState.PRUNED)
 
     def importance(self) -> dict[str, float]:
-        """Share of the losses' variance that each dimension explains by itself (fANOVA); empty where all losses are equal."""
+        """Share of the losses' variance that each dimension explains (fANOVA); empty where all losses are equal."""
         try:
             shares = self._optuna.importance.get_param_importances(
                 self._study, evaluator=self._optuna.importance.FanovaImportanceEvaluator(seed=0)

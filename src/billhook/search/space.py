@@ -1,4 +1,4 @@
-"""What a search may choose, dimension by dimension, and what a choice means: a solution, and a shape of the cut over depth."""
+"""What a search may choose, dimension by dimension, and the candidate that a choice stands for."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -163,7 +163,9 @@ def space(text: str, base: BaseCut, clusters: int, windows: int, blocks: tuple[B
     )
     if not opened.dimensions():
         raise BillhookError(
-            f"--space {text} leaves nothing to choose here: budgets need a cut as large as a layer, or --layout per_layer; "
-            f"samples need a pool of several clusters, or of more than {FEWEST} windows; attention needs --axes like ffn,groups"
+            f"--space {text} leaves nothing to choose here: budgets need a cut as large as a layer, or --layout "
+            "per_layer; "
+            f"samples need a pool of several clusters, or of more than {FEWEST} windows; attention needs --axes like "
+            "ffn,groups"
         )
     return opened

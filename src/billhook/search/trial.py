@@ -1,4 +1,4 @@
-"""Trials of a search: what becomes of a candidate, how two are compared on the same windows, and when a gain is believed."""
+"""Trials of a search: what becomes of a candidate, how two are compared, and when a gain is believed."""
 
 import math
 import statistics
@@ -56,9 +56,9 @@ def paired_gain(standard: Sequence[float], losses: Sequence[float]) -> dict[str,
 def verdict(standard: Sequence[float], losses: Sequence[float]) -> dict[str, Any]:
     """The gain of `losses` over `standard`, and whether it is believed.
 
-    A candidate that is no better is believed to be with probability `ODDS`.  With n windows the error is itself uncertain:
-    where a normal distribution needs `SURE` standard errors, Student's t of n - 1 degrees of freedom needs 2.2 for 16 windows
-    and 3.3 for 4.
+    A candidate that is no better is believed to be with probability `ODDS`.  With n windows the error is itself
+    uncertain: where a normal distribution needs `SURE` standard errors, Student's t of n - 1 degrees of freedom needs
+    2.2 for 16 windows and 3.3 for 4.
     """
     gain = paired_gain(standard, losses)
     needed = float(stdtrit(max(len(losses) - 1, 1), 1 - ODDS))

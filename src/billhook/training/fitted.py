@@ -70,7 +70,7 @@ def calibrated_on(
 
 
 def _candidates(texts: Sequence[Text], source: str, tick: Tick) -> Iterator[Text]:
-    """Texts that the prune may have read: the loaded ones, these joined, and the recipe's where it is on this machine."""
+    """Texts that the prune may have read: those loaded, these joined, and the recipe's if it is on this machine."""
     yield from texts
     yield data.joined(texts)
     if all(name.strip() == "demo" or Path(name.strip()).expanduser().exists() for name in source.split("+")):

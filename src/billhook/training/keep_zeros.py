@@ -33,7 +33,8 @@ class Census:
     def filled(self, model: PreTrainedModel) -> int:
         """How many zeros `model` has lost since the count, weight by weight.
 
-        Counts are compared, not places: in the same weight, an entry that a narrow dtype rounds to zero hides a filled one.
+        Counts are compared, not places: in the same weight, an entry that a narrow dtype rounds to zero hides a filled
+        one.
         """
         after = census(model).zeros
         return sum(max(0, before - after[name]) for name, before in self.zeros.items())
@@ -53,7 +54,7 @@ def census(model: PreTrainedModel) -> Census:
 
 
 def zeros(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Where the trained weights are exactly zero, as bool masks; weights that are frozen or without zeros are left out."""
+    """Masks of exact zeros in the trained weights; weights that are frozen or without zeros are left out."""
     trained = {name: weight.detach() == 0 for name, weight in weights(model) if weight.requires_grad}
     return {name: mask for name, mask in trained.items() if mask.any()}
 
@@ -61,8 +62,8 @@ def zeros(model: PreTrainedModel) -> dict[str, Tensor]:
 class ZeroKeeper(TrainerCallback):
     """Keeps the zeros that `model` has when this is made: before weights of a checkpoint are read into it.
 
-    Gradients are masked as they arise, so that they enter neither the clipped norm nor Adam's moments.  After each step the
-    zeros are written again, against weight decay and rounding.
+    Gradients are masked as they arise, so that they enter neither the clipped norm nor Adam's moments.  After each step
+    the zeros are written again, against weight decay and rounding.
     """
 
     def __init__(self, model: PreTrainedModel):

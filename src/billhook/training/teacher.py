@@ -1,7 +1,7 @@
-"""The teacher's predictions for every training window, cached on disk, so that training needs no second model in memory.
+"""The teacher's predictions for every training window, cached on disk: training needs no second model in memory.
 
-A file holds SHARD windows, and its name is a digest of all that decides its content.  So runs may share a folder, and a longer
-run of the same seed goes on where a shorter one ended.
+A file holds SHARD windows, and its name is a digest of all that decides its content.  So runs may share a folder, and a
+longer run of the same seed goes on where a shorter one ended.
 """
 
 import hashlib
@@ -27,8 +27,8 @@ SHARD = 32  # windows in a file: 12 MB of 512 tokens at k = 256
 BATCH_TOKENS = 2048
 AGAIN = "delete it, it will be made again"
 STAGE = "asking the teacher"
-# indices into hidden_states: the embeddings, and what enters the last layer but one, where Minitron (arXiv:2407.14679) aligns
-# a student
+# indices into hidden_states: the embeddings, and what enters the last layer but one, where Minitron (arXiv:2407.14679)
+# aligns a student
 EMBEDDED, HIDDEN = 0, -3
 
 
@@ -40,7 +40,7 @@ class TeacherCache:
     states: bool  # whether they hold hidden states, too
 
     def of(self, window: int) -> dict[str, Tensor]:
-        """A window's `ids` (length - 1, k), `chances` (length - 1, k), `tail` (length - 1), and states (length, hidden).
+        """A window's `ids` and `chances` (length - 1, k), `tail` (length - 1), and states (length, hidden).
 
         Raises:
             BillhookError: the file is damaged.
@@ -66,7 +66,7 @@ def fill_cache(
     share: tuple[int, int] = (0, 1),
     tick: Tick = quiet,
 ) -> TeacherCache:
-    """The teacher's predictions for `windows` (windows, length); `teacher` runs over those that `folder` has no file for.
+    """The predictions for `windows` (windows, length); the teacher runs over those that `folder` has no file for.
 
     Args:
         k: how many of the likeliest tokens are kept at each position.

@@ -45,8 +45,8 @@ def read(
     Args:
         training: names or files of the texts to train on.
         held_out: names or files of other texts to evaluate on.
-        record: billhook.json of the model that is trained.  Windows that its prune was fitted on are held out only where
-            there are no others.
+        record: billhook.json of the model that is trained.  Windows that its prune was fitted on are held out only
+            where there are no others.
 
     Raises:
         BillhookError: a text is shorter than a window, or both trained on and held out.
@@ -113,7 +113,7 @@ def _hold_out(
 
 
 def _unseen(tokens: Tokens, seen: Windows, count: int) -> tuple[list[int], list[int]]:
-    """The numbers of the first `count` windows that share nothing with those seen, and of the windows before that do."""
+    """The numbers of the first `count` windows that share nothing with those seen, and of those before that do."""
     fitted = seen.tokens[:, len(seen.begins_with) :]
     length = min(RUN, tokens.shape[1], fitted.shape[1])
     known, fresh, repeated = runs(fitted, length), [], []

@@ -33,7 +33,7 @@ def training_pace(model: Any, seq_len: int, rows: int, autocast: torch.dtype | N
 
 @torch.no_grad()
 def answering_pace(model: Any, seq_len: int, rows: int, autocast: torch.dtype | None) -> float:
-    """Tokens a second of a teacher's answers: a forward pass, and finding the likeliest tokens, which takes as long on a CPU."""
+    """Tokens a second that a teacher predicts: a forward pass and, as long on a CPU, finding the likeliest tokens."""
     tokens, started = _any_tokens(model, rows, seq_len), 0.0
     for _ in range(2):  # the first pass warms up
         started = time.perf_counter()

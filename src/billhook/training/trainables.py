@@ -1,7 +1,7 @@
 """Which parameters a recovery trains.
 
-Frozen parameters cost no gradient and no optimiser state, and where the first trained layer is a late one the backward pass
-ends there.
+Frozen parameters cost no gradient and no optimiser state, and where the first trained layer is a late one the backward
+pass ends there.
 """
 
 import math
@@ -44,7 +44,7 @@ def train_all(model: PreTrainedModel, cut: Seam | None, rank: int) -> PreTrained
 
 
 def train_decoder(model: PreTrainedModel, cut: Seam | None, rank: int) -> PreTrainedModel:
-    """All but embeddings and head: these learn noise about tokens that a short training sees once or twice (docs/LOG.md)."""
+    """All but embeddings and head, which learn noise about tokens that are seen once or twice (docs/LOG.md)."""
     model.requires_grad_(True)
     ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
     for end in ends:
@@ -53,7 +53,7 @@ def train_decoder(model: PreTrainedModel, cut: Seam | None, rank: int) -> PreTra
 
 
 def train_adapters(model: PreTrainedModel, cut: Seam | None, rank: int) -> Any:
-    """Low-rank adapters (LoRA, arXiv:2106.09685) on every linear weight of the decoder layers; `merged` adds them to it."""
+    """Low-rank adapters (LoRA, arXiv:2106.09685) on every linear weight of the layers; `merged` adds them to it."""
     if any(mixture(model, n) is not None for n in range(len(layers(model)))):
         return train_masked_adapters(model, cut, rank)  # peft expects the experts of these families in one tensor
     try:
@@ -79,7 +79,7 @@ def train_adapters(model: PreTrainedModel, cut: Seam | None, rank: int) -> Any:
 
 
 class MaskedAdapter(nn.Module):
-    """A low-rank adapter that changes W only where it is not zero, in training and once merged; peft's fills every zero."""
+    """A low-rank adapter that changes W only where it is not zero, also once merged; peft's fills every zero."""
 
     zeros: Tensor | None
 
@@ -99,8 +99,8 @@ class MaskedAdapter(nn.Module):
 class Multiplier(nn.Module):
     """W * (1 + s Rep(a) * b) of SPP (arXiv:2405.16057): zeros stay zero, whatever is learned.
 
-    Rows of W are cut into `rank` blocks.  Each block has a row of `a`, one number a column, that all its rows share; `b` is
-    one number a row, zero at first.
+    Rows of W are cut into `rank` blocks.  Each block has a row of `a`, one number a column, that all its rows share;
+    `b` is one number a row, zero at first.
     """
 
     def __init__(self, weight: Weight, rank: int):
@@ -148,8 +148,8 @@ def _drawn(rows: int, columns: int) -> nn.Parameter:
 def train_end(model: PreTrainedModel, cut: Seam | None, rank: int) -> PreTrainedModel:
     """The last layers, the final norm and the head.
 
-    Where the head is tied to the embedding, the shared weight learns only from its use as the head.  The input embeddings
-    are detached, or the backward pass would run through every frozen layer for them.
+    Where the head is tied to the embedding, the shared weight learns only from its use as the head.  The input
+    embeddings are detached, or the backward pass would run through every frozen layer for them.
     """
     model.requires_grad_(False)
     for layer in list(layers(model))[-LAST:]:

@@ -1,4 +1,4 @@
-"""Training on transformers' Trainer and accelerate.  billhook adds the loss, early stopping, and checkpoints that are whole.
+"""Training on transformers' Trainer and accelerate, with billhook's loss, early stopping and whole checkpoints.
 
 Nothing here knows of processes: `accelerate launch` starts several, and each sees its share of every step's windows.
 """
@@ -180,7 +180,7 @@ class RecoveryTrainer(Trainer):
 
 
 class Watch(TrainerCallback):
-    """Shows progress, evaluates the model when the schedule says so, and has checkpoints written and old ones removed."""
+    """Shows progress, evaluates the model when the schedule says so, has checkpoints written, removes old ones."""
 
     def __init__(self, trainer: RecoveryTrainer, tick: Tick):
         self.trainer, self.tick = trainer, tick
