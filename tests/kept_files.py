@@ -147,7 +147,7 @@ def checkpoint_optimizer(folder: Path) -> Kept:
 def task_row(folder: Path) -> Kept:
     folder.mkdir()
     (folder / "task.json").write_text(sealed({"task": "sky", "accuracy": 0.5, "samples": 4}))
-    return Kept(folder / "task.json", lambda: zeroshot._found(folder / "task.json"))
+    return Kept(folder / "task.json", lambda: zeroshot._stored(folder / "task.json"))
 
 
 def recipe(folder: Path) -> Kept:

@@ -11,7 +11,7 @@ from torch import Tensor
 from billhook.calibration.linears import operators
 from billhook.cuts.masking import target_of
 from billhook.math import admm, restore, sparsity
-from billhook.math.layerwise import Found, Settings, Target, squared_error
+from billhook.math.layerwise import SparseWeight, Settings, Target, squared_error
 from billhook.math.pattern import Pattern
 from billhook.methods import METHODS
 from billhook.models.experts import unfuse
@@ -19,7 +19,7 @@ from billhook.models.families import weight_of
 
 OUT, IN, TOKENS = 16, 24, 200
 HALF, TWO_FOUR = Pattern(sparsity=0.5), Pattern(zeros=2, group=4)
-SOLVERS: dict[str, Callable[..., Found]] = {name: one.linear for name, one in METHODS.items() if one.linear}
+SOLVERS: dict[str, Callable[..., SparseWeight]] = {name: one.linear for name, one in METHODS.items() if one.linear}
 REFINING = ("fistapruner", "admm")
 ROUNDING = 1e-6  # of what is put out: sweeps and iterations are float32
 ROLES = [("down",), pytest.param(("q", "k", "v", "o", "gate", "up"), marks=pytest.mark.slow)]

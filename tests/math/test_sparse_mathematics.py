@@ -10,7 +10,7 @@ from torch import Tensor
 
 from billhook.errors import BillhookError
 from billhook.math import admm, fistapruner, layerwise, magnitude, sparsegpt, sparsity, wanda
-from billhook.math.layerwise import Found, Settings, Target, squared_error
+from billhook.math.layerwise import Settings, SparseWeight, Target, squared_error
 from billhook.math.linalg import damped
 from billhook.math.pattern import Pattern, parse
 
@@ -19,7 +19,7 @@ HALF, TWO_FOUR = Pattern(sparsity=0.5), Pattern(zeros=2, group=4)
 PATTERNS = [HALF, Pattern(sparsity=0.3), TWO_FOUR, Pattern(zeros=1, group=4), Pattern(zeros=5, group=8)]
 INITS = ["dense", "magnitude", "wanda", "sparsegpt"]
 PLAIN = Settings(damping=1e-3)
-Prune = Callable[[Tensor, Target, Pattern, Settings], Found]
+Prune = Callable[[Tensor, Target, Pattern, Settings], SparseWeight]
 METHODS: dict[str, Prune] = {
     "magnitude": magnitude.prune,
     "wanda": wanda.prune,
@@ -345,12 +345,12 @@ def test_fista_is_never_worse_than_its_start(
 
 
 def shifted(W: Tensor, wanted: Target) -> Tensor:
-    return layerwise.wanted(W, wanted) - W @ wanted.gram
+    return layerwise.target_cross(W, wanted) - W @ wanted.gram
 
 
 def test_a_penalty_of_the_largest_correlation_leaves_nothing() -> None:
     W, wanted = draw()[1], target("other")
-    top, L = float(layerwise.wanted(W, wanted).abs().max()), fistapruner.largest_eigenvalue(wanted.gram)
+    top, L = float(layerwise.target_cross(W, wanted).abs().max()), fistapruner.largest_eigenvalue(wanted.gram)
     nothing, lack = torch.zeros_like(W), shifted(W, wanted)
     # (the gradient is formed as a difference, hence a hair above the bound for exact zeros)
     assert not fistapruner.fista(nothing, W, wanted.gram, lack, top * (1 + 1e-9), 50, L).any()

@@ -1,4 +1,4 @@
-"""What a model writes by itself: multiple choice and perplexity can look fine where it only repeats itself."""
+"""What a model writes: a model that only repeats itself can look fine by multiple choice and perplexity."""
 
 import math
 from collections.abc import Sequence
@@ -17,23 +17,26 @@ PROMPTS = (
     "The most important invention of the last century was",
 )
 NEW_TOKENS = 48
-REPETITION = 4  # tokens in a row: Welleck et al. 2020, seq-rep-4
-DISTINCT = (1, 2, 3)  # Li et al. 2016, distinct-n
+REPETITION = 4  # tokens of a run: seq-rep-4 (Welleck et al. 2020)
+DISTINCT = (1, 2, 3)  # values of n in distinct-n (Li et al. 2016)
 
 
 def continuations(
     model: Any, tokenizer: Any, prompts: Sequence[str] = PROMPTS, new_tokens: int = NEW_TOKENS
 ) -> tuple[list[str], dict[str, float | None]]:
-    """Plain greedy continuations, the prompts excluded, and what `variety` says of their tokens."""
+    """Plain greedy continuations without their prompts, and the `variety` of their tokens."""
     texts, written = [], []
-    encode, last = without_end_token(tokenizer), end_tokens_of(model)
+    encode, end_tokens = without_end_token(tokenizer), end_tokens_of(model)
     for prompt in prompts:
-        given = encode(prompt).input_ids
-        room = getattr(model.config, "max_position_embeddings", math.inf) - len(given)
+        prompt_ids = encode(prompt).input_ids
+        room = getattr(model.config, "max_position_embeddings", math.inf) - len(prompt_ids)
         ids: list[int] = []
-        if given and room > 0:
-            start, most = torch.tensor([given], device=model.device), new_tokens if room > new_tokens else int(room)
-            ids = greedy_tokens(model, start, most, last)[0].tolist()
+        if prompt_ids and room > 0:
+            start, count = (
+                torch.tensor([prompt_ids], device=model.device),
+                new_tokens if room > new_tokens else int(room),
+            )
+            ids = greedy_tokens(model, start, count, end_tokens)[0].tolist()
         written.append(ids)
         texts.append(tokenizer.decode(ids, skip_special_tokens=True))
     return texts, variety(written)
@@ -43,15 +46,16 @@ def variety(written: Sequence[Sequence[int]]) -> dict[str, float | None]:
     """How much token sequences repeat themselves.
 
     Returns:
-        `repetition`: the share of a text's runs of 4 tokens that occurred in it before, mean over the texts that hold one;
+        `repetition`: the share of a text's runs of 4 tokens that occurred in it before, mean over the texts that hold
+        one;
         `distinct_n`: different runs of n tokens over all runs, all texts together.  None where there is no such run.
     """
     repeated = [1 - len(set(runs)) / len(runs) for ids in written if (runs := _runs(ids, REPETITION))]
-    found: dict[str, float | None] = {"repetition": sum(repeated) / len(repeated) if repeated else None}
+    result: dict[str, float | None] = {"repetition": sum(repeated) / len(repeated) if repeated else None}
     for n in DISTINCT:
         runs = [run for ids in written for run in _runs(ids, n)]
-        found[f"distinct_{n}"] = len(set(runs)) / len(runs) if runs else None
-    return found
+        result[f"distinct_{n}"] = len(set(runs)) / len(runs) if runs else None
+    return result
 
 
 def _runs(ids: Sequence[int], n: int) -> list[tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""How well a model predicts text: perplexity, and beside a reference what perplexity hides, divergence and agreement."""
+"""How well a model predicts text: perplexity, and compared with a reference also divergence and agreement."""
 
 import math
 import statistics
@@ -13,31 +13,31 @@ from billhook.data import Windows
 from billhook.runtime.progress import Tick, quiet
 from billhook.tensors import Tokens
 
-BATCH_TOKENS = 2048  # logits of one forward: 2048 x 49152 float32 are 400 MB
+BATCH_TOKENS = 2048  # tokens of one forward; their logits, 2048 x 49152 in float32, take 400 MB
 
 
 @dataclass(frozen=True)
 class ReferenceComparison:
-    """The reference's predictions of the same tokens beside these."""
+    """Comparison with a reference model's predictions of the same tokens."""
 
     kl: float  # KL(reference || model) in nats a token
-    kl_standard_error: float | None  # this and the next from the spread of the windows
+    kl_standard_error: float | None  # from the spread over windows
     agreement: float  # share of tokens where both models' most likely next token is the same
-    factor: float  # perplexity over the reference's
-    factor_standard_error: float | None  # of paired windows: far smaller than the two perplexities' own
+    factor: float  # perplexity divided by the reference's
+    factor_standard_error: float | None  # from paired windows: far smaller than the perplexities' own errors
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """exp of the mean token loss over non-overlapping windows; no number without its window, tokens and text."""
+    """exp of the mean token loss over non-overlapping windows, with the windows, tokens and text that it depends on."""
 
     text: str
     perplexity: float
-    standard_error: float | None  # of the perplexity, from the spread of the windows' mean losses; none of one window
-    bits_per_byte: float | None  # compares across tokenizers, as perplexity does not
+    standard_error: float | None  # the perplexity's, from the spread of the windows' losses; None for one window
+    bits_per_byte: float | None  # comparable across tokenizers, unlike perplexity
     seq_len: int
-    tokens: int  # predicted: length - 1 in each window, or fewer behind several special tokens
-    bytes: int | None  # of text that they stand for
+    tokens: int  # predicted tokens: length - 1 in each window, fewer after several special tokens
+    bytes: int | None  # bytes of text behind the predicted tokens
     text_sha256: str
     window_losses: tuple[float, ...]  # mean nats a token
     against: ReferenceComparison | None = None
@@ -45,8 +45,11 @@ class Perplexity:
 
 
 def perplexity(model: Any, windows: Windows, tick: Tick = quiet) -> Perplexity:
-    """Perplexity of `model` over all windows: every token of text is predicted from those before it, but the first of a window
-    that no special token begins."""
+    """Perplexity of `model` over all windows.
+
+    Every token of text is predicted from those before it.  Only the first token of a window is not, unless a special
+    token stands before it.
+    """
     return perplexities([model], windows, tick=tick)[0]
 
 
@@ -57,7 +60,7 @@ def perplexities(
     """Perplexity of every model over all windows.
 
     Args:
-        reference: compare the others with the first, batch by batch: nothing is kept of either but sums.
+        reference: compare the other models with the first, batch by batch, so that only sums are kept.
     """
     length, first, stage = windows.tokens.shape[1], windows.first, f"perplexity on {windows.source}"
     rows = max(1, BATCH_TOKENS // length)
@@ -67,30 +70,35 @@ def perplexities(
         tick(stage, n * rows, len(windows.tokens))
         expected: list[Tensor] = []
         for m, model in enumerate(models):
-            for row, found in enumerate(_log_probabilities(model, batch, first)):
-                losses[m].append(torch.nn.functional.nll_loss(found, batch[row, first:].to(found.device)).item())
+            for row, log_probabilities in enumerate(_log_probabilities(model, batch, first)):
+                losses[m].append(
+                    torch.nn.functional.nll_loss(
+                        log_probabilities, batch[row, first:].to(log_probabilities.device)
+                    ).item()
+                )
                 if reference and m:
-                    compared[m].append(_compare(expected[row].to(found.device), found))
+                    compared[m].append(_compare(expected[row].to(log_probabilities.device), log_probabilities))
                 elif reference:
-                    expected.append(found)
+                    expected.append(log_probabilities)
     tick(stage, len(windows.tokens), len(windows.tokens))
     size = sum(windows.bytes) if windows.bytes else None
     return [
-        _summed(windows, own, size, _against(pairs, losses[0], own))
-        for own, pairs in zip(losses, compared, strict=True)
+        _summed(windows, model_losses, size, _against(pairs, losses[0], model_losses))
+        for model_losses, pairs in zip(losses, compared, strict=True)
     ]
 
 
 def _log_probabilities(model: Any, batch: Tokens, first: int) -> Iterator[Tensor]:
-    """Of each window's tokens from `first` on, float32 (length - first, vocabulary), one window at a time."""
+    """Yield, for each window, the log-probabilities of positions from `first` on: float32 (length - first,
+    vocabulary)."""
     for logits in model(batch.to(model.device), use_cache=False).logits:
         yield torch.log_softmax(logits[first - 1 : -1].float(), -1)
 
 
-def _compare(expected: Tensor, found: Tensor) -> tuple[float, float]:
-    """Mean KL(expected || found) and top-1 agreement of one window; log-probabilities (tokens, vocabulary)."""
-    kl = torch.nn.functional.kl_div(found, expected, reduction="batchmean", log_target=True).item()
-    return kl, (expected.argmax(-1) == found.argmax(-1)).float().mean().item()
+def _compare(expected: Tensor, actual: Tensor) -> tuple[float, float]:
+    """Mean KL(expected || actual) and top-1 agreement of one window, from log-probabilities (tokens, vocabulary)."""
+    kl = torch.nn.functional.kl_div(actual, expected, reduction="batchmean", log_target=True).item()
+    return kl, (expected.argmax(-1) == actual.argmax(-1)).float().mean().item()
 
 
 def _summed(windows: Windows, losses: list[float], size: int | None, against: ReferenceComparison | None) -> Perplexity:
@@ -111,29 +119,31 @@ def _summed(windows: Windows, losses: list[float], size: int | None, against: Re
     )
 
 
-def _against(pairs: list[tuple[float, float]], reference: list[float], own: list[float]) -> ReferenceComparison | None:
+def _against(
+    pairs: list[tuple[float, float]], reference: list[float], losses: list[float]
+) -> ReferenceComparison | None:
     if not pairs:
         return None
     kl, agreement = zip(*pairs, strict=True)
     return ReferenceComparison(
-        statistics.fmean(kl), _standard_error(kl), statistics.fmean(agreement), *paired(reference, own)
+        statistics.fmean(kl), _standard_error(kl), statistics.fmean(agreement), *paired(reference, losses)
     )
 
 
-def paired(reference: Sequence[float], own: Sequence[float]) -> tuple[float, float | None]:
-    """Perplexity over the reference's, with its standard error, from the mean losses of the same windows."""
-    more = [b - a for a, b in zip(reference, own, strict=True)]
-    factor = _exp(statistics.fmean(more))
-    return factor, _times(factor, _standard_error(more))
+def paired(reference: Sequence[float], losses: Sequence[float]) -> tuple[float, float | None]:
+    """Perplexity divided by the reference's, with its standard error, from the mean losses of the same windows."""
+    differences = [b - a for a, b in zip(reference, losses, strict=True)]
+    factor = _exp(statistics.fmean(differences))
+    return factor, _times(factor, _standard_error(differences))
 
 
 def perplexity_of(losses: Sequence[float]) -> float:
-    """Perplexity from the mean losses of windows of one length."""
+    """The perplexity of windows of one length, from their mean losses."""
     return _exp(statistics.fmean(losses))
 
 
 def _exp(nats: float) -> float:
-    return math.exp(nats) if nats < 700 else math.inf  # past the largest float64, or not a number: a broken model
+    return math.exp(nats) if nats < 700 else math.inf  # beyond float64, or not a number: a broken model
 
 
 def _standard_error(values: Sequence[float]) -> float | None:

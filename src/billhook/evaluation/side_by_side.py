@@ -1,4 +1,4 @@
-"""What models cost and what they are worth, side by side: quality, speed, memory, and the text they write."""
+"""Measure several models side by side: quality, speed, memory, and the text they write."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -20,14 +20,14 @@ from billhook.models.experts import fused
 from billhook.runtime.progress import Tick, quiet
 from billhook.runtime.text_files import read_text
 
-ROOM = 64  # positions left for new tokens where a model is too short for the context asked for
-LONGEST_PROMPT = 2**16  # characters: beyond what most models have positions for
+ROOM = 64  # positions left for new tokens if a model has too few for the default context
+LONGEST_PROMPT = 2**16  # characters; most models have fewer positions
 Tasks = Callable[["Subject", Tick], list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to measure, by the name it has in tables."""
+    """A model to measure, with its name in tables."""
 
     name: str
     model: Any
@@ -36,7 +36,7 @@ class Subject:
 
     @classmethod
     def of(cls, opened: Opened, name: str | None = None) -> "Subject":
-        """An opened model; its size on disk where it came as safetensors."""
+        """An opened model, with its size on disk if it was read from safetensors."""
         stored = opened.folder and stored_bytes(opened.folder)
         return cls(name or opened.name, opened.model, opened.tokenizer, stored)
 
@@ -47,7 +47,7 @@ class Measures:
 
     texts: Sequence[Text] = ()
     seq_len: int = 512
-    max_windows: int | None = None  # of each text; all if not given
+    max_windows: int | None = None  # for each text; None for all
     batch_sizes: tuple[int, ...] = (1,)
     contexts: tuple[int, ...] = (512,)
     prompts: tuple[str, ...] = PROMPTS
@@ -60,10 +60,10 @@ class Measures:
 def side_by_side(
     subjects: Sequence[Subject], measures: Measures, reference: bool = False, tick: Tick = quiet
 ) -> list[dict[str, Any]]:
-    """Every measure of every model, as plain data: of mixtures of experts as the stock class computes them.
+    """Every measure of every model, as plain data; mixtures of experts are measured with the stock class's forward.
 
     Args:
-        reference: whether the first model is the one that the others are compared with.
+        reference: whether the other models are compared with the first.
 
     Raises:
         BillhookError: a text is shorter than a window, a context longer than a model's positions; names it.
@@ -76,25 +76,25 @@ def _measured(subjects: Sequence[Subject], measures: Measures, reference: bool, 
     contexts = _contexts(subjects, measures)
     qualities = _qualities(subjects, measures, reference, tick)
     pairs = [(batch, context) for batch in measures.batch_sizes for context in contexts]
-    found = [
+    results = [
         {
             "name": subject.name,
             "sizes": sizes.parameters(subject.model),
             "macs_per_token": sizes.macs_per_token(subject.model, contexts[0]),
             "disk_bytes": subject.disk_bytes,
             "tokenizer": data.fingerprint(subject.tokenizer),
-            "perplexities": [asdict(one) for one in quality],
+            "perplexities": [asdict(result) for result in quality],
             "tasks": [],
         }
         for subject, quality in zip(subjects, qualities, strict=True)
     ]
     if "speed" in measures.parts:
         timed = speeds([s.model for s in subjects], pairs, repeats=measures.repeats, tick=tick)
-        for result, subject, speed in zip(found, subjects, timed, strict=True):
-            result["speeds"] = [asdict(one) for one in speed]
+        for result, subject, speed in zip(results, subjects, timed, strict=True):
+            result["speeds"] = [asdict(timing) for timing in speed]
             result["memory"] = memory(subject.model, measures.batch_sizes[0], contexts[0])
     if "texts" in measures.parts:
-        for n, (result, subject) in enumerate(zip(found, subjects, strict=True)):
+        for n, (result, subject) in enumerate(zip(results, subjects, strict=True)):
             tick("generation", n, len(subjects))
             result["prompts"] = list(measures.prompts)
             result["continuations"], result["generation"] = continuations(
@@ -102,23 +102,27 @@ def _measured(subjects: Sequence[Subject], measures: Measures, reference: bool, 
             )
         tick("generation", len(subjects), len(subjects))
     if measures.tasks:
-        for result, subject in zip(found, subjects, strict=True):
+        for result, subject in zip(results, subjects, strict=True):
             result["tasks"] = measures.tasks(subject, tick)
-            result["retention"] = retention(found[0]["tasks"], result["tasks"]) if reference else None
-    return found
+            result["retention"] = retention(results[0]["tasks"], result["tasks"]) if reference else None
+    return results
 
 
-def same_tokenizer(found: Sequence[dict[str, Any]]) -> bool:
-    """Whether perplexities per token compare."""
-    return len({one["tokenizer"] for one in found}) == 1
+def same_tokenizer(results: Sequence[dict[str, Any]]) -> bool:
+    """Whether all results have the same tokenizer, so that perplexities per token compare."""
+    return len({result["tokenizer"] for result in results}) == 1
 
 
 def _qualities(subjects: Sequence[Subject], measures: Measures, reference: bool, tick: Tick) -> list[list[Perplexity]]:
-    """By subject and text.  Models that share a tokenizer see the same windows in one pass; the reference has its own group."""
+    """Perplexities by subject and text.
+
+    Models that share a tokenizer see the same windows in one pass, and are compared with the reference if that is one
+    of them.
+    """
     groups: dict[str, list[int]] = {}
     for n, subject in enumerate(subjects):
         groups.setdefault(data.fingerprint(subject.tokenizer), []).append(n)
-    found: list[list[Perplexity]] = [[] for _ in subjects]
+    results: list[list[Perplexity]] = [[] for _ in subjects]
     for members in groups.values():
         models, tokenizer = [subjects[n].model for n in members], subjects[members[0]].tokenizer
         for text in measures.texts:
@@ -129,13 +133,13 @@ def _qualities(subjects: Sequence[Subject], measures: Measures, reference: bool,
             for n in members:
                 data.check_vocabulary(windows, subjects[n].model, subjects[n].name)
             scored = perplexities(models, windows, reference=reference and members[0] == 0, tick=tick)
-            for n, one in zip(members, scored, strict=True):
-                found[n].append(one)
-    return found
+            for n, result in zip(members, scored, strict=True):
+                results[n].append(result)
+    return results
 
 
 def _contexts(subjects: Sequence[Subject], measures: Measures) -> list[int]:
-    """The contexts asked for; the one default gives way to short models, others are refused."""
+    """The contexts to measure: the default is shortened to fit all models, others are refused if they do not fit."""
     limits = {s.name: getattr(s.model.config, "max_position_embeddings", None) for s in subjects}
     least = min((limit for limit in limits.values() if limit), default=None)
     if least is None:
@@ -145,7 +149,8 @@ def _contexts(subjects: Sequence[Subject], measures: Measures) -> list[int]:
     for name, limit in limits.items():
         if limit and (longest := max(measures.contexts)) + ROOM > limit:
             raise BillhookError(
-                f"context {longest}: {name} has {limit} positions, {ROOM} of them for new tokens: at most {limit - ROOM}"
+                f"context {longest}: {name} has {limit} positions, {ROOM} of them for new tokens: "
+                f"at most {limit - ROOM}"
             )
     return list(measures.contexts)
 
@@ -154,7 +159,7 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     """Prompts from a file, one a line.
 
     Raises:
-        BillhookError: it cannot be read, holds none, or one that is too long.
+        BillhookError: the file cannot be read, has no prompt, or one that is too long.
     """
     lines = tuple(line for line in read_text(path).splitlines() if line.strip())
     if not lines:

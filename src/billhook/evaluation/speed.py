@@ -1,4 +1,4 @@
-"""How fast a model is and what memory it takes, several models in turns."""
+"""Speed and memory of models; several are measured in turns."""
 
 import statistics
 import time
@@ -27,7 +27,7 @@ class Speed:
     decode: float
     decode_range: tuple[float, float]
     first_token_seconds: float
-    token_seconds: float  # of each token after the first, one for every row of the batch
+    token_seconds: float  # median for a step after the first token, which makes one token for every row of the batch
     new_tokens: int
     repeats: int
 
@@ -39,12 +39,12 @@ def speeds(
     repeats: int = 5,
     tick: Tick = quiet,
 ) -> list[list[Speed]]:
-    """Prefill and decode speed of each model at each (batch, context), in turns: a drifting machine favours none.
+    """Prefill and decode speed of each model at each (batch, context), in turns, so that a drifting machine favours
+    none.
 
-    Mixtures of experts are timed as the stock class computes them, and left as they came.
-
-    Prefill is one forward of the prompts up to the first logits; decode is greedy, one token at a time through the cache.
-    One uncounted round of each size warms up.
+    Mixtures of experts are timed with the stock class's forward.  Prefill is one forward of the prompts up to the first
+    logits; decode is greedy, one token at a time with the KV cache.  One round of each size warms up and is not
+    counted.
     """
     with fused(*models):
         return _speeds(models, sizes, new_tokens, repeats, tick)
@@ -53,7 +53,7 @@ def speeds(
 def _speeds(
     models: Sequence[Any], sizes: Sequence[tuple[int, int]], new_tokens: int, repeats: int, tick: Tick
 ) -> list[list[Speed]]:
-    found: list[list[Speed]] = [[] for _ in models]
+    results: list[list[Speed]] = [[] for _ in models]
     rounds = (repeats + 1) * len(sizes)
     for s, (batch, context) in enumerate(sizes):
         seconds: list[list[tuple[float, float]]] = [[] for _ in models]
@@ -64,13 +64,13 @@ def _speeds(
                 if turn:
                     seconds[n].append(taken)
         for n, taken in enumerate(seconds):
-            found[n].append(_speed(batch, context, new_tokens, taken))
+            results[n].append(_speed(batch, context, new_tokens, taken))
     tick("speed", rounds, rounds)
-    return found
+    return results
 
 
 def memory(model: Any, batch: int = 1, context: int = 512) -> dict[str, int]:
-    """Bytes of the weights, of the KV cache, and the peak of weights plus what a prefill adds to the process."""
+    """Bytes of the weights, of the KV cache, and of the peak: the weights and what a prefill adds to the process."""
     weights = sum(t.numel() * t.element_size() for t in model.parameters())
     with fused(model), peak_growth(model.device) as growth:
         _generate_timed(model, batch, context, 1)
@@ -84,14 +84,14 @@ def memory(model: Any, batch: int = 1, context: int = 512) -> dict[str, int]:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait for what the device still has to do, so that a clock may be read."""
+    """Wait until the device has finished its work, before a clock is read."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def _speed(batch: int, context: int, new_tokens: int, seconds: list[tuple[float, float]]) -> Speed:
-    first, rest = [one for one, _ in seconds], [one / new_tokens for _, one in seconds]
-    prefill, decode = [batch * context / one for one in first], [batch / one for one in rest]
+    first, later = [start for start, _ in seconds], [decoding / new_tokens for _, decoding in seconds]
+    prefill, decode = [batch * context / duration for duration in first], [batch / duration for duration in later]
     return Speed(
         batch,
         context,
@@ -100,7 +100,7 @@ def _speed(batch: int, context: int, new_tokens: int, seconds: list[tuple[float,
         statistics.median(decode),
         (min(decode), max(decode)),
         statistics.median(first),
-        statistics.median(rest),
+        statistics.median(later),
         new_tokens,
         len(seconds),
     )

@@ -1,6 +1,6 @@
 """Zero-shot accuracy through lm-eval: its tasks, its prompts and its scoring, around a model that is already loaded.
 
-lm-eval is an optional extra, `pip install 'billhook[eval]'`; only this module knows it.
+lm-eval is an optional extra, `pip install 'billhook[eval]'`; no other module imports it.
 """
 
 import copy
@@ -30,22 +30,22 @@ from billhook.runtime.progress import Tick, quiet
 from billhook.runtime.quiet import quiet_transformers
 from billhook.runtime.special_tokens import without_end_token
 
-SEED = 1234  # lm-eval's own for numpy, torch and few-shot examples; its own for Python's random is 0
-METRICS = ("acc", "exact_match")  # what counts as accuracy, first found
-CLEARLY = 2  # standard errors above chance from which a score is worth comparing
-CHOICES = "multiple_choice"
-WRITES = "generate_until"
-WHERE = ("data_files", "data_dir")  # of dataset_kwargs: may be written relative to the task file
-FILE_NAME = re.compile(r"[^\w-]")  # what a task's name may hold and a file's had better not
-NOT_CONTENT = ("metadata", "dataset_kwargs", "dataset_path", "dataset_name")  # where a task lies; its documents count
+SEED = 1234  # lm-eval's seed for numpy, torch and few-shot examples; its seed for Python's random is 0
+METRICS = ("acc", "exact_match")  # metrics that count as accuracy; a task's first one is taken
+CLEARLY = 2  # a score is compared if it is at least so many standard errors above chance
+CHOICES = "multiple_choice"  # lm-eval's type of tasks with choices
+WRITES = "generate_until"  # lm-eval's type of tasks in which the model writes
+PATHS = ("data_files", "data_dir")  # keys of dataset_kwargs with paths, which may be relative to the task file
+FILE_NAME = re.compile(r"[^\w-]")  # characters of a task's name that a file name should not have
+NOT_CONTENT = ("metadata", "dataset_kwargs", "dataset_path", "dataset_name")  # keys without effect beside documents
 
 
 def load_tasks(names: Sequence[str], tick: Tick = quiet) -> dict[str, Any]:
-    """lm-eval's tasks by name, their documents loaded, in the order given: for `evaluate`, and before any model is loaded.
+    """lm-eval's tasks by name, in the order given, with their documents loaded, before any model is.
 
     Args:
-        names: what lm-eval calls a task, a tag or a group (these expand to their tasks), or the path of a task's YAML
-            file.  A data file that the YAML names is looked for beside it first.  YAML files may name Python functions,
+        names: lm-eval's names of tasks, tags or groups (the latter two expand to their tasks), or paths of tasks' YAML
+            files.  Data files that a YAML names are first looked for beside it.  YAML files may name Python functions,
             which are run.
 
     Raises:
@@ -60,20 +60,20 @@ def load_tasks(names: Sequence[str], tick: Tick = quiet) -> dict[str, Any]:
         for name in names:
             if name not in files and name not in manager.task_index:
                 raise BillhookError(_unknown(name, manager.all_tasks))
-        found: dict[str, Any] = {}
+        tasks: dict[str, Any] = {}
         for n, name in enumerate(names):
             tick("loading tasks", n, len(names))
             for task in _build(manager, name, files.get(name, name)):
-                if task.task_name in found:
+                if task.task_name in tasks:
                     raise BillhookError(
                         f"task {task.task_name!r} is named twice: name it once, or rename one of the two"
                     )
                 _check(task)
                 if name in files:
                     _check_documents(task, name)
-                found[task.task_name] = task
+                tasks[task.task_name] = task
         tick("loading tasks", len(names), len(names))
-    return found
+    return tasks
 
 
 def evaluate(
@@ -90,16 +90,16 @@ def evaluate(
     """Score the model on `load_tasks`' tasks with lm-eval's stock settings (no chat template); one row a task.
 
     Args:
-        limit: score only the first so many documents of each task.
-        batch_size: rows in one forward pass; padding rounds differently, so that a near tie can tip.
-        kept: a folder that keeps each task's row as soon as it is there; a row of the same weights, tokenizer, documents
-            and settings found in it is not measured again.
+        limit: score only the first `limit` documents of each task.
+        batch_size: rows in one forward pass; padding changes rounding, which can decide a near tie.
+        kept: a folder that stores each task's row once it is measured; a row of the same weights, tokenizer, documents
+            and settings is read from there.
 
     Returns:
-        "task"; "metric", of METRICS, with lm-eval's filter; "accuracy"; "acc_norm", by likelihood a character, or None;
-        the standard error of each, None for a single document; "chance", the mean over documents of right choices per
-        choice, None where there is no list of choices; "samples", documents scored; "shots" in the prompt, lm-eval's
-        own number for the task.
+        "task"; "metric", one of METRICS with lm-eval's filter; "accuracy"; "acc_norm", by likelihood per character, or
+        None; the standard error of each, None for a single document; "chance", the mean over documents of right choices
+        per choice, None without a list of choices; "samples", documents scored; "shots" in the prompt, lm-eval's own
+        number for the task.
     """
     rows: list[dict[str, Any]] = []
     subject = _model_hash(model, without_end_token(tokenizer)) if kept else ""
@@ -109,7 +109,7 @@ def evaluate(
             if task.get_config("num_fewshot") is None:
                 task.set_config("num_fewshot", 0)
             place = kept / f"{FILE_NAME.sub('_', name)}-{_key(subject, task, limit, seed)}.json" if kept else None
-            if (row := _found(place)) is None:
+            if (row := _stored(place)) is None:
                 wrapped = wrapped or _wrap(model, tokenizer, batch_size)
                 row = _score(wrapped, task, limit, seed, tick)
                 if place:
@@ -120,29 +120,29 @@ def evaluate(
 
 
 def retention(dense: Sequence[Mapping[str, Any]], pruned: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """What is left of the dense model's accuracy, over the tasks that both have; None if there is none.
+    """How much of the dense model's accuracy is left, over the tasks that both models have; None if there are none.
 
     Returns:
-        "above_chance", the mean over tasks of (accuracy - chance) / (dense accuracy - chance), over "tasks" only: those on
-            which the dense model is at least two standard errors above a known chance, since elsewhere the quotient is
-            noise; None if there are none.  A model worse than chance counts below zero.
-        "left_out": the others.
-        "plain": mean accuracy / mean dense accuracy over all, which the papers print, and which a model that only
-            guesses does well by.
+        "above_chance": the mean of (accuracy - chance) / (dense accuracy - chance) over "tasks", those on which the
+            dense model is at least two standard errors above a known chance (on others the quotient is noise); None if
+            there are none.  A model worse than chance counts below zero.
+        "left_out": the other tasks.
+        "plain": mean accuracy / mean dense accuracy over all tasks, as papers print it; a model that only guesses does
+            well by it.
     """
     after = {row["task"]: row for row in pruned}
     pairs = [(row, after[row["task"]]) for row in dense if row["task"] in after]
     if not pairs:
         return None
-    told = [(one, other) for one, other in pairs if _above_chance(one)]
-    kept = [(other["accuracy"] - one["chance"]) / (one["accuracy"] - one["chance"]) for one, other in told]
-    base = statistics.fmean(one["accuracy"] for one, _ in pairs)
-    names = [one["task"] for one, _ in told]
+    clear = [(before, now) for before, now in pairs if _above_chance(before)]
+    shares = [(now["accuracy"] - before["chance"]) / (before["accuracy"] - before["chance"]) for before, now in clear]
+    base = statistics.fmean(before["accuracy"] for before, _ in pairs)
+    names = [before["task"] for before, _ in clear]
     return {
-        "above_chance": statistics.fmean(kept) if kept else None,
-        "plain": statistics.fmean(other["accuracy"] for _, other in pairs) / base if base else None,
+        "above_chance": statistics.fmean(shares) if shares else None,
+        "plain": statistics.fmean(now["accuracy"] for _, now in pairs) / base if base else None,
         "tasks": names,
-        "left_out": [one["task"] for one, _ in pairs if one["task"] not in names],
+        "left_out": [before["task"] for before, _ in pairs if before["task"] not in names],
     }
 
 
@@ -158,7 +158,8 @@ def _task_manager() -> Any:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise BillhookError(
-            f"zero-shot tasks need lm-eval, which cannot be imported ({first_line(error)}): pip install 'billhook[eval]'"
+            f"zero-shot tasks need lm-eval, which cannot be imported ({first_line(error)}): "
+            "pip install 'billhook[eval]'"
         ) from error
     return TaskManager
 
@@ -166,12 +167,15 @@ def _task_manager() -> Any:
 def _unknown(name: str, valid: Sequence[str]) -> str:
     near = get_close_matches(name, valid, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
-    return f"lm-eval has no task {name!r}: {hint}`lm-eval ls tasks` lists all; a task of your own is named by its .yaml file"
+    return (
+        f"lm-eval has no task {name!r}: {hint}`lm-eval ls tasks` lists all; a task of your own is named by its .yaml "
+        "file"
+    )
 
 
 def _read_file(name: str) -> dict[str, Any]:
     """A task file's settings, its includes and functions resolved by lm-eval."""
-    # TaskManager reads files too, but looks for their data from where one stands
+    # TaskManager reads files too, but looks for their data in the working folder
     from lm_eval.tasks._yaml_loader import load_yaml
 
     path = Path(name).expanduser()
@@ -190,15 +194,15 @@ def _read_file(name: str) -> dict[str, Any]:
             "describes a group: name its tasks one by one" if "group" in config else "has no key 'task' that names it"
         )
         raise BillhookError(f"task file {name} {kind}")
-    given = config.get("dataset_kwargs")
-    if isinstance(given, dict):
-        there = {key: _beside(value, path.parent.resolve()) for key, value in given.items() if key in WHERE}
-        config["dataset_kwargs"] = given | there
+    arguments = config.get("dataset_kwargs")
+    if isinstance(arguments, dict):
+        paths = {key: _beside(value, path.parent.resolve()) for key, value in arguments.items() if key in PATHS}
+        config["dataset_kwargs"] = arguments | paths
     return config
 
 
 def _beside(value: Any, folder: Path) -> Any:
-    """Paths, in lists and by split, of what lies beside the task file; others stay as they are."""
+    """Make paths absolute that exist beside the task file, in lists and by split; others stay as they are."""
     if isinstance(value, dict):
         return {key: _beside(inner, folder) for key, inner in value.items()}
     if isinstance(value, list):
@@ -217,11 +221,12 @@ def _build(manager: Any, name: str, spec: str | dict[str, Any]) -> list[Any]:
 
 
 def _check(task: Any) -> None:
-    """Refuse what has no accuracy, or needs more than text in and text out."""
+    """Refuse a task that has no accuracy, or that needs more than text in and text out."""
     metrics = list(task.aggregation())
     if not any(metric in METRICS for metric in metrics):
         raise BillhookError(
-            f"task {task.task_name} has no accuracy ({' or '.join(METRICS)}), only {', '.join(metrics)}: name other tasks"
+            f"task {task.task_name} has no accuracy ({' or '.join(METRICS)}), only {', '.join(metrics)}: "
+            "name other tasks"
         )
     if getattr(task, "UNSAFE_CODE", False):
         raise BillhookError(f"task {task.task_name} runs code that the model writes: billhook does not")
@@ -230,7 +235,7 @@ def _check(task: Any) -> None:
 
 
 def _check_documents(task: Any, name: str) -> None:
-    """lm-eval counts a document whose answer is none of its choices as wrong, and says so where nobody looks."""
+    """Refuse documents whose answer is none of their choices: lm-eval counts them as wrong, almost silently."""
     if not _has_choices(task):
         return
     for n, doc in enumerate(task.eval_docs):
@@ -250,23 +255,23 @@ def _choices(task: Any, doc: Any) -> tuple[Any, set[int]]:
     choices = task.doc_to_choice(doc)
     gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
     numbers = [
-        choices.index(one) if isinstance(one, str) and one in choices else one
-        for one in (gold if isinstance(gold, list) else [gold])
+        choices.index(answer) if isinstance(answer, str) and answer in choices else answer
+        for answer in (gold if isinstance(gold, list) else [gold])
     ]
-    return choices, {one for one in numbers if isinstance(one, int) and 0 <= one < len(choices)}
+    return choices, {number for number in numbers if isinstance(number, int) and 0 <= number < len(choices)}
 
 
 def _wrap(model: Any, tokenizer: Any, batch_size: int) -> Any:
     from lm_eval.models.huggingface import HFLM
 
     wrapper: Any = HFLM
-    # a copy: HFLM gives a tokenizer without padding one
+    # a copy, since HFLM changes a tokenizer that has no padding token
     encode = copy.deepcopy(without_end_token(tokenizer))
     return wrapper(pretrained=model, tokenizer=encode, backend="causal", batch_size=batch_size)
 
 
 def _score(wrapped: Any, task: Any, limit: int | None, seed: int, tick: Tick) -> dict[str, Any]:
-    """What lm-eval's simple_evaluate does with one task, without its report of the machine."""
+    """Score one task as lm-eval's simple_evaluate does, without its report of the machine."""
     import lm_eval
 
     run: Any = lm_eval.evaluate
@@ -279,54 +284,54 @@ def _score(wrapped: Any, task: Any, limit: int | None, seed: int, tick: Tick) ->
 
     task.set_fewshot_seed(seed)
     with ExitStack() as stack:
-        if task.OUTPUT_TYPE != WRITES:  # where every token is a pass
+        if task.OUTPUT_TYPE != WRITES:  # in a task that writes, every token is a forward pass
             stack.callback(wrapped.model.register_forward_hook(count).remove)
-        # the standard error of a mean is closed; other metrics, not reported here, draw so many samples
+        # a mean's standard error has a closed form; `bootstrap_iters` is for other metrics, not reported here
         stack.enter_context(without_generation_settings(wrapped.model))
         results = run(wrapped, {"tasks": {name: task}}, limit=limit, bootstrap_iters=2, log_samples=False)
-    found = results["results"][name]
-    metric = next(key for wanted in METRICS for key in found if key.partition(",")[0] == wanted)
+    scores = results["results"][name]
+    metric = next(key for wanted in METRICS for key in scores if key.partition(",")[0] == wanted)
     norm = metric.replace("acc,", "acc_norm,")
     documents = {instance.doc_id: instance.doc for instance in task.instances}.values()
     return {
         "task": name,
         "metric": metric.removesuffix(",none"),
-        "accuracy": float(found[metric]),
-        "standard_error": _error(found, metric),
-        "acc_norm": float(found[norm]) if norm != metric and norm in found else None,
-        "acc_norm_standard_error": _error(found, norm) if norm != metric else None,
+        "accuracy": float(scores[metric]),
+        "standard_error": _error(scores, metric),
+        "acc_norm": float(scores[norm]) if norm != metric and norm in scores else None,
+        "acc_norm_standard_error": _error(scores, norm) if norm != metric else None,
         "chance": _chance(task, documents) if _has_choices(task) else None,
         "samples": int(results["n-samples"][name]["effective"]),
         "shots": int(task.get_config("num_fewshot")),
     }
 
 
-def _error(found: Mapping[str, Any], metric: str) -> float | None:
-    value = found.get(metric.replace(",", "_stderr,", 1), "N/A")
+def _error(scores: Mapping[str, Any], metric: str) -> float | None:
+    value = scores.get(metric.replace(",", "_stderr,", 1), "N/A")
     return None if value == "N/A" else float(value)
 
 
 def _chance(task: Any, documents: Any) -> float:
-    found = [_choices(task, doc) for doc in documents]
-    return statistics.fmean(len(right) / len(choices) for choices, right in found)
+    pairs = [_choices(task, doc) for doc in documents]
+    return statistics.fmean(len(right) / len(choices) for choices, right in pairs)
 
 
-def _found(place: Path | None) -> dict[str, Any] | None:
+def _stored(place: Path | None) -> dict[str, Any] | None:
     if place is None or not place.exists():
         return None
     try:
         return read_sealed(place, str(place), "")
-    except BillhookError:  # not one of ours, or damaged; written anew
+    except BillhookError:  # another program's file, or damaged: it will be written anew
         return None
 
 
 def _key(subject: str, task: Any, limit: int | None, seed: int) -> str:
-    """A hash of everything that decides a row."""
+    """A hash of everything that a row depends on."""
     import lm_eval
 
     config = {key: value for key, value in task.dump_config().items() if key not in NOT_CONTENT}
-    how = ["greedily, by none of the model's own settings"] if task.OUTPUT_TYPE == WRITES else []
-    digest = hashlib.sha256(_json([subject, lm_eval.__version__, config, limit, seed, *how]))
+    decoding = ["greedily, by none of the model's own settings"] if task.OUTPUT_TYPE == WRITES else []
+    digest = hashlib.sha256(_json([subject, lm_eval.__version__, config, limit, seed, *decoding]))
     shown = task.fewshot_docs() if task.get_config("num_fewshot") else None
     for doc in chain(islice(task.eval_docs, limit), shown or ()):
         digest.update(_json(doc))
@@ -334,7 +339,7 @@ def _key(subject: str, task: Any, limit: int | None, seed: int) -> str:
 
 
 def _model_hash(model: Any, tokenizer: Any) -> str:
-    """A hash of what the model computes, and of what its tokenizer does."""
+    """A hash of the model and of its tokenizer."""
     digest = hashlib.sha256()
     digest.update(
         _json([cache.model_key(model), tokenizer.special_tokens_map, tokenizer.init_kwargs.get("add_bos_token")])
@@ -345,13 +350,13 @@ def _model_hash(model: Any, tokenizer: Any) -> str:
 
 
 def _json(value: Any) -> bytes:
-    """Bytes that are the same in every process; a function goes by its name."""
+    """JSON that is the same in every process; functions are written by their names."""
     return json.dumps(value, sort_keys=True, default=lambda v: getattr(v, "__qualname__", None) or str(v)).encode()
 
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """lm-eval's seeds, those of the process put back afterwards."""
+    """While open, random generators have lm-eval's seeds; afterwards their former states."""
     states = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):
@@ -366,9 +371,10 @@ def _seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """lm-eval logs and draws bars wherever it goes; billhook says what matters.
+    """Keep lm-eval's logs and progress bars off the terminal.
 
-    tqdm is hushed at its root: lm-eval has no setting for it, and a redirected stderr would take billhook's own bar along.
+    tqdm itself is silenced: lm-eval has no setting for it, and redirecting stderr would hide billhook's own bar as
+    well.
     """
     import tqdm as bars
 

@@ -7,8 +7,9 @@ SparseGPT's weights V (the paper: from the dense ones; `init`):
 3. Ridge        V = (C' + delta W' + rho (Z - U)) (G' + delta I + rho I)^-1.
 The answer is (V + U) on the mask, or the start rounded to the pattern, should that be nearer.
 
-A dead input has nothing to put out and no energy to scale: G'_jj is 1 and W'_j is 0 in steps 1 to 3, so that its weights are
-the first to go and delta and rho mean to it what they mean to the others; those that the pattern keeps stay what they were.
+A dead input has nothing to put out and no energy to scale: G'_jj is 1 and W'_j is 0 in steps 1 to 3, so that its
+weights are the first to go and delta and rho mean to it what they mean to the others; those that the pattern keeps stay
+what they were.
 
 Where this differs from the published code.  The one threshold for the matrix follows the cubic schedule (the code
 computes it, but applies the final share from the start there); within N:M groups what the groups would keep is exempt
@@ -19,7 +20,7 @@ another than the dense weight's, and `refit` may follow.
 import torch
 
 from billhook.math import magnitude, sparsegpt, sparsity, wanda
-from billhook.math.layerwise import Found, Settings, Target, dead, finish, nearer, scaled, start, wanted
+from billhook.math.layerwise import Settings, SparseWeight, Target, dead, finish, nearer, scaled, start, target_cross
 from billhook.math.linalg import factor
 from billhook.math.pattern import Pattern
 from billhook.math.sparsity import Support
@@ -28,10 +29,11 @@ from billhook.tensors import Weight
 STARTS = {"magnitude": magnitude.prune, "wanda": wanda.prune, "sparsegpt": sparsegpt.prune}
 
 
-def prune(W: Weight, target: Target, pattern: Pattern, settings: Settings) -> Found:
+def prune(W: Weight, target: Target, pattern: Pattern, settings: Settings) -> SparseWeight:
     """Alternate between the mask and the layer.
 
-    Reads of the settings: init (None: sparsegpt), damping, rho, iterations, gradual, refit, zeros, and what the start reads.
+    Reads of the settings: init (None: sparsegpt), damping, rho, iterations, gradual, refit, zeros, and what the start
+    reads.
     """
     begun = start(STARTS, "sparsegpt", W, target, pattern, settings)
     dense, target, scale = scaled(W, target)
@@ -43,7 +45,7 @@ def prune(W: Weight, target: Target, pattern: Pattern, settings: Settings) -> Fo
     lower, total = factor(target.gram + torch.diag(idle.to(target.gram)), settings.damping + settings.rho)
     damping = total - settings.rho
     inverse = torch.cholesky_inverse(lower).float()
-    pull = (wanted(dense, target) + damping * dense.masked_fill(idle, 0.0)).float()
+    pull = (target_cross(dense, target) + damping * dense.masked_fill(idle, 0.0)).float()
     mask = torch.ones_like(V, dtype=torch.bool)
     for k in range(1, settings.iterations + 1):
         if k <= settings.gradual:
@@ -57,7 +59,7 @@ def prune(W: Weight, target: Target, pattern: Pattern, settings: Settings) -> Fo
     if not nearer(V, first, dense, target):
         V, mask = first, stay
     V = finish(torch.where(idle, dense, V), dense, target, mask, settings)
-    return Found(V / scale, damping, {})
+    return SparseWeight(V / scale, damping, {})
 
 
 def rising(V: Weight, pattern: Pattern, part: float, zeros: Support | None) -> Support:

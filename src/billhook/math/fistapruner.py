@@ -9,12 +9,13 @@ W (out, in) is the dense weight, X* what enters it after pruning, Y the wanted o
 The start is another method's weight, rounded to the pattern: the result is never further off than that.
 
 Our reading, since the paper's body was not at hand (abstract, reviews and the authors' answers were).  Errors are
-Frobenius norms, not squares.  Bisection is geometric, from [SMALLEST max|C|, max|C|]: at its upper end V = 0 is optimal,
-below its lower end the penalty does nothing that rounding does not.  T counts runs without a gain, K has no early stop.
-Beyond the paper.  Weights that the penalty set to zero but the pattern would keep take one gradient step, so that the
-number of zeros is exact.  `normalised` gives the inputs unit energy first: outlier channels no longer set L for all, the
-penalty is lambda sum |V_ij| ||X_j||, and rounding uses Wanda's score.  `refit` solves least squares on the support after
-every rounding, before its error counts.  A recipe has both unless told otherwise (docs/LOG.md).
+Frobenius norms, not squares.  Bisection is geometric, from [SMALLEST max|C|, max|C|]: at its upper end V = 0 is
+optimal, below its lower end the penalty does nothing that rounding does not.  T counts runs without a gain, K has no
+early stop.
+Beyond the paper.  Weights that the penalty set to zero but the pattern would keep take one gradient step,
+so that the number of zeros is exact.  `normalised` gives the inputs unit energy first: outlier channels no longer set L
+for all, the penalty is lambda sum |V_ij| ||X_j||, and rounding uses Wanda's score.  `refit` solves least squares on the
+support after every rounding, before its error counts.  A recipe has both unless told otherwise (docs/LOG.md).
 """
 
 import math
@@ -23,7 +24,17 @@ from dataclasses import replace
 import torch
 
 from billhook.math import magnitude, sparsegpt, sparsity, wanda
-from billhook.math.layerwise import Found, Settings, Target, dead, finish, scaled, squared_error, start, wanted
+from billhook.math.layerwise import (
+    Settings,
+    SparseWeight,
+    Target,
+    dead,
+    finish,
+    scaled,
+    squared_error,
+    start,
+    target_cross,
+)
 from billhook.math.pattern import Pattern
 from billhook.math.sparsity import Support
 from billhook.tensors import Cross, Gram, Weight
@@ -35,18 +46,18 @@ IN_THE_LOOP = 10  # iterations of a refit there; as good as 30, which its last o
 SAFETY = 1.01  # power iteration comes from below
 
 
-def prune(W: Weight, target: Target, pattern: Pattern, settings: Settings) -> Found:
+def prune(W: Weight, target: Target, pattern: Pattern, settings: Settings) -> SparseWeight:
     """Refine a start (`init`; None: sparsegpt) by rounds of steps 1 to 3.
 
-    Reads of the settings: init, normalised, refit, refit_iterations, iterations, ratio, patience, rounds, zeros, and what
-    the start reads.
+    Reads of the settings: init, normalised, refit, refit_iterations, iterations, ratio, patience, rounds, zeros, and
+    what the start reads.
     """
     begun = start(STARTS, "sparsegpt", W, target, pattern, settings)
     dense, scale = W.double(), None
     if settings.normalised:
         dense, target, scale = scaled(dense, target)
     V = begun.weight if scale is None else begun.weight * scale
-    C = wanted(dense, target)
+    C = target_cross(dense, target)
     bracket = [SMALLEST * float(C.abs().max()), float(C.abs().max())]
     # iterates in float32, twice as fast in products and memory; what they are worth is judged in float64
     gram, centre, lack = target.gram.float(), dense.float(), (C - dense @ target.gram).float()
@@ -73,7 +84,7 @@ def prune(W: Weight, target: Target, pattern: Pattern, settings: Settings) -> Fo
         "start_error": first,
         "error": error_of(best, dense, target),
     }
-    return Found(best if scale is None else best / scale, begun.damping, note)
+    return SparseWeight(best if scale is None else best / scale, begun.damping, note)
 
 
 def fista(
@@ -113,9 +124,9 @@ def rounded(
 
 
 def filled(V: Weight, W: Weight, target: Target, mask: Support, L: float) -> Weight:
-    """V, where entries of the support that are zero take one gradient step: of length 1/L, it cannot raise the error.  Those of
-    dead inputs, which no error knows, stay what they were."""
-    gradient = V @ target.gram - wanted(W, target)
+    """V, where entries of the support that are zero take one gradient step: of length 1/L, it cannot raise the error.
+    Those of dead inputs, which no error knows, stay what they were."""
+    gradient = V @ target.gram - target_cross(W, target)
     return torch.where(mask & (V == 0), torch.where(dead(target), W, -gradient / L), V)
 
 

@@ -1,7 +1,7 @@
-"""Which layers go, by position alone.  `total` layers, `count` of them to go; the first and the last stay.
+"""Layers to drop, by position alone: `count` of `total` layers; the first and the last stay.
 
-LayerChop (Jha et al. 2023, arXiv:2305.14864) names its presets and shows them in a figure that was not at hand: the indices
-here are what its text says of them.
+LayerChop (Jha et al. 2023, arXiv:2305.14864) shows its presets in a figure that was not at hand: the indices here
+follow its text.
 """
 
 import random
@@ -16,12 +16,13 @@ def near_input(total: int, count: int) -> list[int]:
 
 
 def near_output(total: int, count: int) -> list[int]:
-    """The deepest but the last: also the simple rule of Gromov et al. (arXiv:2403.17887) and `reverse` of arXiv:2411.15558."""
+    """The deepest layers before the last: the simple rule of Gromov et al. (arXiv:2403.17887), `reverse` of
+    arXiv:2411.15558."""
     return list(range(total - 1 - count, total - 1))
 
 
 def middle(total: int, count: int) -> list[int]:
-    """One block, in the middle; one nearer to the output where there is no middle."""
+    """One block in the middle, or half a layer nearer to the output if there is no exact middle."""
     start = (total - count + 1) // 2
     return list(range(start, start + count))
 
@@ -49,7 +50,7 @@ POSITIONS: dict[str, Callable[[int, int], list[int]]] = {
 
 
 def random_layers(total: int, count: int, seed: int) -> list[int]:
-    """By lot, what the others should beat."""
+    """Random layers: what the other presets should beat."""
     return sorted(random.Random(seed).sample(range(1, total - 1), count))
 
 
@@ -65,7 +66,7 @@ def parse_layers(text: str, total: int) -> list[int]:
     Raises:
         BillhookError: no such layers, a reversed range, or one named twice.
     """
-    found: list[int] = []
+    numbers: list[int] = []
     for part in text.replace(" ", "").split(","):
         first, _, last = part.partition("-")
         if not first.isdecimal() or (last and not last.isdecimal()) or part.endswith("-"):
@@ -75,23 +76,23 @@ def parse_layers(text: str, total: int) -> list[int]:
             raise BillhookError(f"layers {text!r}: the range {part} is reversed")
         if end >= total:
             raise BillhookError(f"layers {text!r}: there is no layer {end}; the model has {total}, numbered from 0")
-        found += range(start, end + 1)
-    if twice := sorted(n for n in set(found) if found.count(n) > 1):
+        numbers += range(start, end + 1)
+    if twice := sorted(n for n in set(numbers) if numbers.count(n) > 1):
         raise BillhookError(f"layers {text!r}: layer {twice[0]} is named twice")
-    return sorted(found)
+    return sorted(numbers)
 
 
 def runs_of(gone: Collection[int]) -> list[list[int]]:
-    """The layers that go, those that follow one another together, ascending."""
-    found: list[list[int]] = []
+    """The dropped layers as runs of consecutive numbers, ascending."""
+    runs: list[list[int]] = []
     for n in sorted(gone):
-        if found and n == found[-1][-1] + 1:
-            found[-1].append(n)
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
         else:
-            found.append([n])
-    return found
+            runs.append([n])
+    return runs
 
 
 def layers_before(gone: Collection[int]) -> list[int]:
-    """The layers that stand before a cut; before layer 0 stands none."""
+    """The layers right before each run of dropped ones; there is none before layer 0."""
     return [cut[0] - 1 for cut in runs_of(gone) if cut[0]]

@@ -6,31 +6,32 @@ from torch import Tensor
 from billhook.errors import BillhookError
 from billhook.tensors import Gram, Kept
 
-DAMPING_START = 1e-12  # where a damping of zero starts to grow
-DAMPING_LIMIT = 1.0  # past this share of the mean diagonal the "solution" is the damping, not the data
+DAMPING_START = 1e-12  # first value of a damping that grows from zero
+DAMPING_LIMIT = 1.0  # share of the mean diagonal beyond which a solution shows the damping, not the data
 
 
 def damped(gram: Gram, damping: float, among: Kept | None = None) -> Tensor:
-    """G + delta I with delta = damping * mean(diag G), of the columns `among` alone; a Gram of zeros becomes the identity."""
-    found = gram.clone() if among is None else gram[among.unsqueeze(1), among]
-    mean = found.diagonal().mean()
-    found.diagonal().add_(damping * mean if mean > 0 else found.new_ones(()))
-    return found
+    """G + delta I with delta = damping * mean(diag G), for the columns `among`; a Gram of zeros becomes the
+    identity."""
+    result = gram.clone() if among is None else gram[among.unsqueeze(1), among]
+    mean = result.diagonal().mean()
+    result.diagonal().add_(damping * mean if mean > 0 else result.new_ones(()))
+    return result
 
 
 def factor(gram: Gram, damping: float, among: Kept | None = None) -> tuple[Tensor, float]:
-    """Lower Cholesky factor of the damped Gram, and the damping that it took.
+    """Lower Cholesky factor of the damped Gram, and the damping that was needed.
 
-    The damping grows tenfold, up to `DAMPING_LIMIT`, while the factorisation fails.
+    While the factorisation fails the damping grows tenfold, up to `DAMPING_LIMIT`.
 
     Args:
-        among: the Gram of these columns alone.
+        among: columns of the Gram to factor; None for all.
 
     Raises:
-        BillhookError: the Gram is not positive definite even then (it is not a Gram).
+        BillhookError: the Gram is not positive definite even with the largest damping.
     """
     while True:
-        # LAPACK's order, so that the factor takes its place: a Gram may be a tenth of memory
+        # column-major, as LAPACK wants it, so that the factor is computed in place: a Gram may be a tenth of memory
         lower = damped(gram, damping, among).mT
         failed = torch.empty((), dtype=torch.int32, device=gram.device)
         torch.linalg.cholesky_ex(lower, out=(lower, failed))

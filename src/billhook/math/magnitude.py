@@ -4,12 +4,12 @@ One threshold for the whole matrix, or the N smallest of every M.  No calibratio
 """
 
 from billhook.math import sparsity
-from billhook.math.layerwise import Found, Settings, Target, finish
+from billhook.math.layerwise import Settings, SparseWeight, Target, finish
 from billhook.math.pattern import Pattern
 from billhook.tensors import Weight
 
 
-def prune(W: Weight, target: Target, pattern: Pattern, settings: Settings) -> Found:
+def prune(W: Weight, target: Target, pattern: Pattern, settings: Settings) -> SparseWeight:
     """Zero the smallest |W_ij|.  Reads of the settings: zeros, refit."""
     mask = sparsity.keep_mask(W.abs(), pattern, "matrix", settings.zeros)
-    return Found(finish(W, W, target, mask, settings), settings.damping, {})
+    return SparseWeight(finish(W, W, target, mask, settings), settings.damping, {})

@@ -1,12 +1,13 @@
 """OptiShear (arXiv:2502.10735): Wanda's score with its parts transformed, S = alpha(|W|) F1(|W|) * beta(X) F2(X).
 
-W (out, in) is the weight, X (1, in) the norms of what enters it, ||X_j||_2.  F1 and F2 work entry by entry, alpha and beta
-are reciprocals of sums: 7^4 points, of which billhook.search.optishear searches the best for a model.  Compared within each output
-row, as Wanda does; the weights that stay are left as they are.
+W (out, in) is the weight, X (1, in) the norms of what enters it, ||X_j||_2.  F1 and F2 work entry by entry, alpha and
+beta are reciprocals of sums: 7^4 points, of which billhook.search.optishear searches the best for a model.  Compared
+within each output row, as Wanda does; the weights that stay are left as they are.
 
-Our reading: norms are root mean squares over tokens times sqrt(2048), as of the published calibration, sequences of 2,048
-tokens: exp, log and sigmoid have no scale of their own.  Since rows are compared, exp is softmax, and only its softmax is
-computed, which cannot overflow.
+Our reading: norms are root mean squares over tokens times sqrt(2048), as of the published calibration, sequences of
+2,048
+tokens: exp, log and sigmoid have no scale of their own.  Since rows are compared, exp is softmax, and only its softmax
+is computed, which cannot overflow.
 """
 
 import math
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from billhook.errors import BillhookError
 from billhook.math import sparsity
-from billhook.math.layerwise import Found, Settings, Target, finish
+from billhook.math.layerwise import Settings, SparseWeight, Target, finish
 from billhook.math.metric import Metric, parse
 from billhook.math.pattern import Pattern
 from billhook.tensors import Weight
@@ -42,12 +43,12 @@ def norms_of(gram_diagonal: Tensor, tokens: int) -> Tensor:
     return (gram_diagonal * (SEQUENCE / max(tokens, 1))).sqrt()
 
 
-def prune(W: Weight, target: Target, pattern: Pattern, settings: Settings) -> Found:
+def prune(W: Weight, target: Target, pattern: Pattern, settings: Settings) -> SparseWeight:
     """Zero the smallest scores of every row, or of every M.  Reads of the settings: metric, tokens, zeros, refit."""
     metric = parse(settings.metric) if settings.metric else Metric()
     scores = score(W.double(), norms_of(target.gram.diagonal(), settings.tokens), metric)
     mask = sparsity.keep_mask(scores, pattern, "row", settings.zeros)
-    return Found(finish(W, W, target, mask, settings), settings.damping, {})
+    return SparseWeight(finish(W, W, target, mask, settings), settings.damping, {})
 
 
 def _function(A: Tensor, name: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""What is asked for of a sparse weight: a share of zeros, or N of every M neighbours along the input.  Loads no torch."""
+"""Sparsity patterns: a share of zeros, or N of every M neighbours along the input.  Loads no torch."""
 
 import re
 from dataclasses import dataclass
@@ -42,25 +42,25 @@ def parse(text: str) -> Pattern:
     Raises:
         BillhookError: the text is not of that form, or N is not from 1 to M - 1.
     """
-    found = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text)
-    if found is None:
+    match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text)
+    if match is None:
         raise BillhookError(f"pattern {text!r} is not N:M (N zeros in every M weights of a row), as in 2:4")
-    return Pattern(zeros=int(found[1]), group=int(found[2]))
+    return Pattern(zeros=int(match[1]), group=int(match[2]))
 
 
 def parse_layer_sparsity(text: str) -> dict[int, float]:
     """`0:0.3,29:0.7` as a mapping.
 
     Raises:
-        BillhookError: it is not written like that.
+        BillhookError: the text has another form.
     """
-    found = {}
-    for part in filter(None, (one.strip() for one in text.split(","))):
+    shares = {}
+    for part in filter(None, (item.strip() for item in text.split(","))):
         number, _, share = part.partition(":")
         try:
-            found[int(number)] = float(share)
+            shares[int(number)] = float(share)
         except ValueError:
             raise BillhookError(
                 f"--layer-sparsity {part!r}: write LAYER:SHARE with commas, like 0:0.3,29:0.7"
             ) from None
-    return found
+    return shares

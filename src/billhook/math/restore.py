@@ -1,11 +1,11 @@
-"""Closed-form repair of the kept weights: no training, no gradients."""
+"""Closed-form reconstruction of the kept weights: no training, no gradients."""
 
 import torch
 
 from billhook.math.linalg import factor
 from billhook.tensors import Cross, Gram, Kept, Narrowed, Weight
 
-ROWS = 512  # of a reader at a time: in float64 a whole one takes as much as its Gram
+ROWS = 512  # rows of a reader in float64 at a time: a whole one takes as much memory as its Gram
 
 
 def least_squares(W: Weight, G: Gram, kept: Kept, damping: float, C: Cross | None = None) -> tuple[Narrowed, float]:
@@ -14,25 +14,25 @@ def least_squares(W: Weight, G: Gram, kept: Kept, damping: float, C: Cross | Non
         V = argmin_V ||V X_S^T - (W X^T + E^T)||_F^2 + delta ||V - W_S||_F^2
           = W_S + (W_P G_PS + C_S) (G_SS + delta I)^-1
 
-    with S kept, P pruned, delta = damping * mean(diag G_SS), and C = E^T X for an output E that the reader should add to
-    its own (none: E = 0).  FASP's restoration (arXiv:2501.09412), with the ridge drawn toward the kept weights rather
-    than toward zero: as delta grows V becomes W_S, plain pruning.  float64 inside; V has W's dtype.
+    with S kept, P pruned, delta = damping * mean(diag G_SS), and C = E^T X for an output E that the reader should gain
+    (None: E = 0).  FASP's restoration (arXiv:2501.09412), with the ridge toward the kept weights rather than toward
+    zero: as delta grows V becomes W_S, plain pruning.  float64 inside; V has W's dtype.
     """
     kept_set = _mask(len(G), kept)
     lower, used = factor(G, damping, kept)
     across = G[(~kept_set).nonzero(), kept]
     V = W[:, kept]
     for start in range(0, len(W), ROWS):
-        some = slice(start, start + ROWS)
-        pull = W[some, ~kept_set].double() @ across
+        rows = slice(start, start + ROWS)
+        pull = W[rows, ~kept_set].double() @ across
         if C is not None:
-            pull += C[some, kept]
-        V[some] = torch.cholesky_solve(pull.T, lower).T + V[some]
+            pull += C[rows, kept]
+        V[rows] = torch.cholesky_solve(pull.T, lower).T + V[rows]
     return V, used
 
 
 def energy(W: Weight, G: Gram) -> float:
-    """||W X^T||_F^2, of what a reader puts out."""
+    """||W X^T||_F^2, the energy of a reader's output."""
     total = G.new_zeros(())
     for rows in W.split(ROWS):
         w = rows.double()
@@ -43,20 +43,20 @@ def energy(W: Weight, G: Gram) -> float:
 def squared_error(
     W: Weight, V: Narrowed | None, G: Gram, kept: Kept, C: Cross | None = None, lack: float = 0.0
 ) -> float:
-    """||V X_S^T - (W X^T + E^T)||_F^2 from sums alone, lack = ||E||_F^2; V None: the kept columns as they were.
+    """||V X_S^T - (W X^T + E^T)||_F^2 from sums alone; lack = ||E||_F^2; V None stands for the unchanged kept columns.
 
     With D = V - W, zero-filled: tr(D G D^T) - 2 tr(D C^T) + ||E||^2.
     """
     pruned = ~_mask(len(G), kept)
-    if V is None:  # D is zero in the kept columns, mostly a small share of the work
+    if V is None:  # D is zero in the kept columns, which saves most of the work
         G, C = G[pruned][:, pruned], None if C is None else C[:, pruned]
     total = G.new_tensor(lack)
     for start in range(0, len(W), ROWS):
-        some = slice(start, start + ROWS)
-        D = -W[some].double() if V is not None else -W[some, pruned].double()
+        rows = slice(start, start + ROWS)
+        D = -W[rows].double() if V is not None else -W[rows, pruned].double()
         if V is not None:
-            D[:, kept] += V[some].double()
-        total += ((D @ G) * D).sum() - (2 * (D * C[some]).sum() if C is not None else 0.0)
+            D[:, kept] += V[rows].double()
+        total += ((D @ G) * D).sum() - (2 * (D * C[rows]).sum() if C is not None else 0.0)
     return max(total.item(), 0.0)
 
 

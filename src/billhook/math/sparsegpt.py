@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from billhook.math import sparsity
-from billhook.math.layerwise import Found, Settings, Target, dead, finish, nearer
+from billhook.math.layerwise import Settings, SparseWeight, Target, dead, finish, nearer
 from billhook.math.linalg import factor
 from billhook.math.pattern import Pattern
 from billhook.math.sparsity import Support
 from billhook.tensors import Gram, Weight
 
 
-def prune(W: Weight, target: Target, pattern: Pattern, settings: Settings) -> Found:
+def prune(W: Weight, target: Target, pattern: Pattern, settings: Settings) -> SparseWeight:
     """Sweep a weight.  Reads of the settings: damping, zeros, refit, block."""
     idle = dead(target)
     gram = target.gram + torch.diag(idle.to(target.gram.dtype))
@@ -34,7 +34,7 @@ def prune(W: Weight, target: Target, pattern: Pattern, settings: Settings) -> Fo
     swept, mask = sweep(moved.float(), U.float(), pattern, settings)
     plain = W.double().masked_fill(~mask | idle, 0.0)
     swept = swept if nearer(swept, plain, W, target) else plain
-    return Found(finish(swept, W, target, mask, settings), used, {"dead": int(idle.sum())})
+    return SparseWeight(finish(swept, W, target, mask, settings), used, {"dead": int(idle.sum())})
 
 
 def inverse_factor(gram: Gram, damping: float) -> tuple[Gram, float]:

@@ -1,4 +1,4 @@
-"""Which weights of a matrix go: a share of all, or N of every M neighbours along the input, counted exactly."""
+"""Masks of a matrix: a share of all weights, or N of every M neighbours along the input, counted exactly."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from billhook.errors import BillhookError, one_of
 from billhook.math.pattern import Pattern
 from billhook.tensors import Weight
 
-Support = Tensor  # Bool (out, in): which entries of a weight may be other than zero
+Support = Tensor  # Bool (out, in), the entries of a weight that may be nonzero
 WITHIN = ("row", "matrix")
 
 
@@ -24,9 +24,10 @@ def check(pattern: Pattern, columns: int, name: str) -> None:
 def keep_mask(scores: Weight, pattern: Pattern, within: str = "row", zeros: Support | None = None) -> Support:
     """True where a weight stays: all but the lowest scores, exactly as many as the pattern says, ties included.
 
-    A share s drops round(s in) of each row (`within="row"`) or round(s out in) of the whole (`"matrix"`); N:M drops N of
-    every M consecutive inputs whatever `within`.  Among ties the lower index goes first.  `zeros` marks entries that have
-    to go: they are the first to count, and where there are more of them than the pattern asks for, all of them go.
+    A share s drops round(s in) weights of each row (`within="row"`) or round(s out in) of the whole (`"matrix"`); N:M
+    drops N of every M consecutive inputs whatever `within` is.  Among ties the lower index is dropped first.  `zeros`
+    marks entries that must be dropped: they count first, and all of them are dropped even if the pattern asks for
+    fewer.
     """
     one_of("scope of a sparsity pattern", within, WITHIN)
     if zeros is not None:
@@ -44,13 +45,12 @@ def lowest_mask(scores: Tensor, count: int) -> Tensor:
     """True at the `count` lowest of every row of scores (groups, size); among ties, at the lower index."""
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    # selection, then ties by their place: several times faster than a stable sort of a whole matrix
+    # selection, then ties by position: several times faster than a stable sort of a whole matrix
     threshold = scores.kthvalue(count, dim=1, keepdim=True).values
     below, tied = scores < threshold, scores == threshold
     room = count - below.sum(1, keepdim=True)
     return below | (tied & (tied.cumsum(1) <= room))
 
 
-SPARSE_SHARE = (
-    0.05  # share of exact zeros from which a model was masked: rounding leaves some in a million, masks a tenth or more
-)
+# a model with this share of exact zeros was masked: rounding leaves a few in a million, masks a tenth or more
+SPARSE_SHARE = 0.05

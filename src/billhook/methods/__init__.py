@@ -10,7 +10,7 @@ from billhook.cuts.chopping import chop
 from billhook.cuts.experts import reduce_experts
 from billhook.cuts.narrowing import narrow, narrow_each
 from billhook.cuts.slicing import slice_residual
-from billhook.math.layerwise import Found
+from billhook.math.layerwise import SparseWeight
 from billhook.math.solvers import SOLVERS
 from billhook.models.plan import Cut
 
@@ -27,7 +27,7 @@ class Method:
     run_each: Callable[..., Iterator[tuple[PreTrainedModel, list[Cut]]]] | None = (
         None  # many plans from one pass, dense stream
     )
-    linear: Callable[..., Found] | None = None  # or makes one weight sparse (billhook.cuts.masking)
+    linear: Callable[..., SparseWeight] | None = None  # or makes one weight sparse (billhook.cuts.masking)
     kinds: tuple[str, ...] = ()  # axes it can prune
     default_kinds: tuple[str, ...] = ()
     scored: bool = True  # whether it scores units, by `SCORES` or gradients, in one of the streams
