@@ -11,7 +11,7 @@ from torch import Tensor
 from billhook.calibration.linears import operators
 from billhook.cuts.masking import target_of
 from billhook.math import admm, restore, sparsity
-from billhook.math.layerwise import SparseWeight, Settings, Target, squared_error
+from billhook.math.layerwise import Settings, SparseWeight, Target, squared_error
 from billhook.math.pattern import Pattern
 from billhook.methods import METHODS
 from billhook.models.experts import unfuse
