@@ -120,7 +120,7 @@ def test_nothing_is_written(folders: dict[str, Path], tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("way", ["ffn", "sparsegpt"])
+@pytest.mark.parametrize("way", ["ffn", pytest.param("sparsegpt", marks=pytest.mark.whole)])
 def test_operations_of_a_narrowed_rehearsal_are_those_of_the_whole_width(
     way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

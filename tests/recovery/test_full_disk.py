@@ -87,7 +87,7 @@ def test_checkpoints_that_the_disk_does_not_take(
 ) -> None:
     reason = "(File too large|the disk is full, or files may not be as large)"
     for before, left in enumerate(("none was saved yet", "the checkpoint of step 3 is kept in .*checkpoint-3")):
-        for owner, attribute, concerns in FILES.values():
+        for owner, attribute, concerns in list(FILES.values())[:: 1 + 4 * before]:  # all, then the first and the last
 
             def now(*args: Any, known: int = before, of: Callable[..., bool] = concerns) -> bool:
                 return of(*args) and len(whole_ones(tmp_path)) == known

@@ -3,7 +3,6 @@
 import json
 import math
 import random
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,8 +58,22 @@ def found(text: str, **other: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def whole(text: str) -> dict[str, Any]:
-    return found(text)
+def counted(text: str) -> tuple[dict[str, Any], int]:
+    """A whole search, and how often it asked for losses."""
+    asked: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = evaluator.masked_losses
+        patch.setattr(evaluator, "masked_losses", lambda *given: asked.append(1) or real(*given))
+        return found(text), len(asked)
+
+
+@pytest.fixture
+def whole(counted: tuple[dict[str, Any], int]) -> dict[str, Any]:
+    return counted[0]
+
+
+def stop(*_: Any) -> list[float]:
+    raise KeyboardInterrupt
 
 
 def test_the_same_seed_gives_the_same_search(text: str, whole: dict[str, Any]) -> None:
@@ -69,29 +82,21 @@ def test_the_same_seed_gives_the_same_search(text: str, whole: dict[str, Any]) -
 
 
 def test_a_search_that_was_cut_off_goes_on_to_the_same_end(
-    text: str, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    text: str, counted: tuple[dict[str, Any], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, count = evaluator.masked_losses, 0
+    (whole, asked), real, count = counted, evaluator.masked_losses, 0
 
-    def counted(limit: float) -> Callable[..., list[float]]:
-        def tried(*args: Any) -> list[float]:
-            nonlocal count
-            count += 1
-            if count > limit:
-                raise KeyboardInterrupt
-            return real(*args)
+    def tried(*args: Any) -> list[float]:
+        nonlocal count
+        count += 1
+        return stop() if count == 14 else real(*args)
 
-        return tried
-
-    monkeypatch.setattr(evaluator, "masked_losses", counted(13))
+    monkeypatch.setattr(evaluator, "masked_losses", tried)
     with pytest.raises(KeyboardInterrupt):
         found(text, study=tmp_path / "study")
-    before, count = count - 1, 0
-    monkeypatch.setattr(evaluator, "masked_losses", counted(math.inf))
+    assert count == 14
     assert json.dumps(found(text, study=tmp_path / "study")) == json.dumps(whole)
-    resumed, count = count, 0
-    found(text)
-    assert before == 13 and resumed == count - 13  # nothing was tried twice
+    assert count - 1 == asked  # nothing was tried twice
 
 
 def test_a_finished_study_asks_nothing_again_and_goes_further(
@@ -104,14 +109,17 @@ def test_a_finished_study_asks_nothing_again_and_goes_further(
     assert json.dumps(found(text, study=tmp_path / "study", restoration=False)) == json.dumps(first)
 
 
-def test_another_search_does_not_take_up_a_study(text: str, tmp_path: Path) -> None:
+def test_another_search_does_not_take_up_a_study(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = tmp_path / "study"
-    found(text, study=study)
+    monkeypatch.setattr(evaluator, "masked_losses", stop)
+    with pytest.raises(KeyboardInterrupt):
+        found(text, study=study)
     with pytest.raises(BillhookError, match=r"holds an unfinished run that differs in ratio"):
         found(text, study=study, ratio=0.4)
     with pytest.raises(BillhookError, match=r"differs in model"):
         billhook.prune(tiny.model("llama", 1), tokenizer=tiny.tokenizer(), study=study, calibration=text, **SMALL)
-    found(text, study=study, ratio=0.4, fresh=True)
+    with pytest.raises(KeyboardInterrupt):  # it is taken, and work begins
+        found(text, study=study, ratio=0.4, fresh=True)
 
 
 def test_two_processes_find_what_one_does(text: str, whole: dict[str, Any], tmp_path: Path) -> None:
@@ -119,10 +127,9 @@ def test_two_processes_find_what_one_does(text: str, whole: dict[str, Any], tmp_
     tiny.model("llama").save_pretrained(source)
     tiny.tokenizer().save_pretrained(source)
     given = {"calibration": text, **SMALL}
-    one = billhook.prune(source, **given).report["search"]
     two = billhook.prune(source, jobs=2, **given).report["search"]
-    assert [t["mask"] for t in one["trials"]] == [t["mask"] for t in two["trials"]]
-    assert one["winner"] == two["winner"]
+    assert [t["mask"] for t in whole["trials"]] == [t["mask"] for t in two["trials"]]
+    assert whole["winner"] == two["winner"]
     with pytest.raises(BillhookError, match="jobs: other processes cannot see a model in memory"):
         found(text, jobs=2)
 
