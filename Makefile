@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-whole test-slow test-latest bench-allocation bench-depth bench-recovery bench-search bench-masks bench-mixtures families docs check clean
+.PHONY: help demo test test-whole test-slow test-latest bench-allocation bench-depth bench-recovery bench-search bench-masks bench-mixtures recipes families docs check clean
 help:
 	@echo "make demo       prune a real model and see what it cost (first run fetches about 120 MB)"
 	@echo "make test       the fast test suite"
@@ -16,6 +16,7 @@ help:
 	@echo "make bench-search TRAIN=train.txt VALID=valid.txt TEXTS=demo   what a search for samples and metric is worth (hours; goes on)"
 	@echo "make bench-masks CALIBRATION=train.txt TEXTS='valid.txt demo'   what each method that makes zeros leaves (hours; goes on)"
 	@echo "make bench-mixtures CALIBRATION=train.txt TEXTS=valid.txt   fewer experts in a small mixture, trained for it (minutes)"
+	@echo "make recipes    run every recipe, compare its numbers (an hour; TEXTS=FOLDER: where wiki_train.txt lies)"
 	@echo "make families   write docs/families.md anew"
 	@echo "make docs       build the site into build/site, strictly: no broken link"
 	@echo "make check      lint, format, types"
@@ -60,6 +61,9 @@ bench-masks: $(VENV)/.base
 
 bench-mixtures: $(VENV)/.base
 	$(VENV)/bin/python benchmarks/mixtures.py $(CALIBRATION) $(firstword $(TEXTS))
+
+recipes: $(VENV)/.base
+	$(VENV)/bin/python benchmarks/recipes.py $(if $(TEXTS),--texts $(TEXTS))
 
 families: $(VENV)/.dev
 	$(VENV)/bin/python tests/families_page.py > docs/families.md

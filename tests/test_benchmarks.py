@@ -13,7 +13,13 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import yaml
 from test_docs import anchors
+from typer.testing import CliRunner
+
+from billhook.cli import app
+from billhook.cli import run as run_command
+from billhook.pruning.recipe_file import read_recipe
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -22,6 +28,7 @@ results = importlib.import_module("results")
 SHARED = ("results", "scoring")  # what benchmarks import; clients run in environments of their own
 SCRIPTS = [p for p in sorted(BENCHMARKS.rglob("*.py")) if p.stem not in SHARED and not p.stem.endswith("_client")]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 KEPT = sorted(results.FOLDER.glob("*.csv"))
 
 
@@ -158,3 +165,27 @@ def test_a_run_replaces_its_own_rows_and_adds_the_others(tmp_path: Path, monkeyp
     assert {row["command"] for row in rows} == {"python benchmarks/search_cost.py text.txt --repeats 3"}
     with pytest.raises(KeyError, match="no column pace"):
         results.write("search_cost", [{"pace": 1}], tmp_path)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_says_what_it_gives(path: Path) -> None:
+    file = read_recipe(path)
+    assert file.expect["tolerance"] > 0
+    assert file.expect["numbers"].keys() == {"parameters", "perplexity on news", "perplexity on lee"}
+    assert f"billhook run recipes/{path.name} -o OUT --check" in path.read_text(encoding="utf-8")
+    assert f"| [{path.name}]({path.name}) |" in (path.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_what_a_recipe_gives_is_read_from_what_run_prints(
+    folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    numbers = {"parameters": 112_949_568.0, "perplexity on news": 38.625, "perplexity on lee": 0.5}
+    monkeypatch.setattr(run_command, "measure", lambda *given: numbers)
+    expect = {"tolerance": 0.1, "numbers": {**numbers, "perplexity on lee": 44.45}}
+    settings = {"ratio": 0.2, "calibration": str(text_file), "samples": 10, "seq_len": 32, "multiple_of": 2}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"model": str(folder), **settings, "expect": expect}))
+    done = CliRunner().invoke(app, ["run", str(recipe), "-o", str(tmp_path / "out"), "--check"])
+    assert importlib.import_module("recipes").measured(done.stdout) == numbers
+    assert "not within 10.0% of what is expected: perplexity on lee" in str(done.exception)
