@@ -169,7 +169,7 @@ def test_taylor_sums_over_every_linear_weight(family: str) -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("total", [1, 2])
-@pytest.mark.covering
+@pytest.mark.covering(some={"preset": 3})
 def test_a_model_without_inner_layers_has_none_to_give(total: int, preset: str, tmp_path: Path) -> None:
     deep(total).save_pretrained(tmp_path / "model")
     tiny.tokenizer().save_pretrained(tmp_path / "model")
@@ -192,6 +192,7 @@ def test_what_was_measured_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.covering(some={"preset": 3})
 def test_a_chopped_model_is_written_whole(preset: str, tmp_path: Path, text_file: Path) -> None:
     deep(8).save_pretrained(tmp_path / "model")
     tiny.tokenizer().save_pretrained(tmp_path / "model")

@@ -69,6 +69,7 @@ def holds(check: str, *given: Any) -> None:
         *(pytest.param(SLOW[name], id=name, marks=pytest.mark.slow) for name in SLOW),
     ],
 )
+@pytest.mark.covering(some={"case": 2})
 def test_every_method_prunes_as_on_the_cpu(case: Case, text_file: Path) -> None:
     holds("every_method_prunes_as_on_the_cpu", case, text_file)
 

@@ -104,7 +104,7 @@ def killed(bench: Path, after: float, **more: Any) -> bool:
     ],
 )
 def test_a_killed_run_ends_as_if_it_had_not_been(trainable: str, after: float, bench: Path) -> None:
-    more = {"trainable": trainable, "rank": 4, **LONG}
+    more = {"trainable": trainable, "rank": 4, "tokens": 40 * 2 * LENGTH}
     whole = run(bench, "whole", **more)
     assert killed(bench, after, **more), "it was done before it could be killed"
     assert not list((bench / "work").glob("*.partial"))

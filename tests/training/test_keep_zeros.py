@@ -268,7 +268,7 @@ def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(
     trainable: str, end: Callable[..., None], bench: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainer, "SAVE_SECONDS", 0.1)
-    more = {"trainable": trainable, "tokens": (60 if end is killed else 30) * LENGTH}
+    more = {"trainable": trainable, "tokens": (36 if end is killed else 26) * LENGTH}
     end(bench, **more)
     assert schedule.step_of(schedule.checkpoints(bench / "work")[-1]) < more["tokens"] // LENGTH
     lines: list[str] = []
