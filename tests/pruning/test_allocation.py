@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from test_observe import activations, close, grams, spoil
+from test_walk import activations, close, grams, spoil
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 

@@ -40,7 +40,7 @@ from billhook.math.sparsity import Support
 from billhook.tensors import Cross, Gram, Weight
 
 STARTS = {"magnitude": magnitude.prune, "wanda": wanda.prune, "sparsegpt": sparsegpt.prune}
-SMALLEST = 1e-6  # of max|C|: the lower end of the bisection
+SMALLEST = 1e-6  # lower end of the bisection, as a share of max|C|
 POWER_STEPS = 50
 IN_THE_LOOP = 10  # iterations of a refit there; as good as 30, which its last one takes (docs/LOG.md)
 SAFETY = 1.01  # power iteration comes from below

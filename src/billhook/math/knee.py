@@ -7,7 +7,7 @@ import numpy as np
 from scipy.special import fdtri  # importing scipy.stats in its place would take half a second
 
 GRID = 400  # change-points tried, between the second and the last but one ratio
-CONFIDENCE = 0.9  # of the interval
+CONFIDENCE = 0.9  # probability that the interval holds
 BEND = 1.5  # least quotient of the second slope and the first
 FEWEST = 5  # points needed to fit four numbers
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from billhook.errors import BillhookError, one_of
 
 FUNCTIONS = ("identity", "sqrt", "square", "exp", "log", "sigmoid", "softmax")
-SCALES = ("none", "row", "column", "both", "sum", "mean", "frobenius")  # one over the sum of a row, …
-ALIKE = {"row": "none", "sum": "none", "mean": "none", "frobenius": "none", "exp": "softmax"}  # to the order in a row
+SCALES = ("none", "row", "column", "both", "sum", "mean", "frobenius")  # divisors: the sum of a row, of a column, …
+ALIKE = {"row": "none", "sum": "none", "mean": "none", "frobenius": "none", "exp": "softmax"}  # same order within a row
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Metric:
 
     @property
     def canonical(self) -> "Metric":
-        """The one of all points that order every row alike."""
+        """The representative of all points that order every row alike."""
         return Metric(*(ALIKE.get(name, name) for name in (self.alpha, self.f1, self.beta, self.f2)))
 
 

@@ -31,8 +31,10 @@ def score(W: Weight, norms: Tensor, metric: Metric) -> Weight:
     Raises:
         BillhookError: it is not finite: no order of weights.
     """
-    size, X, one = W.abs(), norms[None], metric.canonical
-    S = _scaled(_function(size, one.f1), size, one.alpha) * _scaled(_function(X, one.f2), X, one.beta)
+    size, X, canonical = W.abs(), norms[None], metric.canonical
+    S = _scaled(_function(size, canonical.f1), size, canonical.alpha) * _scaled(
+        _function(X, canonical.f2), X, canonical.beta
+    )
     if S.isnan().any():
         raise BillhookError(f"the metric {metric} is not a number here")
     return S
@@ -57,7 +59,7 @@ def _function(A: Tensor, name: str) -> Tensor:
     if name == "square":
         return A * A
     if name == "log":
-        return A.clamp(min=math.exp(-50)).log()  # of zero too
+        return A.clamp(min=math.exp(-50)).log()  # finite for zero, too
     if name == "sigmoid":
         return A.sigmoid()
     return A.softmax(1) if name == "softmax" else A

@@ -56,21 +56,21 @@ def sweep(W: Weight, U: Gram, pattern: Pattern, settings: Settings) -> tuple[Wei
     quota = Quota(pattern, out * columns, 0 if forced is None else int(forced.sum()))
     width = settings.block if pattern.group is None else max(settings.block // pattern.group, 1) * pattern.group
     span = width if pattern.group is None else pattern.group
-    for left in range(0, columns, width):
-        right = min(left + width, columns)
-        errors = torch.empty_like(V[left:right])
-        for j in range(left, right):
-            if (j - left) % span == 0:
-                part = slice(j, min(j + span, right))
+    for start in range(0, columns, width):
+        end = min(start + width, columns)
+        errors = torch.empty_like(V[start:end])
+        for j in range(start, end):
+            if (j - start) % span == 0:
+                part = slice(j, min(j + span, end))
                 # what overflows on an input that is as good as dead is no number, which nothing could be compared with
                 scores = (V[part].square() / U.diagonal()[part, None].square()).nan_to_num_(
                     nan=torch.inf, posinf=torch.inf
                 )
                 stay[part] = quota.keep(scores, None if forced is None else forced[part])
             e = V[j] * ~stay[j] / U[j, j]
-            V[j:right].addr_(U[j, j:right], e, alpha=-1)
-            errors[j - left] = e
-        V[right:].addmm_(U[left:right, right:].T, errors, alpha=-1)
+            V[j:end].addr_(U[j, j:end], e, alpha=-1)
+            errors[j - start] = e
+        V[end:].addmm_(U[start:end, end:].T, errors, alpha=-1)
     return V.T * stay.T, stay.T.contiguous()
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-RANDOM = ("drop", "jitter")  # parts of config keys: dropout, attn_pdrop, layerdrop, router_jitter_noise
+RANDOM = ("drop", "jitter")  # parts of config keys such as dropout, attn_pdrop, layerdrop, router_jitter_noise
 OTHER_HEADS = ("classifier", "summary")  # starts of config keys of heads that predict no next token
 
 

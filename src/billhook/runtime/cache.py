@@ -124,8 +124,8 @@ class Grams:
         Raises:
             BillhookError: the file cannot be read.
         """
-        found, where = load(self._file(reader), "delete it, it will be made again", ["fit"]), float64_device(device)
-        return found["fit"].to(where), found["held_out"].to(where) if "held_out" in found else None
+        tensors, target = load(self._file(reader), "delete it, it will be made again", ["fit"]), float64_device(device)
+        return tensors["fit"].to(target), tensors["held_out"].to(target) if "held_out" in tensors else None
 
     def keep(self, reader: str, fit: Gram, held_out: Gram | None) -> None:
         """Write one reader's Grams.  Raises BillhookError if the disk does not take them."""

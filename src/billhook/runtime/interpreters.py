@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Arguments: an import path as JSON, a script, its arguments.  Runs the script; imports search that path, without billhook.
+# Arguments: an import path as JSON, a script, its arguments.  Runs the script with that path, without billhook.
 START = """
 import json, runpy, sys
 sys.path[:], sys.modules["billhook"], sys.argv[:] = json.loads(sys.argv[1]), None, sys.argv[2:]

@@ -192,9 +192,9 @@ class OffloadedModule:
             meta = placeholders[name]
             if new.shape != meta.shape:
                 meta = nn.Parameter(torch.empty_like(new, device="meta"), new.requires_grad)
-            for other, owner, leaf in places[id(placeholders[name])]:
+            for tied, owner, leaf in places[id(placeholders[name])]:
                 owner._parameters[leaf] = meta
-                store.files[other], store.keys[other] = store.files[name], store.keys[name]
+                store.files[tied], store.keys[tied] = store.files[name], store.keys[name]
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Its parameters as they are now, by name in the model."""

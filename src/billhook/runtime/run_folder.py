@@ -127,7 +127,7 @@ def _read_key(path: Path) -> dict[str, Any]:
 
 
 def _differing(known: dict[str, Any], key: dict[str, Any]) -> set[str]:
-    before, now = ({**each, **_settings(each), "settings": None} for each in (known, key))
+    before, now = ({**settings, **_settings(settings), "settings": None} for settings in (known, key))
     return {name for name in before.keys() | now.keys() if before.get(name) != now.get(name)} - CHANGEABLE
 
 

@@ -1,7 +1,6 @@
-"""Text in files: plain, or records with a field `text` (JSON by line or as one list, CSV, parquet), packed by gzip or
-not.
+"""Text in files: plain, or records with a field `text` (JSON lines, a JSON list, CSV, parquet), gzipped or not.
 
-What a file is, and how large, is looked at before it is read, and no line is read further than windows could need.
+Kind and size of a file are checked before it is read, and a line is read only as far as windows could need it.
 """
 
 import csv
@@ -20,18 +19,18 @@ from billhook.runtime.documents import check_plain
 
 LOG = logging.getLogger("billhook")
 FIELD = "text"
-LARGEST = 2**30  # bytes of a file, unpacked: its tokens take ten times that
-LONGEST = 2**21  # bytes of a line of text: half a million tokens, where a prune looks at a quarter of a million
-LARGEST_RECORD = 2**27  # bytes of what is parsed at once: it takes four times that
+LARGEST = 2**30  # bytes of an unpacked file; its tokens take ten times as much memory
+LONGEST = 2**21  # bytes of a line of text: half a million tokens, twice as many as a prune looks at
+LARGEST_RECORD = 2**27  # bytes that are parsed at once; that takes four times as much memory
 PLAIN = "give a plain file with a part of it"
-SHOWN, LONGEST_NAME = 5, 60  # names in a line, characters of one
+SHOWN, LONGEST_NAME = 5, 60  # how many names a message shows, and characters of each
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file: all of it, or of records their `text` fields.  What is cut off long lines is said.
+    """The text of a UTF-8 file: its content, or the `text` fields of its records.  Warns of long lines that are cut.
 
     Raises:
-        BillhookError: it cannot be read, is a device or a pipe, is too large, or is empty.
+        BillhookError: the file cannot be read, is a device or a pipe, is too large, or is empty.
     """
     inner = path.with_suffix("") if packed(path) else path
     read = READERS.get(inner.suffix.lower(), _plain)
@@ -41,7 +40,7 @@ def read_text(path: Path) -> str:
             text = read(path, file)
     except UnicodeDecodeError as error:
         raise BillhookError(f"text {path} is not UTF-8 (byte {error.start}): convert it first") from error
-    except (OSError, EOFError, ZlibError) as error:  # gzip's among them
+    except (OSError, EOFError, ZlibError) as error:  # also gzip's errors
         raise BillhookError(f"text {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if not text.strip():
         raise BillhookError(f"text {path} is empty")
@@ -49,33 +48,33 @@ def read_text(path: Path) -> str:
 
 
 def read_folder(folder: Path) -> str:
-    """The texts of all files below a folder, by name; says which are no texts.
+    """The texts of all files below a folder, in the order of their names.  Warns of files that are no texts.
 
     Raises:
-        BillhookError: as `read_text`, or none of them is a text.
+        BillhookError: as `read_text`, or no file is a text.
     """
     files = sorted(path for path in folder.rglob("*") if not path.is_dir())
     texts = [path for path in files if is_text(path) and path.is_file()]
     if not texts:
         raise BillhookError(f"text folder {folder} holds no {', '.join(READERS)} file")
-    if left := [ascii(str(path.relative_to(folder))) for path in files if path not in set(texts)]:
-        more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
-        LOG.warning("text folder %s: left out, no texts: %s%s", folder, ", ".join(left[:SHOWN]), more)
+    if skipped := [ascii(str(path.relative_to(folder))) for path in files if path not in set(texts)]:
+        remainder = f" and {len(skipped) - SHOWN} more" if len(skipped) > SHOWN else ""
+        LOG.warning("text folder %s: left out, no texts: %s%s", folder, ", ".join(skipped[:SHOWN]), remainder)
     return "\n\n".join(map(read_text, texts))
 
 
 def is_text(path: Path) -> bool:
-    """Whether a name is a text's."""
+    """Whether a file's name is that of a text."""
     return (path.with_suffix("") if packed(path) else path).suffix.lower() in READERS
 
 
 def name_of(path: Path) -> str:
-    """What a text goes by: its file's name without what says its kind."""
+    """A text's name: its file's name without suffixes."""
     return (path.with_suffix("") if packed(path) else path).stem
 
 
 def packed(path: Path) -> bool:
-    """Whether a name says that gzip packed it."""
+    """Whether a file's name is that of a gzipped one."""
     return path.suffix.lower() == ".gz"
 
 
@@ -94,24 +93,23 @@ def _by_line(path: Path, file: BufferedIOBase) -> str:
 
 
 def _json(path: Path, file: BufferedIOBase) -> str:
-    """One list of records, by itself or under the only key that has one; one record; or records by line, whatever the
-    name says."""
+    """A list of records, alone or under the only key with a list; or one record; or JSON lines under another name."""
     content = file.read(LARGEST_RECORD + 1)
     if len(content) > LARGEST_RECORD:
         raise BillhookError(f"text {path} is JSON beyond {LARGEST_RECORD:,} bytes: write it as .jsonl, a record a line")
     try:
-        found = json.loads(content.decode("utf-8-sig"))
-    except (json.JSONDecodeError, RecursionError):  # of lines, one is wrong, or all of them are right
+        document = json.loads(content.decode("utf-8-sig"))
+    except (json.JSONDecodeError, RecursionError):  # these may be JSON lines; a wrong line is named
         lines = enumerate(content.split(b"\n"), 1)
         return _of_records(path, ((n, _parsed(path, f", line {n}", line)) for n, line in lines if line.strip()))
-    except ValueError as error:  # a number of thousands of digits
+    except ValueError as error:  # a number with thousands of digits
         if isinstance(error, UnicodeDecodeError):
             raise
         raise BillhookError(f"text {path}: not JSON ({first_line(error)})") from error
-    if isinstance(found, dict) and FIELD not in found:
-        lists = [one for one in found.values() if isinstance(one, list)]
-        found = lists[0] if len(lists) == 1 else found
-    return _of_records(path, enumerate(found if isinstance(found, list) else [found], 1), "record")
+    if isinstance(document, dict) and FIELD not in document:
+        lists = [value for value in document.values() if isinstance(value, list)]
+        document = lists[0] if len(lists) == 1 else document
+    return _of_records(path, enumerate(document if isinstance(document, list) else [document], 1), "record")
 
 
 def _csv(path: Path, file: BufferedIOBase) -> str:
@@ -155,7 +153,9 @@ def _parquet(path: Path, file: BufferedIOBase) -> str:
         raise BillhookError(f"text {path} is no parquet that can be read ({first_line(error)})") from error
 
 
-READERS: dict[str, Callable[[Path, BufferedIOBase], str]] = {  # of other names a file is plain text
+READERS: dict[
+    str, Callable[[Path, BufferedIOBase], str]
+] = {  # readers by suffix; files with other suffixes are plain text
     ".txt": _plain,
     ".jsonl": _by_line,
     ".ndjson": _by_line,
@@ -166,7 +166,7 @@ READERS: dict[str, Callable[[Path, BufferedIOBase], str]] = {  # of other names 
 
 
 def _lines(path: Path, file: BufferedIOBase, longest: int) -> Iterator[tuple[bytes, bool]]:
-    """Each line with its end, and whether it is longer than `longest` bytes and was cut there."""
+    """Yield each line with its end, and whether it was longer than `longest` bytes and cut there."""
     total = 0
     while line := file.readline(longest):
         cut, end, total = False, line, total + len(line)
@@ -183,7 +183,7 @@ def _check_total(path: Path, total: int) -> None:
 
 
 def _whole(line: bytes) -> bytes:
-    """A line without the last character, which a cut may have gone through."""
+    """A cut line without its last character, which may be incomplete."""
     end = len(line)
     while end and line[end - 1] & 0xC0 == 0x80:
         end -= 1
@@ -191,7 +191,7 @@ def _whole(line: bytes) -> bytes:
 
 
 def _records(path: Path, file: BufferedIOBase, blank: bool = False) -> Iterator[tuple[int, bytes]]:
-    """The lines that hold something, or all, numbered from 1."""
+    """Yield the lines that are not blank, or all of them, numbered from 1."""
     for n, (line, cut) in enumerate(_lines(path, file, LARGEST_RECORD), 1):
         if cut:
             raise BillhookError(f"text {path}, line {n}: a record of more than {LARGEST_RECORD:,} bytes: cut it")
@@ -206,12 +206,12 @@ def _parsed(path: Path, where: str, line: bytes) -> Any:
         raise BillhookError(f"text {path}{where} is not UTF-8 (byte {error.start}): convert it first") from error
     except RecursionError:
         raise BillhookError(f"text {path}{where}: not JSON (nested too deeply)") from None
-    except ValueError as error:  # no JSON, or a number of thousands of digits
+    except ValueError as error:  # not JSON, or a number with thousands of digits
         raise BillhookError(f"text {path}{where}: not JSON ({getattr(error, 'msg', error)})") from error
 
 
 def _of_records(path: Path, records: Iterable[tuple[int, Any]], kind: str = "line") -> str:
-    """The texts of numbered records, as one."""
+    """The texts of numbered records, joined."""
     texts, cut, total = [], 0, 0
     for n, record in records:
         if not isinstance(record, dict) or not isinstance(record.get(FIELD), str):
