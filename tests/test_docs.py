@@ -18,7 +18,12 @@ from billhook.pruning.recipe import Recipe
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(
-    [*ROOT.glob("*.md"), ROOT / "benchmarks" / "README.md", *DOCS.rglob("*.md"), *(ROOT / ".github").rglob("*.md")]
+    [
+        *ROOT.glob("*.md"),
+        *DOCS.rglob("*.md"),
+        *(ROOT / ".github").rglob("*.md"),
+        *(ROOT / folder / "README.md" for folder in ("benchmarks", "recipes")),
+    ]
 )
 LIMIT = 120  # characters of a line of prose; tables and links cannot be wrapped
 
