@@ -145,7 +145,7 @@ def _reason(cut: str, why: str) -> str:
 
 def method_cell(model: PreTrainedModel, name: str, family: str, note: Notes) -> str:
     method = METHODS[name]
-    if method.linear or method.default_kinds == ("layers",):
+    if method.zeros or method.default_kinds == ("layers",):
         why = refusal(model, "layers", "uniform") if method.default_kinds else ""
         return f"no {note(why)}" if why else "yes"
     cells = {kind: axis_cell(model, kind, family, note) for kind in method.kinds if kind != "layers"}

@@ -28,6 +28,7 @@ def _hush_libraries() -> None:
     """
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # for processes that share the work
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # looking for some reads every package's metadata
     logging.getLogger().addHandler(logging.NullHandler())  # without one, Python prints what loggers warn of
     if not sys.warnoptions:
         warnings.simplefilter("ignore")

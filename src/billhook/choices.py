@@ -155,6 +155,8 @@ PARTS = {
     "speed": "tokens a second, and the memory of a prefill",
     "texts": "what they write",
 }
+NEW_TOKENS = 48  # of a continuation that `evaluate` shows
+MEASURING_SECONDS = 60  # of `forecast`: two seconds say little on a machine that others use
 FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7, "Q5_1": 9, "Q5_0": 8, "Q4_1": 3, "Q4_0": 2}  # llama_ftype
 QUANTIZER = "llama-quantize"  # the program that writes the K-quants
 BY_QUANTIZER = ("Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K")

@@ -11,15 +11,14 @@ from torch import Tensor
 from billhook.calibration.linears import operators
 from billhook.cuts.masking import target_of
 from billhook.math import admm, restore, sparsity
-from billhook.math.layerwise import Settings, SparseWeight, Target, squared_error
+from billhook.math.layerwise import Settings, Target, squared_error
 from billhook.math.pattern import Pattern
-from billhook.methods import METHODS
+from billhook.math.solvers import SOLVERS
 from billhook.models.experts import unfuse
 from billhook.models.families import weight_of
 
 OUT, IN, TOKENS = 16, 24, 200
 HALF, TWO_FOUR = Pattern(sparsity=0.5), Pattern(zeros=2, group=4)
-SOLVERS: dict[str, Callable[..., SparseWeight]] = {name: one.linear for name, one in METHODS.items() if one.linear}
 REFINING = ("fistapruner", "admm")
 ROUNDING = 1e-6  # of what is put out: sweeps and iterations are float32
 ROLES = [("down",), pytest.param(("q", "k", "v", "o", "gate", "up"), marks=pytest.mark.slow)]

@@ -22,7 +22,7 @@ from billhook.models.axes import axes
 from billhook.models.plan import Plan, even_plan
 from billhook.models.sizes import saved_by
 from billhook.models.surgery import drop_layers, zero
-from billhook.pruning import compare
+from billhook.pruning import compare, contenders
 from billhook.pruning.recipe import recipe
 from billhook.reports.search_tables import outcome_words
 from billhook.runtime.progress import quiet
@@ -482,7 +482,7 @@ def test_it_competes_like_any_method(text: str, tmp_path: Path) -> None:
     tiny.tokenizer().save_pretrained(source)
     opened = load.open_model(str(source))
     by = compare.judged(opened, [data.Text("words", tiny.text(300))], 32, 4, tmp_path / "kept")
-    contenders = [compare.contender(one) for one in ("adapruner:trials=10,pool=24,pool_len=32", "fasp")]
+    contenders = [contenders.contender(one) for one in ("adapruner:trials=10,pool=24,pool_len=32", "fasp")]
     common = {"samples": 4, "seq_len": 64, "multiple_of": 4, "calibration": text}
     _, searched, fasp = compare.compare(opened, contenders, [0.3], by, common)
     assert searched["error"] is None and searched["parameters"] == fasp["parameters"]

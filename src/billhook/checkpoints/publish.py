@@ -6,7 +6,6 @@ from typing import Any
 
 from billhook.checkpoints import save, verify
 from billhook.checkpoints.clients import check
-from billhook.errors import BillhookError
 from billhook.models.modes import evaluation_mode
 from billhook.reports import card, page, records
 from billhook.runtime import atomic
@@ -45,19 +44,3 @@ def publish(
     atomic.write_text(work / "README.md", card.model_card(record))
     page.save(work / "report.html", content())
     tick("saving", 2, 2)
-
-
-def check_out(out: Path, source: Path | None, overwrite: bool) -> None:
-    """Refuse an output folder that is taken, or that would put result and source inside each other."""
-    check_apart(out, source)
-    if source is not None and out.resolve() in source.resolve().parents:
-        raise BillhookError(f"{out} holds the model's own folder {source}: choose another output")
-    atomic.check_free(out, overwrite)
-
-
-def check_apart(out: Path, source: Path | None) -> None:
-    """Refuse to write in a model's own folder, or over its file."""
-    atomic.check_name(out)
-    if source is not None and source.exists() and source.resolve() in (out.resolve(), *out.resolve().parents):
-        fault = "lies inside the model's own folder" if source.is_dir() else "is the model's own file"
-        raise BillhookError(f"{out} {fault} {source}: choose another output")

@@ -2,21 +2,23 @@
 
 commands  The app and its commands by name: a command's own module is imported once it is asked for
 compare   Commands that prune many times and judge: compare, sweep
-evaluate  Commands that look at models: evaluate, inspect, methods
+console   What a command shows while it works: consoles, a spinner while libraries load, progress bars
+evaluate  Commands that look at models: evaluate, inspect
 export    Commands that carry a result to where it is served: check, export
-options   What the commands share: the consoles, common options, and the progress bar
+help      How help is printed: plain text at once, options under the headings that they name
+methods   The command that says what each method is: methods
+options   What commands share before they work: common options, and checks of what needs no model
 prune     The command prune
 recover   Commands that train, and say beforehand what training buys: recover, forecast
 run       Commands that prune without options: run, demo
 search    The command that searches for calibration samples and metric before it prunes: search
+work      What commands share once they work; it brings torch
 """
 
 import logging
 import sys
-from importlib.metadata import version
 from typing import Annotated, NoReturn, cast
 
-import psutil
 import typer
 
 from billhook.cli.commands import app
@@ -34,6 +36,8 @@ PATIENCE = 2.0  # seconds for the processes that this one started to clear up af
 
 def _show_version(wanted: bool | None) -> None:
     if wanted:
+        from importlib.metadata import version
+
         typer.echo(f"billhook {version('billhook')}")
         raise typer.Exit
 
@@ -91,6 +95,8 @@ def _run() -> NoReturn:
 
 def _end_children() -> None:
     """Workers, and interpreters of other clients."""
+    import psutil
+
     tracker = "multiprocessing.resource_tracker"  # ends by itself, once it has cleared up after the others
     children = [one for one in psutil.Process().children() if tracker not in " ".join(one.cmdline())]
     for one in children:

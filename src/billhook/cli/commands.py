@@ -1,11 +1,12 @@
-"""The app and its commands by name: a command's own module, which brings torch, is imported once the command is asked for."""
+"""The app and its commands by name: a command's own module is imported once the command is asked for."""
 
 from importlib import import_module
 from typing import Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command_from_info
+
+from billhook.cli.help import Command, Group
 
 COMMANDS = {  # name: module, first line of its help
     "compare": (
@@ -21,7 +22,10 @@ COMMANDS = {  # name: module, first line of its help
         "Measure models side by side: size, perplexity, zero-shot tasks, speed, memory, and what they write.",
     ),
     "inspect": ("evaluate", "Show what MODEL is made of and what can be pruned, without loading its weights."),
-    "methods": ("evaluate", "List every method: paper, what it prunes, what it needs."),
+    "methods": (
+        "methods",
+        "List every method, or say all of one: what it does, its paper, settings, needs and clients.",
+    ),
     "prune": ("prune", "Prune MODEL once, without training; write OUT, reload it and compare."),
     "recover": ("recover", "Train a pruned MODEL back, by distillation or on text; write OUT, reload it and compare."),
     "forecast": (
@@ -49,7 +53,7 @@ COMMANDS = {  # name: module, first line of its help
 FORMER = {"plan": "forecast"}  # names that commands had: understood, and not listed
 
 
-class Commands(TyperGroup):
+class Commands(Group):
     """Lists every command by `COMMANDS` alone, and imports the one that is asked for, or completed."""
 
     def __init__(self, **attributes: Any) -> None:
@@ -74,16 +78,17 @@ app = typer.Typer(
     help="Prune a Hugging Face causal language model into a smaller, faster checkpoint.\n\n"
     "MODEL is a folder, a hub id (owner/name), a .gguf file, or 'demo' (SmolLM2-135M-Instruct). Start with: billhook demo",
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
 )
 
 
-def _listed(name: str) -> TyperCommand:
-    return TyperCommand(name, help=COMMANDS[name][1], rich_markup_mode="rich")
+def _listed(name: str) -> Command:
+    return Command(name, help=COMMANDS[name][1], rich_markup_mode=None)
 
 
 def command(name: str) -> Any:
     """The whole command, as its module defines it on `app`."""
     import_module(f"billhook.cli.{COMMANDS[name][0]}")
     (info,) = (info for info in app.registered_commands if info.name == name)
-    return get_command_from_info(info, pretty_exceptions_short=False, rich_markup_mode="rich")
+    info.cls = Command
+    return get_command_from_info(info, pretty_exceptions_short=False, rich_markup_mode=None)

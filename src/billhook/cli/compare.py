@@ -6,45 +6,35 @@ from typing import Annotated, Any
 
 import typer
 
-from billhook import data, demo
-from billhook.checkpoints import load
 from billhook.choices import AXIS_STREAMS
 from billhook.cli.commands import app
 from billhook.cli.options import (
+    MACHINE,
+    Calibration,
     Device,
     Dtype,
     JsonFile,
     Markdown,
     Model,
     Page,
+    Samples,
+    Seed,
     SeqLen,
     Texts,
     Windows,
     check_outputs,
     check_seq_len,
-    choice,
     command_line,
     listed,
-    out,
-    progress,
+    option,
 )
 from billhook.errors import BillhookError
 from billhook.methods import METHODS
-from billhook.pruning import compare
+from billhook.pruning import contenders as compared
 from billhook.pruning.recipe import Recipe
-from billhook.reports import page, records, tables, terminal
-from billhook.runtime import atomic
-from billhook.runtime.progress import Tick
 
-DEFAULT = Recipe(ratio=0.5)
-Calibration = Annotated[
-    str,
-    typer.Option(
-        help="text to calibrate on: a file (.txt, .jsonl, .json, .csv, .parquet, .gz), a folder of them, a hub data set, or 'demo'"
-    ),
-]
-Samples = Annotated[int, typer.Option(help="windows to calibrate on")]
-Seed = Annotated[int, typer.Option(help="of the draw of windows")]
+DEFAULT = Recipe.model_construct()
+COMPARED = "What is compared"
 
 
 @app.command(name="compare")
@@ -52,14 +42,13 @@ def compare_command(
     model: Model,
     methods: Annotated[
         list[str],
-        typer.Option(
-            help="contender: a method, with settings if wanted (fasp:score=wanda,stream=dense); may be repeated, or plain "
-            "methods with commas",
+        option(
+            *(COMPARED, "a method, with settings if wanted (fasp:score=wanda,stream=dense); may be repeated"),
             show_default=False,
         ),
     ],
     ratio: Annotated[
-        list[float], typer.Option(help="share of the decoder to remove; may be repeated", show_default=False)
+        list[float], option(COMPARED, "share of the decoder to remove; may be repeated", show_default=False)
     ],
     calibration: Calibration = DEFAULT.calibration,
     samples: Samples = DEFAULT.samples,
@@ -67,7 +56,7 @@ def compare_command(
     seed: Seed = DEFAULT.seed,
     text: Texts = None,
     windows: Windows = None,
-    jobs: Annotated[int, typer.Option(min=1, help="prunes at a time, each in a process with a model of its own")] = 1,
+    jobs: Annotated[int, option(MACHINE, "prunes at a time, each in a process of its own", min=1)] = 1,
     device: Device = "auto",
     dtype: Dtype = "auto",
     json: JsonFile = None,
@@ -80,15 +69,19 @@ def compare_command(
 
     Example: billhook compare demo --methods fasp --methods fasp:score=wanda,stream=dense --ratio 0.2
     """
-    contenders = [compare.contender(part) for one in methods for part in ([one] if ":" in one else listed(one))]
+    contenders = [compared.contender(part) for one in methods for part in ([one] if ":" in one else listed(one))]
     if not contenders:
         raise BillhookError(f"--methods names none: valid: {', '.join(METHODS)}")
     common = _common(calibration, samples, seq_len, seed, device, dtype)
     for one in contenders:  # impossible settings cost no work
         for share in ratio:
-            compare.settled(one, share, common)
+            compared.settled(one, share, common)
     check_outputs(json, html, model)
     started = time.perf_counter()
+    from billhook.cli.console import loading, progress
+
+    with loading():
+        from billhook.pruning import compare
     with progress() as tick:
         opened, by = _opened(model, text, windows, common, tick)
         points = compare.compare(opened, contenders, ratio, by, common, jobs=jobs, tick=tick)
@@ -100,14 +93,13 @@ def compare_command(
 def sweep_command(
     model: Model,
     ratios: Annotated[
-        str, typer.Option(help="ratios to prune by: first:last:step, or some with commas", show_default=False)
+        str, option(COMPARED, "ratios to prune by: first:last:step, or some with commas", show_default=False)
     ],
     method: Annotated[
-        str, choice(METHODS, "a method, with settings if wanted: fasp:layout=per_layer,allocation=global")
+        str, option(COMPARED, "a method, with settings: fasp:layout=per_layer,allocation=global", names=METHODS)
     ] = "fasp",
     stream: Annotated[
-        str,
-        choice(AXIS_STREAMS, "dense: one pass serves all ratios; dense_target (prune's default) makes one for each"),
+        str, option(COMPARED, "dense: one pass serves all ratios; the others make one for each", names=AXIS_STREAMS)
     ] = "dense",
     calibration: Calibration = DEFAULT.calibration,
     samples: Samples = DEFAULT.samples,
@@ -125,11 +117,15 @@ def sweep_command(
 
     Example: billhook sweep demo --ratios 0.1:0.6:0.1 --report sweep.html
     """
-    shares, one = _ratios(ratios), compare.contender(method)
+    shares, one = _ratios(ratios), compared.contender(method)
     common = {**_common(calibration, samples, seq_len, seed, device, dtype), "stream": stream}
-    chosen = [compare.settled(one, share, common) for share in shares]
+    chosen = [compared.settled(one, share, common) for share in shares]
     check_outputs(json, html, model)
     started = time.perf_counter()
+    from billhook.cli.console import loading, progress
+
+    with loading():
+        from billhook.pruning import compare
     with progress() as tick:
         opened, by = _opened(model, text, windows, common, tick)
         points = compare.sweep(opened, one.name, chosen, by, tick)
@@ -148,9 +144,12 @@ def _common(calibration: str, samples: int, seq_len: int, seed: int, device: str
     }
 
 
-def _opened(
-    model: str, text: list[str] | None, windows: int | None, common: dict[str, Any], tick: Tick
-) -> tuple[load.Opened, compare.Judged]:
+def _opened(model: str, text: list[str] | None, windows: int | None, common: dict[str, Any], tick: Any) -> Any:
+    """The model, and the texts that all results are judged by."""
+    from billhook import data, demo
+    from billhook.checkpoints import load
+    from billhook.pruning import compare
+
     texts = data.evaluation_texts(text or ["demo"], tick)
     opened = load.open_model(model, device=common["device"], dtype=common["dtype"], tick=tick)
     kept = demo.cache_folder() / "results"
@@ -179,12 +178,17 @@ def _show(
     kind: str,
     title: str,
     points: list[dict[str, Any]],
-    opened: load.Opened,
+    opened: Any,
     started: float,
     json: Path | None,
     html: Path | None,
     markdown: bool,
 ) -> None:
+    from billhook.cli.console import out
+    from billhook.pruning import compare
+    from billhook.reports import page, records, tables, terminal
+    from billhook.runtime import atomic
+
     seconds = time.perf_counter() - started
     found = compare.bend(points) if kind == "sweep" else None
     where = records.conditions(opened.model, command_line(), seconds)

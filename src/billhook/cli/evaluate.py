@@ -1,16 +1,13 @@
-"""Commands that look at models: evaluate, inspect, methods."""
+"""Commands that look at models: evaluate, inspect."""
 
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
-from billhook import data, demo
-from billhook.checkpoints import load
-from billhook.choices import AXIS_STREAMS, GRADIENT_SCORES, KINDS, OPERATOR_STREAMS, PARTS, PRESETS, ROLES, SCORES
+from billhook.choices import KINDS, NEW_TOKENS, PARTS
 from billhook.cli.commands import app
 from billhook.cli.options import (
     Device,
@@ -28,22 +25,12 @@ from billhook.cli.options import (
     check_seq_len,
     command_line,
     counts,
-    err,
     listed,
-    out,
-    print_measures,
-    progress,
+    option,
 )
 from billhook.errors import BillhookError, one_of
-from billhook.evaluation import side_by_side, zeroshot
-from billhook.evaluation.continuations import NEW_TOKENS, PROMPTS
-from billhook.methods import METHODS
-from billhook.models import limits
-from billhook.models.families import FAMILIES
-from billhook.reports import page, records, tables
-from billhook.runtime import atomic
-from billhook.runtime.offload import is_offloaded
-from billhook.runtime.progress import Tick
+
+MEASURED = "What is measured"
 
 
 @app.command(name="evaluate")
@@ -55,36 +42,27 @@ def evaluate_command(
         ),
     ],
     against: Annotated[
-        str | None,
-        typer.Option(help="the model that the others are compared with: the unpruned one", show_default=False),
+        str | None, option(MEASURED, "the model that the others are compared with: the unpruned", show_default=False)
     ] = None,
     text: Texts = None,
     seq_len: SeqLen = 512,
     windows: Windows = None,
     tasks: Annotated[
         list[str] | None,
-        typer.Option(
-            help="zero-shot task of lm-eval by name, a YAML file of one, or a folder of them; may be repeated, or with commas",
-            show_default=False,
-        ),
+        option(MEASURED, "zero-shot task of lm-eval, a YAML file, or a folder; may be repeated", show_default=False),
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="score at most this many documents of each task", show_default="all")
-    ] = None,
-    batch_sizes: Annotated[
-        str, typer.Option(help="batch sizes to time, with commas; tasks are scored in the largest")
-    ] = "1",
-    context_lengths: Annotated[str, typer.Option(help="prompt lengths to time, with commas")] = "512",
+    limit: Annotated[int | None, option(MEASURED, "documents of each task, at most", min=1, show_default="all")] = None,
+    batch_sizes: Annotated[str, option(MEASURED, "batch sizes to time, with commas; tasks take the largest")] = "1",
+    context_lengths: Annotated[str, option(MEASURED, "prompt lengths to time, with commas")] = "512",
     prompts: Annotated[
-        Path | None, typer.Option(help="file of prompts to continue, one a line", show_default="five of billhook's own")
+        Path | None, option(MEASURED, "file of prompts to continue, one a line", show_default="five of billhook's own")
     ] = None,
-    new_tokens: Annotated[int, typer.Option(min=1, help="tokens of each continuation")] = NEW_TOKENS,
+    new_tokens: Annotated[int, option(MEASURED, "tokens of each continuation", min=1)] = NEW_TOKENS,
     parts: Annotated[
         str | None,
-        typer.Option(
-            help="what to measure besides perplexity and tasks, with commas, or none: "
-            + "; ".join(f"{name}: {what}" for name, what in PARTS.items()),
-            show_default="all, none of a model whose weights stay in their files",
+        option(
+            *(MEASURED, f"what besides perplexity and tasks: {', '.join(PARTS)}, or none"),
+            show_default="all; none of weights in files",
         ),
     ] = None,
     device: Device = "auto",
@@ -107,6 +85,17 @@ def evaluate_command(
     check_outputs(json, html, *names)
     if len(set(names)) < len(names):
         raise BillhookError(f"{next(n for n in names if names.count(n) > 1)} is named twice")
+    from billhook.cli.console import err, loading, out, progress
+
+    with loading():
+        from billhook import data
+        from billhook.checkpoints import load
+        from billhook.cli.work import print_measures
+        from billhook.evaluation import side_by_side
+        from billhook.evaluation.continuations import PROMPTS
+        from billhook.reports import page, records, tables
+        from billhook.runtime import atomic
+        from billhook.runtime.offload import is_offloaded
     with progress() as tick:
         wanted = tuple(one_of("part", one, PARTS) for one in listed(parts or "") if parts != "none")
         named = [name for one in tasks or () for name in listed(one)]
@@ -166,8 +155,11 @@ def _labels(names: list[str]) -> list[str]:
     return short if len(set(short)) == len(names) else names
 
 
-def _zero_shot(names: list[str], limit: int | None, batch_size: int, tick: Tick) -> side_by_side.Tasks:
+def _zero_shot(names: list[str], limit: int | None, batch_size: int, tick: Any) -> Any:
     """What scores a model on tasks, which are known before a model is loaded; finished ones are kept."""
+    from billhook import demo
+    from billhook.evaluation import zeroshot
+
     files = [str(file) for name in names if Path(name).is_dir() for file in sorted(Path(name).glob("*.yaml"))]
     given = files + [name for name in names if not Path(name).is_dir()]
     if not given:
@@ -181,6 +173,14 @@ def _zero_shot(names: list[str], limit: int | None, batch_size: int, tick: Tick)
 @app.command(name="inspect")
 def inspect_command(model: Model, json: Json = False) -> None:
     """Show what MODEL is made of and what can be pruned, without loading its weights."""
+    from rich.table import Table
+
+    from billhook.cli.console import loading, out, progress
+
+    with loading():
+        from billhook.checkpoints import load
+        from billhook.models import limits
+        from billhook.reports import records
     with progress() as tick:
         skeleton = load.open_skeleton(model, tick)
     found = {"model": model, **limits.anatomy(skeleton)}
@@ -211,27 +211,3 @@ def inspect_command(model: Model, json: Json = False) -> None:
 def _span(units: int | list[int]) -> str:
     """Units a layer: one number, or from the least to the most where layers differ."""
     return f"{units:,}" if isinstance(units, int) else f"{min(units):,}-{max(units):,}"
-
-
-@app.command(name="methods")
-def methods_command(json: Json = False) -> None:
-    """List every method: paper, what it prunes, what it needs."""
-    if json:
-        fields = ("title", "paper", "kinds", "default_kinds", "needs", "note")
-        typer.echo(records.to_json({name: {f: getattr(m, f) for f in fields} for name, m in METHODS.items()}), nl=False)
-        return
-    for name, method in METHODS.items():
-        out.print(f"[bold]{name}[/]  {method.title} ({method.paper})")
-        if method.linear:
-            out.print(
-                f"  zeros:  in {', '.join(ROLES)}; streams: {', '.join(OPERATOR_STREAMS)} (default {method.stream})"
-            )
-        else:
-            out.print(f"  prunes: {', '.join(method.kinds)} (default {', '.join(method.default_kinds)})")
-        out.print(f"  needs:  {method.needs}")
-        if method.scored:
-            out.print(f"  scores: {', '.join((*SCORES, *GRADIENT_SCORES))}; streams: {', '.join(AXIS_STREAMS)}")
-        if "layers" in method.default_kinds:
-            out.print(f"  presets: {', '.join(PRESETS)}")
-        out.print(f"  note:   {method.note}")
-    out.print(f"families: {', '.join(FAMILIES)}")

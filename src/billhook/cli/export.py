@@ -5,36 +5,31 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
-from billhook.checkpoints import load
-from billhook.checkpoints.clients import check
-from billhook.checkpoints.gguf.write import write_gguf
-from billhook.checkpoints.publish import check_apart
-from billhook.choices import QUANTIZE, QUANTIZER
+from billhook.choices import CLIENTS, QUANTIZE, QUANTIZER
 from billhook.cli.commands import app
-from billhook.cli.options import Json, Model, Overwrite, choice, out, progress
+from billhook.cli.options import OUTPUT, Json, Model, Overwrite, option
 from billhook.errors import BillhookError, one_of
-from billhook.reports import records
 from billhook.runtime import atomic
+from billhook.runtime.outputs import check_apart
 
 FORMATS = ("gguf",)
+CLIENT, FORMAT = "Client", "Format"
 
 
 @app.command(name="check")
 def check_command(
     path: Annotated[Path, typer.Argument(metavar="OUT", help="a checkpoint folder", show_default=False)],
     client: Annotated[
-        str, choice((*check.CHECKS, "all"), f"one of: {', '.join(check.CHECKS)}, or all")
+        str, option(CLIENT, f"one of: {', '.join(CLIENTS)}, or all", names=(*CLIENTS, "all"))
     ] = "transformers",
     python: Annotated[
         str | None,
-        typer.Option(help="interpreter that has the client", show_default="the one that runs billhook"),
+        option(CLIENT, "interpreter that has the client", show_default="the one that runs billhook"),
     ] = None,
     trust_remote_code: Annotated[
         bool,
-        typer.Option("--trust-remote-code", help="let the client run code that lies in OUT, of model and tokenizer"),
+        option(CLIENT, "let the client run code that lies in OUT, of model and tokenizer", "--trust-remote-code"),
     ] = False,
     json: Json = False,
 ) -> None:
@@ -46,7 +41,16 @@ def check_command(
 
     Example: billhook check smaller --client llama.cpp --python ~/llama/bin/python
     """
-    wanted = list(check.CHECKS) if client == "all" else [one_of("client", client, (*check.CHECKS, "all"))]
+    wanted = list(CLIENTS) if client == "all" else [one_of("client", client, (*CLIENTS, "all"))]
+    from rich.markup import escape
+    from rich.table import Table
+
+    from billhook.cli.console import loading, out, progress
+
+    with loading():
+        from billhook.checkpoints import load
+        from billhook.checkpoints.clients import check
+        from billhook.reports import records
     load.check_folder(path, str(path))
     found, failed = [], []
     with progress() as tick:
@@ -76,10 +80,10 @@ def check_command(
 @app.command(name="export")
 def export_command(
     model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", help="file to write", show_default=False)],
-    format: Annotated[str, choice(FORMATS, "one of: gguf (llama.cpp)")] = "gguf",
+    output: Annotated[Path, option(OUTPUT, "file to write", "--output", "-o", show_default=False)],
+    format: Annotated[str, option(FORMAT, "one of: gguf (llama.cpp)", names=FORMATS)] = "gguf",
     quantize: Annotated[
-        str, choice(QUANTIZE, f"one of: {', '.join(QUANTIZE)}; K-quants need {QUANTIZER} installed")
+        str, option(FORMAT, f"one of: {', '.join(QUANTIZE)}; K-quants need {QUANTIZER}", names=QUANTIZE)
     ] = "F16",
     overwrite: Overwrite = False,
     json: Json = False,
@@ -94,6 +98,14 @@ def export_command(
     if output.exists() and not overwrite:
         raise BillhookError(f"{output} exists: choose another file, or --overwrite")
     atomic.check_file(output)
+    from rich.table import Table
+
+    from billhook.cli.console import loading, out, progress
+
+    with loading():
+        from billhook.checkpoints import load
+        from billhook.checkpoints.gguf.write import write_gguf
+        from billhook.reports import records
     with progress() as tick:
         opened = load.open_model(model, device="cpu", dtype="float32", tick=tick)
         found = write_gguf(opened.model, opened.tokenizer, output, quantize, tick, overwrite=overwrite)

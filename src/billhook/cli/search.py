@@ -7,32 +7,40 @@ from typing import Annotated
 
 import typer
 
-from billhook.choices import AXES, GROUPS, LAYOUTS, ROLES, SAMPLERS, SEARCH_OBJECTIVES, SPACES
+from billhook.choices import GROUPS, ROLES, SAMPLERS, SEARCH_OBJECTIVES, SPACES
 from billhook.cli.commands import app
 from billhook.cli.options import (
+    CALIBRATION,
+    LAYOUT,
+    MACHINE,
+    Axes,
     Device,
     Dtype,
+    Fresh,
+    Jobs,
     Json,
+    Layout,
     Model,
     Output,
     Overwrite,
     Params,
+    Pattern,
     Ratio,
     Ray,
+    Seed,
     SeqLen,
-    choice,
+    Sparsity,
+    check_free_of,
     listed,
-    out,
-    prune_to,
+    option,
     unfinished,
 )
 from billhook.errors import one_of
 from billhook.pruning.recipe import Recipe, recipe
-from billhook.reports import records, terminal
-from billhook.reports.search_tables import outcome_words
 
-DEFAULT = Recipe(method="adapruner", ratio=0.2)
+DEFAULT = Recipe.model_construct(method="adapruner")
 SEARCHED = ("adapruner", "optishear")
+SEARCH, ADAPRUNER, OPTISHEAR = "Search", "--method adapruner", "--method optishear"
 
 
 @app.command(name="search")
@@ -41,87 +49,64 @@ def search_command(
     output: Output,
     ratio: Ratio = None,
     params: Params = None,
+    sparsity: Sparsity = None,
+    pattern: Pattern = "",
     method: Annotated[
-        str,
-        choice(
-            SEARCHED,
-            "adapruner: samples, metric and budgets of a structured cut, to a --ratio or --params; optishear: metric and "
-            "sparsities of zeros, to a --sparsity or --pattern",
-        ),
+        str, option(SEARCH, "adapruner: a structured cut, to --ratio or --params; optishear: zeros", names=SEARCHED)
     ] = DEFAULT.method,
-    sparsity: Annotated[
-        float | None, typer.Option(help="optishear: share of zeros in the targeted weights", show_default=False)
-    ] = None,
-    pattern: Annotated[
-        str, typer.Option(help="optishear: or N zeros in every M weights of a row, like 2:4", show_default=False)
-    ] = "",
-    targets: Annotated[
-        str, choice(ROLES, f"optishear: which weights get zeros, comma-separated, of {', '.join(ROLES)}; empty: all")
-    ] = "",
-    trials: Annotated[int, typer.Option(help="candidates, the known metrics among them")] = DEFAULT.trials,
+    trials: Annotated[int, option(SEARCH, "candidates, the known metrics among them")] = DEFAULT.trials,
     minutes: Annotated[
-        float | None, typer.Option(help="end with the round after which no other fits in", show_default=False)
+        float | None, option(SEARCH, "end with the round after which no other fits in", show_default=False)
     ] = None,
+    space: Annotated[
+        str, option(SEARCH, f"full, paper, or some of {', '.join(GROUPS)}, with commas", names=(*SPACES, *GROUPS))
+    ] = DEFAULT.space,
+    sampler: Annotated[
+        str, option(SEARCH, ", ".join(SAMPLERS), names=SAMPLERS, show_default="tpe; of optishear nsga2")
+    ] = "",
+    objective: Annotated[
+        str, option(SEARCH, "nll: loss of the cut model; kl: divergence from the unpruned", names=SEARCH_OBJECTIVES)
+    ] = DEFAULT.objective,
+    pool: Annotated[int, option(ADAPRUNER, "windows of calibration text to choose from")] = DEFAULT.pool,
+    pool_len: Annotated[int, option(ADAPRUNER, "tokens in each of them")] = DEFAULT.pool_len,
+    clusters: Annotated[int, option(ADAPRUNER, "groups of such windows, by subject")] = DEFAULT.clusters,
+    restoration: Annotated[
+        bool, option(ADAPRUNER, "refit the kept weights of finalists (not in the space 'paper')")
+    ] = DEFAULT.restoration,
+    targets: Annotated[
+        str, option(OPTISHEAR, f"which weights get zeros, with commas, of {', '.join(ROLES)}; empty: all", names=ROLES)
+    ] = "",
+    axes: Axes = "",
+    layout: Layout = DEFAULT.layout,
+    multiple_of: Annotated[int | None, option(LAYOUT, "round widths to multiples of this", show_default="32")] = None,
     calibration: Annotated[
         list[str] | None,
-        typer.Option(
-            help="text that samples are chosen from: file, .jsonl, folder, hub data set or demo; may be repeated: two kinds or more are best",
-            show_default="demo",
-        ),
+        option(CALIBRATION, "text to choose samples from; may be repeated: two kinds are better", show_default="demo"),
     ] = None,
     validation: Annotated[
         list[str] | None,
-        typer.Option(
-            help="text that candidates are tried on; may be repeated",
-            show_default="the last fifth of the calibration text, which then never calibrates",
+        option(
+            *(CALIBRATION, "text that candidates are tried on; may be repeated"),
+            show_default="the last fifth of --calibration",
         ),
     ] = None,
-    pool: Annotated[int, typer.Option(help="windows of calibration text to choose from")] = DEFAULT.pool,
-    pool_len: Annotated[int, typer.Option(help="tokens in each of them")] = DEFAULT.pool_len,
-    clusters: Annotated[int, typer.Option(help="groups of such windows, by subject")] = DEFAULT.clusters,
-    space: Annotated[
-        str,
-        choice(
-            (*SPACES, *GROUPS),
-            "what is searched. "
-            + "; ".join(f"{k}: {v}" for k, v in SPACES.items())
-            + ". Or some of these, with commas. "
-            + "; ".join(f"{k}: {v}" for k, v in GROUPS.items()),
-        ),
-    ] = DEFAULT.space,
-    sampler: Annotated[
-        str,
-        choice(SAMPLERS, "; ".join(f"{k}: {v}" for k, v in SAMPLERS.items()) + "; empty: tpe, of optishear nsga2"),
-    ] = "",
-    objective: Annotated[
-        str, choice(SEARCH_OBJECTIVES, "; ".join(f"{k}: {v}" for k, v in SEARCH_OBJECTIVES.items()))
-    ] = DEFAULT.objective,
-    axes: Annotated[str, choice(AXES, "what to prune, comma-separated, of ffn, heads, groups; empty: ffn")] = "",
-    layout: Annotated[str, choice(LAYOUTS, "; ".join(f"{k}: {v}" for k, v in LAYOUTS.items()))] = DEFAULT.layout,
-    multiple_of: Annotated[
-        int | None, typer.Option(help="round FFN widths to multiples of this", show_default="32")
-    ] = None,
-    restoration: Annotated[
-        bool, typer.Option(help="repair the kept weights of finalists by least squares (not in the space 'paper')")
-    ] = DEFAULT.restoration,
-    samples: Annotated[int, typer.Option(help="windows that the restoration is fitted on")] = DEFAULT.samples,
+    samples: Annotated[int, option(CALIBRATION, "windows that the refit is fitted on")] = DEFAULT.samples,
     seq_len: SeqLen = DEFAULT.seq_len,
-    seed: Annotated[int, typer.Option(help="of the pool, the sampler and all draws")] = DEFAULT.seed,
-    jobs: Annotated[int, typer.Option(min=1, help="processes that try candidates, each with a model of its own")] = 1,
+    seed: Seed = DEFAULT.seed,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    device: Device = DEFAULT.device,
+    dtype: Dtype = DEFAULT.dtype,
+    jobs: Jobs = 1,
     ray: Ray = "",
     study: Annotated[
         Path | None,
-        typer.Option(
-            help="folder that keeps the evidence and every trial", show_default="beside OUT, deleted at the end"
-        ),
+        option(MACHINE, "folder that keeps every trial", show_default="beside OUT, deleted at the end"),
     ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="start over where a search was cut off")] = False,
-    device: Device = DEFAULT.device,
-    dtype: Dtype = DEFAULT.dtype,
-    overwrite: Overwrite = False,
-    json: Json = False,
+    fresh: Fresh = False,
 ) -> None:
     """Search which calibration samples and which importance metric prune MODEL best (AdaPruner), then prune; write OUT.
+
     With --method optishear, which metric of zeros.
 
     One backward pass, then a trial costs a forward pass of a few windows.  What comes out is never worse than the best fixed
@@ -133,39 +118,23 @@ def search_command(
 
     billhook search demo --method optishear --sparsity 0.5 --calibration wiki.txt -o sparse
     """
+    given = {name: value for name, value in locals().items() if name in Recipe.model_fields}
     started = time.perf_counter()
-    chosen = recipe(
-        method=one_of("method", method, SEARCHED),
-        ratio=ratio,
-        params=params,
-        sparsity=sparsity,
-        pattern=pattern,
-        targets=tuple(listed(targets)),
-        trials=trials,
-        minutes=minutes,
-        calibration="+".join(calibration or [DEFAULT.calibration]),
-        validation=tuple(validation or ()),
-        pool=pool,
-        pool_len=pool_len,
-        clusters=clusters,
-        space=space,
-        sampler=sampler,
-        objective=objective,
-        axes=tuple(listed(axes)),
-        layout=layout,
-        multiple_of=multiple_of,
-        restoration=restoration,
-        samples=samples,
-        seq_len=seq_len,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-    )
+    texts = {"calibration": "+".join(calibration or [DEFAULT.calibration]), "validation": tuple(validation or ())}
+    listed_options = {"targets": tuple(listed(targets)), "axes": tuple(listed(axes))}
+    chosen = recipe(**{**given, **texts, **listed_options, "method": one_of("method", method, SEARCHED)})
+    output = check_free_of(model, output, overwrite)
+    from billhook.cli.console import loading, out
+
+    with loading():
+        from billhook.cli.work import prune_to
+        from billhook.reports import records, terminal
+        from billhook.reports.search_tables import outcome_words
     folder = Path(os.path.expanduser(study)) if study else unfinished(output)
-    found = prune_to(model, chosen, output, overwrite, study=folder, fresh=fresh, jobs=jobs, ray=ray).report
+    record = prune_to(model, chosen, output, overwrite, study=folder, fresh=fresh, jobs=jobs, ray=ray).report
     if json:
-        typer.echo(records.to_json(found), nl=False)
+        typer.echo(records.to_json(record), nl=False)
         return
-    out.print(terminal.summary_table(found, f"{model}, pruned by {method}"))
-    out.print(outcome_words(found["search"]), soft_wrap=True)
+    out.print(terminal.summary_table(record, f"{model}, pruned by {method}"))
+    out.print(outcome_words(record["search"]), soft_wrap=True)
     out.print(f"{time.perf_counter() - started:.0f} s; written and reload-verified: {output}", soft_wrap=True)

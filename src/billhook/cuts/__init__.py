@@ -6,6 +6,7 @@ masking          Zeros in the linear weights of the decoder layers, found operat
 narrowing        Units of an axis go, and what reads them is refitted (FASP)
 parallel         Layers cut in several processes, where none of them sees what became of another
 restoration      How far a reader's new weight is from what it should put out
+settings         What may be chosen of each cut
 slicing          Channels of the residual stream go, through the whole model (SliceGPT)
 slicing_restore  What a narrower residual stream lost, made up for in closed form
 """

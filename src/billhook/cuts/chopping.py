@@ -16,7 +16,6 @@ a new parameter is a linear map of what the layer before computes anyway.  V has
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from transformers import PreTrainedModel
 
 from billhook.calibration.walk import ReaderSums, walk
 from billhook.cuts import restoration
+from billhook.cuts.settings import Chopping as Settings
 from billhook.errors import BillhookError
 from billhook.math import layer_presets
 from billhook.models.axes import Axis, axes, reader_weight
@@ -31,15 +31,6 @@ from billhook.models.plan import Cut, Plan
 from billhook.models.surgery import drop_layers
 from billhook.runtime.progress import Clock, Tick, quiet
 from billhook.tensors import Tokens
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a cut is patched; why these defaults: docs/LOG.md."""
-
-    patch: str = "none"
-    damping: float = 0.1  # ridge toward W, as a share of the mean diagonal of X^T X
-    correction: float = 0.3  # share of what the cuts before have cost that a patch also makes up for
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ reduces for a task: the calibration text says which.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -21,20 +21,13 @@ from transformers import PreTrainedModel
 
 from billhook.calibration.routers import Mixture, Routing, mixtures
 from billhook.checkpoints.resume import FinishedLayers
+from billhook.cuts.settings import Reducing as Settings
 from billhook.math import merging, selection
 from billhook.models.axes import Axis, axes, owners
 from billhook.models.plan import Cut, Plan
 from billhook.models.surgery import drop_layers, remove, without
 from billhook.runtime.progress import Clock, Tick, quiet
 from billhook.tensors import Scores, Tokens, Units, precise
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What may be chosen."""
-
-    way: str = "reap"
-    seed: int = 0  # of `random`
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from billhook.calibration.walk import Layer, ReaderSums, walk
 from billhook.checkpoints.resume import FinishedLayers
 from billhook.cuts.restoration import errors, fitted
+from billhook.cuts.settings import Narrowing as Settings
 from billhook.math import selection
 from billhook.math.scores import COLUMN_SCORES
 from billhook.models.axes import Axis, reader_weight
@@ -34,16 +35,6 @@ from billhook.models.surgery import drop_layers, remove
 from billhook.runtime.memory import return_freed
 from billhook.runtime.progress import Clock, Tick, quiet
 from billhook.tensors import Gram, Kept, Narrowed, Scores, Tokens, Units, Weight
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What may be chosen; why these defaults, and which were only tried in passing: docs/LOG.md."""
-
-    score: str = "obs"
-    damping: float = 1e-3  # ridge as a share of the mean diagonal of G, for score and restoration
-    restoration: bool = True
-    correction: float = 0.3  # share of what the layers before have cost to make up, in the dense_target stream
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ the norm of d with zeros in place of those that go, which is the paper's too.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from billhook.calibration.forward import BATCH_TOKENS, enter
 from billhook.calibration.gram import add_upper, mirrored
 from billhook.calibration.linears import inputs_of
 from billhook.checkpoints.resume import FinishedLayers
+from billhook.cuts.settings import Slicing as Settings
 from billhook.cuts.slicing_restore import restore
 from billhook.errors import BillhookError
 from billhook.math import selection
@@ -45,15 +46,6 @@ from billhook.runtime.memory import return_freed
 from billhook.runtime.offload import by_module, copied, loaded
 from billhook.runtime.progress import Clock, Tick, quiet
 from billhook.tensors import Gram, Scores, Tokens, float64_device, precise
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What may be chosen of step 5; why these defaults: docs/LOG.md."""
-
-    restoration: bool = True
-    damping: float = 0.1  # ridge as a share of the mean diagonal
-    correction: float = 0.3  # share of the way to the least squares
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from billhook.choices import NEW_TOKENS
 from billhook.models.greedy import end_tokens_of, greedy_tokens
 from billhook.runtime.special_tokens import without_end_token
 
@@ -16,7 +17,6 @@ PROMPTS = (
     "To make a good cup of tea, first",
     "The most important invention of the last century was",
 )
-NEW_TOKENS = 48
 REPETITION = 4  # tokens of a run: seq-rep-4 (Welleck et al. 2020)
 DISTINCT = (1, 2, 3)  # values of n in distinct-n (Li et al. 2016)
 

@@ -2,7 +2,9 @@
 
 allocation       How the budget is spread over the layers, as the user says it
 budget           From a goal (parameters, bytes, speed) to the ratio that reaches it
+carry_out        What cuts a model by a plan, by the name of its method
 compare          Many prunes of one model, judged by the same texts: methods at one size, or one method at many
+contenders       What is compared: a method with settings, as one word of a command says it
 dry_run          What a prune will come to, before it: parameters, memory, disk, operations and time
 latency          How long a decoder layer takes at candidate sizes, on this machine
 method_settings  The settings of each method, taken from a recipe

@@ -7,7 +7,6 @@ from typing import Any
 
 from billhook.choices import ALLOCATIONS
 from billhook.errors import BillhookError, one_of
-from billhook.runtime.documents import read_yaml
 
 NEED_CURVES = ("global", "standardised", "sensitivity")
 
@@ -52,6 +51,8 @@ def parse(text: str) -> Allocation:
 
 
 def _read(path: Path) -> dict[int, dict[str, int]]:
+    from billhook.runtime.yaml_files import read_yaml
+
     content = read_yaml(path, f"allocation file {path}")
     try:
         return {

@@ -16,10 +16,9 @@ from billhook import data
 from billhook.checkpoints import load
 from billhook.checkpoints.load import Opened
 from billhook.data import Text, Windows
-from billhook.errors import BillhookError, one_of
+from billhook.errors import BillhookError
 from billhook.evaluation.perplexity import paired, perplexity
 from billhook.math.knee import knee
-from billhook.methods import METHODS
 from billhook.models import sizes
 from billhook.models.axes import axes
 from billhook.models.experts import fused
@@ -27,8 +26,10 @@ from billhook.models.families import WIDTHS, layers
 from billhook.models.plan import Plan, UnitScores
 from billhook.models.surgery import cast
 from billhook.pruning import method_settings, planning
+from billhook.pruning.carry_out import MANY_PLANS
+from billhook.pruning.contenders import Contender, settled
 from billhook.pruning.prune import finish, prune_opened
-from billhook.pruning.recipe import Recipe, recipe
+from billhook.pruning.recipe import Recipe
 from billhook.pruning.texts import Texts, draw
 from billhook.runtime import cache as cache_module
 from billhook.runtime.cache import code_sha256, has, model_sha256
@@ -38,18 +39,6 @@ from billhook.runtime.workers import Workers, worker_pool
 SAME_SIZE = 0.005  # of the parameters: models nearer than this count as equal in size
 SAFE = 1.5  # times the unpruned model's perplexity: a knee beyond it is no recommendation
 UNPRUNED = "unpruned"
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A method with what the user set of it; `name` is what was written."""
-
-    name: str
-    settings: Mapping[str, Any]
-
-    @property
-    def method(self) -> str:
-        return self.settings["method"]
 
 
 @dataclass(frozen=True)
@@ -71,37 +60,6 @@ class Judged:
         )
         settings = chosen and chosen.model_dump(mode="json")
         return {"code": code_sha256(), "model": self.model, "texts": seen, "read": read, "recipe": settings}
-
-
-def contender(text: str) -> Contender:
-    """`fasp`, or `fasp:score=wanda,stream=dense`: any setting of a recipe, as its flag or YAML key says it.
-
-    Raises:
-        BillhookError: there is no such method or setting.
-    """
-    name, _, rest = text.strip().partition(":")
-    settings: dict[str, Any] = {"method": one_of("method", name, METHODS)}
-    for part in filter(None, (one.strip() for one in rest.split(","))):
-        key, given, value = part.partition("=")
-        key = one_of("setting", key.strip().replace("-", "_"), Recipe.model_fields)
-        if not given or key in ("method", "ratio", "params", "memory", "speedup"):
-            raise BillhookError(f"contender {text!r}: write method:setting=value,… without a budget; lists with +")
-        settings[key] = (
-            tuple(value.split("+")) if key in ("axes", "clients", "vocab_from", "validation") else value.strip()
-        )
-    return Contender(text.strip(), settings)
-
-
-def settled(one: Contender, ratio: float, common: Mapping[str, Any]) -> Recipe:
-    """The recipe of a contender at a ratio; its own settings go before the `common` ones.
-
-    Raises:
-        BillhookError: an impossible value; names the contender.
-    """
-    try:
-        return recipe(**{**common, **one.settings, "ratio": ratio})
-    except BillhookError as error:
-        raise BillhookError(f"{one.name}: {error}") from None
 
 
 def judged(opened: Opened, texts: Sequence[Text], seq_len: int, most: int | None, folder: Path | None) -> Judged:
@@ -208,7 +166,7 @@ def bend(points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 def _each(opened: Opened, chosen: Sequence[Recipe], by: Judged, tick: Tick) -> Iterator[dict[str, Any]]:
     """A point for every recipe, in order, as soon as it is there."""
-    first, run_each = chosen[0], METHODS[chosen[0].method].run_each
+    first, run_each = chosen[0], MANY_PLANS.get(chosen[0].method)
     if first.stream != "dense" or run_each is None or first.vocab_from:
         for one in chosen:
             yield _cell(opened, one, by, tick)

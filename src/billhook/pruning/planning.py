@@ -18,7 +18,6 @@ from billhook.errors import BillhookError, first_line
 from billhook.math import layer_presets
 from billhook.math.scores import standardised
 from billhook.math.taylor import FROM_GRADIENTS, NEED_MEAN_GRADIENT
-from billhook.methods import carry_out
 from billhook.models import limits, sizes
 from billhook.models.axes import axes, reader_weight
 from billhook.models.families import layers
@@ -26,6 +25,7 @@ from billhook.models.layout import layout_of
 from billhook.models.plan import Curves, Plan, UnitScores
 from billhook.pruning import allocation, budget, planners, residual_budget
 from billhook.pruning.budget import Planner
+from billhook.pruning.carry_out import CUTS
 from billhook.pruning.latency import layer_times
 from billhook.pruning.method_settings import settings_of
 from billhook.pruning.recipe import BUDGETS, Recipe
@@ -289,7 +289,7 @@ def _auto(
         tick("trying depths", count, count + PATIENCE)
         with clock("trials"):
             trial = copy.deepcopy(model)
-            carry_out(chosen.method)(
+            CUTS[chosen.method](
                 trial, texts.calibration, plan, settings, scores=scores, stream=chosen.stream, tick=tick
             )
             loss = probe.divergence_of(trial)

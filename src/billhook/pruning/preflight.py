@@ -9,9 +9,9 @@ import torch
 from billhook.checkpoints.load import Opened
 from billhook.choices import GRADIENT_SCORES
 from billhook.errors import BillhookError
-from billhook.methods import METHODS
 from billhook.models import sizes
 from billhook.models.residual import embedding_and_head
+from billhook.pruning.carry_out import MANY_PLANS
 from billhook.pruning.recipe import Recipe
 from billhook.runtime.offload import is_offloaded
 from billhook.runtime.workers import Workers
@@ -24,7 +24,7 @@ def check_shared(chosen: Recipe, workers: Workers) -> None:
         BillhookError: says what, and what to do.
     """
     says, one = workers.flag, "leave it out"
-    layers_alone = METHODS[chosen.method].run_each is not None
+    layers_alone = chosen.method in MANY_PLANS
     refused = {
         "--ray: the cluster says how many processes there are: leave out --jobs": bool(workers.ray)
         and workers.jobs > 1,

@@ -16,7 +16,7 @@ from billhook.checkpoints.resume import FinishedLayers
 from billhook.cuts import masking, parallel
 from billhook.errors import BillhookError
 from billhook.evaluation import perplexity
-from billhook.methods import METHODS, carry_out
+from billhook.methods import METHODS
 from billhook.models import layout, sizes, vocabulary
 from billhook.models.experts import fuse, fused, unfuse
 from billhook.models.families import check_known, layers
@@ -24,6 +24,7 @@ from billhook.models.modes import evaluation_mode
 from billhook.models.plan import Plan
 from billhook.models.surgery import cast
 from billhook.pruning import method_settings, plan_lines, planning, preflight, residual_budget
+from billhook.pruning.carry_out import CUTS
 from billhook.pruning.recipe import Recipe, recipe
 from billhook.pruning.result import Result
 from billhook.pruning.texts import Texts, draw, needs_text
@@ -188,7 +189,7 @@ def prune_opened(
                 cuts = parallel.shared(*given, means.workers, **how, clock=clock, tick=tick)
             else:
                 how = {"scores": scores, "stream": chosen.stream, "finished": finished}
-                cuts = carry_out(chosen.method)(*given, **how, clock=clock, tick=tick)
+                cuts = CUTS[chosen.method](*given, **how, clock=clock, tick=tick)
     finish(model, chosen, opened.dtype)
     written = {
         "recipe": chosen.model_dump(mode="json")
@@ -296,7 +297,7 @@ def _selected(
     settings = method_settings.method_settings(chosen)
 
     def cut(model: Any, gone: Sequence[int]) -> None:
-        carry_out(chosen.method)(model, texts.calibration, Plan(layers=tuple(gone)), settings)
+        CUTS[chosen.method](model, texts.calibration, Plan(layers=tuple(gone)), settings)
 
     with clock("healing candidates"):
         return rank_after_training(

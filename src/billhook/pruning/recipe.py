@@ -5,9 +5,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from billhook.checkpoints.load import DTYPES
 from billhook.choices import (
     AXIS_STREAMS,
+    CLIENTS,
+    DTYPES,
     EXPERT_STREAMS,
     GRADIENT_SCORES,
     LAYOUTS,
@@ -19,39 +20,32 @@ from billhook.choices import (
     SAMPLERS,
     SCORES,
     SEARCH_OBJECTIVES,
+    SELECT,
+    STARTS,
     WAYS,
     check_axes,
 )
-from billhook.cuts.chopping import Settings as Patching
-from billhook.cuts.narrowing import Settings
-from billhook.cuts.slicing import Settings as Slicing
+from billhook.cuts.settings import SOLVER_DAMPING, Chopping, Narrowing, Slicing
 from billhook.errors import BillhookError, one_of
-from billhook.math import layerwise, metric
+from billhook.math import metric
 from billhook.math.pattern import parse, parse_layer_sparsity
 from billhook.methods import MASKING, METHODS
 from billhook.pruning import allocation
 from billhook.runtime.units import BYTES, COUNT, amount
 from billhook.runtime.validation import checked
 
-CLIENTS = {  # who will load it -> what FFN widths its kernels want, and why
-    "transformers": (32, "matrix products like it"),
-    "vllm": (128, "its Marlin kernels want N % 64 and K % 128"),
-    "llama.cpp": (256, "K-quants want rows of 256; multiples of 32 fall back to Q5_0 or Q8_0, others to F16"),
-}
 BUDGETS = ("ratio", "params", "memory", "speedup")
-SELECT = {"preset": "by --preset", "healed": "the best of --candidates after a short training of each"}
 CANDIDATES = ("contiguous", "block-influence", "middle", "max-gap", "input")
 EXPLICIT = ("drop", "keep", "layers")  # budgets of layerchop alone
 ZEROS = ("sparsity", "pattern")  # budgets of methods that make zeros
 MASKED = (*ZEROS, "targets", "init", "refit", "normalised", "layer_sparsity", "metric")  # what they alone have
 INITIALISED = ("fistapruner", "admm")
-INITS = ("dense", "magnitude", "wanda", "sparsegpt")
 
 
 class Recipe(BaseModel):
     """How to prune: everything that decides the result but the model itself."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     method: str = "fasp"
     ratio: float | None = Field(default=None, gt=0, lt=1, allow_inf_nan=False)
@@ -96,10 +90,10 @@ class Recipe(BaseModel):
     vocab_from: tuple[str, ...] = ()
     vocab_size: int = Field(default=0, ge=0)  # with vocab_from: keep at least so many tokens, the most frequent first
     stream: str = "dense_target"
-    score: str = Settings.score
+    score: str = Narrowing.score
     damping: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)  # None: what the method likes best
-    restoration: bool = Settings.restoration
-    correction: float = Field(default=Settings.correction, ge=0, le=1, allow_inf_nan=False)
+    restoration: bool = Narrowing.restoration
+    correction: float = Field(default=Narrowing.correction, ge=0, le=1, allow_inf_nan=False)
     calibration: str = "demo"
     samples: int = Field(default=64, ge=1)
     probes: int = Field(default=8, ge=1)  # windows beyond those, to judge by where an allocation measures
@@ -127,7 +121,7 @@ class Recipe(BaseModel):
             "patch": PATCHES,
             "sampler": SAMPLERS,
             "objective": SEARCH_OBJECTIVES,
-            "init": ("", *INITS),
+            "init": ("", *STARTS),
             "experts": ("", *WAYS),
         }
         return one_of(info.field_name, value, valid[info.field_name])
@@ -348,8 +342,8 @@ class Recipe(BaseModel):
     @property
     def ridge(self) -> float:
         """The damping, of a patch or else of a restoration."""
-        of_kind = ((self.chops, Patching), (self.slices, Slicing), (self.masks, layerwise.Settings))
-        return self.damping or next((one.damping for here, one in of_kind if here), Settings.damping)
+        of_kind = ((self.chops, Chopping.damping), (self.slices, Slicing.damping), (self.masks, SOLVER_DAMPING))
+        return self.damping or next((damping for here, damping in of_kind if here), Narrowing.damping)
 
     @property
     def width_step(self) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 from billhook.errors import BillhookError
 from billhook.pruning.recipe import Recipe, recipe
-from billhook.runtime.documents import read_yaml
+from billhook.runtime.yaml_files import read_yaml
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from billhook.calibration.forward import BATCH_TOKENS, enter, run
 from billhook.checkpoints.resume import FinishedLayers
 from billhook.checkpoints.streaming import bare
 from billhook.cuts import masking
-from billhook.methods import carry_out
 from billhook.models.axes import axes
 from billhook.models.experts import unfuse
 from billhook.models.families import attention, family_of, layers, linear, shape
@@ -30,6 +29,7 @@ from billhook.models.plan import Plan
 from billhook.models.sizes import layer_parameters
 from billhook.models.surgery import drop_layers
 from billhook.pruning import method_settings
+from billhook.pruning.carry_out import CUTS
 from billhook.pruning.recipe import Recipe
 from billhook.runtime.memory import peak_growth
 from billhook.runtime.progress import Clock
@@ -197,7 +197,7 @@ def _pruned(model: Any, chosen: Recipe, shares: Mapping[str, float], tokens: Tok
             masking.mask(model, tokens, how, clock=clock, finished=finished)
         else:
             given = (model, tokens, _own_plan(model, shares), method_settings.method_settings(chosen))
-            carry_out(chosen.method)(*given, stream=chosen.stream, finished=finished, clock=clock)
+            CUTS[chosen.method](*given, stream=chosen.stream, finished=finished, clock=clock)
 
 
 class _Counting(Clock):

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from billhook.checkpoints import belongings
-from billhook.checkpoints.publish import check_out, publish
+from billhook.checkpoints.publish import publish
 from billhook.reports import commands, records
 from billhook.runtime import atomic
+from billhook.runtime.outputs import check_out
 from billhook.runtime.progress import Tick, quiet
 
 

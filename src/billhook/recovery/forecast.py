@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from billhook.checkpoints import load
+from billhook.choices import MEASURING_SECONDS
 from billhook.errors import BillhookError
 from billhook.math import layer_presets
 from billhook.models.axes import axes
@@ -17,7 +18,6 @@ from billhook.runtime.precision import autocast_dtype
 from billhook.runtime.progress import Tick, quiet
 from billhook.training import throughput, trainables
 
-SECONDS = 60  # how long training is measured; a few seconds say little on a machine that others use
 STATE_BYTES = 16  # bytes a trained parameter takes in float32: itself, its gradient, Adam's two moments
 FROZEN_BYTES = 4  # bytes a frozen parameter takes in float32
 ROOM = 0.8  # share of free memory that parameters may take; activations need some, too
@@ -70,7 +70,7 @@ def forecast(
     *,
     seq_len: int = 512,
     device: str = "auto",
-    seconds: float | int = SECONDS,
+    seconds: float | int = MEASURING_SECONDS,
     tick: Tick = quiet,
 ) -> dict[str, Any]:
     """How fast a model of the size asked for trains here, how many tokens the minutes buy, and the commands to run.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import PartialState
 
-from billhook.checkpoints.publish import check_out, publish
+from billhook.checkpoints.publish import publish
 from billhook.choices import TRAINABLE
 from billhook.errors import BillhookError
 from billhook.evaluation.perplexity import perplexity_of
@@ -27,6 +27,7 @@ from billhook.recovery.setup import UNMASKED, Environment, Prepared, device_of, 
 from billhook.reports import commands, records
 from billhook.runtime import atomic, cache, run_folder
 from billhook.runtime.memory import peak_growth
+from billhook.runtime.outputs import check_out
 from billhook.runtime.progress import Tick, quiet, unheard
 from billhook.training import trainables
 from billhook.training.early_stopping import EarlyStopping

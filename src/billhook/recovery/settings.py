@@ -26,7 +26,7 @@ MOST = 2**16  # the most tokens in a step, for any budget
 class Recovery(BaseModel):
     """How to train after a cut: everything that decides the result besides the two models."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     teacher: str = ""
     tokens: int | None = Field(default=None, ge=1)  # tokens to train on; "500k" is understood

@@ -9,6 +9,7 @@ interpreters   How another Python is started: with nothing of this process, but 
 locks          Folders that one process at a time works in: a lock on the open folder
 memory         Memory of the process: give freed memory back, and watch how much is taken
 offload        Weights that are in memory only while something needs them: a model larger than memory
+outputs        Whether an output may be written where the user wants it, before anything is computed
 precision      What matrix products are computed in: bfloat16 where the device has instructions for it
 progress       How long work tells what it is doing: a callback for progress, a clock for where the time went
 quiet          What transformers prints in passing, kept off the terminal
@@ -22,4 +23,5 @@ text_files     Text in files: plain, or records with a field `text` (JSON by lin
 units          Numbers as people write them: 100M parameters, 250MB
 validation     Pydantic's refusals, in one line
 workers        Work in several processes: of this machine, or of a Ray cluster
+yaml_files     YAML that a user wrote: plain data, read with care
 """

@@ -8,13 +8,11 @@ import stat
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from billhook.errors import BillhookError, first_line
 
 LARGEST = 2**26  # bytes of a file; an index of half a million tensors has half as many
-LARGEST_YAML = 2**17  # bytes of a recipe or an allocation; parsing as much YAML takes a second
 SEAL = "sha256"  # key that holds the digest of all other keys
 DEEPEST = 100  # levels of lists and objects; copying, comparing and printing recurse as deep
 SHOWN = 60  # characters of a wrong value that a message shows
@@ -58,7 +56,7 @@ def parsed_object(content: bytes, what: str, remedy: str, *, finite: bool = True
     try:
         text = content.decode("utf-8")
         document = json.loads(text, **only)
-        if _deep(document):
+        if too_deep(document):
             raise RecursionError
         if SURROGATE.search(text):
             _check_characters(document)
@@ -97,25 +95,6 @@ def read_sealed(path: Path, what: str, remedy: str) -> dict[str, Any]:
     document = parsed_object(read_bytes(path, what, remedy), what, remedy, finite=False)
     if document.pop(SEAL, None) != _digest(document):
         raise BillhookError(f"{what} is not as it was written: {remedy}")
-    return document
-
-
-def read_yaml(path: Path, what: str) -> Any:
-    """The plain data in a user's YAML file; JSON is YAML, too.
-
-    Raises:
-        BillhookError: it is not a plain file, is too large, not UTF-8, not YAML, or nested too deeply.
-    """
-    try:
-        document = yaml.load(read_bytes(path, what, "write it again", LARGEST_YAML).decode("utf-8"), _Plain)
-        if _deep(document):
-            raise RecursionError
-    except BillhookError:
-        raise
-    except RecursionError:
-        raise BillhookError(f"{what} cannot be read (nested too deeply)") from None
-    except (OSError, yaml.YAMLError, ValueError) as error:  # an impossible date is a ValueError
-        raise BillhookError(f"{what} cannot be read: {first_line(error)}") from error
     return document
 
 
@@ -166,34 +145,12 @@ def check_plain(path: Path, what: str, remedy: str, largest: int = LARGEST) -> N
         raise BillhookError(f"{what} has {status.st_size:,} bytes, more than the {largest:,} it can hold: {remedy}")
 
 
-class _Plain(yaml.SafeLoader):
-    """Loads YAML without aliases: a few lines of those can stand for more than memory holds."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it has an alias, which is not read: write out what it stands for")
-        return super().compose_node(parent, index)
-
-
 def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is no number of JSON's")
-
-
-def _deep(document: Any) -> bool:
-    """Whether a document is nested deeper than `DEEPEST`."""
-    level = [document]
-    for _ in range(DEEPEST):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, dict | list)
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-    return bool(level)
 
 
 def _finite(number: str) -> float:
@@ -227,3 +184,16 @@ def _wrong(error: ValidationError | RecursionError) -> str:
 def _kind(value: Any) -> str:
     names = {list: "a list", str: "a string", bool: "a truth value", int: "a number", float: "a number"}
     return names.get(type(value), "null")
+
+
+def too_deep(document: Any) -> bool:
+    """Whether a document is nested deeper than `DEEPEST`."""
+    level = [document]
+    for _ in range(DEEPEST):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return bool(level)

@@ -1,0 +1,48 @@
+"""What commands share once they work: this module brings torch, and is imported after everything that can be refused was."""
+
+from pathlib import Path
+from typing import Any
+
+from billhook.checkpoints.clients import check
+from billhook.cli.console import err, going_on, out, progress, say
+from billhook.cli.options import unfinished
+from billhook.pruning.prune import prune
+from billhook.pruning.recipe import Recipe
+from billhook.pruning.result import Result
+from billhook.reports import tables, terminal
+from billhook.runtime import atomic, run_folder
+
+WARN_AS_BYTES = 0.05  # share of the calibration text's characters
+# share of its tokens: at 1, 3 and 9 % SmolLM2 read other text 2, 8 and 20 % worse per byte (docs/LOG.md)
+WARN_GROWTH = 0.02
+
+
+def prune_to(model: str, chosen: Recipe, output: Path, overwrite: bool, **means: Any) -> Result:
+    """Prune into a folder that is reserved before the work starts, so that an unwritable place costs no time."""
+    check.check_startable()
+    kept = unfinished(output)
+    with atomic.folder(output, overwrite) as work, going_on(means.get("study") or kept), progress() as tick:
+        result = prune(model, tick=tick, announce=say, work=kept, **means, **chosen.model_dump())
+        result.write(work, tick)
+    if result.kept or means.get("study") == kept:
+        run_folder.remove(kept)
+    if cut := result.report["vocabulary"]:
+        _warn_of_vocabulary(cut)
+    return result
+
+
+def print_measures(measured: list[dict[str, Any]]) -> None:
+    """The table of `evaluate`, and what each model writes."""
+    names = " and ".join(model["name"] for model in measured)
+    out.print(terminal.table(names, tables.comparison_header(measured), tables.comparison_rows(measured)))
+    if measured[0].get("prompts"):
+        out.print(terminal.text_table(measured))
+
+
+def _warn_of_vocabulary(cut: dict[str, Any]) -> None:
+    if cut["calibration_as_bytes"] > WARN_AS_BYTES:
+        share = f"{cut['calibration_as_bytes']:.0%} of the calibration text becomes single bytes"
+        err.print(f"billhook: warning: {share}: --vocab-from is of another script", soft_wrap=True)
+    elif cut["calibration_grows"] > WARN_GROWTH:
+        share = f"the calibration text becomes {cut['calibration_grows']:.0%} more tokens, which the model reads worse"
+        err.print(f"billhook: warning: {share}: give --vocab-from more text, or raise --vocab-size", soft_wrap=True)
