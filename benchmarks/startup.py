@@ -12,7 +12,10 @@ import sys
 
 import results
 
-COMMANDS = ("--version", "--help", "prun", "methods", "prune --help", "prune . --ratio 2 -o out")
+COMMANDS = (
+    *("--version", "--help", "prun", "methods", "methods fasp", "prune --help", "search --help", "recover --help"),
+    *("prune . --ratio 2 -o out", "recover . --tokens 3 -o out", "compare . --methods fsap --ratio 0.2"),
+)
 RUN = """
 import json, resource, sys
 from billhook.__main__ import main

@@ -1,5 +1,7 @@
 """What needs no model answers without the libraries that take seconds to load."""
 
+import json
+import os
 import subprocess
 import sys
 
@@ -7,34 +9,84 @@ import pytest
 import typer
 
 from billhook.cli.commands import COMMANDS, FORMER, app, command
+from billhook.methods import METHODS
 
 HEAVY = ("torch", "transformers", "scipy", "datasets", "lm_eval")
 RUN = f"""
-import sys
+import contextlib, io, json, sys
 from billhook.__main__ import main
-try:
-    main()
-except SystemExit as left:
-    code = left.code
-assert not [name for name in {HEAVY} if name in sys.modules], sorted(sys.modules)
-sys.exit(code)
+answers = []
+for line in json.loads(sys.argv[1]):
+    sys.argv[1:] = line.split()
+    said, code = io.StringIO(), 0
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            main()
+        except SystemExit as left:
+            code = left.code
+    answers.append([code, said.getvalue(), [name for name in {HEAVY} if name in sys.modules]])
+print(json.dumps(answers))
 """
+LINES = [  # a command line, its exit code, and words of its answer
+    ("--version", 0, "billhook 0"),
+    ("", 0, "Commands"),
+    ("--help", 0, " prune "),
+    ("prun", 2, "Did you mean 'prune'"),
+    ("--versions", 2, "No such option"),
+    *((f"{name} --help", 0, COMMANDS[name][1][:40]) for name in COMMANDS),
+    ("methods", 0, "layerchop"),
+    ("methods --json", 0, '"title"'),
+    *((f"methods {name}", 0, METHODS[name].paper) for name in METHODS),
+    ("methods fsap", 2, "did you mean 'fasp'"),
+    ("prune . --ratio 2 -o out", 2, "ratio"),
+    ("prune . --method fsap --ratio 0.2 -o out", 2, "did you mean 'fasp'"),
+    ("prune . --method wanda --ratio 0.2 -o out", 2, "--sparsity"),
+    ("prune . --ratio 0.2 --preset midle -o out", 2, "did you mean 'middle'"),
+    ("prune . --ratio 0.2 --allocation none.yaml -o out", 2, "none.yaml"),
+    ("search . --method fasp -o out", 2, "adapruner"),
+    ("recover . --tokens 3 -o out", 2, "--teacher"),
+    ("recover . -o out", 2, "--tokens"),
+    ("compare . --methods fsap --ratio 0.2", 2, "did you mean 'fasp'"),
+    ("sweep . --ratios 2", 2, "--ratios"),
+    ("evaluate . --seq-len 1", 2, "seq-len"),
+    ("check . --client torch", 2, "unknown client"),
+    ("export . --quantize Q9 -o out.gguf", 2, "unknown quantize"),
+    ("run none.yaml -o out", 2, "none.yaml"),
+]
+
+
+@pytest.fixture(scope="module")
+def answers() -> list[tuple[int, str, list[str]]]:
+    """Of each line, in one process: its exit code, what it said, and heavy libraries that were loaded by then."""
+    lines = json.dumps([line for line, _, _ in LINES])
+    done = subprocess.run([sys.executable, "-c", RUN, lines], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("number", range(len(LINES)), ids=[line for line, _, _ in LINES])
+def test_what_needs_no_model_answers_at_once(number: int, answers: list[tuple[int, str, list[str]]]) -> None:
+    (line, code, words), (left, said, heavy) = LINES[number], answers[number]
+    assert heavy == [], line
+    assert left == code, said
+    assert words in " ".join(said.split()) if " " in words.strip() else words in said
 
 
 @pytest.mark.parametrize(
-    ("line", "code", "words"),
-    [
-        ("--version", 0, "billhook 0"),
-        ("", 0, "Commands"),
-        ("--help", 0, " prune "),
-        ("prun", 2, "Did you mean 'prune'"),
-        ("--versions", 2, "No such option"),
-    ],
+    ("words", "option"), [("billhook prune --pre", "--preset"), ("billhook prune . --method lay", "layerchop")]
 )
-def test_what_needs_no_model_answers_at_once(line: str, code: int, words: str) -> None:
-    done = subprocess.run([sys.executable, "-c", RUN, *line.split()], capture_output=True, text=True)
-    assert done.returncode == code, done.stderr
-    assert words in done.stdout + done.stderr
+def test_completion_is_light(words: str, option: str) -> None:
+    asked = {"_BILLHOOK_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    check = f"import atexit, sys; from billhook.cli.commands import app; atexit.register(lambda: print([n for n in {HEAVY} if n in sys.modules])); app(prog_name='billhook')"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, env=os.environ | asked)
+    assert option in done.stdout.splitlines(), done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_option_takes_a_line(name: str) -> None:
+    """Of 110 columns: what its values mean is `billhook methods NAME`'s."""
+    for option in command(name).params:
+        assert len(option.help) <= 84, option.name
 
 
 def test_the_package_is_light() -> None:

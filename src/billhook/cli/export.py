@@ -83,7 +83,8 @@ def export_command(
     output: Annotated[Path, option(OUTPUT, "file to write", "--output", "-o", show_default=False)],
     format: Annotated[str, option(FORMAT, "one of: gguf (llama.cpp)", names=FORMATS)] = "gguf",
     quantize: Annotated[
-        str, option(FORMAT, f"one of: {', '.join(QUANTIZE)}; K-quants need {QUANTIZER}", names=QUANTIZE)
+        str,
+        option(FORMAT, f"F32, F16, BF16, Q8_0, Q5_0, Q4_0, …; K-quants (Q4_K_M, …) need {QUANTIZER}", names=QUANTIZE),
     ] = "F16",
     overwrite: Overwrite = False,
     json: Json = False,
@@ -93,6 +94,7 @@ def export_command(
     Example: billhook export smaller --quantize Q8_0 -o smaller.gguf
     """
     one_of("format", format, FORMATS)
+    one_of("quantize", quantize, QUANTIZE)
     output = Path(os.path.expanduser(output))
     check_apart(output, Path(os.path.expanduser(model)))
     if output.exists() and not overwrite:

@@ -87,7 +87,7 @@ def prune_command(
         int, option(BUDGET, "with --vocab-from: keep at least so many tokens", show_default=False)
     ] = DEFAULT.vocab_size,
     method: Annotated[
-        str, option(METHOD, f"{', '.join(METHODS)} ('billhook methods NAME' says all of one)", names=METHODS)
+        str, option(METHOD, "one of 'billhook methods'; 'billhook methods NAME' says all of it", names=METHODS)
     ] = DEFAULT.method,
     stream: Annotated[
         str,
