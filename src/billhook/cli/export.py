@@ -94,12 +94,12 @@ def export_command(
     Example: billhook export smaller --quantize Q8_0 -o smaller.gguf
     """
     one_of("format", format, FORMATS)
-    one_of("quantize", quantize, QUANTIZE)
     output = Path(os.path.expanduser(output))
     check_apart(output, Path(os.path.expanduser(model)))
     if output.exists() and not overwrite:
         raise BillhookError(f"{output} exists: choose another file, or --overwrite")
     atomic.check_file(output)
+    one_of("quantize", quantize, QUANTIZE)
     from rich.table import Table
 
     from billhook.cli.console import loading, out, progress
