@@ -170,7 +170,7 @@ def _no_client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 SAMPLE = ("fasp, streamed, in place of another", "slicegpt, streamed", "export")
 
 
-@pytest.mark.parametrize("kind", SAMPLE)
+@pytest.mark.parametrize("kind", [SAMPLE[0], pytest.param(SAMPLE[1], marks=pytest.mark.whole), SAMPLE[2]])
 def test_cut_off_at_some_moments(kind: str, tmp_path: Path) -> None:
     assert kills(kind, 1, tmp_path / "here").total() == len(SIGNALS)
 

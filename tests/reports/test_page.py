@@ -8,7 +8,7 @@ import math
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -797,8 +797,13 @@ def contrast(one: str, other: str) -> float:
 
 
 @pytest.mark.skipif(BROWSER is None, reason="chromium is not installed (apt-get install chromium)")
-def test_pages_in_a_browser(tmp_path: Path) -> None:
-    pages = {name: page.render(report) for name, report in CASES.items() if "broken" not in name or "sweep" in name}
+@pytest.mark.parametrize(
+    "kinds", [(*examples.ALL, "sweep, broken", "uneven", "200 layers"), pytest.param(CASES, marks=pytest.mark.whole)]
+)
+def test_pages_in_a_browser(kinds: Iterable[str], tmp_path: Path) -> None:
+    """Some pages of each kind, or all; those of the longest names among them."""
+    sound = (name for name in kinds if "broken" not in name or "sweep" in name)
+    pages = {name: page.render(CASES[name]) for name in sound}
     found = seen(pages, tmp_path)
     assert len(found) == 4 * len(pages)
     for one in found:

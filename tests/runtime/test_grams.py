@@ -101,6 +101,7 @@ def test_a_streamed_model_shares_them(tmp_path: Path, text_file: Path, monkeypat
 @pytest.mark.parametrize(
     "other", [{"seed": 1}, {"samples": 11}, {"dtype": "bfloat16"}, {"method": "wanda", "sparsity": 0.5}]
 )
+@pytest.mark.covering(some={"other": 2})
 def test_what_they_do_not_belong_to_is_measured(other: dict[str, Any], tmp_path: Path, text_file: Path) -> None:
     """The last wants Grams of inputs that the first prune did not look at."""
     folder, kept = tmp_path / "model", tmp_path / "kept"

@@ -239,7 +239,9 @@ def test_a_loss_that_is_no_number_fails_its_trial_alone(text: str, monkeypatch: 
     assert "failed" in states and "tried" in states
 
 
-@pytest.mark.parametrize("sampler", list(SAMPLERS))
+@pytest.mark.parametrize(
+    "sampler", [pytest.param(name, marks=[pytest.mark.whole] * (name == "gp")) for name in SAMPLERS]
+)
 def test_every_sampler_learns_or_at_least_asks(sampler: str) -> None:
     dimensions = {"x": Dimension(0.0, 1.0, 0.1), "n": Dimension(0, 9, 1), "c": Dimension(choices=("a", "b"))}
 

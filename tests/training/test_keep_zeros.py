@@ -263,7 +263,9 @@ def cut_off(bench: Path, **more: Any) -> None:
         recover_module.recover(bench / "sparse", work=bench / "work", tick=tick, **settings(bench, **more))
 
 
-@pytest.mark.parametrize(("trainable", "end"), [("all", killed), ("lora", cut_off), ("spp", cut_off)])
+@pytest.mark.parametrize(
+    ("trainable", "end"), [("all", killed), ("lora", cut_off), pytest.param("spp", cut_off, marks=pytest.mark.whole)]
+)
 def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(
     trainable: str, end: Callable[..., None], bench: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
