@@ -55,14 +55,13 @@ def contents(path: Path, name: str, config: Any, build: Callable[[Any], Any]) ->
     on_disk = _unwrapped(stored(path, name), model)
     loaded, stock = loaded_as(model, on_disk), model.state_dict()
     unfuse(model)
-    own = model.state_dict(keep_vars=True)
-    fused = {
-        tensor: meta for tensor, meta in stock.items() if tensor not in own
-    }  # experts, as the stock class joins them
+    state = model.state_dict(keep_vars=True)
+    # experts, as the stock class joins them
+    fused = {tensor: meta for tensor, meta in stock.items() if tensor not in state}
     names = loaded.names | _stored_names(model, on_disk, loaded.names)
     copies = {
         tensor: list(dict.fromkeys(names[alias] for alias in aliases if alias in names))
-        for tensor, aliases in _tied(own).items()
+        for tensor, aliases in _tied(state).items()
     }
     if config.tie_word_embeddings and not all(
         _equal([on_disk[key] for key in keys]) for keys in copies.values() if keys
@@ -70,21 +69,21 @@ def contents(path: Path, name: str, config: Any, build: Callable[[Any], Any]) ->
         config.tie_word_embeddings = False
         return contents(path, name, config, build)
     keys = {tensor: stored_keys[0] for tensor, stored_keys in copies.items() if stored_keys}
-    known = {key for stored_keys in copies.values() for key in stored_keys}
+    used_keys = {key for stored_keys in copies.values() for key in stored_keys}
     fused_keys = {tensor: names[tensor] for tensor in fused if tensor in names}
-    strays = {key: target for key, target in loaded.merged.items() if key not in known}
+    strays = {key: target for key, target in loaded.merged.items() if key not in used_keys}
     prefixes = tuple({tensor.rpartition(".")[0] + "." for tensor in (*fused_keys, *strays.values())})
-    joined = [tensor for tensor in own if tensor not in keys and tensor.startswith(prefixes)]
-    lost = [tensor for tensor in own if tensor not in keys and tensor not in joined]
+    joined = [tensor for tensor in state if tensor not in keys and tensor.startswith(prefixes)]
+    lost = [tensor for tensor in state if tensor not in keys and tensor not in joined]
     shapes = {tensor: on_disk[key] for tensor, key in {**keys, **fused_keys}.items()}
-    _check_shapes(name, lost, {**own, **fused}, shapes, model)
+    _check_shapes(name, lost, {**state, **fused}, shapes, model)
     if strays and not joined:
         raise BillhookError(
             f"{name}: {len(strays)} tensors have no place in the model that config.json describes, first "
             f"{min(strays)}: "
             f"{AGAIN}"
         )
-    used = {key: on_disk[key] for key in on_disk if key in known or key in strays or key in fused_keys.values()}
+    used = {key: on_disk[key] for key in on_disk if key in used_keys or key in strays or key in fused_keys.values()}
     if strange := {tensor.dtype for tensor in used.values()} - set(STORED):
         raise BillhookError(
             f"{name} stores weights as {', '.join(sorted(strange))}: dequantise to float32, bfloat16 or float16 first"
@@ -107,9 +106,8 @@ def _stored_names(model: Any, on_disk: Mapping[str, Stored], loaded: Mapping[str
     """The stored name of each tensor that transformers would save under another name, and that `loaded` lacks."""
     prefix, names = f"{model.base_model_prefix}.", dict[str, str]()
     for tensor, key in stored_as(model).items():
-        written = next(
-            (name for name in (key, key.removeprefix(prefix)) if name in on_disk), None
-        )  # older folders lack it
+        # older folders lack the prefix
+        written = next((name for name in (key, key.removeprefix(prefix)) if name in on_disk), None)
         if written is not None and tensor not in loaded:
             names[tensor] = written
     return names

@@ -37,9 +37,8 @@ def publish(
     tick("saving", 1, 2)
     with evaluation_mode(model):
         record["verified"] = verify.verify(work, model)
-    record["loads"] = (
-        [] if is_offloaded(model) else [check.check(work, "transformers")]
-    )  # the check would load the whole model
+    # the check loads the whole model, which an offloaded one may be too large for
+    record["loads"] = [] if is_offloaded(model) else [check.check(work, "transformers")]
     atomic.write_text(work / atomic.MARK, records.to_json(record))
     atomic.write_text(work / "README.md", card.model_card(record))
     page.save(work / "report.html", content())

@@ -13,7 +13,8 @@ from billhook.models.cached import after
 from billhook.runtime.memory import free_bytes
 from billhook.runtime.offload import is_offloaded
 
-STEPS_PAGED = 2  # steps with a cache where weights are offloaded, since each reads the whole model from disk
+STEPS = 64  # the most steps with a cache
+STEPS_OFFLOADED = 2  # the most where weights are offloaded, since each step reads the whole model from disk
 # largest difference with and without cache, as a share of the logits' norm: half the digits of float32.  A stale cache
 # index costs a tenth and more (tests/models/test_laws.py has them); SmolLM2 itself drifts by 2e-6, cut by a quarter on
 # four windows by 1.3e-5.  In bfloat16 the rounding of a right model may cost as much as a wrong index.
@@ -33,19 +34,21 @@ def verify(path: Path, model: Any) -> dict[str, Any]:
     """
     written = stored_parameters(path)
     expected = elements(model)
-    again = load(path, device=str(model.device), stream=is_offloaded(model))
-    if again.config._attn_implementation != model.config._attn_implementation:  # the model was loaded with another one
-        again.set_attn_implementation(model.config._attn_implementation)
+    reloaded = load(path, device=str(model.device), stream=is_offloaded(model))
+    attention = model.config._attn_implementation
+    if reloaded.config._attn_implementation != attention:  # the model was loaded with another one than the default
+        reloaded.set_attn_implementation(attention)
     ids = _probe(model)
-    same = torch.equal(model(ids, use_cache=False).logits, again(ids, use_cache=False).logits)
-    tied = (again.get_output_embeddings().weight is again.get_input_embeddings().weight) == bool(
-        again.config.tie_word_embeddings
+    same = torch.equal(model(ids, use_cache=False).logits, reloaded(ids, use_cache=False).logits)
+    tied = (reloaded.get_output_embeddings().weight is reloaded.get_input_embeddings().weight) == bool(
+        reloaded.config.tie_word_embeddings
     )
-    if again.dtype != torch.float32:
-        del again  # before a copy in float32, which takes twice as much
-        again = _in_float32(path, model)
+    if reloaded.dtype != torch.float32:
+        del reloaded  # before a copy in float32, which takes twice as much
+        reloaded = _in_float32(path, model)
     try:
-        drift = _cache_drift(again, ids.to(again.device), **({"steps": STEPS_PAGED} if is_offloaded(model) else {}))
+        steps = STEPS_OFFLOADED if is_offloaded(model) else STEPS
+        drift = _cache_drift(reloaded, ids.to(reloaded.device), steps)
     except (RuntimeError, IndexError, ValueError) as error:  # a wrong index makes masks and positions of another length
         raise BillhookError(f"{path} did not survive reloading: with a cache it fails ({first_line(error)})") from error
     problems = []
@@ -80,7 +83,7 @@ def _probe(model: PreTrainedModel) -> torch.Tensor:
     return ids.to(model.device)
 
 
-def _cache_drift(model: Any, ids: torch.Tensor, steps: int = 64) -> float:
+def _cache_drift(model: Any, ids: torch.Tensor, steps: int) -> float:
     """Relative difference of the logits when the second half of `ids` goes through the cache, in at most `steps` steps.
 
     A stale `layer_idx` shows here, and nowhere else.

@@ -30,23 +30,18 @@ class Recovery(BaseModel):
 
     teacher: str = ""
     tokens: int | None = Field(default=None, ge=1)  # tokens to train on; "500k" is understood
-    minutes: float | None = Field(
-        default=None, gt=0, allow_inf_nan=False
-    )  # instead of tokens: the time that the recovery may take
+    minutes: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # instead of tokens: time for all of it
     text: tuple[str, ...] = ("demo",)
     held_out: tuple[str, ...] = ("demo",)  # texts to evaluate on
     objective: str = "distill"
     states: str = "auto"
     trainable: str = "decoder"  # faster than `all`, and ahead of it on three texts (docs/LOG.md)
     lr: float | None = Field(default=None, gt=0, lt=1, allow_inf_nan=False)  # learning rate; None: the best of three
-    batch_tokens: int | None = Field(
-        default=None, ge=1
-    )  # tokens in a step; None: such that there are `STEPS` steps, where windows allow
+    batch_tokens: int | None = Field(default=None, ge=1)  # tokens in a step; None: for `STEPS` steps, if windows allow
     micro_batch: int = Field(default=1, ge=1)  # windows in one forward pass
     seq_len: int = Field(default=512, ge=2)
-    warmup: float = Field(
-        default=0.05, ge=0, lt=1, allow_inf_nan=False
-    )  # share of the steps that the learning rate rises over
+    # share of the steps that the learning rate rises over
+    warmup: float = Field(default=0.05, ge=0, lt=1, allow_inf_nan=False)
     top_k: int = Field(default=256, ge=1)  # the teacher's likeliest next tokens that are kept
     rank: int = Field(default=32, ge=1)  # rank of lora's adapters; blocks of rows of spp
     keep_zeros: bool | None = None  # whether zeros stay; None: a sparse model is trained by spp only

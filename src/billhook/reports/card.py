@@ -24,7 +24,7 @@ def model_card(report: dict[str, Any]) -> str:
         done, tags = [*done, "recovered"], [*tags, "recovered"]
         story += [f"trained by {tables.plain(recovered_words(recovery))}" for recovery in recoveries]
     layout = CARD_LAYOUT[report.get("layout") or "unknown"].format(report.get("model_type") or "transformers")
-    made = "`, then `".join(commands(report))
+    command_lines = "`, then `".join(commands(report))
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -38,7 +38,7 @@ tags: [{", ".join(tags)}]
 |---|---|
 {rows}
 
-Made by `{made}` ({versions}).
+Made by `{command_lines}` ({versions}).
 `billhook.json` holds {_holds(recipe, recoveries)}.
 The licence is that of the parent model.
 """

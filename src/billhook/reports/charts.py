@@ -145,8 +145,8 @@ def curves(
     else:
         keys, foot = _legend([(end.name, end.swatch) for end in ends], top + height + 62, width)
         body.append(keys)
-    told = [reference, *drawn] if reference and mark else drawn
-    return _svg(title, "; ".join(_told(s, x, y) for s in told), body, width, foot)
+    described = [reference, *drawn] if reference and mark else drawn
+    return _svg(title, "; ".join(_told(s, x, y) for s in described), body, width, foot)
 
 
 def layers(
@@ -171,9 +171,9 @@ def layers(
         body.append(f'<path class="base" d="{_cross(across.at(layer + 0.5), top + height - 5)}" stroke-width="1.6"/>')
     entries = [(name, _step_swatch(len(kept) - 1 - n)) for n, name in enumerate(kept)] if len(kept) > 1 else []
     keys, foot = _legend(entries, top + height + 62, width)
-    told = "; ".join(_told_layers(name, row, y) for name, row in kept.items())
-    told += f"; dropped layers: {', '.join(map(str, dropped))}" if dropped else ""
-    return _svg(title, told, [*body, keys], width, foot if entries else top + height + 46)
+    described = "; ".join(_told_layers(name, row, y) for name, row in kept.items())
+    described += f"; dropped layers: {', '.join(map(str, dropped))}" if dropped else ""
+    return _svg(title, described, [*body, keys], width, foot if entries else top + height + 46)
 
 
 def _drawable(y: Axis) -> Callable[[Point], bool]:
@@ -196,12 +196,12 @@ def _bar(point: Point) -> tuple[float, float]:
     return height - error, height + error
 
 
-def _svg(title: str, told: str, body: Sequence[str], width: int, height: Number) -> str:
+def _svg(title: str, description: str, body: Sequence[str], width: int, height: Number) -> str:
     kind = "narrow" if width < WIDE else "wide"
     return (
         f'<svg class="chart {kind}" role="img" viewBox="0 0 {width} {_n(height)}" '
         f'width="{width}" height="{_n(height)}" '
-        f'xmlns="http://www.w3.org/2000/svg"><title>{escape(title)}</title><desc>{escape(told)}</desc>'
+        f'xmlns="http://www.w3.org/2000/svg"><title>{escape(title)}</title><desc>{escape(description)}</desc>'
         f"{''.join(body)}</svg>"
     )
 

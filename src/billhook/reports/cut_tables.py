@@ -134,8 +134,8 @@ def widths(cuts: Sequence[Mapping[str, Any]]) -> str:
     if len(before) == len(after) == 1:
         return f"{before.pop():,} → {after.pop():,} in each of {len(cuts)} layers"
     untouched = sum(c["dropped"] == 0 for c in cuts)
-    whole = f", {untouched} of {len(cuts)} layers whole" if untouched else f" in {len(cuts)} layers"
-    return f"{'/'.join(f'{n:,}' for n in sorted(before))} → {min(after):,} to {max(after):,}{whole}"
+    uncut = f", {untouched} of {len(cuts)} layers whole" if untouched else f" in {len(cuts)} layers"
+    return f"{'/'.join(f'{n:,}' for n in sorted(before))} → {min(after):,} to {max(after):,}{uncut}"
 
 
 def _patched(cuts: Sequence[Mapping[str, Any]], dropped: Sequence[int]) -> str:
@@ -146,8 +146,8 @@ def _patched(cuts: Sequence[Mapping[str, Any]], dropped: Sequence[int]) -> str:
         return f"layers {ranges(c['layer'] for c in cuts)}: error {_errors(cuts)}"
     words = []
     for c in cuts:
-        held = f", {c['error_held_out']:.2f} held out" if finite(c.get("error_held_out")) else ""
-        words.append(f"layer {c['layer']}: error {number(c['error_without'])} → {number(c['error'])}{held}")
+        held_out = f", {c['error_held_out']:.2f} held out" if finite(c.get("error_held_out")) else ""
+        words.append(f"layer {c['layer']}: error {number(c['error_without'])} → {number(c['error'])}{held_out}")
     if 0 in dropped:
         words.append("nothing stands before layer 0 to patch")
     return "; ".join(words)
@@ -157,12 +157,12 @@ def _errors(cuts: Sequence[Mapping[str, Any]]) -> str:
     """Mean relative errors of one kind, over the layers that were cut or not."""
     means = {}
     for key in ("error_without", "error", "error_held_out"):
-        known = [c[key] for c in cuts if finite(c.get(key))]
-        means[key] = sum(known) / len(known) if known else None
+        values = [c[key] for c in cuts if finite(c.get(key))]
+        means[key] = sum(values) / len(values) if values else None
     if means["error"] is None:
         return ""
-    held = f", {means['error_held_out']:.3f} on held-out windows" if means["error_held_out"] is not None else ""
+    held_out = f", {means['error_held_out']:.3f} on held-out windows" if means["error_held_out"] is not None else ""
     if means["error"] == means["error_without"]:  # nothing was repaired
-        return f"{means['error']:.3f}{held} (mean of layers)"
+        return f"{means['error']:.3f}{held_out} (mean of layers)"
     by = "merging" if cuts[0]["kind"] == "experts" else "restoration"
-    return f"{number(means['error_without'], '{:.3f}')} → {means['error']:.3f} by {by}{held} (mean of layers)"
+    return f"{number(means['error_without'], '{:.3f}')} → {means['error']:.3f} by {by}{held_out} (mean of layers)"

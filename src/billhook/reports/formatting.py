@@ -27,8 +27,8 @@ def signed(removed: Any, digits: int = 1) -> str:
 def with_error(value: Any, error: Any, form: str = "", scale: float | int = 1) -> str:
     """A value with its standard error, where both are known."""
     form = form or places(value)
-    known = f" ± {number(error, form, scale)}" if finite(value) and finite(error) else ""
-    return number(value, form, scale) + known
+    margin = f" ± {number(error, form, scale)}" if finite(value) and finite(error) else ""
+    return number(value, form, scale) + margin
 
 
 def places(value: Any) -> str:

@@ -146,9 +146,9 @@ def _recovered(recovery: Mapping[str, Any]) -> list[Figure]:
     for text in judged(recovery)[:2]:
         before = f"before: {number(text.before, places(text.before))}"
         why = "" if finite(text.after) else "not finite"
-        known = filter(None, (why, before, factor_words(text, recovery["teacher"]), text.conditions))
+        conditions = filter(None, (why, before, factor_words(text, recovery["teacher"]), text.conditions))
         value = number(text.after, places(text.after))
-        perplexities.append(Figure(f"perplexity on {text.text}", value, "; ".join(known)))
+        perplexities.append(Figure(f"perplexity on {text.text}", value, "; ".join(conditions)))
     planned, kept = recovery["tokens"], recovery.get("kept_tokens")
     tokens = planned if kept is None else kept
     share = f"kept of {planned:,} tokens" * (tokens != planned)

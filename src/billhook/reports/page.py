@@ -66,8 +66,8 @@ def render(report: Mapping[str, Any]) -> str:
 def _headline(report: Mapping[str, Any]) -> str:
     out = _figures(figures_of(report))
     if command := how_to_measure(report):
-        known = UNMEASURED["recover" if report.get("healing") else "prune"]
-        out += f'<p class="todo">{known}<code>{markup.say(command)}</code></p>\n'
+        advice = UNMEASURED["recover" if report.get("healing") else "prune"]
+        out += f'<p class="todo">{advice}<code>{markup.say(command)}</code></p>\n'
     return out
 
 

@@ -92,9 +92,11 @@ def _losses(recovery: Mapping[str, Any]) -> str:
 
 def _mean(losses: list[Any], start: int, size: int, tokens: float) -> Point:
     """The mean loss of some steps, at the middle of the tokens that they end at; what is not finite is left out."""
-    some = losses[start : start + size]
-    known = [loss for loss in some if finite(loss)]
-    return Point((start + (len(some) + 1) / 2) * tokens, sum(known) / len(known) if known else None)
+    chunk = losses[start : start + size]
+    finite_losses = [loss for loss in chunk if finite(loss)]
+    return Point(
+        (start + (len(chunk) + 1) / 2) * tokens, sum(finite_losses) / len(finite_losses) if finite_losses else None
+    )
 
 
 def _evaluations(recovery: Mapping[str, Any]) -> str:

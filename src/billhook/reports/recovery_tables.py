@@ -142,8 +142,8 @@ def recovery_rows(recoveries: Sequence[Mapping[str, Any]]) -> list[tuple[str, st
             rows.append(("stopped early", str(recovery["stopped"])))
         for text in judged(recovery):
             change = f"{number(text.before, places(text.before))} → {number(text.after, places(text.after))}"
-            known = filter(None, (change, factor_words(text, recovery["teacher"]), text.conditions))
-            rows.append((f"perplexity on {text.text}", "; ".join(known)))
+            words = filter(None, (change, factor_words(text, recovery["teacher"]), text.conditions))
+            rows.append((f"perplexity on {text.text}", "; ".join(words)))
         took = f"{number(_seconds(recovery), '{:,.0f}')} s in all, {speed_words(recovery)} in {recovery['precision']}"
         rows.append(("training", f"{took}, {mebibytes(recovery.get('peak_growth_bytes'))} beyond the loaded model"))
     return rows

@@ -81,11 +81,11 @@ def _gained(search: Mapping[str, Any]) -> str:
     """The gain that decided, in nats; where the loss is the logarithm of perplexity, as a share of that, too."""
     gain: Any = search.get("gain")
     error = search.get("standard_error")
-    known = f" ± {number(error, LOSS)}" if finite(error) else ""
+    margin = f" ± {number(error, LOSS)}" if finite(error) else ""
     plain = search.get("restoration") or search.get("objective", "nll") == "nll"
     near = gain if plain and finite(gain) and abs(gain) < FAR else None
     share = f" ({percent(-math.expm1(-near), 2)} of perplexity)" if near is not None else ""
-    return f"{_minus(number(gain, LOSS))}{known} nats a token{_minus(share)}"
+    return f"{_minus(number(gain, LOSS))}{margin} nats a token{_minus(share)}"
 
 
 def standard_metric(search: Mapping[str, Any]) -> str:
@@ -134,10 +134,10 @@ def state_words(search: Mapping[str, Any]) -> list[str]:
 
 def importance_rows(search: Mapping[str, Any]) -> list[list[str]]:
     """Dimensions, the most important first; those after the first `SHOWN` are summed in one row."""
-    known = [(str(name), share) for name, share in (search.get("importance") or {}).items() if finite(share)]
-    known.sort(key=lambda pair: -pair[1])
-    rows = [[DIMENSIONS.get(name, name), percent(share)] for name, share in known[:SHOWN]]
-    rest = known[SHOWN:]
+    shares = [(str(name), share) for name, share in (search.get("importance") or {}).items() if finite(share)]
+    shares.sort(key=lambda pair: -pair[1])
+    rows = [[DIMENSIONS.get(name, name), percent(share)] for name, share in shares[:SHOWN]]
+    rest = shares[SHOWN:]
     return [*rows, *([[f"{len(rest)} others together", percent(sum(share for _, share in rest))]] if rest else [])]
 
 
@@ -264,10 +264,10 @@ def drawn_words(search: Mapping[str, Any]) -> str:
 
 def metric_words(coefficients: Mapping[str, Any]) -> str:
     """Terms with their coefficients, the heaviest first; a single term without its coefficient."""
-    known = sorted(((name, c) for name, c in coefficients.items() if finite(c) and c), key=lambda pair: -pair[1])
-    if len(known) == 1:
-        return f"{known[0][0]} alone"
-    return " + ".join(f"{number(c, '{:g}')} {name}" for name, c in known) or NONE
+    terms = sorted(((name, c) for name, c in coefficients.items() if finite(c) and c), key=lambda pair: -pair[1])
+    if len(terms) == 1:
+        return f"{terms[0][0]} alone"
+    return " + ".join(f"{number(c, '{:g}')} {name}" for name, c in terms) or NONE
 
 
 def samples(search: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -152,9 +152,9 @@ def _speeds(models: Sequence[Mapping[str, Any]]) -> list[Measure]:
         timings = [
             next((s for s in m.get("speeds") or () if (s["batch"], s["context"]) == setting), {}) for m in models
         ]
-        known = next(filter(None, timings))
+        first_timing = next(filter(None, timings))
         where = f"context {setting[1]}, batch {setting[0]}"
-        often = f"median of {known['repeats']}" if known.get("repeats") else ""
+        often = f"median of {first_timing['repeats']}" if first_timing.get("repeats") else ""
         for key, name in (("prefill", "prefill tokens/s"), ("decode", "decode tokens/s")):
             ranges = [_range(s.get(f"{key}_range")) for s in timings]
             conditions = ", ".join(filter(None, (where, often)))
@@ -169,8 +169,12 @@ def _speeds(models: Sequence[Mapping[str, Any]]) -> list[Measure]:
 
 def _memory(models: Sequence[Mapping[str, Any]]) -> list[Measure]:
     memories = [m.get("memory") or {} for m in models]
-    known = next(filter(None, memories), {})
-    where = f"context {known['context']}, batch {known.get('batch', 1)}" if known.get("context") else ""
+    first_memory = next(filter(None, memories), {})
+    where = (
+        f"context {first_memory['context']}, batch {first_memory.get('batch', 1)}"
+        if first_memory.get("context")
+        else ""
+    )
     rows = _row("memory", "weights in memory", "", [m.get("weights_bytes") for m in memories], mebibytes)
     rows += _row("memory", "KV cache", where, [m.get("kv_cache_bytes") for m in memories], mebibytes)
     return rows + _row("memory", "peak of a prefill", where, [m.get("peak_bytes") for m in memories], mebibytes)
@@ -180,9 +184,13 @@ def _tasks(models: Sequence[Mapping[str, Any]]) -> list[Measure]:
     rows: list[Measure] = []
     for task in dict.fromkeys(t["task"] for m in models for t in m.get("tasks") or ()):
         results = [next((t for t in m.get("tasks") or () if t["task"] == task), {}) for m in models]
-        known = next(filter(None, results))
-        chance = f"chance {percent(known['chance'])}" if finite(known.get("chance")) else "chance level not known"
-        conditions = f"{known['samples']:,} questions, {chance}"
+        first_result = next(filter(None, results))
+        chance = (
+            f"chance {percent(first_result['chance'])}"
+            if finite(first_result.get("chance"))
+            else "chance level not known"
+        )
+        conditions = f"{first_result['samples']:,} questions, {chance}"
         for key, error, name in (
             ("accuracy", "standard_error", task),
             ("acc_norm", "acc_norm_standard_error", f"{task}, length-normalised"),

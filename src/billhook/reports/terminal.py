@@ -21,9 +21,8 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> T
     """Rows of `tables` for a terminal."""
     shown = Table(title=title, title_justify="left")
     for n, name in enumerate(header):
-        shown.add_column(
-            name, justify="right" if n else "left", overflow="fold"
-        )  # wraps names instead of cutting them short
+        # names are wrapped, not cut short
+        shown.add_column(name, justify="right" if n else "left", overflow="fold")
     for row in rows:
         shown.add_row(*row)
     return shown

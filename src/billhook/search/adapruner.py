@@ -88,8 +88,8 @@ def search(  # noqa: PLR0913
     alone = evaluator_of(model, chosen.objective, execution.study or folder)
     if execution.study:
         settled = chosen.model_dump(mode="json", exclude={"trials", "minutes"})
-        seen = cache.digest({"tokens": inputs.pool.tokens.tolist()})
-        claim(execution.study, {**alone.key, "settings": settled, "pool": seen}, execution.fresh)
+        pool_sha256 = cache.digest({"tokens": inputs.pool.tokens.tolist()})
+        claim(execution.study, {**alone.key, "settings": settled, "pool": pool_sha256}, execution.fresh)
     with with_workers(alone, execution.workers) as evaluator:
         with clock("evidence"):
             cut = BaseCut(model, base, chosen.width_step, chosen.layout)

@@ -77,8 +77,10 @@ def read_texts(opened: Opened, chosen: SearchSettings, tick: Tick = quiet) -> Se
         calibration, validation = zip(*(_without_its_end(text) for text in calibration), strict=True)
     leading = len(special_ids(opened.tokenizer)[0])  # special tokens, which all windows share and which make no overlap
     windows = torch.cat([data.windows(text, opened.tokenizer, chosen.seq_len).tokens for text in validation])
-    seen = [data.windows(text, opened.tokenizer, chosen.pool_len).tokens[:, leading:].flatten() for text in calibration]
-    shared = overlapping(windows[:, leading:], torch.cat(seen)[None])
+    calibration_tokens = [
+        data.windows(text, opened.tokenizer, chosen.pool_len).tokens[:, leading:].flatten() for text in calibration
+    ]
+    shared = overlapping(windows[:, leading:], torch.cat(calibration_tokens)[None])
     if chosen.validation and shared.any():
         raise BillhookError(
             f"{int(shared.sum())} of the {len(windows)} windows of --validation are also in the calibration text, "

@@ -141,8 +141,8 @@ def _means(raw: Mapping[AxisKey, Tensor], within: bool) -> dict[AxisKey, Tensor]
 
 def known_metrics(clusters: int, terms: Sequence[str] = tuple(TERMS)) -> dict[str, Solution]:
     """The known metrics, each alone on the whole pool: a search starts from them and never ends behind the best."""
-    whole = Solution((1,) * clusters)
-    return {name: replace(whole, coefficients={name: 1.0}) for name in terms}
+    whole_pool = Solution((1,) * clusters)
+    return {name: replace(whole_pool, coefficients={name: 1.0}) for name in terms}
 
 
 def digest(dropped: Mapping[AxisKey, Tensor]) -> str:

@@ -147,9 +147,8 @@ class RecoveryTrainer(Trainer):
             start: makes an untrained model, to be filled where the trained one is spread over processes.
         """
         if not self.is_fsdp_enabled:
-            return self.accelerator.unwrap_model(
-                self.model, keep_fp32_wrapper=False
-            )  # with a forward pass without autocast
+            # its forward pass then is without autocast
+            return self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         whole, model = self.accelerator.get_state_dict(self.model), start()
         model.load_state_dict(whole)
         return model

@@ -28,8 +28,8 @@ def main():
         model_impl=request.get("implementation", "auto"),
     )
     sampling = vllm.SamplingParams(max_tokens=request["new_tokens"], temperature=0, ignore_eos=True, detokenize=False)
-    made = model.generate([{"prompt_token_ids": ids} for ids in request["prompts"]], sampling, use_tqdm=False)
-    answer = {"version": vllm.__version__, "greedy": [list(one.outputs[0].token_ids) for one in made]}
+    outputs = model.generate([{"prompt_token_ids": ids} for ids in request["prompts"]], sampling, use_tqdm=False)
+    answer = {"version": vllm.__version__, "greedy": [list(output.outputs[0].token_ids) for output in outputs]}
     sys.stdout.write(json.dumps(answer) + "\n")
 
 
