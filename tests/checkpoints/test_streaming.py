@@ -186,7 +186,7 @@ def test_edited_pages_lie_beside_the_output_and_go(
     amiss: bool, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where there is a folder for what a prune keeps; what a killed one left there goes when the next begins."""
-    model, work, spill = written("llama", tmp_path / "model"), tmp_path / "work", offload.WeightStore.spill
+    model, work, spill = written("llama", tmp_path / "model"), tmp_path / "work", offload.WeightStore.swap_out
     (work / "pages").mkdir(parents=True)
     (work / "pages" / "left").write_text("x")
     (work / "run.json").write_text("{}")
@@ -199,7 +199,7 @@ def test_edited_pages_lie_beside_the_output_and_go(
         if amiss and len(most) == 8:
             raise CutOffError
 
-    monkeypatch.setattr(offload.WeightStore, "spill", counted)
+    monkeypatch.setattr(offload.WeightStore, "swap_out", counted)
     given: dict[str, Any] = {"calibration": str(text_file), "samples": 10, "seq_len": 32, "stream_weights": True}
     if amiss:
         with pytest.raises(CutOffError):
@@ -216,7 +216,7 @@ HEAP = """
 import ctypes, sys, torch
 from pathlib import Path
 from transformers import AutoConfig
-from billhook import skeleton
+from billhook.checkpoints import streaming
 
 class Info(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
@@ -224,7 +224,7 @@ class Info(ctypes.Structure):
 libc = ctypes.CDLL(None)
 libc.mallinfo2.restype = Info
 before = libc.mallinfo2().arena
-skeleton.bare(AutoConfig.from_pretrained(sys.argv[1]), torch.float32)
+streaming.bare(AutoConfig.from_pretrained(sys.argv[1]), torch.float32)
 print(libc.mallinfo2().arena - before)
 """
 
