@@ -38,10 +38,12 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def facts(name: str) -> str:
-    """Title, paper, what a method says of itself, and what it needs."""
+    """Title, paper, what a method does, what it needs and costs, what loads the result, an example."""
     method = METHODS[name]
     paper = re.sub(r"arXiv:(\d+\.\d+)", r"[arXiv:\1](https://arxiv.org/abs/\1)", method.paper)
-    return f"*{method.title}* ({paper})\n\n{flags(method.does)}\n\n**Needs** {flags(method.needs)}. **Costs** {flags(method.costs)}. **Loads in** {method.loads}.\n\n```\n{method.example}\n```"
+    says = {"Needs": method.needs, "Costs": method.costs, "Loads in": method.loads}
+    told = "\n".join(f"* **{what}** {flags(words)}." for what, words in says.items())
+    return f"*{method.title}* ({paper})\n\n{flags(method.does)}\n\n{told}\n\n```\n{method.example}\n```"
 
 
 def settings(name: str) -> str:
