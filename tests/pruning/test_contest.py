@@ -20,7 +20,8 @@ from billhook.models.families import layers
 from billhook.models.plan import Plan
 from billhook.pruning import compare as compare_module
 from billhook.pruning import prune
-from billhook.pruning.compare import Judged, _each, _text_sha256, bend, compare, contender, judged, perplexity, sweep
+from billhook.pruning.compare import Judged, _each, _text_sha256, bend, compare, judged, perplexity, sweep
+from billhook.pruning.contenders import contender
 from billhook.pruning.recipe import recipe
 
 COMMON = {"samples": 6, "seq_len": 32, "multiple_of": 8}
