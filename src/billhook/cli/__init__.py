@@ -79,7 +79,7 @@ def main() -> NoReturn:
 def _run() -> NoReturn:
     try:
         with scratch(), signals.cleanup_on_signal(_end_children):
-            code = app(sys.argv[1:] or ["--help"], standalone_mode=False) or 0
+            code = app(sys.argv[1:] or ["--help"], prog_name="billhook", standalone_mode=False) or 0
     except BillhookError as error:
         _fail(str(error))
     except OSError as error:

@@ -34,7 +34,9 @@ TABLES = {  # settings with names: what each name means
 
 @app.command(name="methods")
 def methods_command(
-    name: Annotated[str, typer.Argument(help="one method, of which all is said", show_default=False)] = "",
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="one method, of which all is said", show_default=False)
+    ] = "",
     json: Json = False,
 ) -> None:
     """List every method, or say all of one: what it does, its paper, settings, needs and clients.

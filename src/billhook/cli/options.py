@@ -34,7 +34,10 @@ def option(heading: str, text: str, *flags: str, names: Iterable[str] = (), **mo
 
 
 Model = Annotated[
-    str, typer.Argument(help="a folder, a hub id (owner/name), a .gguf file, or 'demo'", show_default=False)
+    str,
+    typer.Argument(
+        metavar="MODEL", help="a folder, a hub id (owner/name), a .gguf file, or 'demo'", show_default=False
+    ),
 ]
 Output = Annotated[Path, option(OUTPUT, "folder to write", "--output", "-o", show_default=False)]
 Overwrite = Annotated[bool, option(OUTPUT, "replace OUT if billhook wrote it", "--overwrite")]
