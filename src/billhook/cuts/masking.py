@@ -57,7 +57,7 @@ class Masked:
     weights: int
     before: int  # zeros before
     zeros: int
-    damping: float  # that the method took
+    damping: float  # the ridge that the method took
     error: float
     error_held_out: float | None  # on windows that it did not see
     note: dict[str, float | int]  # what the method counted on the way

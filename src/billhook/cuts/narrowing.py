@@ -43,9 +43,9 @@ class Fit:
 
     drop: Units
     kept: Kept  # columns of the reader that stay
-    weight: Narrowed  # of the reader, restored
-    damping: float  # that it took
-    share: float  # of the sum of all scores that the dropped units hold
+    weight: Narrowed  # the reader's, restored
+    damping: float  # the ridge that it took
+    share: float  # what the dropped units hold of the sum of all scores
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Piece:
 
     axis: Axis
     drop: Units
-    weight: Narrowed  # in the model's dtype
+    weight: Narrowed  # the reader's new weight, in the model's dtype
     cut: Cut
 
 
@@ -79,7 +79,9 @@ def narrow(
         finished: keeps every layer once it is done, and has those that an earlier run of the same work has.
     """
     clock, scores, finished = clock or Clock(), scores or {}, finished or FinishedLayers(None, model)
-    makes_up = plan.layers and stream == "dense_target" and settings.restoration  # by an FFN that loses nothing itself
+    makes_up = (
+        plan.layers and stream == "dense_target" and settings.restoration
+    )  # an FFN may make up that loses nothing itself
     steps = walk(
         model,
         tokens,
@@ -95,7 +97,7 @@ def narrow(
     for layer in steps:
         pieces = [_cut(model, axis, layer, plan, settings, clock, scores) for axis in layer.axes]
         number = layer.number
-        del layer  # or its Grams stand beside the next layer's
+        del layer  # its Grams would stand beside the next layer's
         with clock("saving"):
             finished.save(number, [asdict(p.cut) for p in pieces], [(p.axis, p.drop) for p in pieces])
         cuts += [one.cut for one in pieces]

@@ -119,7 +119,7 @@ def spread(
     tick("pruning in workers", total, total)
 
 
-_worker: dict[str, tuple[Any, ...]] = {}  # of a process of its own: how to open the model, and what to do
+_worker: dict[str, tuple[Any, ...]] = {}  # how a worker process opens the model, and what it does
 
 
 def _prepare(*what: Any) -> None:

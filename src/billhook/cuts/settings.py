@@ -38,4 +38,4 @@ class Reducing:
     """What may be chosen."""
 
     way: str = "reap"
-    seed: int = 0  # of `random`
+    seed: int = 0  # seed of `random`

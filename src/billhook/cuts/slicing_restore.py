@@ -75,9 +75,9 @@ def restore(
         BillhookError: an activation is not finite; the message names the module.
     """
     found, whole, total = residual(model), residual(dense), len(layers(model))
-    grown = math.sqrt(whole.channels / found.channels)  # of what norms over heads norm (billhook.models.residual)
+    grown = math.sqrt(whole.channels / found.channels)  # correction of norms over heads (billhook.models.residual)
     fed = set(flow(dense, whole).before.values())
-    adds = axes(dense, ("ffn",))[0].ends_layer  # or a norm, or a factor, stands between writers and the stream
+    adds = axes(dense, ("ffn",))[0].ends_layer  # False: a norm or a factor stands between writers and the stream
     parts = list(tokens.split(max(1, BATCH_TOKENS // tokens.shape[1])))
     with clock("forward"):
         states = (enter(model, parts, keep)[0], *enter(dense, parts, keep))

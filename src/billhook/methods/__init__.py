@@ -20,12 +20,12 @@ class Method:
 
     title: str
     paper: str
-    does: str  # in a few sentences
+    does: str  # what it does, in a few sentences
     needs: str
     costs: str  # passes over the calibration text, and work besides
     loads: str  # what opens the result
     example: str  # a command
-    settings: tuple[str, ...]  # of a recipe, those that this method reads and others may not
+    settings: tuple[str, ...]  # fields of a recipe that this method reads and others may not
     command: str = "prune"  # the command that has all of these settings
     zeros: bool = False  # whether it makes zeros, and cuts nothing
     kinds: tuple[str, ...] = ()  # axes it can prune

@@ -15,9 +15,9 @@ NEED_CURVES = ("global", "standardised", "sensitivity")
 class Allocation:
     """A parsed `--allocation`."""
 
-    name: str  # of ALLOCATIONS, `skip` and `file` without what follows
+    name: str  # a name in ALLOCATIONS; `skip` and `file` stand alone
     spared: tuple[int, int] = (0, 0)
-    keep: Mapping[int, Mapping[str, int]] | None = None  # of a file: layer -> kind -> units to keep
+    keep: Mapping[int, Mapping[str, int]] | None = None  # what a file says: layer -> kind -> units to keep
 
     @property
     def uneven(self) -> bool:

@@ -36,7 +36,7 @@ from billhook.runtime.cache import code_sha256, has, model_sha256
 from billhook.runtime.progress import Tick, quiet
 from billhook.runtime.workers import Workers, worker_pool
 
-SAME_SIZE = 0.005  # of the parameters: models nearer than this count as equal in size
+SAME_SIZE = 0.005  # share of the parameters: models nearer than this are equal in size
 SAFE = 1.5  # times the unpruned model's perplexity: a knee beyond it is no recommendation
 UNPRUNED = "unpruned"
 
@@ -46,7 +46,7 @@ class Judged:
     """The texts that every model is judged by, in windows."""
 
     windows: tuple[Windows, ...]
-    dtype: torch.dtype  # that all compute in
+    dtype: torch.dtype  # what every model computes in
     kept: Path | None  # where results are kept, statistics too
     model: str  # the unpruned one: its digest and dtype
 
@@ -284,7 +284,7 @@ def _text_sha256(source: str) -> str:
     return data.calibration_text(source).sha256
 
 
-_worker: dict[str, Any] = {}  # of a process of its own: the model it has opened
+_worker: dict[str, Any] = {}  # the model that a worker process has opened
 
 
 def _open_worker(name: str, device: str, dtype: str, by: Judged) -> None:

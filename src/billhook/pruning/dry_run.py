@@ -39,13 +39,13 @@ from billhook.runtime.memory import free_bytes, peak_growth
 from billhook.runtime.offload import finite
 from billhook.runtime.progress import Clock, Tick, quiet
 
-ROWS = 4096  # of a head, to time it
+ROWS = 4096  # rows of a head that are timed
 PROBED = 1 << 25  # bytes that are read, copied and written to see how fast this machine does it
-STEPS = 96  # passes of one token that verify what was written, in all generations,
-BATCHES = 40  # of 32 tokens,
-LOADS = 4  # and how often it is opened, once less where it is stored in float32
-PAGED = 6  # passes that verify one whose weights stay in their files
-READ = 2  # times that such weights are read while they are pruned: to be used, and to see whether they were edited
+STEPS = 96  # passes of one token that verify a result, over all generations
+BATCHES = 40  # passes of 32 tokens that verify a result
+LOADS = 4  # times that a result is opened to verify it; once less where it is stored in float32
+PAGED = 6  # passes that verify a result whose weights stay in their files
+READ = 2  # times that weights in files are read while they are pruned: for use, and to see whether they were edited
 
 
 def estimate(

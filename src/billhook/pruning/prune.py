@@ -140,7 +140,9 @@ def prune_opened(
         load.check_positions(opened, chosen.seq_len)
         calibration = data.calibration_text(chosen.calibration, tick)
     vocabulary_cut = _trim(opened, chosen, calibration, tick)
-    inputs = read_inputs(opened, chosen, tick) if chosen.searches else None  # by the tokenizer that is left
+    inputs = (
+        read_inputs(opened, chosen, tick) if chosen.searches else None
+    )  # read by the tokenizer that a cut vocabulary leaves
     search_texts = inputs.texts if inputs else read_texts(opened, chosen, tick) if chosen.shears else None
     calibration = data.joined(search_texts.calibration) if search_texts else calibration
     windows, texts = draw(opened, chosen, calibration)

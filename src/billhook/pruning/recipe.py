@@ -49,36 +49,42 @@ class Recipe(BaseModel):
 
     method: str = "fasp"
     ratio: float | None = Field(default=None, gt=0, lt=1, allow_inf_nan=False)
-    params: int | None = Field(default=None, ge=1)  # of the whole model; "100M" is understood
+    params: int | None = Field(default=None, ge=1)  # parameters the whole model may have; "100M" is understood
     memory: int | None = Field(default=None, ge=1)  # bytes of weights and KV cache; "250MB" is understood
-    speedup: float | None = Field(default=None, gt=1, allow_inf_nan=False)  # of a prefill on this machine
+    speedup: float | None = Field(
+        default=None, gt=1, allow_inf_nan=False
+    )  # how many times faster a prefill is on this machine
     context: int = Field(default=2048, ge=1)  # tokens in the KV cache that `memory` counts
     batch: int = Field(default=1, ge=1)
-    preset: str = "contiguous"  # of layerchop: which layers go
-    drop: str = ""  # of layerchop: the layers that go, "10-14,20"
-    keep: str = ""  # of layerchop: the layers that stay
-    layers: int | None = Field(default=None, ge=1)  # of layerchop: how many stay
-    select: str = "preset"  # of layerchop: how the layers are chosen
-    candidates: tuple[str, ...] = CANDIDATES  # presets to choose from after a heal
-    heal_tokens: int = Field(default=100_000, ge=1)  # that each is trained on
-    held_out: tuple[str, ...] = ("demo",)  # texts that judge them
-    patch: str = "none"  # of layerchop: what makes up for the layers that go
-    sparsity: float | None = Field(default=None, gt=0, lt=1, allow_inf_nan=False)  # share of zeros in targeted weights
-    pattern: str = ""  # or N zeros in every M of them: "2:4"
+    preset: str = "contiguous"  # layerchop: which layers go
+    drop: str = ""  # layerchop: layers that go, "10-14,20"
+    keep: str = ""  # layerchop: layers that stay
+    layers: int | None = Field(default=None, ge=1)  # layerchop: how many layers stay
+    select: str = "preset"  # layerchop: how the layers are chosen
+    candidates: tuple[str, ...] = CANDIDATES  # layerchop: presets compared after a short training
+    heal_tokens: int = Field(default=100_000, ge=1)  # layerchop: tokens to train each candidate on
+    held_out: tuple[str, ...] = ("demo",)  # layerchop: texts that judge the candidates
+    patch: str = "none"  # layerchop: what makes up for the layers that go
+    sparsity: float | None = Field(
+        default=None, gt=0, lt=1, allow_inf_nan=False
+    )  # share of zeros in the targeted weights
+    pattern: str = ""  # N zeros in every M weights of a row: "2:4"
     targets: tuple[str, ...] = ()  # roles of the weights that get zeros; none: all
-    layer_sparsity: dict[int, float] = Field(default_factory=dict)  # of some layers, in place of `sparsity`
-    init: str = ""  # of fistapruner and admm: whose weights they start from; empty: their own choice
-    refit: bool = False  # the weights that stay, by least squares; fistapruner does, unless told otherwise
-    metric: str = ""  # of optishear: alpha,F1,beta,F2; empty: searched
-    normalised: bool = False  # of fistapruner: inputs of unit energy, unless told otherwise
-    keep_zeros: bool = True  # of a model that was sparse before
-    experts: str = ""  # of experts: which go, or are merged
-    rotate: bool = False  # of slicegpt: the residual stream, before it is cut; it does, unless told otherwise
-    trials: int = Field(default=64, ge=1)  # of adapruner: candidates
-    minutes: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # of adapruner: all of the search may take
-    pool: int = Field(default=64, ge=1)  # of adapruner: windows to choose calibration samples from
-    pool_len: int = Field(default=128, ge=2)  # tokens of each
-    clusters: int = Field(default=4, ge=1, le=8)  # of the pool
+    layer_sparsity: dict[int, float] = Field(
+        default_factory=dict
+    )  # shares of zeros of some layers, in place of `sparsity`
+    init: str = ""  # fistapruner, admm: whose weights they start from
+    refit: bool = False  # least squares on the weights that stay; fistapruner: True
+    metric: str = ""  # optishear: alpha,F1,beta,F2; empty: searched
+    normalised: bool = False  # inputs scaled to unit energy; fistapruner: True
+    keep_zeros: bool = True  # zeros that are there already stay
+    experts: str = ""  # experts: which go, or are merged
+    rotate: bool = False  # the stream is turned before it is cut; slicegpt: True
+    trials: int = Field(default=64, ge=1)  # candidates of a search
+    minutes: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # time that a search may take
+    pool: int = Field(default=64, ge=1)  # adapruner: windows to choose calibration samples from
+    pool_len: int = Field(default=128, ge=2)  # adapruner: tokens in each of them
+    clusters: int = Field(default=4, ge=1, le=8)  # adapruner: groups of such windows
     space: str = "full"
     sampler: str = "tpe"
     objective: str = "nll"
@@ -88,19 +94,19 @@ class Recipe(BaseModel):
     floor: float = Field(default=0.3, gt=0, le=1, allow_inf_nan=False)
     axes: tuple[str, ...] = ()  # empty: the method's own default
     vocab_from: tuple[str, ...] = ()
-    vocab_size: int = Field(default=0, ge=0)  # with vocab_from: keep at least so many tokens, the most frequent first
+    vocab_size: int = Field(default=0, ge=0)  # least tokens that `vocab_from` keeps
     stream: str = "dense_target"
     score: str = Narrowing.score
-    damping: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)  # None: what the method likes best
+    damping: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)  # None: the method's own
     restoration: bool = Narrowing.restoration
     correction: float = Field(default=Narrowing.correction, ge=0, le=1, allow_inf_nan=False)
     calibration: str = "demo"
     samples: int = Field(default=64, ge=1)
-    probes: int = Field(default=8, ge=1)  # windows beyond those, to judge by where an allocation measures
+    probes: int = Field(default=8, ge=1)  # further windows, by which an allocation judges
     seq_len: int = Field(default=512, ge=2)
     seed: int = Field(default=0, ge=0, lt=2**63)
     clients: tuple[str, ...] = ("transformers",)
-    multiple_of: int | None = Field(default=None, ge=1)  # of FFN widths; None: what `clients` want
+    multiple_of: int | None = Field(default=None, ge=1)  # step of widths; None: what `clients` want
     device: str = "auto"
     dtype: str = "auto"
 

@@ -35,15 +35,15 @@ from billhook.runtime.memory import peak_growth
 from billhook.runtime.progress import Clock
 from billhook.tensors import Tokens
 
-WINDOWS = 10  # of which one is held out, as of every ten
+WINDOWS = 10  # windows of a rehearsal: one in ten is held out
 ABOUT = 16.0  # seconds that all of it may take, where a layer lets it
-PASSES, SOLVES = 8, 8  # of a layer's weights, and of its Grams' cubes, in a rehearsal: roughly
+PASSES, SOLVES = 8, 8  # a rehearsal's rough count: passes over a layer's weights, cubes of its Grams
 SHORTEST, LARGEST = 32, 8  # tokens of a window, and divisor of the width
 MULTIPLE = 32
 VOCABULARY = 256
 BY_TOKEN = ("forward", "gram")  # stages that grow with the text; the others do not
 GROWS = {"forward": "weights", "saving": "weights", "surgery": "weights", "gram": "squares"}
-DEGREE = 3  # of what a layer's operations are in the width of its FFN: a factorisation's
+DEGREE = 3  # of the polynomial that a layer's operations are in its FFN's width: factorisations
 STEP, BATCH = (2, 1), (2, 32)  # windows and tokens of a forward pass with a cache, and of a short one
 
 
@@ -61,8 +61,8 @@ class Rehearsed:
 
     first: Mapping[str, Cost]
     further: Mapping[str, Cost]
-    work_bytes: int  # that a layer takes besides its weights and hidden states
-    shrunk: int  # by which the FFN's width was divided
+    work_bytes: int  # memory a layer takes besides its weights and hidden states
+    shrunk: int  # what the FFN's width was divided by
 
 
 @torch.no_grad()
@@ -105,7 +105,7 @@ def rehearse(whole: Any, chosen: Recipe, plan: Plan, dtype: torch.dtype, device:
         by_count *= attends if stage == "forward" else 1.0
         seconds = [found.get(stage, 0.0) * times * by_time for found in (alone, both)]
         flops = [found.get(stage, 0.0) * times * by_count for found in counted]
-        if stage == "forward":  # of the first layer less: nothing before it is pruned, and nothing waits behind it
+        if stage == "forward":  # the first layer takes less: nothing before it is pruned
             first[stage] = Cost(seconds[0], flops[0])
             further[stage] = Cost(max(0.0, seconds[1] - seconds[0]), flops[1] - flops[0])
         else:

@@ -20,7 +20,7 @@ from billhook.runtime.progress import Clock, Tick, quiet
 from billhook.tensors import Probes, Scores, Tokens
 
 POINTS = (0.125, 0.25, 0.5, 0.75)  # shares of an axis that are tried
-REFERENCE_BYTES = 2**28  # of dense log-probabilities kept: positions are thinned out to fit
+REFERENCE_BYTES = 2**28  # dense log-probabilities that are kept: positions are thinned out to fit
 
 
 class Probe:
