@@ -78,13 +78,13 @@ def test_half_precision_comes_in_and_goes_out(family: str, tmp_path: Path, text_
 
 
 def test_one_layer_is_there_at_a_time(tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    there, bring = list[int](), offload.OffloadedModule.bring
+    there, bring = list[int](), offload.OffloadedModule.load
 
     def brought(page: offload.OffloadedModule) -> None:
         bring(page)
         there.append(sum(one.users > 0 for one in page.store.modules))
 
-    monkeypatch.setattr(offload.OffloadedModule, "bring", brought)
+    monkeypatch.setattr(offload.OffloadedModule, "load", brought)
     pruned(written("mixtral", tmp_path / "model"), text_file, tmp_path / "out", stream_weights=True, **REAP)
     assert max(there) == 1
 

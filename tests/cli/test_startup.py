@@ -50,7 +50,7 @@ LINES = [  # a command line, its exit code, and words of its answer
     ("sweep . --ratios 2", 2, "--ratios"),
     ("evaluate . --seq-len 1", 2, "seq-len"),
     ("check . --client torch", 2, "unknown client"),
-    ("export . --quantize Q9 -o out.gguf", 2, "unknown quantize"),
+    ("export demo --quantize Q9 -o out.gguf", 2, "unknown quantize"),
     ("run none.yaml -o out", 2, "none.yaml"),
 ]
 

@@ -328,5 +328,5 @@ def test_inspect_counts_experts(mixed_folder: Path) -> None:
     rows = {row["axis"]: row for row in found["axes"]}
     assert rows["experts"]["units"] == 6 and rows["expert_ffn"]["units"] == 16
     assert rows["experts"]["parameters_per_unit"] == 3 * 16 * 32 + 32
-    assert "every token goes to" in rows["shared"]["refused"]
+    assert "every token goes" in rows["shared"]["refused"]
     assert json.dumps(found) and len(layers(load.open_model(str(mixed_folder)).model)) == 3

@@ -22,13 +22,13 @@ from billhook.cuts.narrowing import Settings, narrow
 from billhook.errors import BillhookError
 from billhook.math import knapsack, selection
 from billhook.math.knapsack import Choice, interpolate
-from billhook.methods import METHODS
 from billhook.models import sizes
 from billhook.models.axes import Axis, axes
 from billhook.models.families import layers
 from billhook.models.plan import Plan, even_plan
 from billhook.models.surgery import drop_layers
 from billhook.pruning import allocation, planners, planning, sensitivity, texts
+from billhook.pruning.carry_out import CUTS
 from billhook.pruning.recipe import recipe
 from billhook.pruning.sensitivity import Probe, curves
 
@@ -456,7 +456,7 @@ def test_any_changed_weight_is_measured_again(tmp_path: Path, monkeypatch: pytes
 def test_auto_takes_the_best_of_what_it_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[Plan] = []
     losses: list[float] = []
-    run, measure = METHODS["fasp"].run, Probe.divergence_of
+    run, measure = CUTS["fasp"], Probe.divergence_of
 
     def noted(model: PreTrainedModel, tokens: Tensor, plan: Plan, *more: Any, **named: Any) -> Any:
         tried.append(plan)
@@ -466,7 +466,7 @@ def test_auto_takes_the_best_of_what_it_tried(monkeypatch: pytest.MonkeyPatch) -
         losses.append(measure(probe, other))
         return losses[-1]
 
-    monkeypatch.setitem(METHODS, "fasp", replace(METHODS["fasp"], run=noted))
+    monkeypatch.setitem(CUTS, "fasp", noted)
     monkeypatch.setattr(Probe, "divergence_of", judged)
     model = deep(6)
     for param in layers(model)[3].parameters():  # a layer that adds little: to drop it is best

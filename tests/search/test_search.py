@@ -484,9 +484,9 @@ def test_it_competes_like_any_method(text: str, tmp_path: Path) -> None:
     tiny.tokenizer().save_pretrained(source)
     opened = load.open_model(str(source))
     by = compare.judged(opened, [data.Text("words", tiny.text(300))], 32, 4, tmp_path / "kept")
-    contenders = [contenders.contender(one) for one in ("adapruner:trials=10,pool=24,pool_len=32", "fasp")]
+    compared = [contenders.contender(one) for one in ("adapruner:trials=10,pool=24,pool_len=32", "fasp")]
     common = {"samples": 4, "seq_len": 64, "multiple_of": 4, "calibration": text}
-    _, searched, fasp = compare.compare(opened, contenders, [0.3], by, common)
+    _, searched, fasp = compare.compare(opened, compared, [0.3], by, common)
     assert searched["error"] is None and searched["parameters"] == fasp["parameters"]
 
 

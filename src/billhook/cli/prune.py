@@ -171,7 +171,7 @@ def prune_command(
     axes: Axes = "",
     layout: Layout = DEFAULT.layout,
     allocation: Annotated[
-        str, option(LAYOUT, "which layers give how much: " + ", ".join(ALLOCATIONS), names=ALLOCATIONS)
+        str, option(LAYOUT, "which layers give how much: equal, sensitivity, auto, …, or a file", names=ALLOCATIONS)
     ] = DEFAULT.allocation,
     floor: Annotated[float, option(LAYOUT, "share that every layer keeps, where layers differ")] = DEFAULT.floor,
     clients: Annotated[
