@@ -5,6 +5,7 @@ import pytest
 from billhook import choices
 from billhook.checkpoints import load
 from billhook.checkpoints.clients import check
+from billhook.checkpoints.gguf import write
 from billhook.math import layer_presets, scores, solvers, taylor
 from billhook.methods import MASKING
 from billhook.models import modeling_per_layer
@@ -21,6 +22,7 @@ from billhook.training import trainables
         (choices.TRAINABLE, trainables.TRAINERS),
         (choices.CLIENTS, check.CHECKS),
         (choices.DTYPES, load.DTYPES),
+        (choices.BY_BILLHOOK, write.FILE_TYPES),
         (choices.MIXED, modeling_per_layer.MIXED),
         (choices.AXES, (*choices.KINDS, "layers", "residual")),
         (solvers.SOLVERS, MASKING),
@@ -33,9 +35,4 @@ def test_named_and_used_are_the_same(named: object, used: object) -> None:
 def test_every_meaning_is_said() -> None:
     tables = [table for name, table in vars(choices).items() if name.isupper() and isinstance(table, dict)]
     assert len(tables) > 15
-    assert all(
-        isinstance(name, str) and meaning
-        for table in tables
-        for name, meaning in table.items()
-        if table is not choices.FILE_TYPES
-    )
+    assert all(isinstance(name, str) and meaning for table in tables for name, meaning in table.items())

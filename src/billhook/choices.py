@@ -1,6 +1,6 @@
 """Every choice that has a name, and what it means: what commands complete, what `billhook methods` says, what code goes by.
 
-Plain data, on the lowest floor: whatever defines settings or messages reads it without loading torch.
+Plain data on a low floor, and one check of names: whatever defines settings or messages reads it without loading torch.
 """
 
 from billhook.errors import BillhookError, one_of
@@ -157,10 +157,10 @@ PARTS = {
 }
 NEW_TOKENS = 48  # of a continuation that `evaluate` shows
 MEASURING_SECONDS = 60  # of `forecast`: two seconds say little on a machine that others use
-FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7, "Q5_1": 9, "Q5_0": 8, "Q4_1": 3, "Q4_0": 2}  # llama_ftype
 QUANTIZER = "llama-quantize"  # the program that writes the K-quants
+BY_BILLHOOK = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")  # types of a GGUF that billhook writes
 BY_QUANTIZER = ("Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K")
-QUANTIZE = (*FILE_TYPES, *BY_QUANTIZER)
+QUANTIZE = (*BY_BILLHOOK, *BY_QUANTIZER)
 
 
 def check_axes(kinds: tuple[str, ...], layout: str = "uniform") -> None:

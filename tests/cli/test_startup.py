@@ -27,6 +27,21 @@ for line in json.loads(sys.argv[1]):
     answers.append([code, said.getvalue(), [name for name in {HEAVY} if name in sys.modules]])
 print(json.dumps(answers))
 """
+OF_A_MODEL = (
+    *(
+        "inspect {}",
+        "evaluate {}",
+        "evaluate demo --against {}",
+        "export {} -o out.gguf",
+        "prune {} --ratio 0.2 -o out",
+    ),
+    *(
+        "search {} --ratio 0.2 -o out",
+        "recover {} --teacher demo --tokens 9 -o out",
+        "forecast {} --ratio 0.2 --minutes 1",
+    ),
+    *("compare {} --methods fasp --ratio 0.2", "sweep {} --ratios 0.2"),
+)
 LINES = [  # a command line, its exit code, and words of its answer
     ("--version", 0, "billhook 0"),
     ("", 0, "Commands"),
@@ -52,6 +67,7 @@ LINES = [  # a command line, its exit code, and words of its answer
     ("check . --client torch", 2, "unknown client"),
     ("export demo --quantize Q9 -o out.gguf", 2, "unknown quantize"),
     ("run none.yaml -o out", 2, "none.yaml"),
+    *((f"{line.format('no/such/model')}", 2, "no/such/model does not exist") for line in OF_A_MODEL),
 ]
 
 

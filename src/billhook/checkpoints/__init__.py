@@ -5,6 +5,7 @@ configs       Checks of config.json that transformers does not make
 contents      Which tensors of a folder's files a model is made of
 generation    generation_config.json: settings of `generate`, which are carried along
 load          Load checkpoints, and refuse those that cannot be pruned before anything is computed
+names         What a user may call a model, looked at before anything is opened
 older         Keys that transformers 4 reads in a checkpoint, beside those that transformers 5 writes
 own_code      Which code in a checkpoint folder a client may run
 publish       Write a model's folder: weights, report, model card and page

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -18,7 +17,8 @@ from billhook.checkpoints import refused, shards
 from billhook.checkpoints.configs import check_layers, check_values
 from billhook.checkpoints.contents import Contents
 from billhook.checkpoints.gguf import read
-from billhook.checkpoints.gguf.file import alone, is_gguf
+from billhook.checkpoints.gguf.file import alone
+from billhook.checkpoints.names import is_gguf, local_path
 from billhook.checkpoints.save import save
 from billhook.checkpoints.shards import AGAIN, read_json
 from billhook.checkpoints.streaming import give_settings, open_paged, read_contents
@@ -279,16 +279,9 @@ def locate(name: str, tick: Tick = quiet) -> Path:
     """
     if name == "demo":
         return demo_folder(tick)
-    path = Path(os.path.expanduser(name))  # Path.expanduser raises for unknown users
-    if path.exists():
-        if path.is_file() and not is_gguf(path):
-            raise BillhookError(f"{name} is a file: give the model's folder, a hub id, a .gguf file or 'demo'")
-        return alone(path) if path.is_dir() else path
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) or is_gguf(path):
-        raise BillhookError(
-            f"model {name} does not exist: give a folder, a hub id (owner/name), a .gguf file or 'demo'"
-        )
-    return _download(name, tick)
+    if (path := local_path(name)) is None:
+        return _download(name, tick)
+    return alone(path) if path.is_dir() else path
 
 
 def _download(name: str, tick: Tick) -> Path:

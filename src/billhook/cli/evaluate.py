@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from billhook.checkpoints.names import local_path
 from billhook.choices import KINDS, NEW_TOKENS, PARTS
 from billhook.cli.commands import app
 from billhook.cli.options import (
@@ -173,6 +174,7 @@ def _zero_shot(names: list[str], limit: int | None, batch_size: int, tick: Any) 
 @app.command(name="inspect")
 def inspect_command(model: Model, json: Json = False) -> None:
     """Show what MODEL is made of and what can be pruned, without loading its weights."""
+    local_path(model)
     from rich.table import Table
 
     from billhook.cli.console import loading, out, progress

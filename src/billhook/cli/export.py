@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from billhook.checkpoints.names import local_path
 from billhook.choices import CLIENTS, QUANTIZE, QUANTIZER
 from billhook.cli.commands import app
 from billhook.cli.options import OUTPUT, Json, Model, Overwrite, option
@@ -100,6 +101,7 @@ def export_command(
         raise BillhookError(f"{output} exists: choose another file, or --overwrite")
     atomic.check_file(output)
     one_of("quantize", quantize, QUANTIZE)
+    local_path(model)
     from rich.table import Table
 
     from billhook.cli.console import loading, out, progress

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from billhook.checkpoints.names import local_path
 from billhook.choices import AXES, DTYPES, LAYOUTS
 from billhook.errors import BillhookError
 from billhook.runtime import atomic
@@ -134,10 +135,13 @@ def check_outputs(json: Path | None, html: Path | None, *models: str) -> None:
             for model in models:
                 check_apart(path, Path(os.path.expanduser(model)))
             atomic.check_file(path)
+    for model in models:
+        local_path(model)
 
 
 def check_free_of(model: str, output: Path, overwrite: bool) -> Path:
-    """The output folder, which may be written and is not the model's own."""
+    """The output folder, which may be written and is not the model's own; what MODEL cannot be is refused, too."""
     output, source = Path(os.path.expanduser(output)), Path(os.path.expanduser(model))
     check_out(output, source if source.exists() else None, overwrite)
+    local_path(model)
     return output

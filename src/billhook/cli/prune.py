@@ -97,7 +97,7 @@ def prune_command(
         float | None,
         option(
             *(SEVERAL, "ridge of least squares, as a share of the Gram's mean diagonal"),
-            show_default=f"{Narrowing.damping:g}, a patch {Chopping.damping:g}, zeros {SOLVER_DAMPING:g}",
+            show_default=f"{Narrowing.damping:g}; layerchop, slicegpt {Chopping.damping:g}; zeros {SOLVER_DAMPING:g}",
         ),
     ] = None,
     restoration: Annotated[bool, option(SEVERAL, "refit the kept weights by least squares")] = DEFAULT.restoration,

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from billhook.checkpoints.names import local_path
 from billhook.choices import MEASURING_SECONDS, PRECISIONS, TRAINABLE
 from billhook.cli.commands import app
 from billhook.cli.options import (
@@ -146,6 +147,7 @@ def forecast_command(
 
     Example: billhook forecast demo --ratio 0.3 --minutes 60
     """
+    local_path(model)
     from billhook.cli.console import loading, out, progress
 
     with loading():

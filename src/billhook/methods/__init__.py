@@ -30,7 +30,6 @@ class Method:
     zeros: bool = False  # whether it makes zeros, and cuts nothing
     kinds: tuple[str, ...] = ()  # axes it can prune
     default_kinds: tuple[str, ...] = ()
-    scored: bool = True  # whether it scores units, in one of the streams
     stream: str = "dense_target"  # what a layer sees, unless told otherwise
     own: Mapping[str, Any] = field(default_factory=dict)  # other settings of a recipe, likewise
 
@@ -82,7 +81,6 @@ METHODS: dict[str, Method] = {
         ),
         kinds=("layers",),
         default_kinds=("layers",),
-        scored=False,
     ),
     "experts": Method(
         title="REAP the Experts, and UNCURL: fewer experts in a mixture",
@@ -96,7 +94,6 @@ METHODS: dict[str, Method] = {
         settings=("experts", "stream"),
         kinds=("experts",),
         default_kinds=("experts",),
-        scored=False,
         stream="dense",
         own={"experts": "reap"},
     ),
@@ -114,7 +111,6 @@ METHODS: dict[str, Method] = {
         settings=("rotate", *SHARED),
         kinds=("residual",),
         default_kinds=("residual",),
-        scored=False,
         own={"rotate": True},
     ),
     "magnitude": Method(
@@ -128,7 +124,6 @@ METHODS: dict[str, Method] = {
         example="billhook prune demo --method magnitude --sparsity 0.5 -o sparse",
         settings=ZEROS,
         zeros=True,
-        scored=False,
         stream="sequential",
     ),
     "wanda": Method(
@@ -142,7 +137,6 @@ METHODS: dict[str, Method] = {
         example="billhook prune demo --method wanda --sparsity 0.5 -o sparse",
         settings=ZEROS,
         zeros=True,
-        scored=False,
         stream="sequential",
     ),
     "optishear": Method(
@@ -157,7 +151,6 @@ METHODS: dict[str, Method] = {
         settings=("sparsity", "pattern", "targets", *SEARCHED),
         command="search",
         zeros=True,
-        scored=False,
         stream="sequential",
         own={"sampler": "nsga2"},
     ),
@@ -172,7 +165,6 @@ METHODS: dict[str, Method] = {
         example="billhook prune demo --method sparsegpt --pattern 2:4 -o sparse",
         settings=ZEROS,
         zeros=True,
-        scored=False,
         stream="sequential",
     ),
     "fistapruner": Method(
@@ -187,7 +179,6 @@ METHODS: dict[str, Method] = {
         example="billhook prune demo --method fistapruner --sparsity 0.5 -o sparse",
         settings=(*ZEROS, "init", "normalised"),
         zeros=True,
-        scored=False,
         stream="layer_target",
         own={"refit": True, "normalised": True},
     ),
@@ -202,7 +193,6 @@ METHODS: dict[str, Method] = {
         example="billhook prune demo --method admm --sparsity 0.5 -o sparse",
         settings=(*ZEROS, "init"),
         zeros=True,
-        scored=False,
         stream="layer_target",
     ),
 }

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT
 
+from billhook.checkpoints.names import is_gguf
 from billhook.errors import BillhookError
 
-SUFFIX = ".gguf"
 AGAIN = "fetch or copy the file again"
 VERSIONS = (2, 3)
 SCALARS = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True))  # types of numbers, as letters of struct
@@ -58,11 +58,6 @@ class Gguf:
 
     fields: Fields
     tensors: dict[str, Placed]
-
-
-def is_gguf(path: Path) -> bool:
-    """Whether a path names a GGUF file."""
-    return path.suffix.lower() == SUFFIX and not path.is_dir()
 
 
 def alone(folder: Path) -> Path:

@@ -22,12 +22,13 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from billhook.checkpoints.gguf.architectures import ARCHITECTURES, CHOICES, COMMON, IN_LAYER, TOP, Architecture
 from billhook.checkpoints.gguf.vocabulary import vocabulary
-from billhook.choices import BY_QUANTIZER, FILE_TYPES, QUANTIZE, QUANTIZER
+from billhook.choices import BY_QUANTIZER, QUANTIZE, QUANTIZER
 from billhook.errors import BillhookError, one_of
 from billhook.models import families
 from billhook.runtime import atomic
 from billhook.runtime.progress import Tick, quiet
 
+FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7, "Q5_1": 9, "Q5_0": 8, "Q4_1": 3, "Q4_0": 2}  # llama_ftype
 BLOCK = {"F32": 1, "F16": 1, "BF16": 1} | dict.fromkeys(BY_QUANTIZER, 256)  # entries packed together; 32 for others
 # types that are too coarse for the embedding and the head, as in llama-quantize
 COARSE = ("Q5_1", "Q5_0", "Q4_1", "Q4_0")
