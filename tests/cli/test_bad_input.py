@@ -120,7 +120,7 @@ COMMANDS = {  # PRUNE and EVALUATE work, but for the MODEL or the option that fo
     "PRUNE --calibration=": "no text named|does not exist",  # Path("") would be the working folder
     "prune {model} --ratio 0.2": "Missing option.*--output",
     "prune {model} -o {tmp}/out": "no budget: give --ratio 0.2, --params 100M, --memory 250MB or --speedup 1.3",
-    "prune --ratio 0.2 -o {tmp}/out": "Missing argument.*model",
+    "prune --ratio 0.2 -o {tmp}/out": "Missing argument.*MODEL",
     "pruen {model}": "No such command 'pruen'.*prune",
     "inspect {tmp}/nowhere": "model .*nowhere does not exist: give a folder, a hub id",
     "PRUNE {model}/config.json": "config.json is a file: give the model's folder, .* a .gguf file",
