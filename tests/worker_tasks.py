@@ -8,43 +8,41 @@ from pathlib import Path
 
 from billhook.errors import BillhookError
 
-kept: dict[str, int] = {}
+
+def prepare(start: int) -> int:
+    return start
 
 
-def prepare(start: int) -> None:
-    kept["start"] = start
+def add(start: int, step: int, item: int) -> int:
+    return start + step * item
 
 
-def add(step: int, item: int) -> int:
-    return kept["start"] + step * item
-
-
-def pid(item: int) -> int:
+def pid(_: int, item: int) -> int:
     return os.getpid()
 
 
-def fail(item: int) -> int:
+def fail(_: int, item: int) -> int:
     raise BillhookError(f"item {item} cannot work")
 
 
-def die_once(folder: str, item: int) -> int:
+def die_once(start: int, folder: str, item: int) -> int:
     """The first to come dies as of kill -9."""
     if item == 1 and not (Path(folder) / "dead").exists():
         (Path(folder) / "dead").touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    return kept["start"] + item
+    return start + item
 
 
-def die_midway(folder: str, item: int) -> Iterator[int]:
+def die_midway(start: int, folder: str, item: int) -> Iterator[int]:
     """Three things, of which the first to come that far dies before the second."""
     for n in range(3):
         if item == 1 and n == 1 and not (Path(folder) / "dead").exists():
             (Path(folder) / "dead").touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        yield kept["start"] + 10 * item + n
+        yield start + 10 * item + n
 
 
-def count_when_asked(folder: str, item: str) -> Iterator[str]:
+def count_when_asked(_: int, folder: str, item: str) -> Iterator[str]:
     """Three things, each once the one before has a file."""
     for n in range(3):
         while n and not (Path(folder) / f"{item}{n - 1}").exists():

@@ -213,8 +213,8 @@ def test_a_process_that_comes_to_do_several_parts_starts_each_from_the_unpruned_
     found = []
     for parts in ([range(1, 3)], [range(0, 1), range(1, 3)]):
         opens = {"name": str(folder), "device": "cpu", "dtype": "auto", "stream": False}
-        parallel._prepare(opens, math.inf, masking._packed, (tiny.tokens(8, 32), how), None)
-        found.append([list(parallel._work(list(part))) for part in parts][-1])
+        what = opens, math.inf, masking._packed, (tiny.tokens(8, 32), how), None
+        found.append([list(parallel._work(what, list(part))) for part in parts][-1])
     assert [n for n, *_ in found[0]] == [1, 2] and found[0] == found[1]
 
 

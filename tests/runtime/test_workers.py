@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -48,7 +49,7 @@ def test_portions_are_even_and_whole() -> None:
 
 @pytest.mark.parametrize("workers", [Workers(2), Workers(ray="auto")], ids=["jobs", "ray"])
 def test_every_process_is_prepared_and_results_come_in_order(workers: Workers, cluster: str) -> None:
-    with worker_pool(workers, "cpu", worker_tasks.prepare, (100,)) as pool:
+    with worker_pool(workers, "cpu", partial(worker_tasks.prepare, 100)) as pool:
         assert list(pool.map(worker_tasks.add, range(5), 3)) == [100, 103, 106, 109, 112]
         with pytest.raises(BillhookError, match=r"^item [01] cannot work$"):  # whichever is first to say so
             list(pool.map(worker_tasks.fail, range(2)))
@@ -58,7 +59,7 @@ def test_every_process_is_prepared_and_results_come_in_order(workers: Workers, c
 @pytest.mark.parametrize("workers", [Workers(2), Workers(ray="auto")], ids=["jobs", "ray"])
 def test_what_a_generator_yields_comes_as_it_is_made(workers: Workers, cluster: str, tmp_path: Path) -> None:
     """The second thing is made only once the first was seen: a flow that waited for the end would never end."""
-    with worker_pool(workers, "cpu", worker_tasks.prepare, (10,)) as pool:
+    with worker_pool(workers, "cpu", partial(worker_tasks.prepare, 10)) as pool:
         seen = []
         for one in pool.map_stream(worker_tasks.count_when_asked, ["a", "b", "c"], str(tmp_path)):
             (tmp_path / one).touch()
@@ -69,13 +70,13 @@ def test_what_a_generator_yields_comes_as_it_is_made(workers: Workers, cluster: 
 
 
 def test_what_a_dead_ray_worker_had_is_done_again(cluster: str, tmp_path: Path) -> None:
-    with worker_pool(Workers(ray=cluster), "cpu", worker_tasks.prepare, (10,)) as pool:
+    with worker_pool(Workers(ray=cluster), "cpu", partial(worker_tasks.prepare, 10)) as pool:
         assert list(pool.map(worker_tasks.die_once, range(3), str(tmp_path))) == [10, 11, 12]
     assert (tmp_path / "dead").exists()
 
 
 def test_what_a_dead_ray_worker_had_yielded_comes_once(cluster: str, tmp_path: Path) -> None:
-    with worker_pool(Workers(ray=cluster), "cpu", worker_tasks.prepare, (100,)) as pool:
+    with worker_pool(Workers(ray=cluster), "cpu", partial(worker_tasks.prepare, 100)) as pool:
         found = list(pool.map_stream(worker_tasks.die_midway, range(2), str(tmp_path)))
     assert sorted(found) == [100, 101, 102, 110, 111, 112]
     assert (tmp_path / "dead").exists()
@@ -83,7 +84,7 @@ def test_what_a_dead_ray_worker_had_yielded_comes_once(cluster: str, tmp_path: P
 
 def test_a_dead_process_of_this_machine_is_said(tmp_path: Path) -> None:
     with (
-        worker_pool(Workers(2), "cpu", worker_tasks.prepare, (10,)) as pool,
+        worker_pool(Workers(2), "cpu", partial(worker_tasks.prepare, 10)) as pool,
         pytest.raises(BillhookError, match=r"--jobs: a worker process died"),
     ):
         list(pool.map(worker_tasks.die_once, range(3), str(tmp_path)))
@@ -91,10 +92,11 @@ def test_a_dead_process_of_this_machine_is_said(tmp_path: Path) -> None:
 
 EMPLOYER = """
 import time, worker_tasks
+from functools import partial
 from billhook.runtime.workers import Workers, worker_pool
 
 if __name__ == "__main__":
-    with worker_pool(Workers(2), "cpu", worker_tasks.prepare, (0,)) as pool:
+    with worker_pool(Workers(2), "cpu", partial(worker_tasks.prepare, 0)) as pool:
         print(*pool.map(worker_tasks.pid, range(2)), flush=True)
         time.sleep(60)
 """
@@ -153,7 +155,10 @@ def _assert_equal(one: billhook.Result, two: billhook.Result) -> None:
 )
 def test_an_address_that_does_not_answer_is_refused_at_once(address: str, says: str, folder: Path) -> None:
     started = time.monotonic()
-    with pytest.raises(BillhookError, match=says), worker_pool(Workers(ray=address), "cpu", worker_tasks.prepare, (1,)):
+    with (
+        pytest.raises(BillhookError, match=says),
+        worker_pool(Workers(ray=address), "cpu", partial(worker_tasks.prepare, 1)),
+    ):
         pass
     assert time.monotonic() - started < 20
 

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -111,7 +112,7 @@ def spread(
     opens = {"name": workers.name, "device": str(model.device), "dtype": workers.dtype, "stream": is_offloaded(model)}
     what = (opens, activations.limit(), work, given, finished.grams)
     tick("pruning in workers", total - len(todo), total)
-    with clock("workers"), worker_pool(workers, str(model.device), _prepare, what) as pool:
+    with clock("workers"), worker_pool(workers, str(model.device), partial(tuple, what)) as pool:
         parts = [[todo[n] for n in part] for part in portions(len(todo), pool.size)]
         for done, found in enumerate(pool.map_stream(_work, parts), total - len(todo) + 1):
             yield found
@@ -119,16 +120,9 @@ def spread(
     tick("pruning in workers", total, total)
 
 
-_worker: dict[str, tuple[Any, ...]] = {}  # how a worker process opens the model, and what it does
-
-
-def _prepare(*what: Any) -> None:
-    _worker["what"] = what
-
-
-def _work(at: list[int]) -> Iterator[Any]:
-    """Of a model opened anew: a process may come to do several parts, and the layers before each are the unpruned ones."""
-    opens, limit, work, given, grams = _worker["what"]
+def _work(what: tuple[Any, ...], at: list[int]) -> Iterator[Any]:
+    """What `work` yields of a model opened anew: a process may come to do several parts, and the layers before each are the unpruned ones."""
+    opens, limit, work, given, grams = what
     model = open_model(**opens).model
     with torch.no_grad(), activations.budget(limit):
         yield from work(model, *given, at, FinishedLayers(None, model, grams))

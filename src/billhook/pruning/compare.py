@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -274,9 +274,9 @@ def _workers(opened: Opened, by: Judged, jobs: int) -> Iterator[Callable[[list[R
         yield here
         return
     device = str(opened.model.device)
-    given = (opened.name, device, str(by.dtype).removeprefix("torch."), by)
-    with worker_pool(Workers(jobs), device, _open_worker, given) as pool:
-        yield lambda chosen, tick: list(pool.map(_in_worker, chosen))
+    prepare = partial(load.open_model, opened.name, device=device, dtype=str(by.dtype).removeprefix("torch."))
+    with worker_pool(Workers(jobs), device, prepare) as pool:
+        yield lambda chosen, tick: list(pool.map(_in_worker, chosen, by))
 
 
 @cache
@@ -284,13 +284,5 @@ def _text_sha256(source: str) -> str:
     return data.calibration_text(source).sha256
 
 
-_worker: dict[str, Any] = {}  # the model that a worker process has opened
-
-
-def _open_worker(name: str, device: str, dtype: str, by: Judged) -> None:
-    _worker.update(opened=load.open_model(name, device=device, dtype=dtype), by=by)
-
-
-def _in_worker(chosen: Recipe) -> dict[str, Any]:
-    by = _worker["by"]
-    return _kept(chosen, by, lambda: _cell(_worker["opened"], chosen, by, quiet))
+def _in_worker(opened: Opened, by: Judged, chosen: Recipe) -> dict[str, Any]:
+    return _kept(chosen, by, lambda: _cell(opened, chosen, by, quiet))

@@ -14,6 +14,7 @@ precision      What matrix products are computed in: bfloat16 where the device h
 progress       How long work tells what it is doing: a callback for progress, a clock for where the time went
 quiet          What transformers prints in passing, kept off the terminal
 renaming       Renames that Python's library lacks: two names exchanged in one step
+run            What a run of long work reports to, keeps and shares: one value
 run_folder     A folder that long work is kept in belongs to one run, and one process at a time works in it
 scratch        One temporary folder for all that a process writes in passing
 signals        How a command ends when a signal tells it to: at once, in one line, with nothing half-written left

@@ -1,12 +1,12 @@
 """Work in several processes: of this machine, or of a Ray cluster, which also repeats the work of a worker that died.
 
-    with worker_pool(workers, "cpu", open_worker, (name, dtype)) as pool:
-        for result in pool.map(function, items):  # results in the order of the items
+    with worker_pool(workers, "cpu", prepare) as pool:
+        for result in pool.map(function, items, *common):  # function(state, *common, item), in the order of the items
             ...
-        for result in pool.map_stream(generator, items):  # whatever the generator yields for any item, as it comes
+        for result in pool.map_stream(generator, items, *common):  # whatever it yields for any item, as it comes
             ...
 
-`prepare(*arguments)` is called once in every process; it may keep its result in a global of its module.
+`prepare()` is called once in every process; the state is what it returned there, often a model.
 ray is an optional extra, `pip install 'billhook[ray]'`; no other module imports it.
 """
 
@@ -34,7 +34,9 @@ from billhook.runtime.scratch import scratch
 
 RETRIES = 3  # how often a task is started again after its worker died
 PATIENCE = 5.0  # seconds within which a Ray address must answer
-ParallelMap = Callable[..., Iterator[Any]]  # (function, items, *common) -> function(*common, item) for every item
+ParallelMap = Callable[
+    ..., Iterator[Any]
+]  # (function, items, *common) -> function(state, *common, item) for every item
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class WorkerPool:
     map_stream: ParallelMap  # for generators: everything they yield; what one item yields comes in order
 
     def map(self, function: Callable[..., Any], items: Iterable[Any], *common: Any) -> Iterator[Any]:
-        """`function(*common, item)` for every item, in the order of the items."""
+        """`function(state, *common, item)` for every item, in the order of the items."""
         waiting, following = dict[int, Any](), 0
         for n, result in self.map_stream(_numbered, enumerate(items), function, *common):
             waiting[n] = result
@@ -79,9 +81,9 @@ class WorkerPool:
                 following += 1
 
 
-def _numbered(function: Callable[..., Any], *arguments: Any) -> Iterator[tuple[int, Any]]:
+def _numbered(state: Any, function: Callable[..., Any], *arguments: Any) -> Iterator[tuple[int, Any]]:
     *common, (n, item) = arguments
-    yield n, function(*common, item)
+    yield n, function(state, *common, item)
 
 
 def portions(total: int, count: int) -> list[range]:
@@ -91,25 +93,23 @@ def portions(total: int, count: int) -> list[range]:
 
 
 @contextmanager
-def worker_pool(
-    workers: Workers, device: str, prepare: Callable[..., None], arguments: tuple[Any, ...]
-) -> Iterator[WorkerPool]:
+def worker_pool(workers: Workers, device: str, prepare: Callable[[], Any]) -> Iterator[WorkerPool]:
     """Processes, each prepared when it is first needed.
 
     Args:
         device: what they compute on; a Ray task takes a GPU if this is one, else all cores of a machine.
-        prepare: called with `arguments` in every process before its first work.
+        prepare: called in every process before its first work; what it returns goes to every call.
 
     Raises:
         BillhookError: no Ray cluster answers; it has no room or another version of billhook; a process died.
     """
     if workers.ray:
-        with _cluster(workers.ray, device, prepare, arguments) as pool:
+        with _cluster(workers.ray, device, prepare) as pool:
             yield pool
         return
     threads = max(1, torch.get_num_threads() // workers.jobs)
     start_process = functools.partial(
-        ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"), _prepared, (threads, prepare, arguments)
+        ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"), _prepared, (threads, prepare)
     )
     with ExitStack() as stack:
         yield WorkerPool(
@@ -129,7 +129,7 @@ def _flow(
         while True:
             for pool, item in zip(idle, todo, strict=False):  # `idle` comes first, or an item would be lost
                 with _interrupts_blocked():  # the process starts with its first work
-                    busy[pool.submit(_step, functools.partial(function, *common, item))] = pool
+                    busy[pool.submit(_step, function, *common, item)] = pool
             if not busy:
                 return
             idle = []
@@ -154,17 +154,27 @@ def _interrupts_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-_running: list[Iterator[Any]] = []  # the generator that this process is running
+@dataclass
+class _Process:
+    """What a worker process keeps between calls."""
+
+    setup: str = ""  # what it is prepared for, by name
+    state: Any = None  # what `prepare` returned
+    running: Iterator[Any] | None = None  # the generator that it is running
 
 
-def _step(start: Callable[[], Iterator[Any]] | None = None) -> list[Any]:
-    """The next result of the generator that `start` makes, or of the running one; an empty list at its end."""
-    if start is not None:
-        _running[:] = [start()]
-    return list(itertools.islice(_running[0], 1))
+_process = _Process()
 
 
-def _prepared(threads: int, prepare: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _step(function: Callable[..., Iterator[Any]] | None = None, *arguments: Any) -> list[Any]:
+    """The next result of the generator that `function` makes, or of the running one; an empty list at its end."""
+    if function is not None:
+        _process.running = function(_process.state, *arguments)
+    assert _process.running is not None
+    return list(itertools.islice(_process.running, 1))
+
+
+def _prepared(threads: int, prepare: Callable[[], Any]) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGTERM, _end)
     stack = ExitStack()
@@ -172,7 +182,7 @@ def _prepared(threads: int, prepare: Callable[..., None], arguments: tuple[Any, 
     Finalize(None, stack.close, exitpriority=0)
     torch.set_num_threads(threads)
     logging.getLogger("billhook").setLevel(logging.ERROR)  # the first process has shown the warnings
-    prepare(*arguments)
+    _process.state = prepare()
 
 
 def _end_with_parent() -> None:
@@ -190,9 +200,7 @@ def _end(*_: object) -> NoReturn:
 
 
 @contextmanager
-def _cluster(
-    address: str, device: str, prepare: Callable[..., None], arguments: tuple[Any, ...]
-) -> Iterator[WorkerPool]:
+def _cluster(address: str, device: str, prepare: Callable[[], Any]) -> Iterator[WorkerPool]:
     try:
         import ray
     except ImportError as error:
@@ -207,7 +215,7 @@ def _cluster(
     try:
         size, cores, gpus = _room([node["Resources"] for node in ray.nodes() if node["Alive"]], address, device)
         resources = {"num_cpus": cores, "num_gpus": gpus, "max_retries": RETRIES, "num_returns": "streaming"}
-        setup = ray.put((cache.code_sha256(), cores, prepare, arguments))
+        setup = ray.put((cache.code_sha256(), cores, prepare))
         yield WorkerPool(size, functools.partial(_in_cluster, ray, ray.remote(_on_worker).options(**resources), setup))
     finally:
         if started:
@@ -279,21 +287,18 @@ def _room(machines: list[dict[str, float]], address: str, device: str) -> tuple[
     return sum(tasks), cores, gpus
 
 
-_ready: dict[str, str] = {}  # the setup that this worker process is prepared for
-
-
 def _on_worker(
-    setup: tuple[str, int, Callable[..., None], tuple[Any, ...]],
+    setup: tuple[str, int, Callable[[], Any]],
     name: str,
     function: Callable[..., Iterator[Any]],
     common: tuple[Any, ...],
     item: Any,
 ) -> Iterator[Any]:
-    code, cores, prepare, arguments = setup
+    code, cores, prepare = setup
     if code != cache.code_sha256():
         raise BillhookError("--ray: a worker has another version of billhook: install the same one on every machine")
-    if _ready.get("name") != name:
+    if _process.setup != name:
         torch.set_num_threads(max(1, cores))
-        prepare(*arguments)
-        _ready["name"] = name
-    yield from function(*common, item)
+        _process.state = prepare()
+        _process.setup = name
+    yield from function(_process.state, *common, item)

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ class Evaluator:
         targets = self.dense_predictions(windows) if masks and self.objective == "kl" else None
         if self.each is not None:
             items = [(dict(mask), self._patch(mask)) for mask in masks]
-            for n, losses in enumerate(self.each(_losses_in_worker, items, windows, targets)):
+            for n, losses in enumerate(self.each(_losses_in_worker, items, windows, targets, self.autocast)):
                 tick(stage, n + 1, len(masks))
                 yield losses
             return
@@ -165,17 +166,13 @@ def with_workers(evaluator: Evaluator, workers: Workers) -> Iterator[Evaluator]:
         yield evaluator
         return
     device = str(evaluator.model.device)
-    with worker_pool(workers, device, _open_worker, (workers.name, device, workers.dtype, evaluator.autocast)) as pool:
+    prepare = partial(load.open_model, workers.name, device=device, dtype=workers.dtype)
+    with worker_pool(workers, device, prepare) as pool:
         yield replace(evaluator, each=pool.map)
 
 
-_worker: dict[str, Any] = {}  # the model that this worker process has opened, and its precision
-
-
-def _open_worker(name: str, device: str, dtype: str, autocast: torch.dtype | None) -> None:
-    _worker.update(model=load.open_model(name, device=device, dtype=dtype).model, autocast=autocast)
-
-
-def _losses_in_worker(windows: Tokens, targets: Any, item: tuple[Mask, Patch | None]) -> list[float]:
+def _losses_in_worker(
+    opened: load.Opened, windows: Tokens, targets: Any, autocast: torch.dtype | None, item: tuple[Mask, Patch | None]
+) -> list[float]:
     mask, patch = item
-    return masked_losses(_worker["model"], mask, windows, targets, patch, _worker["autocast"])
+    return masked_losses(opened.model, mask, windows, targets, patch, autocast)
