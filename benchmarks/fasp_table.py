@@ -21,6 +21,7 @@ from billhook.models.plan import Plan
 from billhook.models.sizes import decoder_parameters, total_parameters
 from billhook.models.surgery import cast
 from billhook.pruning.planners import even_planner
+from billhook.runtime.run import Run
 
 RATIOS = (0.1, 0.2, 0.3, 0.5)
 DENSE = [(Settings(score=score), ratio) for ratio in RATIOS for score in ("obs", "wanda", "energy")]
@@ -62,7 +63,7 @@ def equal(ratio: float) -> Plan:
 def dense_cells() -> Iterator[tuple[Cell, Any]]:
     for settings in dict.fromkeys(one for one, _ in DENSE):
         ratios = [ratio for one, ratio in DENSE if one == settings]
-        models = narrow_each(opened.model, tokens, [equal(ratio) for ratio in ratios], settings)
+        models = narrow_each(opened.model, tokens, [equal(ratio) for ratio in ratios], settings, Run())
         for ratio, (model, _) in zip(ratios, models, strict=True):
             yield ("dense", settings, ratio), model
 
@@ -72,7 +73,7 @@ def pruned_cells() -> Iterator[tuple[Cell, Any]]:
         if args.stream not in (None, stream):
             continue
         model = copy.deepcopy(opened.model)
-        narrow(model, tokens, equal(ratio), settings, stream=stream)
+        narrow(model, tokens, equal(ratio), dataclasses.replace(settings, stream=stream), Run())
         yield (stream, settings, ratio), model
 
 

@@ -14,11 +14,13 @@ import results
 
 from billhook import data
 from billhook.calibration.linears import operators
+from billhook.calibration.passage import Route
 from billhook.checkpoints import load
 from billhook.cuts.masking import weight_of
 from billhook.math import admm, fistapruner, sparsegpt, wanda
 from billhook.math.layerwise import Prune, Settings, Target, squared_error
 from billhook.math.pattern import Pattern, parse
+from billhook.runtime.run import Run
 from billhook.tensors import Weight
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -52,9 +54,8 @@ chosen = [int(n) for n in args.layers.split(",")]
 opened = load.open_model(args.model, device="cpu", dtype="float32")
 windows = data.windows(data.calibration_text(args.calibration), opened.tokenizer, 512, args.samples, 0)
 kept: list[tuple[Weight, Target, Target]] = []
-for group in operators(
-    opened.model, windows.tokens, ("q", "o", "up", "down"), stream="dense", only=range(max(chosen) + 1)
-):
+route = Route(only=range(max(chosen) + 1))
+for group in operators(opened.model, windows.tokens, ("q", "o", "up", "down"), Run(), route):
     if group.layer in chosen and group.held_out is not None:
         sums = Target(group.fit.gram), Target(group.held_out.gram)
         kept += [(weight_of(opened.model, name).double(), *sums) for name in group.names.values()]

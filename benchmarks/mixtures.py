@@ -25,6 +25,7 @@ from billhook.models.axes import axes
 from billhook.models.experts import fuse
 from billhook.models.layout import update_config
 from billhook.models.plan import Plan
+from billhook.runtime.run import Run
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("calibration")
@@ -142,7 +143,7 @@ for gone in (4, 8):
             for seed in range(args.seeds if way == "random" else 1):
                 model = load.open_model(str(folder), device="cpu").model
                 plan = Plan({(axis.layer, "experts"): gone for axis in axes(model, ("experts",))})
-                reduce_experts(model, some[source], plan, Settings(way, seed))
+                reduce_experts(model, some[source], plan, Settings(way, seed), Run())
                 fuse(model)
                 update_config(model)
                 print(

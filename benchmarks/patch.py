@@ -22,7 +22,7 @@ from torch import Tensor
 
 from billhook import data
 from billhook.calibration import layer_importance
-from billhook.calibration.forward import BATCH_TOKENS, enter, run
+from billhook.calibration.forward import BATCH_TOKENS, enter, run_layer
 from billhook.calibration.gram import gram_of
 from billhook.checkpoints import load
 from billhook.cuts.chopping import Settings as Patching
@@ -36,6 +36,7 @@ from billhook.models.families import layers
 from billhook.models.plan import Plan
 from billhook.models.surgery import drop_layers
 from billhook.reports.formatting import ranges
+from billhook.runtime.run import Run
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("model")
@@ -71,19 +72,19 @@ def attention_too(model: Any, gone: tuple[int, ...], settings: Patching) -> None
     targets, at = list(states), layer_presets.layers_before(gone)
     for n in range(at[-1] + 1):
         for b in range(len(batches)):
-            targets[b] = run(layers(dense)[n], targets[b], calls[b][n])
+            targets[b] = run_layer(layers(dense)[n], targets[b], calls[b][n])
         if n in gone:
             continue
         if n in at:
             goals = []
             for b, state in enumerate(states):
-                x, y = run(layers(model)[n], state, calls[b][n]), targets[b]
+                x, y = run_layer(layers(model)[n], state, calls[b][n]), targets[b]
                 for m in next(cut for cut in layer_presets.runs_of(gone) if cut[0] == n + 1):
-                    y = run(layers(dense)[m], y, calls[b][m])
+                    y = run_layer(layers(dense)[m], y, calls[b][m])
                 goals.append(x + settings.correction * (targets[b] - x) + y - targets[b])
             for axis in (axis for axis in axes(model, ("groups", "ffn")) if axis.layer == n):
                 fit_to(model, axis, states, [call[n] for call in calls], goals, settings.damping)
-        states = [run(layers(model)[n], state, calls[b][n]) for b, state in enumerate(states)]
+        states = [run_layer(layers(model)[n], state, calls[b][n]) for b, state in enumerate(states)]
     drop_layers(model, gone)
 
 
@@ -94,7 +95,7 @@ def fit_to(model: Any, axis: Axis, states: list[Tensor], calls: list[Any], goals
     C = torch.zeros(W.shape, dtype=torch.float64)
     hook = model.get_submodule(axis.reader_module).register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     for state, call, goal in zip(states, calls, goals, strict=True):
-        lack = goal - run(layers(model)[axis.layer], state, call)
+        lack = goal - run_layer(layers(model)[axis.layer], state, call)
         x = seen.pop().flatten(0, -2)
         G += gram_of(x)
         C += lack.flatten(0, -2).T @ x
@@ -106,9 +107,9 @@ def patch(model: Any, gone: tuple[int, ...], way: str, damping: float, correctio
     plan = Plan(layers=gone)
     settings = Patching("linear", damping, correction)
     if way == "down":
-        return chop(model, tokens, plan, settings)
+        return chop(model, tokens, plan, settings, Run())
     if way == "every":
-        return narrow(model, tokens, plan, Restoring(damping=damping, correction=correction))
+        return narrow(model, tokens, plan, Restoring(damping=damping, correction=correction), Run())
     return attention_too(model, gone, settings)
 
 

@@ -20,7 +20,7 @@ from billhook.cuts.narrowing import Settings, narrow
 from billhook.models.sizes import decoder_parameters
 from billhook.pruning.planners import even_planner
 from billhook.runtime.memory import peak_growth
-from billhook.runtime.progress import Clock
+from billhook.runtime.run import Run
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("model")
@@ -41,16 +41,16 @@ plan = even_planner(opened.model, ("ffn",), 32, "uniform").make(args.ratio * dec
 forward, whole, stages, peaks = [], [], [], []
 for _ in range(args.repeats):
     start = time.perf_counter()
-    for _layer in walk(opened.model, windows.tokens, ()):  # no axis, so no Gram: the forward alone
+    for _layer in walk(opened.model, windows.tokens, (), Run()):  # no axis, so no Gram: the forward alone
         pass
     forward.append(time.perf_counter() - start)
-    model, clock = copy.deepcopy(opened.model), Clock()
+    model, run = copy.deepcopy(opened.model), Run()
     with peak_growth(model.device) as growth:
         start = time.perf_counter()
-        narrow(model, windows.tokens, plan, Settings(score=args.score), stream=args.stream, clock=clock)
+        narrow(model, windows.tokens, plan, Settings(score=args.score, stream=args.stream), run)
         whole.append(time.perf_counter() - start)
     peaks.append(growth())
-    stages.append(clock.seconds)
+    stages.append(run.clock.seconds)
     print(f"forward {forward[-1]:.1f} s, FASP {whole[-1]:.1f} s, ratio {whole[-1] / forward[-1]:.2f}", flush=True)
 
 print(

@@ -39,6 +39,7 @@ from billhook.reports import charts
 from billhook.reports.charts import Axis, Point, Series
 from billhook.runtime import atomic, cache
 from billhook.runtime.progress import quiet
+from billhook.runtime.run import Run
 from billhook.runtime.workers import Workers
 from billhook.search import adapruner
 from billhook.search.budgets import BaseCut
@@ -196,7 +197,7 @@ def judged(ratio: float, find: Find) -> dict[str, Any]:
         smaller = copy.deepcopy(opened.model)
         cast(smaller, scoring.autocast or smaller.dtype)
         if name == "with" or not unit_scores:
-            narrow(smaller, windows, plan, Settings(restoration=name == "with"), scores=unit_scores)
+            narrow(smaller, windows, plan, Settings(restoration=name == "with"), Run(), unit_scores)
         else:
             cut(smaller, plan, unit_scores)
         ends[name] = scoring(smaller, opened.tokenizer)

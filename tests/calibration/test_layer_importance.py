@@ -184,7 +184,7 @@ def test_a_model_without_inner_layers_has_none_to_give(total: int, preset: str, 
 def test_what_was_measured_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = deep(9), tiny.tokens(3, 24)
     once = [layer_importance.chosen(model, p, 2, tokens, tokens, folder=tmp_path, key={}) for p in MEASURED_PRESETS]
-    monkeypatch.setattr(layer_importance, "run", None)
+    monkeypatch.setattr(layer_importance, "run_layer", None)
     monkeypatch.setattr(layer_importance, "element_sums", None)
     assert once == [
         layer_importance.chosen(model, p, 2, tokens, tokens, folder=tmp_path, key={}) for p in MEASURED_PRESETS

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from billhook.calibration.passage import Route
 from billhook.calibration.walk import Layer, ReaderSums, walk
 from billhook.choices import AXIS_STREAMS
 from billhook.errors import BillhookError
 from billhook.models.axes import Axis, axes
 from billhook.models.families import layers
 from billhook.models.surgery import remove
+from billhook.runtime.run import Run
 
 FAMILIES = ["llama", "llama_bias", "mistral_sliding", "qwen2_sliding", "qwen3", "opt", "opt_350m"]
 KINDS = ("groups", "ffn")
@@ -73,7 +75,7 @@ def tapped(model: nn.Module) -> list[str]:
 def test_the_dense_stream_sees_the_untouched_model(family: str) -> None:
     model = tiny.model(family)
     expected = grams(model)
-    for layer in walk(model, IDS, KINDS, held_out=0.4):
+    for layer in walk(model, IDS, KINDS, Run(), Route(held_out=0.4)):
         names = {axis.reader_module for axis in layer.axes}
         assert names == layer.fit.keys() == layer.held_out.keys()
         for name, sums in whole(layer).items():
@@ -88,7 +90,7 @@ def test_the_dense_stream_sees_the_untouched_model(family: str) -> None:
 def test_other_streams_see_the_model_pruned_so_far(family: str, stream: str) -> None:
     model, reference = tiny.model(family), tiny.model(family)
     untouched, seen = grams(model), 0
-    for layer in walk(model, IDS, KINDS, stream=stream):
+    for layer in walk(model, IDS, KINDS, Run(), Route(stream=stream)):
         expected = grams(reference)
         for name, sums in whole(layer).items():
             assert close(sums.gram, expected[name]), name
@@ -103,7 +105,7 @@ def test_other_streams_see_the_model_pruned_so_far(family: str, stream: str) -> 
 def test_the_dense_target_is_what_the_layer_lacks(family: str) -> None:
     model = tiny.model(family)
     dense = activations(model)[1]
-    for layer in walk(model, IDS, KINDS, stream="dense_target", held_out=0.4):
+    for layer in walk(model, IDS, KINDS, Run(), Route(stream="dense_target", held_out=0.4)):
         entered, left = activations(model)
         lack = dense[layer.number] - left[layer.number]
         for axis in layer.axes:
@@ -123,8 +125,8 @@ def test_the_dense_target_is_what_the_layer_lacks(family: str) -> None:
 def test_the_sliding_window_shows(family: str) -> None:
     model, wide = tiny.model(family), tiny.model(family)
     wide.config.sliding_window = 1000
-    *_, narrow = walk(model, IDS, ("groups",))
-    *_, full = walk(wide, IDS, ("groups",))
+    *_, narrow = walk(model, IDS, ("groups",), Run())
+    *_, full = walk(wide, IDS, ("groups",), Run())
     assert not any(torch.allclose(narrow.fit[n].gram, full.fit[n].gram, rtol=1e-2) for n in narrow.fit)
 
 
@@ -135,7 +137,7 @@ def test_the_batch_size_does_not_show(family: str, stream: str, monkeypatch: pyt
         for module in ("walk", "gram"):
             monkeypatch.setattr(f"billhook.calibration.{module}.BATCH_TOKENS", batch_tokens)
         model = tiny.model(family)
-        for layer in walk(model, IDS, KINDS, stream=stream, held_out=0.4):
+        for layer in walk(model, IDS, KINDS, Run(), Route(stream=stream, held_out=0.4)):
             for _, evidence in (*sorted(layer.fit.items()), *sorted(layer.held_out.items())):
                 yield evidence.gram
                 if evidence.cross is not None and layer.number:  # the first layer lacks nothing
@@ -148,7 +150,7 @@ def test_the_batch_size_does_not_show(family: str, stream: str, monkeypatch: pyt
 
 @pytest.mark.parametrize("stream", AXIS_STREAMS)
 def test_the_walk_builds_no_graph_and_leaves_gradients_on_outside(stream: str) -> None:
-    for layer in walk(tiny.model("llama").requires_grad_(True), IDS, KINDS, stream=stream):
+    for layer in walk(tiny.model("llama").requires_grad_(True), IDS, KINDS, Run(), Route(stream=stream)):
         assert torch.is_grad_enabled()
         assert not any(evidence.gram.requires_grad for evidence in whole(layer).values())
 
@@ -157,10 +159,10 @@ def test_the_walk_builds_no_graph_and_leaves_gradients_on_outside(stream: str) -
 def test_held_out_windows_are_kept_apart(stream: str) -> None:
     model = tiny.model("llama")
     first, last = grams(model, IDS[:3]), grams(model, IDS[3:])
-    for layer in walk(model, IDS, KINDS, stream=stream, held_out=0.4):
+    for layer in walk(model, IDS, KINDS, Run(), Route(stream=stream, held_out=0.4)):
         assert all(close(sums.gram, first[name]) for name, sums in layer.fit.items())
         assert all(close(sums.gram, last[name]) for name, sums in layer.held_out.items())
-    for layer in walk(model, IDS, KINDS, stream=stream, held_out=0.0):
+    for layer in walk(model, IDS, KINDS, Run(), Route(stream=stream, held_out=0.0)):
         assert layer.held_out == {}
         assert all(close(sums.gram, first[name] + last[name]) for name, sums in layer.fit.items())
 
@@ -169,17 +171,17 @@ def test_held_out_windows_are_kept_apart(stream: str) -> None:
 def test_nothing_hangs_on_a_model_that_was_left_early(stream: str) -> None:
     model = tiny.model("opt")
     before = model(IDS).logits
-    walking = walk(model, IDS, KINDS, stream=stream)
+    walking = walk(model, IDS, KINDS, Run(), Route(stream=stream))
     next(walking)
     walking.close()
     assert tapped(model) == []
     with pytest.raises(KeyError):
-        for layer in walk(model, IDS, KINDS, stream=stream):
+        for layer in walk(model, IDS, KINDS, Run(), Route(stream=stream)):
             raise KeyError(layer.number)
     assert tapped(model) == []
     layers(model)[2].register_forward_pre_hook(_interrupt)
     with pytest.raises(KeyboardInterrupt):
-        list(walk(model, IDS, KINDS, stream=stream))
+        list(walk(model, IDS, KINDS, Run(), Route(stream=stream)))
     layers(model)[2]._forward_pre_hooks.clear()
     assert tapped(model) == [] and torch.equal(model(IDS).logits, before)
 
@@ -195,7 +197,7 @@ def test_what_overflows_is_refused_by_name(family: str, path: str, weight: float
     layers(model)[1].get_submodule(path).weight.data[3] = weight
     reader = axes(model, ("ffn",))[1].reader_module
     with pytest.raises(BillhookError, match=rf"the input of {reader} is not finite"):
-        list(walk(model, IDS, ("ffn",)))
+        list(walk(model, IDS, ("ffn",), Run()))
     assert tapped(model) == []
 
 
@@ -205,7 +207,7 @@ def test_a_lack_that_overflows_is_refused(share: float) -> None:
     layers(model)[2].mlp.up_proj.weight.data.mul_(100)
     layers(model)[2].mlp.down_proj.weight.data[3] = 1e38  # of the last layer: no later Gram would show it
     with pytest.raises(BillhookError, match=r"layers\.2\.mlp\.down_proj"):
-        list(walk(model, IDS, ("ffn",), stream="dense_target", held_out=share))
+        list(walk(model, IDS, ("ffn",), Run(), Route(stream="dense_target", held_out=share)))
 
 
 def test_a_held_out_overflow_is_refused_too() -> None:
@@ -214,4 +216,4 @@ def test_a_held_out_overflow_is_refused_too() -> None:
     ids[ids == 7], ids[-1, -1] = 8, 7
     model.get_input_embeddings().weight.data[7] = torch.nan
     with pytest.raises(BillhookError, match=r"layers\.0\.mlp\.down_proj is not finite"):
-        list(walk(model, ids, ("ffn",), held_out=0.4))
+        list(walk(model, ids, ("ffn",), Run(), Route(held_out=0.4)))

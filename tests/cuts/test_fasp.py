@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import billhook
+from billhook.calibration.passage import Route
 from billhook.calibration.walk import walk
 from billhook.choices import AXIS_STREAMS
 from billhook.cuts.narrowing import Settings, narrow
@@ -17,6 +18,7 @@ from billhook.models.families import layers
 from billhook.models.plan import even_plan
 from billhook.models.surgery import cast
 from billhook.runtime import tensor_files
+from billhook.runtime.run import Run
 
 IDS = tiny.tokens(16, 32)
 
@@ -32,8 +34,8 @@ def damage(model: torch.nn.Module, dense: torch.nn.Module) -> float:
 def test_restoration_repairs_in_every_family_and_stream(family: str, stream: str) -> None:
     dense = tiny.model(family)
     plain, restored = copy.deepcopy(dense), copy.deepcopy(dense)
-    narrow(plain, IDS, even_plan(3, {"ffn": 12}), Settings(restoration=False), stream=stream)
-    cuts = narrow(restored, IDS, even_plan(3, {"ffn": 12}), stream=stream)
+    narrow(plain, IDS, even_plan(3, {"ffn": 12}), Settings(restoration=False, stream=stream), Run())
+    cuts = narrow(restored, IDS, even_plan(3, {"ffn": 12}), Settings(stream=stream), Run())
     assert [axis.units + 12 for axis in axes(restored, ("ffn",))] == [axis.units for axis in axes(dense, ("ffn",))]
     assert damage(restored, dense) < damage(plain, dense)
     for cut in cuts:
@@ -46,15 +48,15 @@ def test_a_dense_target_repairs_more_than_the_sequential_stream() -> None:
     found = {}
     for stream in ("sequential", "dense_target"):
         model = copy.deepcopy(dense)
-        narrow(model, IDS, even_plan(3, {"ffn": 12}), stream=stream)
+        narrow(model, IDS, even_plan(3, {"ffn": 12}), Settings(stream=stream), Run())
         found[stream] = damage(model, dense)
     assert found["dense_target"] < found["sequential"]
 
 
 def test_a_dense_target_without_correction_is_the_sequential_stream() -> None:
     one, other = tiny.model("llama"), tiny.model("llama")
-    narrow(one, IDS, even_plan(3, {"ffn": 12}), Settings(correction=0.0), stream="dense_target")
-    narrow(other, IDS, even_plan(3, {"ffn": 12}), stream="sequential")
+    narrow(one, IDS, even_plan(3, {"ffn": 12}), Settings(correction=0.0, stream="dense_target"), Run())
+    narrow(other, IDS, even_plan(3, {"ffn": 12}), Settings(stream="sequential"), Run())
     for (name, p), q in zip(one.named_parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(p, q, msg=name)
 
@@ -83,8 +85,8 @@ def test_ends_layer_says_where_the_reader_adds_to_the_output_as_it_is(family: st
 def test_the_paper_score_drops_the_columns_of_least_norm_product() -> None:
     model = tiny.model("llama")
     kept = copy.deepcopy(model)
-    narrow(kept, IDS, even_plan(3, {"ffn": 20}), Settings(score="wanda", restoration=False), stream="dense")
-    for layer in walk(tiny.model("llama"), IDS, ("ffn",), held_out=0.0):
+    narrow(kept, IDS, even_plan(3, {"ffn": 20}), Settings(score="wanda", restoration=False, stream="dense"), Run())
+    for layer in walk(tiny.model("llama"), IDS, ("ffn",), Run(), Route(held_out=0.0)):
         axis = layer.axes[0]
         W, norms = reader_weight(model, axis), layer.fit[axis.reader_module].gram.diagonal().sqrt()
         by_hand = (W.abs().sum(0).double() * norms).argsort()[20:].sort().values
@@ -95,7 +97,7 @@ def test_the_paper_score_drops_the_columns_of_least_norm_product() -> None:
 def test_the_same_call_twice_gives_the_same_bits(family: str) -> None:
     models = [tiny.model(family) for _ in range(2)]
     for model in models:
-        narrow(model, IDS, even_plan(3, {"ffn": 12}))
+        narrow(model, IDS, even_plan(3, {"ffn": 12}), Settings(), Run())
     for p, q in zip(*(m.parameters() for m in models), strict=True):
         assert torch.equal(p, q)
 

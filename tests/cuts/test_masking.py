@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 
 import billhook
 from billhook import cli
-from billhook.calibration.forward import enter, run
+from billhook.calibration.forward import enter, run_layer
 from billhook.calibration.gram import gram_of
 from billhook.calibration.linears import WITH_TARGET, operators
+from billhook.calibration.passage import Route
 from billhook.choices import INDEPENDENT_STREAMS, OPERATOR_STREAMS, ROLES
 from billhook.cuts import masking, parallel
 from billhook.errors import BillhookError
@@ -26,6 +27,7 @@ from billhook.models.experts import unfuse
 from billhook.models.families import layers, linears
 from billhook.pruning.recipe import recipe
 from billhook.reports import commands
+from billhook.runtime.run import Run
 
 SMALL: dict[str, Any] = dict(samples=10, seq_len=48)
 ALL = tiny.ONE_EACH
@@ -110,7 +112,7 @@ def zero_half(model: Any, names: dict[str, str]) -> None:
 @pytest.mark.parametrize("stream", OPERATOR_STREAMS)
 def test_the_sums_are_what_the_stream_says(stream: str) -> None:
     dense, model, tokens = tiny.model("llama"), tiny.model("llama"), tiny.tokens(6, 16)
-    for group in operators(model, tokens, ROLES, stream=stream, held_out=0.0):
+    for group in operators(model, tokens, ROLES, Run(), Route(stream=stream, held_out=0.0)):
         first = next(iter(group.names.values()))
         reference = {
             "dense": dense,
@@ -138,15 +140,15 @@ def only(model: Any, dense: Any, edited: list[int]) -> Any:
 
 def test_held_out_windows_are_kept_apart() -> None:
     model, tokens = tiny.model("llama"), tiny.tokens(10, 16)
-    group = next(iter(operators(model, tokens, ROLES, stream="dense", held_out=0.3)))
-    whole = next(iter(operators(model, tokens, ROLES, stream="dense", held_out=0.0)))
+    group = next(iter(operators(model, tokens, ROLES, Run(), Route(stream="dense", held_out=0.3))))
+    whole = next(iter(operators(model, tokens, ROLES, Run(), Route(stream="dense", held_out=0.0))))
     assert group.held_out is not None and whole.held_out is None
     assert torch.allclose(
         (group.fit + group.held_out).gram, whole.fit.gram, rtol=1e-5, atol=1e-4
     )  # of about 100, in float32 products
     states, calls = enter(model, [tokens[7:]])
     module = layers(model)[0]
-    assert run(module, states[0], calls[0][0]).shape[0] == 3
+    assert run_layer(module, states[0], calls[0][0]).shape[0] == 3
     assert group.held_out.gram.trace() < group.fit.gram.trace()
 
 

@@ -15,6 +15,7 @@ import transformers as T
 from torch import Tensor
 
 from billhook import cli
+from billhook.calibration.passage import Route
 from billhook.calibration.walk import walk
 from billhook.choices import PATCHES
 from billhook.cuts.chopping import Settings, chop
@@ -29,6 +30,7 @@ from billhook.pruning import method_settings, prune
 from billhook.pruning.recipe import recipe
 from billhook.reports import commands, page
 from billhook.reports.cut_tables import cut_rows
+from billhook.runtime.run import Run
 
 IDS, OTHERS = tiny.tokens(16, 32), tiny.tokens(4, 32, seed=9)
 OTHER = ("granite", "falcon", "falcon_new", "falcon_alibi", "bloom")  # scaled sums; layers that return tuples
@@ -48,7 +50,7 @@ def linear(damping: float = 1e-3, correction: float = 0.3) -> Settings:
 
 def without(model: T.PreTrainedModel, gone: tuple[int, ...], settings: Settings) -> tuple[T.PreTrainedModel, list[Cut]]:
     smaller = copy.deepcopy(model)
-    return smaller, chop(smaller, IDS, Plan(layers=gone), settings)
+    return smaller, chop(smaller, IDS, Plan(layers=gone), settings, Run())
 
 
 def leaving(model: T.PreTrainedModel, layer: int, ids: Tensor = IDS) -> Tensor:
@@ -86,7 +88,7 @@ def test_what_is_linear_in_the_activations_is_made_up_for_whole(family: str) -> 
     reader = dense.get_submodule(axis.reader_module)
     hook = reader.register_forward_pre_hook(lambda _, given: entered.append(given[0]))
     expected = dense(OTHERS).logits
-    (cut,) = chop(dense, IDS, Plan(layers=(1,)), linear(damping=1e-12))
+    (cut,) = chop(dense, IDS, Plan(layers=(1,)), linear(damping=1e-12), Run())
     hook.remove()
     assert len(layers(dense)) == 2 and (cut.layer, cut.kind, cut.dropped) == (0, "ffn", 0)
     assert cut.error_held_out is not None  # squares of float32 sums: half the digits
@@ -123,7 +125,9 @@ def test_the_held_out_error_is_that_of_a_fit_which_did_not_see_them(family: str)
     dense, held = tiny.model(family), IDS[-1:]  # a tenth of 16 windows
     fitted, (cut,) = copy.deepcopy(dense), without(dense, (1,), linear())[1]
     axis = axes(fitted, ("ffn",))[0]
-    (layer,) = walk(fitted, IDS[:-1], ("ffn",), stream="dense_target", dropped=(1,), only=(0,), held_out=0.0)
+    (layer,) = walk(
+        fitted, IDS[:-1], ("ffn",), Run(), Route(stream="dense_target", dropped=(1,), only=(0,), held_out=0.0)
+    )
     (seen,), W = layer.fit.values(), reader_weight(fitted, axis)
     W.copy_(restore.least_squares(W, seen.gram, torch.arange(48), 1e-3, seen.cross)[0])
     entered: list[Tensor] = []
@@ -164,8 +168,8 @@ def test_each_patch_sees_what_those_before_it_have_become() -> None:
 @pytest.mark.parametrize("stream", ["dense_target", "sequential", "dense"])
 def test_a_walk_stops_where_it_is_asked_to(stream: str) -> None:
     model, gone = deep(), (2, 3, 5)
-    every = {layer.number: layer for layer in walk(model, IDS, ("ffn",), stream=stream, dropped=gone)}
-    some = list(walk(model, IDS, ("ffn",), stream=stream, dropped=gone, only=(1, 4)))
+    every = {layer.number: layer for layer in walk(model, IDS, ("ffn",), Run(), Route(stream=stream, dropped=gone))}
+    some = list(walk(model, IDS, ("ffn",), Run(), Route(stream=stream, dropped=gone, only=(1, 4))))
     assert [layer.number for layer in some] == [1, 4]
     for layer in some:
         for found, expected in ((layer.fit, every[layer.number].fit), (layer.held_out, every[layer.number].held_out)):
@@ -173,18 +177,18 @@ def test_a_walk_stops_where_it_is_asked_to(stream: str) -> None:
                 assert torch.equal(evidence.gram, expected[name].gram) and evidence.energy == expected[name].energy
                 if stream == "dense_target":
                     assert evidence.cross is not None and torch.equal(evidence.cross, expected[name].cross)
-    assert list(walk(model, IDS, ("ffn",), only=())) == []
+    assert list(walk(model, IDS, ("ffn",), Run(), Route(only=()))) == []
 
 
 def test_layers_after_the_last_cut_are_not_run() -> None:
     model = deep()
     layers(model)[6].mlp.register_forward_pre_hook(lambda *_: pytest.fail("run in vain"))
-    list(walk(model, IDS, ("ffn",), stream="dense_target", dropped=(3, 4, 5), only=(2,)))
+    list(walk(model, IDS, ("ffn",), Run(), Route(stream="dense_target", dropped=(3, 4, 5), only=(2,))))
 
 
 def test_no_patch_is_the_default_and_changes_nothing() -> None:
     chopped, plain = copy.deepcopy(deep()), deep()
-    assert chop(chopped, IDS, Plan(layers=(2, 3))) == []
+    assert chop(chopped, IDS, Plan(layers=(2, 3)), Settings(), Run()) == []
     drop_layers(plain, (2, 3))
     assert all(torch.equal(p, q) for p, q in zip(chopped.parameters(), plain.parameters(), strict=True))
     assert next(iter(PATCHES)) == recipe(ratio=0.2).patch == Settings().patch == "none"
@@ -200,7 +204,7 @@ def test_each_method_has_a_damping_of_its_own() -> None:
 def test_norms_after_the_sums_are_refused() -> None:
     model = tiny.model("opt_350m")
     with pytest.raises(BillhookError, match="use --patch none"):
-        chop(model, IDS, Plan(layers=(1,)), linear())
+        chop(model, IDS, Plan(layers=(1,)), linear(), Run())
     assert len(layers(model)) == 3
 
 

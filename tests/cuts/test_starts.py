@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from billhook.calibration.linears import operators
+from billhook.calibration.passage import Route
 from billhook.cuts.masking import target_of
 from billhook.math import admm, restore, sparsity
 from billhook.math.layerwise import Settings, Target, squared_error
@@ -16,6 +17,7 @@ from billhook.math.pattern import Pattern
 from billhook.math.solvers import SOLVERS
 from billhook.models.experts import unfuse
 from billhook.models.families import weight_of
+from billhook.runtime.run import Run
 
 OUT, IN, TOKENS = 16, 24, 200
 HALF, TWO_FOUR = Pattern(sparsity=0.5), Pattern(zeros=2, group=4)
@@ -131,7 +133,7 @@ def test_what_is_restored_is_no_further_off_than_what_was_kept(kind: str) -> Non
 def test_nor_in_any_family(family: str, roles: tuple[str, ...]) -> None:
     model, few = tiny.model(family), Settings(iterations=6, gradual=4, rounds=1)
     unfuse(model)
-    groups = operators(model, tiny.tokens(1, 24), roles, stream="dense", only=[1], held_out=0.0)
+    groups = operators(model, tiny.tokens(1, 24), roles, Run(), Route(stream="dense", only=[1], held_out=0.0))
     one_each = {role: (name, group.fit) for group in groups for role, name in group.names.items()}
     for name, sums in one_each.values():
         W, alive = weight_of(model, name).double().contiguous(), (torch.arange(len(sums.gram)) % 4 > 0).double()

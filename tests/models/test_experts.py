@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from typer.testing import CliRunner
 
 import billhook
+from billhook.calibration.passage import Route
 from billhook.calibration.routers import mixtures
 from billhook.checkpoints import load, save, verify
 from billhook.choices import WAYS
@@ -35,6 +36,7 @@ from billhook.models.modeling_per_layer import FAMILIES
 from billhook.models.plan import Plan
 from billhook.models.surgery import drop_layers, remove
 from billhook.pruning import compare
+from billhook.runtime.run import Run
 
 MIXED = [name for name, row in FAMILIES.items() if row.experts]
 IDS = tiny.tokens(windows=8, length=32)
@@ -109,7 +111,7 @@ def test_a_router_that_chooses_groups_first_loses_experts_evenly(way: str) -> No
     found = axes(model, ("experts",))
     rows = [model.get_parameter(axis.reader.param).clone() for axis in found]
     assert [limits.allowed_drops(model, axis, 1) for axis in found] == [[0, 2, 4]] * 2  # two of a group are the least
-    reduce_experts(model, IDS, Plan({(axis.layer, "experts"): 4 for axis in found}), Settings(way))
+    reduce_experts(model, IDS, Plan({(axis.layer, "experts"): 4 for axis in found}), Settings(way), Run())
     for axis, before in zip(found, rows, strict=True):
         left = model.get_parameter(axis.reader.param)
         assert len(left) == 4 == len(mixture(model, axis.layer))  # type: ignore[arg-type]
@@ -191,7 +193,7 @@ def test_what_is_measured_is_the_stock_forward(family: str, tmp_path: Path, monk
 
 def test_routing_counts_what_the_router_does() -> None:
     model = opened("mixtral")
-    found = list(mixtures(model, IDS, held_out=0.25))
+    found = list(mixtures(model, IDS, Run(), Route(held_out=0.25)))
     assert [one.layer for one in found] == [0, 1, 2]
     routing = found[1].routing
     x = torch.cat([given.read() for given, _, held in found[1].seen if not held]).flatten(0, -2)
@@ -214,7 +216,7 @@ def test_every_way_leaves_a_stock_model(way: str, family: str, tmp_path: Path) -
     model = opened(family)
     found = axes(model, ("experts",))
     count = next(drop for drop in (3, 4) if drop % found[0].blocks == 0)
-    cuts = reduce_experts(model, IDS, Plan({(axis.layer, "experts"): count for axis in found}), Settings(way))
+    cuts = reduce_experts(model, IDS, Plan({(axis.layer, "experts"): count for axis in found}), Settings(way), Run())
     assert [cut.dropped for cut in cuts] == [count] * len(found)
     assert all(0 < cut.error < 5 for cut in cuts)
     layout.update_config(model)
@@ -236,11 +238,11 @@ def test_twins_merge_without_loss() -> None:
         router.weight.data[5] = router.weight.data[2]
     pairs = [(twins[0][2].up_proj.weight, twins[0][5].up_proj.weight)]
     assert torch.equal(turn[merging.aligned(pairs)], torch.arange(16))
-    logits = [one.routing.logits for one in mixtures(model, IDS)]
+    logits = [one.routing.logits for one in mixtures(model, IDS, Run())]
     assert all([2, 5] in merging.groups(gram, 5) for gram in logits)
     x = torch.randn(4, 32)
     before = [listed[2](x) for listed in twins]
-    reduce_experts(model, IDS, Plan({(n, "experts"): 1 for n in range(3)}), Settings("uncurl"))
+    reduce_experts(model, IDS, Plan({(n, "experts"): 1 for n in range(3)}), Settings("uncurl"), Run())
     for listed, one in zip(twins, before, strict=True):
         assert len(listed) == 5 and sum(torch.allclose(expert(x), one, atol=1e-6) for expert in listed) == 1
 

@@ -16,7 +16,6 @@ import billhook
 from billhook import cli
 from billhook.calibration.gram import gram_of
 from billhook.checkpoints import save, verify
-from billhook.checkpoints.resume import FinishedLayers
 from billhook.cuts import slicing_restore as slicegpt_restore
 from billhook.cuts.slicing import Settings, _inputs, channel_scores, slice_residual
 from billhook.errors import BillhookError
@@ -28,7 +27,7 @@ from billhook.models.sizes import decoder_parameters, saved_by, total_parameters
 from billhook.models.surgery import cast, remove
 from billhook.pruning import plan_lines, residual_budget
 from billhook.reports import commands
-from billhook.runtime.progress import Clock, quiet
+from billhook.runtime.run import Run
 
 IDS = tiny.tokens()
 SUBTRACT = {
@@ -103,7 +102,7 @@ def test_turning_changes_nothing(family: str, eps: float) -> None:
 def test_the_principal_axes_come_first(family: str) -> None:
     """What enters the readers of a turned model has a diagonal Gram, falling: no other axes hold more in the first ones."""
     model = tiny.model(family)
-    slice_residual(model, IDS, Plan(rotate=True))
+    slice_residual(model, IDS, Plan(rotate=True), Settings(), Run())
     sums = torch.zeros(32, 32, dtype=torch.float64)
 
     def tap(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -132,7 +131,7 @@ def test_a_cut_is_a_stock_checkpoint(family: str, rotate: bool, tmp_path: Path) 
     less = saved_by(model, plan)
     line, said = plan_lines.residual_line(model, plan, "ratio 0.25"), residual_budget.record(model, plan)
     assert f"→ {before - less:,} parameters" in line and "24 of 32 channels" in line
-    slice_residual(model, IDS, plan)
+    slice_residual(model, IDS, plan, Settings(), Run())
     assert total_parameters(model) == before - less
     assert said and said["untied_parameters"] == (258 * 24 if rotate and tied else 0)
     layout.update_config(model)
@@ -176,7 +175,7 @@ def test_a_size_that_the_own_config_refuses_is_held_by_the_stand_in(tmp_path: Pa
     model = tiny.model("llama")
     plan = residual_budget.planner(model, 2, True).make(0.0625 * decoder_parameters(model))
     assert plan.residual == 2
-    slice_residual(model, IDS, plan)
+    slice_residual(model, IDS, plan, Settings(), Run())
     layout.update_config(model)
     save.save(model, tiny.tokenizer(), tmp_path, None)
     assert verify.verify(tmp_path, model)["logits"] == "equal"
@@ -205,9 +204,9 @@ def test_the_score_is_the_squared_error_that_a_zeroed_channel_makes() -> None:
         W = weight_of(model, name).double()
         errors = torch.stack([(x[:, j : j + 1] * W[:, j]).square().sum() for j in range(32)])
         expected += errors / errors.sum()
-    torch.testing.assert_close(channel_scores(model, IDS), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(channel_scores(model, IDS, Run()), expected, rtol=1e-5, atol=0)
     cut = copy.deepcopy(model)
-    slice_residual(cut, IDS, Plan(residual=8), Settings(restoration=False))
+    slice_residual(cut, IDS, Plan(residual=8), Settings(restoration=False), Run())
     by_hand = expected.argsort()[8:].sort().values
     assert torch.equal(
         residual.embedding_and_head(cut)[0].weight, residual.embedding_and_head(model)[0].weight[:, by_hand]
@@ -221,7 +220,7 @@ def test_inputs_layer_by_layer_are_those_of_a_forward_pass(family: str) -> None:
         hook: Any = lambda module, args, readers=readers: seen.update({readers: args[0].flatten(0, -2)})  # noqa: E731
         model.get_submodule(readers[0]).register_forward_pre_hook(hook)
     model(IDS)
-    asked, expected = dict(_inputs(model, IDS, quiet)), dict(seen)
+    asked, expected = dict(_inputs(model, IDS, Run())), dict(seen)
     assert asked.keys() == expected.keys()
     for readers, x in asked.items():
         torch.testing.assert_close(x, expected[readers], rtol=1e-5, atol=1e-6)
@@ -240,7 +239,7 @@ def test_turning_first_costs_less() -> None:
     found = {}
     for rotate in (False, True):
         model = copy.deepcopy(dense)
-        slice_residual(model, IDS, Plan(residual=12, rotate=rotate), Settings(restoration=False))
+        slice_residual(model, IDS, Plan(residual=12, rotate=rotate), Settings(restoration=False), Run())
         found[rotate] = float((model(IDS).logits - dense(IDS).logits).norm() / dense(IDS).logits.norm())
     assert found[True] < 1e-4 < 0.05 < found[False]
 
@@ -255,7 +254,7 @@ def test_restoration_comes_nearer_to_the_unpruned_model(family: str, rotate: boo
     found = []
     for settings in (Settings(restoration=False), Settings(), Settings(damping=1e-6, correction=1.0)):
         model = copy.deepcopy(dense)
-        slice_residual(model, ids, Plan(residual=8, rotate=rotate), settings)
+        slice_residual(model, ids, Plan(residual=8, rotate=rotate), settings, Run())
         found.append(float((model(ids).logits - dense(ids).logits).norm() / dense(ids).logits.norm()))
     assert found[1] < found[0]
     assert found[2] < (1.0 if family in BEHIND else 0.9) * found[0]  # where norms follow them, writers stay as they are
@@ -265,8 +264,7 @@ def test_restoration_comes_nearer_to_the_unpruned_model(family: str, rotate: boo
 def test_restoration_leaves_what_lost_nothing(family: str) -> None:
     dense, kept = tiny.model(family), torch.arange(32)
     model = copy.deepcopy(dense)
-    how: dict[str, Any] = {"share": 1.0, "damping": 1e-6, "clock": Clock(), "tick": quiet}
-    slicegpt_restore.restore(model, copy.deepcopy(dense), IDS, kept, FinishedLayers(None, model), **how)
+    slicegpt_restore.restore(model, copy.deepcopy(dense), IDS, kept, Settings(damping=1e-6, correction=1.0), Run())
     torch.testing.assert_close(model(IDS).logits, dense(IDS).logits, rtol=1e-3, atol=1e-3)
 
 
@@ -296,7 +294,7 @@ def test_prune_in_memory_and_save(dtype: torch.dtype, rotate: bool, tmp_path: Pa
 def test_bfloat16_comes_back_bit_for_bit(family: str, tmp_path: Path) -> None:
     model = tiny.model(family)
     cast(model, torch.bfloat16)
-    slice_residual(model, IDS, Plan(residual=8, rotate=family not in BEHIND))
+    slice_residual(model, IDS, Plan(residual=8, rotate=family not in BEHIND), Settings(), Run())
     assert model(IDS).logits.isfinite().all()
     layout.update_config(model)
     save.save(model, tiny.tokenizer(), tmp_path, None)

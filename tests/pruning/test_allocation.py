@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import billhook
+from billhook.calibration.passage import Route
 from billhook.calibration.walk import walk
 from billhook.cuts.narrowing import Settings, narrow
 from billhook.errors import BillhookError
@@ -31,6 +32,7 @@ from billhook.pruning import allocation, planners, planning, sensitivity, texts
 from billhook.pruning.carry_out import CUTS
 from billhook.pruning.recipe import recipe
 from billhook.pruning.sensitivity import Probe, curves
+from billhook.runtime.run import Run
 
 FAMILIES = ["llama", "qwen3", "opt"]
 Whole = dict[int, tuple[float, float]]
@@ -307,7 +309,7 @@ def test_a_loss_is_that_of_the_cut_made_by_hand(family: str, every: int, monkeyp
         for kind, which in (("ffn", 0), ("ffn", 2), ("groups", -1)):
             count = list(found[layer, kind])[which]
             cut = copy.deepcopy(model)
-            narrow(cut, CALIBRATION, Plan({(layer, kind): count}), settings, stream="dense")
+            narrow(cut, CALIBRATION, Plan({(layer, kind): count}), replace(settings, stream="dense"), Run())
             assert found[layer, kind][count] == pytest.approx(divergence(model, cut, every), rel=1e-2, abs=1e-6)
         without = copy.deepcopy(model)
         drop_layers(without, [layer])
@@ -526,13 +528,13 @@ def test_a_walk_past_dropped_layers(family: str, gone: tuple[int, ...]) -> None:
     whole, dense = grams(model, PROBE), activations(model, PROBE)[1]
     for n in gone:
         layers(without)[n].forward = lambda hidden_states, **_: hidden_states
-    for layer in walk(model, PROBE, ("ffn",), dropped=gone, held_out=0.0):
+    for layer in walk(model, PROBE, ("ffn",), Run(), Route(dropped=gone, held_out=0.0)):
         assert layer.number not in gone
         for name, sums in layer.fit.items():
             assert close(sums.gram, whole[name]), name
     for stream in ("sequential", "dense_target"):
         cut, reference, seen = copy.deepcopy(model), copy.deepcopy(without), []
-        for layer in walk(cut, PROBE, ("ffn",), stream=stream, dropped=gone, held_out=0.0):
+        for layer in walk(cut, PROBE, ("ffn",), Run(), Route(stream=stream, dropped=gone, held_out=0.0)):
             entered, left = activations(reference, PROBE)
             (name, sums), n = *layer.fit.items(), layer.number
             seen.append(n)
@@ -556,11 +558,11 @@ def test_the_ffn_before_it_makes_up_for_a_dropped_layer(family: str, share: floa
     dense, gone, tokens = deep(family=family), 2, words(40, seed=1)
     settings, drops = Settings(correction=share), {(n, "ffn"): 8 for n in range(4)}
     made_up, plain, after = (copy.deepcopy(dense) for _ in range(3))
-    narrow(made_up, tokens[4:], Plan({p: n for p, n in drops.items() if p[0] != gone}, (gone,)), settings)
-    narrow(plain, tokens[4:], Plan(drops), settings)
+    narrow(made_up, tokens[4:], Plan({p: n for p, n in drops.items() if p[0] != gone}, (gone,)), settings, Run())
+    narrow(plain, tokens[4:], Plan(drops), settings, Run())
     drop_layers(plain, [gone])
     drop_layers(after, [gone])
-    narrow(after, tokens[4:], even_plan(3, {"ffn": 8}), settings)
+    narrow(after, tokens[4:], even_plan(3, {"ffn": 8}), settings, Run())
     assert len(layers(made_up)) == len(layers(plain)) == 3
     losses = [Probe(dense, tokens[:4]).divergence_of(model) for model in (made_up, plain, after)]
     assert losses[0] < losses[1] and losses[0] < losses[2], losses
@@ -569,7 +571,7 @@ def test_the_ffn_before_it_makes_up_for_a_dropped_layer(family: str, share: floa
 def test_a_dropped_layer_is_made_up_for_where_nothing_else_goes() -> None:
     dense, tokens = deep(), words(40, seed=1)
     made_up, plain = copy.deepcopy(dense), copy.deepcopy(dense)
-    narrow(made_up, tokens[4:], Plan({(1, "ffn"): 0}, (2,)))
+    narrow(made_up, tokens[4:], Plan({(1, "ffn"): 0}, (2,)), Settings(), Run())
     drop_layers(plain, [2])
     probe = Probe(dense, tokens[:4])
     assert probe.divergence_of(made_up) < probe.divergence_of(plain)

@@ -25,6 +25,7 @@ from billhook.models.families import layers
 from billhook.models.plan import Plan
 from billhook.pruning import latency
 from billhook.pruning.recipe import recipe
+from billhook.runtime.run import Run
 
 bench = test_bad_input.bench
 
@@ -39,7 +40,7 @@ WAYS: dict[str, list[object]] = {
 def carried_out(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     """A copy of the model, cut as the plan says, without repair."""
     cut = copy.deepcopy(model)
-    narrow(cut, tiny.tokens(2, 16), plan, Settings(score="energy", restoration=False), stream="dense")
+    narrow(cut, tiny.tokens(2, 16), plan, Settings(score="energy", restoration=False, stream="dense"), Run())
     return cut
 
 

@@ -13,7 +13,7 @@ import torch
 
 from billhook import cli, data
 from billhook.checkpoints import load
-from billhook.cuts.narrowing import narrow, narrow_each
+from billhook.cuts.narrowing import Settings, narrow, narrow_each
 from billhook.errors import BillhookError
 from billhook.math.knee import knee
 from billhook.models.families import layers
@@ -23,6 +23,7 @@ from billhook.pruning import prune
 from billhook.pruning.compare import Judged, _each, _text_sha256, bend, compare, judged, perplexity, sweep
 from billhook.pruning.contenders import contender
 from billhook.pruning.recipe import recipe
+from billhook.runtime.run import Run
 
 COMMON = {"samples": 6, "seq_len": 32, "multiple_of": 8}
 
@@ -49,9 +50,9 @@ def test_one_pass_gives_the_bits_of_many(family: str) -> None:
     plans = [Plan({(n, "ffn"): drop for n in range(total)}) for drop in (8, 24)] + [
         Plan({(0, "ffn"): 8, (0, "groups"): 1}, (1,))
     ]
-    for plan, (found, cuts) in zip(plans, narrow_each(model, tokens, plans), strict=True):
+    for plan, (found, cuts) in zip(plans, narrow_each(model, tokens, plans, Settings(), Run()), strict=True):
         alone = tiny.model(family)
-        assert cuts == narrow(alone, tokens, plan, stream="dense")
+        assert cuts == narrow(alone, tokens, plan, Settings(stream="dense"), Run())
         one, other = found.state_dict(), alone.state_dict()
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     whole = tiny.model(family).state_dict()

@@ -61,14 +61,14 @@ def test_a_budget_changes_no_bit(way: str, tmp_path: Path, monkeypatch: pytest.M
 
 def test_what_is_kept_comes_back_as_it_was_and_room_is_given_back() -> None:
     first, second = torch.randn(4, 3).bfloat16(), torch.randn(4, 3).bfloat16()
-    with activations.budget(24):
-        one, two = activations.keep(first), activations.keep(second)
-        assert one.file is None and two.file is not None
-        assert one.read() is first and two.read().equal(second)
-        del one
-        assert activations.keep(first).file is None
-        with pytest.raises(
-            BillhookError, match=r"--hidden-budget 24 bytes: the hidden states of one batch alone take 48: raise it"
-        ):
-            activations.keep(torch.zeros(4, 3))
-    assert activations.keep(torch.zeros(1000)).file is None
+    room = activations.Room(24)
+    one, two = room.keep(first), room.keep(second)
+    assert one.file is None and two.file is not None
+    assert one.read() is first and two.read().equal(second)
+    del one
+    assert room.keep(first).file is None
+    with pytest.raises(
+        BillhookError, match=r"--hidden-budget 24 bytes: the hidden states of one batch alone take 48: raise it"
+    ):
+        room.keep(torch.zeros(4, 3))
+    assert activations.Room().keep(torch.zeros(1000)).file is None

@@ -26,6 +26,7 @@ from billhook.pruning import compare, contenders
 from billhook.pruning.recipe import recipe
 from billhook.reports.search_tables import outcome_words
 from billhook.runtime.progress import quiet
+from billhook.runtime.run import Run
 from billhook.search import adapruner, evaluator, finals, ladder, layer_blocks
 from billhook.search.budgets import BaseCut, Shape, attention_counts, exchanged, longest_block, shaped
 from billhook.search.inputs import read_inputs
@@ -345,7 +346,7 @@ def test_a_search_may_take_whole_layers(text: str) -> None:
 def test_what_makes_up_for_a_block_in_a_trial_is_layerchops_patch(text: str) -> None:
     made = layer_blocks.patch(tiny.model("llama"), tiny.tokens(8, 32), (1, 1))
     cut = tiny.model("llama")
-    chop(cut, tiny.tokens(8, 32), Plan(layers=(1,)), Patching(patch="linear"))
+    chop(cut, tiny.tokens(8, 32), Plan(layers=(1,)), Patching(patch="linear"), Run())
     assert made is not None and torch.allclose(made.weight, cut.model.layers[0].mlp.down_proj.weight, atol=1e-6)
     model, gone = tiny.model("llama"), {(1, "layers"): torch.empty(0, dtype=torch.long)}
     windows = tiny.tokens(4, 32)

@@ -60,7 +60,7 @@ def head(model: PreTrainedModel, tokens: Tokens, state: Tensor, keep: Tensor | i
 
 
 @torch.no_grad()
-def run(module: nn.Module, state: Tensor, kwargs: dict[str, Any]) -> Tensor:
+def run_layer(module: nn.Module, state: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """The output of one decoder layer for hidden states, with the arguments that the model passes to it."""
     out = module(state, **kwargs)
     return out[0] if isinstance(out, tuple) else out

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from billhook.calibration.forward import enter, head, run
+from billhook.calibration.forward import enter, head, run_layer
 from billhook.calibration.gradients import WINDOW, element_sums
 from billhook.errors import BillhookError
 from billhook.math import layer_presets
@@ -160,7 +160,7 @@ def _each_window(model: PreTrainedModel, tokens: Tokens) -> Iterator[tuple[Tenso
         (state,), (calls,) = enter(model, [window])
         states = [state]
         for module, call in zip(layers(model), calls, strict=True):
-            states.append(run(module, states[-1], call))
+            states.append(run_layer(module, states[-1], call))
         yield window.to(model.device), states, calls
 
 
@@ -173,7 +173,7 @@ def _losses(model: PreTrainedModel, probe: Probes, without: Sequence[Collection[
             tick(STAGE, w * len(without) + n, steps)
             state = states[min(gone)]
             for m in range(min(gone), len(layers(model))):
-                state = state if m in gone else run(layers(model)[m], state, calls[m])
+                state = state if m in gone else run_layer(layers(model)[m], state, calls[m])
             logits = head(model, ids, state)
             sums[n] += torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:]).item()
     tick(STAGE, steps, steps)

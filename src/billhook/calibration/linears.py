@@ -2,7 +2,7 @@
 
 Methods that mask weights are built on these sums.
 
-    for group in operators(model, tokens, roles, stream="sequential"):
+    for group in operators(model, tokens, roles, run, Route("sequential")):
         ...  # edit the weights of the modules group.names; they share one input
 
 Within a layer the operators come in the order in which they compute: q, k and v, which share one input; o; gate and up;
@@ -21,22 +21,21 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from billhook.calibration.forward import BATCH_TOKENS, enter, run
+from billhook.calibration.forward import BATCH_TOKENS, enter, run_layer
 from billhook.calibration.gram import gram_of
-from billhook.calibration.walk import Finished
+from billhook.calibration.passage import Route
 from billhook.choices import INDEPENDENT_STREAMS
 from billhook.errors import BillhookError
 from billhook.models.families import layers, linears, role_wanted, row_of
-from billhook.runtime.activations import State, keep
+from billhook.runtime.activations import State
 from billhook.runtime.cache import Grams
 from billhook.runtime.memory import return_freed
 from billhook.runtime.offload import loaded
-from billhook.runtime.progress import Clock, Tick, quiet
+from billhook.runtime.run import Run
 from billhook.tensors import Gram, Tokens, precise
 
 STEPWISE = ("true_sequential", "layer_target", "dense_target")  # streams with new sums for every group of operators
 WITH_TARGET = ("layer_target", "dense_target")  # streams that follow the unpruned model as well
-HELD_OUT = 0.1  # share of the windows
 
 
 @dataclass(frozen=True)
@@ -89,45 +88,31 @@ class _EnoughError(Exception):
 
 @torch.no_grad()
 def operators(
-    model: PreTrainedModel,
-    tokens: Tokens,
-    roles: Sequence[str],
-    *,
-    stream: str,
-    only: Sequence[int] | None = None,
-    held_out: float = HELD_OUT,
-    finished: Finished | None = None,
-    clock: Clock | None = None,
-    tick: Tick = quiet,
+    model: PreTrainedModel, tokens: Tokens, roles: Sequence[str], run: Run, route: Route = Route()
 ) -> Iterator[Group]:
-    """Yield every group of operators that has one of `roles`, on the inputs that `stream` names.
+    """Yield every group of operators that has one of `roles`, layer by layer of a route, which drops none.
+
+    Layers that an earlier run has finished are restored and passed through, not yielded.
 
     Args:
         tokens: calibration windows (windows, length).
-        only: the layers whose operators are yielded, in order, None for all; the walk ends with the last of them.
-        held_out: share of the windows, the last ones, that are summed separately.
-        finished: layers of an earlier run: they are restored and passed through, not yielded.
 
     Raises:
         BillhookError: an activation is not finite; the message names the module.
     """
-    clock = clock or Clock()
-    only = range(len(layers(model))) if only is None else only
-    cached = finished.grams if finished is not None and stream == "dense" else None
-    if (
-        finished is not None
-        and cached
-        and cached.has(_input(model, n, named) for n in only for named in _groups(model, n, roles))
-    ):
-        yield from _recalled(model, cached, roles, finished, only, clock, tick)
+    clock, stream = run.clock, route.stream
+    only = range(len(layers(model))) if route.only is None else sorted(route.only)
+    cached = run.finished.grams if stream == "dense" else None
+    if cached and cached.has(_input(model, n, named) for n in only for named in _groups(model, n, roles)):
+        yield from _recalled(model, cached, roles, only, run)
         return
     with clock("forward"):
-        batches = _entered(model, tokens, len(tokens) - int(held_out * len(tokens)))
+        batches = _entered(model, tokens, len(tokens) - int(route.held_out * len(tokens)), run)
     expert_prefix = f"{row_of(model).experts}."
     for n, module in enumerate(layers(model)[: only[-1] + 1 if only else 0]):
-        tick("pruning", sum(layer < n for layer in only), len(only))
-        if finished is not None and n in finished.records:
-            _reload(_Stop(n, module), finished, batches, stream, clock)
+        run.tick("pruning", sum(layer < n for layer in only), len(only))
+        if n in run.finished.records:
+            _reload(_Stop(n, module), batches, stream, run)
             continue
         with loaded(module):
             groups = _groups(model, n, roles) if n in only else []
@@ -144,7 +129,7 @@ def operators(
                     edited=step > 0,
                     to_the_end=stream == "dense",
                     expert_prefix=expert_prefix,
-                    clock=clock,
+                    run=run,
                 )
                 for named, path in zip(together, paths, strict=True):
                     fit, held_out_sums = (sums.get((path, side)) for side in (False, True))
@@ -156,9 +141,9 @@ def operators(
                     yield Group(n, named, fit, held_out_sums)
             if n < only[-1] and not (stream == "dense" and groups):
                 with clock("forward"):
-                    _pass(stop, batches, independent=stream in INDEPENDENT_STREAMS)
+                    _pass(stop, batches, run, independent=stream in INDEPENDENT_STREAMS)
             return_freed()
-    tick("pruning", len(only), len(only))
+    run.tick("pruning", len(only), len(only))
 
 
 def _groups(model: PreTrainedModel, n: int, roles: Sequence[str]) -> list[dict[str, str]]:
@@ -174,30 +159,24 @@ def _input(model: PreTrainedModel, n: int, named: Mapping[str, str]) -> str:
 
 
 def _recalled(
-    model: PreTrainedModel,
-    grams: Grams,
-    roles: Sequence[str],
-    finished: Finished,
-    only: Sequence[int],
-    clock: Clock,
-    tick: Tick,
+    model: PreTrainedModel, grams: Grams, roles: Sequence[str], only: Sequence[int], run: Run
 ) -> Iterator[Group]:
     """Every group, by the cached Grams of an earlier walk in the dense stream."""
     for done, n in enumerate(only):
-        tick("pruning", done, len(only))
-        if n in finished.records:
-            finished.reload(n)
+        run.tick("pruning", done, len(only))
+        if n in run.finished.records:
+            run.finished.reload(n)
             continue
         with loaded(layers(model)[n]):
             for named in _groups(model, n, roles):
-                with clock("gram"):
+                with run.clock("gram"):
                     fit, held_out = grams.read(_input(model, n, named), model.device)
                 yield Group(n, named, OperatorSums(fit), None if held_out is None else OperatorSums(held_out))
         return_freed()
-    tick("pruning", len(only), len(only))
+    run.tick("pruning", len(only), len(only))
 
 
-def _entered(model: PreTrainedModel, tokens: Tokens, count: int) -> list[_Batch]:
+def _entered(model: PreTrainedModel, tokens: Tokens, count: int, run: Run) -> list[_Batch]:
     """All batches, with their states before the first layer; windows from `count` on are held out."""
     rows = max(1, BATCH_TOKENS // tokens.shape[1])
     parts = [
@@ -206,7 +185,7 @@ def _entered(model: PreTrainedModel, tokens: Tokens, count: int) -> list[_Batch]
         for part in windows.split(rows)
     ]
     parts = [(part, side) for part, side in parts if len(part)]
-    states, calls = enter(model, [part for part, _ in parts], keep)
+    states, calls = enter(model, [part for part, _ in parts], run.hidden.keep)
     return [_Batch(s, s, c, side) for s, c, (_, side) in zip(states, calls, parts, strict=True)]
 
 
@@ -218,7 +197,7 @@ def _gathered(
     edited: bool,
     to_the_end: bool,
     expert_prefix: str,
-    clock: Clock,
+    run: Run,
 ) -> dict[tuple[str, bool], OperatorSums]:
     """Sums over the inputs of the operators at `paths`, by path and whether held out.
 
@@ -230,12 +209,12 @@ def _gathered(
     sums: dict[tuple[str, bool], OperatorSums] = {}
     for batch in batches:
         call = batch.calls[stop.number]
-        with clock("forward"):
+        with run.clock("forward"):
             inputs, after = inputs_of(stop.module, paths, batch.state.read(), call, to_the_end)
             dense = None
             if stop.unpruned is not None and (edited or batch.state is not batch.target):
                 dense, _ = inputs_of(stop.unpruned, paths, batch.target.read(), call, False)
-        with clock("gram"):
+        with run.clock("gram"):
             for path in paths:
                 x = inputs[path].flatten(0, -2).float()
                 # after an edit the router may send other tokens to an expert, which therefore has no target
@@ -246,7 +225,7 @@ def _gathered(
                 sums[key] = sums[key] + batch_sums if key in sums else batch_sums
         if to_the_end:  # in the dense stream the state is its own target
             assert after is not None
-            batch.state = batch.target = keep(after)
+            batch.state = batch.target = run.hidden.keep(after)
     return sums
 
 
@@ -268,38 +247,39 @@ def inputs_of(
         for path in paths:
             hooks.callback(module.get_submodule(path).register_forward_pre_hook(tap(path)).remove)
         try:
-            return inputs, run(module, state, call)
+            return inputs, run_layer(module, state, call)
         except _EnoughError:
             return inputs, None
 
 
-def _reload(stop: _Stop, finished: Finished, batches: Sequence[_Batch], stream: str, clock: Clock) -> None:
+def _reload(stop: _Stop, batches: Sequence[_Batch], stream: str, run: Run) -> None:
     """Restore a layer that an earlier run has finished, and take every batch through it."""
     n, module, has_target = stop.number, stop.module, stream in (*WITH_TARGET, "dense")
-    with clock("forward"), loaded(module):
+    with run.clock("forward"), loaded(module):
         for batch in batches if has_target else ():
-            batch.target = _run(module, batch.target, batch.calls[n])
-    finished.reload(n)
-    with clock("forward"), loaded(module):
+            batch.target = _after(module, batch.target, batch.calls[n], run)
+    run.finished.reload(n)
+    with run.clock("forward"), loaded(module):
         for batch in batches:
-            batch.state = batch.target if stream in INDEPENDENT_STREAMS else _run(module, batch.state, batch.calls[n])
+            same = stream in INDEPENDENT_STREAMS
+            batch.state = batch.target if same else _after(module, batch.state, batch.calls[n], run)
             batch.target = batch.target if has_target else batch.state
 
 
-def _run(module: nn.Module, state: State, call: dict[str, Any]) -> State:
-    return keep(run(module, state.read(), call))
+def _after(module: nn.Module, state: State, call: dict[str, Any], run: Run) -> State:
+    return run.hidden.keep(run_layer(module, state.read(), call))
 
 
-def _pass(stop: _Stop, batches: Sequence[_Batch], *, independent: bool) -> None:
+def _pass(stop: _Stop, batches: Sequence[_Batch], run: Run, *, independent: bool) -> None:
     """Take every batch through the layer."""
     for batch in batches:
         same, call = batch.state is batch.target, batch.calls[stop.number]
         if stop.unpruned is not None:
-            batch.target = _run(stop.unpruned, batch.target, call)
+            batch.target = _after(stop.unpruned, batch.target, call, run)
         if independent and stop.unpruned is not None:
             batch.state = batch.target
         else:
-            batch.state = _run(stop.module, batch.state, call)
+            batch.state = _after(stop.module, batch.state, call, run)
             if stop.unpruned is None and same:
                 batch.target = batch.state
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from billhook.calibration.forward import BATCH_TOKENS, enter, run
-from billhook.calibration.walk import Finished
+from billhook.calibration.forward import BATCH_TOKENS, enter, run_layer
+from billhook.calibration.passage import Route
 from billhook.errors import BillhookError
 from billhook.models.families import layers, mixture, router_path, row_of
-from billhook.runtime.activations import State, keep
+from billhook.runtime.activations import State
 from billhook.runtime.memory import return_freed
 from billhook.runtime.offload import loaded
-from billhook.runtime.progress import Clock, Tick, quiet
+from billhook.runtime.run import Run
 from billhook.tensors import Gram, Scores, Tokens, precise
 
 
@@ -47,49 +47,38 @@ class Mixture:
 
 
 @torch.no_grad()
-def mixtures(
-    model: PreTrainedModel,
-    tokens: Tokens,
-    *,
-    stream: str = "dense",
-    held_out: float = 0.1,
-    finished: Finished | None = None,
-    clock: Clock | None = None,
-    tick: Tick = quiet,
-) -> Iterator[Mixture]:
-    """Yield every layer with a mixture of unfused experts (billhook.models.experts), on the inputs that `stream` names.
+def mixtures(model: PreTrainedModel, tokens: Tokens, run: Run, route: Route = Route()) -> Iterator[Mixture]:
+    """Yield every layer with a mixture of unfused experts (billhook.models.experts), on a route of all layers.
 
-    The layer's weights are in memory until the next one is asked for.
-
-    Args:
-        finished: layers of an earlier run: they are restored and passed through, not yielded.
+    The layer's weights are in memory until the next one is asked for.  Layers that an earlier run has finished are
+    restored and passed through, not yielded.
 
     Raises:
         BillhookError: an activation is not finite; the message names the module.
     """
-    clock = clock or Clock()
-    count = len(tokens) - int(held_out * len(tokens))
+    clock, finished, stream = run.clock, run.finished, route.stream
+    count = len(tokens) - int(route.held_out * len(tokens))
     rows = max(1, BATCH_TOKENS // tokens.shape[1])
     batches = [
         (part, side) for part, side in ((tokens[:count], False), (tokens[count:], True)) for part in part.split(rows)
     ]
     batches = [(part, side) for part, side in batches if len(part)]
     with clock("forward"):
-        states, calls = enter(model, [part for part, _ in batches], keep)
+        states, calls = enter(model, [part for part, _ in batches], run.hidden.keep)
     for n, module in enumerate(layers(model)):
-        tick("routing", n, len(layers(model)))
+        run.tick("routing", n, len(layers(model)))
         calls_here = [one[n] for one in calls]
-        if finished is not None and n in finished.records:
+        if n in finished.records:
             with clock("forward"), loaded(module, edits=False):
-                _onward(module, states if stream == "dense" else [], calls_here)
+                _onward(module, states if stream == "dense" else [], calls_here, run)
             finished.reload(n)
             with clock("forward"), loaded(module, edits=False):
-                _onward(module, states if stream != "dense" else [], calls_here)
+                _onward(module, states if stream != "dense" else [], calls_here, run)
             continue
         experts: Any = mixture(model, n)
         if experts is None:
             with clock("forward"), loaded(module, edits=False):
-                _onward(module, states, calls_here)
+                _onward(module, states, calls_here, run)
             continue
         block = module.get_submodule(row_of(model).experts.rpartition(".")[0])
         zeros = torch.zeros(len(experts), dtype=torch.float64)
@@ -97,10 +86,10 @@ def mixtures(
         with loaded(module):
             for b, state in enumerate(states):
                 with clock("forward"), _tapped(model, n, block, experts) as records:
-                    after = run(module, state.read(), calls_here[b])
-                seen.append((keep(records["in"]), keep(records["out"]), batches[b][1]))
+                    after = run_layer(module, state.read(), calls_here[b])
+                seen.append((run.hidden.keep(records["in"]), run.hidden.keep(records["out"]), batches[b][1]))
                 if stream == "dense":
-                    states[b] = keep(after)
+                    states[b] = run.hidden.keep(after)
                 if not batches[b][1]:
                     with clock("routing"):
                         _count(routing, records, n)
@@ -108,14 +97,14 @@ def mixtures(
             return_freed()
             if stream != "dense":
                 with clock("forward"):
-                    _onward(module, states, calls_here)
-    tick("routing", 1, 1)
+                    _onward(module, states, calls_here, run)
+    run.tick("routing", 1, 1)
 
 
-def _onward(module: nn.Module, states: list[State], calls: list[dict[str, Any]]) -> None:
+def _onward(module: nn.Module, states: list[State], calls: list[dict[str, Any]], run: Run) -> None:
     """Take every batch through a layer, in place."""
     for b, state in enumerate(states):
-        states[b] = keep(run(module, state.read(), calls[b]))
+        states[b] = run.hidden.keep(run_layer(module, state.read(), calls[b]))
 
 
 def _count(routing: Routing, records: dict[Any, Any], layer: int) -> None:

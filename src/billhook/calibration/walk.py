@@ -1,6 +1,6 @@
 """Run a model layer by layer and sum over the inputs of the readers of its axes.
 
-    for layer in walk(model, tokens, kinds=("ffn",), stream="dense"):
+    for layer in walk(model, tokens, ("ffn",), run, Route(stream="dense")):
         G = layer.fit[axis.reader_module].gram  # for each axis of layer.axes
         ...                                     # edit the layer; in all streams but "dense" later layers see the edit
 
@@ -11,21 +11,23 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from billhook.calibration.forward import BATCH_TOKENS, enter, run
+from billhook.calibration.forward import BATCH_TOKENS, enter, run_layer
 from billhook.calibration.gram import add_upper, mirrored
+from billhook.calibration.passage import Route
 from billhook.errors import BillhookError
 from billhook.models.axes import Axis, axes
 from billhook.models.families import layers
-from billhook.runtime.activations import State, keep
+from billhook.runtime.activations import State
 from billhook.runtime.cache import Grams
 from billhook.runtime.memory import return_freed
 from billhook.runtime.offload import loaded
-from billhook.runtime.progress import Clock, Tick, quiet
+from billhook.runtime.progress import Clock
+from billhook.runtime.run import Run
 from billhook.tensors import Cross, Gram, Tokens, precise
 
 
@@ -47,20 +49,6 @@ class ReaderSums:
         return ReaderSums(self.gram + other.gram, cross, self.energy + other.energy)
 
 
-@runtime_checkable
-class Finished(Protocol):
-    """Layers that an earlier run of the same work has finished (billhook.checkpoints.resume)."""
-
-    grams: Grams | None  # cache of the dense stream's Grams, shared with other runs
-
-    @property
-    def records(self) -> Collection[int]: ...
-
-    def reload(self, n: int) -> None:
-        """Give layer n the weights it had when it was finished."""
-        ...
-
-
 @dataclass(frozen=True)
 class Layer:
     """One layer of the walk: its axes and, by reader module, the sums over the windows to fit and over those held
@@ -72,52 +60,37 @@ class Layer:
     held_out: dict[str, ReaderSums]
 
 
-def walk(  # noqa: PLR0913
-    model: PreTrainedModel,
-    tokens: Tokens,
-    kinds: tuple[str, ...],
-    *,
-    stream: str = "dense",
-    correction: float = 1.0,
-    dropped: Collection[int] = (),
-    only: Collection[int] | None = None,
-    held_out: float = 0.1,
-    finished: Finished | None = None,
-    clock: Clock | None = None,
-    tick: Tick = quiet,
+def walk(
+    model: PreTrainedModel, tokens: Tokens, kinds: tuple[str, ...], run: Run, route: Route = Route()
 ) -> Iterator[Layer]:
-    """Yield every decoder layer with the sums of its axes' readers, on the inputs that `stream` names.
+    """Yield the decoder layers of a route with the sums of their axes' readers.
+
+    Layers that an earlier run has finished are restored and passed through, not yielded.
 
     Args:
         tokens: calibration windows (windows, length).
-        correction: error-compensation strength in the stream `dense_target`: the share of the difference to the
-            unpruned model that readers should make up.
-        dropped: layers that will be dropped: not yielded, and skipped in all streams but `dense`.
-        only: the layers to yield, None for all; the walk ends with the last of them.
-        held_out: share of the windows, the last ones, that are summed separately.
-        finished: layers of an earlier run: they are restored and passed through, not yielded.
 
     Raises:
         BillhookError: an activation is not finite; the message names the module.
     """
-    clock = clock or Clock()
-    count = len(tokens) - int(held_out * len(tokens))
+    clock, finished, stream, dropped = run.clock, run.finished, route.stream, route.dropped
+    count = len(tokens) - int(route.held_out * len(tokens))
     rows = max(1, BATCH_TOKENS // tokens.shape[1])
     batches = [(batch, False) for batch in tokens[:count].split(rows)]
     batches += [(batch, True) for batch in tokens[count:].split(rows) if len(batch)]
     all_axes = axes(model, kinds)
     by_layer = [[axis for axis in all_axes if axis.layer == n] for n in range(len(layers(model)))]
-    end = len(by_layer) if only is None else max(only, default=-1) + 1
-    cached = finished.grams if finished is not None and stream == "dense" else None
-    wanted = [n for n in range(end) if n not in dropped and (only is None or n in only)]
-    if finished is not None and cached and cached.has(axis.reader_module for n in wanted for axis in by_layer[n]):
-        yield from _recalled(model, cached, {n: by_layer[n] for n in wanted}, finished, clock, tick)
+    end = len(by_layer) if route.only is None else max(route.only, default=-1) + 1
+    cached = finished.grams if stream == "dense" else None
+    wanted = [n for n in range(end) if n not in dropped and (route.only is None or n in route.only)]
+    if cached and cached.has(axis.reader_module for n in wanted for axis in by_layer[n]):
+        yield from _recalled(model, cached, {n: by_layer[n] for n in wanted}, run)
         return
     with clock("forward"):
-        states, calls = enter(model, [batch for batch, _ in batches], keep)
+        states, calls = enter(model, [batch for batch, _ in batches], run.hidden.keep)
         first_dropped = _dropped_from(0, dropped)
         unpruned = (
-            [_through(model, first_dropped, state, calls[b]) for b, state in enumerate(states)]
+            [_through(model, first_dropped, state, calls[b], run) for b, state in enumerate(states)]
             if first_dropped
             else states
         )
@@ -126,9 +99,9 @@ def walk(  # noqa: PLR0913
     for n, module in enumerate(layers(model)[:end]):
         if n in dropped:
             continue
-        tick("statistics", n, end)
-        passage = _Passage(model, n, module, states, targets, calls, _dropped_from(n + 1, dropped), stream)
-        if finished is not None and n in finished.records:
+        run.tick("statistics", n, end)
+        passage = _Passage(model, n, module, states, targets, calls, _dropped_from(n + 1, dropped), route, run)
+        if n in finished.records:
             with clock("forward"), loaded(module):
                 passage.unpruned()
             finished.reload(n)
@@ -137,17 +110,15 @@ def walk(  # noqa: PLR0913
             continue
         with loaded(module):
             if n not in wanted:
-                passage.gather([], batches, correction, clock, onward=True)
+                passage.gather([], batches, onward=True)
                 continue
             # a layer's Grams may be most of the memory: this generator keeps no reference once it has yielded them
-            yield Layer(
-                n, by_layer[n], *_stored(cached, passage.gather(by_layer[n], batches, correction, clock), clock)
-            )
+            yield Layer(n, by_layer[n], *_stored(cached, passage.gather(by_layer[n], batches), clock))
             return_freed()  # holes that the cuts leave would pile up (docs/LOG.md)
             if n + 1 < end:
                 with clock("forward"):
                     passage.pruned()
-    tick("statistics", end, end)
+    run.tick("statistics", end, end)
 
 
 def _stored(
@@ -161,14 +132,12 @@ def _stored(
     return sums
 
 
-def _recalled(
-    model: PreTrainedModel, grams: Grams, wanted: Mapping[int, list[Axis]], finished: Finished, clock: Clock, tick: Tick
-) -> Iterator[Layer]:
+def _recalled(model: PreTrainedModel, grams: Grams, wanted: Mapping[int, list[Axis]], run: Run) -> Iterator[Layer]:
     """The layers `wanted` with their axes, by the cached Grams of an earlier walk in the dense stream."""
 
     def read(layer_axes: list[Axis]) -> tuple[dict[str, ReaderSums], dict[str, ReaderSums]]:
         sums: tuple[dict[str, ReaderSums], dict[str, ReaderSums]] = ({}, {})
-        with clock("gram"):
+        with run.clock("gram"):
             for name in {axis.reader_module for axis in layer_axes}:
                 for side, gram in zip(sums, grams.read(name, model.device), strict=True):
                     if gram is not None:
@@ -176,14 +145,14 @@ def _recalled(
         return sums
 
     for n, layer_axes in wanted.items():
-        if n in finished.records:
-            finished.reload(n)
+        if n in run.finished.records:
+            run.finished.reload(n)
             continue
-        tick("statistics", n, len(wanted))
+        run.tick("statistics", n, len(wanted))
         with loaded(layers(model)[n]):
             yield Layer(n, layer_axes, *read(layer_axes))
         return_freed()
-    tick("statistics", len(wanted), len(wanted))
+    run.tick("statistics", len(wanted), len(wanted))
 
 
 @dataclass
@@ -197,59 +166,55 @@ class _Passage:
     targets: list[State]  # empty in all streams but dense_target
     calls: list[list[dict[str, Any]]]  # arguments of each layer, by batch
     after_it: list[int]  # dropped layers right after this one
-    stream: str
+    route: Route
+    run: Run
 
     def gather(
-        self,
-        layer_axes: list[Axis],
-        batches: list[tuple[Tensor, bool]],
-        share: float,
-        clock: Clock,
-        onward: bool = False,
+        self, layer_axes: list[Axis], batches: list[tuple[Tensor, bool]], onward: bool = False
     ) -> tuple[dict[str, ReaderSums], dict[str, ReaderSums]]:
         """Run every batch through the layer as it is, and sum over the windows to fit and those held out.
 
         Args:
-            found: axes whose readers are summed.
+            layer_axes: axes whose readers are summed.
             onward: nothing will be cut here, so that the sequential streams take the outputs at once.
         """
         sums: tuple[dict[str, ReaderSums], dict[str, ReaderSums]] = ({}, {})
         for b in range(len(self.states)):
-            with clock("forward"):
+            with self.run.clock("forward"):
                 with _tapped(self.model, layer_axes) as inputs:
-                    after = run(self.module, self.states[b].read(), self.calls[b][self.n])
-                lack = self.step(b, after, share)
-                if onward and self.stream != "dense":
-                    self.states[b] = keep(after)
-            with clock("gram"):
+                    after = run_layer(self.module, self.states[b].read(), self.calls[b][self.n])
+                lack = self.step(b, after)
+                if onward and self.route.stream != "dense":
+                    self.states[b] = self.run.hidden.keep(after)
+            with self.run.clock("gram"):
                 _add(sums[batches[b][1]], layer_axes, inputs, lack)
-        with clock("gram"):
+        with self.run.clock("gram"):
             _complete(sums)
         return_freed()
         return sums
 
-    def step(self, b: int, after: Tensor, share: float) -> Tensor | None:
+    def step(self, b: int, after: Tensor) -> Tensor | None:
         """Move batch b on; `after` is the layer's output.  Returns what that should gain, if there is a target."""
-        if self.stream == "dense":
-            self.states[b] = keep(_past(self.model, self.after_it, after, self.calls[b]))
+        if self.route.stream == "dense":
+            self.states[b] = self.run.hidden.keep(_past(self.model, self.after_it, after, self.calls[b]))
         if not self.targets:
             return None
         same = self.targets[b] is self.states[b]  # nothing was cut so far
-        dense = after if same else run(self.module, self.targets[b].read(), self.calls[b][self.n])
+        dense = after if same else run_layer(self.module, self.targets[b].read(), self.calls[b][self.n])
         target = _past(self.model, self.after_it, dense, self.calls[b])
-        self.targets[b] = keep(target)
-        return share * (dense - after) + (target - dense)
+        self.targets[b] = self.run.hidden.keep(target)
+        return self.route.correction * (dense - after) + (target - dense)
 
     def unpruned(self) -> None:
         """Take the states that see the unpruned layer through it."""
-        following = self.states if self.stream == "dense" else self.targets
+        following = self.states if self.route.stream == "dense" else self.targets
         for b, state in enumerate(following):
-            following[b] = _through(self.model, [self.n, *self.after_it], state, self.calls[b])
+            following[b] = _through(self.model, [self.n, *self.after_it], state, self.calls[b], self.run)
 
     def pruned(self) -> None:
         """Take the states that see the pruned layer through it."""
-        for b, state in enumerate(self.states if self.stream != "dense" else ()):
-            self.states[b] = keep(run(self.module, state.read(), self.calls[b][self.n]))
+        for b, state in enumerate(self.states if self.route.stream != "dense" else ()):
+            self.states[b] = self.run.hidden.keep(run_layer(self.module, state.read(), self.calls[b][self.n]))
 
 
 def _add(sums: dict[str, ReaderSums], layer_axes: list[Axis], inputs: dict[str, Tensor], lack: Tensor | None) -> None:
@@ -300,12 +265,14 @@ def _dropped_from(start: int, dropped: Collection[int]) -> list[int]:
     return numbers
 
 
-def _through(model: PreTrainedModel, numbers: Iterable[int], state: State, calls: list[dict[str, Any]]) -> State:
+def _through(
+    model: PreTrainedModel, numbers: Iterable[int], state: State, calls: list[dict[str, Any]], run: Run
+) -> State:
     """A state after the layers `numbers`."""
-    return keep(_past(model, numbers, state.read(), calls))
+    return run.hidden.keep(_past(model, numbers, state.read(), calls))
 
 
 def _past(model: PreTrainedModel, numbers: Iterable[int], state: Tensor, calls: list[dict[str, Any]]) -> Tensor:
     for n in numbers:
-        state = run(layers(model)[n], state, calls[n])
+        state = run_layer(layers(model)[n], state, calls[n])
     return state

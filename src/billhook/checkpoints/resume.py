@@ -24,27 +24,23 @@ from billhook.runtime.atomic import disk_full, rename
 from billhook.runtime.cache import Grams
 from billhook.runtime.documents import read_sealed, sealed
 from billhook.runtime.headers import check_tensors, load
+from billhook.runtime.run import Finished
 
 AGAIN = "start over with --fresh"
 
 
-class FinishedLayers:
-    """The layers that `folder` holds of a prune of `model`, and those that are added.  With no folder nothing is kept.
+class FinishedLayers(Finished):
+    """The layers that `folder` holds of a prune of `model`, and those that are added.
 
     `grams` caches the Grams of the dense stream, for this prune and others.
     """
 
-    def __init__(self, folder: Path | None, model: PreTrainedModel, grams: Grams | None = None) -> None:
-        self.folder, self.model, self.grams = folder, model, grams
-        self.records: dict[int, dict[str, Any]] = {}
-        for n in range(len(layers(model))) if folder else ():
+    def __init__(self, folder: Path, model: PreTrainedModel, grams: Grams | None = None) -> None:
+        super().__init__(grams)
+        self.folder, self.model = folder, model
+        for n in range(len(layers(model))):
             if os.path.lexists(record := self._file(n, "json")):
                 self.records[n] = read_sealed(record, str(record), AGAIN)
-
-    @property
-    def found(self) -> list[dict[str, Any]]:
-        """What became of the finished layers, as their records say, in the order of layers."""
-        return [cut for n in sorted(self.records) for cut in self.records[n]["found"]]
 
     def save(self, n: int, found: list[dict[str, Any]], drops: Sequence[tuple[Axis, Tensor]]) -> None:
         """Keep layer n as it is now.
@@ -56,8 +52,6 @@ class FinishedLayers:
         Raises:
             BillhookError: the disk is full, or cannot be written.
         """
-        if self.folder is None:
-            return
         weights, record = self._file(n, "safetensors"), self._file(n, "json")
         prefix = f"{row_of(self.model).layers}.{n}."
         tensors = {f"{prefix}{name}": param.data for name, param in layers(self.model)[n].named_parameters()}
@@ -75,8 +69,6 @@ class FinishedLayers:
         Raises:
             BillhookError: the disk is full, or cannot be written.
         """
-        if self.folder is None:
-            return make()
         file = self.folder / f"{name}.safetensors"
         if not file.exists():
             with self._writing(file) as work:
@@ -112,5 +104,4 @@ class FinishedLayers:
             raise BillhookError(f"cannot write {file}: {why}; the layers before it are kept") from error
 
     def _file(self, n: int, ending: str) -> Path:
-        assert self.folder is not None
         return self.folder / f"layer-{n}.{ending}"

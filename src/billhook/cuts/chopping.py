@@ -16,20 +16,21 @@ a new parameter is a linear map of what the layer before computes anyway.  V has
 """
 
 from collections.abc import Collection
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from billhook.calibration.passage import Route
 from billhook.calibration.walk import ReaderSums, walk
 from billhook.cuts import restoration
 from billhook.cuts.settings import Chopping as Settings
 from billhook.errors import BillhookError
 from billhook.math import layer_presets
 from billhook.models.axes import Axis, axes, reader_weight
-from billhook.models.plan import Cut, Plan
+from billhook.models.plan import Cut, Plan, UnitScores
 from billhook.models.surgery import drop_layers
-from billhook.runtime.progress import Clock, Tick, quiet
+from billhook.runtime.progress import Clock
+from billhook.runtime.run import Run
 from billhook.tensors import Tokens
 
 
@@ -38,11 +39,9 @@ def chop(
     model: PreTrainedModel,
     tokens: Tokens,
     plan: Plan,
-    settings: Settings = Settings(),
-    *,
-    clock: Clock | None = None,
-    tick: Tick = quiet,
-    **_: Any,
+    settings: Settings,
+    run: Run,
+    _: UnitScores | None = None,
 ) -> list[Cut]:
     """Drop the plan's layers, in place, and patch the cuts if the settings say so.
 
@@ -58,7 +57,7 @@ def chop(
     cuts = []
     if settings.patch != "none":
         check_patch(model, plan.layers)
-        cuts = _patch(model, tokens, plan.layers, settings, clock or Clock(), tick)
+        cuts = _patch(model, tokens, plan.layers, settings, run)
     drop_layers(model, plan.layers)
     return cuts
 
@@ -73,25 +72,12 @@ def check_patch(model: PreTrainedModel, gone: Collection[int] = ()) -> None:
         raise BillhookError("nothing stands before layer 0 that could make up for it: use --patch none")
 
 
-def _patch(
-    model: PreTrainedModel, tokens: Tokens, gone: Collection[int], settings: Settings, clock: Clock, tick: Tick
-) -> list[Cut]:
+def _patch(model: PreTrainedModel, tokens: Tokens, gone: Collection[int], settings: Settings, run: Run) -> list[Cut]:
     """Refit what stands before each cut, from the input to the output; each sees what those before it have become."""
-    at = layer_presets.layers_before(gone)
-    steps = walk(
-        model,
-        tokens,
-        ("ffn",),
-        stream="dense_target",
-        correction=settings.correction,
-        dropped=gone,
-        only=at,
-        clock=clock,
-        tick=tick,
-    )
+    route = Route("dense_target", only=layer_presets.layers_before(gone), dropped=gone, correction=settings.correction)
     return [
-        _refit(model, axis, layer.fit[name], layer.held_out.get(name), settings.damping, clock)
-        for layer in steps
+        _refit(model, axis, layer.fit[name], layer.held_out.get(name), settings.damping, run.clock)
+        for layer in walk(model, tokens, ("ffn",), run, route)
         for axis in layer.axes
         for name in [axis.reader_module]
     ]

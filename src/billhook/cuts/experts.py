@@ -19,14 +19,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from billhook.calibration.passage import Route
 from billhook.calibration.routers import Mixture, Routing, mixtures
-from billhook.checkpoints.resume import FinishedLayers
 from billhook.cuts.settings import Reducing as Settings
 from billhook.math import merging, selection
 from billhook.models.axes import Axis, axes, owners
-from billhook.models.plan import Cut, Plan
+from billhook.models.plan import Cut, Plan, UnitScores
 from billhook.models.surgery import drop_layers, remove, without
-from billhook.runtime.progress import Clock, Tick, quiet
+from billhook.runtime.progress import Clock
+from billhook.runtime.run import Run
 from billhook.tensors import Scores, Tokens, Units, precise
 
 
@@ -35,34 +36,28 @@ def reduce_experts(
     model: PreTrainedModel,
     tokens: Tokens,
     plan: Plan,
-    settings: Settings = Settings(),
-    *,
-    stream: str = "dense",
-    finished: FinishedLayers | None = None,
-    clock: Clock | None = None,
-    tick: Tick = quiet,
-    **_: Any,
+    settings: Settings,
+    run: Run,
+    _: UnitScores | None = None,
 ) -> list[Cut]:
     """Take experts away by a plan, in place.
 
     Args:
         tokens: calibration windows (windows, length).
-        finished: keeps every layer once it is done, and has those that an earlier run of the same work has.
 
     Returns:
         what became of each mixture: relative errors of what it puts out, without and with the merge.
     """
-    clock, finished = clock or Clock(), finished or FinishedLayers(None, model)
-    draw, cuts = torch.Generator().manual_seed(settings.seed), [Cut(**one) for one in finished.found]
+    draw, cuts = torch.Generator().manual_seed(settings.seed), [Cut(**one) for one in run.finished.found]
     for cut in cuts:
         _at_random(cut.units, draw)  # as the earlier run did, so that the rest are drawn alike
     by_layer = {axis.layer: axis for axis in axes(model, ("experts",))}
-    for layer in mixtures(model, tokens, stream=stream, finished=finished, clock=clock, tick=tick):
+    for layer in mixtures(model, tokens, run, Route(settings.stream)):
         n, count = layer.layer, plan.drops.get((layer.layer, "experts"), 0)
         if count and n not in plan.layers:
-            cut, drop = _reduced(model, by_layer[n], layer, count, settings.way, draw, clock)
-            with clock("saving"):
-                finished.save(n, [asdict(cut)], [(by_layer[n], drop)])
+            cut, drop = _reduced(model, by_layer[n], layer, count, settings.way, draw, run.clock)
+            with run.clock("saving"):
+                run.finished.save(n, [asdict(cut)], [(by_layer[n], drop)])
             cuts.append(cut)
         layer.seen.clear()  # states of all of the text, which would stay until the next layer's are there
     drop_layers(model, plan.layers)

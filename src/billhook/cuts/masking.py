@@ -15,8 +15,8 @@ from safetensors.torch import load, save
 from torch import nn
 from transformers import PreTrainedModel
 
-from billhook.calibration.linears import HELD_OUT, Group, OperatorSums, operators
-from billhook.checkpoints.resume import FinishedLayers
+from billhook.calibration.linears import Group, OperatorSums, operators
+from billhook.calibration.passage import Route
 from billhook.choices import INDEPENDENT_STREAMS
 from billhook.cuts.parallel import spread
 from billhook.errors import BillhookError
@@ -27,8 +27,8 @@ from billhook.math.solvers import SOLVERS
 from billhook.math.sparsity import SPARSE_SHARE, Support
 from billhook.models.families import FUSED, layers, linear, linears, role_wanted, weight_of
 from billhook.runtime.offload import loaded as in_memory
-from billhook.runtime.progress import Clock, Tick, quiet
-from billhook.runtime.workers import ONE_PROCESS, Workers
+from billhook.runtime.progress import Clock
+from billhook.runtime.run import Run
 from billhook.tensors import Tokens, Weight, precise
 
 
@@ -106,40 +106,25 @@ def zeros_in(model: PreTrainedModel, roles: Sequence[str]) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def mask(
-    model: PreTrainedModel,
-    tokens: Tokens,
-    how: Masking,
-    workers: Workers = ONE_PROCESS,
-    clock: Clock | None = None,
-    tick: Tick = quiet,
-    finished: FinishedLayers | None = None,
-) -> list[Masked]:
+def mask(model: PreTrainedModel, tokens: Tokens, how: Masking, run: Run) -> list[Masked]:
     """Sparsify a model in place.
 
     Args:
         tokens: calibration windows (windows, length).
-        workers: several, where the stream lets no layer see what became of another.
-        finished: keeps every layer once it is done, and has those that an earlier run of the same work has.
 
     Raises:
-        BillhookError: as `check`; an activation is not finite; a Gram that cannot be factored (names the layer); layers that see
-            one another, and several workers.
+        BillhookError: as `check`; an activation is not finite; a Gram that cannot be factored (names the layer); layers
+            that see one another, and several workers.
     """
     check(model, how)
-    if workers.many and how.stream not in INDEPENDENT_STREAMS:
+    if run.workers.many and how.stream not in INDEPENDENT_STREAMS:
         raise BillhookError(
-            f"{workers.flag}: in the stream {how.stream} a layer sees what became of those before: use --stream {' or '.join(INDEPENDENT_STREAMS)}, or one process"
+            f"{run.workers.flag}: in the stream {how.stream} a layer sees what became of those before: use --stream {' or '.join(INDEPENDENT_STREAMS)}, or one process"
         )
-    clock, finished = clock or Clock(), finished or FinishedLayers(None, model)
-    done = [Masked(**one) for one in finished.found]
-    if workers.many:
-        sparse = _shared(model, tokens, how, workers, finished, clock, tick)
-    else:
-        sparse = _by_layer(model, tokens, how, None, clock, tick, finished)
-    for n, found in sparse:
-        with clock("saving"):
-            finished.save(n, [asdict(one) for one in found], [])
+    done = [Masked(**one) for one in run.finished.found]
+    for n, found in _shared(model, tokens, how, run) if run.workers.many else _by_layer(model, tokens, how, None, run):
+        with run.clock("saving"):
+            run.finished.save(n, [asdict(one) for one in found], [])
         done += found
     return sorted(done, key=lambda one: one.layer)
 
@@ -149,18 +134,15 @@ def _by_layer(
     tokens: Tokens,
     how: Masking,
     at: Sequence[int] | None,
-    clock: Clock,
-    tick: Tick,
-    finished: FinishedLayers | None = None,
+    run: Run,
 ) -> Iterator[tuple[int, list[Masked]]]:
     """The layers `at`, each once it is sparse, and still in memory."""
-    fitted = (len(tokens) - int(HELD_OUT * len(tokens))) * tokens.shape[1]
+    route = Route(how.stream, only=at)
+    fitted = (len(tokens) - int(route.held_out * len(tokens))) * tokens.shape[1]
     how = replace(how, settings=replace(how.settings, tokens=fitted))
     last, done = {n: _last(model, n, how) for n in range(len(layers(model)))}, list[Masked]()
-    for group in operators(
-        model, tokens, how.targets, stream=how.stream, only=at, finished=finished, clock=clock, tick=tick
-    ):
-        done += [_masked(model, group, role, name, how, clock) for role, name in group.names.items()]
+    for group in operators(model, tokens, how.targets, run, route):
+        done += [_masked(model, group, role, name, how, run.clock) for role, name in group.names.items()]
         if last[group.layer] in group.names.values():
             yield group.layer, done
             done = []
@@ -172,17 +154,9 @@ def _last(model: PreTrainedModel, layer: int, how: Masking) -> str:
     return found[-1] if found else ""
 
 
-def _shared(
-    model: PreTrainedModel,
-    tokens: Tokens,
-    how: Masking,
-    workers: Workers,
-    finished: FinishedLayers,
-    clock: Clock,
-    tick: Tick,
-) -> Iterator[tuple[int, list[Masked]]]:
+def _shared(model: PreTrainedModel, tokens: Tokens, how: Masking, run: Run) -> Iterator[tuple[int, list[Masked]]]:
     """The same, by workers, in any order."""
-    for n, found, weights in spread(model, workers, _packed, (tokens, how), finished, clock=clock, tick=tick):
+    for n, found, weights in spread(model, _packed, (tokens, how), run):
         with in_memory(layers(model)[n]):
             for name, weight in load(weights).items():
                 weight_of(model, name).copy_(weight)
@@ -190,10 +164,10 @@ def _shared(
 
 
 def _packed(
-    model: PreTrainedModel, tokens: Tokens, how: Masking, at: Sequence[int], finished: FinishedLayers
+    model: PreTrainedModel, tokens: Tokens, how: Masking, at: Sequence[int], run: Run
 ) -> Iterator[tuple[int, list[Masked], bytes]]:
     """Every layer `at`, with its weights as safetensors."""
-    for n, found in _by_layer(model, tokens, how, at, Clock(), quiet, finished):
+    for n, found in _by_layer(model, tokens, how, at, run):
         names = [name for one in linears(model, n) for role, name in one.items() if role_wanted(role, how.targets)]
         yield n, found, save({name: weight_of(model, name).cpu().contiguous() for name in names})
 

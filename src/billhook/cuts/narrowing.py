@@ -17,23 +17,24 @@ can hold; here whole query heads or KV groups go, where the user asks for them. 
 """
 
 import copy
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 from transformers import PreTrainedModel
 
+from billhook.calibration.passage import Route
 from billhook.calibration.walk import Layer, ReaderSums, walk
-from billhook.checkpoints.resume import FinishedLayers
 from billhook.cuts.restoration import errors, fitted
 from billhook.cuts.settings import Narrowing as Settings
 from billhook.math import selection
 from billhook.math.scores import COLUMN_SCORES
 from billhook.models.axes import Axis, reader_weight
-from billhook.models.plan import Cut, Plan
+from billhook.models.plan import Cut, Plan, UnitScores
 from billhook.models.surgery import drop_layers, remove
 from billhook.runtime.memory import return_freed
-from billhook.runtime.progress import Clock, Tick, quiet
+from billhook.runtime.progress import Clock
+from billhook.runtime.run import Run
 from billhook.tensors import Gram, Kept, Narrowed, Scores, Tokens, Units, Weight
 
 
@@ -63,43 +64,28 @@ def narrow(
     model: PreTrainedModel,
     tokens: Tokens,
     plan: Plan,
-    settings: Settings = Settings(),
-    *,
-    scores: Mapping[tuple[int, str], Scores] | None = None,
-    stream: str = "dense_target",
-    finished: FinishedLayers | None = None,
-    clock: Clock | None = None,
-    tick: Tick = quiet,
+    settings: Settings,
+    run: Run,
+    scores: UnitScores | None = None,
 ) -> list[Cut]:
     """Cut a model by a plan, in place, and restore what reads the axes that were cut.
 
     Args:
         tokens: calibration windows (windows, length).
         scores: of the units of each axis, by (layer, kind), where they come from elsewhere (gradients) than step 2.
-        finished: keeps every layer once it is done, and has those that an earlier run of the same work has.
     """
-    clock, scores, finished = clock or Clock(), scores or {}, finished or FinishedLayers(None, model)
-    makes_up = (
-        plan.layers and stream == "dense_target" and settings.restoration
-    )  # an FFN may make up that loses nothing itself
-    steps = walk(
-        model,
-        tokens,
-        plan.kinds if "ffn" in plan.kinds or not makes_up else (*plan.kinds, "ffn"),
-        stream=stream,
-        correction=settings.correction if settings.restoration else 0.0,
-        dropped=plan.layers,
-        finished=finished,
-        clock=clock,
-        tick=tick,
-    )
-    cuts = [Cut(**one) for one in finished.found]
-    for layer in steps:
-        pieces = [_cut(model, axis, layer, plan, settings, clock, scores) for axis in layer.axes]
+    # an FFN may make up that loses nothing itself
+    makes_up = plan.layers and settings.stream == "dense_target" and settings.restoration
+    kinds = plan.kinds if "ffn" in plan.kinds or not makes_up else (*plan.kinds, "ffn")
+    correction = settings.correction if settings.restoration else 0.0
+    route = Route(settings.stream, dropped=plan.layers, correction=correction)
+    cuts = [Cut(**one) for one in run.finished.found]
+    for layer in walk(model, tokens, kinds, run, route):
+        pieces = [_cut(model, axis, layer, plan, settings, run.clock, scores or {}) for axis in layer.axes]
         number = layer.number
         del layer  # its Grams would stand beside the next layer's
-        with clock("saving"):
-            finished.save(number, [asdict(p.cut) for p in pieces], [(p.axis, p.drop) for p in pieces])
+        with run.clock("saving"):
+            run.finished.save(number, [asdict(p.cut) for p in pieces], [(p.axis, p.drop) for p in pieces])
         cuts += [one.cut for one in pieces]
     drop_layers(model, plan.layers)
     return sorted(cuts, key=lambda one: one.layer)  # an earlier run may have been of several processes
@@ -110,21 +96,19 @@ def narrow_each(
     model: PreTrainedModel,
     tokens: Tokens,
     plans: Sequence[Plan],
-    settings: Settings = Settings(),
-    *,
-    scores: Sequence[Mapping[tuple[int, str], Scores]] | None = None,
-    clock: Clock | None = None,
-    tick: Tick = quiet,
+    settings: Settings,
+    run: Run,
+    scores: Sequence[UnitScores] | None = None,
 ) -> Iterator[tuple[PreTrainedModel, list[Cut]]]:
-    """A cut copy of the model for every plan, by `scores` of its own if there are any, from one walk: in the dense stream no cut
-    sees another.
+    """A cut copy of the model for every plan, by `scores` of its own if there are any, from one walk in the dense
+    stream, where no cut sees another.
 
-    Bit by bit what `narrow(stream="dense")` makes of each plan alone.  What is kept meanwhile is every plan's narrowed readers.
+    Bit by bit what `narrow` makes of each plan alone.  What is kept meanwhile is every plan's narrowed readers.
     """
-    clock, scores = clock or Clock(), scores or [{}] * len(plans)
+    clock, scores = run.clock, scores or [{}] * len(plans)
     kinds = tuple(dict.fromkeys(kind for plan in plans for kind in plan.kinds))
     pieces: list[list[Piece]] = [[] for _ in plans]
-    for layer in walk(model, tokens, kinds, clock=clock, tick=tick):
+    for layer in walk(model, tokens, kinds, run):
         for axis in layer.axes:
             place = (axis.layer, axis.kind)
             for plan, own, found in zip(plans, scores, pieces, strict=True):
@@ -146,20 +130,15 @@ def pieces(
     tokens: Tokens,
     plan: Plan,
     settings: Settings,
-    scores: Mapping[tuple[int, str], Scores],
-    *,
+    scores: UnitScores,
     at: Collection[int],
-    finished: FinishedLayers,
+    run: Run,
 ) -> Iterator[Piece]:
-    """What becomes of the layers `at` in the dense stream; the model stays as it is.
-
-    Args:
-        finished: has Grams, or takes them, where any are kept.
-    """
-    for layer in walk(model, tokens, plan.kinds, dropped=plan.layers, only=at, finished=finished):
+    """What becomes of the layers `at` in the dense stream; the model stays as it is."""
+    for layer in walk(model, tokens, plan.kinds, run, Route(dropped=plan.layers, only=at)):
         for axis in layer.axes:
             place = (axis.layer, axis.kind)
-            yield _piece(model, axis, layer, plan.drops.get(place, 0), settings, Clock(), scores.get(place))
+            yield _piece(model, axis, layer, plan.drops.get(place, 0), settings, run.clock, scores.get(place))
 
 
 def _cut(
@@ -169,7 +148,7 @@ def _cut(
     plan: Plan,
     settings: Settings,
     clock: Clock,
-    scores: Mapping[tuple[int, str], Scores],
+    scores: UnitScores,
 ) -> Piece:
     """All steps on one axis, in place."""
     place = (axis.layer, axis.kind)

@@ -1,7 +1,7 @@
 """Cut a model in several processes: in the dense stream no layer sees what became of another, so each process takes some."""
 
 import itertools
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -11,17 +11,16 @@ from safetensors.torch import load, save
 from transformers import PreTrainedModel
 
 from billhook.checkpoints.load import open_model
-from billhook.checkpoints.resume import FinishedLayers
-from billhook.cuts.narrowing import Piece, carry_out, pieces
+from billhook.cuts.narrowing import Piece, Settings, carry_out, pieces
 from billhook.models.axes import axes
 from billhook.models.families import layers
-from billhook.models.plan import Cut, Plan
+from billhook.models.plan import Cut, Plan, UnitScores
 from billhook.models.surgery import drop_layers
-from billhook.runtime import activations
+from billhook.runtime.activations import Room
 from billhook.runtime.offload import is_offloaded, loaded
-from billhook.runtime.progress import Clock, Tick, quiet
-from billhook.runtime.workers import Workers, portions, worker_pool
-from billhook.tensors import Scores, Tokens
+from billhook.runtime.run import Finished, Run
+from billhook.runtime.workers import portions, worker_pool
+from billhook.tensors import Tokens
 
 Said = tuple[str, str, list[int], bytes, dict[str, Any]]  # kind, reader, units that go, its new weight, the record
 
@@ -31,34 +30,26 @@ def shared(
     model: PreTrainedModel,
     tokens: Tokens,
     plan: Plan,
-    settings: Any,
-    workers: Workers,
-    *,
-    scores: Mapping[tuple[int, str], Scores] | None = None,
-    finished: FinishedLayers | None = None,
-    clock: Clock | None = None,
-    tick: Tick = quiet,
+    settings: Settings,
+    run: Run,
+    scores: UnitScores | None = None,
 ) -> list[Cut]:
-    """Bit by bit what `narrow(stream="dense")` does by its `settings`, in processes that each take some layers.
-
-    Args:
-        finished: keeps every layer once it is done, and has those that an earlier run of the same work has.
+    """Bit by bit what `narrow` does in the dense stream, in processes that each take some layers.
 
     Raises:
-        BillhookError: as `fasp` and `worker_pool`.
+        BillhookError: as `narrow` and `worker_pool`.
     """
-    clock, finished = clock or Clock(), finished or FinishedLayers(None, model)
-    cuts, given = [Cut(**one) for one in finished.found], (tokens, plan, settings, scores or {})
-    for n, said in spread(model, workers, _said, given, finished, gone=plan.layers, clock=clock, tick=tick):
+    cuts, given = [Cut(**one) for one in run.finished.found], (tokens, plan, settings, scores or {})
+    for n, said in spread(model, _said, given, run, gone=plan.layers):
         every = {(axis.kind, axis.reader.param): axis for axis in axes(model, plan.kinds)}
         found = []
         with loaded(layers(model)[n]):
             for kind, reader, units, packed, cut in said:
                 drop, weight = torch.tensor(units, dtype=torch.long), load(packed)["weight"].to(model.device)
                 found.append(Piece(every[kind, reader], drop, weight, Cut(**cut)))
-                carry_out(model, found[-1], clock)
-            with clock("saving"):
-                finished.save(n, [asdict(one.cut) for one in found], [(one.axis, one.drop) for one in found])
+                carry_out(model, found[-1], run.clock)
+            with run.clock("saving"):
+                run.finished.save(n, [asdict(one.cut) for one in found], [(one.axis, one.drop) for one in found])
         cuts += [one.cut for one in found]
     drop_layers(model, plan.layers)
     return sorted(cuts, key=lambda one: one.layer)
@@ -68,13 +59,13 @@ def _said(
     model: PreTrainedModel,
     tokens: Tokens,
     plan: Plan,
-    settings: Any,
-    scores: Mapping[tuple[int, str], Scores],
+    settings: Settings,
+    scores: UnitScores,
     at: Collection[int],
-    finished: FinishedLayers,
+    run: Run,
 ) -> Iterator[tuple[int, list[Said]]]:
     """What becomes of every layer `at`."""
-    every = pieces(model, tokens, plan, settings, scores, at=at, finished=finished)
+    every = pieces(model, tokens, plan, settings, scores, at, run)
     for n, found in itertools.groupby(every, key=lambda one: one.axis.layer):
         yield n, [_plain(one) for one in found]
 
@@ -86,33 +77,33 @@ def _plain(one: Piece) -> Said:
 
 def spread(
     model: PreTrainedModel,
-    workers: Workers,
     work: Callable[..., Iterator[Any]],
     given: tuple[Any, ...],
-    finished: FinishedLayers,
-    *,
+    run: Run,
     gone: Collection[int] = (),
-    clock: Clock,
-    tick: Tick,
 ) -> Iterator[Any]:
-    """What `work(model, *given, at, empty)` yields in the processes, as it comes, where `at` are layers that one of them has.
+    """What `work(model, *given, at, its_run)` yields in the workers of a run, as it comes.
+
+    Layers that the run has finished are made what they became, and given to nobody; whoever takes what is yielded saves
+    it there.
 
     Args:
-        work: a generator that yields once for each layer, of a model of its own; `empty` is a `FinishedLayers` of it with the same Grams.
-        finished: layers that are made what they became, and given to nobody; whoever takes what is yielded saves it there.
+        work: a generator that yields once for each of the layers `at`, of a model of its own; `its_run` has nothing
+            finished, the same cache of Grams, and as much room for hidden states.
         gone: layers that nobody is to do.
 
     Raises:
         BillhookError: as `work` and `worker_pool`.
     """
+    finished, workers, tick = run.finished, run.workers, run.tick
     for n in finished.records:
         finished.reload(n)
     total = len(layers(model))
     todo = [n for n in range(total) if n not in finished.records and n not in gone]
     opens = {"name": workers.name, "device": str(model.device), "dtype": workers.dtype, "stream": is_offloaded(model)}
-    what = (opens, activations.limit(), work, given, finished.grams)
+    what = (opens, run.hidden.limit, work, given, finished.grams)
     tick("pruning in workers", total - len(todo), total)
-    with clock("workers"), worker_pool(workers, str(model.device), partial(tuple, what)) as pool:
+    with run.clock("workers"), worker_pool(workers, str(model.device), partial(tuple, what)) as pool:
         parts = [[todo[n] for n in part] for part in portions(len(todo), pool.size)]
         for done, found in enumerate(pool.map_stream(_work, parts), total - len(todo) + 1):
             yield found
@@ -121,8 +112,9 @@ def spread(
 
 
 def _work(what: tuple[Any, ...], at: list[int]) -> Iterator[Any]:
-    """What `work` yields of a model opened anew: a process may come to do several parts, and the layers before each are the unpruned ones."""
+    """What `work` yields of a model opened anew: a process may come to do several parts, and the layers before each are
+    the unpruned ones."""
     opens, limit, work, given, grams = what
     model = open_model(**opens).model
-    with torch.no_grad(), activations.budget(limit):
-        yield from work(model, *given, at, FinishedLayers(None, model, grams))
+    with torch.no_grad():
+        yield from work(model, *given, at, Run(hidden=Room(limit), finished=Finished(grams)))

@@ -13,6 +13,7 @@ class Narrowing:
     damping: float = 1e-3  # ridge as a share of the mean diagonal of G, for score and restoration
     restoration: bool = True
     correction: float = 0.3  # share of what the layers before have cost to make up, in the dense_target stream
+    stream: str = "dense_target"
 
 
 @dataclass(frozen=True)
@@ -39,3 +40,4 @@ class Reducing:
 
     way: str = "reap"
     seed: int = 0  # seed of `random`
+    stream: str = "dense"

@@ -23,7 +23,6 @@ the norm of d with zeros in place of those that go, which is the paper's too.
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,19 +31,17 @@ from transformers import PreTrainedModel
 from billhook.calibration.forward import BATCH_TOKENS, enter
 from billhook.calibration.gram import add_upper, mirrored
 from billhook.calibration.linears import inputs_of
-from billhook.checkpoints.resume import FinishedLayers
 from billhook.cuts.settings import Slicing as Settings
 from billhook.cuts.slicing_restore import restore
 from billhook.errors import BillhookError
 from billhook.math import selection
 from billhook.models.families import layers, linears, weight_of
-from billhook.models.plan import Cut, Plan
+from billhook.models.plan import Cut, Plan, UnitScores
 from billhook.models.residual import ROWS, cut, last_norm, residual
 from billhook.models.rotation import fold, rotate
-from billhook.runtime.activations import keep
 from billhook.runtime.memory import return_freed
 from billhook.runtime.offload import by_module, copied, loaded
-from billhook.runtime.progress import Clock, Tick, quiet
+from billhook.runtime.run import Run
 from billhook.tensors import Gram, Scores, Tokens, float64_device, precise
 
 
@@ -53,18 +50,14 @@ def slice_residual(
     model: PreTrainedModel,
     tokens: Tokens,
     plan: Plan,
-    settings: Settings = Settings(),
-    *,
-    finished: FinishedLayers | None = None,
-    clock: Clock | None = None,
-    tick: Tick = quiet,
-    **_: Any,
+    settings: Settings,
+    run: Run,
+    _: UnitScores | None = None,
 ) -> list[Cut]:
     """Cut the plan's channels out of the residual stream, in place.
 
     Args:
         tokens: calibration windows (windows, length).
-        finished: keeps Q or s, and every layer that is restored, and has those that an earlier run of the same work has.
 
     Returns:
         nothing: it cuts no axis of a layer.
@@ -72,36 +65,31 @@ def slice_residual(
     Raises:
         BillhookError: the model's stream cannot be cut, or rotated, or an activation is not finite.
     """
-    clock, finished, kept = (
-        clock or Clock(),
-        finished or FinishedLayers(None, model),
-        residual(model).channels - plan.residual,
-    )
+    kept = residual(model).channels - plan.residual
     settings = settings if plan.residual else replace(settings, restoration=False)
     if plan.rotate:
         fold(model)
-        Q = finished.once("rotation", lambda: _rotation(model, tokens, clock, tick))
-        with clock("rotation"):
+        Q = run.finished.once("rotation", lambda: _rotation(model, tokens, run))
+        with run.clock("rotation"):
             rotate(model, Q.to(float64_device(model.device)))
         stay = torch.arange(kept)
     else:
-        with clock("forward"):
-            scores = finished.once("scores", lambda: channel_scores(model, tokens, tick))
+        with run.clock("forward"):
+            scores = run.finished.once("scores", lambda: channel_scores(model, tokens, run))
         stay = selection.lowest(scores, plan.residual)[1]
     dense = copied(model) if settings.restoration else None
-    with clock("surgery"):
+    with run.clock("surgery"):
         cut(model, stay)
     if dense is not None:
-        how = {"share": settings.correction, "damping": settings.damping}
-        restore(model, dense, tokens, stay, finished, **how, clock=clock, tick=tick)
+        restore(model, dense, tokens, stay, settings, run)
     return []
 
 
 @torch.no_grad()
-def channel_scores(model: PreTrainedModel, tokens: Tokens, tick: Tick = quiet) -> Scores:
+def channel_scores(model: PreTrainedModel, tokens: Tokens, run: Run) -> Scores:
     """s (channels), float64."""
     energy: dict[tuple[str, ...], Tensor] = {}
-    for readers, x in _inputs(model, tokens, tick):
+    for readers, x in _inputs(model, tokens, run):
         here = precise(x.square()).sum(0)
         energy[readers] = energy[readers] + here if readers in energy else here
     s = torch.zeros_like(next(iter(energy.values())))
@@ -114,17 +102,17 @@ def channel_scores(model: PreTrainedModel, tokens: Tokens, tick: Tick = quiet) -
     return s.cpu()
 
 
-def _rotation(model: PreTrainedModel, tokens: Tokens, clock: Clock, tick: Tick) -> Gram:
+def _rotation(model: PreTrainedModel, tokens: Tokens, run: Run) -> Gram:
     """Q, of a folded model."""
-    with clock("forward"):
-        C = _gram(model, tokens, tick)
-    with clock("rotation"):
+    with run.clock("forward"):
+        C = _gram(model, tokens, run)
+    with run.clock("rotation"):
         return torch.linalg.eigh(C).eigenvectors.flip(1)
 
 
-def _gram(model: PreTrainedModel, tokens: Tokens, tick: Tick) -> Gram:
+def _gram(model: PreTrainedModel, tokens: Tokens, run: Run) -> Gram:
     upper = None
-    for _, x in _inputs(model, tokens, tick):
+    for _, x in _inputs(model, tokens, run):
         upper = add_upper(upper, x)
     assert upper is not None
     C = mirrored(upper)
@@ -132,22 +120,22 @@ def _gram(model: PreTrainedModel, tokens: Tokens, tick: Tick) -> Gram:
     return C
 
 
-def _inputs(model: PreTrainedModel, tokens: Tokens, tick: Tick) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+def _inputs(model: PreTrainedModel, tokens: Tokens, run: Run) -> Iterator[tuple[tuple[str, ...], Tensor]]:
     """What enters the readers that share an input, X_r (tokens, channels), layer by layer, and batch by batch.
 
     The head never runs: what it would read is what the norm before it puts out.
     """
     found, total = residual(model), len(layers(model))
-    states, calls = enter(model, list(tokens.split(max(1, BATCH_TOKENS // tokens.shape[1]))), keep)
+    states, calls = enter(model, list(tokens.split(max(1, BATCH_TOKENS // tokens.shape[1]))), run.hidden.keep)
     for n, layer in enumerate(layers(model)):
-        tick("statistics", n, total)
+        run.tick("statistics", n, total)
         groups = [tuple(group.values()) for group in linears(model, n)[::2]]
         readers = {group[0].partition(f".{n}.")[2]: group for group in groups}
         with loaded(layer, edits=False):
             for b in range(len(states)):
                 inputs, after = inputs_of(layer, list(readers), states[b].read(), calls[b][n], to_the_end=True)
                 assert after is not None
-                states[b] = keep(after)
+                states[b] = run.hidden.keep(after)
                 for path, x in inputs.items():
                     yield readers[path], x.flatten(0, -2).float()
         return_freed()
@@ -155,7 +143,7 @@ def _inputs(model: PreTrainedModel, tokens: Tokens, tick: Tick) -> Iterator[tupl
     with loaded(norm, edits=False):
         for state in states:
             yield found.readers[-1], norm(state.read()).flatten(0, -2).float()
-    tick("statistics", total, total)
+    run.tick("statistics", total, total)
 
 
 def _check_finite(found: Tensor) -> None:

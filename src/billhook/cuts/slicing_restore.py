@@ -1,7 +1,8 @@
 """What a narrower residual stream lost, made up for in closed form: linear weight by linear weight, as they compute.
 
-h (tokens, d) is the unpruned stream, h* (tokens, d') that of the cut model, S the channels that stay; X and X* enter a weight, W
-before the cut and W_S after it.  For a `share` s, delta = damping * mean(diag X*^T X*), and all that computes before it done:
+h (tokens, d) is the unpruned stream, h* (tokens, d') that of the cut model, S the channels that stay; X and X* enter a
+weight, W before the cut and W_S after it.  For a share s (the settings' `correction`), delta = damping * mean(diag X*^T
+X*), and all that computes before it done:
 
     V = W_S + s (T^T X* - W_S X*^T X*) (X*^T X* + delta I)^-1
 
@@ -22,19 +23,20 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from billhook.calibration.forward import BATCH_TOKENS, enter, run
+from billhook.calibration.forward import BATCH_TOKENS, enter, run_layer
 from billhook.calibration.gram import add_upper, mirrored
 from billhook.calibration.linears import inputs_of
-from billhook.checkpoints.resume import FinishedLayers
+from billhook.cuts.settings import Slicing
 from billhook.errors import BillhookError
 from billhook.math.linalg import factor
 from billhook.models.axes import axes
 from billhook.models.families import layers, linears, weight_of
 from billhook.models.residual import ROWS, flow, last_norm, residual
-from billhook.runtime.activations import State, keep
+from billhook.runtime.activations import State
 from billhook.runtime.memory import return_freed
 from billhook.runtime.offload import loaded, renumber
-from billhook.runtime.progress import Clock, Tick
+from billhook.runtime.progress import Clock
+from billhook.runtime.run import Run
 from billhook.tensors import Cross, Gram, Kept, Tokens, Weight, precise
 
 LAST = 3  # step of a layer: q, k and v; o; gate and up; down
@@ -55,12 +57,8 @@ def restore(
     dense: PreTrainedModel,
     tokens: Tokens,
     kept: Kept,
-    finished: FinishedLayers,
-    *,
-    share: float,
-    damping: float,
-    clock: Clock,
-    tick: Tick,
+    settings: Slicing,
+    run: Run,
 ) -> None:
     """Refit the cut `model` to the unpruned `dense`, in place; the layers of `dense` are given up one by one.
 
@@ -69,12 +67,12 @@ def restore(
     Args:
         tokens: calibration windows (windows, length).
         kept: the channels of `dense` that `model` has.
-        finished: keeps every layer once it is refitted, and has those that an earlier run of the same work has.
 
     Raises:
         BillhookError: an activation is not finite; the message names the module.
     """
     found, whole, total = residual(model), residual(dense), len(layers(model))
+    clock, finished, keep = run.clock, run.finished, run.hidden.keep
     grown = math.sqrt(whole.channels / found.channels)  # correction of norms over heads (billhook.models.residual)
     fed = set(flow(dense, whole).before.values())
     adds = axes(dense, ("ffn",))[0].ends_layer  # False: a norm or a factor stands between writers and the stream
@@ -83,7 +81,7 @@ def restore(
         states = (enter(model, parts, keep)[0], *enter(dense, parts, keep))
         batches = [_Batch(*one) for one in zip(*states, strict=True)]
     for n, layer in enumerate(layers(model)):
-        tick("restoration", n, total)
+        run.tick("restoration", n, total)
         unpruned = layers(dense)[n]
         done = n in finished.records
         if done:
@@ -98,18 +96,18 @@ def restore(
                 with clock("restoration"):
                     for name in names.values():
                         target = T if writes else precise(weight_of(dense, name)) @ T * (grown if name in fed else 1)
-                        _refit(weight_of(model, name), target, G, share, damping)
+                        _refit(weight_of(model, name), target, G, settings)
             if not done:
                 with clock("saving"):
                     finished.save(n, [], [])
             with clock("forward"):
                 for one in batches:
-                    one.state = keep(run(layer, one.state.read(), one.calls[n]))
-                    one.dense = keep(run(unpruned, one.dense.read(), one.calls[n]))
+                    one.state = keep(run_layer(layer, one.state.read(), one.calls[n]))
+                    one.dense = keep(run_layer(unpruned, one.dense.read(), one.calls[n]))
         layers(dense)[n] = nn.Identity()
         renumber(dense)
         return_freed()
-    tick("restoration", total, total)
+    run.tick("restoration", total, total)
     if not found.tied:
         norms = [one.get_submodule(last_norm(one, place)) for one, place in ((model, found), (dense, whole))]
         with loaded(norms[0], edits=False), loaded(norms[1], edits=False):
@@ -119,7 +117,7 @@ def restore(
         heads = model.get_submodule(found.head), dense.get_submodule(whole.head)
         with clock("restoration"), loaded(heads[0]), loaded(heads[1], edits=False):
             for V, W in zip(*(weight_of(one, found.head).split(ROWS) for one in (model, dense)), strict=True):
-                _refit(V, precise(W) @ T, G, share, damping)
+                _refit(V, precise(W) @ T, G, settings)
 
 
 def _pair(
@@ -162,8 +160,8 @@ def _sums(
     return G, T
 
 
-def _refit(W: Weight, target: Cross, G: Gram, share: float, damping: float) -> None:
+def _refit(W: Weight, target: Cross, G: Gram, settings: Slicing) -> None:
     """W_S becomes V, in place; `target` is T^T X*."""
-    lower, _ = factor(G, damping)
-    lacks = share * (target - precise(W) @ G)
+    lower, _ = factor(G, settings.damping)
+    lacks = settings.correction * (target - precise(W) @ G)
     W.copy_(precise(W) + torch.cholesky_solve(lacks.T, lower).T)

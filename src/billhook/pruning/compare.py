@@ -34,6 +34,7 @@ from billhook.pruning.texts import Texts, draw
 from billhook.runtime import cache as cache_module
 from billhook.runtime.cache import code_sha256, has, model_sha256
 from billhook.runtime.progress import Tick, quiet
+from billhook.runtime.run import Run
 from billhook.runtime.workers import Workers, worker_pool
 
 SAME_SIZE = 0.005  # share of the parameters: models nearer than this are equal in size
@@ -176,7 +177,7 @@ def _each(opened: Opened, chosen: Sequence[Recipe], by: Judged, tick: Tick) -> I
     plans = [_possible(opened, one, texts, scores, by, tick) for one in chosen]
     decoder, settings = sizes.decoder_parameters(opened.model), method_settings.settings_of(first)
     possible = [plan for plan in plans if isinstance(plan, Plan)]
-    made = run_each(opened.model, texts.calibration, possible, settings, scores=[scores] * len(possible), tick=tick)
+    made = run_each(opened.model, texts.calibration, possible, settings, Run(tick=tick), [scores] * len(possible))
     for one, plan in zip(chosen, plans, strict=True):
         if isinstance(plan, BillhookError):
             yield _NOTHING | {"error": str(plan)}

@@ -17,6 +17,7 @@ from billhook.pruning.sensitivity import Probe, curves
 from billhook.pruning.solve import solved
 from billhook.pruning.texts import Texts
 from billhook.runtime.progress import Clock, Tick, quiet
+from billhook.runtime.run import Run
 
 PATIENCE = 2  # trials of `auto` without a gain before it stops
 
@@ -56,9 +57,7 @@ def depth_or_width(
         tick("trying depths", count, count + PATIENCE)
         with clock("trials"):
             trial = copy.deepcopy(model)
-            CUTS[chosen.method](
-                trial, texts.calibration, plan, settings, scores=scores, stream=chosen.stream, tick=tick
-            )
+            CUTS[chosen.method](trial, texts.calibration, plan, settings, Run(tick=tick), scores)
             loss = probe.divergence_of(trial)
             del trial  # before the next copy is made
         best, since = ((loss, plan), 0) if loss < best[0] else (best, since + 1)

@@ -9,7 +9,7 @@ import torch
 from scipy.interpolate import PchipInterpolator
 from transformers import PreTrainedModel
 
-from billhook.calibration.forward import enter, run
+from billhook.calibration.forward import enter, run_layer
 from billhook.errors import BillhookError
 from billhook.evaluation.speed import synchronise
 from billhook.models.axes import Axis, axes
@@ -47,7 +47,7 @@ def layer_times(model: PreTrainedModel, kinds: tuple[str, ...], tick: Tick = qui
     candidates = [layers(model)[0], *(_cut_copy(model, axis, count) for axis, count in tried)]
     (state,), (calls,) = enter(model, [tokens])
     tasks: list[Callable[[], object]] = [lambda: model(tokens, use_cache=False, logits_to_keep=1)]
-    tasks += [lambda layer=layer: run(layer, state, calls[0]) for layer in candidates]
+    tasks += [lambda layer=layer: run_layer(layer, state, calls[0]) for layer in candidates]
     whole, layer, *others = _in_turns(tasks, model.device, tick)
     saves = {}
     for axis in first:

@@ -14,13 +14,13 @@ from billhook.pruning.recipe import Recipe
 def settings_of(chosen: Recipe) -> Settings:
     """What a method that scores units may choose, from the recipe."""
     score = chosen.score if chosen.score not in GRADIENT_SCORES else Settings.score
-    return Settings(score, chosen.ridge, chosen.restores, chosen.correction)
+    return Settings(score, chosen.ridge, chosen.restores, chosen.correction, chosen.stream)
 
 
 def method_settings(chosen: Recipe) -> Settings | Patching | Slicing | Ways:
     """What the recipe's method may choose, whichever it is."""
     if chosen.routes:
-        return Ways(chosen.experts, chosen.seed)
+        return Ways(chosen.experts, chosen.seed, chosen.stream)
     if chosen.slices:
         return Slicing(chosen.restoration, chosen.ridge, chosen.correction)
     return Patching(chosen.patch, chosen.ridge, chosen.correction) if chosen.chops else settings_of(chosen)

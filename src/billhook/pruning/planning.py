@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from billhook.calibration.gradients import WINDOW, gradient_sums
+from billhook.calibration.passage import Route
 from billhook.calibration.walk import walk
 from billhook.choices import GRADIENT_SCORES
 from billhook.cuts.narrowing import axis_scores
@@ -29,6 +30,7 @@ from billhook.pruning.solve import solved
 from billhook.pruning.texts import Texts, hashes
 from billhook.runtime import cache
 from billhook.runtime.progress import Clock, Tick, quiet
+from billhook.runtime.run import Run
 from billhook.tensors import Scores, Tokens
 
 GLOBAL_SCORE = "taylor2_element"  # where the recipe's own score does not compare across layers
@@ -147,12 +149,12 @@ def _gradient_scores(
 def _forward_scores(
     model: PreTrainedModel, chosen: Recipe, tokens: Tokens, clock: Clock, tick: Tick
 ) -> dict[tuple[int, str], Scores]:
-    settings, steps = settings_of(chosen), walk(model, tokens, chosen.unit_kinds, held_out=0.0, clock=clock, tick=tick)
+    settings, run = settings_of(chosen), Run(tick=tick, clock=clock)
     return {
         (axis.layer, axis.kind): axis_scores(
             axis, reader_weight(model, axis), layer.fit[axis.reader_module].gram, settings
         )
-        for layer in steps
+        for layer in walk(model, tokens, chosen.unit_kinds, run, Route(held_out=0.0))
         for axis in layer.axes
     }
 

@@ -30,10 +30,12 @@ from billhook.pruning.result import Result
 from billhook.pruning.texts import Texts, draw, needs_text
 from billhook.recovery.candidates import rank_after_training
 from billhook.reports import records
-from billhook.runtime import activations, cache, offload, run_folder, units
+from billhook.runtime import cache, offload, run_folder, units
+from billhook.runtime.activations import Room
 from billhook.runtime.cache import Grams
 from billhook.runtime.memory import peak_growth
 from billhook.runtime.progress import Clock, Tick, quiet, unheard
+from billhook.runtime.run import Finished, Run
 from billhook.runtime.workers import Workers
 from billhook.search import adapruner, optishear
 from billhook.search.evaluator import IN_PROCESS, Execution
@@ -118,9 +120,9 @@ def prune(  # noqa: PLR0913
     kept = Path(work) if journals and work is not None else None
     if kept:
         preflight.check_room(opened, chosen, kept)
-    budgeted = activations.budget(units.amount(hidden_budget, units.BYTES, "hidden-budget"))
-    with evaluation_mode(opened.model), budgeted, run_folder.locked(kept), run_folder.locked(means.study):
-        return prune_opened(opened, chosen, tick, statistics, announce, means, kept)
+    hidden = Room(units.amount(hidden_budget, units.BYTES, "hidden-budget"))
+    with evaluation_mode(opened.model), run_folder.locked(kept), run_folder.locked(means.study):
+        return prune_opened(opened, chosen, tick, statistics, announce, means, kept, hidden)
 
 
 def prune_opened(
@@ -131,9 +133,11 @@ def prune_opened(
     announce: Callable[[str], object] = unheard,
     means: Execution = IN_PROCESS,
     work: Path | None = None,
+    hidden: Room | None = None,
 ) -> Result:
     """Prune a model that is already loaded, in place."""
     model, clock = opened.model, Clock()
+    run = Run(tick, announce, clock, workers=means.workers, hidden=hidden or Room())
     before, total = sizes.parameters(model), len(layers(model))
     calibration = data.Text("", "")
     if needs_text(chosen):
@@ -149,7 +153,7 @@ def prune_opened(
     with peak_growth(model.device) as growth:
         folder = Path(statistics) if statistics else None
         scores = planning.unit_scores(model, chosen, texts.calibration, clock, tick)
-        found = _selected(opened, chosen, windows, texts, folder, clock, tick) if chosen.select == "healed" else None
+        found = _selected(opened, chosen, windows, texts, folder, run) if chosen.select == "healed" else None
         wanted = chosen.model_copy(update={"preset": found["chosen"]}) if found else chosen
         hunt, zeros, cuts = None, None, []
         if chosen.masks:
@@ -160,7 +164,7 @@ def prune_opened(
                 hunt = optishear.search(model, chosen, how, search_texts, texts.calibration, **seen)
                 how = hunt.masking
             finished = _journal(opened, chosen, windows, texts.calibration, plan, work, means.fresh, folder)
-            zeros = _masked(model, how, texts.calibration, means, finished, announce, clock, tick)
+            zeros = _masked(model, how, texts.calibration, replace(run, finished=finished))
         else:
             plan = planning.make_plan(model, wanted, texts, opened.dtype, scores, folder, clock, tick)
         if inputs:
@@ -186,12 +190,9 @@ def prune_opened(
         if plan.kinds or plan.layers or narrowed:
             given = (model, texts.calibration, plan, method_settings.method_settings(chosen))
             finished = _journal(opened, chosen, windows, texts.calibration, plan, work, means.fresh, folder)
-            if means.workers.many and not chosen.searches:
-                how = {"scores": scores, "finished": finished}
-                cuts = parallel.shared(*given, means.workers, **how, clock=clock, tick=tick)
-            else:
-                how = {"scores": scores, "stream": chosen.stream, "finished": finished}
-                cuts = CUTS[chosen.method](*given, **how, clock=clock, tick=tick)
+            in_workers = means.workers.many and not chosen.searches
+            carry_out: Any = parallel.shared if in_workers else CUTS[chosen.method]
+            cuts = carry_out(*given, replace(run, finished=finished), scores)
     finish(model, chosen, opened.dtype)
     written = {
         "recipe": chosen.model_dump(mode="json")
@@ -236,7 +237,7 @@ def _journal(
     work: Path | None,
     fresh: bool,
     statistics: Path | None,
-) -> FinishedLayers:
+) -> Finished:
     """What was finished of this very prune: the same settings, model, text, plan (which may come of timings) and code.
 
     With it the Grams in `statistics` of this model and text, which the dense stream takes and leaves there.
@@ -260,23 +261,14 @@ def _journal(
         model, seen = opened.model, hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
         key = cache.model_key(model) | {"tokens": seen, "windows": len(tokens)}
         grams = Grams(statistics.absolute(), key | {"computed in": str(model.dtype), "on": model.device.type})
-    return FinishedLayers(work, opened.model, grams)
+    return FinishedLayers(work, opened.model, grams) if work else Finished(grams)
 
 
-def _masked(
-    model: Any,
-    how: masking.Masking,
-    tokens: Tokens,
-    means: Execution,
-    finished: FinishedLayers,
-    announce: Callable[[str], object],
-    clock: Clock,
-    tick: Tick,
-) -> dict[str, Any]:
+def _masked(model: Any, how: masking.Masking, tokens: Tokens, run: Run) -> dict[str, Any]:
     """Make zeros in place; what was asked for and what came of it."""
     zeros, weights = masking.zeros_in(model, how.targets)
-    announce(masking.words(how, zeros, weights, tokens.numel(), model))
-    done = masking.mask(model, tokens, how, means.workers, clock, tick, finished)
+    run.announce(masking.words(how, zeros, weights, tokens.numel(), model))
+    done = masking.mask(model, tokens, how, run)
     return masking.record(how, done, zeros / weights)
 
 
@@ -286,22 +278,21 @@ def _selected(
     windows: data.Windows,
     texts: Texts,
     folder: Path | None,
-    clock: Clock,
-    tick: Tick,
+    run: Run,
 ) -> dict[str, Any]:
     """The candidates, each cut and trained for a while, and which is best."""
-    learned = read((chosen.calibration,), chosen.held_out, opened.tokenizer, chosen.seq_len, chosen.seed, tick)
+    learned = read((chosen.calibration,), chosen.held_out, opened.tokenizer, chosen.seq_len, chosen.seed, run.tick)
     plans = {}
     for name in chosen.candidates:
         one = chosen.model_copy(update={"preset": name})
-        plans[name] = planning.make_plan(opened.model, one, texts, opened.dtype, statistics=folder, tick=tick)
+        plans[name] = planning.make_plan(opened.model, one, texts, opened.dtype, statistics=folder, tick=run.tick)
 
-    settings = method_settings.method_settings(chosen)
+    settings, unseen = method_settings.method_settings(chosen), Run(hidden=run.hidden)
 
     def cut(model: Any, gone: Sequence[int]) -> None:
-        CUTS[chosen.method](model, texts.calibration, Plan(layers=tuple(gone)), settings)
+        CUTS[chosen.method](model, texts.calibration, Plan(layers=tuple(gone)), settings, unseen)
 
-    with clock("healing candidates"):
+    with run.clock("healing candidates"):
         return rank_after_training(
             opened.model,
             {name: plan.layers for name, plan in plans.items()},
@@ -311,7 +302,7 @@ def _selected(
             key={"method": chosen.method, **asdict(settings), "calibrated on": windows.sha256},
             folder=folder,
             seed=chosen.seed,
-            tick=tick,
+            tick=run.tick,
         ).record()
 
 

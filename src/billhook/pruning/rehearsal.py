@@ -18,7 +18,7 @@ from scipy.optimize import nnls
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from billhook.calibration.forward import BATCH_TOKENS, enter, run
+from billhook.calibration.forward import BATCH_TOKENS, enter, run_layer
 from billhook.checkpoints.resume import FinishedLayers
 from billhook.checkpoints.streaming import bare
 from billhook.cuts import masking
@@ -33,6 +33,7 @@ from billhook.pruning.carry_out import CUTS
 from billhook.pruning.recipe import Recipe
 from billhook.runtime.memory import peak_growth
 from billhook.runtime.progress import Clock
+from billhook.runtime.run import Run
 from billhook.tensors import Tokens
 
 WINDOWS = 10  # windows of a rehearsal: one in ten is held out
@@ -146,7 +147,7 @@ def passes(whole: Any, dtype: torch.dtype, device: torch.device) -> tuple[float,
     """Seconds of one layer for one token of two texts, and for 32 tokens of each."""
     model = random_layers(whole.config, [len(layers(whole)) - 1], dtype, device)
     state, calls = enter(model, [torch.zeros(shape, dtype=torch.long) for shape in (STEP, BATCH)])
-    step, batch = (seconds(lambda n=n: run(layers(model)[0], state[n], calls[n][0])) for n in range(2))
+    step, batch = (seconds(lambda n=n: run_layer(layers(model)[0], state[n], calls[n][0])) for n in range(2))
     return step, batch
 
 
@@ -191,13 +192,13 @@ def _counted(model: Any, chosen: Recipe, shares: Mapping[str, float], tokens: To
 def _pruned(model: Any, chosen: Recipe, shares: Mapping[str, float], tokens: Tokens, clock: Clock) -> None:
     """The prune itself, in place; what is done is written and thrown away."""
     with tempfile.TemporaryDirectory() as folder:
-        finished = FinishedLayers(Path(folder), model)
+        run = Run(clock=clock, finished=FinishedLayers(Path(folder), model))
         if chosen.masks:
             how = replace(method_settings.masking_of(chosen), by_layer={})  # whose numbers are the whole model's
-            masking.mask(model, tokens, how, clock=clock, finished=finished)
+            masking.mask(model, tokens, how, run)
         else:
             given = (model, tokens, _own_plan(model, shares), method_settings.method_settings(chosen))
-            CUTS[chosen.method](*given, stream=chosen.stream, finished=finished, clock=clock)
+            CUTS[chosen.method](*given, run)
 
 
 class _Counting(Clock):

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from billhook.calibration.forward import enter, head, run
+from billhook.calibration.forward import enter, head, run_layer
+from billhook.calibration.passage import Route
 from billhook.calibration.walk import Layer, walk
 from billhook.cuts.narrowing import Settings, fit
 from billhook.models.axes import Axis, reader_weight
 from billhook.models.families import layers
 from billhook.models.plan import Curves
 from billhook.runtime.progress import Clock, Tick, quiet
+from billhook.runtime.run import Run
 from billhook.tensors import Probes, Scores, Tokens
 
 POINTS = (0.125, 0.25, 0.5, 0.75)  # shares of an axis that are tried
@@ -36,7 +38,7 @@ class Probe:
 
     def advance(self) -> None:
         """Move on to the next layer, the present one as it is."""
-        self.state = run(layers(self.model)[self.at], self.state, self.calls[self.at])
+        self.state = run_layer(layers(self.model)[self.at], self.state, self.calls[self.at])
         self.at += 1
 
     def divergence(self, start: int) -> float:
@@ -59,7 +61,7 @@ class Probe:
     def _after(self, start: int) -> Tensor:
         state = self.state
         for n in range(start, len(layers(self.model))):
-            state = run(layers(self.model)[n], state, self.calls[n])
+            state = run_layer(layers(self.model)[n], state, self.calls[n])
         return state
 
     def _log_probabilities(self, state: Tensor) -> Tensor:
@@ -87,7 +89,7 @@ def curves(
         whole_layers: also what each whole layer costs, as kind `layers`.
     """
     clock, probe, found, scores = clock or Clock(), Probe(model, probe_tokens), Curves(), scores or {}
-    for layer in walk(model, tokens, kinds, stream="dense", held_out=0.0, clock=clock):
+    for layer in walk(model, tokens, kinds, Run(clock=clock), Route(held_out=0.0)):
         tick("sensitivity", layer.number, len(layers(model)))
         with clock("sensitivity"):
             for axis in layer.axes:

@@ -1,16 +1,13 @@
 """Hidden states of the calibration text between layers: in memory, beyond a budget in files, loaded when they are read.
 
-with budget(2**30):
-    state = keep(x)   # in memory, while there is room
-    state.read()      # the same bits
+room = Room(2**30)
+state = room.keep(x)  # in memory, while there is room
+state.read()          # the same bits
 """
 
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from itertools import count
 from pathlib import Path
 
@@ -22,36 +19,25 @@ from billhook.runtime.atomic import disk_full
 
 
 class Room:
-    """At most `limit` bytes of memory, and a folder for everything beyond."""
+    """At most `limit` bytes of memory, None for any number, and a folder for everything beyond."""
 
-    def __init__(self, limit: int | float) -> None:
-        self.limit, self.used, self.numbers = limit, 0, count()
+    def __init__(self, limit: int | float | None = None) -> None:
+        self.limit, self.used, self.numbers = float("inf") if limit is None else limit, 0, count()
         self.folder: Path | None = None
+
+    def keep(self, x: Tensor) -> "State":
+        """Store hidden states in memory or in a file, as the limit says.
+
+        Raises:
+            BillhookError: the limit has no room for these states alone, or the disk is full.
+        """
+        return State(x, self)
 
     def file(self) -> Path:
         if self.folder is None:
             self.folder = Path(tempfile.mkdtemp(prefix="billhook-hidden-"))
             weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         return self.folder / str(next(self.numbers))
-
-
-_room: ContextVar[Room | None] = ContextVar("room", default=None)
-
-
-def limit() -> int | float:
-    """The largest number of bytes of hidden states in memory."""
-    room = _room.get()
-    return float("inf") if room is None else room.limit
-
-
-@contextmanager
-def budget(limit: int | float | None) -> Iterator[None]:
-    """Keep at most `limit` bytes of hidden states in memory while open; None: all of them."""
-    before = _room.set(Room(float("inf") if limit is None else limit))
-    try:
-        yield
-    finally:
-        _room.reset(before)
 
 
 class State:
@@ -90,12 +76,3 @@ class State:
             self.room.used -= self.bytes
         if self.file is not None:
             self.file.unlink(missing_ok=True)
-
-
-def keep(x: Tensor) -> State:
-    """Store hidden states in memory or in a file, as the budget says.
-
-    Raises:
-        BillhookError: the budget has no room for these states alone, or the disk is full.
-    """
-    return State(x, _room.get() or Room(float("inf")))

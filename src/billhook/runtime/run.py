@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
+
+from torch import Tensor
 
 from billhook.runtime.activations import Room
 from billhook.runtime.cache import Grams
@@ -11,22 +13,28 @@ from billhook.runtime.progress import Clock, Tick, quiet, unheard
 from billhook.runtime.workers import ONE_PROCESS, Workers
 
 
-class Finished(Protocol):
-    """Layers that this run, or an earlier one of the same work, has finished (`billhook.checkpoints.resume`)."""
+class Finished:
+    """Layers that are done: none, and none is kept.  `billhook.checkpoints.resume` has those that a folder keeps."""
 
-    records: dict[int, dict[str, Any]]  # what became of them, by number
-    grams: Grams | None  # cache of the dense stream's Grams, shared with other runs
+    def __init__(self, grams: Grams | None = None) -> None:
+        self.records: dict[int, dict[str, Any]] = {}  # what became of each, by number
+        self.grams = grams  # cache of the dense stream's Grams, shared with other runs
 
     @property
-    def found(self) -> list[dict[str, Any]]: ...
+    def found(self) -> list[dict[str, Any]]:
+        """What became of the finished layers, as their records say, in the order of layers."""
+        return [cut for n in sorted(self.records) for cut in self.records[n]["found"]]
 
     def save(self, n: int, found: list[dict[str, Any]], drops: Any) -> None:
         """Keep layer n as it is now."""
-        ...
+
+    def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gives, or gave when it was first asked for."""
+        return make()
 
     def reload(self, n: int) -> None:
         """Give layer n the weights it had when it was finished."""
-        ...
+        raise KeyError(n)
 
 
 @dataclass(frozen=True)
@@ -40,5 +48,5 @@ class Run:
     folder: Path | None = None  # folder of this run alone: after a kill it goes on there
     fresh: bool = False  # start over in that folder
     workers: Workers = ONE_PROCESS
-    hidden: Room = field(default_factory=lambda: Room(float("inf")))  # where hidden states are kept between layers
-    finished: Finished | None = None  # layers that are done, where a run keeps them
+    hidden: Room = field(default_factory=Room)  # where hidden states are kept between layers
+    finished: Finished = field(default_factory=Finished)

@@ -15,6 +15,7 @@ from billhook.models.plan import AxisKey, Plan
 from billhook.models.surgery import cast
 from billhook.runtime import cache
 from billhook.runtime.progress import Tick
+from billhook.runtime.run import Run
 from billhook.search.evaluator import masked_losses
 from billhook.search.metrics import Solution, digest, scores
 from billhook.search.problem import Problem
@@ -142,7 +143,7 @@ class Finals:
         common = {
             **problem.evaluator.key,
             "calibration": cache.digest({"tokens": self.calibration.tolist()}),
-            "settings": {**asdict(self.settings), "stream": problem.chosen.stream},
+            "settings": asdict(self.settings),
             "windows": [cache.digest({"tokens": windows.tolist()}) for windows in (self.rung, self.final)],
         }
         losses: list[Losses] = []
@@ -161,8 +162,7 @@ class Finals:
         autocast = self.problem.evaluator.autocast
         smaller = copy.deepcopy(self.problem.base.model)
         cast(smaller, autocast or smaller.dtype)  # as good, and a third faster (docs/LOG.md)
-        unit_scores, stream = scores_of(self.problem, candidate), self.problem.chosen.stream
-        narrow(smaller, self.calibration, plan, self.settings, scores=unit_scores, stream=stream)
+        narrow(smaller, self.calibration, plan, self.settings, Run(), scores_of(self.problem, candidate))
         return [masked_losses(smaller, {}, windows, None, None, autocast) for windows in (self.rung, self.final)]
 
 

@@ -9,12 +9,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.calibration.layer_importance import losses_without_blocks
+from billhook.calibration.passage import Route
 from billhook.calibration.walk import walk
 from billhook.cuts import restoration
 from billhook.cuts.chopping import Settings
 from billhook.models.axes import axes, reader_weight
 from billhook.runtime.precision import computing
 from billhook.runtime.progress import Tick, quiet
+from billhook.runtime.run import Run
 from billhook.tensors import Probes, Tokens
 
 Block = tuple[int, int]  # the first of the layers that go whole, and how many go
@@ -58,9 +60,8 @@ def patch(model: PreTrainedModel, tokens: Tokens, block: Block) -> Patch | None:
     axis = next(axis for axis in axes(model, ("ffn",)) if axis.layer == before)
     if not axis.ends_layer:
         return None
-    dropped = range(block[0], sum(block))
-    stops = walk(model, tokens, ("ffn",), stream="dense_target", dropped=dropped, only={before}, held_out=0.0)
-    evidence = next(iter(stops)).fit[axis.reader_module]
+    route = Route("dense_target", held_out=0.0, only={before}, dropped=range(block[0], sum(block)))
+    evidence = next(walk(model, tokens, ("ffn",), Run(), route)).fit[axis.reader_module]
     W = reader_weight(model, axis)
     device = evidence.gram.device  # may be another one than the model's
     weight, _ = restoration.fitted(W.to(device), evidence, torch.arange(W.shape[1], device=device), Settings.damping)

@@ -30,6 +30,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.calibration.linears import operators
+from billhook.calibration.passage import Route
 from billhook.cuts import masking
 from billhook.cuts.masking import Masking
 from billhook.errors import BillhookError
@@ -39,6 +40,7 @@ from billhook.math.optishear import norms_of, score
 from billhook.models.families import layers
 from billhook.runtime import cache
 from billhook.runtime.progress import Clock, Tick, quiet
+from billhook.runtime.run import Run
 from billhook.runtime.run_folder import claim
 from billhook.search.evaluator import IN_PROCESS, Evaluator, Execution, evaluator_of, masked_losses
 from billhook.search.inputs import SearchTexts
@@ -202,7 +204,7 @@ class Problem:
 
         def measure() -> list[list[float]]:
             sparse = copy.deepcopy(self.model)
-            masking.mask(sparse, calibration, wanted)
+            masking.mask(sparse, calibration, wanted, Run())
             return [masked_losses(sparse, {}, windows, None, None, self.evaluator.autocast) for windows in both]
 
         return cache.cached(self.evaluator.folder, "final", key, measure)
@@ -219,7 +221,7 @@ def prepare(base: Masking, tokens: Tokens, validation: Validation, evaluator: Ev
         tick(NORMS, done, total)
 
     norms: dict[str, Tensor] = {}
-    for group in operators(evaluator.model, tokens, base.targets, stream="dense", held_out=0.0, tick=tick_norms):
+    for group in operators(evaluator.model, tokens, base.targets, Run(tick_norms), Route(held_out=0.0)):
         of_group = norms_of(group.fit.gram.diagonal().clone(), tokens.numel())
         norms |= {name: of_group for name in group.names.values()}
     key = {
