@@ -2,10 +2,12 @@
 
 Functions that speak of no shapes are checked by beartype alone: jaxtyping binds arguments, and checks them twice, for shapes.
 And each is checked the first times that a test calls it: a loop that calls it a thousand times more says nothing new.
+What checks it is made when it is first called, and once for all functions that a line of code makes.
 """
 
 import functools
 import inspect
+import types
 import typing
 from collections import Counter
 from collections.abc import Callable
@@ -13,9 +15,11 @@ from typing import Any
 
 import jaxtyping
 
-TIMES = 25
+TIMES = 8
+BEARTYPED = "__beartype_func"  # the argument by which beartype's function knows the one that it checks
 _with_shapes = jaxtyping.jaxtyped
 _called: Counter[Any] = Counter()  # how often by this test, by a function's code
+_checks: dict[types.CodeType, Any] = {}  # what beartype made of a function with this code
 
 
 def begin() -> None:
@@ -30,19 +34,38 @@ def _has_shapes(hint: Any) -> bool:
     return isinstance(hint, str) or any(map(_has_shapes, parts))
 
 
+def _beartyped(one: Any, typechecker: Callable[[Any], Any]) -> Any:
+    """A function checked without shapes; one inside another function is made anew with each call of that."""
+    if (check := _checks.get(one.__code__)) is None:
+        check = _checks[one.__code__] = typechecker(one)
+    if BEARTYPED not in (given := getattr(check, "__kwdefaults__", None) or {}):
+        return typechecker(one)
+    mine = types.FunctionType(check.__code__, check.__globals__, one.__name__, check.__defaults__, check.__closure__)
+    mine.__kwdefaults__ = given | {BEARTYPED: one}
+    return mine
+
+
 def _jaxtyped(*, typechecker: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """What pytest's --jaxtyping-packages puts over every function and class; half of the time of small tests was its own."""
 
+    def check(one: Any) -> Any:
+        if isinstance(one, type) or any(map(_has_shapes, one.__annotations__.values())):
+            return _with_shapes(typechecker=typechecker)(one)
+        return _beartyped(one, typechecker)
+
     def decorated(one: Any) -> Any:
-        shaped = isinstance(one, type) or any(map(_has_shapes, one.__annotations__.values()))
-        checked = _with_shapes(typechecker=typechecker)(one) if shaped else typechecker(one)
         if isinstance(one, type) or inspect.isgeneratorfunction(one):  # which Ray asks
-            return checked
+            return check(one)
+        checked: list[Any] = []
 
         @functools.wraps(one)
         def sometimes(*args: Any, **given: Any) -> Any:
             _called[one.__code__] += 1
-            return (checked if _called[one.__code__] <= TIMES else one)(*args, **given)
+            if _called[one.__code__] > TIMES:
+                return one(*args, **given)
+            if not checked:
+                checked.append(check(one))
+            return checked[0](*args, **given)
 
         return sometimes
 

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import beartype
+import jaxtyping
 import pytest
 import torch
 
@@ -23,3 +25,18 @@ def test_a_wrong_shape_is_refused(wrong: torch.Tensor) -> None:
         Exception, match=r"Type-check error whilst checking the parameters of billhook.math.selection.lowest"
     ):
         selection.lowest(wrong, 1)
+
+
+def test_each_of_the_functions_that_a_line_makes_is_checked_and_does_its_own() -> None:
+    def adding(what: int) -> Any:
+        @jaxtyping.jaxtyped(typechecker=beartype.beartype)
+        def add(to: int) -> int:
+            return to + what
+
+        return add
+
+    first, second = adding(1), adding(10)
+    assert (first(1), second(1), first(2)) == (2, 11, 3)
+    for add in (first, second):
+        with pytest.raises(Exception, match=r"add.*parameter to=.* violates type hint"):
+            add("1")
