@@ -17,10 +17,15 @@ from typing import Any
 import torch
 
 PRELOADED = [
-    "billhook.cli",
+    "billhook.cli.prune",
+    "billhook.pruning.prune",
+    "billhook.pruning.compare",
     "billhook.recovery.recover",
-    "billhook.search.evaluator",
+    "billhook.search.adapruner",
+    "billhook.training.trainer",
+    "pytest",
     "transformers.models.llama.modeling_llama",
+    "frozen",
 ]
 multiprocessing.set_forkserver_preload(PRELOADED)
 
