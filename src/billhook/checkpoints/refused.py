@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.initialization import no_init_weights
 
 from billhook.errors import BillhookError, reason
 from billhook.runtime.quiet import quiet_transformers
@@ -61,8 +62,10 @@ def read(content: dict[str, Any]) -> Any:
 
 def build(config: Any) -> Any:
     """The model of a config with parameters and buffers on the meta device; raises whatever transformers does."""
-    with torch.device("meta"), quiet_transformers():
-        return AutoModelForCausalLM.from_config(config)
+    with torch.device("meta"), quiet_transformers(), no_init_weights():
+        model: Any = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    return model
 
 
 def build_first(content: dict[str, Any]) -> Any:

@@ -5,6 +5,7 @@ import math
 import os
 import platform
 from collections.abc import Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,12 @@ from billhook.reports import history
 
 def versions() -> dict[str, str]:
     """What the numbers were made with."""
-    return {"python": platform.python_version()} | {n: version(n) for n in ("billhook", "torch", "transformers")}
+    return {"python": platform.python_version()} | {
+        name: _version(name) for name in ("billhook", "torch", "transformers")
+    }
+
+
+_version = cache(version)  # it reads files of the installation
 
 
 def conditions(model: PreTrainedModel, command: str, seconds: float | int) -> dict[str, Any]:
