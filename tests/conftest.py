@@ -71,7 +71,15 @@ def _probes_are_short(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
 
     whole = verify._probe
     if "slow" not in request.keywords:
-        monkeypatch.setattr(verify, "_probe", lambda model: whole(model)[:, :20])
+        monkeypatch.setattr(verify, "_probe", lambda model: whole(model)[:, :12])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forests_are_small() -> None:
+    """Which dimension matters takes longer to say than the search that it is of."""
+    from billhook.search import samplers
+
+    samplers.TREES = 8
 
 
 @pytest.fixture(autouse=True)

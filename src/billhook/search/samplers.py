@@ -13,6 +13,7 @@ from billhook.errors import BillhookError
 from billhook.search.space import Dimension
 
 STARTUP = 10  # random trials before a sampler learns
+TREES = 64  # trees of the forest that shares out the losses' variance
 
 
 class Study:
@@ -60,7 +61,7 @@ class Study:
         """Share of the losses' variance that each dimension explains (fANOVA); empty where all losses are equal."""
         try:
             shares = self._optuna.importance.get_param_importances(
-                self._study, evaluator=self._optuna.importance.FanovaImportanceEvaluator(seed=0)
+                self._study, evaluator=self._optuna.importance.FanovaImportanceEvaluator(n_trees=TREES, seed=0)
             )
         except (ValueError, RuntimeError):  # fewer than two different trials, or no variance
             return {}
