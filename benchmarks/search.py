@@ -42,16 +42,12 @@ from billhook.runtime.progress import quiet
 from billhook.runtime.run import Run
 from billhook.runtime.workers import Workers
 from billhook.search import adapruner
-from billhook.search.budgets import BaseCut
-from billhook.search.evaluator import Execution, evaluator_of
+from billhook.search.adapruner import AdaPruner
+from billhook.search.evaluator import evaluator_of
+from billhook.search.harness import Rounds
 from billhook.search.inputs import Inputs, read_inputs
-from billhook.search.metrics import scores
-from billhook.search.problem import Problem, prepare
-from billhook.search.rounds import Known, Rounds, try_known
 from billhook.search.samplers import Study
-from billhook.search.space import Candidate
 from billhook.search.trial import paired_gain
-from billhook.search.validation import RungWindows
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("model")
@@ -113,9 +109,8 @@ def searched(ratio: float, seed: int, **other: Any) -> Find:
         _, texts = draw(opened, chosen, inputs.calibration)
         plan = planning.make_plan(opened.model, chosen, texts, opened.dtype)
         fit, folder = method_settings.settings_of(chosen), args.results / "evidence"
-        given = (opened.model, chosen, plan, inputs, texts.calibration, fit)
-        execution = Execution(workers=Workers(jobs=args.jobs, name=args.model))
-        end = adapruner.search(*given, folder=folder, execution=execution)
+        run = Run(statistics=folder, workers=Workers(jobs=args.jobs, name=args.model))
+        end = adapruner.search(opened.model, chosen, plan, inputs, texts.calibration, fit, run)
         trials = {} if chosen.space == "paper" else {"judged": judged_trials(chosen, plan, inputs, folder)}
         return end.scores, end.plan, {**end.record, **trials}
 
@@ -127,32 +122,29 @@ def judged_trials(chosen: Recipe, plan: Plan, inputs: Inputs, folder: Path) -> d
 
     `folder` has every loss of the search, so that it is repeated without a forward pass.
     """
-    problem, known, rungs = begun(chosen, plan, inputs, folder)
-    rounds = Rounds(problem, known, rungs, quiet)
-    study = Study(problem.space.dimensions(), chosen.sampler, chosen.seed)
-    promoted = rounds.promote(rounds.run(study, lambda: False))
-    masks = [problem.mask(Candidate(known.standard)), *(trial.units for trial in promoted)]
+    problem = begun(chosen, plan, inputs, folder)
+    rounds = Rounds(problem, quiet)
+    study = Study(problem.opening.dimensions, chosen.sampler, chosen.seed)
+    promoted = rounds.promote(rounds.run(study, chosen.trials, lambda: False))
+    trials = [problem.opening.standard, *promoted]
     gains = {}
     for text in scoring.texts:
         windows = data.windows(text, opened.tokenizer, 512).tokens[: args.promoted]
-        standard, *others = problem.evaluator.losses(masks, windows)
+        (_, standard), *others = problem.losses(trials, windows, quiet)
         gains[text.name] = [
             [
                 paired_gain(trial.losses["standard"], trial.losses["promoted"])["gain"],
                 paired_gain(standard, losses)["gain"],
             ]
-            for trial, losses in zip(promoted, others, strict=True)
+            for trial, (_, losses) in zip(promoted, others, strict=True)
         ]
     return gains
 
 
-def begun(chosen: Recipe, plan: Plan, inputs: Inputs, folder: Path) -> tuple[Problem, Known, RungWindows]:
+def begun(chosen: Recipe, plan: Plan, inputs: Inputs, folder: Path) -> AdaPruner:
     """A search up to its known metrics."""
-    validation, rungs = inputs.texts.validation, RungWindows(inputs.texts.validation.rungs)
-    base = BaseCut(opened.model, plan, chosen.width_step, chosen.layout)
-    evaluator = evaluator_of(opened.model, chosen.objective, folder)
-    problem = prepare(base, chosen, inputs.pool, validation, evaluator, rungs, quiet)
-    return problem, try_known(problem, rungs, quiet), rungs
+    evaluator, nothing = evaluator_of(opened.model, chosen.objective, folder), torch.zeros(0, 512, dtype=torch.long)
+    return adapruner.begin(evaluator, chosen, plan, inputs, nothing, Settings(), Run())
 
 
 def llm_pruner(ratio: float, seed: int) -> Find:
@@ -173,8 +165,9 @@ def best_fixed(ratio: float) -> Find:
 
     def found(restoration: bool) -> tuple[Scores, Plan, dict[str, Any]]:
         chosen = settled(ratio, 0)
-        problem, known, _ = begun(chosen, even(ratio), read_inputs(opened, chosen), args.results / "evidence")
-        return scores(problem.evidence, known.standard), even(ratio), {"standard": known.standard.describe()}
+        problem = begun(chosen, even(ratio), read_inputs(opened, chosen), args.results / "evidence")
+        standard = problem.opening.standard.candidate
+        return problem.measured.scores(standard), even(ratio), {"standard": standard.solution.describe()}
 
     return found
 

@@ -28,8 +28,8 @@ from billhook.search.budgets import BaseCut
 from billhook.search.evaluator import evaluator_of, masked_losses
 from billhook.search.inputs import read_inputs
 from billhook.search.ladder import RUNGS
+from billhook.search.measured import prepare
 from billhook.search.metrics import Solution
-from billhook.search.problem import prepare
 from billhook.search.space import Candidate
 from billhook.search.validation import RungWindows
 

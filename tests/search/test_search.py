@@ -27,11 +27,11 @@ from billhook.pruning.recipe import recipe
 from billhook.reports.search_tables import outcome_words
 from billhook.runtime.progress import quiet
 from billhook.runtime.run import Run
-from billhook.search import adapruner, evaluator, finals, ladder, layer_blocks
+from billhook.search import adapruner, evaluator, harness, ladder, layer_blocks
 from billhook.search.budgets import BaseCut, Shape, attention_counts, exchanged, longest_block, shaped
 from billhook.search.inputs import read_inputs
+from billhook.search.measured import prepare
 from billhook.search.metrics import Solution, digest, known_metrics, mixtures
-from billhook.search.problem import prepare
 from billhook.search.samplers import Study
 from billhook.search.space import Candidate, Dimension, lowest, space
 from billhook.search.trial import Trial, by_fronts, paired_gain, verdict
@@ -187,16 +187,16 @@ def test_what_does_not_beat_the_standard_on_unseen_windows_is_not_taken(
     text: str, better: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every candidate is a tenth of a nat better than it is on the windows of the search, and as good or worse at the end."""
-    real = finals.Finals._cut
+    real = adapruner.AdaPruner.finished
 
-    def cut(self: finals.Finals, candidates: Any) -> Any:
-        both = real(self, candidates)
-        standards, others = both[: finals.STANDARDS], both[finals.STANDARDS :]
+    def finished(self: adapruner.AdaPruner, candidates: Any, rung: Any) -> Any:
+        both = real(self, candidates, rung)
+        standards, others = both[: adapruner.STANDARDS], both[adapruner.STANDARDS :]
         gain, off = 0.05 if better else 0.0, torch.linspace(-0.01, 0.01, len(standards[0][1])).tolist()
         final = [x - gain + o for x, o in zip(standards[0][1], off, strict=True)]
         return [standards[0]] * len(standards) + [([x - 0.1 for x in rung], final) for rung, _ in others]
 
-    monkeypatch.setattr(finals.Finals, "_cut", cut)
+    monkeypatch.setattr(adapruner.AdaPruner, "finished", finished)
     end = found(text, restoration=False)
     assert end["accepted"] is better and end["chosen"] is not None
     if not better:
@@ -492,13 +492,13 @@ def test_it_competes_like_any_method(text: str, tmp_path: Path) -> None:
 
 
 def test_trials_end_when_time_does(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adapruner, "deadline", lambda *_: lambda: True)
+    monkeypatch.setattr(harness, "deadline", lambda *_: lambda: True)
     assert len(found(text)["trials"]) == ladder.BATCH
 
 
 def test_fasps_own_score_is_among_the_standards_of_a_repair(whole: dict[str, Any]) -> None:
     names = [one["name"] for one in whole["finalists"]]
-    count = finals.STANDARDS
+    count = adapruner.STANDARDS
     assert names[count] == "obs (FASP)" and all(isinstance(name, int) for name in names[count + 1 :])
     assert not any(
         one["by_fasp"] for one in whole["finalists"] if one["name"] != "obs (FASP)"
@@ -507,21 +507,21 @@ def test_fasps_own_score_is_among_the_standards_of_a_repair(whole: dict[str, Any
 
 def test_budgets_stand_by_fasps_own_score_too(text: str) -> None:
     record = found(text, layout="per_layer")
-    rows = record["finalists"][finals.STANDARDS + 1 :]
+    rows = record["finalists"][adapruner.STANDARDS + 1 :]
     own, again = ([one["name"] for one in rows if one["by_fasp"] is by_fasp] for by_fasp in (False, True))
     assert own == again and len(own) == ladder.FINALISTS
 
 
 def test_where_fasps_own_score_is_best_it_is_what_prunes(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = finals.Finals._restored
+    real = adapruner.AdaPruner.finished
 
-    def restored(self: finals.Finals, candidates: Any) -> Any:
+    def finished(self: adapruner.AdaPruner, candidates: Any, rung: Any) -> Any:
         return [
-            (rung, final) if candidate.solution else ([0.0], [0.0] * len(final))
-            for candidate, (rung, final) in zip(candidates, real(self, candidates), strict=True)
+            losses if candidate.solution else ([0.0], [0.0] * len(losses[1]))
+            for candidate, losses in zip(candidates, real(self, candidates, rung), strict=True)
         ]
 
-    monkeypatch.setattr(finals.Finals, "_restored", restored)
+    monkeypatch.setattr(adapruner.AdaPruner, "finished", finished)
     given = {**SMALL, "calibration": text, "seed": 5}
     result = billhook.prune(tiny.model("llama"), tokenizer=tiny.tokenizer(), **given)
     assert result.report["search"]["winner"]["solution"] is None and result.report["search"]["standard"] == "obs (FASP)"

@@ -21,10 +21,11 @@ from billhook.math.metric import ALIKE, FUNCTIONS, SCALES, Metric
 from billhook.math.optishear import norms_of, score
 from billhook.math.pattern import Pattern, parse
 from billhook.reports.search_tables import outcome_words
-from billhook.runtime.progress import quiet
+from billhook.runtime.run import Run
 from billhook.search import optishear
 from billhook.search.evaluator import evaluator_of
 from billhook.search.optishear import Candidate, with_candidate
+from billhook.search.trial import Trial
 from billhook.search.validation import Validation
 
 SMALL: dict[str, Any] = dict(method="optishear", sparsity=0.5, seq_len=64, samples=6, trials=12)
@@ -113,8 +114,10 @@ def test_the_model_is_as_it_was_after_trials(family: str, targets: tuple[str, ..
     before = {name: one.clone() for name, one in model.state_dict().items()}
     tokens = torch.randint(0, 90, (16, 32), generator=torch.Generator().manual_seed(0))
     windows = Validation(tokens[:0], tokens[:8], tokens[8:])
-    problem = optishear.prepare(how, tokens, windows, evaluator_of(model, "kl", None), quiet)
-    found = problem.losses([Candidate(Metric()), Candidate(Metric(f1="square"))], windows.rungs)
+    problem = optishear.begin(evaluator_of(model, "kl", None), {}, how, windows, tokens, Run())
+    found = problem.losses(
+        [Trial(n, Candidate(Metric(f1=f1))) for n, f1 in enumerate(("identity", "square"))], windows.rungs
+    )
     assert found[0][0] != found[1][0]
     assert min(map(min, (losses for _, losses in found))) > 0
     assert all(torch.equal(before[name], one) for name, one in model.state_dict().items())

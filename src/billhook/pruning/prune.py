@@ -38,7 +38,6 @@ from billhook.runtime.progress import Clock, Tick, quiet, unheard
 from billhook.runtime.run import Finished, Run
 from billhook.runtime.workers import Workers
 from billhook.search import adapruner, optishear
-from billhook.search.evaluator import IN_PROCESS, Execution
 from billhook.search.inputs import read_inputs, read_texts
 from billhook.tensors import Tokens
 from billhook.training.text_windows import read
@@ -111,17 +110,14 @@ def prune(  # noqa: PLR0913
         load.check_config({**model.config.to_dict(), "architectures": [type(model).__name__]}, opened.name)
         unfuse(model)
         check_known(model)
-    means = Execution(
-        Path(study) if study else None,
-        fresh,
-        replace(workers, name=os.path.abspath(opened.name) if Path(opened.name).exists() else opened.name),
-    )
+    name = os.path.abspath(opened.name) if Path(opened.name).exists() else opened.name
+    means = Run(folder=Path(study) if study else None, fresh=fresh, workers=replace(workers, name=name))
     journals = work is not None and opened.folder is not None and not (chosen.searches or chosen.shears)
     kept = Path(work) if journals and work is not None else None
     if kept:
         preflight.check_room(opened, chosen, kept)
     hidden = Room(units.amount(hidden_budget, units.BYTES, "hidden-budget"))
-    with evaluation_mode(opened.model), run_folder.locked(kept), run_folder.locked(means.study):
+    with evaluation_mode(opened.model), run_folder.locked(kept), run_folder.locked(means.folder):
         return prune_opened(opened, chosen, tick, statistics, announce, means, kept, hidden)
 
 
@@ -131,13 +127,14 @@ def prune_opened(
     tick: Tick = quiet,
     statistics: str | os.PathLike[str] | None = None,
     announce: Callable[[str], object] = unheard,
-    means: Execution = IN_PROCESS,
+    means: Run | None = None,
     work: Path | None = None,
     hidden: Room | None = None,
 ) -> Result:
     """Prune a model that is already loaded, in place."""
-    model, clock = opened.model, Clock()
-    run = Run(tick, announce, clock, workers=means.workers, hidden=hidden or Room())
+    model, clock, means = opened.model, Clock(), means or Run()
+    folder = Path(statistics) if statistics else None
+    run = replace(means, tick=tick, announce=announce, clock=clock, statistics=folder, hidden=hidden or Room())
     before, total = sizes.parameters(model), len(layers(model))
     calibration = data.Text("", "")
     if needs_text(chosen):
@@ -151,7 +148,6 @@ def prune_opened(
     calibration = data.joined(search_texts.calibration) if search_texts else calibration
     windows, texts = draw(opened, chosen, calibration)
     with peak_growth(model.device) as growth:
-        folder = Path(statistics) if statistics else None
         scores = planning.unit_scores(model, chosen, texts.calibration, clock, tick)
         found = _selected(opened, chosen, windows, texts, folder, run) if chosen.select == "healed" else None
         wanted = chosen.model_copy(update={"preset": found["chosen"]}) if found else chosen
@@ -160,8 +156,7 @@ def prune_opened(
             plan, how = Plan(), method_settings.masking_of(chosen)
             masking.check(model, how)
             if search_texts:
-                seen = {"folder": folder, "execution": means, "clock": clock, "tick": tick}
-                hunt = optishear.search(model, chosen, how, search_texts, texts.calibration, **seen)
+                hunt = optishear.search(model, chosen, how, search_texts, texts.calibration, run)
                 how = hunt.masking
             finished = _journal(opened, chosen, windows, texts.calibration, plan, work, means.fresh, folder)
             zeros = _masked(model, how, texts.calibration, replace(run, finished=finished))
@@ -169,18 +164,7 @@ def prune_opened(
             plan = planning.make_plan(model, wanted, texts, opened.dtype, scores, folder, clock, tick)
         if inputs:
             fit = method_settings.settings_of(chosen)
-            hunt = adapruner.search(
-                model,
-                chosen,
-                plan,
-                inputs,
-                texts.calibration,
-                fit,
-                folder=folder,
-                execution=means,
-                clock=clock,
-                tick=tick,
-            )
+            hunt = adapruner.search(model, chosen, plan, inputs, texts.calibration, fit, run)
             scores, plan = hunt.scores, hunt.plan
         narrowed = residual_budget.record(model, plan)
         if narrowed:

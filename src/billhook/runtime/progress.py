@@ -1,10 +1,12 @@
 """Progress of long work: a callback for steps done, a clock for the time of each stage."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 Tick = Callable[[str, int, int], None]  # called with the stage, the steps done, and all steps
+T = TypeVar("T")
 
 
 def quiet(stage: str, done: int, total: int) -> None:
@@ -13,6 +15,14 @@ def quiet(stage: str, done: int, total: int) -> None:
 
 def unheard(line: str) -> None:
     """Announce nothing."""
+
+
+def ticked(items: Sequence[T], stage: str, tick: Tick) -> Iterator[T]:
+    """The items, one by one; `tick` is told how many are done."""
+    for n, item in enumerate(items):
+        tick(stage, n, len(items))
+        yield item
+    tick(stage, len(items), len(items))
 
 
 class Clock:

@@ -5,9 +5,8 @@
 2. Known ones   every known metric on the whole pool is tried; the best is the standard, which the search may not fall
                 behind.
 3. Rounds       a sampler proposes a few candidates.  A proxy without a forward pass, 1/2 sum of the dropped gates'
-                Fisher on validation windows, drops the worse half.  The others are tried, mask in place, on a few
-                windows that the next round does not see again; the sampler is told by how much each is worse than the
-                standard on these windows.
+                Fisher on validation windows, drops the worse half.  The others are tried, mask in place
+                (billhook.search.harness).
 4. Ladder       the best are tried on more windows, those on the front of gain and steadiness are restored, and one is
                 left.
 5. Acceptance   it is taken if it beats the best of the standards by more than two standard errors, paired, on windows
@@ -18,35 +17,44 @@ the pruned model, TPE).  A search that trusts a few hundred tokens lowers its ow
 (docs/LOG.md).
 """
 
+import copy
+import math
+import statistics
 import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from billhook.cuts.narrowing import Settings
+from billhook.cuts.narrowing import Settings, narrow
 from billhook.models.plan import Plan, UnitScores
+from billhook.models.surgery import cast
 from billhook.runtime import cache
-from billhook.runtime.progress import Clock, Tick, quiet
-from billhook.runtime.run_folder import claim
+from billhook.runtime.progress import Tick, ticked
+from billhook.runtime.run import Run
+from billhook.search import harness
 from billhook.search.budgets import BaseCut
-from billhook.search.evaluator import IN_PROCESS, Execution, evaluator_of, with_workers
-from billhook.search.finals import STANDARDS, Finals, scores_of
+from billhook.search.evaluator import Evaluator, dropped_layers, with_workers
+from billhook.search.harness import Losses, Opening, Problem, inf_unless_finite
 from billhook.search.inputs import Inputs
-from billhook.search.ladder import FINALISTS, PROMOTED, RESTORED_ON, RUNGS, deadline
-from billhook.search.metrics import PoolEvidence, shares
-from billhook.search.problem import prepare
-from billhook.search.rounds import Rounds, try_known
-from billhook.search.samplers import Study
+from billhook.search.ladder import FINALISTS, RESTORED_ON, RUNGS, end_tokens
+from billhook.search.measured import Known, Measured, prepare, try_known
+from billhook.search.metrics import digest, shares
 from billhook.search.settings import SearchSettings
 from billhook.search.space import Candidate
-from billhook.search.validation import RungWindows, Validation
+from billhook.search.trial import Trial, paired_gain
+from billhook.search.validation import RungWindows
 from billhook.tensors import Tokens
 
+STANDARDS = 1  # how many known metrics, the best first, finalists are measured against
 PARTS = 5  # steps from the standard to the winner, each tried on the deciding windows
 RESTORING = 4  # forward passes over the calibration windows that a restoration costs
+BUDGETS = "and its budgets"
+RESTORED = "and restored"
 
 
 @dataclass(frozen=True)
@@ -58,18 +66,14 @@ class Found:
     record: dict[str, Any]
 
 
-def search(  # noqa: PLR0913
+def search(
     model: PreTrainedModel,
     chosen: SearchSettings,
     base: Plan,
     inputs: Inputs,
     calibration: Tokens,
     settings: Settings,
-    *,
-    folder: Path | None = None,
-    execution: Execution = IN_PROCESS,
-    clock: Clock | None = None,
-    tick: Tick = quiet,
+    run: Run,
 ) -> Found:
     """Search, and return the scores and the plan of the winner: a candidate, or the best standard.
 
@@ -77,86 +81,172 @@ def search(  # noqa: PLR0913
         base: how much goes from every axis; candidates with a shape of their own save as much.
         calibration: (windows, length), what finalists are restored on.
         settings: settings of the restoration, if there is one.
-        folder: keeps the evidence and every loss where the search has no study folder.
 
     Raises:
-        BillhookError: nothing is open to choose; no known metric works; the time is too short for one round; the study
+        BillhookError: nothing is open to choose; no known metric works; the time is too short for one round; the run's
             folder is another search's.
     """
-    clock, started = clock or Clock(), time.perf_counter()
-    validation, rungs = inputs.texts.validation, RungWindows(inputs.texts.validation.rungs)
-    alone = evaluator_of(model, chosen.objective, execution.study or folder)
-    if execution.study:
-        settled = chosen.model_dump(mode="json", exclude={"trials", "minutes"})
-        pool_sha256 = cache.digest({"tokens": inputs.pool.tokens.tolist()})
-        claim(execution.study, {**alone.key, "settings": settled, "pool": pool_sha256}, execution.fresh)
-    with with_workers(alone, execution.workers) as evaluator:
-        with clock("evidence"):
-            cut = BaseCut(model, base, chosen.width_step, chosen.layout)
-            problem = prepare(cut, chosen, inputs.pool, validation, evaluator, rungs, tick)
-        with clock("known metrics"):
-            before = time.perf_counter()
-            known = try_known(problem, rungs, tick)
-            tokens = len(known.rows) * RUNGS[1] * validation.rungs.shape[1]
-            pace = tokens / max(time.perf_counter() - before, 1e-6)
-        end = _end_tokens(validation, settings, calibration[:RESTORED_ON].numel()) / pace
-        is_over = deadline(chosen.minutes, started, end)
-        study = Study(problem.space.dimensions(), chosen.sampler, chosen.seed)
-        rounds = Rounds(problem, known, rungs, tick)
-        with clock("trials"):
-            trials = rounds.run(study, is_over)
-        with clock("promotion"):
-            promoted = rounds.promote(trials)
-        with clock("finals"):
-            rung = rungs.take(RUNGS[2])
-            restored_on = calibration[:RESTORED_ON]
-            finals = Finals(problem, known.standard, rung, validation.final, restored_on, settings, tick)
-            decision = finals.decide(known.rows, promoted[:FINALISTS])
-            winner = decision.candidate
-            parts = finals.parts(winner, decision.losses)
-    record = {
-        "space": chosen.space,
-        "dimensions": list(problem.space.dimensions()),
-        "sampler": chosen.sampler,
-        "objective": chosen.objective,
-        "seed": chosen.seed,
-        "trials": [trial.record(_candidate_record(trial.candidate)) for trial in trials],
-        "known": list(known.rows),
-        "promoted": [trial.number for trial in promoted],
-        "importance": study.importance(),
-        "winner": _candidate_record(winner),
+    began, validation = time.perf_counter(), inputs.texts.validation
+    pool_sha256 = cache.digest({"tokens": inputs.pool.tokens.tolist()})
+    alone = harness.evaluator_for(model, chosen, run, pool=pool_sha256)
+    with with_workers(alone, run.workers) as evaluator:
+        problem = begin(evaluator, chosen, base, inputs, calibration, settings, run)
+        outcome = harness.search(problem, chosen, run, began)
+        with run.clock("finals"):
+            parts = problem.parts(outcome.winner, outcome.losses)
+    record = outcome.record | {
+        "known": list(problem.known.rows),
         "parts": parts,
-        **decision.record,
-        "pool": _pool_record(inputs, problem.evidence, winner),
+        "restoration": settings.restoration,
+        "pool": _pool_record(inputs, problem, outcome.winner),
         "judges": list(inputs.texts.names),
         "validation": {part: list(getattr(validation, part).shape) for part in ("proxy", "rungs", "final")},
-        "rung_windows": rungs.used,
     }
-    return Found(scores_of(problem, winner), problem.plan(winner), record)
+    return Found(problem.measured.scores(outcome.winner), problem.measured.plan(outcome.winner), record)
 
 
-def _end_tokens(validation: Validation, settings: Settings, calibration: int) -> int:
-    """Tokens of the forward passes that follow the trials."""
-    short, final = validation.rungs.shape[1], validation.final.numel()
-    restoring = RESTORING * calibration if settings.restoration else 0
-    promotion = (PROMOTED + 1) * RUNGS[1] * short
-    finals = (2 * FINALISTS + STANDARDS + 1) * (RUNGS[2] * short + final + restoring)
-    return promotion + finals + PARTS * final
+def begin(
+    evaluator: Evaluator,
+    chosen: SearchSettings,
+    base: Plan,
+    inputs: Inputs,
+    calibration: Tokens,
+    settings: Settings,
+    run: Run,
+) -> "AdaPruner":
+    """Steps 1 and 2.
+
+    Raises:
+        BillhookError: nothing is open to choose; no known metric works; what was kept of an earlier run cannot be read.
+    """
+    validation, rungs = inputs.texts.validation, RungWindows(inputs.texts.validation.rungs)
+    with run.clock("evidence"):
+        cut = BaseCut(evaluator.model, base, chosen.width_step, chosen.layout)
+        measured = prepare(cut, chosen, inputs.pool, validation, evaluator, rungs, run.tick)
+    with run.clock("known metrics"):
+        before = time.perf_counter()
+        known = try_known(measured, rungs, run.tick)
+        seconds = max(time.perf_counter() - before, 1e-6) / (len(known.rows) * RUNGS[1] * validation.rungs.shape[1])
+    metrics = [row["metric"] for row in sorted(known.rows, key=lambda row: inf_unless_finite(row["loss"]))]
+    standards = {name: Candidate(measured.space.known[name]) for name in metrics[:STANDARDS]}
+    if settings.restoration:  # what is best before it need not be best after it
+        standards[f"{settings.score} (FASP)"] = Candidate()
+    restored_on = calibration[:RESTORED_ON]
+    each = RESTORING * restored_on.numel() if settings.restoration else 0
+    end = end_tokens(validation, 2 * FINALISTS + STANDARDS + 1, each) + PARTS * validation.final.numel()
+    opening = Opening(
+        dimensions=measured.space.dimensions(),
+        starts=_starts(measured, known),
+        standard=measured.trial(-1, Candidate(known.standard)),
+        standards=standards,
+        rungs=rungs,
+        end=end * seconds,
+        worse=known.worse,
+    )
+    return AdaPruner(measured, known, opening, validation.final, restored_on, settings, run.tick)
 
 
-def _candidate_record(candidate: Candidate) -> dict[str, Any]:
-    return {
-        "solution": candidate.solution and candidate.solution.describe(),
-        "shape": candidate.shape and asdict(candidate.shape),
-        "attention": candidate.attention,
-        "block": candidate.block,
-    }
+def _starts(measured: Measured, known: Known) -> list[dict[str, Any]]:
+    """Values of the dimensions for the known metrics, as far as the space can express them."""
+    space = measured.space
+    encoded = [(space.encode(metric), metric) for metric in space.known.values()]
+    return [values for values, metric in encoded if space.decode(values, known.standard).solution == metric]
 
 
-def _pool_record(inputs: Inputs, evidence: PoolEvidence, winner: Candidate) -> dict[str, Any]:
+@dataclass(frozen=True)
+class AdaPruner(Problem):
+    """The search for samples, metric and budgets, as the harness sees it."""
+
+    measured: Measured
+    known: Known
+    opening: Opening
+    final: Tensor  # windows that decide
+    calibration: Tokens  # windows that finalists are restored on
+    settings: Settings  # settings of the restoration
+    tick: Tick
+
+    def trial(self, number: int, values: Mapping[str, Any]) -> Trial:
+        return self.measured.trial(number, self.measured.space.decode(values, self.known.standard))
+
+    def worth_trying(self, trials: Sequence[Trial]) -> list[Trial]:
+        """The better half by the proxy, which says nothing of whole layers: of trials that drop the same ones."""
+        by_layers: dict[tuple[int, ...], list[Trial]] = {}
+        for trial in sorted(trials, key=lambda trial: trial.proxy or 0.0):
+            by_layers.setdefault(dropped_layers(trial.units), []).append(trial)
+        return [trial for group in by_layers.values() for trial in group[: math.ceil(len(group) / 2)]]
+
+    def losses(self, trials: Sequence[Trial], windows: Tokens, tick: Tick) -> list[tuple[str, list[float]]]:
+        losses = self.measured.evaluator.losses([trial.units for trial in trials], windows, tick, "promoted")
+        return [(trial.mask, of_trial) for trial, of_trial in zip(trials, losses, strict=True)]
+
+    def finalists(self, trials: Sequence[Trial]) -> list[tuple[int, Candidate]]:
+        """Where kept weights are restored, those with budgets of their own stand there a second time, by FASP's score."""
+        finalists = super().finalists(trials)
+        by_fasp = [(number, replace(candidate, solution=None)) for number, candidate in finalists]
+        return finalists + [each for each in by_fasp if self.settings.restoration and each[1] != Candidate()]
+
+    def finished(self, candidates: Sequence[Candidate], rung: Tokens) -> list[Losses]:
+        """By the recipe's own stream, on fewer calibration windows; or without restoration, in place."""
+        windows, evaluator = (rung, self.final), self.measured.evaluator
+        if not self.settings.restoration:
+            masks = [self.measured.mask(candidate) for candidate in candidates]
+            return list(zip(*(evaluator.losses(masks, part, self.tick, "finals") for part in windows), strict=True))
+        losses: list[Losses] = []
+        for candidate in ticked(candidates, "restoring finalists", self.tick):
+            plan = self.measured.plan(candidate)
+            key = {
+                **evaluator.key,
+                "calibration": cache.digest({"tokens": self.calibration.tolist()}),
+                "settings": asdict(self.settings),
+                "cut": {f"{layer} {kind}": count for (layer, kind), count in plan.drops.items()},
+                "layers": list(plan.layers),
+                "mask": candidate.solution and digest(self.measured.mask(candidate)),
+            }
+            losses.append(evaluator.finished_losses(key, partial(self._restored, candidate, plan), windows))
+        return losses
+
+    def _restored(self, candidate: Candidate, plan: Plan) -> PreTrainedModel:
+        smaller = copy.deepcopy(self.measured.base.model)
+        cast(smaller, self.measured.evaluator.autocast or smaller.dtype)  # as good, and a third faster (docs/LOG.md)
+        narrow(smaller, self.calibration, plan, self.settings, Run(), self.measured.scores(candidate))
+        return smaller
+
+    def mark(self, candidate: Candidate | None) -> dict[str, Any]:
+        return {"by_fasp": candidate is not None and candidate.solution is None}
+
+    def parts(self, winner: Candidate, restored: Sequence[float]) -> list[dict[str, Any]]:
+        """What samples, metric and budgets each bring, on the windows that decide, without restoration.
+
+        Args:
+            restored: the winner's losses after the restoration, which make the last row.
+        """
+        standard, solution = self.known.standard, winner.solution
+        steps = {"the best fixed metric on the whole pool": Candidate(standard)}
+        if solution:
+            metric = {name: getattr(solution, name) for name in ("coefficients", "power", "reduction", "within")}
+            samples = {name: getattr(solution, name) for name in ("levels", "count", "draw")}
+            steps |= {
+                "its samples changed": Candidate(replace(standard, **samples)),
+                "its metric changed": Candidate(replace(standard, **metric)),
+                "both": Candidate(solution),
+            }
+        if replace(winner, solution=None) != Candidate():
+            steps[BUDGETS] = replace(winner, solution=solution or standard)
+        masks = [self.measured.mask(candidate) for candidate in steps.values()]
+        every = self.measured.evaluator.losses(masks, self.final, self.tick, "parts")
+        rows: dict[str, Sequence[float]] = dict(zip(steps, every, strict=True))
+        if self.settings.restoration:
+            rows[RESTORED] = restored
+        return [
+            {"what": name, "loss": statistics.fmean(losses), **paired_gain(every[0], losses)}
+            for name, losses in rows.items()
+        ]
+
+
+def _pool_record(inputs: Inputs, problem: AdaPruner, winner: Candidate) -> dict[str, Any]:
     """Every window of the pool: its text's number, its cluster, its share in the winner's mixture, and its text."""
     pool, solution = inputs.pool, winner.solution
-    weights = shares(evidence.clusters, solution) if solution else torch.zeros(len(pool.tokens))
+    weights = shares(problem.measured.evidence.clusters, solution) if solution else torch.zeros(len(pool.tokens))
     return {
         "sources": list(pool.sources),
         "seq_len": pool.tokens.shape[1],

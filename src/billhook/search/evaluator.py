@@ -1,7 +1,7 @@
 """Evaluate cuts of a model on windows of text, in place, in one process or several; losses are kept on disk."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,7 +20,7 @@ from billhook.models.surgery import with_weight, without
 from billhook.runtime import cache
 from billhook.runtime.precision import autocast_dtype, computing
 from billhook.runtime.progress import Tick, quiet
-from billhook.runtime.workers import ONE_PROCESS, ParallelMap, Workers, worker_pool
+from billhook.runtime.workers import ParallelMap, Workers, worker_pool
 from billhook.search.layer_blocks import Block, Patch
 from billhook.search.metrics import digest
 from billhook.tensors import Tokens
@@ -58,6 +58,18 @@ class Evaluator:
             if name not in self.memory:
                 self.memory[name] = cache.cached(self.folder, "trial", key, lambda: next(measured))
         return [self.memory[cache.digest(key)] for key in keys]
+
+    def finished_losses(
+        self, key: Mapping[str, Any], finish: Callable[[], PreTrainedModel], windows: Sequence[Tensor]
+    ) -> list[list[float]]:
+        """The next token's loss of the model that `finish` makes, on each of several parts (windows, length)."""
+
+        def measure() -> list[list[float]]:
+            model = finish()
+            return [masked_losses(model, {}, part, None, None, self.autocast) for part in windows]
+
+        seen = [cache.digest({"tokens": part.tolist()}) for part in windows]
+        return cache.cached(self.folder, "final", {**key, "windows": seen}, measure)
 
     def _patch(self, mask: Mask) -> Patch | None:
         dropped = dropped_layers(mask)
@@ -141,22 +153,6 @@ def dropped_layers(mask: Mask) -> tuple[int, ...]:
 
 def _batches(windows: Tokens) -> Sequence[Tensor]:
     return windows.split(max(1, BATCH_TOKENS // windows.shape[1]))
-
-
-@dataclass(frozen=True)
-class Execution:
-    """Where a search runs; none of it decides the result.
-
-    `study` is a folder that belongs to one search: after a kill the search goes on there.  Another search is refused
-    there unless `fresh`.
-    """
-
-    study: Path | None = None
-    fresh: bool = False
-    workers: Workers = ONE_PROCESS
-
-
-IN_PROCESS = Execution()
 
 
 @contextmanager

@@ -3,26 +3,22 @@
 1. Norms      of what enters every linear weight, in one forward pass of the unpruned model.
 2. Known ones Wanda's metric and RIA's are points of the space; Wanda's is the standard, which the search may not fall
               behind.
-3. Rounds     a sampler proposes a few candidates.  Those whose zeros differ from all before are tried, zeros in place,
-              on a few windows that the next round does not see again, against the standard on the same windows.
-4. Ladder     the best are tried on more windows; those on the front of gain and steadiness are pruned as the result
-              will be.
-5. Acceptance as in billhook.search.adapruner: by more than two standard errors, paired, on windows that nothing has
-              seen.
+3. Rounds     a sampler proposes a few candidates, which are tried with their zeros in place; then as in every search
+              (billhook.search.harness).
 
 The paper scores trials by the distance of logits on its calibration prompts and searches each layer's sparsity
-afterwards; here a slope and a bend over depth are dimensions of the same search.  Steps 4 and 5 are billhook's.
+afterwards; here a slope and a bend over depth are dimensions of the same search.  What comes after the rounds is
+billhook's.
 """
 
 import copy
 import hashlib
-import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -39,16 +35,16 @@ from billhook.math.metric import FUNCTIONS, SCALES, Metric
 from billhook.math.optishear import norms_of, score
 from billhook.models.families import layers
 from billhook.runtime import cache
-from billhook.runtime.progress import Clock, Tick, quiet
+from billhook.runtime.progress import Tick, quiet, ticked
 from billhook.runtime.run import Run
-from billhook.runtime.run_folder import claim
-from billhook.search.evaluator import IN_PROCESS, Evaluator, Execution, evaluator_of, masked_losses
+from billhook.search import harness
+from billhook.search.evaluator import Evaluator, masked_losses
+from billhook.search.harness import Losses, Opening, Problem
 from billhook.search.inputs import SearchTexts
-from billhook.search.ladder import BATCH, FINALISTS, PROMOTED, RESTORED_ON, RUNGS, deadline
-from billhook.search.samplers import Study
+from billhook.search.ladder import FINALISTS, RESTORED_ON, end_tokens
 from billhook.search.settings import SearchSettings
 from billhook.search.space import Dimension, groups_of
-from billhook.search.trial import Trial, best_of_each_mask, by_fronts, paired_gain, verdict
+from billhook.search.trial import Trial
 from billhook.search.validation import RungWindows, Validation
 from billhook.tensors import Tokens, Weight, precise
 
@@ -122,21 +118,38 @@ def with_candidate(base: Masking, candidate: Candidate, total: int) -> Masking:
 
 
 @dataclass(frozen=True)
-class Problem:
-    """What is known before the first trial.  Candidates are tried on one model, which is as it was after each."""
+class OptiShear(Problem):
+    """The search for a metric and sparsities, as the harness sees it.  After each trial the model is as it was."""
 
     base: Masking  # what is masked, by Wanda's metric
     norms: Mapping[str, Tensor]  # norms of the inputs of every linear weight, by the weight's path
-    validation: Validation
+    opening: Opening
+    final: Tensor  # windows that decide
+    calibration: Tokens  # windows that finalists are pruned on
     evaluator: Evaluator
-    key: Mapping[str, Any]  # what decides a loss besides candidate and windows
+    tick: Tick
 
     @property
     def model(self) -> PreTrainedModel:
         return self.evaluator.model
 
+    @cached_property
+    def key(self) -> dict[str, Any]:
+        """What decides a loss besides candidate and windows."""
+        return {
+            **self.evaluator.key,
+            "objective": self.evaluator.objective,
+            "norms": cache.digest({name: values.tolist() for name, values in self.norms.items()}),
+            "how": [str(self.base.pattern), list(self.base.targets), self.base.keep_zeros],
+        }
+
     def masking(self, candidate: Candidate) -> Masking:
         return with_candidate(self.base, candidate, len(layers(self.model)))
+
+    def trial(self, number: int, values: Mapping[str, Any]) -> Trial:
+        """A trial that goes by its candidate: only once its zeros are in place is their digest known."""
+        candidate = decode(values)
+        return Trial(number, candidate, key=candidate)
 
     def kept(self, candidate: Candidate) -> Iterator[tuple[str, Tensor]]:
         """Every weight's path, and which entries (out, in) a candidate keeps."""
@@ -165,72 +178,77 @@ class Problem:
             for name, weight in originals.items():
                 masking.put_weight(self.model, name, weight)
 
-    def losses(
-        self, candidates: Sequence[Candidate], windows: Tokens, tick: Tick = quiet
-    ) -> list[tuple[str, list[float]]]:
-        """The digest of each candidate's zeros, and its loss on every window; '' and no losses if it is impossible."""
+    def losses(self, trials: Sequence[Trial], windows: Tokens, tick: Tick = quiet) -> list[tuple[str, list[float]]]:
         evaluator = self.evaluator
         targets = evaluator.dense_predictions(windows) if evaluator.objective == "kl" else None
         windows_sha256, results = hashlib.sha256(windows.numpy().tobytes()).hexdigest(), []
-        for n, candidate in enumerate(candidates):
-            tick("promoted", n, len(candidates))
+        for trial in ticked(trials, "promoted", tick):
             with ExitStack() as stack:
                 try:
-                    mask = stack.enter_context(self.applied(candidate))
+                    mask = stack.enter_context(self.applied(trial.candidate))
                 except BillhookError:  # a trial that failed, which is counted
                     results.append(("", []))
                     continue
+                measure = partial(masked_losses, self.model, {}, windows, targets, None, evaluator.autocast)
                 key = {**self.key, "windows": windows_sha256, "mask": mask}
-                losses = cache.cached(
-                    evaluator.folder,
-                    "trial",
-                    key,
-                    lambda: masked_losses(self.model, {}, windows, targets, None, evaluator.autocast),
-                )
-                results.append((mask, losses))
-        tick("promoted", len(candidates), len(candidates))
+                results.append((mask, cache.cached(evaluator.folder, "trial", key, measure)))
         return results
 
-    def pruned_losses(self, candidate: Candidate, calibration: Tokens, rung: Tensor) -> list[list[float]]:
-        """Losses on `rung` and on the deciding windows of a candidate that is pruned as the result will be."""
-        wanted, both = self.masking(candidate), (rung, self.validation.final)
-        key = {
-            **self.key,
-            "candidate": [candidate.describe(), sorted(wanted.by_layer.items())],
-            "how": [*self.key["how"], wanted.stream, str(asdict(replace(wanted.settings, zeros=None)))],
-            "calibration": cache.digest({"tokens": calibration.tolist()}),
-            "windows": [cache.digest({"tokens": windows.tolist()}) for windows in both],
-        }
+    def finished(self, candidates: Sequence[Candidate], rung: Tokens) -> list[Losses]:
+        """Pruned in the result's own stream, on fewer calibration windows."""
+        losses: list[Losses] = []
+        for candidate in ticked(candidates, "pruning finalists", self.tick):
+            wanted = self.masking(candidate)
+            key = {
+                **self.key,
+                "candidate": [candidate.describe(), sorted(wanted.by_layer.items())],
+                "how": [*self.key["how"], wanted.stream, str(asdict(replace(wanted.settings, zeros=None)))],
+                "calibration": cache.digest({"tokens": self.calibration.tolist()}),
+            }
+            losses.append(self.evaluator.finished_losses(key, partial(self._pruned, wanted), (rung, self.final)))
+        return losses
 
-        def measure() -> list[list[float]]:
-            sparse = copy.deepcopy(self.model)
-            masking.mask(sparse, calibration, wanted, Run())
-            return [masked_losses(sparse, {}, windows, None, None, self.evaluator.autocast) for windows in both]
-
-        return cache.cached(self.evaluator.folder, "final", key, measure)
+    def _pruned(self, wanted: Masking) -> PreTrainedModel:
+        sparse = copy.deepcopy(self.model)
+        masking.mask(sparse, self.calibration, wanted, Run())
+        return sparse
 
 
-def prepare(base: Masking, tokens: Tokens, validation: Validation, evaluator: Evaluator, tick: Tick) -> Problem:
+def begin(
+    evaluator: Evaluator,
+    space: Mapping[str, Dimension],
+    base: Masking,
+    validation: Validation,
+    calibration: Tokens,
+    run: Run,
+) -> OptiShear:
     """Step 1: the norms of what enters every linear weight.
 
     Args:
-        tokens: calibration windows (windows, length).
+        calibration: (windows, length), what the norms are measured and finalists pruned on.
     """
 
     def tick_norms(_: str, done: int, total: int) -> None:
-        tick(NORMS, done, total)
+        run.tick(NORMS, done, total)
 
-    norms: dict[str, Tensor] = {}
-    for group in operators(evaluator.model, tokens, base.targets, Run(tick_norms), Route(held_out=0.0)):
-        of_group = norms_of(group.fit.gram.diagonal().clone(), tokens.numel())
-        norms |= {name: of_group for name in group.names.values()}
-    key = {
-        **evaluator.key,
-        "objective": evaluator.objective,
-        "norms": cache.digest({name: values.tolist() for name, values in norms.items()}),
-        "how": [str(base.pattern), list(base.targets), base.keep_zeros],
-    }
-    return Problem(base, norms, validation, evaluator, key)
+    norms, before = dict[str, Tensor](), time.perf_counter()
+    with run.clock("norms"):
+        for group in operators(evaluator.model, calibration, base.targets, Run(tick_norms), Route(held_out=0.0)):
+            of_group = norms_of(group.fit.gram.diagonal().clone(), calibration.numel())
+            norms |= {name: of_group for name in group.names.values()}
+    seconds, pruned_on = (time.perf_counter() - before) / calibration.numel(), calibration[:RESTORED_ON]
+    every = [{"slope": 0.0, "bend": 0.0, **asdict(metric)} for metric in KNOWN.values()]
+    starts = [{name: values[name] for name in space} for values in (every if "alpha" in space else every[:1])]
+    opening = Opening(
+        dimensions=space,
+        starts=starts,
+        standards={STANDARD: STANDARD_CANDIDATE},
+        standard=Trial(-1, STANDARD_CANDIDATE, key=STANDARD_CANDIDATE),
+        rungs=RungWindows(validation.rungs),
+        end=seconds * end_tokens(validation, FINALISTS + 1, PRUNING * pruned_on.numel()),
+        always_measures=True,
+    )
+    return OptiShear(base, norms, opening, validation.final, pruned_on, evaluator, run.tick)
 
 
 def search(
@@ -239,161 +257,30 @@ def search(
     base: Masking,
     texts: SearchTexts,
     calibration: Tokens,
-    *,
-    folder: Path | None = None,
-    execution: Execution = IN_PROCESS,
-    clock: Clock | None = None,
-    tick: Tick = quiet,
+    run: Run,
 ) -> Found:
     """Search, and return what to make sparse: by the metric that won, or by Wanda's.
 
     Args:
         base: what is masked, and how many zeros there are.
         calibration: (windows, length), what the norms are measured and finalists pruned on.
-        folder: keeps every loss where the search has no study folder.
 
     Raises:
-        BillhookError: nothing is open to choose; the time is too short for one round; the study folder is another
+        BillhookError: nothing is open to choose; the time is too short for one round; the run's folder is another
             search's.
     """
-    clock, started = clock or Clock(), time.perf_counter()
+    began, validation = time.perf_counter(), texts.validation
     space = dimensions(("metric",) if chosen.space == "paper" else groups_of(chosen.space), base)
     if not space:
         raise BillhookError(
             f"--space {chosen.space} leaves nothing to choose for zeros: choose metric, or budgets without a --pattern"
         )
-    evaluator = evaluator_of(model, chosen.objective, execution.study or folder)
-    if execution.study:
-        settled = chosen.model_dump(mode="json", exclude={"trials", "minutes"})
-        claim(execution.study, {**evaluator.key, "settings": settled}, execution.fresh)
-    rungs = RungWindows(texts.validation.rungs)
-    with clock("norms"):
-        problem = prepare(base, calibration, texts.validation, evaluator, tick)
-    pace = (time.perf_counter() - started) / calibration.numel()
-    end = pace * _end_tokens(texts.validation, calibration[:RESTORED_ON].numel())
-    is_over = deadline(chosen.minutes, started, end)
-    study = Study(space, chosen.sampler, chosen.seed)
-    rounds = Rounds(problem, space, rungs, tick)
-    with clock("trials"):
-        trials = rounds.run(study, chosen.trials, is_over)
-    with clock("promotion"):
-        promoted = rounds.promote(trials)
-    with clock("finals"):
-        winner, decided = _decide(problem, promoted[:FINALISTS], calibration[:RESTORED_ON], rungs.take(RUNGS[2]), tick)
-    record = {
+    problem = begin(harness.evaluator_for(model, chosen, run), space, base, validation, calibration, run)
+    outcome = harness.search(problem, chosen, run, began)
+    record = outcome.record | {
         "method": "optishear",
-        "space": chosen.space,
-        "dimensions": list(space),
-        "sampler": chosen.sampler,
-        "objective": chosen.objective,
-        "seed": chosen.seed,
-        "trials": [trial.record(trial.candidate.describe()) for trial in trials],
-        "promoted": [trial.number for trial in promoted],
-        "importance": study.importance(),
-        "winner": winner.describe(),
-        **decided,
-        "judges": list(texts.names),
-        "validation": {part: list(getattr(texts.validation, part).shape) for part in ("rungs", "final")},
-        "rung_windows": rungs.used,
-    }
-    return Found(problem.masking(winner), record)
-
-
-def _end_tokens(validation: Validation, calibration: int) -> int:
-    """Tokens of the forward passes that follow the trials."""
-    _, promotion, choice = (count * validation.rungs.shape[1] for count in RUNGS)
-    finalist = choice + validation.final.numel() + PRUNING * calibration
-    return (PROMOTED + 1) * promotion + (FINALISTS + 1) * finalist
-
-
-class Rounds:
-    """Batches of candidates, each compared with the standard on the same windows."""
-
-    def __init__(self, problem: Problem, space: Mapping[str, Dimension], rungs: RungWindows, tick: Tick) -> None:
-        self.problem, self.space, self.rungs, self.tick = problem, space, rungs, tick
-        self.worse: dict[str, float] = {}  # nats a token more than the standard, by the digest of the zeros
-        self.masks: dict[Candidate, str] = {}  # digest of the zeros of every candidate so far
-
-    def run(self, study: Study, total: int, is_over: Callable[[], bool]) -> list[Trial]:
-        """Step 3, until the trials are used up or time is."""
-        trials: list[Trial] = []
-        starts = self._starts()
-        while len(trials) < total and not (trials and is_over()):
-            self.tick("trials", len(trials), total)
-            count = min(BATCH, total - len(trials))
-            trials += self._round(study, study.ask(count, [] if trials else starts[:count]))
-        self.tick("trials", total, total)
-        return trials
-
-    def _starts(self) -> list[dict[str, Any]]:
-        """Values of the dimensions for the known metrics, as far as the space can express them."""
-        even = {"slope": 0.0, "bend": 0.0}
-        every = [{name: {**even, **asdict(metric)}[name] for name in self.space} for metric in KNOWN.values()]
-        return every if "alpha" in self.space else every[:1]
-
-    def _round(self, study: Study, proposals: Sequence[tuple[int, Mapping[str, Any]]]) -> list[Trial]:
-        candidates = {number: decode(values) for number, values in proposals}
-        fresh = [candidate for candidate in dict.fromkeys(candidates.values()) if candidate not in self.masks]
-        (_, standard), *results = self.problem.losses([STANDARD_CANDIDATE, *fresh], self.rungs.take(RUNGS[0]))
-        first: dict[str, list[float]] = {}  # losses of zeros that were not seen before, by their digest
-        for candidate, (mask, losses) in zip(fresh, results, strict=True):
-            self.masks[candidate] = mask
-            if mask and mask not in self.worse:
-                self.worse[mask] = statistics.fmean(losses) - statistics.fmean(standard)
-                first[mask] = losses
-        trials = []
-        for number, candidate in candidates.items():
-            trial = Trial(number, candidate, self.masks[candidate])
-            trial.worse = self.worse.get(trial.mask)
-            if trial.worse is None or not math.isfinite(trial.worse):
-                trial.state, trial.worse = "failed", None
-            elif trial.mask in first:
-                trial.state = "tried"
-                trial.losses["round"] = first.pop(trial.mask)
-            else:
-                trial.state = "repeated"
-            study.tell(number, trial.worse)
-            trials.append(trial)
-        return trials
-
-    def promote(self, trials: Sequence[Trial]) -> list[Trial]:
-        """Step 4, first half: try the best on more windows; returns them in the order of their fronts."""
-        others = [trial for trial in trials if trial.candidate != STANDARD_CANDIDATE]
-        promoted = best_of_each_mask(others, PROMOTED)
-        candidates = [STANDARD_CANDIDATE, *(trial.candidate for trial in promoted)]
-        (mask, standard), *results = self.problem.losses(candidates, self.rungs.take(RUNGS[1]), self.tick)
-        for trial, (_, losses) in zip(promoted, results, strict=True):
-            trial.losses |= {"promoted": losses, "standard": standard}
-        return by_fronts([trial for trial in promoted if trial.mask != mask])
-
-
-def _decide(
-    problem: Problem, finalists: Sequence[Trial], calibration: Tokens, rung: Tensor, tick: Tick
-) -> tuple[Candidate, dict[str, Any]]:
-    """The best finalist if it beats the standard, else that, pruned in the result's own stream; and the record."""
-    names: list[str | int] = [STANDARD, *(trial.number for trial in finalists)]
-    candidates = [STANDARD_CANDIDATE, *(trial.candidate for trial in finalists)]
-    losses = []
-    for n, candidate in enumerate(candidates):
-        tick("pruning finalists", n, len(candidates))
-        losses.append(problem.pruned_losses(candidate, calibration, rung))
-    tick("pruning finalists", len(candidates), len(candidates))
-    order = sorted(range(1, len(candidates)), key=lambda n: statistics.fmean(losses[n][0]))
-    best = order[0] if order else 0
-    decided = verdict(losses[0][1], losses[best][1])
-    rows = [
-        {
-            "name": name,
-            "rung": statistics.fmean(on_rung),
-            "final": statistics.fmean(on_final),
-            **paired_gain(losses[0][1], on_final),
-        }
-        for name, (on_rung, on_final) in zip(names, losses, strict=True)
-    ]
-    return candidates[best if decided["accepted"] else 0], {
-        "standard": STANDARD,
-        "chosen": names[best] if best else None,
-        "finalists": rows,
-        **decided,
         "restoration": False,
+        "judges": list(texts.names),
+        "validation": {part: list(getattr(validation, part).shape) for part in ("rungs", "final")},
     }
+    return Found(problem.masking(outcome.winner), record)

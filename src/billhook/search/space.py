@@ -1,7 +1,7 @@
 """What a search may choose, dimension by dimension, and the candidate that a choice stands for."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from billhook.choices import GROUPS, SPACES
@@ -36,6 +36,14 @@ class Candidate:
     shape: Shape | None = None  # None: as the allocation says
     attention: int | None = None  # units of the attention axis that go from every layer; None: as the allocation says
     block: Block | None = None  # layers that go whole
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "solution": self.solution and self.solution.describe(),
+            "shape": self.shape and asdict(self.shape),
+            "attention": self.attention,
+            "block": self.block,
+        }
 
 
 @dataclass(frozen=True)

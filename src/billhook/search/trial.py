@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,16 +20,19 @@ class Trial:
     """One candidate and what became of it."""
 
     number: int
-    candidate: Any  # a point of the search space
-    mask: str  # digest of the units or weights that the candidate drops; '' where it is impossible
+    candidate: Any  # a point of the search space; its `describe()` is plain data
+    mask: str = (
+        ""  # digest of the units or weights that the candidate drops; '' where it is impossible, or not known yet
+    )
+    key: Hashable = ""  # what tells it from others before it is tried; '' where it is impossible
     state: str = ""  # tried, repeated, dropped or failed
     proxy: float | None = None
     worse: float | None = None  # nats a token more than the standard, on the same windows
     losses: dict[str, list[float]] = field(default_factory=dict)  # losses of each window, by rung
     units: Mask = field(default_factory=dict)  # the units that the candidate drops, where it drops units
 
-    def record(self, candidate: Mapping[str, Any]) -> dict[str, Any]:
-        """The trial as plain data, with its candidate as plain data."""
+    def record(self) -> dict[str, Any]:
+        """The trial as plain data."""
         gain = {}
         if "promoted" in self.losses:
             gain = {"gain": paired_gain(self.losses["standard"], self.losses["promoted"])}
@@ -39,7 +42,7 @@ class Trial:
             "state": self.state,
             "proxy": self.proxy,
             "worse": self.worse,
-            **candidate,
+            **self.candidate.describe(),
             **gain,
         }
 
@@ -67,12 +70,11 @@ def verdict(standard: Sequence[float], losses: Sequence[float]) -> dict[str, Any
     return {**gain, "needed": needed, "odds": ODDS, "accepted": believed}
 
 
-def best_of_each_mask(trials: Sequence[Trial], count: int, besides: str = "") -> list[Trial]:
-    """The `count` best trials that were tried, one for each mask; the mask `besides` is left out."""
+def best_of_each_mask(trials: Sequence[Trial], count: int) -> list[Trial]:
+    """The `count` best trials that were tried, one for each mask."""
     best: dict[str, Trial] = {}
     for trial in sorted((t for t in trials if t.worse is not None), key=lambda t: (t.worse, t.number)):
-        if trial.mask != besides:
-            best.setdefault(trial.mask, trial)
+        best.setdefault(trial.mask, trial)
     return list(best.values())[:count]
 
 

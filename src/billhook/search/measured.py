@@ -1,31 +1,34 @@
-"""AdaPruner's problem: all that is measured before the first trial, and what a candidate means by it."""
+"""What AdaPruner's search measures before the first trial, and what a candidate means by it."""
 
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
+from billhook.errors import BillhookError
 from billhook.math import selection
 from billhook.models.axes import Axis, axes
 from billhook.models.plan import AxisKey, Plan
-from billhook.runtime.progress import Tick
+from billhook.runtime.progress import Tick, ticked
 from billhook.search.budgets import BaseCut, exchanged, longest_block, shaped
-from billhook.search.evaluator import WHOLE, Evaluator, Mask, dropped_layers
+from billhook.search.evaluator import WHOLE, Evaluator, Mask
 from billhook.search.evidence import evidence, gate_fishers
 from billhook.search.ladder import RUNGS
 from billhook.search.layer_blocks import Block, Patch, cheapest, lengths, patch
-from billhook.search.metrics import PoolEvidence, Solution, scores
+from billhook.search.metrics import TERMS, PoolEvidence, Solution, digest, scores
 from billhook.search.pool import Pool
 from billhook.search.settings import SearchSettings
 from billhook.search.space import Candidate, Space, groups_of, space
-from billhook.search.trial import Trial
+from billhook.search.trial import Trial, paired_gain
 from billhook.search.validation import RungWindows, Validation
 from billhook.tensors import Scores
 
 
 @dataclass(frozen=True)
-class Problem:
+class Measured:
     """What is known before the first trial.  Nothing in it changes while the search runs."""
 
     base: BaseCut
@@ -36,11 +39,6 @@ class Problem:
     floor: float  # share of its FFN channels that a layer keeps at least
     space: Space
     evaluator: Evaluator
-
-    @property
-    def whole_pool(self) -> Solution:
-        """Every window of the pool with the same weight, and no metric yet."""
-        return Solution((1,) * self.evidence.count)
 
     def plan(self, candidate: Candidate) -> Plan:
         """How many units a candidate drops from every axis, and which layers."""
@@ -53,7 +51,7 @@ class Problem:
     def mask(self, candidate: Candidate) -> Mask:
         """The units that a candidate with a solution drops."""
         assert candidate.solution is not None
-        plan, unit_scores = self.plan(candidate), scores(self.evidence, candidate.solution)
+        plan, unit_scores = self.plan(candidate), self.scores(candidate)
         mask: dict[AxisKey, torch.Tensor] = {(n, WHOLE): torch.empty(0, dtype=torch.long) for n in plan.layers}
         for axis in self.axes:
             place = axis.layer, axis.kind
@@ -61,17 +59,23 @@ class Problem:
                 mask[place] = selection.lowest(unit_scores[place], count, axis.blocks)[0]
         return mask
 
-    def proxy(self, mask: Mask) -> float:
-        """1/2 sum over dropped units of the mean squared gate gradient: the loss's second order, one gate at a time."""
-        dropped = {place: units for place, units in mask.items() if place[1] != WHOLE}
-        return sum(float(self.fishers[place][units].sum()) for place, units in dropped.items()) / 2
+    def trial(self, number: int, candidate: Candidate) -> Trial:
+        """A trial of a candidate.
 
-    def better_half(self, trials: Sequence[Trial]) -> list[Trial]:
-        """The better half by the proxy, which says nothing of whole layers: of trials that drop the same ones."""
-        by_layers: dict[tuple[int, ...], list[Trial]] = {}
-        for trial in sorted(trials, key=lambda trial: self.proxy(trial.units)):
-            by_layers.setdefault(dropped_layers(trial.units), []).append(trial)
-        return [trial for group in by_layers.values() for trial in group[: math.ceil(len(group) / 2)]]
+        Its proxy is 1/2 sum over dropped units of the mean squared gate gradient: the loss's second order, one gate at a
+        time.
+        """
+        try:
+            units = self.mask(candidate)
+        except BillhookError:  # a shape that cannot save that much
+            return Trial(number, candidate)
+        dropped = {place: entries for place, entries in units.items() if place[1] != WHOLE}
+        proxy = sum(float(self.fishers[place][entries].sum()) for place, entries in dropped.items()) / 2
+        return Trial(number, candidate, digest(units), digest(units), proxy=proxy, units=units)
+
+    def scores(self, candidate: Candidate) -> Mapping[AxisKey, Scores]:
+        """The scores of units by a candidate's own solution; none where FASP's own score is used."""
+        return scores(self.evidence, candidate.solution) if candidate.solution else {}
 
 
 def prepare(
@@ -82,7 +86,7 @@ def prepare(
     evaluator: Evaluator,
     rungs: RungWindows,
     tick: Tick,
-) -> Problem:
+) -> Measured:
     """Measure what the search stands on: the pool's evidence, the proxy's gradients, blocks of layers that may go.
 
     Raises:
@@ -94,7 +98,7 @@ def prepare(
     measured = evidence(model, pool.tokens, pool.clusters, kinds, folder=evaluator.folder, tick=tick)
     fishers = gate_fishers(model, validation.proxy, kinds, folder=evaluator.folder, tick=tick)
     blocks, patches = _blocks(base, chosen, pool, evaluator, rungs, tick)
-    return Problem(
+    return Measured(
         base=base,
         chosen=chosen,
         axes=cut_axes,
@@ -128,8 +132,46 @@ def _blocks(
     blocks = cheapest(base.model, rungs.take(RUNGS[0]), counts, evaluator.autocast, tick)
     patches: dict[Block, Patch] = {}
     if chosen.restores:
-        for n, block in enumerate(blocks):
-            tick("patching blocks", n, len(blocks))
+        for block in ticked(blocks, "patching blocks", tick):
             if made := patch(base.model, pool.tokens, block):
                 patches[block] = made
     return blocks, patches
+
+
+@dataclass(frozen=True)
+class Known:
+    """The known metrics of the space, tried on the same windows."""
+
+    standard: Solution  # the best of them
+    worse: Mapping[str, float]  # nats a token more than the standard, by mask
+    rows: tuple[dict[str, Any], ...]  # one row a metric, for the record
+
+
+def try_known(measured: Measured, rungs: RungWindows, tick: Tick) -> Known:
+    """Try every known metric of the space.
+
+    Raises:
+        BillhookError: none of them has a finite loss.
+    """
+    metrics = measured.space.known
+    masks = {name: measured.mask(Candidate(metric)) for name, metric in metrics.items()}
+    every = measured.evaluator.losses(list(masks.values()), rungs.take(RUNGS[1]), tick, "known metrics")
+    losses = dict(zip(masks, every, strict=True))
+    means = {name: statistics.fmean(window_losses) for name, window_losses in losses.items()}
+    finite = {name: mean for name, mean in means.items() if math.isfinite(mean)}
+    if not finite:
+        raise BillhookError("no known metric gives a model with a finite loss here: lower the ratio")
+    best = min(finite, key=finite.__getitem__)
+    worse = {digest(mask): means[name] - means[best] for name, mask in masks.items()}
+    rows = [
+        {
+            "metric": name,
+            "meaning": TERMS[name][1],
+            "mask": digest(masks[name]),
+            "loss": means[name],
+            "standard": name == best,
+            **paired_gain(losses[best], losses[name]),
+        }
+        for name in losses
+    ]
+    return Known(metrics[best], worse, tuple(rows))
