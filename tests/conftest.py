@@ -74,6 +74,16 @@ def _probes_are_short(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
         monkeypatch.setattr(verify, "_probe", lambda model: whole(model)[:, :12])
 
 
+@pytest.fixture(autouse=True)
+def _outputs_are_verified_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    import verified
+
+    from billhook.checkpoints import publish
+
+    if "slow" not in request.keywords:
+        monkeypatch.setattr(publish, "verify", verified)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _forests_are_small() -> None:
     """Which dimension matters takes longer to say than the search that it is of."""
