@@ -4,13 +4,15 @@
 server that imported PRELOADED once.
 """
 
+import io
 import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +79,29 @@ def _run(folder: Path, work: Callable[..., object], given: tuple[Any, ...]) -> N
     torch.manual_seed(os.getpid())
     random.seed(os.getpid())
     work(*given)
+
+
+def stock(script: str, arguments: Sequence[str], given: str = "") -> subprocess.CompletedProcess[str]:
+    """A script as an interpreter runs it that has no billhook: a fresh process that has forgotten it.
+
+    transformers copies code of a model to a folder beside the first argument.
+    """
+    child = Child(_without_billhook, script, list(arguments), given, fresh=True)
+    return subprocess.CompletedProcess([script, *arguments], *child.ended())
+
+
+class _NoBillhook:
+    def find_spec(self, name: str, *_: object) -> None:
+        if name.partition(".")[0] == "billhook":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def _without_billhook(script: str, arguments: list[str], given: str) -> None:
+    from transformers import dynamic_module_utils
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "billhook"]:
+        del sys.modules[name]
+    sys.meta_path.insert(0, _NoBillhook())
+    dynamic_module_utils.HF_MODULES_CACHE = str(Path(arguments[0]).parent / "modules")
+    sys.argv, sys.stdin = ["script", *arguments], io.StringIO(given)
+    exec(compile(script, "script", "exec"), {"__name__": "__main__"})

@@ -3,9 +3,11 @@
 import base64
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ import test_bad_input
 import tiny
 import torch
 import transformers
+from processes import stock
 from test_bad_input import Bench
 from transformers import PreTrainedModel
 
@@ -87,8 +90,14 @@ PerLayerQwen3ForCausalLM.forward = _forward
 
 
 @pytest.mark.usefixtures("stock_client")
-def test_a_modelling_file_that_computes_otherwise_is_refused(tmp_path: Path) -> None:
+def test_a_modelling_file_that_computes_otherwise_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The client runs the file in the folder, billhook its own: a thousandth is seen, and all else agrees."""
+
+    def run(command: list[str], **given: Any) -> CompletedProcess[str]:
+        at = next(n for n, part in enumerate(command) if part.endswith("transformers_client.py"))
+        return stock(Path(command[at]).read_text(), command[at + 1 :], given["input"])
+
+    monkeypatch.setattr(subprocess, "run", run)
     folder = written(uneven("qwen3"), tmp_path / "out")
     (code,) = folder.glob("*.py")
     code.write_text(code.read_text() + DISHONEST)

@@ -2,9 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +9,7 @@ import pytest
 import tiny
 import torch
 import transformers as T
+from processes import stock
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from billhook.checkpoints import load, save, verify
@@ -188,9 +186,8 @@ def test_a_per_layer_cut_loads_without_billhook(families: tuple[str, ...], tmp_p
             saved[folder] = saved_uneven(family, kind, folder)(IDS).logits
             torch.save(IDS, folder / "ids.pt")
     assert {folder.name.rpartition("_")[2] for folder in saved} == {*DENSE_KINDS}
-    subprocess.run(
-        [sys.executable, "-c", STOCK, *map(str, saved)], check=True, env={**os.environ, "HF_HOME": str(tmp_path)}
-    )
+    done = stock(STOCK, [*map(str, saved)])
+    assert done.returncode == 0, done.stderr
     for folder, logits in saved.items():
         assert torch.equal(torch.load(folder / "logits.pt", weights_only=True), logits), folder
 
