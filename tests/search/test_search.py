@@ -28,6 +28,7 @@ from billhook.reports.search_tables import outcome_words
 from billhook.runtime.progress import quiet
 from billhook.runtime.run import Run
 from billhook.search import adapruner, evaluator, harness, ladder, layer_blocks
+from billhook.search import measured as measurements
 from billhook.search.budgets import BaseCut, Shape, attention_counts, exchanged, longest_block, shaped
 from billhook.search.inputs import read_inputs
 from billhook.search.measured import prepare
@@ -66,6 +67,21 @@ def counted(text: str) -> tuple[dict[str, Any], int]:
         real = evaluator.masked_losses
         patch.setattr(evaluator, "masked_losses", lambda *given: asked.append(1) or real(*given))
         return found(text), len(asked)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("measured")
+
+
+@pytest.fixture(autouse=True)
+def _a_pool_is_measured_once(measured: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which takes half of a small search; what is compared with another search measures its own."""
+    for name in ("evidence", "gate_fishers") if "whole" not in request.fixturenames else ():
+        real = getattr(measurements, name)
+        monkeypatch.setattr(
+            measurements, name, lambda *given, real=real, **more: real(*given, **more | {"folder": measured})
+        )
 
 
 @pytest.fixture
