@@ -59,7 +59,7 @@ AMID_A_LAYER = (STREAMS[0], STREAMS[4])  # no stream sees a layer that is not wh
 
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("settings", STREAMS, ids=lambda one: "-".join(map(str, one.values())))
-@pytest.mark.covering(some={"settings": 2})
+@pytest.mark.covering(some={"settings": 3})
 def test_what_was_cut_off_goes_on_to_the_same_bits(
     settings: dict[str, Any], streamed: bool, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

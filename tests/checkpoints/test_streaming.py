@@ -55,7 +55,7 @@ SLICED = {  # norms over heads, fused, untied; and scaled, tied, with norms behi
     + [(one, case) for one in FAMILIES[1:] for case in OTHERS]
     + [(one, case) for case, families in SLICED.items() for one in families],
 )
-@pytest.mark.covering(some={"case": 2})
+@pytest.mark.covering(some={"case": 3})
 def test_streamed_is_as_in_memory(
     family: str, case: str, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,6 +99,7 @@ def test_a_paged_model_computes_what_it_would_in_memory(family: str, tmp_path: P
     assert torch.equal(*greedy)
 
 
+@pytest.mark.covering(some={"case": 2})
 @pytest.mark.parametrize("case", ["fasp", "fistapruner", "layerchop", "slicegpt", "slicegpt as it is"])
 def test_one_layer_is_there_at_a_time(
     case: str, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch

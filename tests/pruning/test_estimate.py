@@ -44,6 +44,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize(
     "family, way", [*(("llama", way) for way in WAYS), ("gpt2", "ffn"), ("gpt2", "wanda"), ("qwen2_moe", "ffn")]
 )
+@pytest.mark.covering(some={"way": 2})
 def test_sizes_and_stages_are_those_of_the_prune(
     family: str, way: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:

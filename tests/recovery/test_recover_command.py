@@ -28,8 +28,8 @@ from billhook.runtime import cache
 from billhook.training import schedule, teacher, trainer
 
 LENGTH = 16
-STEPS = 24
-LONG = {"tokens": 60 * 2 * LENGTH}
+STEPS = 12
+LONG = {"tokens": 24 * 2 * LENGTH}
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def killed(bench: Path, after: float, **more: Any) -> bool:
     ],
 )
 def test_a_killed_run_ends_as_if_it_had_not_been(trainable: str, after: float, bench: Path) -> None:
-    more = {"trainable": trainable, "rank": 4, "tokens": 40 * 2 * LENGTH}
+    more = {"trainable": trainable, "rank": 4, "tokens": 20 * 2 * LENGTH}
     whole = run(bench, "whole", **more)
     assert killed(bench, after, **more), "it was done before it could be killed"
     assert not list((bench / "work").glob("*.partial"))
@@ -342,15 +342,15 @@ def test_a_loss_that_becomes_none_keeps_the_last_good_checkpoint(bench: Path, mo
 
     def breaking(*args: Any) -> torch.Tensor:
         seen.append(1)
-        return true(*args) * (float("nan") if len(seen) > 2 * 45 else 1.0)
+        return true(*args) * (float("nan") if len(seen) > 2 * 17 else 1.0)
 
     monkeypatch.setattr(trainer, "divergence", breaking)
     with pytest.raises(
-        BillhookError, match=r"finite at step 46 of 60: the checkpoint of step 4\d is kept in .*checkpoint-4\d"
+        BillhookError, match=r"finite at step 18 of 24: the checkpoint of step 1\d is kept in .*checkpoint-1\d"
     ):
         run(bench, **LONG)
     last = schedule.checkpoints(bench / "work")[-1]
     assert schedule.is_whole(last)
     assert all(value.isfinite().all() for value in load_file(last / "model.safetensors").values())
     monkeypatch.setattr(trainer, "divergence", true)
-    assert len(run(bench, **LONG).healing["losses"]) == 60
+    assert len(run(bench, **LONG).healing["losses"]) == 24
