@@ -134,7 +134,7 @@ def test_the_sliding_window_shows(family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen2_sliding", "opt_350m"])
 def test_the_batch_size_does_not_show(family: str, stream: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def sums(batch_tokens: int) -> Iterator[Tensor]:
-        for module in ("walk", "gram"):
+        for module in ("passage", "gram"):
             monkeypatch.setattr(f"billhook.calibration.{module}.BATCH_TOKENS", batch_tokens)
         model = tiny.model(family)
         for layer in walk(model, IDS, KINDS, Run(), Route(stream=stream, held_out=0.4)):

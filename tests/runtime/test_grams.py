@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 
 import billhook
-from billhook.calibration import linears
 from billhook.errors import BillhookError
 
 FASP: dict[str, Any] = {"multiple_of": 2, "axes": ("ffn", "groups")}
@@ -38,8 +37,7 @@ def forbid_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     def enter(*_: Any, **__: Any) -> None:
         raise AssertionError("a forward pass")
 
-    monkeypatch.setattr("billhook.calibration.walk.enter", enter)
-    monkeypatch.setattr(linears, "enter", enter)
+    monkeypatch.setattr("billhook.calibration.passage.enter", enter)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from billhook.errors import BillhookError
 from billhook.models.families import as_output, layers
 from billhook.runtime.memory import return_freed
 from billhook.tensors import Tokens
@@ -64,3 +65,9 @@ def run_layer(module: nn.Module, state: Tensor, kwargs: dict[str, Any]) -> Tenso
     """The output of one decoder layer for hidden states, with the arguments that the model passes to it."""
     out = module(state, **kwargs)
     return out[0] if isinstance(out, tuple) else out
+
+
+def check_finite(what: str, *values: Tensor | float | None) -> None:
+    """Raise BillhookError if one of the values, which are of `what`, is infinite or not a number."""
+    if not all(torch.as_tensor(value).isfinite().all() for value in values if value is not None):
+        raise BillhookError(f"{what} is not finite: weights or dtype overflow; try --dtype float32")

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from billhook.calibration.forward import check_finite
 from billhook.choices import KINDS
 from billhook.errors import BillhookError, one_of
 from billhook.math.taylor import GradientSums, UnitSums
@@ -184,10 +185,7 @@ def _loss(model: PreTrainedModel, window: Tensor, number: int) -> Tensor:
     with torch.enable_grad():
         logits = model(ids.unsqueeze(0), use_cache=False).logits[0, :-1].float()
         loss = cross_entropy(logits, ids[1:])
-    if not loss.isfinite():
-        raise BillhookError(
-            f"the loss on calibration window {number} is not finite: weights or dtype overflow; try --dtype float32"
-        )
+    check_finite(f"the loss on calibration window {number}", loss)
     return loss
 
 
@@ -218,8 +216,7 @@ def _reducer(name: str, dims: Collection[int], take: Callable[..., None]) -> Cal
         grad, param.grad = param.grad, None
         assert grad is not None
         entries = {dim: _entries(param, grad, dim) for dim in dims}
-        if not all(sums.isfinite().all() for sums in entries.values()):
-            raise BillhookError(f"the gradient of {name} is not finite: weights or dtype overflow; try --dtype float32")
+        check_finite(f"the gradient of {name}", *entries.values())
         take(param, grad, entries)
 
     return reduce

@@ -2,20 +2,17 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from billhook.calibration.forward import BATCH_TOKENS, enter, run_layer
-from billhook.calibration.passage import Route
-from billhook.errors import BillhookError
+from billhook.calibration.forward import check_finite, run_layer
+from billhook.calibration.passage import Passage, Route
 from billhook.models.families import layers, mixture, router_path, row_of
 from billhook.runtime.activations import State
-from billhook.runtime.memory import return_freed
-from billhook.runtime.offload import loaded
 from billhook.runtime.run import Run
 from billhook.tensors import Gram, Scores, Tokens, precise
 
@@ -48,7 +45,7 @@ class Mixture:
 
 @torch.no_grad()
 def mixtures(model: PreTrainedModel, tokens: Tokens, run: Run, route: Route = Route()) -> Iterator[Mixture]:
-    """Yield every layer with a mixture of unfused experts (billhook.models.experts), on a route of all layers.
+    """Yield every layer with a mixture of unfused experts (billhook.models.experts), on a route that drops none.
 
     The layer's weights are in memory until the next one is asked for.  Layers that an earlier run has finished are
     restored and passed through, not yielded.
@@ -56,61 +53,28 @@ def mixtures(model: PreTrainedModel, tokens: Tokens, run: Run, route: Route = Ro
     Raises:
         BillhookError: an activation is not finite; the message names the module.
     """
-    clock, finished, stream = run.clock, run.finished, route.stream
-    count = len(tokens) - int(route.held_out * len(tokens))
-    rows = max(1, BATCH_TOKENS // tokens.shape[1])
-    batches = [
-        (part, side) for part, side in ((tokens[:count], False), (tokens[count:], True)) for part in part.split(rows)
-    ]
-    batches = [(part, side) for part, side in batches if len(part)]
-    with clock("forward"):
-        states, calls = enter(model, [part for part, _ in batches], run.hidden.keep)
-    for n, module in enumerate(layers(model)):
-        run.tick("routing", n, len(layers(model)))
-        calls_here = [one[n] for one in calls]
-        if n in finished.records:
-            with clock("forward"), loaded(module, edits=False):
-                _onward(module, states if stream == "dense" else [], calls_here, run)
-            finished.reload(n)
-            with clock("forward"), loaded(module, edits=False):
-                _onward(module, states if stream != "dense" else [], calls_here, run)
-            continue
-        experts: Any = mixture(model, n)
-        if experts is None:
-            with clock("forward"), loaded(module, edits=False):
-                _onward(module, states, calls_here, run)
-            continue
+    places = [n for n in route.wanted(model) if mixture(model, n) is not None]
+    passage = Passage(model, tokens, run, replace(route, only=places))
+    for n in passage.stops("routing"):
+        module, experts = layers(model)[n], cast(nn.ModuleList, mixture(model, n))
         block = module.get_submodule(row_of(model).experts.rpartition(".")[0])
         zeros = torch.zeros(len(experts), dtype=torch.float64)
         routing, seen = Routing(0, zeros, zeros.clone(), torch.zeros(len(zeros), len(zeros), dtype=torch.float64)), []
-        with loaded(module):
-            for b, state in enumerate(states):
-                with clock("forward"), _tapped(model, n, block, experts) as records:
-                    after = run_layer(module, state.read(), calls_here[b])
-                seen.append((run.hidden.keep(records["in"]), run.hidden.keep(records["out"]), batches[b][1]))
-                if stream == "dense":
-                    states[b] = run.hidden.keep(after)
-                if not batches[b][1]:
-                    with clock("routing"):
-                        _count(routing, records, n)
-            yield Mixture(n, routing, block, seen)
-            return_freed()
-            if stream != "dense":
-                with clock("forward"):
-                    _onward(module, states, calls_here, run)
-    run.tick("routing", 1, 1)
-
-
-def _onward(module: nn.Module, states: list[State], calls: list[dict[str, Any]], run: Run) -> None:
-    """Take every batch through a layer, in place."""
-    for b, state in enumerate(states):
-        states[b] = run.hidden.keep(run_layer(module, state.read(), calls[b]))
+        for batch in passage.batches:
+            with run.clock("forward"), _tapped(model, n, block, experts) as records:
+                after = run_layer(module, batch.state.read(), batch.calls[n])
+            seen.append((run.hidden.keep(records["in"]), run.hidden.keep(records["out"]), batch.held_out))
+            if passage.independent:
+                passage.put(batch, n, after)
+            if not batch.held_out:
+                with run.clock("routing"):
+                    _count(routing, records, n)
+        yield Mixture(n, routing, block, seen)
 
 
 def _count(routing: Routing, records: dict[Any, Any], layer: int) -> None:
     logits, weights, index = records["router"]
-    if not logits.isfinite().all():
-        raise BillhookError(f"the router of layer {layer} puts out what is not finite: try --dtype float32")
+    check_finite(f"what the router of layer {layer} puts out", logits)
     routing.tokens += len(logits)
     x = precise(logits).cpu()
     routing.logits += x.T @ x

@@ -28,18 +28,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from billhook.calibration.forward import BATCH_TOKENS, enter
+from billhook.calibration.forward import check_finite
 from billhook.calibration.gram import add_upper, mirrored
-from billhook.calibration.linears import inputs_of
+from billhook.calibration.passage import Passage, Route, inputs_of, path_in_layer
 from billhook.cuts.settings import Slicing as Settings
 from billhook.cuts.slicing_restore import restore
-from billhook.errors import BillhookError
 from billhook.math import selection
 from billhook.models.families import layers, linears, weight_of
 from billhook.models.plan import Cut, Plan, UnitScores
 from billhook.models.residual import ROWS, cut, last_norm, residual
 from billhook.models.rotation import fold, rotate
-from billhook.runtime.memory import return_freed
 from billhook.runtime.offload import by_module, copied, loaded
 from billhook.runtime.run import Run
 from billhook.tensors import Gram, Scores, Tokens, float64_device, precise
@@ -98,7 +96,7 @@ def channel_scores(model: PreTrainedModel, tokens: Tokens, run: Run) -> Scores:
         norms = sum(precise(rows).square().sum(0) for rows in weight_of(model, name).split(ROWS))
         E = of_input[name] * torch.as_tensor(norms).to(s)
         s += E / E.sum().clamp_min(torch.finfo(E.dtype).tiny)
-    _check_finite(s)
+    check_finite("the residual stream", s)
     return s.cpu()
 
 
@@ -116,7 +114,7 @@ def _gram(model: PreTrainedModel, tokens: Tokens, run: Run) -> Gram:
         upper = add_upper(upper, x)
     assert upper is not None
     C = mirrored(upper)
-    _check_finite(C)
+    check_finite("the residual stream", C)
     return C
 
 
@@ -125,27 +123,17 @@ def _inputs(model: PreTrainedModel, tokens: Tokens, run: Run) -> Iterator[tuple[
 
     The head never runs: what it would read is what the norm before it puts out.
     """
-    found, total = residual(model), len(layers(model))
-    states, calls = enter(model, list(tokens.split(max(1, BATCH_TOKENS // tokens.shape[1]))), run.hidden.keep)
-    for n, layer in enumerate(layers(model)):
-        run.tick("statistics", n, total)
+    found, passage = residual(model), Passage(model, tokens, run, Route(held_out=0.0))
+    for n in passage.stops("statistics", edits=False):
         groups = [tuple(group.values()) for group in linears(model, n)[::2]]
-        readers = {group[0].partition(f".{n}.")[2]: group for group in groups}
-        with loaded(layer, edits=False):
-            for b in range(len(states)):
-                inputs, after = inputs_of(layer, list(readers), states[b].read(), calls[b][n], to_the_end=True)
-                assert after is not None
-                states[b] = run.hidden.keep(after)
-                for path, x in inputs.items():
-                    yield readers[path], x.flatten(0, -2).float()
-        return_freed()
+        readers = {path_in_layer(group[0], n): group for group in groups}
+        for batch in passage.batches:
+            inputs, after = inputs_of(layers(model)[n], list(readers), batch.state.read(), batch.calls[n])
+            assert after is not None
+            passage.put(batch, n, after)
+            for path, x in inputs.items():
+                yield readers[path], x.flatten(0, -2).float()
     norm = model.get_submodule(last_norm(model, found))
     with loaded(norm, edits=False):
-        for state in states:
-            yield found.readers[-1], norm(state.read()).flatten(0, -2).float()
-    run.tick("statistics", total, total)
-
-
-def _check_finite(found: Tensor) -> None:
-    if not found.isfinite().all():
-        raise BillhookError("the residual stream is not finite: weights or dtype overflow; try --dtype float32")
+        for batch in passage.batches:
+            yield found.readers[-1], norm(batch.state.read()).flatten(0, -2).float()
