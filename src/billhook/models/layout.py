@@ -1,7 +1,9 @@
 """How sizes are written down: `uniform` is a stock config, `per_layer` one whose layers differ."""
 
+import json
 import shutil
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +55,19 @@ def stock_holder(model: PreTrainedModel, changes: Mapping[str, Any]) -> str:
     ):
         return ""  # the family's head size is hidden_size / heads
     biased = any(config.get(key) for key in ("attention_bias", "mlp_bias"))
-    for family in (stock, *([row.stand_in] if row.stand_in and not biased else [])):
-        try:
-            CONFIG_MAPPING[family].from_dict({**config, "model_type": family})
-        except Exception:  # each transformers release raises its own validation errors
-            continue
-        return family
-    return ""
+    families = (stock, *([row.stand_in] if row.stand_in and not biased else []))
+    content = json.dumps(config, sort_keys=True, default=str)
+    return next((family for family in families if _takes(family, content)), "")
+
+
+@lru_cache(maxsize=64)
+def _takes(family: str, content: str) -> bool:
+    """Whether a family's config can be made of such JSON."""
+    try:
+        CONFIG_MAPPING[family].from_dict({**json.loads(content), "model_type": family})
+    except Exception:  # each transformers release raises its own validation errors
+        return False
+    return True
 
 
 def layout_of(model: PreTrainedModel) -> str:
