@@ -198,7 +198,7 @@ MIXED = (
 
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("how", MIXED, ids=["fasp", "random", "uncurl"])
-@pytest.mark.covering(some={"how": 2})
+@pytest.mark.covering(some={"how": 3})
 def test_a_mixture_goes_on(
     streamed: bool, how: dict[str, Any], tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -125,7 +125,7 @@ def test_nothing_is_written(folders: dict[str, Path], tmp_path: Path) -> None:
 def test_operations_of_a_narrowed_rehearsal_are_those_of_the_whole_width(
     way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = tiny.model("llama", intermediate_size=1024)
+    whole = tiny.model("llama", intermediate_size=512)
     given = recipe(**{**GIVEN, **WAYS[way]})
     none = torch.zeros(0, 32, dtype=torch.long)
     plan = planning.make_plan(whole, given, texts.Texts(none, none), torch.float32) if given.ratio else Plan()
