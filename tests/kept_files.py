@@ -13,14 +13,12 @@ from test_data import members, wheel_of
 
 from billhook import demo
 from billhook.checkpoints.resume import FinishedLayers
-from billhook.evaluation import zeroshot
 from billhook.models.axes import axes
 from billhook.models.surgery import remove
 from billhook.pruning import allocation, planners
 from billhook.pruning.recipe_file import read_recipe
 from billhook.runtime import cache, run_folder
 from billhook.runtime.cache import Grams
-from billhook.runtime.documents import sealed
 from billhook.search import evidence
 from billhook.training import schedule, teacher, trainer
 
@@ -144,12 +142,6 @@ def checkpoint_optimizer(folder: Path) -> Kept:
     return _checkpoint(folder, "optimizer.pt")
 
 
-def task_row(folder: Path) -> Kept:
-    folder.mkdir()
-    (folder / "task.json").write_text(sealed({"task": "sky", "accuracy": 0.5, "samples": 4}))
-    return Kept(folder / "task.json", lambda: zeroshot._stored(folder / "task.json"))
-
-
 def recipe(folder: Path) -> Kept:
     folder.mkdir()
     said = {"model": "demo", "ratio": 0.2, "axes": ["ffn"], "layout": "uniform", "expect": {"news": 1.5}}
@@ -183,12 +175,11 @@ KEPT: dict[str, Callable[[Path], Kept]] = {
     one.__name__: one
     for one in (
         *(result, run_name, layer_record, layer_weights, rotation, gram, gates, lesson),
-        *(checkpoint_list, checkpoint_state, checkpoint_optimizer, task_row, recipe, shares, demo_text),
+        *(checkpoint_list, checkpoint_state, checkpoint_optimizer, recipe, shares, demo_text),
     )
 }
 TAKEN = {
     "checkpoint_list",
     "checkpoint_state",
     "checkpoint_optimizer",
-    "task_row",
 }  # damaged, what is in them is made again

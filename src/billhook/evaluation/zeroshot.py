@@ -4,6 +4,7 @@ lm-eval is an optional extra, `pip install 'billhook[eval]'`; no other module im
 """
 
 import copy
+import functools
 import hashlib
 import json
 import logging
@@ -24,8 +25,6 @@ import yaml
 from billhook.errors import BillhookError, first_line
 from billhook.models.greedy import without_generation_settings
 from billhook.runtime import cache
-from billhook.runtime.atomic import write_text
-from billhook.runtime.documents import read_sealed, sealed
 from billhook.runtime.progress import Tick, quiet
 from billhook.runtime.quiet import quiet_transformers
 from billhook.runtime.special_tokens import without_end_token
@@ -103,17 +102,15 @@ def evaluate(
     """
     rows: list[dict[str, Any]] = []
     subject = _model_hash(model, without_end_token(tokenizer)) if kept else ""
+    wrapped = functools.cache(lambda: _wrap(model, tokenizer, batch_size))
     with _silence(), _seeded(seed):
-        wrapped = None
         for name, task in tasks.items():
             if task.get_config("num_fewshot") is None:
                 task.set_config("num_fewshot", 0)
-            place = kept / f"{FILE_NAME.sub('_', name)}-{_key(subject, task, limit, seed)}.json" if kept else None
-            if (row := _stored(place)) is None:
-                wrapped = wrapped or _wrap(model, tokenizer, batch_size)
-                row = _score(wrapped, task, limit, seed, tick)
-                if place:
-                    write_text(place, sealed(row))
+            key = {"decided by": _key(subject, task, limit, seed)} if kept else {}
+            row = cache.cached(
+                kept, FILE_NAME.sub("_", name), key, lambda task=task: _score(wrapped(), task, limit, seed, tick)
+            )
             tick(f"task {name}", row["samples"], row["samples"])
             rows.append(row)
     return rows
@@ -316,15 +313,6 @@ def _chance(task: Any, documents: Any) -> float:
     return statistics.fmean(len(right) / len(choices) for choices, right in pairs)
 
 
-def _stored(place: Path | None) -> dict[str, Any] | None:
-    if place is None or not place.exists():
-        return None
-    try:
-        return read_sealed(place, str(place), "")
-    except BillhookError:  # another program's file, or damaged: it will be written anew
-        return None
-
-
 def _key(subject: str, task: Any, limit: int | None, seed: int) -> str:
     """A hash of everything that a row depends on."""
     import lm_eval
@@ -335,7 +323,7 @@ def _key(subject: str, task: Any, limit: int | None, seed: int) -> str:
     shown = task.fewshot_docs() if task.get_config("num_fewshot") else None
     for doc in chain(islice(task.eval_docs, limit), shown or ()):
         digest.update(_json(doc))
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()
 
 
 def _model_hash(model: Any, tokenizer: Any) -> str:

@@ -198,11 +198,7 @@ def _possible(
 
 def _kept(chosen: Recipe, by: Judged, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """`measure()`, or what it gave before; what went wrong is not kept."""
-    key = by.key(chosen)
-    if has(by.kept, "point", key):
-        return cache_module.cached(by.kept, "point", key, measure)
-    point = measure()
-    return point if point["error"] else cache_module.cached(by.kept, "point", key, lambda: point)
+    return cache_module.cached(by.kept, "point", by.key(chosen), measure, lambda point: not point["error"])
 
 
 def _cell(opened: Opened, chosen: Recipe, by: Judged, tick: Tick) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from billhook.calibration.passage import Route
 from billhook.calibration.walk import walk
 from billhook.choices import GRADIENT_SCORES
 from billhook.cuts.narrowing import axis_scores
-from billhook.errors import BillhookError, first_line
+from billhook.errors import BillhookError
 from billhook.math.scores import standardised
 from billhook.math.taylor import FROM_GRADIENTS, NEED_MEAN_GRADIENT
 from billhook.models import limits
@@ -167,10 +167,9 @@ def _key(model: PreTrainedModel, chosen: Recipe, name: str, texts: Texts) -> dic
 
 def _kept(folder: Path | None, key: dict[str, Any], measure: Callable[[], Curves]) -> Curves:
     """`measure()`, or what it gave before where `folder` has it under the same key."""
-    stored = cache.cached(
-        folder, key["curves"], key, lambda: [[n, kind, points] for (n, kind), points in measure().items()]
-    )
-    try:  # keys of JSON objects are text
-        return {(int(n), kind): {int(c): float(loss) for c, loss in points.items()} for n, kind, points in stored}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise BillhookError(f"statistics in {folder} cannot be read ({first_line(error)}): delete them") from error
+
+    def plain() -> list[list[Any]]:
+        return [[n, kind, list(points.items())] for (n, kind), points in measure().items()]
+
+    stored = cache.cached(folder, key["curves"], key, plain)
+    return {(n, kind): {count: float(loss) for count, loss in points} for n, kind, points in stored}

@@ -1,20 +1,21 @@
-"""Results kept on disk under a digest of everything that decides them: JSON, and Grams of the inputs of readers.
+"""Results kept on disk under a digest of everything that decides them: plain data, tensors, Grams of readers' inputs.
 
-A Gram file is of one reader: 8 bytes for every pair of its inputs, twice that if windows are held out.
+A file that cannot be read is an error that names it.  A Gram file is of one reader: 8 bytes for every pair of its
+inputs, twice that if windows are held out.
 """
 
 import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from billhook.errors import BillhookError
 from billhook.runtime import atomic, tensor_files
@@ -27,6 +28,7 @@ IRRELEVANT = {  # config keys that change no result: names, the writer, what ten
     *("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "auto_map"),
     *("use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict"),
 }
+AGAIN = "delete it, it will be made again"  # what to do about a file that cannot be read
 FILE_NAME = re.compile(r"[\w.-]+-[0-9a-f]{16}\.(json|safetensors)|lessons")  # names in a folder of cached results
 
 
@@ -46,21 +48,51 @@ def check_folder(folder: Path | None, what: str) -> None:
             )
 
 
-def cached(folder: Path | None, name: str, key: dict[str, Any], measure: Callable[[], Any]) -> Any:
+def cached(
+    folder: Path | None,
+    name: str,
+    key: dict[str, Any],
+    measure: Callable[[], Any],
+    worth: Callable[[Any], bool] = lambda _: True,
+) -> Any:
     """The result of `measure()`, or its earlier result if `folder` has one under the same key; plain data either way.
+
+    Args:
+        worth: whether a result is kept.
+
+    Raises:
+        BillhookError: the cached result cannot be read; names the file.
+    """
+    if folder is not None and (file := path(folder, name, key)).exists():
+        return read_sealed(file, str(file), AGAIN)["found"]
+    found = json.loads(json.dumps(measure()))
+    if folder is not None and worth(found):
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic.write_text(path(folder, name, key), sealed({"key": key, "found": found}))
+    return found
+
+
+def cached_tensors(
+    folder: Path | None, name: str, key: dict[str, Any], measure: Callable[[], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """`cached` for tensors by name.
 
     Raises:
         BillhookError: the cached result cannot be read; names the file.
     """
     if folder is None:
-        return json.loads(json.dumps(measure()))
-    file = path(folder, name, key)
-    if file.exists():
-        return read_sealed(file, str(file), "delete it, it will be made again")["found"]
-    text = sealed({"key": key, "found": measure()})
-    folder.mkdir(parents=True, exist_ok=True)
-    atomic.write_text(file, text)
-    return json.loads(text)["found"]
+        return measure()
+    file = path(folder, name, key, "safetensors")
+    if not file.exists():
+        write_tensors(file, measure())
+    return load(file, AGAIN)
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a file of tensors, whole or not at all.  Raises BillhookError if the disk does not take them."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic.file(file) as work:
+        tensor_files.write(tensors, work)
 
 
 def has(folder: Path | None, name: str, key: dict[str, Any]) -> bool:
@@ -124,14 +156,12 @@ class Grams:
         Raises:
             BillhookError: the file cannot be read.
         """
-        tensors, target = load(self._file(reader), "delete it, it will be made again", ["fit"]), float64_device(device)
+        tensors, target = load(self._file(reader), AGAIN, ["fit"]), float64_device(device)
         return tensors["fit"].to(target), tensors["held_out"].to(target) if "held_out" in tensors else None
 
     def keep(self, reader: str, fit: Gram, held_out: Gram | None) -> None:
         """Write one reader's Grams.  Raises BillhookError if the disk does not take them."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with atomic.file(self._file(reader)) as work:
-            tensor_files.write({"fit": fit} | ({} if held_out is None else {"held_out": held_out}), work)
+        write_tensors(self._file(reader), {"fit": fit} | ({} if held_out is None else {"held_out": held_out}))
 
     def _file(self, reader: str) -> Path:
         return path(self.folder, "gram", {**self.key, "reader": reader}, "safetensors")

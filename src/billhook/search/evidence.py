@@ -4,7 +4,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -15,8 +14,7 @@ from billhook.calibration.gradients import each_window, gradient_sums, pooled
 from billhook.math.taylor import gate_fisher
 from billhook.models.axes import Axis, Slot, axes, reader_weight
 from billhook.models.plan import AxisKey
-from billhook.runtime import atomic, cache, tensor_files
-from billhook.runtime.headers import load
+from billhook.runtime import cache, tensor_files
 from billhook.runtime.progress import Tick, quiet
 from billhook.search.metrics import PoolEvidence, UnitEvidence, mixtures
 from billhook.tensors import Scores, Tokens
@@ -54,7 +52,7 @@ def evidence(
         }
 
     fields: dict[AxisKey, dict[str, Tensor]] = {}
-    for name, value in _kept(folder, "pool", key, measure).items():
+    for name, value in cache.cached_tensors(folder, "pool", key, measure).items():
         n, kind, field = name.split(".")
         fields.setdefault((int(n), kind), {})[field] = value
     return PoolEvidence({place: UnitEvidence(**values) for place, values in sorted(fields.items())}, clusters)
@@ -78,22 +76,8 @@ def gate_fishers(
         sums = gradient_sums(model, tokens, kinds, tick=tick)
         return {f"{n}.{kind}": gate_fisher(gradients).cpu() / len(tokens) for (n, kind), gradients in sums.items()}
 
-    fishers = _kept(folder, "gates", key, measure)
+    fishers = cache.cached_tensors(folder, "gates", key, measure)
     return {(int(n), kind): value for name, value in fishers.items() for n, kind in [name.split(".")]}
-
-
-def _kept(
-    folder: Path | None, name: str, key: dict[str, Any], measure: Callable[[], dict[str, Tensor]]
-) -> dict[str, Tensor]:
-    """`measure()`, or what it gave before where `folder` has it under the same key."""
-    if folder is None:
-        return measure()
-    path = cache.path(folder, name, key, "safetensors")
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic.file(path) as work:
-            tensor_files.write(measure(), work)
-    return load(path, "delete it, it will be made again")
 
 
 def _measured(

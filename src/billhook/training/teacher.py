@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from billhook.errors import BillhookError, first_line
 from billhook.math.losses import most_likely
-from billhook.runtime import atomic, cache, tensor_files
+from billhook.runtime import cache
 from billhook.runtime.headers import check_tensors
 from billhook.runtime.precision import computing
 from billhook.runtime.progress import Tick, quiet
@@ -25,7 +25,6 @@ from billhook.tensors import Tokens
 
 SHARD = 32  # windows in a file: 12 MB of 512 tokens at k = 256
 BATCH_TOKENS = 2048
-AGAIN = "delete it, it will be made again"
 STAGE = "asking the teacher"
 # indices into hidden_states: the embeddings, and what enters the last layer but one, where Minitron (arXiv:2407.14679)
 # aligns a student
@@ -50,7 +49,7 @@ class TeacherCache:
             with safe_open(path, framework="pt") as file:
                 tensors = {key: file.get_slice(key)[row] for key in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise BillhookError(f"{path} is damaged ({first_line(error)}): {AGAIN}") from error
+            raise BillhookError(f"{path} is damaged ({first_line(error)}): {cache.AGAIN}") from error
         tensors["ids"] = tensors["ids"].long()
         return tensors
 
@@ -87,13 +86,11 @@ def fill_cache(
     files = _files(shards, folder, key)
     for path, shard in zip(files, shards, strict=True):
         if path.exists():
-            check_tensors(path, AGAIN, _shapes(teacher, shard, k, states))
+            check_tensors(path, cache.AGAIN, _shapes(teacher, shard, k, states))
     for n, (path, shard) in enumerate(zip(files, shards, strict=True)):
         tick(STAGE, n, len(files))
         if n % share[1] == share[0] and not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            with atomic.file(path) as work:
-                tensor_files.write(_predictions(teacher, shard, k, states, autocast), work)
+            cache.write_tensors(path, _predictions(teacher, shard, k, states, autocast))
     tick(STAGE, len(files), len(files))
     return TeacherCache(files, states)
 
