@@ -372,7 +372,7 @@ def test_llama_cpp_writes_and_scores_the_same(out: Path) -> None:
 def test_a_broken_file_is_said_in_one_line(tmp_path: Path) -> None:
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF" + bytes(60))
-    with pytest.raises(BillhookError, match=r"llama.cpp could not run .*broken.gguf: ") as refused:
+    with pytest.raises(BillhookError, match=r"llama.cpp could not load .*broken.gguf: ") as refused:
         llamacpp.run(LLAMA, broken, {"logits": [[1, 2]]})
     assert "\n" not in str(refused.value)
 

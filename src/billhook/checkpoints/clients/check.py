@@ -2,9 +2,6 @@
 
 import base64
 import json
-import os
-import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -15,6 +12,7 @@ import torch
 
 from billhook.checkpoints import own_code
 from billhook.checkpoints.clients import llamacpp
+from billhook.checkpoints.clients.ask import ask
 from billhook.checkpoints.gguf.write import write_gguf
 from billhook.checkpoints.load import load, load_tokenizer
 from billhook.checkpoints.save import elements
@@ -26,14 +24,6 @@ from billhook.models.modeling_per_layer import V_HEAD_DIM
 from billhook.runtime import interpreters
 
 NEW_TOKENS = 32
-CLIENT_ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process, so that its errors come back as errors
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB, where vLLM runs on a CPU
-}
-ERROR = re.compile(r"(\[\w+\]: )?[\w.]*(Error|Exception)\b")
 # largest difference of logits, as a share of their norm: float32 weights and cache in other kernels
 LLAMACPP_TOLERANCE = 1e-3
 
@@ -75,7 +65,7 @@ def _check_transformers(path: Path, python: str, trust: bool) -> dict[str, Any]:
     model, prompts = load(path, dtype="float32"), _prompts(path)
     # the same number of threads: sums in another order could tip a near tie, for which the whole prune would be refused
     request = {"prompts": prompts, "new_tokens": NEW_TOKENS, "threads": torch.get_num_threads(), **code}
-    answer = _ask(python, "transformers", path, request)
+    answer = ask(python, "transformers", path, request)
     logits = torch.frombuffer(bytearray(base64.b64decode(answer["logits"]["float32"])), dtype=torch.float32)
     expected = _logits(model, prompts)
     drift = float((logits.view(answer["logits"]["shape"]) - expected).norm() / expected.norm())
@@ -102,7 +92,7 @@ def _check_vllm(path: Path, python: str, trust: bool) -> dict[str, Any]:
         raise BillhookError(
             f"{path} has value heads narrower than its key heads (axis value), which vllm does not serve"
         )
-    answer = _ask(python, "vllm", path, {"prompts": prompts, "new_tokens": NEW_TOKENS, "model_code": code})
+    answer = ask(python, "vllm", path, {"prompts": prompts, "new_tokens": NEW_TOKENS, "model_code": code})
     problems = ["it generates other tokens"] if answer["greedy"] != _greedy(model, prompts) else []
     return _verdict("vllm", path, answer["version"], problems, {})
 
@@ -138,29 +128,6 @@ def _verdict(client: str, path: Path, version: str, problems: list[str], seen: d
     if problems:
         raise BillhookError(f"{client} {version} does not serve {path} as billhook does: {'; '.join(problems)}")
     return {"client": client, "version": version, "tokens": "equal", **seen}
-
-
-def _ask(python: str, client: str, path: Path, request: dict[str, Any]) -> dict[str, Any]:
-    """The answer of a client's script, run isolated (billhook.runtime.interpreters)."""
-    script = Path(__file__).with_name(f"{client}_client.py")
-    try:
-        done = subprocess.run(
-            interpreters.command(python, script, str(path)),
-            input=json.dumps(request),
-            capture_output=True,
-            text=True,
-            errors="replace",
-            env=CLIENT_ENVIRONMENT | os.environ,
-        )
-    except OSError as error:
-        raise BillhookError(f"cannot run {python}: {error.strerror}: name a Python that has {client}") from error
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
-        last = ([line for line in lines if ERROR.match(line)] or lines)[-1]  # a progress bar may follow the error
-        if last.startswith("ModuleNotFoundError"):
-            raise BillhookError(f"{python} has no {client} ({last}): install it there, or name another with --python")
-        raise BillhookError(f"{client} could not load {path}: {last.strip()}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _prompts(path: Path) -> list[list[int]]:
