@@ -17,7 +17,7 @@ from billhook.evaluation.speed import memory, speeds
 from billhook.evaluation.zeroshot import retention
 from billhook.models import sizes
 from billhook.models.experts import fused
-from billhook.runtime.progress import Tick, quiet
+from billhook.runtime.progress import Tick, quiet, ticked
 from billhook.runtime.text_files import read_text
 
 ROOM = 64  # positions left for new tokens if a model has too few for the default context
@@ -94,13 +94,11 @@ def _measured(subjects: Sequence[Subject], measures: Measures, reference: bool, 
             result["speeds"] = [asdict(timing) for timing in speed]
             result["memory"] = memory(subject.model, measures.batch_sizes[0], contexts[0])
     if "texts" in measures.parts:
-        for n, (result, subject) in enumerate(zip(results, subjects, strict=True)):
-            tick("generation", n, len(subjects))
+        for result, subject in ticked(list(zip(results, subjects, strict=True)), "generation", tick):
             result["prompts"] = list(measures.prompts)
             result["continuations"], result["generation"] = continuations(
                 subject.model, subject.tokenizer, measures.prompts, measures.new_tokens
             )
-        tick("generation", len(subjects), len(subjects))
     if measures.tasks:
         for result, subject in zip(results, subjects, strict=True):
             result["tasks"] = measures.tasks(subject, tick)

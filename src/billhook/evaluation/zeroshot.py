@@ -25,7 +25,7 @@ import yaml
 from billhook.errors import BillhookError, first_line
 from billhook.models.greedy import without_generation_settings
 from billhook.runtime import cache
-from billhook.runtime.progress import Tick, quiet
+from billhook.runtime.progress import Tick, quiet, ticked
 from billhook.runtime.quiet import quiet_transformers
 from billhook.runtime.special_tokens import without_end_token
 
@@ -60,8 +60,7 @@ def load_tasks(names: Sequence[str], tick: Tick = quiet) -> dict[str, Any]:
             if name not in files and name not in manager.task_index:
                 raise BillhookError(_unknown(name, manager.all_tasks))
         tasks: dict[str, Any] = {}
-        for n, name in enumerate(names):
-            tick("loading tasks", n, len(names))
+        for name in ticked(names, "loading tasks", tick):
             for task in _build(manager, name, files.get(name, name)):
                 if task.task_name in tasks:
                     raise BillhookError(
@@ -71,7 +70,6 @@ def load_tasks(names: Sequence[str], tick: Tick = quiet) -> dict[str, Any]:
                 if name in files:
                     _check_documents(task, name)
                 tasks[task.task_name] = task
-        tick("loading tasks", len(names), len(names))
     return tasks
 
 

@@ -15,7 +15,7 @@ from billhook.math.taylor import gate_fisher
 from billhook.models.axes import Axis, Slot, axes, reader_weight
 from billhook.models.plan import AxisKey
 from billhook.runtime import cache, tensor_files
-from billhook.runtime.progress import Tick, quiet
+from billhook.runtime.progress import Tick, quiet, ticked
 from billhook.search.metrics import PoolEvidence, UnitEvidence, mixtures
 from billhook.tensors import Scores, Tokens
 
@@ -160,8 +160,7 @@ def _mixed(
     levels = torch.tensor(mixtures(len(sizes)), dtype=torch.float32)
     levels = levels / (levels @ sizes).unsqueeze(1)  # pi of one window of each cluster
     mixed = {}
-    for n, slot in enumerate(slots):
-        tick("mixing gradients", n, len(slots))
+    for slot in ticked(slots, "mixing gradients", tick):
         param = model.get_parameter(slot.param)
         size = param.shape[slot.dim]
         w = param.detach().cpu().float().movedim(slot.dim, 0).reshape(size, -1)
@@ -175,7 +174,6 @@ def _mixed(
             first = linear.abs().sum(2)
             parts.append(torch.stack([first, linear.sub_(square.mul_(weight).mul_(weight), alpha=0.5).abs_().sum(2)]))
         mixed[slot] = torch.cat(parts, 2)[:, :, slot.index].sum(3)
-    tick("mixing gradients", len(slots), len(slots))
     return mixed
 
 

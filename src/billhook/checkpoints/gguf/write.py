@@ -26,7 +26,7 @@ from billhook.choices import BY_QUANTIZER, QUANTIZE, QUANTIZER
 from billhook.errors import BillhookError, one_of
 from billhook.models import families
 from billhook.runtime import atomic
-from billhook.runtime.progress import Tick, quiet
+from billhook.runtime.progress import Tick, quiet, ticked
 
 FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7, "Q5_1": 9, "Q5_0": 8, "Q4_1": 3, "Q4_0": 2}  # llama_ftype
 BLOCK = {"F32": 1, "F16": 1, "BF16": 1} | dict.fromkeys(BY_QUANTIZER, 256)  # entries packed together; 32 for others
@@ -320,10 +320,8 @@ def _write(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for n, piece in enumerate(pieces):
-            tick("writing GGUF", n, len(pieces))
+        for piece in ticked(pieces, "writing GGUF", tick):
             writer.write_tensor_data(_packed(piece, types[piece.name]))
-        tick("writing GGUF", len(pieces), len(pieces))
     return types
 
 
