@@ -20,6 +20,8 @@ import covering
 
 os.environ["OMP_NUM_THREADS"] = "1"  # here and in subprocesses: on tiny tensors threads only wait for one another
 _frozen = [0]  # how many modules there were
+gc.disable()  # until all is imported
+gc.set_threshold(20_000, 20, 20)  # a small test makes many objects, and few of them in cycles
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` deselects by marks
@@ -29,6 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     torch.set_num_threads(1)
     covering.thin(items)
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
