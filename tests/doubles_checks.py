@@ -17,9 +17,10 @@ from billhook.math.layerwise import Settings
 from billhook.math.metric import Metric
 from billhook.math.pattern import Pattern
 from billhook.runtime.cache import Grams
-from billhook.runtime.progress import quiet
+from billhook.runtime.run import Run
 from billhook.search import optishear, pool
 from billhook.search.evaluator import evaluator_of
+from billhook.search.trial import Trial
 from billhook.search.validation import Validation
 
 SMALL: dict[str, Any] = dict(seq_len=16, samples=4, multiple_of=2, ratio=0.2)
@@ -67,8 +68,8 @@ def a_metric_is_tried_as_on_the_cpu() -> None:
         for device in (torch.device("cpu"), no_doubles.DEVICE):
             windows = Validation(tokens[:0], tokens[:2], tokens[2:])
             model = tiny.model("llama", num_hidden_layers=2).to(device)
-            problem = optishear.prepare(how, tokens, windows, evaluator_of(model, "nll", None), quiet)
-            found += problem.losses([optishear.Candidate(Metric(f1="square"))], windows.rungs)
+            problem = optishear.begin(evaluator_of(model, "nll", None), {}, how, windows, tokens, Run())
+            found += problem.losses([Trial(0, optishear.Candidate(Metric(f1="square")))], windows.rungs)
     assert found[0][0] == found[1][0] != ""
     assert found[0][1] == pytest.approx(found[1][1])
 
