@@ -7,8 +7,9 @@ from processes import Child
 
 
 def told() -> None:
-    print(gc.get_freeze_count() > 0, gc.isenabled(), "billhook.training.trainer" in sys.modules)
+    assert gc.get_freeze_count() and gc.isenabled()
+    assert "billhook.training.trainer" in sys.modules
 
 
 def test_a_fresh_process_has_imported_all_and_walks_nothing_of_it() -> None:
-    assert Child(told, fresh=True).ended() == (0, "True True True\n", "")
+    assert Child(told, fresh=True).ended() == (0, "", "")
