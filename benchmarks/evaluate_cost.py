@@ -16,7 +16,7 @@ import torch
 
 from billhook import data
 from billhook.checkpoints import load
-from billhook.evaluation.perplexity import BATCH_TOKENS, perplexity
+from billhook.evaluation.perplexity import head_batches, perplexity
 from billhook.pruning import compare
 from billhook.pruning.prune import prune_opened
 from billhook.pruning.recipe import recipe
@@ -39,7 +39,7 @@ by = compare.judged(opened, [text], 512, args.windows, None)
 @torch.inference_mode()
 def bare() -> float:
     losses = []
-    for batch in by.windows[0].tokens.split(BATCH_TOKENS // 512):
+    for batch in head_batches(by.windows[0].tokens):
         logits = opened.model(batch, use_cache=False).logits
         for row, ids in zip(logits, batch, strict=True):
             losses.append(torch.nn.functional.cross_entropy(row[:-1].float(), ids[1:]).item())

@@ -62,7 +62,7 @@ def test_perplexity_is_that_by_hand(family: str, monkeypatch: pytest.MonkeyPatch
     by_hand = losses_by_hand(model, given.tokens)
     expected = math.exp(statistics.fmean(by_hand))
     for batch_tokens in (1, 24, 10_000):
-        monkeypatch.setattr(perplexity_module, "BATCH_TOKENS", batch_tokens)
+        monkeypatch.setattr(perplexity_module, "HEAD_TOKENS", batch_tokens)
         found = perplexity(model, given)
         assert found.perplexity == pytest.approx(expected, rel=1e-5)
         spread = math.sqrt(sum((loss - statistics.fmean(by_hand)) ** 2 for loss in by_hand) / 4)

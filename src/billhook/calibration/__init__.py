@@ -5,7 +5,7 @@ gradients         Sums of weight times gradient for every unit of every axis: on
 gram              Gram matrices of what enters a matrix: summed block by block, one triangle of them
 layer_importance  Which layers go, by what they do: their influence on the hidden state, or the loss without them
 linears           Run a model layer by layer and keep sums of what enters every linear weight of a decoder layer
-passage           Which layers a walk through a model visits, and what they see there
+passage           A text on its way through a model, layer by layer: what all walks share
 routers           What the routers of a mixture of experts do on a text, layer by layer
 walk              Run a model layer by layer and keep sums of what enters the readers of its axes
 """

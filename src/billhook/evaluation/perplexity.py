@@ -13,7 +13,7 @@ from billhook.data import Windows
 from billhook.runtime.progress import Tick, quiet
 from billhook.tensors import Tokens
 
-BATCH_TOKENS = 2048  # tokens of one forward; their logits, 2048 x 49152 in float32, take 400 MB
+HEAD_TOKENS = 2048  # tokens of one forward through the head; their logits, 2048 x 49152 in float32, take 400 MB
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,11 @@ class Perplexity:
     begins_with: tuple[str, ...] = ()  # special tokens at the start of each window
 
 
+def head_batches(tokens: Tokens) -> Sequence[Tensor]:
+    """Windows (windows, length) in parts that go through the head at once."""
+    return tokens.split(max(1, HEAD_TOKENS // tokens.shape[1]))
+
+
 def perplexity(model: Any, windows: Windows, tick: Tick = quiet) -> Perplexity:
     """Perplexity of `model` over all windows.
 
@@ -62,12 +67,12 @@ def perplexities(
     Args:
         reference: compare the other models with the first, batch by batch, so that only sums are kept.
     """
-    length, first, stage = windows.tokens.shape[1], windows.first, f"perplexity on {windows.source}"
-    rows = max(1, BATCH_TOKENS // length)
+    first, stage, done = windows.first, f"perplexity on {windows.source}", 0
     losses: list[list[float]] = [[] for _ in models]
     compared: list[list[tuple[float, float]]] = [[] for _ in models]
-    for n, batch in enumerate(windows.tokens.split(rows)):
-        tick(stage, n * rows, len(windows.tokens))
+    for batch in head_batches(windows.tokens):
+        tick(stage, done, len(windows.tokens))
+        done += len(batch)
         expected: list[Tensor] = []
         for m, model in enumerate(models):
             for row, log_probabilities in enumerate(_log_probabilities(model, batch, first)):

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.checkpoints import load
+from billhook.evaluation.perplexity import head_batches
 from billhook.math.losses import divergence, most_likely, next_token
 from billhook.models.axes import axes
 from billhook.models.plan import AxisKey
@@ -26,7 +27,6 @@ from billhook.search.metrics import digest
 from billhook.tensors import Tokens
 
 TOP_K = 256  # predictions of the unpruned model that kl compares, for each token
-BATCH_TOKENS = 2048
 WHOLE = "layers"  # the kind of a place that stands for a whole layer
 Mask = Mapping[AxisKey, Tensor]  # units that go, by place; an empty tensor at (n, "layers") drops layer n whole
 
@@ -101,7 +101,7 @@ class Evaluator:
         with computing(device, self.autocast):
             return [
                 most_likely(self.model(batch.to(device), use_cache=False).logits[:, :-1], TOP_K)
-                for batch in _batches(windows)
+                for batch in head_batches(windows)
             ]
 
 
@@ -133,7 +133,7 @@ def masked_losses(
     losses: list[float] = []
     patched = with_weight(model, patch.param, patch.weight) if patch else nullcontext()
     with patched, without(model, dropped, dropped_layers(mask)), computing(model.device, autocast):
-        for n, batch in enumerate(_batches(windows)):
+        for n, batch in enumerate(head_batches(windows)):
             batch = batch.to(model.device)
             logits = model(batch, use_cache=False).logits
             for row in range(len(batch)):
@@ -149,10 +149,6 @@ def masked_losses(
 def dropped_layers(mask: Mask) -> tuple[int, ...]:
     """The layers that go whole."""
     return tuple(n for n, kind in mask if kind == WHOLE)
-
-
-def _batches(windows: Tokens) -> Sequence[Tensor]:
-    return windows.split(max(1, BATCH_TOKENS // windows.shape[1]))
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.errors import BillhookError, first_line
+from billhook.evaluation.perplexity import head_batches
 from billhook.math.losses import most_likely
 from billhook.runtime import cache
 from billhook.runtime.headers import check_tensors
@@ -24,7 +25,6 @@ from billhook.runtime.progress import Tick, quiet
 from billhook.tensors import Tokens
 
 SHARD = 32  # windows in a file: 12 MB of 512 tokens at k = 256
-BATCH_TOKENS = 2048
 STAGE = "asking the teacher"
 # indices into hidden_states: the embeddings, and what enters the last layer but one, where Minitron (arXiv:2407.14679)
 # aligns a student
@@ -114,7 +114,7 @@ def _predictions(
 ) -> dict[str, Tensor]:
     batches: dict[str, list[Tensor]] = {}
     narrow = torch.uint16 if teacher.config.vocab_size <= 2**16 else torch.int32
-    for batch in shard.split(max(1, BATCH_TOKENS // shard.shape[1])):
+    for batch in head_batches(shard):
         with computing(teacher.device, autocast):
             out = teacher(batch.to(teacher.device), use_cache=False, output_hidden_states=states)
         ids, chances, tail = most_likely(out.logits[:, :-1], k)
