@@ -23,7 +23,7 @@ from billhook.models.axes import axes
 from billhook.models.surgery import remove
 from billhook.pruning import planning, texts
 from billhook.pruning.recipe import recipe
-from billhook.runtime.progress import quiet
+from billhook.runtime.run import Run
 from billhook.search.budgets import BaseCut
 from billhook.search.evaluator import evaluator_of, masked_losses
 from billhook.search.inputs import read_inputs
@@ -49,7 +49,7 @@ plan = planning.make_plan(model, chosen, texts.Texts(nothing, nothing), opened.d
 evaluator, rungs = evaluator_of(model, "nll", None), RungWindows(inputs.texts.validation.rungs)
 base = BaseCut(model, plan, chosen.width_step, chosen.layout)
 started = time.perf_counter()
-problem = prepare(base, chosen, inputs.pool, inputs.texts.validation, evaluator, rungs, quiet)
+problem = prepare(base, chosen, inputs.pool, inputs.texts.validation, evaluator, rungs, Run())
 print(f"evidence: {time.perf_counter() - started:.0f} s, once", flush=True)
 rung = rungs.take(RUNGS[0])
 few = windows(calibration_text(args.train), opened.tokenizer, 64, 10).tokens

@@ -25,7 +25,6 @@ from billhook.models.surgery import drop_layers, zero
 from billhook.pruning import compare, contenders
 from billhook.pruning.recipe import recipe
 from billhook.reports.search_tables import outcome_words
-from billhook.runtime.progress import quiet
 from billhook.runtime.run import Run
 from billhook.search import adapruner, evaluator, harness, ladder, layer_blocks
 from billhook.search import measured as measurements
@@ -360,7 +359,7 @@ def test_a_search_may_take_whole_layers(text: str) -> None:
 
 
 def test_what_makes_up_for_a_block_in_a_trial_is_layerchops_patch(text: str) -> None:
-    made = layer_blocks.patch(tiny.model("llama"), tiny.tokens(8, 32), (1, 1))
+    made = layer_blocks.patch(tiny.model("llama"), tiny.tokens(8, 32), (1, 1), Run())
     cut = tiny.model("llama")
     chop(cut, tiny.tokens(8, 32), Plan(layers=(1,)), Patching(patch="linear"), Run())
     assert made is not None and torch.allclose(made.weight, cut.model.layers[0].mlp.down_proj.weight, atol=1e-6)
@@ -422,7 +421,7 @@ def test_a_large_cut_leaves_shapes_room(text: str) -> None:
     inputs = read_inputs(load.Opened(model, tiny.tokenizer(), "tiny", None, model.dtype), chosen)
     validation, base = inputs.texts.validation, BaseCut(model, even_plan(3, {"ffn": 32}), 4, "per_layer")
     measured_by, rungs = evaluator.evaluator_of(model, "nll", None), RungWindows(validation.rungs)
-    problem = prepare(base, chosen, inputs.pool, validation, measured_by, rungs, quiet)
+    problem = prepare(base, chosen, inputs.pool, validation, measured_by, rungs, Run())
     drops = [problem.plan(Candidate(shape=Shape(0, 0, 0.8, 0.0))).drops[n, "ffn"] for n in range(3)]
     assert sum(drops) == 96
     assert drops[2] == 40  # of 48, where an even cut leaves 16: half of that stays, and three tenths would be 15

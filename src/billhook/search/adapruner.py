@@ -122,7 +122,7 @@ def begin(
     validation, rungs = inputs.texts.validation, RungWindows(inputs.texts.validation.rungs)
     with run.clock("evidence"):
         cut = BaseCut(evaluator.model, base, chosen.width_step, chosen.layout)
-        measured = prepare(cut, chosen, inputs.pool, validation, evaluator, rungs, run.tick)
+        measured = prepare(cut, chosen, inputs.pool, validation, evaluator, rungs, run)
     with run.clock("known metrics"):
         before = time.perf_counter()
         known = try_known(measured, rungs, run.tick)
@@ -143,7 +143,7 @@ def begin(
         end=end * seconds,
         worse=known.worse,
     )
-    return AdaPruner(measured, known, opening, validation.final, restored_on, settings, run.tick)
+    return AdaPruner(measured, known, opening, validation.final, restored_on, settings, run)
 
 
 def _starts(measured: Measured, known: Known) -> list[dict[str, Any]]:
@@ -163,7 +163,7 @@ class AdaPruner(Problem):
     final: Tensor  # windows that decide
     calibration: Tokens  # windows that finalists are restored on
     settings: Settings  # settings of the restoration
-    tick: Tick
+    run: Run
 
     def trial(self, number: int, values: Mapping[str, Any]) -> Trial:
         return self.measured.trial(number, self.measured.space.decode(values, self.known.standard))
@@ -190,9 +190,9 @@ class AdaPruner(Problem):
         windows, evaluator = (rung, self.final), self.measured.evaluator
         if not self.settings.restoration:
             masks = [self.measured.mask(candidate) for candidate in candidates]
-            return list(zip(*(evaluator.losses(masks, part, self.tick, "finals") for part in windows), strict=True))
+            return list(zip(*(evaluator.losses(masks, part, self.run.tick, "finals") for part in windows), strict=True))
         losses: list[Losses] = []
-        for candidate in ticked(candidates, "restoring finalists", self.tick):
+        for candidate in ticked(candidates, "restoring finalists", self.run.tick):
             plan = self.measured.plan(candidate)
             key = {
                 **evaluator.key,
@@ -208,7 +208,9 @@ class AdaPruner(Problem):
     def _restored(self, candidate: Candidate, plan: Plan) -> PreTrainedModel:
         smaller = copy.deepcopy(self.measured.base.model)
         cast(smaller, self.measured.evaluator.autocast or smaller.dtype)  # as good, and a third faster (docs/LOG.md)
-        narrow(smaller, self.calibration, plan, self.settings, Run(), self.measured.scores(candidate))
+        narrow(
+            smaller, self.calibration, plan, self.settings, Run(hidden=self.run.hidden), self.measured.scores(candidate)
+        )
         return smaller
 
     def mark(self, candidate: Candidate | None) -> dict[str, Any]:
@@ -233,7 +235,7 @@ class AdaPruner(Problem):
         if replace(winner, solution=None) != Candidate():
             steps[BUDGETS] = replace(winner, solution=solution or standard)
         masks = [self.measured.mask(candidate) for candidate in steps.values()]
-        every = self.measured.evaluator.losses(masks, self.final, self.tick, "parts")
+        every = self.measured.evaluator.losses(masks, self.final, self.run.tick, "parts")
         rows: dict[str, Sequence[float]] = dict(zip(steps, every, strict=True))
         if self.settings.restoration:
             rows[RESTORED] = restored

@@ -54,14 +54,14 @@ def cheapest(
 
 
 @torch.no_grad()
-def patch(model: PreTrainedModel, tokens: Tokens, block: Block) -> Patch | None:
+def patch(model: PreTrainedModel, tokens: Tokens, block: Block, run: Run) -> Patch | None:
     """What makes up for a block, in closed form; None where no FFN's output is added to its layer's as it is."""
     before = block[0] - 1
     axis = next(axis for axis in axes(model, ("ffn",)) if axis.layer == before)
     if not axis.ends_layer:
         return None
     route = Route("dense_target", held_out=0.0, only={before}, dropped=range(block[0], sum(block)))
-    evidence = next(walk(model, tokens, ("ffn",), Run(), route)).fit[axis.reader_module]
+    evidence = next(walk(model, tokens, ("ffn",), Run(hidden=run.hidden), route)).fit[axis.reader_module]
     W = reader_weight(model, axis)
     device = evidence.gram.device  # may be another one than the model's
     weight, _ = restoration.fitted(W.to(device), evidence, torch.arange(W.shape[1], device=device), Settings.damping)

@@ -13,6 +13,7 @@ from billhook.math import selection
 from billhook.models.axes import Axis, axes
 from billhook.models.plan import AxisKey, Plan
 from billhook.runtime.progress import Tick, ticked
+from billhook.runtime.run import Run
 from billhook.search.budgets import BaseCut, exchanged, longest_block, shaped
 from billhook.search.evaluator import WHOLE, Evaluator, Mask
 from billhook.search.evidence import evidence, gate_fishers
@@ -85,7 +86,7 @@ def prepare(
     validation: Validation,
     evaluator: Evaluator,
     rungs: RungWindows,
-    tick: Tick,
+    run: Run,
 ) -> Measured:
     """Measure what the search stands on: the pool's evidence, the proxy's gradients, blocks of layers that may go.
 
@@ -95,9 +96,9 @@ def prepare(
     model = base.model
     kinds = tuple(dict.fromkeys(kind for _, kind in base.plan.drops))
     cut_axes = tuple(axis for axis in axes(model, kinds) if (axis.layer, axis.kind) in base.plan.drops)
-    measured = evidence(model, pool.tokens, pool.clusters, kinds, folder=evaluator.folder, tick=tick)
-    fishers = gate_fishers(model, validation.proxy, kinds, folder=evaluator.folder, tick=tick)
-    blocks, patches = _blocks(base, chosen, pool, evaluator, rungs, tick)
+    measured = evidence(model, pool.tokens, pool.clusters, kinds, folder=evaluator.folder, tick=run.tick)
+    fishers = gate_fishers(model, validation.proxy, kinds, folder=evaluator.folder, tick=run.tick)
+    blocks, patches = _blocks(base, chosen, pool, evaluator, rungs, run)
     return Measured(
         base=base,
         chosen=chosen,
@@ -122,18 +123,18 @@ def _even_share(plan: Plan, cut_axes: Sequence[Axis]) -> float:
 
 
 def _blocks(
-    base: BaseCut, chosen: SearchSettings, pool: Pool, evaluator: Evaluator, rungs: RungWindows, tick: Tick
+    base: BaseCut, chosen: SearchSettings, pool: Pool, evaluator: Evaluator, rungs: RungWindows, run: Run
 ) -> tuple[tuple[Block, ...], dict[Block, Patch]]:
     """For each length, the block that costs least on a round's windows; and patches, where weights are restored."""
     is_open = base.layout == "uniform" and "budgets" in groups_of(chosen.space)
     counts = lengths(longest_block(base.model, base.plan)) if is_open else range(0)
     if not counts:
         return (), {}
-    blocks = cheapest(base.model, rungs.take(RUNGS[0]), counts, evaluator.autocast, tick)
+    blocks = cheapest(base.model, rungs.take(RUNGS[0]), counts, evaluator.autocast, run.tick)
     patches: dict[Block, Patch] = {}
     if chosen.restores:
-        for block in ticked(blocks, "patching blocks", tick):
-            if made := patch(base.model, pool.tokens, block):
+        for block in ticked(blocks, "patching blocks", run.tick):
+            if made := patch(base.model, pool.tokens, block, run):
                 patches[block] = made
     return blocks, patches
 

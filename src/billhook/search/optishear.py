@@ -127,7 +127,7 @@ class OptiShear(Problem):
     final: Tensor  # windows that decide
     calibration: Tokens  # windows that finalists are pruned on
     evaluator: Evaluator
-    tick: Tick
+    run: Run
 
     @property
     def model(self) -> PreTrainedModel:
@@ -197,7 +197,7 @@ class OptiShear(Problem):
     def finished(self, candidates: Sequence[Candidate], rung: Tokens) -> list[Losses]:
         """Pruned in the result's own stream, on fewer calibration windows."""
         losses: list[Losses] = []
-        for candidate in ticked(candidates, "pruning finalists", self.tick):
+        for candidate in ticked(candidates, "pruning finalists", self.run.tick):
             wanted = self.masking(candidate)
             key = {
                 **self.key,
@@ -210,7 +210,7 @@ class OptiShear(Problem):
 
     def _pruned(self, wanted: Masking) -> PreTrainedModel:
         sparse = copy.deepcopy(self.model)
-        masking.mask(sparse, self.calibration, wanted, Run())
+        masking.mask(sparse, self.calibration, wanted, Run(hidden=self.run.hidden))
         return sparse
 
 
@@ -233,7 +233,9 @@ def begin(
 
     norms, before = dict[str, Tensor](), time.perf_counter()
     with run.clock("norms"):
-        for group in operators(evaluator.model, calibration, base.targets, Run(tick_norms), Route(held_out=0.0)):
+        for group in operators(
+            evaluator.model, calibration, base.targets, Run(tick_norms, hidden=run.hidden), Route(held_out=0.0)
+        ):
             of_group = norms_of(group.fit.gram.diagonal().clone(), calibration.numel())
             norms |= {name: of_group for name in group.names.values()}
     seconds, pruned_on = (time.perf_counter() - before) / calibration.numel(), calibration[:RESTORED_ON]
@@ -248,7 +250,7 @@ def begin(
         end=seconds * end_tokens(validation, FINALISTS + 1, PRUNING * pruned_on.numel()),
         always_measures=True,
     )
-    return OptiShear(base, norms, opening, validation.final, pruned_on, evaluator, run.tick)
+    return OptiShear(base, norms, opening, validation.final, pruned_on, evaluator, run)
 
 
 def search(
