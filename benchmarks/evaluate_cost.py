@@ -20,6 +20,7 @@ from billhook.evaluation.perplexity import head_batches, perplexity
 from billhook.pruning import compare
 from billhook.pruning.prune import prune_opened
 from billhook.pruning.recipe import recipe
+from billhook.runtime.run import Run
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("model")
@@ -77,7 +78,7 @@ keep("billhook's perplexity", passes, f"{ours / loop:.3f} of the loop")
 
 chosen = recipe(ratio=0.2, calibration=args.calibration, samples=args.samples)
 copied = replace(opened, model=copy.deepcopy(opened.model))
-prune = timed(lambda: prune_opened(copied, chosen))
+prune = timed(lambda: prune_opened(copied, chosen, Run()))
 print(f"| a default prune | {prune:.0f} | |", flush=True)
 keep("a default prune", [prune])
 ratios = [float(part) for part in args.ratios.split(",")]

@@ -20,7 +20,8 @@ from billhook.evaluation import perplexity
 from billhook.models.plan import Plan
 from billhook.models.sizes import decoder_parameters, total_parameters
 from billhook.models.surgery import cast
-from billhook.pruning.planners import even_planner
+from billhook.planning.planners import even_planner
+from billhook.pruning.recipe import recipe
 from billhook.runtime.run import Run
 
 RATIOS = (0.1, 0.2, 0.3, 0.5)
@@ -57,7 +58,7 @@ def perplexities(model: Any) -> list[float]:
 
 
 def equal(ratio: float) -> Plan:
-    return even_planner(opened.model, ("ffn",), 32, "uniform").make(ratio * decoder_parameters(opened.model))
+    return even_planner(opened.model, recipe(ratio=ratio)).make(ratio * decoder_parameters(opened.model))
 
 
 def dense_cells() -> Iterator[tuple[Cell, Any]]:

@@ -18,7 +18,8 @@ from billhook.checkpoints import load
 from billhook.choices import AXIS_STREAMS
 from billhook.cuts.narrowing import Settings, narrow
 from billhook.models.sizes import decoder_parameters
-from billhook.pruning.planners import even_planner
+from billhook.planning.planners import even_planner
+from billhook.pruning.recipe import recipe
 from billhook.runtime.memory import peak_growth
 from billhook.runtime.run import Run
 
@@ -36,7 +37,7 @@ args = parser.parse_args()
 opened = load.open_model(args.model)
 text = data.calibration_text(args.text)
 windows = data.windows(text, opened.tokenizer, args.seq_len, args.samples)
-plan = even_planner(opened.model, ("ffn",), 32, "uniform").make(args.ratio * decoder_parameters(opened.model))
+plan = even_planner(opened.model, recipe(ratio=args.ratio)).make(args.ratio * decoder_parameters(opened.model))
 
 forward, whole, stages, peaks = [], [], [], []
 for _ in range(args.repeats):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import results
 
-from billhook.pruning.recipe_file import RecipeFile, read_recipe
+from billhook.pruning.recipe import RecipeFile, read_recipe
 
 
 def measured(printed: str) -> dict[str, float]:

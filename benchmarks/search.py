@@ -29,12 +29,15 @@ from billhook.cuts.narrowing import Settings, narrow
 from billhook.evaluation import perplexity
 from billhook.math import selection
 from billhook.math.taylor import taylor1_element
+from billhook.methods.searched import asked
 from billhook.models.axes import axes
 from billhook.models.plan import Plan
 from billhook.models.surgery import cast, drop_layers, remove
-from billhook.pruning import method_settings, planning
-from billhook.pruning.recipe import Recipe, recipe
-from billhook.pruning.texts import Texts, draw
+from billhook.planning.budget import solved
+from billhook.planning.planners import planner
+from billhook.planning.recipe import Recipe
+from billhook.planning.texts import draw
+from billhook.pruning.recipe import recipe
 from billhook.reports import charts
 from billhook.reports.charts import Axis, Point, Series
 from billhook.runtime import atomic, cache
@@ -105,13 +108,12 @@ def settled(ratio: float, seed: int, **other: Any) -> Recipe:
 def searched(ratio: float, seed: int, **other: Any) -> Find:
     def found(restoration: bool) -> tuple[Scores, Plan, dict[str, Any]]:
         chosen = settled(ratio, seed, restoration=restoration, **other)
-        inputs = read_inputs(opened, chosen)
-        _, texts = draw(opened, chosen, inputs.calibration)
-        plan = planning.make_plan(opened.model, chosen, texts, opened.dtype)
-        fit, folder = method_settings.settings_of(chosen), args.results / "evidence"
+        inputs, plan = read_inputs(opened, asked(chosen)), even(ratio)
+        texts = draw(opened, chosen, inputs.calibration)
+        fit, folder = chosen.settings.cut, args.results / "evidence"
         run = Run(statistics=folder, workers=Workers(jobs=args.jobs, name=args.model))
-        end = adapruner.search(opened.model, chosen, plan, inputs, texts.calibration, fit, run)
-        trials = {} if chosen.space == "paper" else {"judged": judged_trials(chosen, plan, inputs, folder)}
+        end = adapruner.search(opened.model, asked(chosen), plan, inputs, texts.calibration, fit, run)
+        trials = {} if chosen.settings.space == "paper" else {"judged": judged_trials(chosen, plan, inputs, folder)}
         return end.scores, end.plan, {**end.record, **trials}
 
     return found
@@ -124,8 +126,8 @@ def judged_trials(chosen: Recipe, plan: Plan, inputs: Inputs, folder: Path) -> d
     """
     problem = begun(chosen, plan, inputs, folder)
     rounds = Rounds(problem, quiet)
-    study = Study(problem.opening.dimensions, chosen.sampler, chosen.seed)
-    promoted = rounds.promote(rounds.run(study, chosen.trials, lambda: False))
+    study = Study(problem.opening.dimensions, chosen.settings.sampler, chosen.calibration.seed)
+    promoted = rounds.promote(rounds.run(study, chosen.settings.trials, lambda: False))
     trials = [problem.opening.standard, *promoted]
     gains = {}
     for text in scoring.texts:
@@ -143,8 +145,11 @@ def judged_trials(chosen: Recipe, plan: Plan, inputs: Inputs, folder: Path) -> d
 
 def begun(chosen: Recipe, plan: Plan, inputs: Inputs, folder: Path) -> AdaPruner:
     """A search up to its known metrics."""
-    evaluator, nothing = evaluator_of(opened.model, chosen.objective, folder), torch.zeros(0, 512, dtype=torch.long)
-    return adapruner.begin(evaluator, chosen, plan, inputs, nothing, Settings(), Run())
+    evaluator, nothing = (
+        evaluator_of(opened.model, chosen.settings.objective, folder),
+        torch.zeros(0, 512, dtype=torch.long),
+    )
+    return adapruner.begin(evaluator, asked(chosen), plan, inputs, nothing, Settings(), Run())
 
 
 def llm_pruner(ratio: float, seed: int) -> Find:
@@ -165,7 +170,7 @@ def best_fixed(ratio: float) -> Find:
 
     def found(restoration: bool) -> tuple[Scores, Plan, dict[str, Any]]:
         chosen = settled(ratio, 0)
-        problem = begun(chosen, even(ratio), read_inputs(opened, chosen), args.results / "evidence")
+        problem = begun(chosen, even(ratio), read_inputs(opened, asked(chosen)), args.results / "evidence")
         standard = problem.opening.standard.candidate
         return problem.measured.scores(standard), even(ratio), {"standard": standard.solution.describe()}
 
@@ -173,8 +178,8 @@ def best_fixed(ratio: float) -> Find:
 
 
 def even(ratio: float) -> Plan:
-    chosen, nothing = settled(ratio, 0), torch.zeros(0, 512, dtype=torch.long)
-    return planning.make_plan(opened.model, chosen, Texts(nothing, nothing), opened.dtype)
+    chosen = settled(ratio, 0)
+    return solved(opened, chosen, planner(opened.model, chosen))
 
 
 def ranked(values: Sequence[float]) -> list[int]:
@@ -183,7 +188,7 @@ def ranked(values: Sequence[float]) -> list[int]:
 
 def judged(ratio: float, find: Find) -> dict[str, Any]:
     """Losses without and with restoration."""
-    windows = draw(opened, settled(ratio, 0), data.calibration_text(args.train))[1].calibration
+    windows = draw(opened, settled(ratio, 0), data.calibration_text(args.train)).calibration
     ends, record = {}, {}
     for name in ("without", "with"):
         unit_scores, plan, record[name] = find(name == "with")

@@ -12,16 +12,17 @@ import time
 from collections.abc import Callable
 
 import results
-import torch
 
 from billhook.calibration.gradients import gradient_sums
 from billhook.checkpoints.load import open_model
 from billhook.data import calibration_text, windows
 from billhook.math import selection
 from billhook.math.taylor import taylor1_element
+from billhook.methods.searched import asked
 from billhook.models.axes import axes
 from billhook.models.surgery import remove
-from billhook.pruning import planning, texts
+from billhook.planning.budget import solved
+from billhook.planning.planners import planner
 from billhook.pruning.recipe import recipe
 from billhook.runtime.run import Run
 from billhook.search.budgets import BaseCut
@@ -44,12 +45,11 @@ args = parser.parse_args()
 opened = open_model(args.model, device="cpu", dtype="float32")
 model = opened.model
 chosen = recipe(method="adapruner", ratio=args.ratio, calibration=args.train, validation=(args.valid,))
-inputs, nothing = read_inputs(opened, chosen), torch.zeros(0, 512, dtype=torch.long)
-plan = planning.make_plan(model, chosen, texts.Texts(nothing, nothing), opened.dtype)
+inputs, plan = read_inputs(opened, asked(chosen)), solved(opened, chosen, planner(model, chosen))
 evaluator, rungs = evaluator_of(model, "nll", None), RungWindows(inputs.texts.validation.rungs)
-base = BaseCut(model, plan, chosen.width_step, chosen.layout)
+base = BaseCut(model, plan, chosen.shape.width_step, chosen.shape.layout)
 started = time.perf_counter()
-problem = prepare(base, chosen, inputs.pool, inputs.texts.validation, evaluator, rungs, Run())
+problem = prepare(base, asked(chosen), inputs.pool, inputs.texts.validation, evaluator, rungs, Run())
 print(f"evidence: {time.perf_counter() - started:.0f} s, once", flush=True)
 rung = rungs.take(RUNGS[0])
 few = windows(calibration_text(args.train), opened.tokenizer, 64, 10).tokens

@@ -9,21 +9,70 @@ billhook.recover("out", teacher="demo", tokens="500k").save("healed")
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from billhook.checkpoints.load import load
-    from billhook.errors import BillhookError
-    from billhook.pruning.prune import Recipe, Result, prune
-    from billhook.recovery.recover import Recovered, recover
+    from billhook.api import (
+        check,
+        compare,
+        evaluate,
+        export,
+        forecast,
+        inspect,
+        load,
+        methods,
+        prune,
+        recover,
+        register,
+        search,
+        sweep,
+    )
+    from billhook.checkpoints.result import Result
+    from billhook.errors import BillhookError, DataError, ModelError, SettingsError
+    from billhook.planning.method import Method, MethodSettings
+    from billhook.planning.recipe import Recipe
 
-__all__ = ["BillhookError", "Recipe", "Recovered", "Result", "load", "prune", "recover"]
+    __version__: str
+
+__all__ = [
+    "BillhookError",
+    "DataError",
+    "Method",
+    "MethodSettings",
+    "ModelError",
+    "Recipe",
+    "Result",
+    "SettingsError",
+    "__version__",
+    "check",
+    "compare",
+    "evaluate",
+    "export",
+    "forecast",
+    "inspect",
+    "load",
+    "methods",
+    "prune",
+    "recover",
+    "register",
+    "search",
+    "sweep",
+]
 
 
 def __getattr__(name: str) -> Any:
     """Load on first use: torch and transformers take seconds, and Ctrl-C must be clean meanwhile (__main__.py)."""
     if name not in __all__:
         raise AttributeError(f"module 'billhook' has no attribute {name!r}")
-    from billhook.checkpoints import load as loading
-    from billhook.pruning import prune as pruning
-    from billhook.recovery import recover as recovering
+    if name == "__version__":
+        from importlib.metadata import version
 
-    homes = {"load": loading, "recover": recovering, "Recovered": recovering}
-    return getattr(homes.get(name, pruning), name)
+        return version("billhook")
+    if name.endswith("Error"):
+        from billhook import errors
+
+        return getattr(errors, name)
+    from billhook import api
+
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -3,7 +3,7 @@
 Plain data on a low floor, and one check of names: whatever defines settings or messages reads it without loading torch.
 """
 
-from billhook.errors import BillhookError, one_of
+from billhook.errors import SettingsError, one_of
 
 # What can be cut
 KINDS = {
@@ -170,17 +170,17 @@ def check_axes(kinds: tuple[str, ...], layout: str = "uniform") -> None:
         BillhookError: none is named, one is unknown, or the layout cannot hold them.
     """
     if not kinds:
-        raise BillhookError(f"no axis named: valid: {', '.join(AXES)}")
+        raise SettingsError(f"no axis named: valid: {', '.join(AXES)}")
     for kind in kinds:
         one_of("axis", kind, AXES)
     if "value" in kinds and layout == "uniform":
-        raise BillhookError(
+        raise SettingsError(
             "axis 'value' (FASP's V/O channels) needs another attention shape than stock classes have: use --layout per_layer, "
             "or name others of ffn, heads, groups"
         )
     if "residual" in kinds and layout != "uniform":
-        raise BillhookError(
+        raise SettingsError(
             f"axis 'residual' is one size for the whole model, which the uniform layout says: leave out --layout {layout}"
         )
     if len(found := [kind for kind in ("heads", "groups", "value") if kind in kinds]) > 1:
-        raise BillhookError(f"axes {' and '.join(map(repr, found))} cut the same columns: name one of them")
+        raise SettingsError(f"axes {' and '.join(map(repr, found))} cut the same columns: name one of them")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from billhook import demo
-from billhook.errors import BillhookError
+from billhook.errors import DataError
 from billhook.runtime.progress import Tick, quiet
 from billhook.runtime.special_tokens import begin_token_names, special_ids
 from billhook.runtime.text_files import READERS, is_text, name_of, read_folder, read_text
@@ -99,18 +99,18 @@ def windows(
     leading = torch.tensor(special_ids(tokenizer)[0], dtype=torch.long)
     room = length - len(leading)
     if room < 1:
-        raise BillhookError(
+        raise DataError(
             f"a window of {length} tokens has no room for text after the {len(leading)} that the tokenizer begins "
             "with: raise --seq-len"
         )
     count = len(ids) // room
     if not count:
-        raise BillhookError(
+        raise DataError(
             f"text {text.name!r} has {len(ids)} tokens, less than one window of {length}: use more text or a smaller "
             "--seq-len"
         )
     if samples is not None and samples > count:
-        raise BillhookError(
+        raise DataError(
             f"text {text.name!r} has {count} windows of {length} tokens, fewer than the {samples} asked for: "
             "lower --samples"
         )
@@ -157,7 +157,7 @@ def check_vocabulary(windows: Windows, model: Any, name: str) -> None:
     """Raise BillhookError if the text has token ids that the model has no embedding for."""
     highest, size = int(windows.tokens.max()), model.get_input_embeddings().num_embeddings
     if highest >= size:
-        raise BillhookError(
+        raise DataError(
             f"the tokenizer of {name} gives id {highest}, beyond the model's vocabulary of {size}: it belongs to "
             "another model; copy the right one"
         )
@@ -166,14 +166,14 @@ def check_vocabulary(windows: Windows, model: Any, name: str) -> None:
 def _read(source: str) -> Text:
     kinds = f"give a text file ({', '.join(READERS)}, each also .gz), a folder of them, a hub data set or 'demo'"
     if not source.strip():
-        raise BillhookError(f"no text named: {kinds}")
+        raise DataError(f"no text named: {kinds}")
     path = Path(os.path.expanduser(source))
     if path.is_dir():
         return Text(path.name, read_folder(path))
     if path.exists():
         return Text(name_of(path), read_text(path))
     if is_text(path) or source.startswith(("/", ".", "~")) or not HUB_NAME.fullmatch(source):
-        raise BillhookError(f"text {source} does not exist: {kinds}")
+        raise DataError(f"text {source} does not exist: {kinds}")
     return Text(source, _hub(source))
 
 
@@ -181,7 +181,7 @@ def _hub(source: str) -> str:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise BillhookError(
+        raise DataError(
             f"text {source!r} is no file here; to read it as a hub data set, install the extra: "
             "pip install 'billhook[data]'"
         ) from error
@@ -190,12 +190,10 @@ def _hub(source: str) -> str:
         rows = load_dataset(name, options[0] if options else None, split=options[1] if len(options) > 1 else "train")
     except Exception as error:  # the hub client raises dozens of kinds, offline ones among them
         first = str(error).strip().splitlines()
-        raise BillhookError(
+        raise DataError(
             f"text {source!r} is no file here, and no hub data set could be loaded by that name "
             f"({first[0] if first else error!r})"
         ) from error
     if "text" not in (rows.column_names or []):
-        raise BillhookError(
-            f"hub data set {source!r} has no column 'text' (it has {', '.join(rows.column_names or [])})"
-        )
+        raise DataError(f"hub data set {source!r} has no column 'text' (it has {', '.join(rows.column_names or [])})")
     return "\n\n".join(rows["text"])

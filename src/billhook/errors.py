@@ -8,6 +8,18 @@ class BillhookError(ValueError):
     """Bad input.  The command line prints the message alone and leaves with exit code 2."""
 
 
+class SettingsError(BillhookError):
+    """A setting that is unknown or impossible, or settings that cannot go together."""
+
+
+class ModelError(BillhookError):
+    """A model or checkpoint that cannot be read, is damaged, or of a kind that billhook does not know."""
+
+
+class DataError(BillhookError):
+    """A text that cannot be read, or is too short."""
+
+
 MANY = 40  # names: more do not make a line that anyone reads
 NEAREST = 8
 LONGEST = 300  # characters of what another library says
@@ -22,7 +34,7 @@ def one_of(what: str, given: str, valid: Iterable[str]) -> str:
     hint = f"did you mean {near[0]!r}? " if near else ""
     some = (get_close_matches(given, names, NEAREST, 0.4) or names[:NEAREST]) if len(names) > MANY else names
     rest = f", … ({len(names)} in all)" if len(names) > MANY else ""
-    raise BillhookError(f"unknown {what} {given!r}: {hint}valid: {', '.join(some)}{rest}")
+    raise SettingsError(f"unknown {what} {given!r}: {hint}valid: {', '.join(some)}{rest}")
 
 
 def reason(error: BaseException) -> str:

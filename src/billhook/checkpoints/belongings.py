@@ -48,3 +48,13 @@ def _warn_of_left(source: Path, to: Path, names: re.Pattern[str]) -> None:
             "%s: %s left out: no part of a tokenizer that transformers reads by itself; copy what you need",
             *(source, ", ".join(map(ascii, left)) + (" is" if len(left) == 1 else " are")),
         )
+
+
+def licence_of(source: Path | None) -> str | None:
+    """The licence that a checkpoint's own model card names, if it has one."""
+    card = source and source / "README.md"
+    if not card or not card.is_file():
+        return None
+    head = card.read_text(errors="replace").partition("---\n")[2].partition("\n---")[0]
+    found = re.search(r"^license:\s*([\w.-]+)\s*$", head, re.M)
+    return found[1] if found else None

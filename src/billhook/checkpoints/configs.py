@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from billhook.errors import BillhookError
+from billhook.errors import ModelError
 from billhook.models.families import family_of
 from billhook.runtime.documents import typed
 
@@ -83,6 +83,6 @@ def check_layers(config: dict[str, Any], stored: Iterable[str], name: str) -> No
     count = 1 + max((int(match[1]) for key in stored if (match := numbered.search(key))), default=-1)
     for key in LAYERS:
         if (claimed := config.get(key) or 0) > count:
-            raise BillhookError(
+            raise ModelError(
                 f"{name}: config.json: {key} is {claimed:,}, and the weights are of {count:,} layers: {MEND}"
             )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from billhook.checkpoints.shards import AGAIN, STORED, Stored, main_dtype, stored
 from billhook.checkpoints.tensor_names import loaded_as, stored_as
-from billhook.errors import BillhookError
+from billhook.errors import ModelError
 from billhook.models.experts import unfuse
 
 ROWS = 1024  # rows of two tensors that are compared at a time
@@ -78,14 +78,14 @@ def contents(path: Path, name: str, config: Any, build: Callable[[Any], Any]) ->
     shapes = {tensor: on_disk[key] for tensor, key in {**keys, **fused_keys}.items()}
     _check_shapes(name, lost, {**state, **fused}, shapes, model)
     if strays and not joined:
-        raise BillhookError(
+        raise ModelError(
             f"{name}: {len(strays)} tensors have no place in the model that config.json describes, first "
             f"{min(strays)}: "
             f"{AGAIN}"
         )
     used = {key: on_disk[key] for key in on_disk if key in used_keys or key in strays or key in fused_keys.values()}
     if strange := {tensor.dtype for tensor in used.values()} - set(STORED):
-        raise BillhookError(
+        raise ModelError(
             f"{name} stores weights as {', '.join(sorted(strange))}: dequantise to float32, bfloat16 or float16 first"
         )
     obsolete = re.compile("|".join(_obsolete(model)))
@@ -150,7 +150,7 @@ def _check_shapes(
         table = model.get_input_embeddings().weight.shape
         if expected == tuple(table) and shape[1:] == expected[1:]:
             remedy = f"if the embedding was resized without its config, set vocab_size to {shape[0]} there"
-    raise BillhookError(
+    raise ModelError(
         f"{name}: {len(wrong)} tensors are missing or of another shape than config.json says, first {first}{what}: "
         f"{remedy}"
     )

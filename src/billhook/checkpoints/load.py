@@ -22,7 +22,7 @@ from billhook.checkpoints.names import is_gguf, local_path
 from billhook.checkpoints.save import save
 from billhook.checkpoints.shards import AGAIN, read_json
 from billhook.checkpoints.streaming import give_settings, open_paged, read_contents
-from billhook.errors import BillhookError, first_line, one_of, reason
+from billhook.errors import BillhookError, ModelError, first_line, one_of, reason
 from billhook.models.experts import unfuse
 from billhook.models.families import check_known, family_of
 from billhook.models.layout import register
@@ -74,7 +74,7 @@ def open_model(
     path = locate(name, tick)
     if is_gguf(path):
         if stream:
-            raise BillhookError(f"{name}: a GGUF is dequantised whole: --stream-weights wants a folder of safetensors")
+            raise ModelError(f"{name}: a GGUF is dequantised whole: --stream-weights wants a folder of safetensors")
         model, tokenizer = read.open_gguf(path)
         _take_apart(model).to(target)
         return Opened(model, tokenizer, name, None, torch.float32)
@@ -126,7 +126,7 @@ def check_positions(opened: Opened, seq_len: int) -> None:
     """Refuse windows longer than the positions that the model has."""
     limit = getattr(opened.model.config, "max_position_embeddings", seq_len)
     if seq_len > limit:
-        raise BillhookError(f"seq-len {seq_len} is beyond the {limit} positions of {opened.name}: lower --seq-len")
+        raise ModelError(f"seq-len {seq_len} is beyond the {limit} positions of {opened.name}: lower --seq-len")
 
 
 def open_skeleton(name: str, tick: Tick = quiet) -> Any:
@@ -161,9 +161,9 @@ def resolve_device(device: str) -> torch.device:
         torch.empty(1, device=resolved)
     except (RuntimeError, AssertionError) as error:
         why = str(error).splitlines()[0].partition(". ")[0]  # torch adds paragraphs
-        raise BillhookError(f"device {device!r} cannot be used here: {why}; try --device auto") from error
+        raise ModelError(f"device {device!r} cannot be used here: {why}; try --device auto") from error
     if resolved.type == "meta":
-        raise BillhookError(f"device {device!r} cannot be used here: it holds no data; try --device auto")
+        raise ModelError(f"device {device!r} cannot be used here: it holds no data; try --device auto")
     return resolved
 
 
@@ -174,18 +174,18 @@ def load_tokenizer(path: Path, name: str) -> Any:
             return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise many kinds for a missing or broken file
         if "trust_remote_code" in str(error):
-            raise BillhookError(
+            raise ModelError(
                 f"{name}: its tokenizer is code in the folder (auto_map), which billhook does not run: save it as a "
                 "tokenizer.json"
             ) from None
         lacking = [package for package, module in SENTENCEPIECE.items() if not _is_installed(module)]
         if lacking and any(path.glob("*.model")) and not (path / "tokenizer.json").exists():
-            raise BillhookError(
+            raise ModelError(
                 f"{name}: its tokenizer is a SentencePiece model, which transformers reads by "
                 f"{' and '.join(SENTENCEPIECE)}: "
                 f"pip install {' '.join(lacking)}, or save the tokenizer as a tokenizer.json"
             ) from error
-        raise BillhookError(
+        raise ModelError(
             f"{name}: no tokenizer could be loaded ({reason(error)}): copy its tokenizer files into the folder"
         ) from error
 
@@ -200,11 +200,11 @@ def _is_installed(module: str) -> bool:
 def check_folder(path: Path, name: str) -> Contents:
     """Refuse a folder that is not a whole, plain, supported causal LM; return what its files hold."""
     if not path.is_dir():
-        raise BillhookError(f"{name} is not a model folder")
+        raise ModelError(f"{name} is not a model folder")
     if not any(path.iterdir()):
-        raise BillhookError(f"{name} is an empty folder: expected config.json and *.safetensors")
+        raise ModelError(f"{name} is an empty folder: expected config.json and *.safetensors")
     if (path / "adapter_config.json").exists():
-        raise BillhookError(
+        raise ModelError(
             f"{name} is a PEFT adapter: merge it into its base model first (merge_and_unload, then save_pretrained)"
         )
     config = read_json(path / "config.json", name)
@@ -228,24 +228,22 @@ def check_config(config: dict[str, Any], name: str) -> None:
     architectures = architectures if isinstance(architectures, list) else [architectures]
     if (quantised := config.get("quantization_config")) is not None:
         method = quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else quantised
-        raise BillhookError(
+        raise ModelError(
             f"{name} is quantised ({shown(str(method))}): prune the full-precision checkpoint, or load it with "
             "transformers, "
             "model.dequantize(), and save_pretrained that first"
         )
     if config.get("is_encoder_decoder"):
-        raise BillhookError(
-            f"{name} is an encoder-decoder ({shown(str(kind))}): billhook prunes decoder-only causal LMs"
-        )
+        raise ModelError(f"{name} is an encoder-decoder ({shown(str(kind))}): billhook prunes decoder-only causal LMs")
     if isinstance(text := config.get("text_config"), dict):
-        raise BillhookError(
+        raise ModelError(
             f"{name} is multimodal ({shown(str(kind))}): billhook prunes text alone; save its language model by itself "
             "first, "
             f"as a causal LM of type {shown(str(text.get('model_type', kind)))}"
         )
     causal = ("ForCausalLM", "LMHeadModel")
     if architectures and not any(str(architecture).endswith(causal) for architecture in architectures):
-        raise BillhookError(
+        raise ModelError(
             f"{name} is a {shown(str(architectures[0]))}, not a causal LM: billhook prunes decoder-only causal LMs "
             "(…ForCausalLM)"
         )
@@ -253,10 +251,10 @@ def check_config(config: dict[str, Any], name: str) -> None:
         family_of(kind if kind is None else shown(str(kind)))
         register(str(kind))
     except BillhookError as error:
-        raise BillhookError(f"{name}: {error}") from None
+        raise ModelError(f"{name}: {error}") from None
     check_values(config, name)
     if config.get("num_hidden_layers") == 0:
-        raise BillhookError(f"{name} has no decoder layers: there is nothing to prune")
+        raise ModelError(f"{name} has no decoder layers: there is nothing to prune")
 
 
 def demo_folder(tick: Tick = quiet) -> Path:
@@ -298,7 +296,7 @@ def _download(name: str, tick: Tick) -> Path:
     except BillhookError:
         raise
     except Exception as error:  # the hub client raises many kinds of error
-        raise BillhookError(
+        raise ModelError(
             f"model {name} is no folder here, and could not be fetched from the hub ({first_line(error)})"
         ) from error
     tick(f"fetching {name}", 1, 1)
@@ -326,11 +324,11 @@ def _load(contents: Contents, dtype: torch.dtype) -> Any:
             )
             model, info = loaded
     except Exception as error:  # transformers raises OSError, ValueError, RuntimeError, KeyError… for bad weights
-        raise BillhookError(f"{name}: transformers could not load it ({reason(error)})") from error
+        raise ModelError(f"{name}: transformers could not load it ({reason(error)})") from error
     # transformers gives mismatched keys as (name, shape, shape)
     misshapen = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
     if missing := [*sorted(info["missing_keys"]), *sorted(misshapen), *sorted(info["unexpected_keys"])]:
-        raise BillhookError(
+        raise ModelError(
             f"{name}: {len(missing)} tensors are missing or of another shape than config.json says, first "
             f"{missing[0]}: "
             f"{AGAIN}"

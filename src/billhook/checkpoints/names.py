@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from billhook.errors import BillhookError
+from billhook.errors import ModelError
 
 SUFFIX = ".gguf"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -26,10 +26,8 @@ def local_path(name: str) -> Path | None:
     path = Path(os.path.expanduser(name))  # Path.expanduser raises for unknown users
     if path.exists():
         if path.is_file() and not is_gguf(path):
-            raise BillhookError(f"{name} is a file: give the model's folder, a hub id, a .gguf file or 'demo'")
+            raise ModelError(f"{name} is a file: give the model's folder, a hub id, a .gguf file or 'demo'")
         return path
     if not HUB_ID.fullmatch(name) or is_gguf(path):
-        raise BillhookError(
-            f"model {name} does not exist: give a folder, a hub id (owner/name), a .gguf file or 'demo'"
-        )
+        raise ModelError(f"model {name} does not exist: give a folder, a hub id (owner/name), a .gguf file or 'demo'")
     return None

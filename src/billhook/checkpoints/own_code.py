@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from billhook.errors import BillhookError
+from billhook.errors import ModelError
 from billhook.models import layout
 from billhook.models.families import stock_type
 from billhook.runtime.documents import read_bytes, read_object
@@ -35,16 +35,16 @@ def needed(folder: Path) -> bool:
     if "auto_map" not in config or stock == config["model_type"]:
         return False
     if config["auto_map"] != layout.auto_map(stock):
-        raise BillhookError(f"{folder}: config.json names code that is not billhook's (auto_map): {ALLOW}")
+        raise ModelError(f"{folder}: config.json names code that is not billhook's (auto_map): {ALLOW}")
     file = folder / layout.CODE.name
     try:
         text = read_bytes(file, str(file), ALLOW, LARGEST)
     except FileNotFoundError:
-        raise BillhookError(f"{folder} lacks {file.name}, which its config.json names: copy {layout.CODE}") from None
+        raise ModelError(f"{folder} lacks {file.name}, which its config.json names: copy {layout.CODE}") from None
     if hashlib.sha256(text).hexdigest() not in {*WRITTEN, hashlib.sha256(layout.CODE.read_bytes()).hexdigest()}:
-        raise BillhookError(
+        raise ModelError(
             f"{file} is not as billhook writes it, and is not run: put back the text of {layout.CODE}; {ALLOW}"
         )
     if (folder / GENERATES).exists():
-        raise BillhookError(f"{folder / GENERATES} holds code that would run with the model's: remove it; {ALLOW}")
+        raise ModelError(f"{folder / GENERATES} holds code that would run with the model's: remove it; {ALLOW}")
     return True

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from billhook.errors import BillhookError, first_line
+from billhook.errors import ModelError, first_line
 from billhook.models.axes import Axis, axes
 from billhook.models.families import layers, row_of
 from billhook.models.surgery import remove
@@ -101,7 +101,7 @@ class FinishedLayers(Finished):
         except OSError as error:
             work.unlink(missing_ok=True)
             why = disk_full(error) or first_line(error)
-            raise BillhookError(f"cannot write {file}: {why}; the layers before it are kept") from error
+            raise ModelError(f"cannot write {file}: {why}; the layers before it are kept") from error
 
     def _file(self, n: int, ending: str) -> Path:
         return self.folder / f"layer-{n}.{ending}"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from billhook.errors import BillhookError
+from billhook.errors import ModelError
 from billhook.runtime.documents import read_object, typed
 from billhook.runtime.headers import Stored, read_header, shown
 
@@ -38,7 +38,7 @@ def weight_files(path: Path, name: str) -> tuple[list[Path], dict[str, str]]:
     """
     named = read_json(path / "config.json", name).get(NAMED)
     if named is not None and (not isinstance(named, str) or Path(named).name != named or not (path / named).is_file()):
-        raise BillhookError(
+        raise ModelError(
             f"{name}: config.json names {shown(str(named))!r} as {NAMED}, which is no file of the folder: {AGAIN}"
         )
     first = next((file for file in (named, SINGLE, INDEX) if file and os.path.lexists(path / file)), None)
@@ -48,18 +48,18 @@ def weight_files(path: Path, name: str) -> tuple[list[Path], dict[str, str]]:
         mapped = _weight_map(path / first, name)
         return sorted({path / file for file in mapped.values()}), mapped
     if others := sorted(path.glob("*.safetensors")):
-        raise BillhookError(
+        raise ModelError(
             f"{name} holds {others[0].name}, and neither {SINGLE} nor {INDEX}, which transformers reads: fetch the "
             "index, or "
             "give a single file that name"
         )
     if pickles := [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")]:
-        raise BillhookError(
+        raise ModelError(
             f"{name} holds pickled weights ({pickles[0].name}), which can run code when opened: convert them where you "
             "trust "
             "them, AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) writes safetensors"
         )
-    raise BillhookError(f"{name} holds no *.safetensors: {AGAIN}")
+    raise ModelError(f"{name} holds no *.safetensors: {AGAIN}")
 
 
 def stored(path: Path, name: str) -> dict[str, Stored]:
@@ -80,11 +80,11 @@ def stored(path: Path, name: str) -> dict[str, Stored]:
         except FileNotFoundError as error:
             first = next((key for key, holder in mapped.items() if holder == file.name), "")
             why = f", though {INDEX} names it (for {shown(first)}, say)" if first else ": it is a link to nothing"
-            raise BillhookError(f"{name}: shard {file.name} is missing{why}: {AGAIN}") from error
+            raise ModelError(f"{name}: shard {file.name} is missing{why}: {AGAIN}") from error
     for key, file in mapped.items():
         if key not in tensors or tensors[key].file.name != file:
             where = f"it is in {tensors[key].file.name}" if key in tensors else "no shard holds it"
-            raise BillhookError(f"{name}: {INDEX} says that {file} holds {shown(key)}, but {where}: {AGAIN}")
+            raise ModelError(f"{name}: {INDEX} says that {file} holds {shown(key)}, but {where}: {AGAIN}")
     return tensors
 
 
@@ -117,7 +117,7 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
     try:
         return read_object(path, f"{name}: {path.name}", AGAIN)
     except FileNotFoundError as error:
-        raise BillhookError(f"{name} has no {path.name}: give a folder that holds a whole model") from error
+        raise ModelError(f"{name} has no {path.name}: give a folder that holds a whole model") from error
 
 
 class Index(BaseModel):
@@ -134,7 +134,7 @@ def _weight_map(index: Path, name: str) -> dict[str, str]:
     mapped = typed(Index, read_json(index, name), what, AGAIN).weight_map
     for key, file in mapped.items():
         if not re.fullmatch(r"[^/\\\x00]+\.safetensors", file):
-            raise BillhookError(
+            raise ModelError(
                 f"{what}: {shown(key)} is said to be in {shown(file)}, no .safetensors file of this folder: {AGAIN}"
             )
     return mapped

@@ -11,7 +11,7 @@ from transformers.initialization import no_init_weights
 from billhook.checkpoints import generation, refused
 from billhook.checkpoints.contents import Contents, contents
 from billhook.checkpoints.shards import AGAIN, read_json
-from billhook.errors import BillhookError
+from billhook.errors import ModelError
 from billhook.models import flags
 from billhook.models.experts import unfuse
 from billhook.models.families import check_known, layers, row_of
@@ -54,7 +54,7 @@ def open_paged(contents: Contents, dtype: torch.dtype, device: torch.device) -> 
         BillhookError: its tensors cannot be read one by one.
     """
     if contents.joined:
-        raise BillhookError(
+        raise ModelError(
             f"{contents.name}: tensor {contents.joined} is stored under another name or in one with others: {AGAIN}, "
             f"or {LOAD_WHOLE}"
         )

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from billhook.checkpoints.load import ROOM, load
 from billhook.checkpoints.save import elements, stored_parameters
-from billhook.errors import BillhookError, first_line
+from billhook.errors import ModelError, first_line
 from billhook.models.cached import after
 from billhook.runtime.memory import free_bytes
 from billhook.runtime.offload import is_offloaded
@@ -50,7 +50,7 @@ def verify(path: Path, model: Any) -> dict[str, Any]:
         steps = STEPS_OFFLOADED if is_offloaded(model) else STEPS
         drift = _cache_drift(reloaded, ids.to(reloaded.device), steps)
     except (RuntimeError, IndexError, ValueError) as error:  # a wrong index makes masks and positions of another length
-        raise BillhookError(f"{path} did not survive reloading: with a cache it fails ({first_line(error)})") from error
+        raise ModelError(f"{path} did not survive reloading: with a cache it fails ({first_line(error)})") from error
     problems = []
     if written != expected:
         problems.append(f"the tensors on disk hold {written:,} parameters, the model {expected:,}")
@@ -65,7 +65,7 @@ def verify(path: Path, model: Any) -> dict[str, Any]:
     if not drift <= CACHE_TOLERANCE:
         problems.append(f"logits with and without cache differ by {drift:.1e} of their size")
     if problems:
-        raise BillhookError(f"{path} did not survive reloading: {'; '.join(problems)}")
+        raise ModelError(f"{path} did not survive reloading: {'; '.join(problems)}")
     return {"client": "transformers", "logits": "equal", "parameters_on_disk": written, "cache_drift": drift}
 
 

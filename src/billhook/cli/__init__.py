@@ -12,6 +12,7 @@ prune     The command prune
 recover   Commands that train, and say beforehand what training buys: recover, forecast
 run       Commands that prune without options: run, demo
 search    The command that searches for calibration samples and metric before it prunes: search
+settings  Options of commands, made from the settings of recipes and methods
 work      What commands share once they work; it brings torch
 """
 

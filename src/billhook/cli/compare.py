@@ -30,10 +30,10 @@ from billhook.cli.options import (
 )
 from billhook.errors import BillhookError
 from billhook.methods import METHODS
+from billhook.planning.recipe import Calibration as Defaults
 from billhook.pruning import contenders as compared
-from billhook.pruning.recipe import Recipe
 
-DEFAULT = Recipe.model_construct()
+DEFAULT = Defaults.model_construct()
 COMPARED = "What is compared"
 
 
@@ -50,7 +50,7 @@ def compare_command(
     ratio: Annotated[
         list[float], option(COMPARED, "share of the decoder to remove; may be repeated", show_default=False)
     ],
-    calibration: Calibration = DEFAULT.calibration,
+    calibration: Calibration = DEFAULT.source,
     samples: Samples = DEFAULT.samples,
     seq_len: SeqLen = DEFAULT.seq_len,
     seed: Seed = DEFAULT.seed,
@@ -101,7 +101,7 @@ def sweep_command(
     stream: Annotated[
         str, option(COMPARED, "dense: one pass serves all ratios; the others make one for each", names=AXIS_STREAMS)
     ] = "dense",
-    calibration: Calibration = DEFAULT.calibration,
+    calibration: Calibration = DEFAULT.source,
     samples: Samples = DEFAULT.samples,
     seq_len: SeqLen = DEFAULT.seq_len,
     seed: Seed = DEFAULT.seed,

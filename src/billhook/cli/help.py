@@ -1,5 +1,6 @@
 """How help is printed: plain text at once, options under the headings that they name."""
 
+import re
 import shutil
 from typing import Any
 
@@ -8,6 +9,7 @@ from typer.core import TyperCommand, TyperGroup
 
 OTHERS = "Options"  # heading of options that name none
 WIDTH = 110  # columns at most
+TOLD = re.compile(r"\[default: \(([^][]*)\)")  # a default that is said in words: typer puts it in brackets
 
 
 class Help:
@@ -26,7 +28,7 @@ class Help:
             argument = getattr(param, "param_type_name", "") == "argument"
             heading = getattr(param, "rich_help_panel", None) or ("Arguments" if argument else OTHERS)
             if record := param.get_help_record(ctx):
-                sections.setdefault(heading, []).append(record)
+                sections.setdefault(heading, []).append((record[0], TOLD.sub(r"[default: \1", record[1])))
         for heading in sorted(sections, key=lambda name: (name == OTHERS, name != "Arguments")):
             with formatter.section(typer.style(heading, bold=True)):
                 formatter.write_dl(sections[heading], col_max=36)

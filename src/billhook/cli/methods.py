@@ -2,34 +2,20 @@
 
 import json as json_module
 import textwrap
-from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 
 from billhook import choices
-from billhook.cli.commands import app, command
+from billhook.cli.commands import app
 from billhook.cli.options import Json
-from billhook.cuts.settings import SOLVER_DAMPING, Chopping, Narrowing, Slicing
+from billhook.cli.settings import Setting, of_methods, shared, shown
 from billhook.errors import one_of
-from billhook.methods import METHODS, Method
+from billhook.methods import METHODS
+from billhook.planning.method import Method
 
 WIDTH = 100
-DAMPING = {"layerchop": Chopping.damping, "slicegpt": Slicing.damping}
-TABLES = {  # settings with names: what each name means
-    "axes": choices.AXES,
-    "layout": choices.LAYOUTS,
-    "allocation": choices.ALLOCATIONS,
-    "score": {**choices.SCORES, **choices.GRADIENT_SCORES},
-    "preset": choices.PRESETS,
-    "patch": choices.PATCHES,
-    "select": choices.SELECT,
-    "experts": choices.WAYS,
-    "init": choices.STARTS,
-    "space": {**choices.SPACES, **choices.GROUPS},
-    "sampler": choices.SAMPLERS,
-    "objective": choices.SEARCH_OBJECTIVES,
-}
+FACTS = ("title", "paper", "does", "needs", "costs", "loads", "example", "command", "budgets", "kinds", "default_kinds")
 
 
 @app.command(name="methods")
@@ -45,7 +31,7 @@ def methods_command(
     """
     named = {one_of("method", name, METHODS): METHODS[name]} if name else METHODS
     if json:
-        typer.echo(json_module.dumps({key: asdict(method) for key, method in named.items()}, indent=2))
+        typer.echo(json_module.dumps({key: facts(method) for key, method in named.items()}, indent=2))
     elif name:
         typer.echo(page(name))
     else:
@@ -54,52 +40,55 @@ def methods_command(
         typer.echo("\nbillhook methods NAME: what it does, settings, needs, an example, and what loads the result")
 
 
+def facts(method: Method) -> dict[str, Any]:
+    """All of one method, as plain data."""
+    said = {name: getattr(method, name) for name in FACTS}
+    return said | {"settings": {setting.name: default(setting, method) for setting in settings(method)}}
+
+
 def prunes(method: Method) -> str:
     """What goes."""
     return "zeros" if method.zeros else ", ".join(method.kinds)
 
 
-def tables(name: str) -> dict[str, dict[str, str]]:
-    """Of settings of a method whose values have names: each name and what it means."""
-    method = METHODS[name]
-    streams = choices.OPERATOR_STREAMS if method.zeros else choices.AXIS_STREAMS
-    if name == "experts":
-        streams = choices.EXPERT_STREAMS
-    known = {**TABLES, "stream": streams, "axes": {kind: choices.AXES[kind] for kind in method.kinds}}
-    return {setting: known[setting] for setting in method.settings if setting in known}
+def settings(method: Method) -> list[Setting]:
+    """What may be chosen: its budgets and its place among the axes, then its own."""
+    place = ("axes", "layout", "allocation", "floor") if method.allocates else ("axes", "layout")
+    common = (*(method.budgets if method.zeros else ()), *(place if len(method.kinds) > 1 else ()))
+    return [*(setting for setting in shared() if setting.name in common), *of_methods([method])]
 
 
-def options(name: str) -> list[Any]:
-    """The options of the command line that set what this method reads, in the order of its settings."""
-    method = METHODS[name]
-    known = {option.name: option for option in command(method.command).params}
-    return [known[setting] for setting in method.settings]
+def default(setting: Setting, method: Method) -> str:
+    """Of one setting for one method, '' where there is none."""
+    return ",".join(method.default_kinds) if setting.name == "axes" else shown(setting.field)
 
 
-def default(name: str, option: Any) -> str:
-    """Of one option for one method: its own before the command's, '' where there is none."""
-    method = METHODS[name]
-    damping = SOLVER_DAMPING if method.zeros else DAMPING.get(name, Narrowing.damping)
-    axes = ",".join(method.default_kinds)
-    own = {"stream": method.stream, "axes": axes, "damping": f"{damping:g}", **method.own}
-    value = own.get(option.name, option.show_default if isinstance(option.show_default, str) else option.default)
-    return {None: "", True: "yes", False: "no"}.get(value, str(value)) if not isinstance(value, list) else ""
+def meanings(setting: Setting, method: Method) -> dict[str, str]:
+    """What each value of a setting means, where values have names that mean something."""
+    if setting.name == "axes":
+        return {kind: choices.AXES[kind] for kind in method.kinds}
+    return dict(setting.names) if isinstance(setting.names, dict) else {}
 
 
 def page(name: str) -> str:
     """All of one method."""
     method = METHODS[name]
     lines = [f"{name}: {method.title} ({method.paper})", "", *textwrap.wrap(method.does, WIDTH), ""]
-    facts = {"prunes": prunes(method), "needs": method.needs, "costs": method.costs, "loads in": method.loads}
-    for what, text in {**facts, "example": method.example}.items():
+    said = {"prunes": prunes(method), "needs": method.needs, "costs": method.costs, "loads in": method.loads}
+    for what, text in {**said, "example": method.example}.items():
         lines += textwrap.wrap(text, WIDTH, initial_indent=f"{what:9}", subsequent_indent=" " * 9)
     lines += ["", f"Settings, as options of billhook {method.command}:"]
-    for option in options(name):
-        flags, value = " / ".join((*option.opts, *option.secondary_opts)), default(name, option)
-        lines.append(f"  {flags:32} {option.help}{f'  [default: {value}]' if value else ''}")
-    for setting, meanings in tables(name).items():
-        lines += ["", f"--{setting.replace('_', '-')}:"]
-        for value, meaning in meanings.items():
+    for setting in settings(method):
+        flags, value = " / ".join(setting.flags), default(setting, method)
+        lines.append(f"  {flags:32} {setting.field.description}{f'  [default: {value}]' if value else ''}")
+    told: list[dict[str, str]] = []  # each table once
+    for setting in settings(method):
+        named = meanings(setting, method)
+        if not named or named in told:
+            continue
+        told.append(named)
+        lines += ["", f"{setting.flags[0]}:"]
+        for value, meaning in named.items():
             indent = " " * 20
             lines += textwrap.wrap(meaning, WIDTH, initial_indent=f"  {value:17} ", subsequent_indent=indent)
     return "\n".join(lines)

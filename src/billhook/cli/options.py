@@ -10,13 +10,15 @@ from typing import Annotated, Any
 import typer
 
 from billhook.checkpoints.names import local_path
-from billhook.choices import AXES, DTYPES, LAYOUTS
+from billhook.choices import DTYPES
 from billhook.errors import BillhookError
 from billhook.runtime import atomic
 from billhook.runtime.outputs import check_apart, check_out
 
-BUDGET, CALIBRATION, LAYOUT, OUTPUT, MACHINE = (
+BUDGET, METHOD, TRAINING, CALIBRATION, LAYOUT, OUTPUT, MACHINE = (
     "Budget",
+    "Method",
+    "Training",
     "Calibration",
     "Layout",
     "Output",
@@ -52,15 +54,6 @@ Page = Annotated[
     option(OUTPUT, "write a page to this .html file, its numbers beside it", "--report", show_default=False),
 ]
 
-Ratio = Annotated[
-    float | None,
-    option(BUDGET, "share of the decoder layers' parameters to remove, between 0 and 1", show_default=False),
-]
-Params = Annotated[str | None, option(BUDGET, "or: parameters the whole model may have, like 100M", show_default=False)]
-Sparsity = Annotated[float | None, option(BUDGET, "for zeros: their share of the targeted weights", show_default=False)]
-Pattern = Annotated[str, option(BUDGET, "for zeros: or N of every M weights of a row, like 2:4", show_default=False)]
-Axes = Annotated[str, option(LAYOUT, "what to prune, with commas; empty: the method's own", names=AXES)]
-Layout = Annotated[str, option(LAYOUT, "uniform: stock checkpoints; per_layer: widths differ by layer", names=LAYOUTS)]
 
 Calibration = Annotated[
     str, option(CALIBRATION, "text: a file, a folder of them, hub data set name[:config[:split]], or demo")

@@ -7,12 +7,12 @@ from typing import Annotated, Any
 import typer
 
 from billhook.checkpoints.names import local_path
-from billhook.choices import MEASURING_SECONDS, PRECISIONS, TRAINABLE
+from billhook.choices import MEASURING_SECONDS
 from billhook.cli.commands import app
 from billhook.cli.options import (
     BUDGET,
-    CALIBRATION,
     MACHINE,
+    TRAINING,
     Device,
     Fresh,
     Json,
@@ -24,58 +24,16 @@ from billhook.cli.options import (
     option,
     unfinished,
 )
-from billhook.recovery.settings import OBJECTIVES, STATES, STEPS, Recovery, recovery
-
-TRAINING = "Training"
-DEFAULT = Recovery.model_construct()
+from billhook.cli.settings import Setting, heading_of, with_options
+from billhook.recovery.settings import Recovery, recovery
 
 
 @app.command(name="recover")
+@with_options([Setting(name, field, heading_of(field, TRAINING)) for name, field in Recovery.model_fields.items()])
 def recover_command(
     model: Model,
     output: Output,
-    teacher: Annotated[
-        str, option(TRAINING, "the unpruned model, as MODEL; it answers once, to disk, and leaves", show_default=False)
-    ] = "",
-    tokens: Annotated[str | None, option(BUDGET, "how much to train on, like 500k or 2M", show_default=False)] = None,
-    minutes: Annotated[float | None, option(BUDGET, "or: how long all of it may take", show_default=False)] = None,
-    text: Annotated[
-        list[str] | None,
-        option(CALIBRATION, "text to train on; may be repeated: a broad mix harms least", show_default="demo"),
-    ] = None,
-    held_out: Annotated[
-        list[str] | None,
-        option(CALIBRATION, "text to judge by, better of another kind; may be repeated", show_default="demo"),
-    ] = None,
-    guard: Annotated[bool, option(CALIBRATION, "stop when a held-out text gets worse")] = DEFAULT.guard,
-    objective: Annotated[
-        str, option(TRAINING, "distill: the teacher's probabilities; ce: the text itself", names=OBJECTIVES)
-    ] = DEFAULT.objective,
-    trainable: Annotated[str, option(TRAINING, ", ".join(TRAINABLE), names=TRAINABLE)] = DEFAULT.trainable,
-    states: Annotated[
-        str, option(TRAINING, "align hidden states with the teacher's too: auto, on, off", names=STATES)
-    ] = DEFAULT.states,
-    lr: Annotated[str, option(TRAINING, "peak learning rate; auto: the best of three")] = "auto",
-    batch_tokens: Annotated[
-        str | None, option(TRAINING, "tokens in a step, over all processes", show_default=f"{STEPS} steps in all")
-    ] = None,
-    micro_batch: Annotated[int, option(TRAINING, "windows in one forward; the rest accumulates")] = DEFAULT.micro_batch,
-    seq_len: SeqLen = DEFAULT.seq_len,
-    warmup: Annotated[float, option(TRAINING, "share of the steps; a cosine to zero follows")] = DEFAULT.warmup,
-    top_k: Annotated[
-        int, option(TRAINING, "tokens whose teacher probability is kept; others count as one")
-    ] = DEFAULT.top_k,
-    rank: Annotated[int, option(TRAINING, "of lora's adapters; of spp: blocks of rows")] = DEFAULT.rank,
-    keep_zeros: Annotated[
-        bool | None,
-        option(
-            *(TRAINING, "of a sparse model: keep its zeros, or fill them; one must be said"),
-            "--keep-zeros/--no-keep-zeros",
-            show_default=False,
-        ),
-    ] = DEFAULT.keep_zeros,
-    dropout: Annotated[bool, option(TRAINING, "train with the dropout of the model's config")] = DEFAULT.dropout,
-    seed: Annotated[int, option(TRAINING, "of the order of the windows")] = DEFAULT.seed,
+    settings: dict[str, Any],
     overwrite: Overwrite = False,
     json: Json = False,
     lessons: Annotated[
@@ -85,8 +43,6 @@ def recover_command(
             show_default="beside OUT, deleted at the end",
         ),
     ] = None,
-    precision: Annotated[str, option(MACHINE, ", ".join(PRECISIONS), names=PRECISIONS)] = DEFAULT.precision,
-    device: Device = DEFAULT.device,
     fresh: Fresh = False,
 ) -> None:
     """Train a pruned MODEL back, by distillation or on text; write OUT, reload it and compare.
@@ -95,9 +51,7 @@ def recover_command(
 
     Example: billhook recover smaller --teacher demo --tokens 500k --text wiki.txt -o healed
     """
-    given = {name: value for name, value in locals().items() if name in Recovery.model_fields}
-    texts = {"text": tuple(text or DEFAULT.text), "held_out": tuple(held_out or DEFAULT.held_out)}
-    chosen, started = recovery(**{**given, **texts}), time.perf_counter()
+    chosen, started = recovery(**settings), time.perf_counter()
     output = check_free_of(model, output, overwrite)
     from billhook.cli.console import err, going_on, loading, out, progress
 
@@ -105,7 +59,8 @@ def recover_command(
         from accelerate import PartialState
 
         from billhook.checkpoints.clients import check
-        from billhook.recovery.recover import Recovered, recover
+        from billhook.checkpoints.result import Result
+        from billhook.recovery.recover import recover
         from billhook.recovery.setup import on_cpu
         from billhook.reports import records, terminal
         from billhook.runtime import atomic, run_folder
@@ -113,7 +68,7 @@ def recover_command(
     check.check_startable()
     work = unfinished(output)
 
-    def train(tick: Any) -> Recovered:
+    def train(tick: Any) -> Result:
         how = {"tick": tick, "announce": _say, **chosen.model_dump()}
         return recover(model, work=work, lessons=lessons, fresh=fresh, **how)
 
@@ -138,9 +93,9 @@ def forecast_command(
     model: Model,
     ratio: Annotated[float, option(BUDGET, "share of the decoder to remove", show_default=False)],
     minutes: Annotated[float, option(BUDGET, "to train in", min=0.1, show_default=False)],
-    seq_len: SeqLen = DEFAULT.seq_len,
+    seq_len: SeqLen = 512,
     seconds: Annotated[float, option(MACHINE, "to measure this machine for", min=1)] = MEASURING_SECONDS,
-    device: Device = DEFAULT.device,
+    device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Measure how fast this machine trains, say how many tokens the minutes buy, and print the commands that it calls for.

@@ -9,8 +9,7 @@ import typer
 from billhook.cli.commands import app
 from billhook.cli.options import OUTPUT, Fresh, Json, Output, Overwrite, check_free_of, option
 from billhook.errors import BillhookError
-from billhook.pruning.recipe import recipe
-from billhook.pruning.recipe_file import read_recipe
+from billhook.pruning.recipe import read_recipe, recipe
 
 
 @app.command(name="run")
@@ -40,14 +39,17 @@ def run_command(
 
     with loading():
         from billhook.cli.work import prune_to
-        from billhook.pruning.prune import measure
+        from billhook.evaluation.expected import measure
         from billhook.reports import terminal
     found = prune_to(file.model, file.recipe, output, overwrite, fresh=fresh).report
     out.print(terminal.summary_table(found, f"{file.model}, pruned by {path}"))
+    if file.note:
+        out.print(file.note, soft_wrap=True)
     if not check:
         return
     with progress() as tick:
-        measured = measure(output, file.recipe, tick)
+        text, on = file.recipe.calibration, file.recipe.compute
+        measured = measure(output, text.seq_len, on.device, on.dtype, tick)
     expected, tolerance = file.expect.get("numbers", {}), file.expect.get("tolerance", 0.0)
     table = Table("", "expected", "measured", title=f"within {tolerance:.1%}?", title_justify="left")
     for name, value in measured.items():
@@ -81,7 +83,7 @@ def demo_command(json: Json = False) -> None:
         out.print(terminal.summary_table(found.report, "SmolLM2-135M-Instruct, a fifth of its decoder pruned by FASP"))
     with progress() as tick:
         texts = data.evaluation_texts(["demo"], tick)
-        asked = side_by_side.Measures(texts=texts, seq_len=chosen.seq_len, max_windows=24)
+        asked = side_by_side.Measures(texts=texts, seq_len=chosen.calibration.seq_len, max_windows=24)
         subjects = [
             side_by_side.Subject.of(load.open_model(where, tick=tick), name)
             for name, where in (("dense", "demo"), ("pruned", str(result_folder)))

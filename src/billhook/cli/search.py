@@ -3,100 +3,49 @@
 import os
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from billhook.choices import GROUPS, ROLES, SAMPLERS, SEARCH_OBJECTIVES, SPACES
 from billhook.cli.commands import app
 from billhook.cli.options import (
     CALIBRATION,
-    LAYOUT,
     MACHINE,
-    Axes,
-    Device,
-    Dtype,
+    METHOD,
     Fresh,
     Jobs,
     Json,
-    Layout,
     Model,
     Output,
     Overwrite,
-    Params,
-    Pattern,
-    Ratio,
     Ray,
-    Seed,
-    SeqLen,
-    Sparsity,
     check_free_of,
-    listed,
     option,
     unfinished,
 )
+from billhook.cli.settings import with_settings
 from billhook.errors import one_of
-from billhook.pruning.recipe import Recipe, recipe
+from billhook.methods import METHODS
+from billhook.pruning.recipe import recipe
 
-DEFAULT = Recipe.model_construct(method="adapruner")
-SEARCHED = ("adapruner", "optishear")
-SEARCH, ADAPRUNER, OPTISHEAR = "Search", "--method adapruner", "--method optishear"
+SEARCHED = tuple(name for name, method in METHODS.items() if method.command == "search")
 
 
 @app.command(name="search")
+@with_settings(SEARCHED)
 def search_command(
     model: Model,
     output: Output,
-    ratio: Ratio = None,
-    params: Params = None,
-    sparsity: Sparsity = None,
-    pattern: Pattern = "",
+    settings: dict[str, Any],
     method: Annotated[
-        str, option(SEARCH, "adapruner: a structured cut, to --ratio or --params; optishear: zeros", names=SEARCHED)
-    ] = DEFAULT.method,
-    trials: Annotated[int, option(SEARCH, "candidates, the known metrics among them")] = DEFAULT.trials,
-    minutes: Annotated[
-        float | None, option(SEARCH, "end with the round after which no other fits in", show_default=False)
-    ] = None,
-    space: Annotated[
-        str, option(SEARCH, f"full, paper, or some of {', '.join(GROUPS)}, with commas", names=(*SPACES, *GROUPS))
-    ] = DEFAULT.space,
-    sampler: Annotated[
-        str, option(SEARCH, ", ".join(SAMPLERS), names=SAMPLERS, show_default="tpe; of optishear nsga2")
-    ] = "",
-    objective: Annotated[
-        str, option(SEARCH, "nll: loss of the cut model; kl: divergence from the unpruned", names=SEARCH_OBJECTIVES)
-    ] = DEFAULT.objective,
-    pool: Annotated[int, option(ADAPRUNER, "windows of calibration text to choose from")] = DEFAULT.pool,
-    pool_len: Annotated[int, option(ADAPRUNER, "tokens in each of them")] = DEFAULT.pool_len,
-    clusters: Annotated[int, option(ADAPRUNER, "groups of such windows, by subject")] = DEFAULT.clusters,
-    restoration: Annotated[
-        bool, option(ADAPRUNER, "refit the kept weights of finalists (not in the space 'paper')")
-    ] = DEFAULT.restoration,
-    targets: Annotated[
-        str, option(OPTISHEAR, f"which weights get zeros, with commas, of {', '.join(ROLES)}; empty: all", names=ROLES)
-    ] = "",
-    axes: Axes = "",
-    layout: Layout = DEFAULT.layout,
-    multiple_of: Annotated[int | None, option(LAYOUT, "round widths to multiples of this", show_default="32")] = None,
+        str, option(METHOD, "adapruner: a structured cut, to --ratio or --params; optishear: zeros", names=SEARCHED)
+    ] = "adapruner",
     calibration: Annotated[
         list[str] | None,
         option(CALIBRATION, "text to choose samples from; may be repeated: two kinds are better", show_default="demo"),
     ] = None,
-    validation: Annotated[
-        list[str] | None,
-        option(
-            *(CALIBRATION, "text that candidates are tried on; may be repeated"),
-            show_default="the last fifth of --calibration",
-        ),
-    ] = None,
-    samples: Annotated[int, option(CALIBRATION, "windows that the refit is fitted on")] = DEFAULT.samples,
-    seq_len: SeqLen = DEFAULT.seq_len,
-    seed: Seed = DEFAULT.seed,
     overwrite: Overwrite = False,
     json: Json = False,
-    device: Device = DEFAULT.device,
-    dtype: Dtype = DEFAULT.dtype,
     jobs: Jobs = 1,
     ray: Ray = "",
     study: Annotated[
@@ -118,11 +67,8 @@ def search_command(
 
     billhook search demo --method optishear --sparsity 0.5 --calibration wiki.txt -o sparse
     """
-    given = {name: value for name, value in locals().items() if name in Recipe.model_fields}
     started = time.perf_counter()
-    texts = {"calibration": "+".join(calibration or [DEFAULT.calibration]), "validation": tuple(validation or ())}
-    listed_options = {"targets": tuple(listed(targets)), "axes": tuple(listed(axes))}
-    chosen = recipe(**{**given, **texts, **listed_options, "method": one_of("method", method, SEARCHED)})
+    chosen = recipe(one_of("method", method, SEARCHED), calibration="+".join(calibration or ()), **settings)
     output = check_free_of(model, output, overwrite)
     from billhook.cli.console import loading, out
 
@@ -131,7 +77,7 @@ def search_command(
         from billhook.reports import records, terminal
         from billhook.reports.search_tables import outcome_words
     folder = Path(os.path.expanduser(study)) if study else unfinished(output)
-    record = prune_to(model, chosen, output, overwrite, study=folder, fresh=fresh, jobs=jobs, ray=ray).report
+    record = prune_to(model, chosen, output, overwrite, work=folder, fresh=fresh, jobs=jobs, ray=ray).report
     if json:
         typer.echo(records.to_json(record), nl=False)
         return

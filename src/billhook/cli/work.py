@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from billhook.checkpoints.clients import check
+from billhook.checkpoints.result import Result
 from billhook.cli.console import err, going_on, out, progress, say
 from billhook.cli.options import unfinished
+from billhook.planning.recipe import Recipe
 from billhook.pruning.prune import prune
-from billhook.pruning.recipe import Recipe
-from billhook.pruning.result import Result
 from billhook.reports import tables, terminal
 from billhook.runtime import atomic, run_folder
 
@@ -20,11 +20,12 @@ WARN_GROWTH = 0.02
 def prune_to(model: str, chosen: Recipe, output: Path, overwrite: bool, **means: Any) -> Result:
     """Prune into a folder that is reserved before the work starts, so that an unwritable place costs no time."""
     check.check_startable()
-    kept = unfinished(output)
-    with atomic.folder(output, overwrite) as work, going_on(means.get("study") or kept), progress() as tick:
-        result = prune(model, tick=tick, announce=say, work=kept, **means, **chosen.model_dump())
+    beside = unfinished(output)
+    kept = means.pop("work", beside)
+    with atomic.folder(output, overwrite) as work, going_on(kept), progress() as tick:
+        result = prune(model, chosen, tick=tick, announce=say, work=kept, **means)
         result.write(work, tick)
-    if result.kept or means.get("study") == kept:
+    if kept == beside:
         run_folder.remove(kept)
     if cut := result.report["vocabulary"]:
         _warn_of_vocabulary(cut)

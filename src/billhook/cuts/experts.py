@@ -48,6 +48,8 @@ def reduce_experts(
     Returns:
         what became of each mixture: relative errors of what it puts out, without and with the merge.
     """
+    if plan.empty:
+        return []
     draw, cuts = torch.Generator().manual_seed(settings.seed), [Cut(**one) for one in run.finished.found]
     for cut in cuts:
         _at_random(cut.units, draw)  # as the earlier run did, so that the rest are drawn alike

@@ -32,6 +32,7 @@ from billhook.math.scores import COLUMN_SCORES
 from billhook.models.axes import Axis, reader_weight
 from billhook.models.plan import Cut, Plan, UnitScores
 from billhook.models.surgery import drop_layers, remove
+from billhook.runtime import plug_ins
 from billhook.runtime.memory import return_freed
 from billhook.runtime.progress import Clock
 from billhook.runtime.run import Run
@@ -74,6 +75,8 @@ def narrow(
         tokens: calibration windows (windows, length).
         scores: of the units of each axis, by (layer, kind), where they come from elsewhere (gradients) than step 2.
     """
+    if plan.empty:
+        return []
     # an FFN may make up that loses nothing itself
     makes_up = plan.layers and settings.stream == "dense_target" and settings.restoration
     kinds = plan.kinds if "ffn" in plan.kinds or not makes_up else (*plan.kinds, "ffn")
@@ -209,7 +212,8 @@ def fit(
 
 def axis_scores(axis: Axis, W: Weight, G: Gram, settings: Settings) -> Scores:
     """Step 2: one number for each unit."""
-    return axis.pool(COLUMN_SCORES[settings.score](W.to(G.device), G, settings.damping))
+    score = COLUMN_SCORES.get(settings.score) or plug_ins.load("scores", settings.score)
+    return axis.pool(score(W.to(G.device), G, settings.damping))
 
 
 def _restored(W: Weight, evidence: ReaderSums, kept: Kept, settings: Settings) -> tuple[Narrowed, float]:

@@ -39,6 +39,8 @@ def shared(
     Raises:
         BillhookError: as `narrow` and `worker_pool`.
     """
+    if plan.empty:
+        return []
     cuts, given = [Cut(**one) for one in run.finished.found], (tokens, plan, settings, scores or {})
     for n, said in spread(model, _said, given, run, gone=plan.layers):
         every = {(axis.kind, axis.reader.param): axis for axis in axes(model, plan.kinds)}

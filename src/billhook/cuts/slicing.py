@@ -63,6 +63,8 @@ def slice_residual(
     Raises:
         BillhookError: the model's stream cannot be cut, or rotated, or an activation is not finite.
     """
+    if plan.empty:
+        return []
     kept = residual(model).channels - plan.residual
     settings = settings if plan.residual else replace(settings, restoration=False)
     if plan.rotate:

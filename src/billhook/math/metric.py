@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from billhook.errors import BillhookError, one_of
+from billhook.errors import SettingsError, one_of
 
 FUNCTIONS = ("identity", "sqrt", "square", "exp", "log", "sigmoid", "softmax")
 SCALES = ("none", "row", "column", "both", "sum", "mean", "frobenius")  # divisors: the sum of a row, of a column, …
@@ -35,7 +35,7 @@ def parse(text: str) -> Metric:
     """
     names = [name.strip() for name in text.split(",")]
     if len(names) != 4:
-        raise BillhookError(f"--metric {text!r}: name alpha, F1, beta and F2, like {Metric()}, which is Wanda's")
+        raise SettingsError(f"--metric {text!r}: name alpha, F1, beta and F2, like {Metric()}, which is Wanda's")
     for name, valid in zip(names, (SCALES, FUNCTIONS) * 2, strict=True):
         one_of("part of a metric", name, valid)
     return Metric(*names)

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from billhook.errors import BillhookError
+from billhook.errors import SettingsError
 
 
 @dataclass(frozen=True)
@@ -17,13 +17,13 @@ class Pattern:
     def __post_init__(self) -> None:
         if self.zeros is not None and self.group is not None and self.sparsity is None:
             if self.zeros < 1:
-                raise BillhookError(f"pattern {self}: N counts the zeros of each group and is at least 1")
+                raise SettingsError(f"pattern {self}: N counts the zeros of each group and is at least 1")
             if self.zeros >= self.group:
-                raise BillhookError(f"pattern {self}: N zeros in every M weights leave nothing unless N is below M")
+                raise SettingsError(f"pattern {self}: N zeros in every M weights leave nothing unless N is below M")
         elif self.sparsity is None or self.zeros is not None or self.group is not None:
-            raise BillhookError("a pattern is either a share of zeros or N zeros in every M weights")
+            raise SettingsError("a pattern is either a share of zeros or N zeros in every M weights")
         elif not 0 <= self.sparsity <= 1:
-            raise BillhookError(f"sparsity {self.sparsity:g} is not a share between 0 and 1")
+            raise SettingsError(f"sparsity {self.sparsity:g} is not a share between 0 and 1")
 
     @property
     def share(self) -> float:
@@ -44,7 +44,7 @@ def parse(text: str) -> Pattern:
     """
     match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text)
     if match is None:
-        raise BillhookError(f"pattern {text!r} is not N:M (N zeros in every M weights of a row), as in 2:4")
+        raise SettingsError(f"pattern {text!r} is not N:M (N zeros in every M weights of a row), as in 2:4")
     return Pattern(zeros=int(match[1]), group=int(match[2]))
 
 
@@ -60,7 +60,7 @@ def parse_layer_sparsity(text: str) -> dict[int, float]:
         try:
             shares[int(number)] = float(share)
         except ValueError:
-            raise BillhookError(
+            raise SettingsError(
                 f"--layer-sparsity {part!r}: write LAYER:SHARE with commas, like 0:0.3,29:0.7"
             ) from None
     return shares

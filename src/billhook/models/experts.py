@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from billhook.errors import BillhookError
+from billhook.errors import ModelError
 from billhook.models.families import layers, mixture, row_of
 from billhook.runtime.offload import is_offloaded
 
@@ -63,7 +63,7 @@ def unfuse(model: PreTrainedModel) -> None:
         if stock is None or isinstance(stock, Experts):
             continue
         if not all(isinstance(getattr(stock, name, None), nn.Parameter) for name in JOINED):
-            raise BillhookError(
+            raise ModelError(
                 f"layer {n}: its experts are not stored as gate_up_proj and down_proj: this checkpoint is not a stock "
                 f"{model.config.model_type}"
             )
@@ -89,7 +89,7 @@ def fuse(model: PreTrainedModel) -> None:
         stock, experts = unfused.stock, cast(list[Expert], list(unfused))
         widths = {expert.down_proj.in_features for expert in experts}
         if len(widths) > 1:
-            raise BillhookError(f"layer {n}: its experts are {min(widths)} to {max(widths)} wide, and must be equal")
+            raise ModelError(f"layer {n}: its experts are {min(widths)} to {max(widths)} wide, and must be equal")
         if is_offloaded(model):
             continue
         joined = {

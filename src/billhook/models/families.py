@@ -14,8 +14,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from billhook.errors import BillhookError
+from billhook.errors import ModelError
 from billhook.models.modeling_per_layer import FAMILIES, FFN_DIM, MODEL_TYPE, V_HEAD_DIM, Family
+from billhook.runtime import plug_ins
 from billhook.tensors import Weight
 
 WIDTHS = ("ffn", "expert_ffn", "shared")  # kinds of axis whose units are channels
@@ -25,6 +26,8 @@ OLDER_TYPE = ("phi3", "olmo2")  # families whose kind of rope scaling transforme
 OLDER_ROTARY = {"gpt_neox": ("rotary_emb_base", "rotary_pct")}  # keys in transformers 4 of theta and rotated share
 FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}  # roles of matrices that some families fuse
 
+KNOWN: dict[str, Family] = plug_ins.added("families", FAMILIES)
+
 
 def family_of(model_type: str | None) -> Family:
     """The row of a model type.
@@ -33,12 +36,11 @@ def family_of(model_type: str | None) -> Family:
         BillhookError: there is none; the message lists the supported families.
     """
     stock = stock_type(model_type or "")
-    if stock not in FAMILIES:
-        raise BillhookError(
-            f"model family {model_type!r} is not supported: billhook knows {', '.join(FAMILIES)} "
-            "(docs/adding-a-family.md)"
+    if stock not in KNOWN:
+        raise ModelError(
+            f"model family {model_type!r} is not supported: billhook knows {', '.join(KNOWN)} (docs/adding-a-family.md)"
         )
-    return FAMILIES[stock]
+    return KNOWN[stock]
 
 
 def stock_type(model_type: str) -> str:
@@ -183,7 +185,7 @@ def linear(model: PreTrainedModel, path: str) -> nn.Linear | Conv1D:
     except AttributeError:
         module = None
     if not isinstance(module, nn.Linear | Conv1D):
-        raise BillhookError(
+        raise ModelError(
             f"{path} is {type(module).__name__}, not a Linear: this checkpoint is not a stock {model.config.model_type}"
         )
     return module
@@ -247,12 +249,12 @@ def check_known(model: PreTrainedModel) -> None:
         for name, param in layers(model)[n].named_parameters():
             path = f"{within}.{name}"
             if param.ndim > 1 and path.rpartition(".")[0] not in covered:
-                raise BillhookError(
+                raise ModelError(
                     f"{path} is nothing that billhook knows of {family}: a setting of its config adds it, and no cut "
                     "would be right"
                 )
         heads, columns = attention(model, n), shape(linear(model, f"{within}.{row.attention}.{row.o}"))[1]
         if heads.heads % heads.kv_heads or columns != heads.heads * heads.value_dim:
-            raise BillhookError(
+            raise ModelError(
                 f"layer {n}: {heads.heads} query heads of {heads.head_dim} do not fit its other projections"
             )

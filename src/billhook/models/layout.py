@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-from billhook.errors import BillhookError
+from billhook.errors import ModelError
 from billhook.models import modeling_per_layer as per_layer
 from billhook.models.axes import refusal
 from billhook.models.families import FFN_SIZES, attention, family_of, layers, sizes, stock_type, uncut_size
@@ -25,6 +25,12 @@ def register(model_type: str) -> None:
         AutoConfig.register(model_type, config, exist_ok=True)
         AutoModel.register(config, base, exist_ok=True)
         AutoModelForCausalLM.register(config, causal, exist_ok=True)
+
+
+def register_all() -> None:
+    """The same for every family."""
+    for stock in per_layer.FAMILIES:
+        register(per_layer.MODEL_TYPE.format(stock))
 
 
 def layer_sizes(model: PreTrainedModel) -> list[dict[str, int]]:
@@ -103,7 +109,7 @@ def update_config(model: PreTrainedModel) -> None:
         BillhookError: no stock config can hold the sizes.
     """
     if why := _why_not_uniform(model):
-        raise BillhookError(f"{why}: use --layout per_layer")
+        raise ModelError(f"{why}: use --layout per_layer")
     largest = largest_sizes(model)
     if stock_holder(model, largest) == stock_type(model.config.model_type):
         for key, value in largest.items():

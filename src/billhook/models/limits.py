@@ -5,9 +5,18 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from billhook.choices import KINDS, MIXED, check_axes
-from billhook.errors import BillhookError
+from billhook.errors import BillhookError, ModelError
 from billhook.models.axes import Axis, axes, refusal
-from billhook.models.families import WIDTHS, attention, experts_per_token, layers, row_of, sizes
+from billhook.models.families import (
+    FAMILIES,
+    WIDTHS,
+    attention,
+    experts_per_token,
+    layers,
+    row_of,
+    sizes,
+    stock_type,
+)
 from billhook.models.layout import stock_holder
 from billhook.models.sizes import decoder_parameters, total_parameters
 
@@ -46,15 +55,20 @@ def anatomy(model: PreTrainedModel) -> dict[str, Any]:
 def check_kinds(model: PreTrainedModel, kinds: tuple[str, ...], layout: str = "uniform") -> None:
     """Raise BillhookError unless the model can give up every one of `kinds` in the layout."""
     if row_of(model).experts and (layout == "per_layer" or "value" in kinds):  # `value` needs that layout
-        raise BillhookError(
+        raise ModelError(
             f"{model.config.model_type} has no per_layer layout: experts of a layer are stored as one tensor"
+        )
+    if layout == "per_layer" and stock_type(model.config.model_type) not in FAMILIES:
+        raise ModelError(
+            f"{model.config.model_type} is a family of another package, and the modelling file of the per_layer layout has "
+            "billhook's own alone: leave out --layout"
         )
     check_axes(kinds, layout)
     for kind in kinds:
         if why := refusal(model, kind, "per_layer"):
-            raise BillhookError(f"{model.config.model_type} cannot give up {kind!r}: {why}; name other --axes")
+            raise ModelError(f"{model.config.model_type} cannot give up {kind!r}: {why}; name other --axes")
         if layout == "uniform" and (why := refusal(model, kind, "uniform")):
-            raise BillhookError(
+            raise ModelError(
                 f"{model.config.model_type} cannot give up {kind!r} in a stock checkpoint: {why}; name other --axes, "
                 "or use --layout per_layer"
             )
@@ -69,19 +83,17 @@ def allowed_drops(model: PreTrainedModel, axis: Axis, multiple_of: int, layout: 
     if axis.kind == "experts":
         least = least_experts(model, axis.blocks)
         if axis.units == least:
-            raise BillhookError(f"every token goes to all {least} experts of a layer: none can go")
+            raise ModelError(f"every token goes to all {least} experts of a layer: none can go")
         return list(range(0, axis.units - least + 1, axis.blocks))
     if axis.kind == "expert_ffn" and multiple_of % EXPERT_STEP:
-        raise BillhookError(f"--multiple-of {multiple_of}: widths of experts are multiples of {EXPERT_STEP}")
+        raise ModelError(f"--multiple-of {multiple_of}: widths of experts are multiples of {EXPERT_STEP}")
     if axis.kind in WIDTHS:
         drops = [0] + [d for d in range(1, axis.units) if (axis.units - d) % multiple_of == 0]
         if len(drops) == 1:
-            raise BillhookError(
-                f"--multiple-of {multiple_of}: no width below {axis.units} is a multiple of it: lower it"
-            )
+            raise ModelError(f"--multiple-of {multiple_of}: no width below {axis.units} is a multiple of it: lower it")
         return drops
     if axis.units == axis.blocks and axis.kind == "heads":
-        raise BillhookError(f"each KV group of this model has one query head ({axis.units} in all): use --axes groups")
+        raise ModelError(f"each KV group of this model has one query head ({axis.units} in all): use --axes groups")
     steps = range(0, axis.units, axis.blocks)
     return [d for d in steps if d == 0 or layout == "per_layer" or stock_holder(model, _heads_after(model, axis, d))]
 

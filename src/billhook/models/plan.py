@@ -20,6 +20,11 @@ class Plan:
         """The kinds of axis that lose anything, each once."""
         return tuple(dict.fromkeys(kind for (_, kind), count in self.drops.items() if count))
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing goes."""
+        return not (self.kinds or self.layers or self.residual or self.rotate)
+
 
 def even_plan(layers: int, drops: Mapping[str, int], spared: Collection[int] = (), gone: Collection[int] = ()) -> Plan:
     """The same number of units from every layer but those `spared`; layers in `gone` are dropped as a whole."""

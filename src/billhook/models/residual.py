@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from billhook.errors import BillhookError
+from billhook.errors import ModelError
 from billhook.models.axes import Slot, blocks
 from billhook.models.families import layers, linear, linears, row_of, shape
 from billhook.runtime.offload import by_module
@@ -60,12 +60,12 @@ def residual(model: PreTrainedModel) -> Residual:
     """
     kind = model.config.model_type
     if row_of(model).experts:
-        raise BillhookError(
+        raise ModelError(
             f"{kind} cannot give up 'residual' yet: its routers and experts have a part in it; use --method experts, "
             "or fasp"
         )
     if any(isinstance(module, nn.LayerNorm) for module in model.modules()):
-        raise BillhookError(
+        raise ModelError(
             f"{kind} cannot give up 'residual': its norms subtract the mean of all channels (LayerNorm), and no stock "
             f"class of the family has the RMSNorms that SliceGPT puts in their place; {ELSE}"
         )
@@ -105,7 +105,7 @@ def _check(model: PreTrainedModel, places: Residual) -> None:
     covered = {places.embedding, *readers, *places.writers, *places.norms, *places.inner}
     for name, _ in model.named_parameters():
         if name.rpartition(".")[0] not in covered:
-            raise BillhookError(
+            raise ModelError(
                 f"{model.config.model_type} cannot give up 'residual': {name} may have a part in it, and billhook does "
                 f"not know which; {ELSE}"
             )
@@ -114,10 +114,10 @@ def _check(model: PreTrainedModel, places: Residual) -> None:
     sizes |= {name: model.get_parameter(f"{name}.weight").numel() for name in places.norms}
     for name, size in sizes.items():
         if size != places.channels:
-            raise BillhookError(f"{name} has {size} channels, the residual stream {places.channels}; {ELSE}")
+            raise ModelError(f"{name} has {size} channels, the residual stream {places.channels}; {ELSE}")
     norms = [model.get_submodule(name) for name in (*places.norms, *places.inner)]
     if not hasattr(model.config, EPS) or not all(any(hasattr(norm, name) for name in EPS_NAMES) for norm in norms):
-        raise BillhookError(f"the norms of {model.config.model_type} have no {EPS} to rescale; {ELSE}")
+        raise ModelError(f"the norms of {model.config.model_type} have no {EPS} to rescale; {ELSE}")
 
 
 def writes(model: PreTrainedModel, places: Residual) -> tuple[Slot, ...]:
@@ -314,5 +314,5 @@ def flow(model: PreTrainedModel, places: Residual) -> Flow:
         model(torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
     before = {name: into.pop(name, "") for name in places.inner}
     if lost := [name for name, source in before.items() if source not in readers]:
-        raise BillhookError(f"the input of {lost[0]} is no linear module's output; {ELSE}")
+        raise ModelError(f"the input of {lost[0]} is no linear module's output; {ELSE}")
     return Flow({name: norm for name, norm in into.items() if norm in places.norms}, before)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from billhook.errors import BillhookError
+from billhook.errors import ModelError
 from billhook.models.families import weight_of
 from billhook.models.residual import (
     ELSE,
@@ -43,12 +43,12 @@ def check(model: PreTrainedModel) -> None:
 def _check(model: PreTrainedModel, places: Residual, connections: Flow) -> None:
     kind, readers = model.config.model_type, [name for group in places.readers for name in group]
     if after := [name for name in places.norms if name not in connections.into.values()]:
-        raise BillhookError(
+        raise ModelError(
             f"{kind} cannot be rotated: {after[0]} stands between a writer and the residual stream, and its weight is "
             "of the channels as they are: use --no-rotate"
         )
     if bare := [name for name in readers if name not in connections.into]:
-        raise BillhookError(f"{kind} cannot be rotated: no norm that billhook knows feeds {bare[0]}; {ELSE}")
+        raise ModelError(f"{kind} cannot be rotated: no norm that billhook knows feeds {bare[0]}; {ELSE}")
 
 
 @torch.no_grad()

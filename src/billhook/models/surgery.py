@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from billhook.errors import BillhookError
+from billhook.errors import ModelError
 from billhook.models.axes import Axis, owners
 from billhook.models.families import PER_LAYER_KEYS, as_output, attention_module, layers, mixture, row_of
 from billhook.models.modeling_per_layer import holder_of, narrow_values
@@ -106,11 +106,11 @@ def drop_layers(model: PreTrainedModel, numbers: Collection[int]) -> None:
     modules = layers(model)
     total = len(modules)
     if unknown := sorted(set(numbers) - set(range(total))):
-        raise BillhookError(f"there is no layer {unknown[0]}: the model has {total}, numbered from 0")
+        raise ModelError(f"there is no layer {unknown[0]}: the model has {total}, numbered from 0")
     kept = [n for n in range(total) if n not in set(numbers)]
     plain = [new for new, n in enumerate(kept) if mixture(model, n) is None]
     if not kept:
-        raise BillhookError(f"all {total} layers would go: keep at least one")
+        raise ModelError(f"all {total} layers would go: keep at least one")
     for n in sorted(set(numbers), reverse=True):
         del modules[n]
     for new, layer in enumerate(modules):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from billhook.errors import BillhookError
+from billhook.errors import ModelError
 from billhook.runtime.progress import Tick, quiet
 
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -43,14 +43,14 @@ def trim(
     before, size = model.num_parameters(), model.get_input_embeddings().num_embeddings
     kept = occurring(tokenizer, documents, named_ids(model), at_least=at_least, multiple_of=multiple_of)
     if kept[-1] >= size:
-        raise BillhookError(
+        raise ModelError(
             f"the tokenizer has a token of id {kept[-1]}, beyond the model's vocabulary of {size}: it is another "
             "model's; copy the right one"
         )
     trimmed = trim_tokenizer(tokenizer, kept)
     for old, new in zip(_encode(tokenizer, documents), _encode(trimmed, documents), strict=True):
         if old != [kept[n] for n in new]:
-            raise BillhookError("the tokenizer cannot be trimmed: without its other tokens it splits the text anew")
+            raise ModelError("the tokenizer cannot be trimmed: without its other tokens it splits the text anew")
     tick("vocabulary", 1, 2)
     trim_model(model, kept)
     tick("vocabulary", 2, 2)
@@ -70,7 +70,7 @@ def occurring(
         BillhookError: no document holds a word, or the tokenizer is not a fast BPE.
     """
     if not any(document.strip() for document in documents):
-        raise BillhookError("the text to take the vocabulary from is empty: give one like those the model is for")
+        raise ModelError("the text to take the vocabulary from is empty: give one like those the model is for")
     state = _state(tokenizer)
     vocab = state["model"]["vocab"]
     names = {n: token for token, n in vocab.items()}
@@ -107,7 +107,7 @@ def trim_tokenizer(tokenizer: Any, kept: Sequence[int]) -> Any:
     trimmed = copy.deepcopy(tokenizer)
     trimmed._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(state))
     if trimmed.get_vocab() != {token: new[n] for token, n in tokenizer.get_vocab().items() if n in new}:
-        raise BillhookError("the tokenizer cannot be trimmed: its added tokens are not numbered in order")
+        raise ModelError("the tokenizer cannot be trimmed: its added tokens are not numbered in order")
     return trimmed
 
 
@@ -169,7 +169,7 @@ def _in_words(tokenizer: Any, text: str) -> bytearray:
 def _state(tokenizer: Any) -> dict[str, Any]:
     """The content of the tokenizer's tokenizer.json."""
     if not getattr(tokenizer, "is_fast", False):
-        raise BillhookError(
+        raise ModelError(
             f"the vocabulary of a slow tokenizer ({type(tokenizer).__name__}) cannot be trimmed: give the model a "
             "tokenizer.json"
         )
@@ -177,7 +177,7 @@ def _state(tokenizer: Any) -> dict[str, Any]:
     model = state["model"]
     if model["type"] != "BPE" or model["continuing_subword_prefix"] or model["end_of_word_suffix"]:
         kind = "BPE with marked word ends" if model["type"] == "BPE" else model["type"]
-        raise BillhookError(f"the vocabulary of a tokenizer of type {kind} cannot be trimmed: only that of a plain BPE")
+        raise ModelError(f"the vocabulary of a tokenizer of type {kind} cannot be trimmed: only that of a plain BPE")
     return state
 
 

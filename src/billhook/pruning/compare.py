@@ -23,14 +23,12 @@ from billhook.models import sizes
 from billhook.models.axes import axes
 from billhook.models.experts import fused
 from billhook.models.families import WIDTHS, layers
-from billhook.models.plan import Plan, UnitScores
 from billhook.models.surgery import cast
-from billhook.pruning import method_settings, planning
-from billhook.pruning.carry_out import MANY_PLANS
+from billhook.planning.method import Planned
+from billhook.planning.recipe import Recipe
 from billhook.pruning.contenders import Contender, settled
 from billhook.pruning.prune import finish, prune_opened
-from billhook.pruning.recipe import Recipe
-from billhook.pruning.texts import Texts, draw
+from billhook.pruning.recipe import changed
 from billhook.runtime import cache as cache_module
 from billhook.runtime.cache import code_sha256, has, model_sha256
 from billhook.runtime.progress import Tick, quiet
@@ -54,12 +52,8 @@ class Judged:
     def key(self, chosen: Recipe | None) -> dict[str, Any]:
         """All that decides a point."""
         seen = [[one.sha256, len(one.tokens)] for one in self.windows]
-        read = (
-            [_text_sha256(source) for source in (chosen.calibration, *chosen.vocab_from, *chosen.validation)]
-            if chosen
-            else []
-        )
-        settings = chosen and chosen.model_dump(mode="json")
+        read = [_text_sha256(source) for source in (_sources(chosen) if chosen else ())]
+        settings = chosen and chosen.flat()
         return {"code": code_sha256(), "model": self.model, "texts": seen, "read": read, "recipe": settings}
 
 
@@ -144,7 +138,7 @@ def sweep(opened: Opened, name: str, chosen: Sequence[Recipe], by: Judged, tick:
     points = []
     for one in chosen:
         point = _kept(one, by, lambda: next(fresh))
-        points.append(point | {"series": name, "settings": name, "ratio": one.ratio})
+        points.append(point | {"series": name, "settings": name, "ratio": one.budget.ratio})
     return [dense, *_with_factors(points, dense)]
 
 
@@ -167,17 +161,17 @@ def bend(points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 def _each(opened: Opened, chosen: Sequence[Recipe], by: Judged, tick: Tick) -> Iterator[dict[str, Any]]:
     """A point for every recipe, in order, as soon as it is there."""
-    first, run_each = chosen[0], MANY_PLANS.get(chosen[0].method)
-    if first.stream != "dense" or run_each is None or first.vocab_from:
+    first, method = chosen[0], chosen[0].method
+    if first.budget.vocab_from or not method.at_once(first):
         for one in chosen:
             yield _cell(opened, one, by, tick)
         return
-    _, texts = draw(opened, first, data.calibration_text(first.calibration, tick))
-    scores = planning.unit_scores(opened.model, first, texts.calibration, tick=tick)
-    plans = [_possible(opened, one, texts, scores, by, tick) for one in chosen]
-    decoder, settings = sizes.decoder_parameters(opened.model), method_settings.settings_of(first)
-    possible = [plan for plan in plans if isinstance(plan, Plan)]
-    made = run_each(opened.model, texts.calibration, possible, settings, Run(tick=tick), [scores] * len(possible))
+    run, decoder = Run(tick, statistics=by.kept), sizes.decoder_parameters(opened.model)
+    method.check(opened, first)
+    texts = method.draw(opened, first, data.calibration_text(first.calibration.source, tick), run)
+    plans = method.plan_each(opened, chosen, texts, run)
+    possible = [plan for plan in plans if isinstance(plan, Planned)]
+    made = method.carry_out_each(opened.model, texts, possible, run)
     for one, plan in zip(chosen, plans, strict=True):
         if isinstance(plan, BillhookError):
             yield _NOTHING | {"error": str(plan)}
@@ -185,15 +179,6 @@ def _each(opened: Opened, chosen: Sequence[Recipe], by: Judged, tick: Tick) -> I
         model, _ = next(made)
         finish(model, one, opened.dtype)
         yield _point(model, by, decoder, tick)
-
-
-def _possible(
-    opened: Opened, chosen: Recipe, texts: Texts, scores: UnitScores, by: Judged, tick: Tick
-) -> Plan | BillhookError:
-    try:
-        return planning.make_plan(opened.model, chosen, texts, opened.dtype, scores, by.kept, tick=tick)
-    except BillhookError as error:
-        return error
 
 
 def _kept(chosen: Recipe, by: Judged, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -205,7 +190,7 @@ def _cell(opened: Opened, chosen: Recipe, by: Judged, tick: Tick) -> dict[str, A
     """One prune of a copy, judged; what a method cannot do is part of the answer."""
     copied = replace(opened, model=copy.deepcopy(opened.model))
     try:
-        result = prune_opened(copied, chosen, tick, by.kept)
+        result = prune_opened(copied, chosen, Run(tick, statistics=by.kept))
     except BillhookError as error:
         return _NOTHING | {"error": str(error)}
     point = _point(result.model, by, sizes.decoder_parameters(opened.model), tick)
@@ -246,9 +231,9 @@ def _with_factors(points: list[dict[str, Any]], dense: dict[str, Any]) -> list[d
 
 def _step(opened: Opened, chosen: Recipe) -> int:
     """Parameters that the finest step of a recipe's axes takes."""
-    model, each = opened.model, len(layers(opened.model)) if chosen.layout == "uniform" else 1
+    model, each = opened.model, len(layers(opened.model)) if chosen.shape.layout == "uniform" else 1
     steps = [
-        axis.price(model) * (chosen.width_step if axis.kind in WIDTHS else axis.blocks) * each
+        axis.price(model) * (chosen.shape.width_step if axis.kind in WIDTHS else axis.blocks) * each
         for axis in axes(model, chosen.unit_kinds)
         if axis.layer == 0
     ]
@@ -257,7 +242,7 @@ def _step(opened: Opened, chosen: Recipe) -> int:
 
 def _at(chosen: Recipe, size: int | None) -> Recipe:
     """The same, with a size in place of the ratio."""
-    return chosen if size is None else Recipe(**{**chosen.model_dump(), "ratio": None, "params": size})
+    return chosen if size is None else changed(chosen, ratio=None, params=size)
 
 
 @contextmanager
@@ -274,6 +259,11 @@ def _workers(opened: Opened, by: Judged, jobs: int) -> Iterator[Callable[[list[R
     prepare = partial(load.open_model, opened.name, device=device, dtype=str(by.dtype).removeprefix("torch."))
     with worker_pool(Workers(jobs), device, prepare) as pool:
         yield lambda chosen, tick: list(pool.map(_in_worker, chosen, by))
+
+
+def _sources(chosen: Recipe) -> tuple[str, ...]:
+    """The texts that a recipe reads."""
+    return (chosen.calibration.source, *chosen.budget.vocab_from, *getattr(chosen.settings, "validation", ()))
 
 
 @cache

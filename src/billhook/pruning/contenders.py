@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from billhook.errors import BillhookError, one_of
+from billhook.errors import BillhookError, SettingsError, one_of
 from billhook.methods import METHODS
-from billhook.pruning.recipe import Recipe, recipe
+from billhook.planning.recipe import SIZES, Recipe
+from billhook.pruning.recipe import OF_PARTS, own_setting, recipe
 
 
 @dataclass(frozen=True)
@@ -31,22 +32,31 @@ def contender(text: str) -> Contender:
     settings: dict[str, Any] = {"method": one_of("method", name, METHODS)}
     for part in filter(None, (one.strip() for one in rest.split(","))):
         key, given, value = part.partition("=")
-        key = one_of("setting", key.strip().replace("-", "_"), Recipe.model_fields)
-        if not given or key in ("method", "ratio", "params", "memory", "speedup"):
-            raise BillhookError(f"contender {text!r}: write method:setting=value,… without a budget; lists with +")
-        settings[key] = (
-            tuple(value.split("+")) if key in ("axes", "clients", "vocab_from", "validation") else value.strip()
-        )
+        key = key.strip().replace("-", "_")
+        if not given or key in ("method", *SIZES):
+            raise SettingsError(f"contender {text!r}: write method:setting=value,… without a budget; lists with +")
+        key = key if key in OF_PARTS else own_setting(METHODS[settings["method"]], key)
+        settings[key] = value.strip() if key == "calibration" else _listed(value.strip())
     return Contender(text.strip(), settings)
 
 
+def _listed(value: str) -> Any:
+    """Several values stand with +."""
+    return tuple(value.split("+")) if "+" in value else value
+
+
 def settled(one: Contender, ratio: float, common: Mapping[str, Any]) -> Recipe:
-    """The recipe of a contender at a ratio; its own settings go before the `common` ones.
+    """The recipe of a contender at a ratio; its own settings go before the `common` ones, of which it takes those it has.
 
     Raises:
         BillhookError: an impossible value; names the contender.
     """
     try:
-        return recipe(**{**common, **one.settings, "ratio": ratio})
+        shared = {
+            name: value
+            for name, value in common.items()
+            if name in OF_PARTS or name in METHODS[one.method].Settings.model_fields
+        }
+        return recipe(**{**shared, **one.settings, "ratio": ratio})
     except BillhookError as error:
-        raise BillhookError(f"{one.name}: {error}") from None
+        raise SettingsError(f"{one.name}: {error}") from None

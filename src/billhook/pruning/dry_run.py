@@ -26,18 +26,18 @@ from billhook.checkpoints.load import (
 from billhook.checkpoints.save import stored_bytes
 from billhook.checkpoints.shards import weight_files
 from billhook.checkpoints.streaming import open_paged
-from billhook.cuts.masking import check
 from billhook.errors import BillhookError
 from billhook.models import sizes
 from billhook.models.families import layers
-from billhook.models.plan import Plan
-from billhook.pruning import method_settings, planning, preflight, rehearsal
-from billhook.pruning.recipe import Recipe
+from billhook.planning.method import Planned
+from billhook.planning.recipe import Recipe
+from billhook.planning.texts import Texts
+from billhook.pruning import preflight, rehearsal
 from billhook.pruning.rehearsal import Cost, Rehearsed
-from billhook.pruning.texts import Texts, draw, needs_text
 from billhook.runtime.memory import free_bytes, peak_growth
 from billhook.runtime.offload import finite
 from billhook.runtime.progress import Clock, Tick, quiet
+from billhook.runtime.run import Run
 
 ROWS = 4096  # rows of a head that are timed
 PROBED = 1 << 25  # bytes that are read, copied and written to see how fast this machine does it
@@ -50,7 +50,7 @@ READ = 2  # times that weights in files are read while they are pruned: for use,
 
 def estimate(
     name: str,
-    chosen: Recipe,
+    recipe: Recipe,
     output: Path,
     *,
     stream_weights: bool | None = None,
@@ -64,45 +64,49 @@ def estimate(
     Raises:
         BillhookError: the prune could not be done, or what it costs cannot be told beforehand.
     """
-    if why := _why_not(chosen):
+    if why := _why_not(recipe):
         raise BillhookError(f"--dry-run: {why}: what that costs cannot be told beforehand")
     started = time.time() - psutil.Process().create_time()
-    clock, device = Clock(), resolve_device(chosen.device)
+    clock, device = Clock(), resolve_device(recipe.compute.device)
     folder = locate(name, tick)
     if not folder.is_dir():
         raise BillhookError(f"--dry-run: {name} is no folder of safetensors, which alone says its sizes unread")
     found = check_folder(folder, name)
     stored, model = found.dtype, open_skeleton(name, tick)
-    dtype = DTYPES.get(chosen.dtype, torch.float32 if device.type == "cpu" else stored)
+    dtype = DTYPES.get(recipe.compute.dtype, torch.float32 if device.type == "cpu" else stored)
     stream = too_large(found, dtype, device) if stream_weights is None else stream_weights
     if stream:
         open_paged(found, dtype, device)  # which says what cannot be read by parts
     peak, tokens = psutil.Process().memory_info().rss, 0
     with clock("reading the text"), peak_growth(torch.device("cpu")) as growth:
-        if needs_text(chosen):
-            opened = Opened(model, load_tokenizer(folder, name), name, folder, stored)
-            check_positions(opened, chosen.seq_len)
-            _, texts = draw(opened, chosen, data.calibration_text(chosen.calibration, tick))
-            tokens = texts.calibration.numel()
+        opened, text = Opened(model, None, name, folder, stored), recipe.calibration
+        if recipe.reads:
+            opened.tokenizer = load_tokenizer(folder, name)
+            check_positions(opened, text.seq_len)
+            read = recipe.method.draw(opened, recipe, data.calibration_text(text.source, tick), Run(tick))
+            tokens = read.calibration.numel()
     peak, rss = peak + growth(), psutil.Process().memory_info().rss
     tick("rehearsing", 0, 1)
-    plan = _plan(model, chosen, stored)
-    rehearsed = rehearsal.rehearse(model, chosen, plan, dtype, device) if tokens else None
-    total, cut = sizes.total_parameters(model), sizes.saved_by(model, plan)
+    planned = _planned(opened, recipe)
+    rehearsed = rehearsal.rehearse(model, recipe, planned, dtype, device) if tokens else None
+    total, cut = sizes.total_parameters(model), sizes.saved_by(model, planned.plan)
     held, written = dtype.itemsize * total, stored.itemsize * (total - cut)
     speeds = _speeds(folder, output)
     stages = {"starting": Cost(started, 0.0), "reading the text": Cost(clock.seconds["reading the text"], 0.0)}
     stages["loading"] = Cost((READ if stream else 1) * stored_bytes(folder) / speeds.load, 0.0)
     if rehearsed:
+        cut_whole = set(planned.plan.layers)
         stages |= _pruning(
-            rehearsed, len(layers(model)), len(set(rehearsal.cut_layers(model, plan)) - set(plan.layers))
+            rehearsed, len(layers(model)), len(set(rehearsal.cut_layers(model, planned.plan)) - cut_whole)
         )
     stages["writing and verifying"] = Cost(
         _verifying(model, 1 - cut / total, written, speeds, started, dtype, device, stream), 0.0
     )
     tick("rehearsing", 1, 1)
     states = tokens * model.get_input_embeddings().weight.shape[1] * dtype.itemsize
-    states *= 2 if chosen.stream == "dense_target" else 1  # the unpruned model's beside the pruned one's
+    states *= (
+        2 if getattr(planned.settings, "stream", "") == "dense_target" else 1
+    )  # the unpruned model's beside the pruned one's
     states = states if hidden_budget is None else min(states, hidden_budget)
     pruning = states + (rehearsed.work_bytes if rehearsed else 0)
     if stream:
@@ -120,34 +124,22 @@ def estimate(
         "flops": sum(one.flops for one in stages.values()),
         "peak_bytes": max(peak, highest),
         "free_bytes": free_bytes(device),
-        "disk_bytes": preflight.disk_bytes(model, chosen, dtype, stored, cut),
+        "disk_bytes": preflight.disk_bytes(model, recipe, dtype, stored, cut),
         "disk_free_bytes": shutil.disk_usage(preflight.above(output)).free,
         "streamed": stream,
         "rehearsed_widths": rehearsed and f"1/{rehearsed.shrunk}",
     }
 
 
-def _why_not(chosen: Recipe) -> str:
+def _why_not(recipe: Recipe) -> str:
     """Why a cost cannot be told beforehand, or ''."""
-    measured = preflight.why_whole(chosen)
-    if measured and not chosen.searches:
-        return measured
-    reasons = {
-        "a search runs as long as its trials do": chosen.searches,
-        f"{chosen.method} cuts all layers at once": chosen.slices,
-        "--select and presets other than by position try layers": chosen.chops and needs_text(chosen),
-        f"{chosen.method} counts what its text does": chosen.routes,
-        "allocation standardised compares scores of the whole model": chosen.allocation == "standardised",
-    }
-    return next((why for why, so in reasons.items() if so), "")
+    return recipe.method.why_unforeseen(recipe) or preflight.why_whole(recipe)
 
 
-def _plan(model: Any, chosen: Recipe, stored: torch.dtype) -> Plan:
-    if chosen.masks:
-        check(model, method_settings.masking_of(chosen))
-        return Plan()
-    nothing = torch.zeros(0, chosen.seq_len, dtype=torch.long)
-    return planning.make_plan(model, chosen, Texts(nothing, nothing), stored)
+def _planned(opened: Opened, recipe: Recipe) -> Planned:
+    recipe.method.check(opened, recipe)
+    nothing = torch.zeros(0, recipe.calibration.seq_len, dtype=torch.long)
+    return recipe.method.plan(opened, recipe, Texts(nothing, nothing), Run())
 
 
 def _pruning(found: Rehearsed, total: int, cut: int) -> dict[str, Cost]:

@@ -21,16 +21,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from billhook.calibration.forward import BATCH_TOKENS, enter, run_layer
 from billhook.checkpoints.resume import FinishedLayers
 from billhook.checkpoints.streaming import bare
-from billhook.cuts import masking
 from billhook.models.axes import axes
 from billhook.models.experts import unfuse
 from billhook.models.families import attention, family_of, layers, linear, shape
 from billhook.models.plan import Plan
 from billhook.models.sizes import layer_parameters
 from billhook.models.surgery import drop_layers
-from billhook.pruning import method_settings
-from billhook.pruning.carry_out import CUTS
-from billhook.pruning.recipe import Recipe
+from billhook.planning.method import Method, Planned
+from billhook.planning.recipe import Recipe
+from billhook.planning.texts import Texts
 from billhook.runtime.memory import peak_growth
 from billhook.runtime.progress import Clock
 from billhook.runtime.run import Run
@@ -67,38 +66,39 @@ class Rehearsed:
 
 
 @torch.no_grad()
-def rehearse(whole: Any, chosen: Recipe, plan: Plan, dtype: torch.dtype, device: torch.device) -> Rehearsed:
+def rehearse(whole: Any, recipe: Recipe, planned: Planned, dtype: torch.dtype, device: torch.device) -> Rehearsed:
     """Time a recipe on random layers of a model's shapes.
 
     Args:
         whole: the model, without weights.
-        plan: of the whole model; of the layers that have what it cuts, the last two are rehearsed.
+        planned: for the whole model; of the layers that have what it cuts, the last two are rehearsed.
         dtype: to compute in.
     """
-    windows = min(chosen.samples, WINDOWS)
-    length, factor = _chosen_sizes(whole, chosen, plan, device)
-    config, cut, shares = _narrow(whole.config, factor), cut_layers(whole, plan), _most(whole, plan)
+    read, plan, play = recipe.calibration, planned.plan, Play(recipe.method, planned, _most(whole, planned.plan))
+    windows = min(read.samples, WINDOWS)
+    length, factor = _chosen_sizes(whole, play, read.seq_len, device)
+    config, cut = _narrow(whole.config, factor), cut_layers(whole, plan)
     order = sorted(range(len(layers(whole))), key=lambda n: (n in cut, n))  # those that are cut come last
     one, two = order[-1:], order[-2:]
     tokens = torch.randint(VOCABULARY, (windows, length), generator=torch.Generator().manual_seed(0))
     model = random_layers(config, one, dtype, device)
-    small = Shapes.of(model, chosen, plan)
+    small = Shapes.of(model, play)
     few = tokens[:, :SHORTEST]  # by which operations are counted, apart, for it takes time; and all is warm then
 
     def count(config: Any, numbers: Collection[int]) -> dict[str, float]:
-        return _counted(random_layers(config, numbers, dtype, device), chosen, shares, few)
+        return _counted(random_layers(config, numbers, dtype, device), play, few)
 
     counted = [count(config, numbers) for numbers in (one, two)]
-    alone, work = _timed(model, chosen, shares, tokens)
-    both, _ = _timed(random_layers(config, two, dtype, device), chosen, shares, tokens)
-    text, grown = chosen.samples * chosen.seq_len, dict[str, float]()
+    alone, work = _timed(model, play, tokens)
+    both, _ = _timed(random_layers(config, two, dtype, device), play, tokens)
+    text, grown = read.samples * read.seq_len, dict[str, float]()
     if factor > 1 and _width(whole.config):
         narrower = [_narrow(whole.config, factor * 2**by) for by in range(1, DEGREE + 1)]
         grown = by_width(
             _width(whole.config), {_width(config): counted[1]} | {_width(c): count(c, two) for c in narrower}
         )
-    grown |= Shapes.of(whole, chosen, plan).over(small)
-    attends = 1 + _attention_share(whole, chosen.seq_len)  # which the counter passes by
+    grown |= Shapes.of(whole, play).over(small)
+    attends = 1 + _attention_share(whole, read.seq_len)  # which the counter passes by
     first, further = {}, {}
     for stage in both:
         times = grown.get(stage, grown["forward"])  # where no operation is counted, numbers are compared and moved
@@ -172,33 +172,37 @@ def random_layers(config: Any, numbers: Collection[int], dtype: torch.dtype, dev
     return model.eval().requires_grad_(False)
 
 
-def _timed(model: Any, chosen: Recipe, shares: Mapping[str, float], tokens: Tokens) -> tuple[dict[str, float], int]:
+@dataclass(frozen=True)
+class Play:
+    """What is rehearsed: a method's cut, of as much of every layer as of the one that loses most."""
+
+    method: Method
+    planned: Planned
+    shares: Mapping[str, float]  # of units, by kind
+
+    def __call__(self, model: Any, tokens: Tokens, clock: Clock) -> None:
+        """The prune itself, in place; what is done is written and thrown away."""
+        with tempfile.TemporaryDirectory() as folder:
+            run = Run(clock=clock, finished=FinishedLayers(Path(folder), model))
+            part = self.method.part(replace(self.planned, plan=_own_plan(model, self.shares)))
+            self.method.carry_out(model, Texts(tokens, tokens[:0]), part, run)
+
+
+def _timed(model: Any, play: Play, tokens: Tokens) -> tuple[dict[str, float], int]:
     """Seconds of every stage, and by how many bytes memory grows."""
     clock = Clock()
     with peak_growth(model.get_input_embeddings().weight.device) as growth:
-        _pruned(model, chosen, shares, tokens, clock)
+        play(model, tokens, clock)
     return clock.seconds, growth()
 
 
-def _counted(model: Any, chosen: Recipe, shares: Mapping[str, float], tokens: Tokens) -> dict[str, float]:
+def _counted(model: Any, play: Play, tokens: Tokens) -> dict[str, float]:
     """Operations of every stage."""
     counter = FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
     clock = _Counting(counter)
     with counter:
-        _pruned(model, chosen, shares, tokens, clock)
+        play(model, tokens, clock)
     return clock.flops
-
-
-def _pruned(model: Any, chosen: Recipe, shares: Mapping[str, float], tokens: Tokens, clock: Clock) -> None:
-    """The prune itself, in place; what is done is written and thrown away."""
-    with tempfile.TemporaryDirectory() as folder:
-        run = Run(clock=clock, finished=FinishedLayers(Path(folder), model))
-        if chosen.masks:
-            how = replace(method_settings.masking_of(chosen), by_layer={})  # whose numbers are the whole model's
-            masking.mask(model, tokens, how, run)
-        else:
-            given = (model, tokens, _own_plan(model, shares), method_settings.method_settings(chosen))
-            CUTS[chosen.method](*given, run)
 
 
 class _Counting(Clock):
@@ -253,13 +257,9 @@ class Shapes:
     cubes: int
 
     @classmethod
-    def of(cls, model: Any, chosen: Recipe, plan: Plan) -> "Shapes":
-        last = cut_layers(model, plan)[-1]
-        if chosen.masks:
-            targets = method_settings.masking_of(chosen).targets
-            names = [name for n, _, name in masking.every(model, targets) if n == last]
-        else:
-            names = [axis.reader_module for axis in axes(model, plan.kinds) if axis.layer == last]
+    def of(cls, model: Any, play: Play) -> "Shapes":
+        last = cut_layers(model, play.planned.plan)[-1]
+        names = [name for n, name in play.method.solved(model, play.planned) if n == last]
         sizes = [shape(linear(model, name))[1] for name in names]
         return cls(layer_parameters(model, last), sum(n**2 for n in sizes), sum(n**3 for n in sizes))
 
@@ -269,12 +269,12 @@ class Shapes:
         return {stage: own / its if its else 1.0 for stage, (own, its) in pairs.items()}
 
 
-def _chosen_sizes(model: Any, chosen: Recipe, plan: Plan, device: torch.device) -> tuple[int, int]:
+def _chosen_sizes(model: Any, play: Play, seq_len: int, device: torch.device) -> tuple[int, int]:
     """Tokens of a window, and by what to divide the FFN's width, for a rehearsal that does not take long."""
     square = torch.randn(1024, 1024, device=device)
     rate = 2 * 1024**3 / seconds(lambda: square @ square)
     # windows that are fitted on make one batch: every batch costs something whatever its size
-    whole, length, factor = Shapes.of(model, chosen, plan), min(chosen.seq_len, BATCH_TOKENS // (WINDOWS - 1)), 1
+    whole, length, factor = Shapes.of(model, play), min(seq_len, BATCH_TOKENS // (WINDOWS - 1)), 1
     while length > SHORTEST and PASSES * 2 * WINDOWS * length * whole.weights / rate > ABOUT / 2:
         length //= 2
     while factor < LARGEST and SOLVES * whole.cubes / factor**3 / rate > ABOUT / 2:

@@ -9,14 +9,14 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
 
-from billhook.checkpoints.publish import publish
+from billhook.checkpoints.result import Result
 from billhook.choices import TRAINABLE
 from billhook.errors import BillhookError
 from billhook.evaluation.perplexity import perplexity_of
@@ -24,10 +24,9 @@ from billhook.models.surgery import cast
 from billhook.recovery.budget import TRIAL, TRIAL_STEPS, rates_of
 from billhook.recovery.settings import recovery
 from billhook.recovery.setup import UNMASKED, Environment, Prepared, device_of, on_cpu, prepare
-from billhook.reports import commands, records
-from billhook.runtime import atomic, cache, run_folder
+from billhook.reports import records
+from billhook.runtime import cache, run_folder
 from billhook.runtime.memory import peak_growth
-from billhook.runtime.outputs import check_out
 from billhook.runtime.progress import Tick, quiet, unheard
 from billhook.training import trainables
 from billhook.training.early_stopping import EarlyStopping
@@ -36,47 +35,6 @@ from billhook.training.text_windows import conditions
 
 if TYPE_CHECKING:
     from billhook.training.trainer import RecoveryTrainer
-
-
-@dataclass
-class Recovered:
-    """A trained model, its tokenizer, and its record."""
-
-    model: Any
-    tokenizer: Any
-    report: dict[str, Any]  # what billhook.json will hold
-    source: Path | None  # the student's folder, if it has one
-
-    @property
-    def healing(self) -> dict[str, Any]:
-        """The record of this recovery, the last of the model's."""
-        return self.report["recovery"][-1]
-
-    def page(self) -> dict[str, Any]:
-        """The content of report.json."""
-        record = self.healing
-        title = f"{record['student']}, trained on {record['kept_tokens']:,} tokens"
-        command, seconds = commands.recover_command(record), sum(record["seconds"].values())
-        cut = self.report if "cuts" in self.report else None
-        return records.assemble(
-            "recover", title, records.conditions(self.model, command, seconds), cut=cut, healing=record
-        )
-
-    def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> Path:
-        """Write a plain checkpoint with report and model card, reload it with stock transformers and compare.
-
-        Raises:
-            BillhookError: `path` is taken, cannot be written, or what was written does not come back equal.
-        """
-        out = Path(path)
-        check_out(out, self.source, overwrite)
-        with atomic.folder(out, overwrite) as work:
-            self.write(work)
-        return out
-
-    def write(self, work: Path, tick: Tick = quiet) -> None:
-        """Fill the existing folder `work` with a plain checkpoint and verify it."""
-        publish(self.model, self.tokenizer, self.source, self.report, self.page, work, tick)
 
 
 def recover(
@@ -88,7 +46,7 @@ def recover(
     tick: Tick = quiet,
     announce: Callable[[str], object] = unheard,
     **settings: Any,
-) -> Recovered:
+) -> Result:
     """Train a checkpoint, on as many processes as `accelerate launch` has started.
 
     Args:
@@ -148,7 +106,7 @@ def recover(
     empty = {"parent": student.name, "model_type": trained.config.model_type, "versions": records.versions()}
     record = student.record or empty
     record = {**record, "recovery": [*record.get("recovery", []), outcome]}
-    return Recovered(trained.eval(), student.tokenizer, record, student.folder)
+    return Result(trained.eval(), student.tokenizer, record, student.folder)
 
 
 @contextmanager

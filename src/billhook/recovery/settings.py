@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import field_validator, model_validator
 
 from billhook.choices import PRECISIONS, TRAINABLE
-from billhook.errors import BillhookError, one_of
-from billhook.runtime.units import COUNT, amount
+from billhook.errors import SettingsError
+from billhook.runtime.options import Part, option
 from billhook.runtime.validation import checked
 
 OBJECTIVES = {
@@ -23,44 +23,43 @@ STEPS = 200  # steps that a budget is divided into: 10k tokens did better in 20 
 MOST = 2**16  # the most tokens in a step, for any budget
 
 
-class Recovery(BaseModel):
+BUDGET, TEXT, MACHINE = "Budget", "Calibration", "Machine"  # headings of help; all else is under Training
+
+
+class Recovery(Part):
     """How to train after a cut: everything that decides the result besides the two models."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
-
-    teacher: str = ""
-    tokens: int | None = Field(default=None, ge=1)  # tokens to train on; "500k" is understood
-    minutes: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # instead of tokens: time for all of it
-    text: tuple[str, ...] = ("demo",)
-    held_out: tuple[str, ...] = ("demo",)  # texts to evaluate on
-    objective: str = "distill"
-    states: str = "auto"
-    trainable: str = "decoder"  # faster than `all`, and ahead of it on three texts (docs/LOG.md)
-    lr: float | None = Field(default=None, gt=0, lt=1, allow_inf_nan=False)  # learning rate; None: the best of three
-    batch_tokens: int | None = Field(default=None, ge=1)  # tokens in a step; None: for `STEPS` steps, if windows allow
-    micro_batch: int = Field(default=1, ge=1)  # windows in one forward pass
-    seq_len: int = Field(default=512, ge=2)
-    # share of the steps that the learning rate rises over
-    warmup: float = Field(default=0.05, ge=0, lt=1, allow_inf_nan=False)
-    top_k: int = Field(default=256, ge=1)  # the teacher's likeliest next tokens that are kept
-    rank: int = Field(default=32, ge=1)  # rank of lora's adapters; blocks of rows of spp
-    keep_zeros: bool | None = None  # whether zeros stay; None: a sparse model is trained by spp only
-    dropout: bool = False  # whether the dropout of the model's config is on
-    guard: bool = True  # whether training stops once a held-out text gets worse
-    precision: str = "auto"
-    device: str = "auto"
-    seed: int = Field(default=0, ge=0, lt=2**63)
-
-    @field_validator("objective", "states", "trainable", "precision")
-    @classmethod
-    def _known(cls, value: str, info: Any) -> str:
-        valid = {"objective": OBJECTIVES, "states": STATES, "trainable": TRAINABLE, "precision": PRECISIONS}
-        return one_of(info.field_name, value, valid[info.field_name])
-
-    @field_validator("tokens", "batch_tokens", mode="before")
-    @classmethod
-    def _amount(cls, value: Any, info: Any) -> Any:
-        return amount(value, COUNT, info.field_name.replace("_", "-"))
+    teacher: str = option("", "the unpruned model, as MODEL; it answers once, to disk, and leaves")
+    tokens: int | None = option(None, "how much to train on, like 500k or 2M", ge=1, unit="count", heading=BUDGET)
+    minutes: float | None = option(None, "or: how long all of it may take", gt=0, heading=BUDGET)
+    text: tuple[str, ...] = option(
+        ("demo",), "text to train on; may be repeated: a broad mix harms least", heading=TEXT
+    )
+    held_out: tuple[str, ...] = option(
+        ("demo",), "text to judge by, better of another kind; may be repeated", heading=TEXT
+    )
+    guard: bool = option(True, "stop when a held-out text gets worse", heading=TEXT)
+    objective: str = option("distill", "distill: the teacher's probabilities; ce: the text itself", names=OBJECTIVES)
+    # faster than `all`, and ahead of it on three texts (docs/LOG.md)
+    trainable: str = option("decoder", ", ".join(TRAINABLE), names=TRAINABLE)
+    states: str = option("auto", "align hidden states with the teacher's too: auto, on, off", names=STATES)
+    lr: float | None = option(
+        None, "peak learning rate; auto: the best of three", gt=0, lt=1, spelled=True, shown="auto"
+    )
+    batch_tokens: int | None = option(
+        None, "tokens in a step, over all processes", ge=1, unit="count", shown=f"{STEPS} steps in all"
+    )
+    micro_batch: int = option(1, "windows in one forward; the rest accumulates", ge=1)
+    seq_len: int = option(512, "tokens in a window", ge=2, heading=TEXT)
+    warmup: float = option(0.05, "share of the steps; a cosine to zero follows", ge=0, lt=1)
+    top_k: int = option(256, "tokens whose teacher probability is kept; others count as one", ge=1)
+    rank: int = option(32, "of lora's adapters; of spp: blocks of rows", ge=1)
+    # None: a sparse model is trained by spp only
+    keep_zeros: bool | None = option(None, "of a sparse model: keep its zeros, or fill them; one must be said")
+    dropout: bool = option(False, "train with the dropout of the model's config")
+    precision: str = option("auto", ", ".join(PRECISIONS), names=PRECISIONS, heading=MACHINE)
+    device: str = option("auto", "auto (an accelerator if there is one), cpu, cuda, mps, …", heading=MACHINE)
+    seed: int = option(0, "of the order of the windows", ge=0, lt=2**63)
 
     @field_validator("lr", mode="before")
     @classmethod
@@ -70,15 +69,15 @@ class Recovery(BaseModel):
     @model_validator(mode="after")
     def _fits_together(self) -> "Recovery":
         if self.tokens is None and self.minutes is None:
-            raise BillhookError("how long? give --tokens 500k, or --minutes 30")
+            raise SettingsError("how long? give --tokens 500k, or --minutes 30")
         if self.tokens is not None and self.minutes is not None:
-            raise BillhookError("--tokens and --minutes are two budgets: give one")
+            raise SettingsError("--tokens and --minutes are two budgets: give one")
         if self.objective == "distill" and not self.teacher:
-            raise BillhookError("--objective distill learns from the unpruned model: name it with --teacher, or use ce")
+            raise SettingsError("--objective distill learns from the unpruned model: name it with --teacher, or use ce")
         if self.objective == "ce" and self.states == "on":
-            raise BillhookError("--states on aligns with a teacher's hidden states: use it with --objective distill")
+            raise SettingsError("--states on aligns with a teacher's hidden states: use it with --objective distill")
         if not self.held_out and self.guard:
-            raise BillhookError(
+            raise SettingsError(
                 "no --held-out text: nothing would show that training harms; name one, or pass --no-guard"
             )
         return self

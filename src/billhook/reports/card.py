@@ -1,5 +1,6 @@
 """README.md of a checkpoint: the model card."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ def model_card(report: dict[str, Any]) -> str:
 library_name: transformers
 pipeline_tag: text-generation
 tags: [{", ".join(tags)}]
----
+{_of_parent(report)}---
 # {parent}, {" and ".join(done)} by billhook
 
 {layout}, {", then ".join(story)}.
@@ -44,6 +45,14 @@ The licence is that of the parent model.
 """
 
 
+def _of_parent(report: dict[str, Any]) -> str:
+    """What the hub reads of the parent: its repository, where it has one, and its licence, where its card says it."""
+    parent, licence = str(report.get("parent") or ""), report.get("license")
+    parent = HUB.get(parent, parent)
+    lines = [f"base_model: {parent}\n"] if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", parent) else []
+    return "".join([*lines, f"license: {licence}\n" if licence else ""])
+
+
 def _holds(recipe: Any, recoveries: Sequence[Any]) -> str:
     """What a reader finds in billhook.json."""
     if not recoveries:
@@ -52,6 +61,7 @@ def _holds(recipe: Any, recoveries: Sequence[Any]) -> str:
     return f"{recipes}the settings of the training, hashes of the texts, and every judgement"
 
 
+HUB = {"demo": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # repositories of models that have another name here
 CARD_LAYOUT = {
     "unknown": "A `{}` checkpoint",
     "uniform": "A stock `{}` checkpoint",

@@ -50,15 +50,6 @@ class Settings(Part):
     """The recipe; its other keys are shown and never computed with."""
 
     method: Name
-    calibration: str = ""
-    select: str = ""
-    patch: str = "none"
-    drop: str | None = None
-    keep: str | None = None
-    seed: Count | None = None
-    layer_sparsity: dict[str, Real] = {}
-    axes: list[str] = []
-    targets: list[str] = []
 
 
 class LayerCut(Part):
@@ -295,6 +286,7 @@ class Cut(Part):
     """What billhook.json holds of a model that billhook pruned, and perhaps trained afterwards."""
 
     recipe: Settings
+    command: str | None = None  # the command line that makes it again
     parent: Name
     model_type: str | None = None
     layout: Literal["uniform", "per_layer"] | None = None

@@ -7,9 +7,12 @@ documents      JSON that billhook reads back: one reader, which names the file, 
 headers        What the header of a safetensors file says, checked against the file before anything is read by it
 interpreters   How another Python is started: with nothing of this process, but where it is this very one
 locks          Folders that one process at a time works in: a lock on the open folder
+means          What a user gives a run: where it keeps things, whom it reports to, what it may take
 memory         Memory of the process: give freed memory back, and watch how much is taken
 offload        Weights that are in memory only while something needs them: a model larger than memory
+options        How a setting is declared: once, with its default, its help, its names and its limits
 outputs        Whether an output may be written where the user wants it, before anything is computed
+plug_ins       What other packages add to billhook, by the entry points that they declare
 precision      What matrix products are computed in: bfloat16 where the device has instructions for it
 progress       How long work tells what it is doing: a callback for progress, a clock for where the time went
 quiet          What transformers prints in passing, kept off the terminal

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from billhook.errors import BillhookError, first_line
+from billhook.errors import ModelError, first_line
 from billhook.runtime.documents import parsed_object, typed
 
 LONGEST = 100_000_000  # bytes of a header, as the format limits it
@@ -80,23 +80,23 @@ def read_header(file: Path, what: str, remedy: str) -> dict[str, Stored]:
     try:
         status = file.stat()  # before the file is opened: a pipe would block
         if not stat.S_ISREG(status.st_mode):
-            raise BillhookError(f"{what} is not a plain file: {remedy}")
+            raise ModelError(f"{what} is not a plain file: {remedy}")
         with file.open("rb") as content:
             header = _header(content, status.st_size, damaged, remedy)
             start = content.tell()
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise BillhookError(f"{what} cannot be read ({error.strerror or error}): {remedy}") from error
+        raise ModelError(f"{what} cannot be read ({error.strerror or error}): {remedy}") from error
     typed(Metadata, header.pop(META, {}), f"{damaged}: its {META}", remedy)
     entries = {key: typed(Entry, entry, f"{damaged}: its tensor {shown(key)}", remedy) for key, entry in header.items()}
     if wrong := _misplaced(entries, status.st_size - start):
-        raise BillhookError(f"{damaged} ({wrong}): {remedy}")
+        raise ModelError(f"{damaged} ({wrong}): {remedy}")
     try:
         with safe_open(file, framework="pt"):  # safetensors' own checks, which may be stricter
             pass
     except (SafetensorError, OSError) as error:
-        raise BillhookError(f"{damaged} ({first_line(error)}): {remedy}") from error
+        raise ModelError(f"{damaged} ({first_line(error)}): {remedy}") from error
     return {key: Stored(file, key, tuple(entry.shape), entry.dtype) for key, entry in entries.items()}
 
 
@@ -113,7 +113,7 @@ def load(file: Path, remedy: str, names: Iterable[str] = ()) -> dict[str, Tensor
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:
-        raise BillhookError(f"{file} cannot be read ({first_line(error)}): {remedy}") from error
+        raise ModelError(f"{file} cannot be read ({first_line(error)}): {remedy}") from error
 
 
 def check_tensors(file: Path, remedy: str, shapes: Mapping[str, tuple[int, ...] | None]) -> None:
@@ -121,12 +121,12 @@ def check_tensors(file: Path, remedy: str, shapes: Mapping[str, tuple[int, ...] 
     try:
         stored = read_header(file, str(file), remedy)
     except FileNotFoundError:
-        raise BillhookError(f"{file} is missing: {remedy}") from None
+        raise ModelError(f"{file} is missing: {remedy}") from None
     for name, shape in shapes.items():
         if name not in stored:
-            raise BillhookError(f"{file} has no tensor {shown(name)}: {remedy}")
+            raise ModelError(f"{file} has no tensor {shown(name)}: {remedy}")
         if shape is not None and stored[name].shape != shape:
-            raise BillhookError(
+            raise ModelError(
                 f"{file}: tensor {shown(name)} is {_shape(stored[name].shape)}, not {_shape(shape)}: {remedy}"
             )
 
@@ -140,10 +140,10 @@ def shown(name: str) -> str:
 def _header(content: BinaryIO, size: int, damaged: str, remedy: str) -> dict[str, Any]:
     """The header of a file of `size` bytes."""
     if size < PREFIX:
-        raise BillhookError(f"{damaged} (it has {size} bytes): {remedy}")
+        raise ModelError(f"{damaged} (it has {size} bytes): {remedy}")
     length = int.from_bytes(content.read(PREFIX), "little")
     if length > min(size - PREFIX, LONGEST):
-        raise BillhookError(f"{damaged} (its header would have {length:,} bytes, the file has {size:,}): {remedy}")
+        raise ModelError(f"{damaged} (its header would have {length:,} bytes, the file has {size:,}): {remedy}")
     return parsed_object(content.read(length), f"{damaged}: its header", remedy)
 
 

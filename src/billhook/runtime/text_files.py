@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from zlib import error as ZlibError
 
-from billhook.errors import BillhookError, first_line
+from billhook.errors import BillhookError, DataError, first_line
 from billhook.runtime.documents import check_plain
 
 LOG = logging.getLogger("billhook")
@@ -39,11 +39,11 @@ def read_text(path: Path) -> str:
         with gzip.open(path) if packed(path) else path.open("rb") as file:
             text = read(path, file)
     except UnicodeDecodeError as error:
-        raise BillhookError(f"text {path} is not UTF-8 (byte {error.start}): convert it first") from error
+        raise DataError(f"text {path} is not UTF-8 (byte {error.start}): convert it first") from error
     except (OSError, EOFError, ZlibError) as error:  # also gzip's errors
-        raise BillhookError(f"text {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise DataError(f"text {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if not text.strip():
-        raise BillhookError(f"text {path} is empty")
+        raise DataError(f"text {path} is empty")
     return text
 
 
@@ -56,7 +56,7 @@ def read_folder(folder: Path) -> str:
     files = sorted(path for path in folder.rglob("*") if not path.is_dir())
     texts = [path for path in files if is_text(path) and path.is_file()]
     if not texts:
-        raise BillhookError(f"text folder {folder} holds no {', '.join(READERS)} file")
+        raise DataError(f"text folder {folder} holds no {', '.join(READERS)} file")
     if skipped := [ascii(str(path.relative_to(folder))) for path in files if path not in set(texts)]:
         remainder = f" and {len(skipped) - SHOWN} more" if len(skipped) > SHOWN else ""
         LOG.warning("text folder %s: left out, no texts: %s%s", folder, ", ".join(skipped[:SHOWN]), remainder)
@@ -96,7 +96,7 @@ def _json(path: Path, file: BufferedIOBase) -> str:
     """A list of records, alone or under the only key with a list; or one record; or JSON lines under another name."""
     content = file.read(LARGEST_RECORD + 1)
     if len(content) > LARGEST_RECORD:
-        raise BillhookError(f"text {path} is JSON beyond {LARGEST_RECORD:,} bytes: write it as .jsonl, a record a line")
+        raise DataError(f"text {path} is JSON beyond {LARGEST_RECORD:,} bytes: write it as .jsonl, a record a line")
     try:
         document = json.loads(content.decode("utf-8-sig"))
     except (json.JSONDecodeError, RecursionError):  # these may be JSON lines; a wrong line is named
@@ -105,7 +105,7 @@ def _json(path: Path, file: BufferedIOBase) -> str:
     except ValueError as error:  # a number with thousands of digits
         if isinstance(error, UnicodeDecodeError):
             raise
-        raise BillhookError(f"text {path}: not JSON ({first_line(error)})") from error
+        raise DataError(f"text {path}: not JSON ({first_line(error)})") from error
     if isinstance(document, dict) and FIELD not in document:
         lists = [value for value in document.values() if isinstance(value, list)]
         document = lists[0] if len(lists) == 1 else document
@@ -118,16 +118,16 @@ def _csv(path: Path, file: BufferedIOBase) -> str:
             try:
                 yield line.decode("utf-8-sig" if n == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                raise BillhookError(f"text {path}, line {n} is not UTF-8: convert it first") from error
+                raise DataError(f"text {path}, line {n} is not UTF-8: convert it first") from error
 
     before = csv.field_size_limit(LARGEST_RECORD)
     try:
         rows = csv.DictReader(lines())
         if FIELD not in (rows.fieldnames or []):
-            raise BillhookError(f"text {path} has no column {FIELD!r} (it has {_named(rows.fieldnames or [])})")
+            raise DataError(f"text {path} has no column {FIELD!r} (it has {_named(rows.fieldnames or [])})")
         return _of_records(path, enumerate(rows, 1), "row")
     except csv.Error as error:
-        raise BillhookError(f"text {path}: not CSV ({error})") from error
+        raise DataError(f"text {path}: not CSV ({error})") from error
     finally:
         csv.field_size_limit(before)
 
@@ -137,20 +137,20 @@ def _parquet(path: Path, file: BufferedIOBase) -> str:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise BillhookError(
+        raise DataError(
             f"text {path} is parquet; to read it, install the extra: pip install 'billhook[data]'"
         ) from error
     try:
         rows = pyarrow.parquet.ParquetFile(file)
         if FIELD not in rows.schema_arrow.names:
-            raise BillhookError(f"text {path} has no column {FIELD!r} (it has {_named(rows.schema_arrow.names)})")
+            raise DataError(f"text {path} has no column {FIELD!r} (it has {_named(rows.schema_arrow.names)})")
         batches = rows.iter_batches(batch_size=1024, columns=[FIELD])
         records = (record for batch in batches for record in batch.to_pylist())
         return _of_records(path, enumerate(records, 1), "row")
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError, ValueError) as error:
         if isinstance(error, BillhookError):
             raise
-        raise BillhookError(f"text {path} is no parquet that can be read ({first_line(error)})") from error
+        raise DataError(f"text {path} is no parquet that can be read ({first_line(error)})") from error
 
 
 READERS: dict[
@@ -179,7 +179,7 @@ def _lines(path: Path, file: BufferedIOBase, longest: int) -> Iterator[tuple[byt
 
 def _check_total(path: Path, total: int) -> None:
     if total > LARGEST:
-        raise BillhookError(f"text {path} has more than {LARGEST:,} bytes, unpacked: {PLAIN}")
+        raise DataError(f"text {path} has more than {LARGEST:,} bytes, unpacked: {PLAIN}")
 
 
 def _whole(line: bytes) -> bytes:
@@ -194,7 +194,7 @@ def _records(path: Path, file: BufferedIOBase, blank: bool = False) -> Iterator[
     """Yield the lines that are not blank, or all of them, numbered from 1."""
     for n, (line, cut) in enumerate(_lines(path, file, LARGEST_RECORD), 1):
         if cut:
-            raise BillhookError(f"text {path}, line {n}: a record of more than {LARGEST_RECORD:,} bytes: cut it")
+            raise DataError(f"text {path}, line {n}: a record of more than {LARGEST_RECORD:,} bytes: cut it")
         if blank or line.strip():
             yield n, line
 
@@ -203,11 +203,11 @@ def _parsed(path: Path, where: str, line: bytes) -> Any:
     try:
         return json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise BillhookError(f"text {path}{where} is not UTF-8 (byte {error.start}): convert it first") from error
+        raise DataError(f"text {path}{where} is not UTF-8 (byte {error.start}): convert it first") from error
     except RecursionError:
-        raise BillhookError(f"text {path}{where}: not JSON (nested too deeply)") from None
+        raise DataError(f"text {path}{where}: not JSON (nested too deeply)") from None
     except ValueError as error:  # not JSON, or a number with thousands of digits
-        raise BillhookError(f"text {path}{where}: not JSON ({getattr(error, 'msg', error)})") from error
+        raise DataError(f"text {path}{where}: not JSON ({getattr(error, 'msg', error)})") from error
 
 
 def _of_records(path: Path, records: Iterable[tuple[int, Any]], kind: str = "line") -> str:
@@ -215,10 +215,10 @@ def _of_records(path: Path, records: Iterable[tuple[int, Any]], kind: str = "lin
     texts, cut, total = [], 0, 0
     for n, record in records:
         if not isinstance(record, dict) or not isinstance(record.get(FIELD), str):
-            raise BillhookError(f"text {path}, {kind} {n}: no field {FIELD!r} that holds a string")
+            raise DataError(f"text {path}, {kind} {n}: no field {FIELD!r} that holds a string")
         text = record[FIELD]
         if re.search("[\ud800-\udfff]", text):
-            raise BillhookError(f"text {path}, {kind} {n}: half a character (a lone surrogate): convert it first")
+            raise DataError(f"text {path}, {kind} {n}: half a character (a lone surrogate): convert it first")
         if len(text) > LONGEST:
             short = "\n".join(line[:LONGEST] for line in text.split("\n"))
             cut, text = cut + (len(short) < len(text)), short

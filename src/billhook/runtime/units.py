@@ -4,7 +4,7 @@ import math
 import re
 from typing import Any
 
-from billhook.errors import BillhookError
+from billhook.errors import SettingsError
 
 COUNT = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -22,7 +22,7 @@ def amount(value: Any, units: dict[str, int], name: str) -> Any:
         r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([a-z]*)\s*", value.replace(",", "").replace("_", "").lower()
     )
     if not match or (match[2] or min(units, key=len)) not in units or math.isinf(float(match[1])):
-        raise BillhookError(
+        raise SettingsError(
             f"--{name} {value!r} is no amount: write a number, with one of {', '.join(filter(None, units))}"
         )
     return round(float(match[1]) * units.get(match[2], 1))

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from billhook.errors import BillhookError, one_of
+from billhook.errors import BillhookError, SettingsError, one_of
 
 Settled = TypeVar("Settled", bound=BaseModel)
 
@@ -26,4 +26,4 @@ def checked(model: type[Settled], settings: Mapping[str, Any]) -> Settled:
             raise inner from None
         name = ".".join(map(str, first["loc"])).replace("_", "-")
         value = "" if first["type"] == "missing" else f" {first['input']!r}"
-        raise BillhookError(f"{name}{value}: {first['msg'].lower().replace('tuple', 'list')}") from None
+        raise SettingsError(f"{name}{value}: {first['msg'].lower().replace('tuple', 'list')}") from None

@@ -96,7 +96,7 @@ def evaluator_for(model: PreTrainedModel, chosen: SearchSettings, run: Run, **de
     """
     evaluator = evaluator_of(model, chosen.objective, run.folder or run.statistics)
     if run.folder:
-        settings = chosen.model_dump(mode="json", exclude={"trials", "minutes"})
+        settings = dict(chosen.decides)
         claim(run.folder, {**evaluator.key, "settings": settings, **decides}, run.fresh)
     return evaluator
 

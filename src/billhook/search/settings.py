@@ -1,49 +1,28 @@
 """What a search reads of a recipe."""
 
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 
-@runtime_checkable
-class SearchSettings(Protocol):
-    """The settings of a search, and those of the prune that it tries; `billhook.pruning.recipe.Recipe` has them all."""
+@dataclass(frozen=True)
+class SearchSettings:
+    """The settings of a search, and those of the prune that it tries."""
 
-    @property
-    def trials(self) -> int: ...  # how many candidates are proposed
-    @property
-    def minutes(self) -> float | None: ...  # the time that the whole search may take; None: any
-    @property
-    def space(self) -> str: ...  # what is open to choose: full, paper, or comma-separated names of groups of dimensions
-    @property
-    def sampler(self) -> str: ...  # a name in SAMPLERS
-    @property
-    def objective(self) -> str: ...  # a name in SEARCH_OBJECTIVES
-    @property
-    def seed(self) -> int: ...  # what the sampler, the pool and the order of validation windows are drawn by
-    @property
-    def calibration(self) -> str: ...  # the texts that calibrate, joined by +
-    @property
-    def validation(
-        self,
-    ) -> tuple[str, ...]: ...  # the texts that try candidates; none: an end of each that calibrates
-    @property
-    def seq_len(self) -> int: ...  # tokens of a calibration window, and of a window that decides
-    @property
-    def pool(self) -> int: ...  # AdaPruner: windows that calibration samples are chosen from
-    @property
-    def pool_len(
-        self,
-    ) -> int: ...  # tokens in each of them, and of an overlap of the texts
-    @property
-    def clusters(self) -> int: ...  # AdaPruner: groups of such windows
-    @property
-    def layout(self) -> str: ...  # AdaPruner: uniform or per_layer
-    @property
-    def floor(self) -> float: ...  # AdaPruner: share of its FFN channels that a layer keeps at least
-    @property
-    def width_step(self) -> int: ...  # AdaPruner: what widths are a multiple of
-    @property
-    def restores(self) -> bool: ...  # AdaPruner: whether kept weights are restored
-
-    def model_dump(self, *, mode: str, exclude: set[str]) -> dict[str, Any]:
-        """Everything that decides the result, as plain data."""
-        ...
+    trials: int  # how many candidates are proposed
+    minutes: float | None  # the time that the whole search may take; None: any
+    space: str  # what is open to choose: full, paper, or comma-separated names of groups of dimensions
+    sampler: str  # a name in SAMPLERS
+    objective: str  # a name in SEARCH_OBJECTIVES
+    validation: tuple[str, ...]  # the texts that try candidates; none: an end of each that calibrates
+    calibration: str  # the texts that calibrate, joined by +
+    seq_len: int  # tokens of a calibration window, and of a window that decides
+    seed: int  # what the sampler, the pool and the order of validation windows are drawn by
+    layout: str  # uniform or per_layer
+    floor: float  # share of its FFN channels that a layer keeps at least
+    width_step: int  # what widths are a multiple of
+    restores: bool  # whether kept weights are restored
+    decides: Mapping[str, Any]  # everything that decides the result, as plain data
+    pool: int = 0  # windows that calibration samples are chosen from
+    pool_len: int = 128  # tokens in each of them, and of an overlap of the texts
+    clusters: int = 0  # groups of such windows

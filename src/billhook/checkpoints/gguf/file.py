@@ -20,7 +20,7 @@ import torch
 from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT
 
 from billhook.checkpoints.names import is_gguf
-from billhook.errors import BillhookError
+from billhook.errors import ModelError
 
 AGAIN = "fetch or copy the file again"
 VERSIONS = (2, 3)
@@ -72,7 +72,7 @@ def alone(folder: Path) -> Path:
     firsts = [file for file in files if (part := PART.fullmatch(file.name)) is None or int(part[2]) == 1]
     if len(firsts) > 1 or not firsts:
         names = ", ".join(file.name for file in files[:4]) + (", …" if len(files) > 4 else "")
-        raise BillhookError(f"{folder} holds {len(files)} GGUF files: name the one that is meant, of {names}")
+        raise ModelError(f"{folder} holds {len(files)} GGUF files: name the one that is meant, of {names}")
     return firsts[0]
 
 
@@ -88,15 +88,15 @@ def read(path: Path) -> Gguf:
     for file in rest:
         for name, placed in _Reader(file).read().tensors.items():
             if name in tensors:
-                raise BillhookError(f"{file}: tensor {name} is in another part, too: {AGAIN}")
+                raise ModelError(f"{file}: tensor {name} is in another part, too: {AGAIN}")
             tensors[name] = placed
     count = whole.fields.get("split.count", len(rest) + 1) or 1  # tools that do not split write 0
     if count != len(rest) + 1:
-        raise BillhookError(
+        raise ModelError(
             f"{path} is one of {count} parts, and its name is not NAME-00001-of-{count:05}.gguf: rename them so"
         )
     if len(tensors) != whole.fields.get("split.tensors.count", len(tensors)):
-        raise BillhookError(
+        raise ModelError(
             f"{path}: its parts hold {len(tensors)} tensors, not the {whole.fields['split.tensors.count']} they "
             "should: "
             f"{AGAIN}"
@@ -111,7 +111,7 @@ def parts(path: Path) -> list[Path]:
     files = [path.with_name(f"{part[1]}-{n:05}-of-{part[3]}{path.suffix}") for n in range(1, int(part[3]) + 1)]
     for file in files:
         if not file.exists():
-            raise BillhookError(f"{path} is one of {len(files)} parts, and {file.name} is not beside it: {AGAIN}")
+            raise ModelError(f"{path} is one of {len(files)} parts, and {file.name} is not beside it: {AGAIN}")
     return files or [path]
 
 
@@ -132,7 +132,7 @@ class _Reader:
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as self.content:
                     return self.header()
         except OSError as error:
-            raise BillhookError(f"{self.path} cannot be read ({error.strerror or error}): {AGAIN}") from error
+            raise ModelError(f"{self.path} cannot be read ({error.strerror or error}): {AGAIN}") from error
 
     def header(self) -> Gguf:
         self.at = 4
@@ -249,7 +249,7 @@ class _Reader:
         self.refuse(f"is damaged: {why}", AGAIN)
 
     def refuse(self, why: str, remedy: str) -> NoReturn:
-        raise BillhookError(f"{self.path} {why}: {remedy}")
+        raise ModelError(f"{self.path} {why}: {remedy}")
 
 
 def _type(kind: int) -> str:

@@ -19,7 +19,7 @@ from billhook.checkpoints.gguf.file import AGAIN, Gguf, Placed, read, shown
 from billhook.checkpoints.gguf.rope import FACTORS, LINEAR, LONG_FACTORS, SCALING_TYPES, SHORT_FACTORS, parameters
 from billhook.checkpoints.gguf.tokenizer import tokenizer_of
 from billhook.checkpoints.streaming import bare
-from billhook.errors import BillhookError
+from billhook.errors import BillhookError, ModelError
 from billhook.models import layout
 from billhook.models.families import family_of
 from billhook.models.modeling_per_layer import MODEL_TYPE
@@ -78,18 +78,18 @@ class ArchitectureFields:
     def take(self, key: str, default: Any = None) -> Any:
         value = self.rest.pop(key, default)
         if value is None:
-            raise BillhookError(f"{self.path}: field {self.arch}.{key} is missing: {AGAIN}")
+            raise ModelError(f"{self.path}: field {self.arch}.{key} is missing: {AGAIN}")
         return value
 
     def wrong(self, key: str, value: Any, should: str) -> NoReturn:
-        raise BillhookError(f"{self.path}: field {self.arch}.{key} is {shown(value)}, and should be {should}: {AGAIN}")
+        raise ModelError(f"{self.path}: field {self.arch}.{key} is {shown(value)}, and should be {should}: {AGAIN}")
 
     def no_more(self) -> None:
         """Refuse fields that are left, except those that change nothing."""
         for key, value in self.rest.items():
             usual = ALWAYS.get(key)
             if key not in NOTHING and (usual is None or type(value) is not type(usual) or value != usual):
-                raise BillhookError(
+                raise ModelError(
                     f"{self.path}: field {self.arch}.{key} is {shown(value)}, which billhook does not read in this "
                     f"architecture: {FOLDER}"
                 )
@@ -125,11 +125,9 @@ def open_gguf(path: Path) -> tuple[Any, Any]:
 def _reading(path: Path, fields: Mapping[str, Any]) -> tuple[str, Reading]:
     arch = fields.get(ARCHITECTURE)
     if fields.get("general.type", "model") != "model":
-        raise BillhookError(
-            f"{path} holds {shown(fields['general.type'])}, not a model: give the model that it goes with"
-        )
+        raise ModelError(f"{path} holds {shown(fields['general.type'])}, not a model: give the model that it goes with")
     if not isinstance(arch, str) or arch not in READINGS:
-        raise BillhookError(
+        raise ModelError(
             f"{path}: general.architecture is {shown(arch)}, and billhook reads GGUF of {', '.join(READINGS)}: {FOLDER}"
         )
     return arch, READINGS[arch]
@@ -140,7 +138,7 @@ def _by_layer(path: Path, tensors: Mapping[str, Placed]) -> list[int]:
     texts = {name.split(".")[1] for name in tensors if name.startswith("blk.")}
     numbers = sorted(int(text) for text in texts if text.isdecimal() and len(text) < 7)
     if not numbers or numbers != list(range(len(texts))):
-        raise BillhookError(f"{path}: its tensors are of layers {shown(sorted(texts))}, not of all from 0: {AGAIN}")
+        raise ModelError(f"{path}: its tensors are of layers {shown(sorted(texts))}, not of all from 0: {AGAIN}")
     return numbers
 
 
@@ -166,7 +164,7 @@ def _config(
         fields.wrong("rope.dimension_count", rotated, f"{head_dim}, as the size of a head")
     embedding = tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
-        raise BillhookError(f"{fields.path}: tensor token_embd.weight is missing: {AGAIN}")
+        raise ModelError(f"{fields.path}: tensor token_embd.weight is missing: {AGAIN}")
     if (words := fields.whole("vocab_size", embedding.shape[0])) != embedding.shape[0]:
         fields.wrong("vocab_size", words, f"{embedding.shape[0]}, the rows of token_embd.weight")
     positions = fields.whole("context_length")
@@ -205,17 +203,17 @@ def _rope(
         factors = {name: _values(name, file.tensors[name]) for name in names if name in file.tensors}
     for name, factor in factors.items():
         if factor.shape != (head_dim // 2,) or factor.min() <= 0:
-            raise BillhookError(f"{fields.path}: tensor {name} is not {head_dim // 2} numbers above 0: {AGAIN}")
+            raise ModelError(f"{fields.path}: tensor {name} is not {head_dim // 2} numbers above 0: {AGAIN}")
     try:
         return parameters(kind, base, numbers, positions, factors), set(factors)
     except ValueError as error:
-        raise BillhookError(f"{fields.path}: {error} is no rotary embedding that billhook reads: {FOLDER}") from None
+        raise ModelError(f"{fields.path}: {error} is no rotary embedding that billhook reads: {FOLDER}") from None
 
 
 def _special(path: Path, tokenizer: Any, rows: int) -> Values:
     """Ids of special tokens, for the config."""
     if len(tokenizer) > rows:
-        raise BillhookError(f"{path}: it has {len(tokenizer)} tokens, and {rows} rows of token_embd.weight: {AGAIN}")
+        raise ModelError(f"{path}: it has {len(tokenizer)} tokens, and {rows} rows of token_embd.weight: {AGAIN}")
     return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
 
 
@@ -288,13 +286,13 @@ def _params(
         size = sizes[int(number or 0)]
         if len(parts) < max(1, len(names)) and leaf != "bias":
             missing = next((part for part in names if part not in parts), name)
-            raise BillhookError(f"{path}: tensor {missing} is missing: {AGAIN}")
+            raise ModelError(f"{path}: tensor {missing} is missing: {AGAIN}")
         make = _maker(source.conversion if source else "", size)
         used |= set(parts)
         params[name] = Param(tuple(param.shape), parts, make)
         shapes = [torch.empty(part.shape, device="meta") for part in parts.values()]
         if parts and (made := _shape(make, shapes)) != tuple(param.shape):
-            raise BillhookError(
+            raise ModelError(
                 f"{path}: tensor {names[0]} has shape {list(shapes[0].shape)}, and its fields say {list(param.shape)} "
                 "of "
                 f"{name}: {AGAIN}"
@@ -302,7 +300,7 @@ def _params(
                 else f"{path}: tensors {', '.join(parts)} do not make {name} of {list(param.shape)}: {AGAIN}"
             )
     if extra := [name for name in tensors if name not in used]:
-        raise BillhookError(
+        raise ModelError(
             f"{path}: {len(extra)} tensors have no place in a {config.model_type} of transformers, first {extra[0]}: "
             f"{FOLDER}"
         )
@@ -354,7 +352,7 @@ def _fill(model: Any, params: Mapping[str, Param]) -> None:
 def _values(name: str, placed: Placed) -> Tensor:
     values = placed.values()
     if not finite(values):
-        raise BillhookError(f"{placed.file}: tensor {name} holds NaN or infinite values")
+        raise ModelError(f"{placed.file}: tensor {name} holds NaN or infinite values")
     return values
 
 

@@ -12,7 +12,7 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_t
 from billhook.checkpoints.gguf.architectures import ALIASES, BYTE_LEVEL, PRE_TOKENIZERS, SENTENCEPIECE
 from billhook.checkpoints.gguf.file import AGAIN, shown
 from billhook.checkpoints.gguf.vocabulary import NEVER_MERGED, SPACE, give_splits
-from billhook.errors import BillhookError, first_line
+from billhook.errors import BillhookError, ModelError, first_line
 
 FOLDER = "give the model's folder instead"
 USED: Mapping[str, type | tuple[type, type]] = {  # field under `tokenizer.` -> its type; (list, x): a list of x
@@ -64,7 +64,7 @@ def tokenizer_of(path: Path, arch: str, fields: Mapping[str, Any]) -> Any:
     kind = settings["ggml.model"]
     if kind == BYTE_LEVEL and ALIASES.get(pre, pre) not in PRE_TOKENIZERS:
         what = f"is {shown(pre)}" if pre else "is missing"
-        raise BillhookError(
+        raise ModelError(
             f"{path}: field tokenizer.ggml.pre {what}, and billhook knows {', '.join(PRE_TOKENIZERS)}: {FOLDER}"
         )
     arguments = {
@@ -94,7 +94,7 @@ def tokenizer_of(path: Path, arch: str, fields: Mapping[str, Any]) -> Any:
             **added,
         )
     except Exception as error:  # transformers and tokenizers raise many kinds
-        raise BillhookError(f"{path}: no tokenizer could be made of it ({first_line(error)}): {FOLDER}") from error
+        raise ModelError(f"{path}: no tokenizer could be made of it ({first_line(error)}): {FOLDER}") from error
     tokenizer.name_or_path = str(path)
     tokenizer.chat_template = _templates(settings)
     if kind == BYTE_LEVEL:
@@ -122,7 +122,7 @@ def _check(path: Path, fields: Mapping[str, Any]) -> None:
         should = str if key.startswith(NAMED_TEMPLATE) else USED.get(key)
         if should is None:
             if key not in NOTHING and (key not in ALWAYS or value is not ALWAYS[key]):
-                raise BillhookError(
+                raise ModelError(
                     f"{path}: field tokenizer.{key} is {shown(value)}, which billhook does not read: {FOLDER}"
                 )
         elif not _is(value, should):
@@ -137,17 +137,17 @@ def _check_whole(path: Path, fields: Mapping[str, Any]) -> None:
     """Refuse a tokenizer that lacks a necessary field, or whose model is not read."""
     for key in ("ggml.model", "ggml.tokens"):
         if key not in fields:
-            raise BillhookError(f"{path}: field tokenizer.{key} is missing, so that no text can be cut: {FOLDER}")
+            raise ModelError(f"{path}: field tokenizer.{key} is missing, so that no text can be cut: {FOLDER}")
     if fields["ggml.model"] not in (BYTE_LEVEL, SENTENCEPIECE):
-        raise BillhookError(
+        raise ModelError(
             f"{path}: field tokenizer.ggml.model is {shown(fields['ggml.model'])}, and billhook reads {BYTE_LEVEL} and "
             f"{SENTENCEPIECE}: {FOLDER}"
         )
     wanted = "ggml.merges" if fields["ggml.model"] == BYTE_LEVEL else "ggml.scores"
     if wanted not in fields:
-        raise BillhookError(f"{path}: field tokenizer.{wanted} is missing, so that no text can be cut: {AGAIN}")
+        raise ModelError(f"{path}: field tokenizer.{wanted} is missing, so that no text can be cut: {AGAIN}")
     if len(set(fields["ggml.tokens"])) != len(fields["ggml.tokens"]):
-        raise BillhookError(f"{path}: field tokenizer.ggml.tokens has a token twice: {AGAIN}")
+        raise ModelError(f"{path}: field tokenizer.ggml.tokens has a token twice: {AGAIN}")
 
 
 def _check_numbers(path: Path, fields: Mapping[str, Any], words: int) -> None:

@@ -24,7 +24,7 @@ from billhook.checkpoints.gguf.architectures import (
     SENTENCEPIECE,
     Splits,
 )
-from billhook.errors import BillhookError
+from billhook.errors import BillhookError, ModelError
 from billhook.runtime.special_tokens import special_ids
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # token types, numbered as in llama.h
@@ -74,7 +74,7 @@ def _backend(tokenizer: Any) -> Json:
     """The content of tokenizer.json."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise BillhookError(
+        raise ModelError(
             f"{type(tokenizer).__name__} has no tokenizer.json, which the GGUF vocabulary is made from: "
             "put the model's tokenizer.json into its folder"
         )
@@ -93,7 +93,7 @@ def _tokens(backend: Json, rows: int) -> tuple[list[str], list[int]]:
     text = {n: token for token, n in backend["model"]["vocab"].items()}
     text |= {n: token["content"] for n, token in added.items()}
     if (last := max(text)) >= rows:
-        raise BillhookError(
+        raise ModelError(
             f"token {text[last]!r} has id {last}, and the embedding {rows} rows: "
             "use the model's own tokenizer, or give the model a row for each token (resize_token_embeddings)"
         )
@@ -207,7 +207,7 @@ def _special(tokenizer: Any, bos: int | None) -> Json:
     """Ids of the special tokens, and which of them are added around a text."""
     ids = {name: getattr(tokenizer, attribute, None) for name, attribute in SPECIAL.items()}
     if ids["eos"] is None:
-        raise BillhookError(
+        raise ModelError(
             "the tokenizer has no eos_token, and llama.cpp would take token 11 for it: set tokenizer.eos_token"
         )
     first, last = special_ids(tokenizer)

@@ -23,7 +23,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from billhook.checkpoints.gguf.architectures import ARCHITECTURES, CHOICES, COMMON, IN_LAYER, TOP, Architecture
 from billhook.checkpoints.gguf.vocabulary import vocabulary
 from billhook.choices import BY_QUANTIZER, QUANTIZE, QUANTIZER
-from billhook.errors import BillhookError, one_of
+from billhook.errors import ModelError, one_of
 from billhook.models import families
 from billhook.runtime import atomic
 from billhook.runtime.progress import Tick, quiet, ticked
@@ -134,7 +134,7 @@ def shape_of(model: Any) -> Shape:
     """
     model_type = families.stock_type(model.config.model_type)
     if model_type not in CHOICES:
-        raise BillhookError(f"llama.cpp has no architecture for {model_type}: {FOLDER}")
+        raise ModelError(f"llama.cpp has no architecture for {model_type}: {FOLDER}")
     row = families.family_of(model_type)
     sizes = [families.sizes(model, n) for n in range(len(families.layers(model)))]
     widths, heads, kv_heads, head_dims = (
@@ -143,7 +143,7 @@ def shape_of(model: Any) -> Shape:
     for n in range(len(sizes)):
         value_dim = families.attention(model, n).value_dim
         if value_dim != head_dims[0]:
-            raise BillhookError(
+            raise ModelError(
                 f"layer {n} has value heads of {value_dim} channels beside key heads of {head_dims[0]}, and every "
                 "graph "
                 f"of llama.cpp wants them equal: prune heads or groups instead, or {FOLDER}"
@@ -173,7 +173,7 @@ def choose(shape: Shape) -> Architecture:
             return ARCHITECTURES[name]
     why = "; ".join(f"{name} {', '.join(misfits)}" for name, misfits in lacks.items())
     advice = "prune all layers alike, or " if [EQUAL] in lacks.values() else ""
-    raise BillhookError(f"no architecture of llama.cpp holds this {shape.model_type}: {why}; {advice}{FOLDER}")
+    raise ModelError(f"no architecture of llama.cpp holds this {shape.model_type}: {why}; {advice}{FOLDER}")
 
 
 def describe(config: Any, shape: Shape, arch: Architecture) -> dict[str, Any]:
@@ -218,13 +218,13 @@ def _misfits(shape: Shape, arch: Architecture) -> Iterator[str]:
 def _check(config: Any) -> None:
     """Refuse what every architecture would silently compute in another way."""
     if config.hidden_act not in ("silu", "swish"):
-        raise BillhookError(f"llama.cpp computes SiLU in this family's FFN, not {config.hidden_act}: {FOLDER}")
+        raise ModelError(f"llama.cpp computes SiLU in this family's FFN, not {config.hidden_act}: {FOLDER}")
     if getattr(config, "is_causal", True) is False:
-        raise BillhookError(f"llama.cpp's positions see only those before them, and this model's see all: {FOLDER}")
+        raise ModelError(f"llama.cpp's positions see only those before them, and this model's see all: {FOLDER}")
     window, longest = getattr(config, "sliding_window", None), config.max_position_embeddings
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
     if window and window < longest and "sliding_attention" in kinds:
-        raise BillhookError(
+        raise ModelError(
             f"this model attends to its last {window} positions, and llama.cpp to all in this family's architectures: "
             "set "
             f"max_position_embeddings to {window} in config.json, since up to there nothing differs, or {FOLDER}"
@@ -251,7 +251,7 @@ def _named(model: Any) -> dict[tuple[int | None, str], Tensor]:
         number, _, inner = module.partition(".") if name.startswith(prefix) else ("", "", "")
         kind = IN_LAYER.get(inner) if number else TOP.get(module)
         if kind is None:
-            raise BillhookError(f"tensor {name} has no place in a GGUF of this family: {FOLDER}")
+            raise ModelError(f"tensor {name} has no place in a GGUF of this family: {FOLDER}")
         named[int(number) if number else None, f"{kind}.{leaf}"] = param
     return named
 
@@ -329,14 +329,14 @@ def _packed(piece: Piece, kind: str) -> np.ndarray:
     with np.errstate(over="ignore"):
         values = gguf.quants.quantize(piece.array(), gguf.GGMLQuantizationType[kind])
     if kind == "F16" and not np.isfinite(values).all():
-        raise BillhookError(f"{piece.name} holds values that float16 cannot (65504 at most): export as F32 or BF16")
+        raise ModelError(f"{piece.name} holds values that float16 cannot (65504 at most): export as F32 or BF16")
     return values
 
 
 def _quantizer() -> str:
     if path := shutil.which(QUANTIZER):
         return path
-    raise BillhookError(
+    raise ModelError(
         f"K-quants are made by llama.cpp's {QUANTIZER}, which is not on PATH: "
         f"put it there, or choose one of {', '.join(FILE_TYPES)}"
     )
@@ -346,4 +346,4 @@ def _requantize(quantizer: str, plain: Path, to: Path, quantize: str) -> None:
     done = subprocess.run([quantizer, str(plain), str(to), quantize], capture_output=True, text=True)
     if done.returncode or not to.exists():
         lines = (done.stderr or done.stdout).strip().splitlines()
-        raise BillhookError(f"{quantizer} failed with code {done.returncode}: {lines[-1] if lines else 'no message'}")
+        raise ModelError(f"{quantizer} failed with code {done.returncode}: {lines[-1] if lines else 'no message'}")

@@ -3,67 +3,55 @@
 import copy
 from collections.abc import Mapping
 
-import torch
-from transformers import PreTrainedModel
-
+from billhook.checkpoints.load import Opened
+from billhook.cuts.narrowing import Settings, narrow
 from billhook.errors import BillhookError
 from billhook.models.families import layers
 from billhook.models.plan import Plan, UnitScores
-from billhook.pruning import planners
-from billhook.pruning.carry_out import CUTS
-from billhook.pruning.method_settings import settings_of
-from billhook.pruning.recipe import Recipe
-from billhook.pruning.sensitivity import Probe, curves
-from billhook.pruning.solve import solved
-from billhook.pruning.texts import Texts
-from billhook.runtime.progress import Clock, Tick, quiet
+from billhook.planning import planners
+from billhook.planning.budget import solved
+from billhook.planning.recipe import Recipe
+from billhook.planning.sensitivity import Probe, curves
+from billhook.planning.texts import Texts
 from billhook.runtime.run import Run
 
 PATIENCE = 2  # trials of `auto` without a gain before it stops
 
 
 def depth_or_width(
-    model: PreTrainedModel,
-    chosen: Recipe,
-    texts: Texts,
-    dtype: torch.dtype,
-    scores: UnitScores,
-    clock: Clock,
-    tick: Tick,
+    opened: Opened, recipe: Recipe, settings: Settings, texts: Texts, scores: UnitScores, run: Run
 ) -> Plan:
     """The best of the (layers dropped, common width) pairs on the budget line, each tried on a copy of the model.
 
     A trial is the whole prune, on all calibration windows: with a quarter of them what makes up for a dropped layer is
     fitted too loosely, and depth did not win (docs/LOG.md).
     """
-    settings, kinds = settings_of(chosen), chosen.unit_kinds
-    if kinds:  # what equal widths cannot give is refused before anything is measured
-        whole = planners.even_planner(model, kinds, chosen.width_step, chosen.layout)
-        if chosen.speedup is None:
-            solved(model, chosen, whole, dtype, quiet)
-    alone = curves(model, texts.calibration[:1], texts.probe, (), settings, whole_layers=True, clock=clock, tick=tick)
+    model, kinds = opened.model, recipe.unit_kinds
+    if kinds and recipe.budget.speedup is None:  # what equal widths cannot give is refused before anything is measured
+        solved(opened, recipe, planners.even_planner(model, recipe))
+    few = Texts(texts.calibration[:1], texts.probe)
+    alone = curves(model, few, (), settings, run, whole_layers=True)
     probe, best, since = Probe(model, texts.probe), (float("inf"), Plan()), 0
     for count in range(0 if kinds else 1, len(layers(model)) // 2):
         gone = _apart({n: loss[1] for (n, _), loss in alone.items()}, count)
-        planner = planners.even_planner(model, kinds, chosen.width_step, chosen.layout, gone=gone)
         try:
-            plan = solved(model, chosen, planner, dtype, tick)
+            plan = solved(opened, recipe, planners.even_planner(model, recipe, gone=gone), run.tick)
         except BillhookError:
             if not count:
                 raise
             if not kinds:
                 continue
             break  # these layers alone are more than the budget
-        tick("trying depths", count, count + PATIENCE)
-        with clock("trials"):
+        run.tick("trying depths", count, count + PATIENCE)
+        with run.clock("trials"):
             trial = copy.deepcopy(model)
-            CUTS[chosen.method](trial, texts.calibration, plan, settings, Run(tick=tick), scores)
+            narrow(trial, texts.calibration, plan, settings, Run(run.tick, hidden=run.hidden), scores)
             loss = probe.divergence_of(trial)
             del trial  # before the next copy is made
         best, since = ((loss, plan), 0) if loss < best[0] else (best, since + 1)
         if since == PATIENCE:
             break
-    tick("trying depths", 1, 1)
+    run.tick("trying depths", 1, 1)
     return best[1]
 
 

@@ -9,12 +9,12 @@ from billhook.models import residual
 from billhook.models.axes import axes
 from billhook.models.plan import Plan
 from billhook.models.sizes import decoder_parameters, saved_by, total_parameters
-from billhook.pruning.residual_budget import record
+from billhook.planning.residual_budget import record
 from billhook.reports.formatting import ranges
 
 
-def plan_line(model: PreTrainedModel, plan: Plan, budget: str, patches: bool = False) -> str:
-    """What a plan will cut, before it does, in one line; `patches`: also what will make up for the layers that go."""
+def plan_line(model: PreTrainedModel, plan: Plan, budget: str) -> str:
+    """What a plan will cut, before it does, in one line."""
     whole, decoder, saved = total_parameters(model), decoder_parameters(model), saved_by(model, plan)
     found = {axis.kind: [] for axis in axes(model, plan.kinds)}
     for axis in axes(model, plan.kinds):
@@ -24,11 +24,12 @@ def plan_line(model: PreTrainedModel, plan: Plan, budget: str, patches: bool = F
     gone = [f"without layers {', '.join(map(str, plan.layers))}"] if plan.layers else []
     return (
         f"for {budget}: {whole:,} → {whole - saved:,} parameters, -{saved / decoder:.2%} of the decoder; "
-        f"left in each layer: {', '.join(kept + gone) or 'all'}{_patch_words(plan.layers) if patches else ''}"
+        f"left in each layer: {', '.join(kept + gone) or 'all'}"
     )
 
 
-def _patch_words(gone: Sequence[int]) -> str:
+def patch_words(gone: Sequence[int]) -> str:
+    """What will make up for the layers that go."""
     found = [
         f"the FFN of layer {cut[0] - 1} makes up for {ranges(cut)}"
         if cut[0]

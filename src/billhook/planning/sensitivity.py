@@ -4,7 +4,8 @@ Each axis of each layer is cut alone, at a few counts, and restored in closed fo
 layers after it run on a few probe windows that the restoration never saw.  No gradients.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,10 +17,11 @@ from billhook.calibration.walk import Layer, walk
 from billhook.cuts.narrowing import Settings, fit
 from billhook.models.axes import Axis, reader_weight
 from billhook.models.families import layers
-from billhook.models.plan import Curves
-from billhook.runtime.progress import Clock, Tick, quiet
+from billhook.models.plan import Curves, UnitScores
+from billhook.planning.texts import Texts
+from billhook.runtime.progress import Clock, quiet
 from billhook.runtime.run import Run
-from billhook.tensors import Probes, Scores, Tokens
+from billhook.tensors import Scores, Tokens
 
 POINTS = (0.125, 0.25, 0.5, 0.75)  # shares of an axis that are tried
 REFERENCE_BYTES = 2**28  # dense log-probabilities that are kept: positions are thinned out to fit
@@ -70,35 +72,32 @@ class Probe:
 
 def curves(
     model: PreTrainedModel,
-    tokens: Tokens,
-    probe_tokens: Probes,
+    texts: Texts,
     kinds: tuple[str, ...],
     settings: Settings,
+    run: Run,
     *,
-    scores: Mapping[tuple[int, str], Scores] | None = None,
+    scores: UnitScores | None = None,
     whole_layers: bool = False,
-    clock: Clock | None = None,
-    tick: Tick = quiet,
 ) -> Curves:
     """The loss of cutting every axis of `kinds` alone, at `POINTS` of its units; the model is left as it was.
 
     Args:
-        tokens: calibration windows (windows, length), for the scores and the restoration.
-        probe_tokens: other windows, for the divergence.
+        texts: windows to calibrate on, for the scores and the restoration; and other windows, for the divergence.
         scores: of the units of each axis, by (layer, kind), where they come from elsewhere than `settings.score`.
         whole_layers: also what each whole layer costs, as kind `layers`.
     """
-    clock, probe, found, scores = clock or Clock(), Probe(model, probe_tokens), Curves(), scores or {}
-    for layer in walk(model, tokens, kinds, Run(clock=clock), Route(held_out=0.0)):
-        tick("sensitivity", layer.number, len(layers(model)))
-        with clock("sensitivity"):
+    total, probe, found, scores = len(layers(model)), Probe(model, texts.probe), Curves(), scores or {}
+    for layer in walk(model, texts.calibration, kinds, replace(run, tick=quiet), Route(held_out=0.0)):
+        run.tick("sensitivity", layer.number, total)
+        with run.clock("sensitivity"):
             for axis in layer.axes:
                 place = (axis.layer, axis.kind)
-                found[place] = _axis_curve(model, axis, layer, probe, settings, scores.get(place), clock)
+                found[place] = _axis_curve(model, axis, layer, probe, settings, scores.get(place), run.clock)
             if whole_layers:
                 found[layer.number, "layers"] = {1: probe.divergence(layer.number + 1)}
             probe.advance()
-    tick("sensitivity", len(layers(model)), len(layers(model)))
+    run.tick("sensitivity", total, total)
     return found
 
 

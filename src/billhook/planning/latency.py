@@ -16,7 +16,7 @@ from billhook.models.axes import Axis, axes
 from billhook.models.families import layers, row_of
 from billhook.models.plan import Plan
 from billhook.models.surgery import remove
-from billhook.pruning.sensitivity import counts
+from billhook.planning.sensitivity import counts
 from billhook.runtime.progress import Tick, quiet
 
 PROMPT = 512  # tokens of the prefill that is timed, one prompt at a time: as `billhook evaluate` measures it

@@ -1,11 +1,16 @@
-"""From a goal (parameters, bytes, speed) to the ratio that reaches it."""
+"""The plan that meets a budget: a share of parameters, a number of them, bytes, or speed on this machine."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from billhook.checkpoints.load import Opened
 from billhook.errors import BillhookError
+from billhook.models import sizes
 from billhook.models.plan import Plan
+from billhook.planning.latency import layer_times
+from billhook.planning.recipe import Recipe
+from billhook.runtime.progress import Tick, quiet
 
 TOLERANCE = 0.005  # a goal so little below what can be had is met by it
 
@@ -59,3 +64,33 @@ def reach(
             f"{say(goal)} is less than half of the smallest step below the model's own {say(whole)}: ask for a larger cut"
         )
     return best
+
+
+def solved(opened: Opened, recipe: Recipe, planner: Planner, tick: Tick = quiet) -> Plan:
+    """What `planner` makes of the recipe's budget.
+
+    Raises:
+        BillhookError: the budget cannot be met; says what can.
+    """
+    model, goal, total = opened.model, recipe.budget, sizes.total_parameters(opened.model)
+    if goal.ratio is not None:
+        return planner.make(goal.ratio * sizes.decoder_parameters(model))
+    if goal.params is not None:
+        kept, say = (lambda plan: total - sizes.saved_by(model, plan)), "{:,.0f} parameters".format
+        return reach(planner, kept, goal.params, say, parameters="residual" not in recipe.kinds)
+    if goal.memory is not None:
+
+        def held(plan: Plan) -> int:
+            cached = sizes.kv_cache_entries(model, plan, goal.context, goal.batch)
+            return opened.dtype.itemsize * (total - sizes.saved_by(model, plan) + cached)
+
+        return reach(planner, held, goal.memory, "{:,.0f} bytes".format)
+    assert goal.speedup is not None
+    seconds = layer_times(model, recipe.unit_kinds, tick=tick)
+    dense = seconds(Plan())
+    return reach(
+        planner,
+        seconds,
+        dense / goal.speedup,
+        lambda found: f"{found:.2g} s for a prefill ({dense / found:,.2f} times as fast)",
+    )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from billhook.choices import ALLOCATIONS
-from billhook.errors import BillhookError, one_of
+from billhook.errors import SettingsError, one_of
 
 NEED_CURVES = ("global", "standardised", "sensitivity")
 
@@ -38,7 +38,7 @@ def parse(text: str) -> Allocation:
             if min(first, last) < 0:
                 raise ValueError
         except ValueError:
-            raise BillhookError(
+            raise SettingsError(
                 f"allocation {text!r}: write skip:4,2 to spare the first four and last two layers"
             ) from None
         return Allocation("skip", (first, last))
@@ -59,7 +59,7 @@ def _read(path: Path) -> dict[int, dict[str, int]]:
             int(layer): {str(kind): _count(units) for kind, units in said.items()} for layer, said in content.items()
         }
     except (AttributeError, TypeError, ValueError) as error:
-        raise BillhookError(
+        raise SettingsError(
             f"allocation file {path}: write it as {{0: {{ffn: 1536}}, 1: {{ffn: 960}}, …}} ({error})"
         ) from None
 

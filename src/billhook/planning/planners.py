@@ -11,34 +11,25 @@ from billhook.models.families import layers
 from billhook.models.limits import allowed_drops, limit_reason
 from billhook.models.plan import Curves, Plan, even_plan
 from billhook.models.sizes import layer_parameters
-from billhook.pruning.allocation import NEED_CURVES, Allocation
-from billhook.pruning.budget import Planner
+from billhook.planning.allocation import NEED_CURVES
+from billhook.planning.budget import Planner
+from billhook.planning.recipe import Recipe
 from billhook.tensors import Scores
 
 
-def planner(
-    model: PreTrainedModel,
-    kinds: tuple[str, ...],
-    allocation: Allocation,
-    *,
-    multiple_of: int,
-    floor: float,
-    layout: str,
-    curves: Curves | None = None,
-) -> Planner:
-    """What turns parameters to save into a plan.
+def planner(model: PreTrainedModel, recipe: Recipe, curves: Curves | None = None) -> Planner:
+    """What turns parameters to save into a plan, by the recipe's allocation.
 
     Args:
-        floor: the share of each axis that every layer keeps at least, where layers differ.
-        curves: the losses that `global` and `sensitivity` weigh.
+        curves: the losses that `global`, `standardised` and `sensitivity` weigh.
 
     Raises:
         BillhookError: the family cannot give up these axes; `make` raises it for an impossible saving.
     """
-    total = len(layers(model))
+    total, allocation = len(layers(model)), recipe.shape.spread
     if allocation.name in NEED_CURVES:
         assert curves is not None
-        choices, found = _choices(model, kinds, multiple_of, floor, curves), axes(model, kinds)
+        choices, found = _choices(model, recipe, curves), axes(model, recipe.unit_kinds)
         whole = {n: (layer_parameters(model, n), loss[1]) for (n, kind), loss in curves.items() if kind == "layers"}
         step = min((c.savings[1] for c in choices if len(c.savings) > 1), default=1)
         return Planner(
@@ -48,25 +39,20 @@ def planner(
     spared = [n for n in range(total) if n < first or n >= total - last]
     if len(spared) == total:
         raise BillhookError(f"allocation skip:{first},{last} spares all {total} layers: nothing is left to cut")
-    return even_planner(model, kinds, multiple_of, layout, spared=spared)
+    return even_planner(model, recipe, spared=spared)
 
 
 def even_planner(
-    model: PreTrainedModel,
-    kinds: tuple[str, ...],
-    multiple_of: int,
-    layout: str,
-    *,
-    spared: Collection[int] = (),
-    gone: Collection[int] = (),
+    model: PreTrainedModel, recipe: Recipe, *, spared: Collection[int] = (), gone: Collection[int] = ()
 ) -> Planner:
     """The same from every layer that is neither spared nor gone."""
+    kinds = recipe.unit_kinds
     cut = [n for n in range(len(layers(model))) if n not in spared and n not in gone]
     candidates = []
     for kind in kinds:
         found = [axis for axis in axes(model, (kind,)) if axis.layer in cut]
         narrowest, price = min(found, key=lambda axis: axis.units), sum(axis.price(model) for axis in found)
-        drops = allowed_drops(model, narrowest, multiple_of, layout)
+        drops = allowed_drops(model, narrowest, recipe.shape.width_step, recipe.shape.layout)
         candidates.append(knapsack.AxisChoices(kind, narrowest.units, price, drops, limit_reason(model, narrowest)))
     by_layers = sum(layer_parameters(model, n) for n in gone)
     steps = [c.price * c.drops[1] for c in candidates if len(c.drops) > 1]
@@ -126,13 +112,13 @@ def file_plan(model: PreTrainedModel, kinds: Iterable[str], keep: Mapping[int, M
     return Plan({place: drops.get(place, 0) for place in by_place})
 
 
-def _choices(
-    model: PreTrainedModel, kinds: tuple[str, ...], multiple_of: int, floor: float, curves: Curves
-) -> list[knapsack.Choice]:
+def _choices(model: PreTrainedModel, recipe: Recipe, curves: Curves) -> list[knapsack.Choice]:
+    """What each axis may give; every layer keeps the recipe's floor."""
     found = []
-    for axis in axes(model, kinds):
-        price, least = axis.price(model), floor * axis.units
-        drops = [d for d in allowed_drops(model, axis, multiple_of, "per_layer") if d == 0 or axis.units - d >= least]
+    for axis in axes(model, recipe.unit_kinds):
+        price, least = axis.price(model), recipe.shape.floor * axis.units
+        steps = allowed_drops(model, axis, recipe.shape.width_step, "per_layer")
+        drops = [d for d in steps if d == 0 or axis.units - d >= least]
         losses = knapsack.interpolate(curves[axis.layer, axis.kind], drops)
         found.append(knapsack.Choice(axis.layer, drops, [d * price for d in drops], losses))
     return found

@@ -10,7 +10,7 @@ from billhook.models import residual, rotation
 from billhook.models.families import sizes
 from billhook.models.layout import layout_of, stock_holder
 from billhook.models.plan import Plan
-from billhook.pruning.budget import Planner
+from billhook.planning.budget import Planner
 
 
 def planner(model: PreTrainedModel, multiple_of: int, rotate: bool) -> Planner:

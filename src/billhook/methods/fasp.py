@@ -1,0 +1,99 @@
+"""FASP: the units of an axis that matter least go, and what reads the axis is refitted (`billhook.cuts.narrowing`)."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from billhook.choices import GRADIENT_SCORES, MIXED
+from billhook.errors import BillhookError, SettingsError
+from billhook.methods.narrowed import NarrowingSettings
+from billhook.planning.method import LAYOUT, Method, Opened, Planned, Run, Texts
+from billhook.planning.recipe import Recipe
+
+
+class Fasp(Method):
+    name = "fasp"
+    title = "Fast and Accurate Structured Pruning of LLMs"
+    paper = "arXiv:2501.09412"
+    does = (
+        "Scores the units of an axis layer by layer, takes away the lowest, and refits what reads the axis by least squares. "
+        "--score wanda --axes ffn,value --layout per_layer --stream dense is nearest to the paper; value channels (its V/O) need "
+        "another attention shape than stock classes have. Layers go whole by --allocation auto or sensitivity."
+    )
+    needs = "calibration text; no gradients, no training"
+    costs = "one forward pass, and a factorisation of each reader's Gram; an allocation that measures costs passes of its own"
+    loads = LAYOUT
+    example = "billhook prune demo --ratio 0.2 -o smaller"
+    Settings = NarrowingSettings
+    kinds = ("ffn", "heads", "groups", "value", "expert_ffn", "shared", "layers")
+    default_kinds = ("ffn",)
+    allocates = True
+
+    def fits(self, recipe: Recipe) -> None:
+        if "layers" in recipe.kinds and recipe.shape.allocation not in ("sensitivity", "auto"):
+            raise SettingsError("axis 'layers' is weighed against the others: use --allocation sensitivity, or auto")
+        by_gradients = recipe.settings.score in GRADIENT_SCORES
+        if set(recipe.kinds) & set(MIXED) and (recipe.shape.allocation != "equal" or by_gradients):
+            raise SettingsError(
+                "experts of a layer keep equal sizes: use --allocation equal, and a --score that needs no gradients"
+            )
+
+    def judges(self, recipe: Recipe) -> bool:
+        return recipe.shape.allocation in ("sensitivity", "auto")
+
+    def why_whole(self, recipe: Recipe) -> str:
+        if recipe.shape.allocation in ("sensitivity", "auto", "global"):
+            return f"allocation {recipe.shape.allocation} tries cuts on the whole model"
+        score = recipe.settings.score
+        return f"score {score} needs gradients of the whole model" if score in GRADIENT_SCORES else ""
+
+    def why_alone(self, recipe: Recipe) -> str:
+        if recipe.settings.stream == "dense":
+            return ""
+        return f"in the stream {recipe.settings.stream} a layer sees what became of those before: use --stream dense"
+
+    def why_unforeseen(self, recipe: Recipe) -> str:
+        by_scores = recipe.shape.allocation == "standardised"
+        return "allocation standardised compares scores of the whole model" if by_scores else ""
+
+    def plan(self, opened: Opened, recipe: Recipe, texts: Texts, run: Run) -> Planned:
+        (planned,) = self.plan_each(opened, [recipe], texts, run)
+        if isinstance(planned, BillhookError):
+            raise planned
+        return planned
+
+    def plan_each(
+        self, opened: Opened, recipes: Sequence[Recipe], texts: Texts, run: Run
+    ) -> list[Planned | BillhookError]:
+        from billhook.planning.axis_plan import axis_plan, gradient_scores
+
+        first = recipes[0]
+        scores = gradient_scores(opened.model, first, first.settings.score, texts.calibration, run)
+        plans: list[Planned | BillhookError] = []
+        for recipe in recipes:
+            settings = recipe.settings.cut
+            try:
+                plans.append(Planned(axis_plan(opened, recipe, settings, texts, scores, run), settings, scores))
+            except BillhookError as error:
+                plans.append(error)
+        return plans
+
+    def carry_out(self, model: Any, texts: Texts, planned: Planned, run: Run) -> dict[str, Any]:
+        from billhook.cuts.narrowing import narrow
+        from billhook.cuts.parallel import shared
+
+        cut = shared if run.workers.many else narrow
+        return {"cuts": cut(model, texts.calibration, planned.plan, planned.settings, run, planned.scores)}
+
+    def at_once(self, recipe: Recipe) -> bool:
+        return recipe.settings.stream == "dense"
+
+    def carry_out_each(
+        self, model: Any, texts: Texts, planned: Sequence[Planned], run: Run
+    ) -> Iterator[tuple[Any, list[Any]]]:
+        from billhook.cuts.narrowing import narrow_each
+
+        plans, scores = [one.plan for one in planned], [one.scores for one in planned]
+        return narrow_each(model, texts.calibration, plans, planned[0].settings, run, scores)
+
+
+METHOD = Fasp()

@@ -1,0 +1,151 @@
+"""What a method is: its settings, what it takes and needs, and the phases that a prune goes through.  Loads no torch."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from billhook.choices import LAYOUTS
+from billhook.errors import BillhookError
+from billhook.planning.recipe import SIZES, ZEROS, Recipe
+from billhook.runtime.options import Part
+
+if TYPE_CHECKING:  # what phases are given; it brings torch, which what defines a method must not
+    from billhook.checkpoints.load import Opened
+    from billhook.data import Text
+    from billhook.models.plan import Plan
+    from billhook.planning.texts import Texts
+    from billhook.runtime.run import Run
+else:
+    Opened = Texts = Text = Run = Plan = Any
+
+STOCK = "whatever loads the family: transformers, vLLM, llama.cpp (`billhook export`)"
+LAYOUT = "the uniform layout: " + STOCK + "; per_layer: transformers and vLLM with trust_remote_code, llama.cpp as GGUF"
+
+
+class MethodSettings(Part):
+    """What may be chosen of a method alone."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a prune will do: the plan, and all that was decided on the way to it."""
+
+    plan: Plan
+    settings: Any  # of the cut, as `carry_out` takes them
+    scores: Mapping[tuple[int, str], Any] = field(default_factory=dict)  # of units, by (layer, kind), if known already
+    record: Mapping[str, Any] = field(default_factory=dict)  # what the report shows of the planning
+
+
+class Method:
+    """One method: plain facts, and three phases.  A method of one's own overrides what differs.
+
+    Every hook is given the recipe, whose `settings` are this method's own; none is called before the recipe is valid.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str]
+    does: ClassVar[str]  # what it does, in about three sentences
+    needs: ClassVar[str]
+    costs: ClassVar[str]  # passes over the calibration text, and work besides
+    loads: ClassVar[str] = STOCK  # what opens the result
+    example: ClassVar[str]  # a command
+    Settings: ClassVar[type[MethodSettings]] = MethodSettings
+    budgets: ClassVar[tuple[str, ...]] = SIZES  # fields of Budget that it takes
+    kinds: ClassVar[tuple[str, ...]] = ()  # axes that it can prune; none: it makes zeros, and cuts nothing
+    default_kinds: ClassVar[tuple[str, ...]] = ()
+    layouts: ClassVar[tuple[str, ...]] = tuple(LAYOUTS)
+    allocates: ClassVar[bool] = False  # whether --allocation says which layers give how much
+    trims: ClassVar[bool] = True  # whether a smaller vocabulary may be all that is asked for
+    command: ClassVar[str] = "prune"  # the command that has all of its settings
+
+    @property
+    def zeros(self) -> bool:
+        """Whether it makes zeros, and cuts nothing."""
+        return self.budgets == ZEROS
+
+    def fits(self, recipe: Recipe) -> None:
+        """Refuse settings that cannot go together, before a model is opened.  Raises BillhookError."""
+
+    def reads(self, recipe: Recipe) -> bool:
+        """Whether anything is measured on text."""
+        return True
+
+    def judges(self, recipe: Recipe) -> bool:
+        """Whether the plan is judged by further windows, which the calibration does not see."""
+        return False
+
+    def searches(self, recipe: Recipe) -> bool:
+        """Whether it tries candidates, which the folder of its run keeps in place of layers that are done."""
+        return False
+
+    def why_whole(self, recipe: Recipe) -> str:
+        """Why all weights have to be in memory at once, or ''."""
+        return ""
+
+    def why_alone(self, recipe: Recipe) -> str:
+        """Why processes cannot share the work, or ''."""
+        return f"{self.name} works in one process"
+
+    def why_unforeseen(self, recipe: Recipe) -> str:
+        """Why what it costs cannot be told from a few layers, or ''."""
+        return ""
+
+    def draw(self, opened: Opened, recipe: Recipe, text: Text, run: Run) -> Texts:
+        """The windows to calibrate on and to judge by."""
+        from billhook.planning.texts import draw
+
+        return draw(opened, recipe, text)
+
+    def check(self, opened: Opened, recipe: Recipe) -> None:
+        """Refuse what cannot work with this model, before anything is computed.  Raises BillhookError."""
+        from billhook.planning.axis_plan import check
+
+        check(opened.model, recipe)
+
+    def plan(self, opened: Opened, recipe: Recipe, texts: Texts, run: Run) -> Planned:
+        """From the budget to a plan, with whatever is measured or searched on the way."""
+        raise NotImplementedError
+
+    def plan_each(
+        self, opened: Opened, recipes: Sequence[Recipe], texts: Texts, run: Run
+    ) -> list[Planned | BillhookError]:
+        """The plans of recipes that differ in their budget alone; what cannot be planned is an error in its place."""
+        return [_or_error(self.plan, opened, recipe, texts, run) for recipe in recipes]
+
+    def announcement(self, opened: Opened, recipe: Recipe, planned: Planned, texts: Texts) -> str:
+        """One line that says what will go, before it does."""
+        from billhook.planning.plan_lines import plan_line
+
+        return plan_line(opened.model, planned.plan, recipe.words)
+
+    def carry_out(self, model: Any, texts: Texts, planned: Planned, run: Run) -> dict[str, Any]:
+        """The cut, in place; what the report shows of it: `cuts` (a list of Cut), or other keys of its own."""
+        raise NotImplementedError
+
+    def at_once(self, recipe: Recipe) -> bool:
+        """Whether one pass over the text serves recipes that differ in their budget alone."""
+        return False
+
+    def carry_out_each(
+        self, model: Any, texts: Texts, planned: Sequence[Planned], run: Run
+    ) -> Iterator[tuple[Any, list[Any]]]:
+        """A cut copy of the model for every plan, and what became of it, from one pass."""
+        raise NotImplementedError
+
+    def part(self, planned: Planned) -> Planned:
+        """The same for a few layers alone: without what names layers of the whole model."""
+        return planned
+
+    def solved(self, model: Any, planned: Planned) -> list[tuple[int, str]]:
+        """Layer and path of every linear weight that is solved for, by which the cost grows."""
+        from billhook.models.axes import axes
+
+        return [(axis.layer, axis.reader_module) for axis in axes(model, planned.plan.kinds)]
+
+
+def _or_error(plan: Any, *given: Any) -> Planned | BillhookError:
+    try:
+        return plan(*given)
+    except BillhookError as error:
+        return error
