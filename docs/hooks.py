@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from billhook.cli.commands import command
-from billhook.cli.methods import default, options, tables
+from billhook.cli.methods import default, meanings
+from billhook.cli.methods import settings as settings_of
+from billhook.cli.settings import Setting, shared, shown
 from billhook.methods import METHODS
-from billhook.pruning.recipe import Recipe
 
 ROWS = Path(__file__).parents[1] / "benchmarks" / "results"
 WIDE = ("log/", "LOG.md", "families.md")  # pages of wide tables: no second column beside them
@@ -48,43 +48,33 @@ def facts(name: str) -> str:
 
 def settings(name: str) -> str:
     """A method's settings as the command line has them."""
-    rows = [row(option, default(name, option)) for option in options(name)]
-    head = f"| `billhook {METHODS[name].command}` | default | what it does |"
-    table = ["", head, "|---|---|---|", *rows, "", SHARED]
-    return "\n".join(table + [line for setting, named in tables(name).items() for line in values(setting, named)])
+    method = METHODS[name]
+    rows = [row(setting, default(setting, method)) for setting in settings_of(method)]
+    table = ["", f"| `billhook {method.command}` | default | what it does |", "|---|---|---|", *rows, "", SHARED]
+    told: list[Mapping[str, str]] = []  # each table once
+    for setting in settings_of(method):
+        if (named := meanings(setting, method)) and named not in told:
+            told.append(named)
+            table += values(setting.flags[0], named)
+    return "\n".join(table)
 
 
-def values(setting: str, named: Mapping[str, str]) -> list[str]:
+def values(flag: str, named: Mapping[str, str]) -> list[str]:
     """A table of a setting's values."""
-    flag = "--" + setting.replace("_", "-")
     rows = [f"| `{name}` | {cell(words)} |" for name, words in named.items()]
     return ["", f"### `{flag}`", "", "| value | what it means |", "|---|---|", *rows]
 
 
 def fields(_: str) -> str:
-    """The fields of a recipe, with the help of the options that set them."""
-    options = {option.name: option for where in ("search", "prune") for option in command(where).params}
-    rows = [
-        f"| `{name}` | {shown(field.default)} | {cell(options[name].help)} |"
-        for name, field in Recipe.model_fields.items()
-    ]
-    return "\n".join(["| field | default | what it says |", "|---|---|---|", *rows])
+    """The settings of every recipe; those of a method are on its page."""
+    rows = [f"| `{one.name}` | {shown(one.field)} | {cell(str(one.field.description))} |" for one in shared()]
+    return "\n".join(["| setting | default | what it says |", "|---|---|---|", *rows])
 
 
-def shown(value: Any) -> str:
-    """A default as a page shows it; nothing where there is none."""
-    names = {None: "", True: "yes", False: "no"}
-    if value is None or isinstance(value, bool):
-        return names[value]
-    return (
-        ", ".join(value) if isinstance(value, tuple) else f"{value:,}" if isinstance(value, int) else str(value or "")
-    )
-
-
-def row(option: Any, value: str) -> str:
+def row(setting: Setting, value: str) -> str:
     """One setting: its flags, its default, its help."""
-    names = " ".join(f"`{flag}`" for flag in (*option.opts, *option.secondary_opts))
-    return f"| {names} | {value} | {cell(option.help)} |"
+    names = " ".join(f"`{flag}`" for flag in setting.flags)
+    return f"| {names} | {value} | {cell(str(setting.field.description))} |"
 
 
 def cell(words: str) -> str:

@@ -13,8 +13,6 @@ from statistics import fmean
 from typing import Any
 
 import billhook
-from billhook.choices import SCORES
-from billhook.math.scores import COLUMN_SCORES
 from billhook.tensors import Columns, Gram, Weight
 
 
@@ -27,12 +25,11 @@ def unlike_others(W: Weight, G: Gram, damping: float = 0.0) -> Columns:
 
 
 def main(model: str = "demo", **settings: Any) -> None:
-    SCORES["unlike_others"] = "what a channel adds that no other says, too"
-    COLUMN_SCORES["unlike_others"] = unlike_others
-    for score in ("wanda", "obs", "unlike_others"):
+    for score in ("wanda", "obs", unlike_others):
         report = billhook.prune(model, score=score, **{"ratio": 0.2, "samples": 16, **settings}).report
         errors = [cut["error_held_out"] for cut in report["cuts"]]
-        print(f"{score:14} error on held-out text, mean of {len(errors)} layers: {fmean(errors):.4f}")
+        name = score if isinstance(score, str) else score.__name__
+        print(f"{name:14} error on held-out text, mean of {len(errors)} layers: {fmean(errors):.4f}")
 
 
 if __name__ == "__main__":

@@ -81,10 +81,10 @@ def _probes_are_short(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
 def _outputs_are_verified_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     import verified
 
-    from billhook.checkpoints import publish
+    from billhook.checkpoints import result
 
     if "slow" not in request.keywords:
-        monkeypatch.setattr(publish, "verify", verified)
+        monkeypatch.setattr(result, "verify", verified)
 
 
 @pytest.fixture(scope="session", autouse=True)

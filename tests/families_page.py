@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from billhook.checkpoints.gguf.architectures import CHOICES
 from billhook.choices import KINDS
 from billhook.errors import BillhookError
-from billhook.methods import MASKING, METHODS
+from billhook.methods import METHODS
 from billhook.models import limits, residual, rotation
 from billhook.models.axes import axes, refusal
 from billhook.models.experts import unfuse
@@ -54,7 +54,7 @@ VLLM = json.loads((Path(__file__).parent.parent / "docs" / "vllm.json").read_tex
 WAYS = f"""
 ## Which methods run
 
-`zeros` are {", ".join(MASKING)}: they need linear modules alone, and have them in every
+`zeros` are {", ".join(tiny.ZEROS)}: they need linear modules alone, and have them in every
 family. LoRA and full training (`billhook recover`) run on all of them.
 
 """
@@ -170,7 +170,7 @@ def text() -> str:
     lines += table(heads, ((f, client_cells(m, f, note)) for f, m in models.items()))
     lines += ["", *note.lines(), WAYS]
     note = Notes()
-    names = [name for name in METHODS if name not in MASKING]
+    names = [name for name in METHODS if name not in tiny.ZEROS]
     rows = ((f, [*(method_cell(m, name, f, note) for name in names), "yes"]) for f, m in models.items())
     lines += table((*names, "zeros"), rows)
     return "\n".join(map(wrapped, "\n".join([*lines, "", *note.lines(), ""]).split("\n")))

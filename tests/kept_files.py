@@ -15,8 +15,8 @@ from billhook import demo
 from billhook.checkpoints.resume import FinishedLayers
 from billhook.models.axes import axes
 from billhook.models.surgery import remove
-from billhook.pruning import allocation, planners
-from billhook.pruning.recipe_file import read_recipe
+from billhook.planning import allocation, planners
+from billhook.pruning.recipe import read_recipe
 from billhook.runtime import cache, run_folder
 from billhook.runtime.cache import Grams
 from billhook.search import evidence

@@ -16,6 +16,7 @@ from billhook import data
 from billhook.checkpoints import load
 from billhook.data import Text, windows
 from billhook.evaluation import perplexity, side_by_side, zeroshot
+from billhook.methods.searched import asked
 from billhook.models import vocabulary
 from billhook.pruning.recipe import recipe
 from billhook.recovery import recover
@@ -148,7 +149,7 @@ def test_a_search_reads_windows_that_begin_so(tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text(tiny.text(3000, 300))
     given = {"ratio": 0.3, "pool": 24, "pool_len": 33, "seq_len": 64, "calibration": str(tmp_path / "words.txt")}
     opened = load.Opened(tiny.model("llama"), BEGUN, "tiny", None, torch.float32)
-    found = read_inputs(opened, recipe(method="adapruner", **given))
+    found = read_inputs(opened, asked(recipe(method="adapruner", **given)))
     split = found.texts.validation
     for part in (found.pool.tokens, split.proxy, split.rungs, split.final):
         assert (part[:, 0] == BEGIN).all() and (part[:, 1:] != BEGIN).all()
@@ -156,7 +157,7 @@ def test_a_search_reads_windows_that_begin_so(tmp_path: Path) -> None:
     with pytest.raises(
         billhook.BillhookError, match=r"\d+ of the \d+ windows of --validation are also in the calibration"
     ):
-        read_inputs(opened, recipe(method="adapruner", validation=(given["calibration"],), **given))
+        read_inputs(opened, asked(recipe(method="adapruner", validation=(given["calibration"],), **given)))
 
 
 def test_training_reads_windows_that_begin_so(tmp_path: Path) -> None:

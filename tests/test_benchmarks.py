@@ -18,8 +18,8 @@ from test_docs import anchors
 from typer.testing import CliRunner
 
 from billhook.cli import app
-from billhook.pruning import prune
-from billhook.pruning.recipe_file import read_recipe
+from billhook.evaluation import expected
+from billhook.pruning.recipe import read_recipe
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -181,7 +181,7 @@ def test_what_a_recipe_gives_is_read_from_what_run_prints(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     numbers = {"parameters": 112_949_568.0, "perplexity on news": 38.625, "perplexity on lee": 0.5}
-    monkeypatch.setattr(prune, "measure", lambda *given: numbers)
+    monkeypatch.setattr(expected, "measure", lambda *given: numbers)
     expect = {"tolerance": 0.1, "numbers": {**numbers, "perplexity on lee": 44.45}}
     settings = {"ratio": 0.2, "calibration": str(text_file), "samples": 10, "seq_len": 32, "multiple_of": 2}
     recipe = tmp_path / "recipe.yaml"

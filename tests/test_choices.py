@@ -1,13 +1,13 @@
 """Every choice that has a name is one that code goes by, and the other way round."""
 
 import pytest
+import tiny
 
 from billhook import choices
 from billhook.checkpoints import load
 from billhook.checkpoints.clients import check
 from billhook.checkpoints.gguf import write
 from billhook.math import layer_presets, scores, solvers, taylor
-from billhook.methods import MASKING
 from billhook.models import modeling_per_layer
 from billhook.training import trainables
 
@@ -25,7 +25,7 @@ from billhook.training import trainables
         (choices.BY_BILLHOOK, write.FILE_TYPES),
         (choices.MIXED, modeling_per_layer.MIXED),
         (choices.AXES, (*choices.KINDS, "layers", "residual")),
-        (solvers.SOLVERS, MASKING),
+        (solvers.SOLVERS, tiny.ZEROS),
     ],
 )
 def test_named_and_used_are_the_same(named: object, used: object) -> None:

@@ -8,9 +8,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from billhook.choices import SCORES
-from billhook.math.scores import COLUMN_SCORES
-
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL: dict[str, Any] = dict(samples=12, seq_len=32, multiple_of=4)
 
@@ -35,11 +32,7 @@ def test_what_is_written_is_read_and_served(
     assert "8 tokens, " in capsys.readouterr().out
 
 
-def test_a_score_of_ones_own_decides(
-    folder: Path, text_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for table in (SCORES, COLUMN_SCORES):
-        monkeypatch.setitem(table, "unlike_others", None)  # gone again after the test
+def test_a_score_of_ones_own_decides(folder: Path, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = example("own_score")
     own["main"](str(folder), calibration=str(text_file), **SMALL)
     lines = capsys.readouterr().out.splitlines()

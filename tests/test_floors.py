@@ -25,10 +25,11 @@ FLOORS = (  # low to high: folders, and files that stand beside them
     {"evaluation"},
     {"training"},
     {"cuts", "recovery"},
-    {"search"},
+    {"search", "planning"},
     {"methods"},
     {"pruning"},
     {"cli"},
+    {"api"},  # the commands as functions
     {"", "__main__"},  # the doors: they load the rest on first use, since torch takes seconds
 )
 CLIENTS = "checkpoints.clients."
@@ -58,7 +59,8 @@ MAY_IMPORT = {  # folders that may import few others
 }
 NUMERIC = {"torch", "numpy", "scipy"}  # what mathematics may stand on
 NAME_FAMILIES = {"models.families", "models.modeling_per_layer", "checkpoints.gguf.architectures"}
-LAZY = {"", "__main__"}  # and cli/: what takes seconds to load is loaded once nothing is left to refuse
+LAZY = {"", "__main__", "planning.method"}  # what takes seconds to load is loaded once nothing is left to refuse
+LAZY_ROOMS = {"cli", "methods"}  # likewise, in every file of these folders
 OPTIONAL = {
     "datasets",
     "huggingface_hub",
@@ -145,7 +147,7 @@ def violations(module: str, source: str) -> list[str]:
         found += import_violations(module, target)
         if (
             module not in LAZY
-            and room(module) != "cli"
+            and room(module) not in LAZY_ROOMS
             and node not in tree.body
             and target.partition(".")[0] not in OPTIONAL
             and target not in HEAVY
@@ -172,7 +174,7 @@ def violations(module: str, source: str) -> list[str]:
 def _exports(node: ast.stmt) -> bool:
     """Whether a statement is an import, a docstring, a plain list assigned to `__all__`, or what makes imports lazy."""
     if isinstance(node, ast.FunctionDef):
-        return node.name == "__getattr__"
+        return node.name in ("__getattr__", "__dir__")
     if isinstance(node, ast.If):
         return ast.unparse(node.test) == "TYPE_CHECKING"
     if isinstance(node, ast.Assign):

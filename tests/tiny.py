@@ -9,6 +9,9 @@ import torch
 import transformers as T
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
+from billhook.methods import METHODS
+
+ZEROS = tuple(name for name, method in METHODS.items() if method.zeros)  # methods that make zeros
 SHAPE = dict(
     vocab_size=258, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, bos_token_id=256, eos_token_id=257
 )

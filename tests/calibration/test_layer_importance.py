@@ -238,7 +238,7 @@ def test_presets_by_position_need_no_text(tmp_path: Path) -> None:
         ({"ratio": 0.2, "preset": "inputs"}, "preset 'inputs'.*input"),
         ({"ratio": 0.2, "allocation": "auto"}, "layerchop has no allocation"),
         ({"ratio": 0.2, "axes": ("ffn",)}, "layerchop does not prune 'ffn'"),
-        ({"drop": "1", "method": "fasp"}, "use it with --method layerchop"),
+        ({"drop": "1", "method": "fasp"}, "--drop belongs to --method layerchop"),
     ],
 )
 def test_bad_input(given: dict[str, object], said: str, tmp_path: Path, text_file: Path) -> None:

@@ -8,8 +8,7 @@ import pytest
 import tiny
 import transformers as T
 
-from billhook.checkpoints import belongings, save
-from billhook.pruning import result
+from billhook.checkpoints import belongings, result, save
 
 TEMPLATES = {"default": "{{ messages }}", "rag": "{{ documents }}", "tool_use": "{{ tools }}"}
 KEPT = {  # beside what a tokenizer writes
@@ -75,7 +74,7 @@ def test_nothing_is_said_of_what_belongs_to_no_tokenizer(
 def test_what_is_left_where_the_tokenizer_is_trimmed(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(result, "publish", lambda *_: (tmp_path / "tokenizer.json").write_text(json.dumps({})))
+    monkeypatch.setattr(result.Result, "_fill", lambda *_: (tmp_path / "tokenizer.json").write_text(json.dumps({})))
     result.Result(None, None, {}, source, trimmed=True).write(tmp_path)
     (line,) = caplog.messages
     assert "'preprocessor_config.json'" in line and "merges.txt" not in line

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from billhook import demo
 from billhook.errors import BillhookError
-from billhook.reports import card, commands, history, page, records, terminal
+from billhook.reports import card, history, page, records, terminal
 
 FEW = 16  # damages of a file that the fast tests try; the slow one tries all
 
@@ -42,8 +42,6 @@ def shown(folder: Path) -> Callable[[], None]:
             healing = (cut.get("recovery") or [None])[-1]
             Console(file=io.StringIO()).print(terminal.summary_table(cut, "a model"))
             assert card.model_card(cut).encode()
-            for one in (cut, {**cut, "search": None}, {**cut, "search": None, "zeros": None}):
-                assert commands.command(one).encode()
             said = records.assemble("recover", "a model", {"command": ""}, cut=cut, healing=healing)
             assert page.render(said).encode() and records.to_json(said)
 

@@ -390,7 +390,7 @@ RECIPES: dict[str, tuple[str | None, str]] = {
     "unknown key": ("model: x\nratio: 0.2\nmetod: fasp", "r.yaml: unknown setting 'metod': did you mean 'method'"),
     "a number for a key": ("model: x\nratio: 0.2\n3: fasp", "r.yaml: unknown setting .?3.?: .*valid: method"),
     "unknown value": ("model: x\nratio: 0.2\nmethod: fsap", "r.yaml: unknown method 'fsap': did you mean 'fasp'"),
-    "axes no list": ("model: x\nratio: 0.2\naxes: ffn", "r.yaml: axes 'ffn': .*list"),
+    "axes no list": ("model: x\nratio: 0.2\naxes: 3", "r.yaml: axes 3: .*list"),
     "expect no mapping": ("model: x\nratio: 0.2\nexpect: 3", "r.yaml: .*expect.* mapping"),
     "missing model": ("model: /no/model\nratio: 0.2", "model /no/model does not exist"),
 }

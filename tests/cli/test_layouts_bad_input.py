@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from billhook.checkpoints import save
 from billhook.models.axes import axes
 from billhook.models.surgery import remove
-from billhook.pruning import latency, planning
+from billhook.planning import axis_plan, latency
 
 bench = test_bad_input.bench
 
@@ -218,8 +218,10 @@ def test_damaged_statistics_are_refused_by_name(bench: Bench) -> None:
 )
 def test_what_cannot_be_had_is_refused_before_it_is_measured(more: list[object], bench: Bench) -> None:
     measured: list[str] = []
-    measure = planning.curves
-    bench.patch.setattr(planning, "curves", lambda *given, **named: (measured.append("!"), measure(*given, **named))[1])
+    measure = axis_plan.curves
+    bench.patch.setattr(
+        axis_plan, "curves", lambda *given, **named: (measured.append("!"), measure(*given, **named))[1]
+    )
     arguments = bench.prune(*more)
     bench.refuses(".", *(without_budget(arguments) if "--params" in more else arguments))
     assert not measured

@@ -293,9 +293,9 @@ def test_the_command_ends_in_a_stock_checkpoint(
         (["--ratio", "0.2", "--axes", "shared"], "no shared expert, to which every token goes"),
         (["--ratio", "0.2", "--axes", "expert_ffn", "--score", "taylor1_vector"], "a --score that needs no gradients"),
         (["--speedup", "1.2", "--axes", "heads"], "those of a mixture of experts are not alike"),
-        (["--ratio", "0.2", "--experts", "reap"], "use it with --method experts"),
+        (["--ratio", "0.2", "--experts", "reap"], "--experts belongs to --method experts"),
         (["--ratio", "0.1", "--axes", "expert_ffn", "--multiple-of", "4"], "widths of experts are multiples of 8"),
-        (["--ratio", "0.2", "--method", "experts", "--stream", "dense_target"], "experts are observed in"),
+        (["--ratio", "0.2", "--method", "experts", "--stream", "dense_target"], "valid: dense, sequential"),
     ],
 )
 def test_bad_input_of_a_mixture(

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import billhook
 from billhook.calibration.passage import Route
 from billhook.calibration.walk import walk
+from billhook.checkpoints.load import Opened
 from billhook.cuts.narrowing import Settings, narrow
 from billhook.errors import BillhookError
 from billhook.math import knapsack, selection
@@ -28,10 +29,10 @@ from billhook.models.axes import Axis, axes
 from billhook.models.families import layers
 from billhook.models.plan import Plan, even_plan
 from billhook.models.surgery import drop_layers
-from billhook.pruning import allocation, planners, planning, sensitivity, texts
-from billhook.pruning.carry_out import CUTS
+from billhook.planning import allocation, axis_plan, depth_or_width, planners, sensitivity, texts
+from billhook.planning.recipe import Recipe
+from billhook.planning.sensitivity import Probe, curves
 from billhook.pruning.recipe import recipe
-from billhook.pruning.sensitivity import Probe, curves
 from billhook.runtime.run import Run
 
 FAMILIES = ["llama", "qwen3", "opt"]
@@ -61,9 +62,13 @@ def deep(count: int = 4, family: str = "llama") -> PreTrainedModel:
 
 
 def planned(model: PreTrainedModel, statistics: Path | None = None, **settings: Any) -> Plan:
-    return planning.make_plan(
-        model, recipe(**{"multiple_of": 4, **settings}), TEXTS, torch.float32, statistics=statistics
-    )
+    return plan_of(model, recipe(**{"multiple_of": 4, **settings}), statistics=statistics)
+
+
+def plan_of(model: PreTrainedModel, chosen: Recipe, texts: texts.Texts = TEXTS, **means: Any) -> Plan:
+    opened = Opened(model, None, "tiny", None, torch.float32)
+    chosen.method.check(opened, chosen)
+    return chosen.method.plan(opened, chosen, texts, Run(**means)).plan
 
 
 @torch.no_grad()
@@ -216,7 +221,7 @@ def test_a_file_says_what_every_axis_keeps(family: str) -> None:
 def test_an_even_planner_takes_the_same_from_every_layer_that_may_give() -> None:
     model = deep()
     price = axes(model, ("ffn",))[0].price(model)
-    planner = planners.even_planner(model, ("ffn",), 4, "uniform", spared=[0], gone=[2])
+    planner = planners.even_planner(model, recipe(ratio=0.2, multiple_of=4), spared=[0], gone=[2])
     by_layer = sizes.layer_parameters(model, 2)
     plan = planner.make(by_layer + 2.0 * 12 * price)
     assert plan == Plan({(0, "ffn"): 0, (1, "ffn"): 12, (3, "ffn"): 12}, (2,))
@@ -231,9 +236,8 @@ def test_a_planner_reaches_its_most_and_keeps_the_floor(name: str, kinds: tuple[
     model = tiny.model("llama")
     found = {(axis.layer, axis.kind): axis for axis in axes(model, kinds)}
     losses = {place: {axis.blocks: 1.0 + axis.layer, axis.units - axis.blocks: 9.0} for place, axis in found.items()}
-    planner = planners.planner(
-        model, kinds, allocation.parse(name), multiple_of=4, floor=0.5, layout="per_layer", curves=losses
-    )
+    how = dict(axes=kinds, allocation=name, multiple_of=4, floor=0.5, layout="per_layer")
+    planner = planners.planner(model, recipe(ratio=0.2, **how), losses)
     plan = planner.make(float(planner.most))
     assert sizes.saved_by(model, plan) == planner.most
     for place, axis in found.items():
@@ -245,15 +249,8 @@ def test_a_global_allocation_is_one_threshold() -> None:
     model = tiny.model("llama")
     draw = torch.Generator().manual_seed(0)
     scores = {(n, "ffn"): torch.rand(48, generator=draw).double() * (n + 1) for n in range(3)}
-    planner = planners.planner(
-        model,
-        ("ffn",),
-        allocation.parse("global"),
-        multiple_of=1,
-        floor=0.01,
-        layout="per_layer",
-        curves=planners.score_curves(model, scores),
-    )
+    how = dict(allocation="global", multiple_of=1, floor=0.01, layout="per_layer")
+    planner = planners.planner(model, recipe(ratio=0.2, **how), planners.score_curves(model, scores))
     threshold = torch.cat(list(scores.values())).sort().values[60]
     plan = planner.make(60.0 * axes(model, ("ffn",))[0].price(model))
     assert plan.drops == {place: int((each < threshold).sum()) for place, each in scores.items()}
@@ -302,7 +299,7 @@ def test_a_loss_is_that_of_the_cut_made_by_hand(family: str, every: int, monkeyp
     monkeypatch.setattr(sensitivity, "REFERENCE_BYTES", -(-4 * PROBE.numel() * 258 // every))
     model, settings = tiny.model(family), Settings()
     before = {name: param.clone() for name, param in model.named_parameters()}
-    found = curves(model, CALIBRATION, PROBE, ("ffn", "groups"), settings, whole_layers=True)
+    found = curves(model, TEXTS, ("ffn", "groups"), settings, Run(), whole_layers=True)
     assert all(torch.equal(param, before[name]) for name, param in model.named_parameters())
     assert not any("forward" in vars(module) or module._forward_pre_hooks for module in model.modules())
     for layer in range(3):
@@ -319,7 +316,7 @@ def test_a_loss_is_that_of_the_cut_made_by_hand(family: str, every: int, monkeyp
 @pytest.mark.parametrize("family", FAMILIES)
 def test_few_units_cost_less_than_many(family: str) -> None:
     model = tiny.model(family)
-    found = curves(model, CALIBRATION, PROBE, ("ffn", "value"), Settings())
+    found = curves(model, TEXTS, ("ffn", "value"), Settings(), Run())
     assert found.keys() == {(n, kind) for n in range(3) for kind in ("ffn", "value")}
     for (_, kind), losses in found.items():
         counts = list(losses)
@@ -382,7 +379,8 @@ def test_an_uneven_plan_is_believed_to_cost_no_more_than_equal_widths(name: str)
     model = deep()
     plain = planned(model, ratio=0.2)
     ratio = sizes.saved_by(model, plain) / sizes.decoder_parameters(model)
-    weighed = planning._curves(model, recipe(ratio=ratio), name, TEXTS, {}, planning.Clock(), planning.quiet)
+    chosen = recipe(ratio=ratio, allocation=name, layout="per_layer")
+    weighed = axis_plan.measured(model, chosen, chosen.settings.cut, TEXTS, {}, Run())
     uneven = planned(model, ratio=ratio, allocation=name, layout="per_layer")
     costs = [
         sum(interpolate(weighed[place], [count])[0] for place, count in plan.drops.items()) for plan in (uneven, plain)
@@ -422,7 +420,7 @@ class Spy:
 def test_statistics_are_measured_once(
     name: str, measures: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spy, model = Spy(monkeypatch, planning, measures), tiny.model("llama")
+    spy, model = Spy(monkeypatch, axis_plan, measures), tiny.model("llama")
     settings = dict(allocation=name, layout="per_layer")
     planned(model, tmp_path / "kept", ratio=0.2, **settings)
     assert spy.calls == 1
@@ -443,12 +441,12 @@ def test_statistics_are_measured_once(
     chosen = recipe(ratio=0.2, multiple_of=4, **settings)
     for n, change in enumerate(changes, start=2):
         given = dict(model=model, chosen=chosen, texts=TEXTS) | change
-        planning.make_plan(**given, dtype=torch.float32, statistics=tmp_path / "kept")
+        plan_of(**given, statistics=tmp_path / "kept")
         assert spy.calls == n
 
 
 def test_any_changed_weight_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spy, model = Spy(monkeypatch, planning, "curves"), tiny.model("llama")
+    spy, model = Spy(monkeypatch, axis_plan, "curves"), tiny.model("llama")
     for _ in range(2):
         planned(model, tmp_path, ratio=0.2, allocation="sensitivity", layout="per_layer")
         layers(model)[1].mlp.down_proj.weight.data[5] *= 3
@@ -458,7 +456,7 @@ def test_any_changed_weight_is_measured_again(tmp_path: Path, monkeypatch: pytes
 def test_auto_takes_the_best_of_what_it_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[Plan] = []
     losses: list[float] = []
-    run, measure = CUTS["fasp"], Probe.divergence_of
+    run, measure = depth_or_width.narrow, Probe.divergence_of
 
     def noted(model: PreTrainedModel, tokens: Tensor, plan: Plan, *more: Any, **named: Any) -> Any:
         tried.append(plan)
@@ -468,7 +466,7 @@ def test_auto_takes_the_best_of_what_it_tried(monkeypatch: pytest.MonkeyPatch) -
         losses.append(measure(probe, other))
         return losses[-1]
 
-    monkeypatch.setitem(CUTS, "fasp", noted)
+    monkeypatch.setattr(depth_or_width, "narrow", noted)
     monkeypatch.setattr(Probe, "divergence_of", judged)
     model = deep(6)
     for param in layers(model)[3].parameters():  # a layer that adds little: to drop it is best
@@ -600,5 +598,6 @@ def test_what_is_measured_is_cut_by_the_score_that_will_cut(
     monkeypatch.setattr("billhook.math.selection.lowest", lambda s, *rest: seen.append(s) or lowest(s, *rest))
     layout = "uniform" if allocation_name == "auto" else "per_layer"
     chosen = recipe(ratio=0.3, allocation=allocation_name, layout=layout, multiple_of=4)
-    planning.make_plan(model, chosen, TEXTS, torch.float32, scores)
+    opened = Opened(model, None, "tiny", None, torch.float32)
+    axis_plan.axis_plan(opened, chosen, chosen.settings.cut, TEXTS, scores, Run())
     assert seen and all(any(s is one for one in scores.values()) for s in seen)

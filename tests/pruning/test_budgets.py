@@ -23,7 +23,7 @@ from billhook.models import cached, sizes
 from billhook.models.axes import axes
 from billhook.models.families import layers
 from billhook.models.plan import Plan
-from billhook.pruning import latency
+from billhook.planning import latency
 from billhook.pruning.recipe import recipe
 from billhook.runtime.run import Run
 
@@ -258,7 +258,7 @@ def test_amounts(text: str, said: tuple[str, int | None]) -> None:
         with pytest.raises(BillhookError, match=f"^--{name} {re.escape(repr(text))} is no amount: .*one of {units}$"):
             recipe(**{name: text})
     else:
-        assert getattr(recipe(**{name: text}), name) == value
+        assert getattr(recipe(**{name: text}).budget, name) == value
 
 
 def test_an_endless_amount_is_refused() -> None:

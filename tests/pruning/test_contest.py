@@ -136,7 +136,7 @@ def test_a_sweep_is_the_prunes_it_stands_for(
     dense, *points = sweep(opened, "fasp", chosen, by)
     assert dense["achieved_ratio"] == 0
     for one, point in zip(chosen, points, strict=True):
-        result = prune.prune_opened(load.open_model(str(folder)), one)
+        result = prune.prune_opened(load.open_model(str(folder)), one, Run())
         assert point["parameters"] == result.report["sizes"]["after"]["parameters"]
         assert point["perplexities"][0]["perplexity"] == perplexity(result.model, by.windows[0]).perplexity
 
@@ -151,7 +151,9 @@ def test_a_sweep_goes_on_where_it_was_cut_off(
     monkeypatch.setattr(
         compare_module,
         "_each",
-        lambda opened, missing, *rest: (asked.append([m.ratio for m in missing]), each(opened, missing, *rest))[1],
+        lambda opened, missing, *rest: (asked.append([m.budget.ratio for m in missing]), each(opened, missing, *rest))[
+            1
+        ],
     )
     assert [p["ratio"] for p in sweep(opened, "fasp", chosen, by)] == [0, 0.2, 0.3, 0.4]
     assert asked == [[0.3]]

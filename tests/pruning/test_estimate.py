@@ -12,12 +12,14 @@ from typer.testing import CliRunner
 
 import billhook
 from billhook import cli
+from billhook.checkpoints.load import Opened
 from billhook.errors import BillhookError
 from billhook.math import scores
-from billhook.models.plan import Plan
-from billhook.pruning import planning, rehearsal, texts
+from billhook.planning import texts
+from billhook.pruning import rehearsal
 from billhook.pruning.dry_run import estimate
 from billhook.pruning.recipe import recipe
+from billhook.runtime.run import Run
 
 WAYS: dict[str, dict[str, Any]] = {
     "ffn": {"ratio": 0.1},
@@ -128,7 +130,8 @@ def test_operations_of_a_narrowed_rehearsal_are_those_of_the_whole_width(
     whole = tiny.model("llama", intermediate_size=512)
     given = recipe(**{**GIVEN, **WAYS[way]})
     none = torch.zeros(0, 32, dtype=torch.long)
-    plan = planning.make_plan(whole, given, texts.Texts(none, none), torch.float32) if given.ratio else Plan()
+    opened = Opened(whole, None, "tiny", None, torch.float32)
+    plan = given.method.plan(opened, given, texts.Texts(none, none), Run())
     found = []
     monkeypatch.setattr(scores, "BLOCK", 32)  # below which operations are no polynomial
     monkeypatch.setattr(rehearsal, "LARGEST", 4)  # then 8, 16 and 32: no narrower than that
@@ -147,6 +150,8 @@ def test_what_counts_no_operation_grows_with_the_weights(monkeypatch: pytest.Mon
     monkeypatch.setattr(rehearsal, "_timed", lambda *_: ({"forward": 1.0, "gram": 1.0, "solver": 2.0}, 0))
     whole = tiny.model("llama", intermediate_size=2048)
     given = recipe(**{**GIVEN, **WAYS["wanda"]})
-    found = rehearsal.rehearse(whole, given, Plan(), torch.float32, torch.device("cpu"))
+    found = rehearsal.rehearse(
+        whole, given, given.method.plan(whole, given, None, Run()), torch.float32, torch.device("cpu")
+    )
     weights = [2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * width + 2 * 32 for width in (2048, 256)]  # attention, FFN, norms
     assert found.shrunk == 8 and found.further["solver"].seconds == pytest.approx(weights[0] / weights[1])

@@ -11,6 +11,7 @@ import tiny
 import torch
 import transformers as T
 
+from billhook.checkpoints.result import Result
 from billhook.errors import BillhookError
 from billhook.pruning import prune
 from billhook.recovery import recover
@@ -35,7 +36,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run(root: Path, work: Path) -> recover.Recovered:
+def run(root: Path, work: Path) -> Result:
     return recover.recover(
         root / "student",
         work=work,
@@ -52,7 +53,7 @@ def run(root: Path, work: Path) -> recover.Recovered:
 
 
 @pytest.fixture(scope="module")
-def whole(made: Path) -> recover.Recovered:
+def whole(made: Path) -> Result:
     return run(made, made / "whole")
 
 
@@ -83,7 +84,7 @@ FILES: dict[str, tuple[Any, str, Callable[..., bool]]] = {  # of a checkpoint: w
 
 
 def test_checkpoints_that_the_disk_does_not_take(
-    made: Path, whole: recover.Recovered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: Path, whole: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reason = "(File too large|the disk is full, or files may not be as large)"
     for before, left in enumerate(("none was saved yet", "the checkpoint of step 3 is kept in .*checkpoint-3")):
@@ -109,7 +110,7 @@ def whole_ones(work: Path) -> list[Path]:
 
 
 def test_answers_and_results_that_the_disk_does_not_take(
-    made: Path, whole: recover.Recovered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: Path, whole: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writers = ((tensor_files, "write", "teacher-.*safetensors"), (cache.atomic, "write_text", "tokens|teacher-.*json"))
     for owner, attribute, file in writers:

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, models
 
 from billhook import cli
 from billhook.checkpoints.clients import check
+from billhook.checkpoints.result import Result
 from billhook.errors import BillhookError
 from billhook.recovery import recover
 from billhook.runtime import cache
@@ -64,12 +65,12 @@ def flags(bench: Path, **more: Any) -> list[str]:
     return ["recover", *said]
 
 
-def run(bench: Path, work: str = "work", lines: list[str] | None = None, **more: Any) -> recover.Recovered:
+def run(bench: Path, work: str = "work", lines: list[str] | None = None, **more: Any) -> Result:
     heard = lines if lines is not None else []
     return recover.recover(bench / "student", work=bench / work, announce=heard.append, **settings(bench, **more))
 
 
-def same(a: recover.Recovered, b: recover.Recovered) -> bool:
+def same(a: Result, b: Result) -> bool:
     ours, theirs = a.model.state_dict(), b.model.state_dict()
     return all(torch.equal(ours[name], theirs[name]) for name in ours) and ours.keys() == theirs.keys()
 

@@ -96,7 +96,7 @@ def test_the_record_and_the_command_tell_it(bench: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"method": "fasp", "ratio": 0.2}, "--select healed chooses whole layers: use it with --method layerchop"),
+        ({"method": "fasp", "ratio": 0.2}, "--select belongs to --method layerchop"),
         ({"drop": "1"}, "--drop or --keep names them: give one"),
         ({"ratio": 0.2, "candidates": ("input",)}, "name at least two --candidates"),
         ({"ratio": 0.2, "candidates": ("input", "midle")}, "did you mean 'middle'?"),

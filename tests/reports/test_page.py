@@ -669,9 +669,7 @@ def test_a_model_card_says_what_was_trained_and_how_to_do_it_again() -> None:
     assert "# demo, pruned and recovered by billhook" in card and "without training" not in card
     assert "pruned by layerchop (arXiv:2501.09412), then trained by distillation from demo" in card
     assert "tags: [billhook, pruned, layerchop, recovered]" in card
-    assert (
-        f"Made by `{commands.command(found)}`, then `{commands.recover_command(found['recovery'][0])}` (python" in card
-    )
+    assert f"Made by `{found['command']}`, then `{commands.recover_command(found['recovery'][0])}` (python" in card
     assert commands.recover_command(found["recovery"][0]) == (
         "billhook recover OUT --teacher demo --objective distill --states on --trainable all --tokens 245760 "
         "--text wiki_train --seq-len 512 --batch-tokens 1024 --lr 0.0006 --warmup 0.05 --top-k 256 "

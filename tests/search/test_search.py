@@ -18,6 +18,7 @@ from billhook.choices import SAMPLERS
 from billhook.cuts.chopping import Settings as Patching
 from billhook.cuts.chopping import chop
 from billhook.errors import BillhookError
+from billhook.methods.searched import asked
 from billhook.models.axes import axes
 from billhook.models.plan import Plan, even_plan
 from billhook.models.sizes import saved_by
@@ -109,33 +110,33 @@ def test_a_search_that_was_cut_off_goes_on_to_the_same_end(
 
     monkeypatch.setattr(evaluator, "masked_losses", tried)
     with pytest.raises(KeyboardInterrupt):
-        found(text, study=tmp_path / "study")
+        found(text, work=tmp_path / "study")
     assert count == 14
-    assert json.dumps(found(text, study=tmp_path / "study")) == json.dumps(whole)
+    assert json.dumps(found(text, work=tmp_path / "study")) == json.dumps(whole)
     assert count - 1 == asked  # nothing was tried twice
 
 
 def test_a_finished_study_asks_nothing_again_and_goes_further(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = found(text, study=tmp_path / "study", restoration=False)
-    longer = found(text, study=tmp_path / "study", restoration=False, trials=28)
+    first = found(text, work=tmp_path / "study", restoration=False)
+    longer = found(text, work=tmp_path / "study", restoration=False, trials=28)
     assert [one["mask"] for one in longer["trials"][:20]] == [one["mask"] for one in first["trials"]]
     monkeypatch.setattr(evaluator, "masked_losses", None)
-    assert json.dumps(found(text, study=tmp_path / "study", restoration=False)) == json.dumps(first)
+    assert json.dumps(found(text, work=tmp_path / "study", restoration=False)) == json.dumps(first)
 
 
 def test_another_search_does_not_take_up_a_study(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = tmp_path / "study"
     monkeypatch.setattr(evaluator, "masked_losses", stop)
     with pytest.raises(KeyboardInterrupt):
-        found(text, study=study)
+        found(text, work=study)
     with pytest.raises(BillhookError, match=r"holds an unfinished run that differs in ratio"):
-        found(text, study=study, ratio=0.4)
+        found(text, work=study, ratio=0.4)
     with pytest.raises(BillhookError, match=r"differs in model"):
-        billhook.prune(tiny.model("llama", 1), tokenizer=tiny.tokenizer(), study=study, calibration=text, **SMALL)
+        billhook.prune(tiny.model("llama", 1), tokenizer=tiny.tokenizer(), work=study, calibration=text, **SMALL)
     with pytest.raises(KeyboardInterrupt):  # it is taken, and work begins
-        found(text, study=study, ratio=0.4, fresh=True)
+        found(text, work=study, ratio=0.4, fresh=True)
 
 
 def test_two_processes_find_what_one_does(text: str, whole: dict[str, Any], tmp_path: Path) -> None:
@@ -418,10 +419,10 @@ def test_a_shape_that_spares_too_much_is_refused() -> None:
 
 def test_a_large_cut_leaves_shapes_room(text: str) -> None:
     model, chosen = tiny.model("llama"), recipe(**{**SMALL, "calibration": text, "layout": "per_layer"})
-    inputs = read_inputs(load.Opened(model, tiny.tokenizer(), "tiny", None, model.dtype), chosen)
+    inputs = read_inputs(load.Opened(model, tiny.tokenizer(), "tiny", None, model.dtype), asked(chosen))
     validation, base = inputs.texts.validation, BaseCut(model, even_plan(3, {"ffn": 32}), 4, "per_layer")
     measured_by, rungs = evaluator.evaluator_of(model, "nll", None), RungWindows(validation.rungs)
-    problem = prepare(base, chosen, inputs.pool, validation, measured_by, rungs, Run())
+    problem = prepare(base, asked(chosen), inputs.pool, validation, measured_by, rungs, Run())
     drops = [problem.plan(Candidate(shape=Shape(0, 0, 0.8, 0.0))).drops[n, "ffn"] for n in range(3)]
     assert sum(drops) == 96
     assert drops[2] == 40  # of 48, where an even cut leaves 16: half of that stays, and three tenths would be 15
@@ -457,10 +458,10 @@ def test_gains_are_paired() -> None:
         ({"space": "samples", "pool": 8, "clusters": 1}, "leaves nothing to choose here"),
         ({"sampler": "tpee"}, "unknown sampler 'tpee': did you mean 'tpe'"),
         ({"objective": "ppl"}, "unknown objective 'ppl'"),
-        ({"minutes": 1e-4}, r"--minutes 0.0001 is too short for one trial"),
+        ({"minutes": 1e-4}, r"minutes 0.0001 is too short for one trial"),
         ({"clusters": 9}, "clusters 9"),
-        ({"allocation": "auto"}, "adapruner searches for one budget"),
-        ({"ratio": None, "vocab_from": ("demo",)}, "adapruner searches for one budget"),
+        ({"allocation": "auto"}, "adapruner has no allocation"),
+        ({"ratio": None, "vocab_from": ("demo",)}, "no budget: give ratio"),
         ({"axes": ("value",), "layout": "per_layer"}, "adapruner does not prune 'value'"),
     ],
 )
@@ -472,7 +473,7 @@ def test_bad_input_is_refused(text: str, wrong: dict[str, Any], message: str) ->
 def test_validation_that_shares_windows_with_calibration_is_refused(text: str, tmp_path: Path) -> None:
     own = tmp_path / "valid.txt"
     own.write_text(tiny.text(6000, 400)[3000:9000])
-    with pytest.raises(BillhookError, match=r"\d+ of the \d+ windows of --validation are also in the calibration text"):
+    with pytest.raises(BillhookError, match=r"\d+ of the \d+ windows of validation are also in the calibration text"):
         found(text, validation=(str(own),))
 
 
@@ -545,5 +546,5 @@ def test_where_fasps_own_score_is_best_it_is_what_prunes(text: str, monkeypatch:
 
 
 def test_no_restoration_in_the_papers_own_space() -> None:
-    assert not recipe(method="adapruner", ratio=0.2, space="paper").restores
-    assert recipe(method="adapruner", ratio=0.2).restores and recipe(ratio=0.2).restores
+    assert not recipe(method="adapruner", ratio=0.2, space="paper").settings.cut.restoration
+    assert recipe(method="adapruner", ratio=0.2).settings.cut.restoration and recipe(ratio=0.2).settings.cut.restoration

@@ -152,15 +152,15 @@ def test_what_was_found_is_what_is_pruned_and_can_be_named(text: str, whole: bil
 
 
 def test_a_search_goes_on_from_its_answers(text: str, whole: billhook.Result, tmp_path: Path, monkeypatch: Any) -> None:
-    assert json.dumps(pruned(text, study=tmp_path / "s").report["search"]) == json.dumps(whole.report["search"])
+    assert json.dumps(pruned(text, work=tmp_path / "s").report["search"]) == json.dumps(whole.report["search"])
 
     def none(*_: Any) -> Any:
         raise AssertionError("tried again")
 
     monkeypatch.setattr(optishear, "masked_losses", none)
-    assert json.dumps(pruned(text, study=tmp_path / "s").report["search"]) == json.dumps(whole.report["search"])
+    assert json.dumps(pruned(text, work=tmp_path / "s").report["search"]) == json.dumps(whole.report["search"])
     with pytest.raises(BillhookError, match="differs in sparsity"):
-        pruned(text, study=tmp_path / "s", sparsity=0.6)
+        pruned(text, work=tmp_path / "s", sparsity=0.6)
 
 
 @pytest.mark.parametrize(
@@ -168,12 +168,12 @@ def test_a_search_goes_on_from_its_answers(text: str, whole: billhook.Result, tm
     [
         ({"metric": "none,identity,none"}, "name alpha, F1, beta and F2"),
         ({"metric": "none,cube,none,sqrt"}, "part of a metric"),
-        ({"method": "wanda", "metric": "none,identity,none,sqrt"}, "--metric is of optishear"),
+        ({"method": "wanda", "metric": "none,identity,none,sqrt"}, "belongs to method adapruner or optishear"),
         ({"refit": True}, "search first"),
         ({"space": "samples"}, "leaves nothing to choose"),
         ({"space": "budgets", "sparsity": None, "pattern": "2:4"}, "leaves nothing to choose"),
         ({"minutes": 1e-6}, "too short for one trial"),
-        ({"sparsity": None}, "say how many"),
+        ({"sparsity": None}, "no budget: give sparsity"),
     ],
 )
 def test_bad_input(text: str, other: dict[str, Any], said: str) -> None:

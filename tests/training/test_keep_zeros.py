@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from billhook import cli
 from billhook.checkpoints import load
+from billhook.checkpoints.result import Result
 from billhook.errors import BillhookError
 from billhook.models import surgery
 from billhook.models.families import layers
 from billhook.pruning import prune
 from billhook.recovery import recover as recover_module
 from billhook.recovery import setup
-from billhook.recovery.recover import Recovered, recovery
+from billhook.recovery.recover import recovery
 from billhook.training import keep_zeros, schedule, trainables, trainer
 
 LENGTH = 16
@@ -88,7 +89,7 @@ def settings(bench: Path, **more: Any) -> dict[str, Any]:
     return {**found, **more}
 
 
-def recover(bench: Path, student: str = "sparse", work: str = "work", **more: Any) -> Recovered:
+def recover(bench: Path, student: str = "sparse", work: str = "work", **more: Any) -> Result:
     return recover_module.recover(bench / student, work=bench / work, **settings(bench, **more))
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from billhook import data
 from billhook.checkpoints import load
+from billhook.checkpoints.result import Result
 from billhook.errors import BillhookError
 from billhook.math import losses
 from billhook.models import surgery
@@ -24,7 +25,6 @@ from billhook.models.families import layers, row_of
 from billhook.pruning import prune
 from billhook.recovery import budget, setup
 from billhook.recovery import recover as recover_module
-from billhook.recovery.recover import Recovered
 from billhook.recovery.settings import OBJECTIVES, recovery
 from billhook.runtime.precision import autocast_dtype
 from billhook.training import teacher, text_windows, throughput, trainables, trainer
@@ -36,7 +36,7 @@ LENGTH = 16
 SETTINGS: dict[str, Any] = {"seq_len": LENGTH, "device": "cpu", "precision": "float32", "lr": 1e-3}
 
 
-def recover(model: Path, work: Path, **settings: Any) -> Recovered:
+def recover(model: Path, work: Path, **settings: Any) -> Result:
     return recover_module.recover(model, work=work, **{**SETTINGS, **settings})
 
 

@@ -1,0 +1,269 @@
+"""billhook in Python: every command as a function, with progress bars in a terminal or notebook unless `quiet`.
+
+What cannot work raises a BillhookError of one line, which names arguments where the command line names options.
+"""
+
+import functools
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from billhook import data, demo
+from billhook.checkpoints import load as loading
+from billhook.checkpoints.clients import check as clients
+from billhook.checkpoints.gguf.write import write_gguf
+from billhook.checkpoints.result import Result
+from billhook.choices import MEASURING_SECONDS
+from billhook.cli.console import progress
+from billhook.errors import BillhookError
+from billhook.evaluation import side_by_side
+from billhook.methods import METHODS
+from billhook.models import layout, limits
+from billhook.planning.method import Method, MethodSettings
+from billhook.planning.recipe import Recipe
+from billhook.pruning import compare as comparing
+from billhook.pruning import prune as pruning
+from billhook.pruning.contenders import contender, settled
+from billhook.recovery import forecast as forecasting
+from billhook.recovery import recover as recovering
+from billhook.runtime.progress import Tick
+from billhook.runtime.progress import quiet as silent
+
+Given = ParamSpec("Given")
+Made = TypeVar("Made")
+FLAG = re.compile(r"--([a-z][a-z0-9-]*)")
+
+
+def for_python(function: Callable[Given, Made]) -> Callable[Given, Made]:
+    """The function with errors that name arguments."""
+
+    @functools.wraps(function)
+    def named(*given: Given.args, **more: Given.kwargs) -> Made:
+        try:
+            return function(*given, **more)
+        except BillhookError as error:
+            text = FLAG.sub(lambda flag: flag[1].replace("-", "_"), str(error))
+            raise type(error)(text) from error.__cause__
+
+    return named
+
+
+@contextmanager
+def bars(quiet: bool) -> Iterator[Tick]:
+    """Progress bars, unless there are to be none."""
+    if quiet:
+        yield silent
+        return
+    with progress() as tick:
+        yield tick
+
+
+@for_python
+def prune(
+    model: Any,
+    recipe: Recipe | None = None,
+    *,
+    method: str | Method | MethodSettings = "fasp",
+    tokenizer: Any = None,
+    quiet: bool = False,
+    **settings: Any,
+) -> Result:
+    """Prune a model by a recipe.
+
+    Args:
+        model: a folder, a hub id, a .gguf file, `demo`, or a transformers model in memory, which is cut in place: without
+            its dropout, whatever mode it comes in, and given back in that mode.
+        recipe: all settings; None: what `method` and `settings` say.
+        method: its name, itself, or its settings.
+        tokenizer: needed with a model in memory.
+        settings: ratio=0.2, axes=("ffn",), calibration="demo", …; and what the run may use (`billhook.runtime.means`).
+
+    Returns:
+        the pruned model in its checkpoint's dtype, with its report.
+
+    Raises:
+        BillhookError: anything that cannot work, in one line; a model on disk is never changed.
+    """
+    with bars(quiet or "tick" in settings) as tick:
+        given = {"tick": tick, "method": method, "tokenizer": tokenizer} | settings
+        return pruning.prune(model, recipe, **given)
+
+
+def search(model: Any, *, method: str = "adapruner", **settings: Any) -> Result:
+    """Search for calibration samples and metric, or for a metric of zeros, then prune: `prune` by a method that searches."""
+    return prune(model, method=method, **settings)
+
+
+@for_python
+def recover(model: str | os.PathLike[str], *, quiet: bool = False, **settings: Any) -> Result:
+    """Train a pruned checkpoint back: teacher="demo", tokens="500k", text=("wiki.txt",), …
+
+    Args:
+        settings: fields of `billhook.recovery.settings.Recovery`, and work, lessons, fresh, tick, announce of
+            `billhook.recovery.recover.recover`.
+    """
+    with bars(quiet or "tick" in settings) as tick:
+        return recovering.recover(model, **{"tick": tick, **settings})
+
+
+@for_python
+def evaluate(
+    models: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    against: str | os.PathLike[str] | None = None,
+    text: Sequence[str] = ("demo",),
+    device: str = "auto",
+    dtype: str = "auto",
+    quiet: bool = False,
+    **measures: Any,
+) -> list[dict[str, Any]]:
+    """Measure models side by side: size, perplexity, speed, memory, and what they write.
+
+    Args:
+        against: the model that the others are compared with: the unpruned one, which comes first in what is returned.
+        measures: fields of `billhook.evaluation.side_by_side.Measures`: seq_len, max_windows, parts, ….
+    """
+    named = [models] if isinstance(models, str | os.PathLike) else list(models)
+    with bars(quiet) as tick:
+        asked = side_by_side.Measures(texts=data.evaluation_texts(list(text), tick), **measures)
+        every = [os.fspath(name) for name in ([against] if against else []) + named]
+        opened = [loading.open_model(name, device=device, dtype=dtype, tick=tick) for name in every]
+        for one in opened:
+            loading.check_positions(one, asked.seq_len)
+        subjects = [side_by_side.Subject.of(one) for one in opened]
+        return side_by_side.side_by_side(subjects, asked, against is not None, tick)
+
+
+@for_python
+def compare(
+    model: str | os.PathLike[str],
+    methods: Sequence[str],
+    ratios: Sequence[float],
+    *,
+    text: Sequence[str] = ("demo",),
+    windows: int | None = None,
+    quiet: bool = False,
+    **common: Any,
+) -> list[dict[str, Any]]:
+    """Prune a model by several methods at one size, and judge the results on the same texts.
+
+    Args:
+        methods: methods with settings, like `fasp:score=wanda,stream=dense`.
+        windows: at most so many of each text.
+        common: settings that all share: calibration, samples, …; and jobs.
+
+    Returns:
+        a point for the unpruned model, then one for every method at every ratio.
+    """
+    jobs = common.pop("jobs", 1)
+    contenders = [contender(name) for name in methods]
+    recipes = [settled(one, ratio, common) for one in contenders for ratio in ratios]
+    with bars(quiet) as tick:
+        opened, by = _judged(model, recipes[0], text, windows, tick)
+        return comparing.compare(opened, contenders, ratios, by, common, jobs=jobs, tick=tick)
+
+
+@for_python
+def sweep(
+    model: str | os.PathLike[str],
+    ratios: Sequence[float],
+    *,
+    method: str = "fasp",
+    text: Sequence[str] = ("demo",),
+    windows: int | None = None,
+    quiet: bool = False,
+    **common: Any,
+) -> list[dict[str, Any]]:
+    """Prune a model at many ratios: a point for the unpruned model, then one for each ratio.
+
+    In the dense stream, the default here, one pass over the calibration text serves all.
+    """
+    one = contender(method)
+    recipes = [settled(one, ratio, {"stream": "dense", **common}) for ratio in ratios]
+    with bars(quiet) as tick:
+        opened, by = _judged(model, recipes[0], text, windows, tick)
+        return comparing.sweep(opened, one.name, recipes, by, tick)
+
+
+def _judged(
+    model: str | os.PathLike[str], recipe: Recipe, text: Sequence[str], windows: int | None, tick: Tick
+) -> tuple[loading.Opened, comparing.Judged]:
+    """The model, and the texts that all results are judged by."""
+    texts, on = data.evaluation_texts(list(text), tick), recipe.compute
+    opened = loading.open_model(os.fspath(model), device=on.device, dtype=on.dtype, tick=tick)
+    kept = demo.cache_folder() / "results"
+    return opened, comparing.judged(opened, texts, recipe.calibration.seq_len, windows, kept)
+
+
+@for_python
+def export(
+    model: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    quantize: str = "F16",
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> Mapping[str, Any]:
+    """Write a model as one GGUF file, for llama.cpp; what was written."""
+    with bars(quiet) as tick:
+        opened = loading.open_model(os.fspath(model), device="cpu", dtype="float32", tick=tick)
+        return write_gguf(opened.model, opened.tokenizer, Path(path), quantize, tick, overwrite=overwrite)
+
+
+@for_python
+def check(
+    path: str | os.PathLike[str],
+    client: str = "transformers",
+    *,
+    python: str | None = None,
+    trust_remote_code: bool = False,
+) -> Mapping[str, Any]:
+    """Load a checkpoint in a process of a stock client, without billhook, and compare tokens and logits."""
+    loading.check_folder(Path(path), os.fspath(path))
+    return clients.check(Path(path), client, python, trust_remote_code)
+
+
+@for_python
+def inspect(model: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a model is made of and what can be pruned, without loading its weights."""
+    return {"model": os.fspath(model), **limits.anatomy(loading.open_skeleton(os.fspath(model), silent))}
+
+
+@for_python
+def forecast(
+    model: str | os.PathLike[str],
+    ratio: float,
+    minutes: float,
+    *,
+    seq_len: int = 512,
+    seconds: float = MEASURING_SECONDS,
+    device: str = "auto",
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """How fast this machine trains a model cut by `ratio`, how many tokens the minutes buy, and the commands to run."""
+    with bars(quiet) as tick:
+        how = {"seq_len": seq_len, "seconds": seconds, "device": device, "tick": tick}
+        return forecasting.forecast(os.fspath(model), ratio, minutes, **how)
+
+
+@for_python
+def load(path: str | os.PathLike[str], *, dtype: Any = "auto", device: str = "cpu", stream: bool = False) -> Any:
+    """The model of a checkpoint folder, of either layout, without running code that came with it.
+
+    Args:
+        stream: whether weights stay in their files, with one layer at a time in memory.
+    """
+    return loading.load(path, dtype=dtype, device=device, stream=stream)
+
+
+def register() -> None:
+    """Let transformers' Auto classes load checkpoints of the per_layer layout in this process, by billhook's own code."""
+    layout.register_all()
+
+
+def methods() -> dict[str, Method]:
+    """Every method by name, those of other packages too."""
+    return dict(METHODS)
