@@ -117,7 +117,7 @@ def layers_of(name: str) -> tuple[int, ...]:
     preset, _, count = name.partition(":")
     if not count:
         return tuple(layer_presets.parse_layers(name.replace("+", ","), len(layers(opened.model))))
-    return tuple(layer_importance.chosen(opened.model, preset, int(count), tokens, probes))
+    return tuple(layer_importance.chosen(opened.model, preset, int(count), tokens, probes, Run()))
 
 
 def keep(measured: list[float], **cell: Any) -> None:

@@ -19,6 +19,7 @@ from billhook.models.families import layers
 from billhook.models.surgery import drop_layers
 from billhook.pruning import prune
 from billhook.reports.formatting import ranges
+from billhook.runtime.run import Run
 
 ROUTERS = ("mlp.gate.weight", "mlp.router.weight", "block_sparse_moe.gate.weight", "mlp.shared_expert_gate.weight")
 
@@ -114,7 +115,7 @@ def test_a_layer_that_does_nothing_goes_first(preset: str, quiet_one: int) -> No
     model, tokens = deep(), tiny.tokens(4, 24)
     for param in (layers(model)[quiet_one].mlp.down_proj.weight, layers(model)[quiet_one].self_attn.o_proj.weight):
         param.data *= 0
-    assert layer_importance.chosen(model, preset, 1, tokens, tokens) == [quiet_one]
+    assert layer_importance.chosen(model, preset, 1, tokens, tokens, Run()) == [quiet_one]
     assert layer_importance.losses_without_each(model, tokens)[quiet_one] == pytest.approx(
         loss_of(model, tokens), rel=1e-5
     )
@@ -130,22 +131,22 @@ def test_greedy_is_a_search_of_models() -> None:
             drop_layers(without, sorted([*gone, n]))
             losses[n] = loss_of(without, tokens)
         gone.append(min(losses, key=lambda n: losses[n]))
-    assert layer_importance.chosen(model, "greedy", 2, tokens, tokens) == sorted(gone)
+    assert layer_importance.chosen(model, "greedy", 2, tokens, tokens, Run()) == sorted(gone)
 
 
 def test_taylor_keeps_the_first_four_and_the_last_two() -> None:
     tokens = tiny.tokens(2, 24)
-    assert set(layer_importance.chosen(deep(9), "taylor", 2, tokens, tokens)) <= {4, 5, 6}
+    assert set(layer_importance.chosen(deep(9), "taylor", 2, tokens, tokens, Run())) <= {4, 5, 6}
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 6, 8])
 def test_taylor_keeps_them_where_few_layers_are(total: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens, most = tiny.tokens(1, 16), max(total - 6, 0)
     if most:
-        assert layer_importance.chosen(deep(total), "taylor", most, tokens, tokens) == list(range(4, 4 + most))
+        assert layer_importance.chosen(deep(total), "taylor", most, tokens, tokens, Run()) == list(range(4, 4 + most))
     monkeypatch.setattr(layer_importance, "element_sums", None)  # refused before anything is measured
     with pytest.raises(BillhookError, match=f"first 4 and the last 2 of {total} layers: at most {most} can go"):
-        layer_importance.chosen(deep(total), "taylor", most + 1, tokens, tokens)
+        layer_importance.chosen(deep(total), "taylor", most + 1, tokens, tokens, Run())
 
 
 @pytest.mark.parametrize("family", tiny.CONFIGS)
@@ -183,11 +184,11 @@ def test_a_model_without_inner_layers_has_none_to_give(total: int, preset: str, 
 
 def test_what_was_measured_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = deep(9), tiny.tokens(3, 24)
-    once = [layer_importance.chosen(model, p, 2, tokens, tokens, folder=tmp_path, key={}) for p in MEASURED_PRESETS]
+    once = [layer_importance.chosen(model, p, 2, tokens, tokens, Run(statistics=tmp_path)) for p in MEASURED_PRESETS]
     monkeypatch.setattr(layer_importance, "run_layer", None)
     monkeypatch.setattr(layer_importance, "element_sums", None)
     assert once == [
-        layer_importance.chosen(model, p, 2, tokens, tokens, folder=tmp_path, key={}) for p in MEASURED_PRESETS
+        layer_importance.chosen(model, p, 2, tokens, tokens, Run(statistics=tmp_path)) for p in MEASURED_PRESETS
     ]
 
 

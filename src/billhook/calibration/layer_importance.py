@@ -5,8 +5,8 @@ One pass over a few windows scores every layer.  For a loss the layers are skipp
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
+from hashlib import sha256
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from billhook.math import layer_presets
 from billhook.models.families import layers, linears
 from billhook.runtime import cache
 from billhook.runtime.progress import Tick, quiet
+from billhook.runtime.run import Run
 from billhook.tensors import Probes, Tokens, precise
 
 KEPT_BY_TAYLOR = (4, 2)  # how many of the first layers, and of the last, always stay
@@ -32,18 +33,15 @@ def chosen(
     count: int,
     tokens: Tokens,
     probe: Probes,
-    *,
+    run: Run,
     seed: int = 0,
-    folder: Path | None = None,
-    key: dict[str, Any] | None = None,
-    tick: Tick = quiet,
 ) -> list[int]:
     """The `count` layers that a preset drops, ascending; the first and the last stay.
 
     Args:
         tokens: windows for measures that take one pass.
         probe: fewer windows, for losses: every layer or block takes a pass of its own.
-        folder: keeps measurements, under `key`, for later calls with other counts.
+        run: its `statistics` keeps measurements, for later calls with other counts.
 
     Raises:
         BillhookError: the preset keeps more layers than would be left.
@@ -54,8 +52,10 @@ def chosen(
     if preset == "random":
         return layer_presets.random_layers(total, count, seed)
 
+    tick, key = run.tick, _key(model, tokens, probe) if run.statistics else {}
+
     def measured(name: str, measure: Callable[[], Any], **options: int) -> Any:
-        return cache.cached(folder, name, {**(key or {}), "criterion": name, **options}, measure)
+        return cache.cached(run.statistics, name, {**key, "criterion": name, **options}, measure)
 
     if preset == "block-influence":
         return layer_presets.lowest_layers(measured(preset, lambda: block_influence(model, tokens, tick)), count)
@@ -78,6 +78,11 @@ def chosen(
     may_go = _range_of_taylor(total, count)
     scores = measured(preset, lambda: taylor_scores(model, tokens, tick))
     return layer_presets.lowest_layers([score if n in may_go else math.inf for n, score in enumerate(scores)], count)
+
+
+def _key(model: PreTrainedModel, *windows: Tokens) -> dict[str, Any]:
+    """All that decides what is measured, besides the measure."""
+    return cache.model_key(model) | {"windows": [sha256(part.numpy().tobytes()).hexdigest() for part in windows]}
 
 
 def _range_of_taylor(total: int, count: int) -> range:

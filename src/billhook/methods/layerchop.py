@@ -116,7 +116,7 @@ class LayerChop(Method):
         """The candidates, each cut and trained for a while, and which is best."""
         from billhook.cuts.chopping import chop
         from billhook.models.plan import Plan
-        from billhook.recovery.candidates import rank_after_training
+        from billhook.recovery.candidates import Length, rank_after_training
         from billhook.runtime.run import Run
         from billhook.training.text_windows import read
 
@@ -131,11 +131,9 @@ class LayerChop(Method):
                 gone,
                 lambda model, layers: chop(model, texts.calibration, Plan(layers=tuple(layers)), settings, unseen),
                 learned,
-                chosen.heal_tokens,
-                key={"method": self.name, **asdict(settings), "calibrated on": texts.windows.sha256},
-                folder=run.statistics,
-                seed=text.seed,
-                tick=run.tick,
+                Length(chosen.heal_tokens, text.seed),
+                {"method": self.name, **asdict(settings), "calibrated on": texts.windows.sha256},
+                run,
             )
         return {"selection": ranking.record()}
 

@@ -12,7 +12,6 @@ from billhook.models.plan import Plan
 from billhook.planning.budget import Planner, solved
 from billhook.planning.recipe import Recipe
 from billhook.planning.texts import Texts
-from billhook.runtime import cache
 from billhook.runtime.run import Run
 
 
@@ -35,18 +34,8 @@ def preset_plan(opened: Opened, recipe: Recipe, preset: str, texts: Texts, run: 
         raise BillhookError(
             f"{count} of {total} layers would go: at least one goes, and the first and the last stay; name others with --drop"
         )
-    key = cache.model_key(model) | {"tokens": texts.hashes} if run.statistics else {}
-    gone = layer_importance.chosen(
-        model,
-        preset,
-        count,
-        texts.calibration,
-        texts.probe,
-        seed=recipe.calibration.seed,
-        folder=run.statistics,
-        key=key,
-        tick=run.tick,
-    )
+    seen, seed = (texts.calibration, texts.probe), recipe.calibration.seed
+    gone = layer_importance.chosen(model, preset, count, *seen, run, seed)
     return Plan(layers=tuple(gone))
 
 

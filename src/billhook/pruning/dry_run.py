@@ -91,7 +91,7 @@ def estimate(
     rehearsed = rehearsal.rehearse(model, recipe, planned, dtype, device) if tokens else None
     total, cut = sizes.total_parameters(model), sizes.saved_by(model, planned.plan)
     held, written = dtype.itemsize * total, stored.itemsize * (total - cut)
-    speeds = _speeds(folder, output)
+    speeds = _speeds(folder, output, started)
     stages = {"starting": Cost(started, 0.0), "reading the text": Cost(clock.seconds["reading the text"], 0.0)}
     stages["loading"] = Cost((READ if stream else 1) * stored_bytes(folder) / speeds.load, 0.0)
     if rehearsed:
@@ -100,7 +100,7 @@ def estimate(
             rehearsed, len(layers(model)), len(set(rehearsal.cut_layers(model, planned.plan)) - cut_whole)
         )
     stages["writing and verifying"] = Cost(
-        _verifying(model, 1 - cut / total, written, speeds, started, dtype, device, stream), 0.0
+        _verifying(model, 1 - cut / total, written, speeds, dtype, device, stream), 0.0
     )
     tick("rehearsing", 1, 1)
     states = tokens * model.get_input_embeddings().weight.shape[1] * dtype.itemsize
@@ -153,13 +153,14 @@ def _pruning(found: Rehearsed, total: int, cut: int) -> dict[str, Cost]:
 
 @dataclass(frozen=True)
 class Speeds:
-    """Bytes a second: loading (read, copied, looked through), and writing to the disk of the output."""
+    """Bytes a second: loading (read, copied, looked through), writing to the disk of the output; and a start."""
 
     load: float
     write: float
+    start: float  # seconds that a process takes until it works
 
 
-def _speeds(folder: Path, output: Path) -> Speeds:
+def _speeds(folder: Path, output: Path, started: float) -> Speeds:
     file = max(weight_files(folder, str(folder))[0], key=lambda one: one.stat().st_size)
     count = min(PROBED, file.stat().st_size)
 
@@ -175,7 +176,7 @@ def _speeds(folder: Path, output: Path) -> Speeds:
             made.flush()
             os.fsync(made.fileno())
 
-    return Speeds(count / rehearsal.seconds(load), count / rehearsal.seconds(write))
+    return Speeds(count / rehearsal.seconds(load), count / rehearsal.seconds(write), started)
 
 
 def _verifying(
@@ -183,7 +184,6 @@ def _verifying(
     kept: float,
     size: int,
     speeds: Speeds,
-    started: float,
     dtype: torch.dtype,
     device: torch.device,
     stream: bool,
@@ -193,7 +193,6 @@ def _verifying(
     Args:
         kept: share of the model that is left.
         size: bytes of what is written.
-        started: seconds that a process takes until it works.
     """
     step, batch = rehearsal.passes(model, dtype, device)
     weight = model.get_output_embeddings().weight
@@ -204,4 +203,4 @@ def _verifying(
     batch = batch * depth + parts * rehearsal.seconds(lambda: rows @ many)
     if stream:
         return size / speeds.write + PAGED * (size / speeds.load + batch)
-    return size / speeds.write + LOADS * size / speeds.load + started + STEPS * step + BATCHES * batch
+    return size / speeds.write + LOADS * size / speeds.load + speeds.start + STEPS * step + BATCHES * batch

@@ -14,14 +14,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from billhook.evaluation.perplexity import perplexity_of
 from billhook.recovery.settings import rows_for
 from billhook.runtime import cache
 from billhook.runtime.memory import return_freed
 from billhook.runtime.precision import autocast_dtype
-from billhook.runtime.progress import Tick, quiet
+from billhook.runtime.progress import Tick
+from billhook.runtime.run import Run
 from billhook.training import teacher
 from billhook.training.early_stopping import EarlyStopping
 from billhook.training.schedule import Schedule
@@ -87,19 +88,23 @@ class Training:
         return {"before": _by_text(before), "after": _by_text(after)}
 
 
+class Length(NamedTuple):
+    """How long each candidate is trained."""
+
+    tokens: int
+    seed: int = 0  # of the order of the windows
+
+
 def rank_after_training(
     model: Any,
     candidates: Mapping[str, Sequence[int]],
     cut: Cut,
     texts: TrainingTexts,
-    tokens: int,
-    *,
+    length: Length,
     key: Mapping[str, Any],
-    folder: Path | None = None,
-    seed: int = 0,
-    tick: Tick = quiet,
+    run: Run,
 ) -> Ranking:
-    """What each candidate is worth right after the cut and after `tokens` of distillation from `model`.
+    """What each candidate is worth right after the cut and after so much distillation from `model`.
 
     Candidates are ranked by the geometric mean of their perplexities over the held-out texts.
 
@@ -107,21 +112,21 @@ def rank_after_training(
         candidates: the layers that would go, by name; candidates that name the same layers are trained once.
         cut: drops layers of a model, in place.
         key: what else decides the results: how `cut` cuts.
-        folder: keeps the teacher's predictions and each candidate's result, so that a killed run goes on.
+        run: its `statistics` keeps the teacher's predictions and each candidate's result, so that a killed run goes on.
     """
     started = time.perf_counter()
-    schedule = _schedule(model, texts, tokens, seed)
+    schedule = _schedule(model, texts, length)
     windows = len(set(schedule.order))
     key = {
         **key,
         **cache.model_key(model),
         "windows": cache.digest({"train": texts.train[list(set(schedule.order))].tolist()}),
         "judged": [text.text_sha256 for text in texts.held_out],
-        "course": [schedule.rows, schedule.steps, schedule.lr, str(schedule.autocast), seed],
+        "course": [schedule.rows, schedule.steps, schedule.lr, str(schedule.autocast), length.seed],
     }
     results: dict[str, dict[str, dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        kept = folder or Path(scratch)
+        kept = run.statistics or Path(scratch)
         answers = teacher.fill_cache(
             model,
             texts.train[:windows],
@@ -129,11 +134,11 @@ def rank_after_training(
             k=TOP_K,
             states=False,
             autocast=schedule.autocast,
-            tick=tick,
+            tick=run.tick,
         )
         training = Training(model, cut, texts, schedule, answers)
         for n, (name, dropped) in enumerate(candidates.items()):
-            ticked = _part(tick, n, len(candidates), schedule.steps)
+            ticked = _part(run.tick, n, len(candidates), schedule.steps)
             measure = partial(training.perplexities, dropped, Path(scratch) / f"heal-{n}", ticked)
             results[name] = cache.cached(kept, "candidate", {**key, "dropped": list(dropped)}, measure)
             gc.collect()
@@ -156,18 +161,18 @@ def rank_after_training(
     )
 
 
-def _schedule(model: Any, texts: TrainingTexts, tokens: int, seed: int) -> Schedule:
+def _schedule(model: Any, texts: TrainingTexts, length: Length) -> Schedule:
     seq_len = texts.train.shape[1]
-    rows = rows_for(tokens, seq_len)
-    steps = max(1, round(tokens / (rows * seq_len)))
+    rows = rows_for(length.tokens, seq_len)
+    steps = max(1, round(length.tokens / (rows * seq_len)))
     return Schedule(
         windows=texts.train,
-        order=order_of(len(texts.train), steps * rows, seed),
+        order=order_of(len(texts.train), steps * rows, length.seed),
         rows=rows,
         lr=RATE,
         autocast=autocast_dtype("auto", model.device),
         cpu=model.device.type == "cpu",
-        seed=seed,
+        seed=length.seed,
     )
 
 

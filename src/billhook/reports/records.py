@@ -4,7 +4,6 @@ import json
 import math
 import os
 import platform
-from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -39,37 +38,16 @@ def conditions(model: PreTrainedModel, command: str, seconds: float | int) -> di
     }
 
 
-def assemble(
-    kind: str,
-    title: str,
-    conditions: dict[str, Any],
-    *,
-    cut: dict[str, Any] | None = None,
-    models: Sequence[dict[str, Any]] = (),
-    reference: str | None = None,
-    points: Sequence[dict[str, Any]] = (),
-    knee: dict[str, Any] | None = None,
-    healing: dict[str, Any] | None = None,
-) -> dict[str, Any]:
+def assemble(kind: str, title: str, conditions: dict[str, Any], **content: Any) -> dict[str, Any]:
     """What report.json holds and `page.render` shows; `kind` is prune, evaluate, compare, sweep or recover.
 
     Args:
-        cut: the content of a pruned checkpoint's billhook.json.
-        models: of `evaluate.side_by_side`; `reference` names the one that the others are compared with.
-        points: of a leaderboard or a sweep, with its `knee`.
-        healing: the last record of `recovery` in a trained checkpoint's billhook.json.
+        content: `cut`, what a pruned checkpoint's billhook.json holds; `models`, of `evaluate.side_by_side`, with
+            `reference`, the name of the one that the others are compared with; `points` of a leaderboard or a sweep,
+            with its `knee`; `healing`, the last record of `recovery` in a trained checkpoint's billhook.json.
     """
-    return {
-        "title": title,
-        "kind": kind,
-        "cut": cut,
-        "models": list(models),
-        "reference": reference,
-        "points": list(points),
-        "knee": knee,
-        "healing": healing,
-        "conditions": conditions,
-    }
+    empty = {"cut": None, "models": [], "reference": None, "points": [], "knee": None, "healing": None}
+    return {"title": title, "kind": kind, **empty, **content, "conditions": conditions}
 
 
 def stored_cut(folder: Path | None) -> dict[str, Any] | None:
