@@ -72,6 +72,7 @@ OPTIONAL = {
     "tqdm",
 }  # may be imported inside a function
 HEAVY = {  # may be, too
+    "importlib.metadata",  # a tenth of a second, where no package adds anything
     "billhook.training.trainer",  # transformers' Trainer brings datasets, pandas and peft, 120 MB and a second
     "billhook.runtime.yaml_files",  # the parser takes 50 ms, a tenth of what help may take
 }
