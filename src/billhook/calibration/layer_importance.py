@@ -80,7 +80,7 @@ def chosen(
     return layer_presets.lowest_layers([score if n in may_go else math.inf for n, score in enumerate(scores)], count)
 
 
-def _key(model: PreTrainedModel, *windows: Tokens) -> dict[str, Any]:
+def _key(model: PreTrainedModel, *windows: Tensor) -> dict[str, Any]:
     """All that decides what is measured, besides the measure."""
     return cache.model_key(model) | {"windows": [sha256(part.numpy().tobytes()).hexdigest() for part in windows]}
 
