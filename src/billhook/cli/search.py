@@ -68,7 +68,7 @@ def search_command(
     billhook search demo --method optishear --sparsity 0.5 --calibration wiki.txt -o sparse
     """
     started = time.perf_counter()
-    chosen = recipe(one_of("method", method, SEARCHED), calibration="+".join(calibration or ()), **settings)
+    chosen = recipe(one_of("method", method, SEARCHED), calibration="+".join(calibration or ()) or None, **settings)
     output = check_free_of(model, output, overwrite)
     from billhook.cli.console import loading, out
 

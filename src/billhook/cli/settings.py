@@ -16,17 +16,8 @@ from billhook.runtime.options import extra
 
 HEADINGS = {"budget": BUDGET, "shape": LAYOUT, "calibration": CALIBRATION, "compute": MACHINE}
 SEVERAL, OF_ZEROS = "Several methods", "Methods that make zeros"
-ORDER = (
-    None,
-    BUDGET,
-    METHOD,
-    TRAINING,
-    "",
-    LAYOUT,
-    CALIBRATION,
-    OUTPUT,
-    MACHINE,
-)  # of headings; "" are those of methods
+# headings in the order of help, after the arguments; "" are those of methods
+ORDER = (None, BUDGET, METHOD, TRAINING, "", LAYOUT, CALIBRATION, OUTPUT, MACHINE)
 FEW = 2  # methods that a heading names
 
 
@@ -73,9 +64,7 @@ class Setting:
 
     def parameter(self) -> inspect.Parameter:
         """The parameter of a command's function that stands for it; None: not given."""
-        read = [
-            kind for kind in (float, int, bool) if kind in (self.field.annotation, *get_args(self.field.annotation))
-        ]
+        read = [kind for kind in (float, int, bool) if kind in self.kinds]
         written = extra(self.field, "unit") or extra(self.field, "spelled") or get_origin(self.field.annotation) is dict
         kind = str if written or not read else read[0]
         typed = list[str] | None if self.repeated else kind | None

@@ -7,7 +7,7 @@ W (out, in) reads an axis;  X (tokens, in) is what enters it;  G = X^T X.
                 takes their sum.
 3. Restoration  W_S = argmin_V ||V X_S^T - W X^T||_F^2 over the kept columns S, in closed form from G.
 
-How many units each axis gives is the plan's (billhook.pruning.allocation); the paper takes the same from every layer.
+How many units each axis gives is the plan's (billhook.planning.allocation); the paper takes the same from every layer.
 Where this differs from the paper.  The default score is the optimal-brain-surgery column score, the error left *after*
 step 3.  The ridge of step 3 draws toward the kept weights.  In the default stream, `dense_target`, step 3 also makes up
 E: a share `correction` of what the layers before have cost the residual stream, and all that layers which the plan drops

@@ -29,7 +29,7 @@ from billhook.methods import (
     sparsegpt,
     wanda,
 )
-from billhook.planning.method import Method
+from billhook.planning.method import Method, flaw
 from billhook.runtime import plug_ins
 
 OWN: dict[str, Method] = {
@@ -48,4 +48,4 @@ OWN: dict[str, Method] = {
         admm.METHOD,
     )
 }
-METHODS = plug_ins.added("methods", OWN)
+METHODS: dict[str, Method] = plug_ins.added("methods", OWN, flaw)

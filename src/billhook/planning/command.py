@@ -27,7 +27,7 @@ def option_words(flag: str, value: Any, together: bool) -> list[str]:
     if isinstance(value, bool):
         return [flag if value else flag.replace("--", "--no-", 1)]
     if isinstance(value, dict):
-        return [flag, ",".join(f"{key}:{each:g}" for key, each in value.items())]
+        return [flag, ",".join(f"{key}:{each}" for key, each in value.items())]
     if isinstance(value, tuple) and not together:
         return [word for each in value for word in (flag, str(each))]
     return [flag, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]

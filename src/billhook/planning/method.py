@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from billhook.choices import LAYOUTS
 from billhook.errors import BillhookError
-from billhook.planning.recipe import SIZES, ZEROS, Recipe
+from billhook.planning.recipe import EXAMPLES, FLAT, PARTS, SIZES, ZEROS, Recipe
 from billhook.runtime.options import Part
 
 if TYPE_CHECKING:  # what phases are given; it brings torch, which what defines a method must not
@@ -149,3 +149,23 @@ def _or_error(plan: Any, *given: Any) -> Planned | BillhookError:
         return plan(*given)
     except BillhookError as error:
         return error
+
+
+FACTS = ("name", "title", "paper", "does", "needs", "costs", "example")  # that every method says
+
+
+def flaw(name: str, method: Any) -> str:
+    """What is wrong with a method of another package, or ''."""
+    if not isinstance(method, Method):
+        return "is no Method"
+    if missing := [fact for fact in FACTS if not hasattr(method, fact)]:
+        return f"does not say its {missing[0]}"
+    if method.name != name:
+        return f"calls itself {method.name}"
+    if unknown := [budget for budget in method.budgets if budget not in EXAMPLES]:
+        return f"names a budget that there is not, {unknown[0]}"
+    called: dict[str, str] = {inner: flat for flat, inner in FLAT.items()}
+    shared = {called.get(field) or field for part in PARTS.values() for field in part.model_fields}
+    if taken := sorted(shared & set(method.Settings.model_fields)):
+        return f"has a setting that every recipe has, {taken[0]}"
+    return ""

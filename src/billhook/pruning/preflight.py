@@ -57,8 +57,9 @@ def _kept(model: Any, recipe: Recipe) -> int:
         return sizes.decoder_parameters(model)
     embedding, head = embedding_and_head(model)
     chosen = recipe.settings
-    untied = embedding.weight.numel() if chosen.rotate and head.weight is embedding.weight else 0
-    copies = 2 if chosen.rotate and chosen.restoration else 1
+    rotates, restores = (getattr(chosen, name, False) for name in ("rotate", "restoration"))
+    untied = embedding.weight.numel() if rotates and head.weight is embedding.weight else 0
+    copies = 2 if rotates and restores else 1
     return copies * (sizes.total_parameters(model) + untied)
 
 

@@ -14,7 +14,7 @@ from billhook.checkpoints import load, shards
 from billhook.checkpoints.load import Opened
 from billhook.checkpoints.result import Result
 from billhook.checkpoints.resume import FinishedLayers
-from billhook.errors import BillhookError
+from billhook.errors import BillhookError, SettingsError
 from billhook.models import layout, sizes, vocabulary
 from billhook.models.experts import fuse, unfuse
 from billhook.models.families import check_known, layers
@@ -46,29 +46,12 @@ def prune(
     stream_weights: bool | None = False,
     **settings: Any,
 ) -> Result:
-    """Prune a model by a recipe.
-
-    Args:
-        model: a folder, a hub id, a .gguf file, `demo`, or a transformers model in memory, which is cut in place: without
-            its dropout, whatever mode it comes in, and given back in that mode.
-        chosen: the recipe; None: what `method` and `settings` say.
-        method: its name, itself, or its settings.
-        tokenizer: needed with a model in memory.
-        stream_weights: leave the weights in their files, one layer at a time in memory; None: where they would not fit.
-        settings: ratio=0.2, axes=("ffn",), calibration="demo", … (`billhook.pruning.recipe.recipe`), and the means of
-            the run: tick, announce, statistics, work, fresh, jobs, ray, hidden_budget (`billhook.runtime.means.Means`).
-
-    Returns:
-        the pruned model in its checkpoint's dtype, with its report.
-
-    Raises:
-        BillhookError: anything that cannot work, in one line; a model on disk is never changed.
-    """
+    """Prune a model by a recipe: `billhook.prune`, without its progress bars, and with errors that name options."""
     run = Means(**{name: settings.pop(name) for name in MEANS if name in settings}).run
     if chosen is None:
         chosen = recipe(method, **settings)
     elif settings or method != "fasp":
-        raise BillhookError("a recipe says all settings: give none besides it")
+        raise SettingsError("a recipe says all settings: give none besides it")
     if run.workers.many:
         preflight.check_shared(chosen, run.workers)
     cache.check_folder(run.statistics, "--statistics")

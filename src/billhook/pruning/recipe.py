@@ -23,8 +23,8 @@ def recipe(method: str | Method | MethodSettings = "fasp", **settings: Any) -> R
 
     Args:
         method: its name, itself, or its settings.
-        settings: fields of `Budget`, `Shape`, `Calibration`, `Compute`, and of the method's own settings; None or an
-            empty text is the default.
+        settings: fields of `Budget`, `Shape`, `Calibration`, `Compute`, and of the method's own settings; None is the
+            default, and so is an empty text where a setting has names.
 
     Raises:
         BillhookError: an unknown setting, one of another method, or an impossible value, the first one found.
@@ -97,9 +97,9 @@ def read_recipe(path: Path) -> RecipeFile:
     model, expect = content.pop("model"), content.pop("expect", {})
     if not isinstance(expect, dict):
         raise SettingsError(f"recipe {path}: expect {expect!r} is not a mapping of numbers and tolerance")
-    settings, loose = flat({str(key): value for key, value in content.items()})
-    note = f"{path}: {loose} stands outside of a part: write budget: {{ratio: 0.2}} and so on" if loose else ""
     try:
+        settings, loose = flat({str(key): value for key, value in content.items()})
+        note = f"{path}: {loose} stands outside of a part: write budget: {{ratio: 0.2}} and so on" if loose else ""
         return RecipeFile(str(model), recipe(**settings), expect, note)
     except BillhookError as error:
         raise SettingsError(f"recipe {path}: {error}") from None

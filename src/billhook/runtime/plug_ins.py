@@ -7,6 +7,7 @@ mine = "my_package:METHOD"
 import logging
 import os
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -58,17 +59,31 @@ def load(group: str, name: str) -> Any:
         raise BillhookError(f"{group[:-1]} {name}: {entry.value} cannot be loaded ({first_line(error)})") from error
 
 
-def added(group: str, known: dict[str, Any]) -> dict[str, Any]:
-    """The table `known` with what other packages add; what cannot be loaded, or has a name that is taken, is warned of."""
+def sound(name: str, thing: Any) -> str:
+    """Nothing is wrong."""
+    return ""
+
+
+def added(group: str, known: dict[str, Any], flaw: Callable[[str, Any], str] = sound) -> dict[str, Any]:
+    """The table `known` with what other packages add; what cannot be taken is warned of.
+
+    Args:
+        flaw: what is wrong with a thing of a name, or ''.
+    """
     table = dict(known)
     for name in names(group):
         if name in known:
             LOG.warning("%s %s of another package has the name of one of billhook's, and is left out", group[:-1], name)
             continue
         try:
-            table[name] = load(group, name)
+            thing = load(group, name)
         except BillhookError as error:
             LOG.warning("%s", error)
+            continue
+        if why := flaw(name, thing):
+            LOG.warning("%s %s of another package %s, and is left out", group[:-1], name, why)
+        else:
+            table[name] = thing
     return table
 
 
