@@ -49,7 +49,7 @@ class Fasp(Method):
     def why_alone(self, recipe: Recipe) -> str:
         if recipe.settings.stream == "dense":
             return ""
-        return f"in the stream {recipe.settings.stream} a layer sees what became of those before: use --stream dense"
+        return f"in the stream {recipe.settings.stream} a layer sees what became of those before: use --stream dense, or leave it out"
 
     def why_unforeseen(self, recipe: Recipe) -> str:
         by_scores = recipe.shape.allocation == "standardised"

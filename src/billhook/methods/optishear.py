@@ -58,7 +58,7 @@ class OptiShear(ZerosMethod):
     def why_alone(self, recipe: Recipe) -> str:
         if not self.searches(recipe):
             return super().why_alone(recipe)
-        return "the search for a metric of zeros works in one process"
+        return "the search for a metric of zeros works in one process: leave it out"
 
     def draw(self, opened: Opened, recipe: Recipe, text: Text, run: Run) -> Texts:
         if recipe.settings.metric:

@@ -60,7 +60,8 @@ class ZerosMethod(Method):
             return ""
         fitting = " or ".join(INDEPENDENT_STREAMS)
         return (
-            f"in the stream {recipe.settings.stream} a layer sees what became of those before: use --stream {fitting}"
+            f"in the stream {recipe.settings.stream} a layer sees what became of those before: "
+            f"use --stream {fitting}, or leave it out"
         )
 
     def check(self, opened: Opened, recipe: Recipe) -> None:

@@ -84,8 +84,8 @@ class Method:
         return ""
 
     def why_alone(self, recipe: Recipe) -> str:
-        """Why processes cannot share the work, or ''."""
-        return f"{self.name} works in one process"
+        """Why processes cannot share the work, and what to do, or ''."""
+        return f"{self.name} works in one process: leave it out"
 
     def why_unforeseen(self, recipe: Recipe) -> str:
         """Why what it costs cannot be told from a few layers, or ''."""

@@ -24,7 +24,7 @@ def check_shared(recipe: Recipe, workers: Workers) -> None:
     if workers.ray and workers.jobs > 1:
         raise SettingsError("--ray: the cluster says how many processes there are: leave out --jobs")
     if why := recipe.method.why_alone(recipe):
-        raise SettingsError(f"{workers.flag}: {why}, or leave it out")
+        raise SettingsError(f"{workers.flag}: {why}")
     if recipe.budget.vocab_from:
         raise SettingsError(
             f"{workers.flag}: other processes would open the model with its whole vocabulary: leave it out with --vocab-from"
