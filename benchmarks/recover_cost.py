@@ -44,7 +44,7 @@ schedule = Schedule(texts.train, order, args.rows, 1e-6, autocast=autocast, cpu=
 scratch = Path(tempfile.mkdtemp())
 dense = load.open_model(args.teacher, device="cpu", dtype="float32").model
 predictions = teacher.fill_cache(
-    dense, texts.train[: len(schedule.order)], scratch / "lessons", k=256, states=False, autocast=autocast
+    dense, texts.train[: len(schedule.order)], scratch / "lessons", teacher.Lesson(256, autocast=autocast)
 )
 del dense
 

@@ -158,6 +158,8 @@ class HangError(BaseException):
 class Tally:
     """What was tried, and what came of it."""
 
+    seconds: float = SECONDS  # that a command may take
+    memory: int = BYTES
     inputs: int = 0
     counts: Counter[str] = field(default_factory=Counter)  # refused, accepted
     faults: list[str] = field(default_factory=list)  # with the input and the command
@@ -233,8 +235,6 @@ def fuzz(
     *,
     out: Path | None = None,
     before: Callable[[], object] = lambda: None,
-    seconds: float = SECONDS,
-    memory: int = BYTES,
 ) -> list[Outcome]:
     """Run each command on each damage of the file at `path`, which is whole again afterwards.
 
@@ -250,7 +250,7 @@ def fuzz(
                 before()
                 damage.put(path)
                 began = time.perf_counter()
-                outcome = attempt(command, seconds, memory)
+                outcome = attempt(command, tally.seconds, tally.memory)
                 tally.worst = max(tally.worst, time.perf_counter() - began)
                 found.append(outcome)
                 said = command.__name__ if callable(command) else " ".join(map(str, command))[:80]

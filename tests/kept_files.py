@@ -111,7 +111,7 @@ def lesson(folder: Path) -> Kept:
     model, tokens = tiny.model("llama"), tiny.tokens()
 
     def read() -> object:
-        return teacher.fill_cache(model, tokens, folder, k=4, states=True).of(1)
+        return teacher.fill_cache(model, tokens, folder, teacher.Lesson(4, True)).of(1)
 
     read()
     return Kept(next(folder.glob("teacher-*")), read)

@@ -19,6 +19,7 @@ import results
 
 from billhook.checkpoints import load
 from billhook.evaluation import zeroshot
+from billhook.runtime.run import Run
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("models", nargs="+")
@@ -52,7 +53,7 @@ tasks = zeroshot.load_tasks(args.tasks)
 found = []
 for name in args.models:
     opened = load.open_model(name, device="cpu", dtype="float32")
-    settings = {"limit": args.limit, "batch_size": args.batch_size, "kept": args.kept}
+    settings = {"limit": args.limit, "batch_size": args.batch_size, "run": Run(statistics=args.kept)}
     rows = zeroshot.evaluate(opened.model, opened.tokenizer, tasks, **settings)
     found.append(rows)
     assert opened.folder

@@ -21,6 +21,7 @@ from billhook import data
 from billhook.errors import BillhookError
 from billhook.evaluation import perplexity, zeroshot
 from billhook.evaluation.zeroshot import evaluate, load_tasks, retention
+from billhook.runtime.run import Run
 
 datasets = pytest.importorskip("datasets", reason="the extra 'eval' is not installed")
 lm_eval = pytest.importorskip("lm_eval", reason="the extra 'eval' is not installed")
@@ -138,7 +139,9 @@ def test_a_task_file_may_include_another_and_name_functions_beside_it(tmp_path: 
     path = tmp_path / "child.yaml"
     path.write_text("include: base.yaml\ntask: child\ndoc_to_text: !function prompts.text\n")
     kept = tmp_path / "kept"
-    assert measure(path, kept=kept) == plain | {"task": "child"} == measure(path, kept=kept)
+    assert (
+        measure(path, run=Run(statistics=kept)) == plain | {"task": "child"} == measure(path, run=Run(statistics=kept))
+    )
     assert len(list(kept.iterdir())) == 1  # a function has one name in every process
 
 
@@ -183,28 +186,28 @@ def test_a_task_that_is_finished_is_not_run_again(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(model, "forward", counted)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(model, tokenizer, load_tasks(paths), kept=kept)
+        evaluate(model, tokenizer, load_tasks(paths), run=Run(statistics=kept))
     assert len(list(kept.iterdir())) == 1
     monkeypatch.setattr(model, "forward", forward)
-    rows = evaluate(model, tokenizer, load_tasks(paths), kept=kept)
+    rows = evaluate(model, tokenizer, load_tasks(paths), run=Run(statistics=kept))
 
     def refuses(*args: Any, **settings: Any) -> Any:
         raise AssertionError("it ran")
 
     monkeypatch.setattr(model, "forward", refuses)
-    assert evaluate(model, tokenizer, load_tasks(paths), kept=kept) == rows
+    assert evaluate(model, tokenizer, load_tasks(paths), run=Run(statistics=kept)) == rows
     again = evaluate(tiny.model("llama"), tiny.tokenizer(), load_tasks(paths))
     assert again == rows
     for file in kept.iterdir():
         file.write_text("{")  # damaged
     with pytest.raises(BillhookError, match=r"one-\w+\.json cannot be read .*: delete it, it will be made again"):
-        evaluate(model, tokenizer, load_tasks(paths), kept=kept)
+        evaluate(model, tokenizer, load_tasks(paths), run=Run(statistics=kept))
 
 
 @pytest.mark.parametrize("what", ["weights", "config", "limit", "seed", "prompt", "document"])
 def test_what_changes_a_number_is_not_taken_from_the_last_run(what: str, tmp_path: Path) -> None:
     kept, model, docs = tmp_path / "kept", tiny.model("llama"), documents(3)
-    evaluate(model, tiny.tokenizer(), load_tasks([str(task_file(tmp_path, docs=docs))]), kept=kept)
+    evaluate(model, tiny.tokenizer(), load_tasks([str(task_file(tmp_path, docs=docs))]), run=Run(statistics=kept))
     settings: dict[str, Any] = {"limit": {"limit": 2}, "seed": {"seed": 1}}.get(what, {})
     other = {"doc_to_text": "{{question}}"} if what == "prompt" else {}
     if what == "weights":
@@ -214,7 +217,7 @@ def test_what_changes_a_number_is_not_taken_from_the_last_run(what: str, tmp_pat
     if what == "document":
         docs[2] |= {"gold": 0}
     path = task_file(tmp_path, docs=docs, **other)
-    evaluate(model, tiny.tokenizer(), load_tasks([str(path)]), kept=kept, **settings)
+    evaluate(model, tiny.tokenizer(), load_tasks([str(path)]), run=Run(statistics=kept), **settings)
     assert len(list(kept.iterdir())) == 2
 
 
@@ -224,7 +227,7 @@ def test_progress_is_told_and_nothing_is_printed(tmp_path: Path, capfd: pytest.C
     level = logging.getLogger("lm_eval").level
     tasks = load_tasks(names, lambda *step: seen.append(step))
     assert seen == [("loading tasks", 0, 2), ("loading tasks", 1, 2), ("loading tasks", 2, 2)]
-    evaluate(tiny.model("llama"), tiny.tokenizer(), tasks, batch_size=4, tick=lambda *step: seen.append(step))
+    evaluate(tiny.model("llama"), tiny.tokenizer(), tasks, batch_size=4, run=Run(lambda *step: seen.append(step)))
     assert ("task one", 4, 36) in seen and seen[-1] == ("task two", 12, 12)
     assert all(done <= total for _, done, total in seen)
     assert capfd.readouterr() == ("", "")

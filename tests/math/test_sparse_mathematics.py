@@ -344,17 +344,17 @@ def test_fista_is_never_worse_than_its_start(
     assert found.note["gains"] <= found.note["runs"] <= settings.rounds
 
 
-def shifted(W: Tensor, wanted: Target) -> Tensor:
-    return layerwise.target_cross(W, wanted) - W @ wanted.gram
+def smooth(W: Tensor, wanted: Target) -> fistapruner.Smooth:
+    lack = layerwise.target_cross(W, wanted) - W @ wanted.gram
+    return fistapruner.Smooth(W, wanted.gram, lack, fistapruner.largest_eigenvalue(wanted.gram))
 
 
 def test_a_penalty_of_the_largest_correlation_leaves_nothing() -> None:
     W, wanted = draw()[1], target("other")
-    top, L = float(layerwise.target_cross(W, wanted).abs().max()), fistapruner.largest_eigenvalue(wanted.gram)
-    nothing, lack = torch.zeros_like(W), shifted(W, wanted)
+    top, nothing = float(layerwise.target_cross(W, wanted).abs().max()), torch.zeros_like(W)
     # (the gradient is formed as a difference, hence a hair above the bound for exact zeros)
-    assert not fistapruner.fista(nothing, W, wanted.gram, lack, top * (1 + 1e-9), 50, L).any()
-    assert fistapruner.fista(nothing, W, wanted.gram, lack, top * 0.9, 50, L).any()
+    assert not fistapruner.fista(nothing, smooth(W, wanted), top * (1 + 1e-9), 50).any()
+    assert fistapruner.fista(nothing, smooth(W, wanted), top * 0.9, 50).any()
 
 
 def test_without_a_penalty_fista_is_least_squares() -> None:
@@ -362,8 +362,7 @@ def test_without_a_penalty_fista_is_least_squares() -> None:
     X = X.clone()
     X[:, :2] /= 20  # conditioned well enough to be solved by gradients
     wanted = other(X, Y)
-    L = fistapruner.largest_eigenvalue(wanted.gram)
-    V = fistapruner.fista(torch.zeros_like(W), W, wanted.gram, shifted(W, wanted), 1e-9, 3000, L)
+    V = fistapruner.fista(torch.zeros_like(W), smooth(W, wanted), 1e-9, 3000)
     assert close(V, torch.linalg.lstsq(X, Y).solution.T, 1e-4)
 
 
@@ -372,8 +371,8 @@ def test_fista_reaches_the_optimality_conditions() -> None:
     X = X.clone()
     X[:, :2] /= 20
     wanted = other(X, Y)
-    L, penalty = fistapruner.largest_eigenvalue(wanted.gram), 0.05 * float((Y.T @ X).abs().max())
-    V = fistapruner.fista(W, W, wanted.gram, shifted(W, wanted), penalty, 3000, L)
+    penalty = 0.05 * float((Y.T @ X).abs().max())
+    V = fistapruner.fista(W, smooth(W, wanted), penalty, 3000)
     gradient, free = V @ wanted.gram - Y.T @ X, V != 0
     assert 0 < free.sum() < free.numel()
     assert close(gradient[free], -penalty * V[free].sign(), 1e-4)

@@ -43,7 +43,7 @@ KEPT: dict[str, Callable[[T.PreTrainedModel, Path, Path], Any]] = {
     "pool": lambda m, to, text: evidence.evidence(m, WINDOWS, torch.zeros(4, dtype=torch.long), ("ffn",), folder=to),
     "gates": lambda m, to, text: evidence.gate_fishers(m, WINDOWS, ("ffn",), folder=to),
     "trial": lambda m, to, text: evaluator_of(m, "nll", to).losses([{}], WINDOWS),
-    "lessons": lambda m, to, text: teacher.fill_cache(m, WINDOWS, to, k=4, states=False),
+    "lessons": lambda m, to, text: teacher.fill_cache(m, WINDOWS, to, teacher.Lesson(4)),
     "tasks": lambda m, to, text: (to / zeroshot._model_hash(m, tiny.tokenizer())).touch(),
 }
 

@@ -72,7 +72,7 @@ def test_commands_are_run_as_the_shell_does(folder: Path, tmp_path: Path) -> Non
 
 
 def test_a_file_is_whole_again_and_faults_are_named(tmp_path: Path) -> None:
-    path, tally = tmp_path / "x.json", Tally()
+    path, tally = tmp_path / "x.json", Tally(seconds=5, memory=2**26)
     path.write_text('{"a": 1}')
 
     def reads() -> None:
@@ -82,7 +82,7 @@ def test_a_file_is_whole_again_and_faults_are_named(tmp_path: Path) -> None:
             raise BillhookError("not to be read") from None
 
     damages = [*json_damages(path.read_bytes()), *file_damages(path.read_bytes())]
-    fuzz(path, [one for one in damages if one.kind != "pipe"], [reads], tally, seconds=5, memory=2**26)
+    fuzz(path, [one for one in damages if one.kind != "pipe"], [reads], tally)
     assert path.read_text() == '{"a": 1}' and tally.inputs == len(damages) - 1
     assert any(fault.startswith("x.json, a: dropped: reads: traceback: KeyError") for fault in tally.faults)
     assert any("a device: reads:" in fault for fault in tally.faults)  # it never ends

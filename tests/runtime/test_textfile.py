@@ -124,13 +124,13 @@ def test_parquet_names_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_damaged_files_are_refused_or_read(tmp_path: Path) -> None:
-    tally = Tally()
+    tally = Tally(seconds=5, memory=2**28)
     for name, content in FILES.items():
         for packed in (False, True):
             path = tmp_path / (name + ".gz" * packed)
             path.write_bytes(gzip.compress(content) if packed else content)
             damages = sample(file_damages(path.read_bytes()), 6)
-            fuzz(path, damages, [lambda path=path: data.texts(str(path))], tally, seconds=5, memory=2**28)
+            fuzz(path, damages, [lambda path=path: data.texts(str(path))], tally)
     assert not tally.faults and tally.counts["refused"] and tally.counts["accepted"], tally
 
 

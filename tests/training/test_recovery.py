@@ -118,7 +118,7 @@ def test_misalignment_sees_directions_alone() -> None:
 @pytest.mark.parametrize("states", [False, True])
 def test_lessons_are_what_the_teacher_says(tmp_path: Path, states: bool) -> None:
     model, windows = tiny.model("llama"), tiny.tokens(40, LENGTH)
-    found = teacher.fill_cache(model, windows, tmp_path, k=8, states=states)
+    found = teacher.fill_cache(model, windows, tmp_path, teacher.Lesson(8, states))
     assert len(found.files) == 2
     with torch.no_grad():
         out = model(windows[37:38], output_hidden_states=True)
@@ -136,26 +136,26 @@ def test_lessons_are_what_the_teacher_says(tmp_path: Path, states: bool) -> None
 def test_lessons_are_asked_for_once_and_shared_by_longer_runs(tmp_path: Path) -> None:
     model, windows, asked = tiny.model("llama"), tiny.tokens(70, LENGTH), []
     model.register_forward_hook(lambda *_: asked.append(1))
-    first = teacher.fill_cache(model, windows[:32], tmp_path, k=4, states=False)
+    first = teacher.fill_cache(model, windows[:32], tmp_path, teacher.Lesson(4))
     before = len(asked)
-    longer = teacher.fill_cache(model, windows, tmp_path, k=4, states=False)
+    longer = teacher.fill_cache(model, windows, tmp_path, teacher.Lesson(4))
     assert longer.files[0] == first.files[0] and 0 < before < len(asked) <= 3 * before
     count = len(asked)
-    teacher.fill_cache(model, windows, tmp_path, k=4, states=False)
+    teacher.fill_cache(model, windows, tmp_path, teacher.Lesson(4))
     assert len(asked) == count
-    teacher.fill_cache(model, windows, tmp_path, k=5, states=False)
+    teacher.fill_cache(model, windows, tmp_path, teacher.Lesson(5))
     assert len(asked) > count
 
 
 def test_processes_share_the_asking(tmp_path: Path) -> None:
     model, windows = tiny.model("llama"), tiny.tokens(70, LENGTH)
     for n in range(2):
-        found = teacher.fill_cache(model, windows, tmp_path, k=4, states=False, share=(n, 2))
+        found = teacher.fill_cache(model, windows, tmp_path, teacher.Lesson(4), share=(n, 2))
         assert [path.exists() for path in found.files] == [True, n == 1, True]
 
 
 def test_a_damaged_lesson_is_named(tmp_path: Path) -> None:
-    found = teacher.fill_cache(tiny.model("llama"), tiny.tokens(2, LENGTH), tmp_path, k=4, states=False)
+    found = teacher.fill_cache(tiny.model("llama"), tiny.tokens(2, LENGTH), tmp_path, teacher.Lesson(4))
     found.files[0].write_bytes(found.files[0].read_bytes()[:-20])
     with pytest.raises(BillhookError, match=r"is damaged .* delete it"):
         found.of(0)

@@ -160,14 +160,16 @@ def _zero_shot(names: list[str], limit: int | None, batch_size: int, tick: Any) 
     """What scores a model on tasks, which are known before a model is loaded; finished ones are kept."""
     from billhook import demo
     from billhook.evaluation import zeroshot
+    from billhook.runtime.run import Run
 
     files = [str(file) for name in names if Path(name).is_dir() for file in sorted(Path(name).glob("*.yaml"))]
     given = files + [name for name in names if not Path(name).is_dir()]
     if not given:
         raise BillhookError(f"--tasks {' '.join(names)}: the folder holds no .yaml file")
     tasks, kept = zeroshot.load_tasks(given, tick), demo.cache_folder() / "results"
+    how = {"limit": limit, "batch_size": batch_size}
     return lambda subject, tick: zeroshot.evaluate(
-        subject.model, subject.tokenizer, tasks, limit=limit, batch_size=batch_size, kept=kept, tick=tick
+        subject.model, subject.tokenizer, tasks, **how, run=Run(tick, statistics=kept)
     )
 
 

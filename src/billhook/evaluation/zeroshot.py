@@ -27,6 +27,7 @@ from billhook.models.greedy import without_generation_settings
 from billhook.runtime import cache
 from billhook.runtime.progress import Tick, quiet, ticked
 from billhook.runtime.quiet import quiet_transformers
+from billhook.runtime.run import Run
 from billhook.runtime.special_tokens import without_end_token
 
 SEED = 1234  # lm-eval's seed for numpy, torch and few-shot examples; its seed for Python's random is 0
@@ -81,15 +82,14 @@ def evaluate(
     limit: int | None = None,
     batch_size: int = 1,
     seed: int = SEED,
-    kept: Path | None = None,
-    tick: Tick = quiet,
+    run: Run | None = None,
 ) -> list[dict[str, Any]]:
     """Score the model on `load_tasks`' tasks with lm-eval's stock settings (no chat template); one row a task.
 
     Args:
         limit: score only the first `limit` documents of each task.
         batch_size: rows in one forward pass; padding changes rounding, which can decide a near tie.
-        kept: a folder that stores each task's row once it is measured; a row of the same weights, tokenizer, documents
+        run: its `statistics` keeps each task's row once it is measured; a row of the same weights, tokenizer, documents
             and settings is read from there.
 
     Returns:
@@ -99,6 +99,8 @@ def evaluate(
         number for the task.
     """
     rows: list[dict[str, Any]] = []
+    run = run or Run()
+    kept, tick = run.statistics, run.tick
     subject = _model_hash(model, without_end_token(tokenizer)) if kept else ""
     wrapped = functools.cache(lambda: _wrap(model, tokenizer, batch_size))
     with _silence(), _seeded(seed):

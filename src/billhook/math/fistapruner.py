@@ -19,7 +19,7 @@ support after every rounding, before its error counts.  A recipe has both unless
 """
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -60,14 +60,14 @@ def prune(W: Weight, target: Target, pattern: Pattern, settings: Settings) -> Sp
     C = target_cross(dense, target)
     bracket = [SMALLEST * float(C.abs().max()), float(C.abs().max())]
     # iterates in float32, twice as fast in products and memory; what they are worth is judged in float64
-    gram, centre, lack = target.gram.float(), dense.float(), (C - dense @ target.gram).float()
     L = largest_eigenvalue(target.gram)
+    smooth = Smooth(dense.float(), target.gram.float(), (C - dense @ target.gram).float(), L)
     within = replace(settings, refit_iterations=min(IN_THE_LOOP, settings.refit_iterations))
     mask, best, error = rounded(V, dense, target, pattern, within)
     first, idle, gains, ran, chosen = error, 0, 0, 0, 0.0
     while idle < settings.patience and ran < settings.rounds and bracket[1] > 0:
         penalty = math.sqrt(bracket[0] * bracket[1])
-        V = fista(V.float(), centre, gram, lack, penalty, settings.iterations, L, settings.zeros).double()
+        V = fista(V.float(), smooth, penalty, settings.iterations, settings.zeros).double()
         before = error_of(V, dense, target)
         stay, candidate, after = rounded(V, dense, target, pattern, within)
         dominates = after - before > settings.ratio * after
@@ -87,24 +87,27 @@ def prune(W: Weight, target: Target, pattern: Pattern, settings: Settings) -> Sp
     return SparseWeight(best if scale is None else best / scale, begun.damping, note)
 
 
-def fista(
-    V: Weight,
-    centre: Weight,
-    gram: Gram,
-    lack: Cross,
-    penalty: float,
-    iterations: int,
-    L: float,
-    zeros: Support | None = None,
-) -> Weight:
+@dataclass(frozen=True)
+class Smooth:
+    """The part of the problem that has a gradient, (V - centre) G - lack.
+
+    lack = C - centre G, so that it is that of the difference from the dense weight: small numbers, which float32 can
+    hold.
+    """
+
+    centre: Weight
+    gram: Gram
+    lack: Cross
+    L: float  # a bound of the largest eigenvalue of G
+
+
+def fista(V: Weight, smooth: Smooth, penalty: float, iterations: int, zeros: Support | None = None) -> Weight:
     """Step 1, in the dtype of its tensors: `iterations` accelerated proximal gradient steps from V.
 
-        Y = Z - ((Z - centre) G - lack) / L;  V = sign(Y) max(|Y| - lambda / L, 0);  Z = V + (t - 1) / t' (V - V_before)
-
-    lack = C - centre G, so that the gradient is that of the difference from the dense weight: small numbers, which
-    float32 can hold.
+    Y = Z - ((Z - centre) G - lack) / L;  V = sign(Y) max(|Y| - lambda / L, 0);  Z = V + (t - 1) / t' (V - V_before)
     """
-    gram, lack, Z, t = gram / L, lack / L, V, 1.0
+    centre, L = smooth.centre, smooth.L
+    gram, lack, Z, t = smooth.gram / L, smooth.lack / L, V, 1.0
     for _ in range(iterations):
         after = torch.nn.functional.softshrink(torch.addmm(lack, Z - centre, gram, alpha=-1).add_(Z), penalty / L)
         if zeros is not None:

@@ -127,15 +127,8 @@ def rank_after_training(
     results: dict[str, dict[str, dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         kept = run.statistics or Path(scratch)
-        answers = teacher.fill_cache(
-            model,
-            texts.train[:windows],
-            kept / "lessons",
-            k=TOP_K,
-            states=False,
-            autocast=schedule.autocast,
-            tick=run.tick,
-        )
+        asked = teacher.Lesson(TOP_K, autocast=schedule.autocast)
+        answers = teacher.fill_cache(model, texts.train[:windows], kept / "lessons", asked, tick=run.tick)
         training = Training(model, cut, texts, schedule, answers)
         for n, (name, dropped) in enumerate(candidates.items()):
             ticked = _part(run.tick, n, len(candidates), schedule.steps)

@@ -274,9 +274,7 @@ def _ask_teacher(
             opened.model,
             texts.train[: len(set(schedule.order))],
             env.teacher_folder,
-            k=chosen.top_k,
-            states=schedule.states,
-            autocast=schedule.autocast,
+            teacher.Lesson(chosen.top_k, schedule.states, schedule.autocast),
             share=(process.process_index, process.num_processes),
             tick=env.tick,
         )

@@ -32,6 +32,15 @@ EMBEDDED, HIDDEN = 0, -3
 
 
 @dataclass(frozen=True)
+class Lesson:
+    """What is kept of a teacher's predictions for a window."""
+
+    k: int  # so many of the likeliest tokens at each position
+    states: bool = False  # embeddings and the states that enter the last layer but one, too
+    autocast: torch.dtype | None = None  # that matrix products are computed in; None: the model's own
+
+
+@dataclass(frozen=True)
 class TeacherCache:
     """Files that hold the teacher's predictions, window by window."""
 
@@ -58,19 +67,14 @@ def fill_cache(
     teacher: PreTrainedModel,
     windows: Tokens,
     folder: Path,
+    lesson: Lesson,
     *,
-    k: int,
-    states: bool,
-    autocast: torch.dtype | None = None,
     share: tuple[int, int] = (0, 1),
     tick: Tick = quiet,
 ) -> TeacherCache:
     """The predictions for `windows` (windows, length); the teacher runs over those that `folder` has no file for.
 
     Args:
-        k: how many of the likeliest tokens are kept at each position.
-        states: whether embeddings and the states that enter the last layer but one are kept, too.
-        autocast: dtype that matrix products are computed in; None: the model's own.
         share: (n, count): this process makes every count-th file from the n-th on; other processes make the others.
 
     Raises:
@@ -79,20 +83,20 @@ def fill_cache(
     shards = windows.split(SHARD)
     key = {
         **cache.model_key(teacher),
-        "computed in": str(autocast or teacher.dtype),
-        "k": k,
-        "states": states,
+        "computed in": str(lesson.autocast or teacher.dtype),
+        "k": lesson.k,
+        "states": lesson.states,
     }
     files = _files(shards, folder, key)
     for path, shard in zip(files, shards, strict=True):
         if path.exists():
-            check_tensors(path, cache.AGAIN, _shapes(teacher, shard, k, states))
+            check_tensors(path, cache.AGAIN, _shapes(teacher, shard, lesson))
     for n, (path, shard) in enumerate(zip(files, shards, strict=True)):
         tick(STAGE, n, len(files))
         if n % share[1] == share[0] and not path.exists():
-            cache.write_tensors(path, _predictions(teacher, shard, k, states, autocast))
+            cache.write_tensors(path, _predictions(teacher, shard, lesson))
     tick(STAGE, len(files), len(files))
-    return TeacherCache(files, states)
+    return TeacherCache(files, lesson.states)
 
 
 def _files(shards: Sequence[Tensor], folder: Path, key: dict[str, Any]) -> list[Path]:
@@ -100,27 +104,25 @@ def _files(shards: Sequence[Tensor], folder: Path, key: dict[str, Any]) -> list[
     return [cache.path(folder, "teacher", shard_key, "safetensors") for shard_key in keys]
 
 
-def _shapes(teacher: PreTrainedModel, shard: Tokens, k: int, states: bool) -> dict[str, tuple[int, ...] | None]:
+def _shapes(teacher: PreTrainedModel, shard: Tokens, lesson: Lesson) -> dict[str, tuple[int, ...] | None]:
     """The shapes of the tensors in a shard's file; None where any will do."""
     rows, length = shard.shape
-    likeliest = (rows, length - 1, min(k, teacher.config.vocab_size))
-    hidden: dict[str, None] = dict.fromkeys(("embedded", "hidden") if states else ())
+    likeliest = (rows, length - 1, min(lesson.k, teacher.config.vocab_size))
+    hidden: dict[str, None] = dict.fromkeys(("embedded", "hidden") if lesson.states else ())
     return {"ids": likeliest, "chances": likeliest, "tail": likeliest[:2], **hidden}
 
 
 @torch.no_grad()
-def _predictions(
-    teacher: PreTrainedModel, shard: Tokens, k: int, states: bool, autocast: torch.dtype | None
-) -> dict[str, Tensor]:
+def _predictions(teacher: PreTrainedModel, shard: Tokens, lesson: Lesson) -> dict[str, Tensor]:
     batches: dict[str, list[Tensor]] = {}
     narrow = torch.uint16 if teacher.config.vocab_size <= 2**16 else torch.int32
     for batch in head_batches(shard):
-        with computing(teacher.device, autocast):
-            out = teacher(batch.to(teacher.device), use_cache=False, output_hidden_states=states)
-        ids, chances, tail = most_likely(out.logits[:, :-1], k)
+        with computing(teacher.device, lesson.autocast):
+            out = teacher(batch.to(teacher.device), use_cache=False, output_hidden_states=lesson.states)
+        ids, chances, tail = most_likely(out.logits[:, :-1], lesson.k)
         # half precision rounds log-probabilities to 0.8 % at e^-8 to e^-16; the tail keeps their sum exact
         tensors = {"ids": ids.to(narrow), "chances": chances.half(), "tail": tail}
-        if states:  # in bfloat16, since the largest activations are beyond what float16 holds
+        if lesson.states:  # in bfloat16, since the largest activations are beyond what float16 holds
             tensors["embedded"] = out.hidden_states[EMBEDDED].bfloat16()
             tensors["hidden"] = out.hidden_states[HIDDEN].bfloat16()
         for name, tensor in tensors.items():
