@@ -95,6 +95,7 @@ for ratio in map(float, args.ratios.split(",")):
             ratio=ratio,
             calibration=args.calibration,
             probes=args.probes,
+            look=False,
             **ROWS[name],
         )
         measured = perplexities(result.model)

@@ -43,7 +43,14 @@ def pruned(preset: str, ratio: float) -> Path:
     out = args.results / f"pruned-{preset}-{ratio:g}-{args.patch}"
     if not out.exists():
         patch = {} if args.patch == "none" else {"patch": args.patch}
-        given = {"method": "layerchop", "preset": preset, "ratio": ratio, "calibration": args.train, **patch}
+        given = {
+            "method": "layerchop",
+            "preset": preset,
+            "ratio": ratio,
+            "calibration": args.train,
+            "look": False,
+            **patch,
+        }
         billhook.prune(args.model, statistics=args.results / "statistics", **given).save(out)
     return out
 

@@ -125,7 +125,9 @@ def of_folder(folder: Path) -> str:
 def in_memory(family: str, text: Path, how: dict[str, Any]) -> str:
     if family in tiny.MIXTURES and "method" not in how:
         how = {"axes": ("expert_ffn",), **how, "multiple_of": 8}
-    model = billhook.prune(tiny.model(family), tokenizer=tiny.tokenizer(), calibration=str(text), **SMALL, **how).model
+    model = billhook.prune(
+        tiny.model(family), tokenizer=tiny.tokenizer(), calibration=str(text), look=False, **SMALL, **how
+    ).model
     return digest(model.state_dict(), model.config.to_dict())
 
 

@@ -86,6 +86,7 @@ def ours(method: str, budget: str) -> dict[str, Any]:
         method=method,
         calibration=args.calibration,
         samples=args.samples,
+        look=False,
         **how,
     )
     seconds = time.perf_counter() - began

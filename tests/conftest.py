@@ -87,6 +87,20 @@ def _outputs_are_verified_once(request: pytest.FixtureRequest, monkeypatch: pyte
         monkeypatch.setattr(result, "verify", verified)
 
 
+@pytest.fixture
+def looks() -> None:
+    """Asked for by tests that mean the look at the end of a prune."""
+
+
+@pytest.fixture(autouse=True)
+def _prunes_do_not_look(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a tiny random model writes takes longer to see than the model to prune."""
+    from billhook.pruning import prune
+
+    if "looks" not in request.fixturenames and "slow" not in request.keywords:
+        monkeypatch.setattr(prune, "_look", lambda *_: None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _forests_are_small() -> None:
     """Which dimension matters takes longer to say than the search that it is of."""

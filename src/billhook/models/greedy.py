@@ -44,6 +44,19 @@ def greedy_tokens(
     return output[:, ids.shape[1] :]
 
 
+def tokens_after(model: Any, ids: Tensor, new_tokens: int, *, temperature: float = 0.0) -> Tensor:
+    """What the model writes after `ids` (rows, tokens), no row ending early: (rows, `new_tokens`).
+
+    Args:
+        temperature: of the sampling, by torch's own random numbers, from all tokens; 0 takes the likeliest.
+    """
+    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    settings = GenerationConfig(max_new_tokens=new_tokens, min_new_tokens=new_tokens, pad_token_id=0, **drawn)
+    with without_generation_settings(model):
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+    return output[:, ids.shape[1] :]
+
+
 def end_tokens_of(model: Any) -> list[int]:
     """The tokens that end a text, by generation_config.json or else config.json."""
     for config in (model.generation_config, model.config):

@@ -85,6 +85,7 @@ class Compute(Part):
 
     device: str = option("auto", "auto (an accelerator if there is one), cpu, cuda, mps, …")
     dtype: str = option("auto", f"to compute in: auto, {', '.join(DTYPES)}", names=("auto", *DTYPES))
+    look: bool = option(True, "end with a look: another kind of text, repetition, small tasks; about a minute")
 
 
 PARTS = {"budget": Budget, "shape": Shape, "calibration": Calibration, "compute": Compute}

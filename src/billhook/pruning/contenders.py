@@ -57,6 +57,6 @@ def settled(one: Contender, ratio: float, common: Mapping[str, Any]) -> Recipe:
             for name, value in common.items()
             if name in OF_PARTS or name in METHODS[one.method].Settings.model_fields
         }
-        return recipe(**{**shared, **one.settings, "ratio": ratio})
+        return recipe(**{"look": False, **shared, **one.settings, "ratio": ratio})  # a comparison judges by itself
     except BillhookError as error:
         raise SettingsError(f"{one.name}: {error}") from None

@@ -15,6 +15,7 @@ from billhook.checkpoints.load import Opened
 from billhook.checkpoints.result import Result
 from billhook.checkpoints.resume import FinishedLayers
 from billhook.errors import BillhookError, SettingsError
+from billhook.evaluation.look import Look, compared, look
 from billhook.models import layout, sizes, vocabulary
 from billhook.models.experts import fuse, unfuse
 from billhook.models.families import check_known, layers
@@ -64,15 +65,17 @@ def prune(
 def prune_opened(opened: Opened, chosen: Recipe, run: Run) -> Result:
     """Prune a model that is already loaded, in place."""
     model, method = opened.model, chosen.method
-    before, total = sizes.parameters(model), len(layers(model))
+    counted, total = sizes.parameters(model), len(layers(model))
     method.check(opened, chosen)
     text = _text(opened, chosen, run)
     trimmed = _trim(opened, chosen, text, run)
     texts = method.draw(opened, chosen, text, run)  # by the tokenizer that a cut vocabulary leaves
+    before = _look(opened, chosen, run)
     with peak_growth(model.device) as growth:
         planned = method.plan(opened, chosen, texts, run)
         run.announce(method.announcement(opened, chosen, planned, texts))
         carried = method.carry_out(model, texts, planned, _keeping(opened, chosen, texts, planned, run))
+    seen = _compared(before, _look(opened, chosen, run), run)
     finish(model, chosen, opened.dtype)
     gone = planned.plan.layers
     report = {
@@ -82,7 +85,7 @@ def prune_opened(opened: Opened, chosen: Recipe, run: Run) -> Result:
         "model_type": model.config.model_type,
         "layout": layout.layout_of(model),
         "paper": method.paper,
-        "sizes": sizes.sizes(before, sizes.parameters(model), chosen.words),
+        "sizes": sizes.sizes(counted, sizes.parameters(model), chosen.words),
         "calibration": texts.record(chosen.calibration.seq_len),
         "vocabulary": trimmed,
         "selection": None,
@@ -94,6 +97,7 @@ def prune_opened(opened: Opened, chosen: Recipe, run: Run) -> Result:
         **planned.record,
         **carried,
         "cuts": [asdict(cut) for cut in carried.get("cuts", ())],
+        "look": seen,
         "seconds": {stage: round(s, 3) for stage, s in run.clock.seconds.items()},
         "peak_growth_bytes": growth(),
         "versions": records.versions(),
@@ -161,6 +165,27 @@ def _keeping(opened: Opened, chosen: Recipe, texts: Texts, planned: Planned, run
         decides |= {"computed in": str(model.dtype), "on": model.device.type}
         grams = Grams(run.statistics.absolute(), decides)
     return replace(run, finished=FinishedLayers(folder, model, grams) if folder else Finished(grams))
+
+
+def _look(opened: Opened, chosen: Recipe, run: Run) -> Look | None:
+    """A look at the model as it is; none where its weights are streamed: to write texts takes many passes."""
+    if not chosen.compute.look or offload.is_offloaded(opened.model):
+        return None
+    run.tick("looking at what it writes", 0, 1)
+    with run.clock("look"):
+        seen = look(opened.model, opened.tokenizer)
+    run.tick("looking at what it writes", 1, 1)
+    return seen
+
+
+def _compared(before: Look | None, after: Look | None, run: Run) -> Mapping[str, Any] | None:
+    """Both looks side by side; says so where the model degenerates."""
+    if before is None or after is None:
+        return None
+    seen = compared(before, after)
+    if seen["warning"]:
+        run.announce(f"warning: the pruned model {seen['warning']}")
+    return seen
 
 
 def finish(model: Any, chosen: Recipe, dtype: torch.dtype) -> None:

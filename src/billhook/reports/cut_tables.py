@@ -57,7 +57,7 @@ def zero_rows(zeros: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def cut_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What was cut, what it took, and what was trained afterwards, as (name, value); a cut may be missing."""
-    rows = _pruned_rows(cut) if "cuts" in cut else []
+    rows = [*_pruned_rows(cut), *look_rows(cut.get("look"))] if "cuts" in cut else []
     rows += recovery_rows(cut.get("recovery") or [])
     for client in cut.get("loads") or ():
         rows.append(("loads in", " ".join(str(client[key]) for key in ("client", "version") if client.get(key))))
@@ -102,6 +102,28 @@ def _pruned_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows.append(("calibration", calibration_words(cut)))
     rows.append(("seconds", ", ".join(f"{stage} {number(s, '{:,.1f}')}" for stage, s in cut["seconds"].items())))
     rows.append(("peak memory", f"{mebibytes(cut.get('peak_growth_bytes'))} beyond the loaded model"))
+    return rows
+
+
+def look_rows(look: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """What a prune's closing look saw, the unpruned model first, as (name, value)."""
+    if not look:
+        return []
+    (before, after), rows = look["perplexities"], []
+    if finite(before) and finite(after):
+        error = f" ± {look['factor_standard_error']:.3f}" if finite(look["factor_standard_error"]) else ""
+        divergence = f", {look['kl']:.3f} nats a token" if finite(look["kl"]) else ""
+        rows.append(
+            (f"on {look['text']}", f"perplexity {before:.2f} → {after:.2f} (×{look['factor']:.3f}{error}){divergence}")
+        )
+    said = {name: f"{name} {percent(a)} → {percent(b)}" for name, (a, b) in look["repetition"].items() if finite(a)}
+    if said:
+        rows.append(("repetition", ", ".join(said.values())))
+    rows.append(
+        ("small tasks", ", ".join(f"{name} {percent(a)} → {percent(b)}" for name, (a, b) in look["tasks"].items()))
+    )
+    if look["warning"]:
+        rows.append(("warning", look["warning"]))
     return rows
 
 
