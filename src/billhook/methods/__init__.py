@@ -2,6 +2,7 @@
 
 adapruner    samples and metric are searched, then as fasp
 admm         zeros: mask and least squares in turns
+auto         the best of layerchop, fasp and experts by held-out windows, refined
 experts      fewer experts in a mixture
 fasp         the units of an axis that matter least go, and what reads the axis is refitted
 fistapruner  zeros: another method's, refined by a convex problem
@@ -9,6 +10,7 @@ layerchop    whole decoder layers go
 magnitude    zeros: the smallest weights
 narrowed     settings of cuts that refit what stays
 optishear    zeros: by a score whose parts are searched
+rivals       the ways to cut that auto tries
 searched     settings of a search
 slicegpt     a narrower residual stream
 sparsegpt    zeros: column by column, and the weights to the right make up for it
@@ -19,6 +21,7 @@ zeros        what methods that make zeros have in common
 from billhook.methods import (
     adapruner,
     admm,
+    auto,
     experts,
     fasp,
     fistapruner,
@@ -35,6 +38,7 @@ from billhook.runtime import plug_ins
 OWN: dict[str, Method] = {
     method.name: method
     for method in (
+        auto.METHOD,
         fasp.METHOD,
         adapruner.METHOD,
         layerchop.METHOD,

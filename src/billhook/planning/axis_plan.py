@@ -36,7 +36,13 @@ GLOBAL_SCORE = "taylor2_element"  # where the recipe's own score does not compar
 def check(model: PreTrainedModel, recipe: Recipe) -> None:
     """Refuse what the family cannot give up, or the layout cannot hold.  Raises BillhookError."""
     limits.check_kinds(model, recipe.kinds, recipe.shape.layout)
-    if recipe.shape.layout == "uniform" and layout_of(model) == "per_layer":
+    if recipe.shape.layout == "uniform":
+        check_uniform(model)
+
+
+def check_uniform(model: PreTrainedModel) -> None:
+    """Refuse the uniform layout where it could not hold the model as it is.  Raises BillhookError."""
+    if layout_of(model) == "per_layer":
         raise BillhookError("the layers of this model differ already: use --layout per_layer")
 
 

@@ -50,7 +50,8 @@ def even_planner(
     cut = [n for n in range(len(layers(model))) if n not in spared and n not in gone]
     candidates = []
     for kind in kinds:
-        found = [axis for axis in axes(model, (kind,)) if axis.layer in cut]
+        if not (found := [axis for axis in axes(model, (kind,)) if axis.layer in cut]):
+            raise BillhookError(f"none of the layers that stay can give up {kind!r}")
         narrowest, price = min(found, key=lambda axis: axis.units), sum(axis.price(model) for axis in found)
         drops = allowed_drops(model, narrowest, recipe.shape.width_step, recipe.shape.layout)
         candidates.append(knapsack.AxisChoices(kind, narrowest.units, price, drops, limit_reason(model, narrowest)))

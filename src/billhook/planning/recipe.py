@@ -200,7 +200,7 @@ class Recipe:
             )
         if shape.axes and not method.kinds:
             raise SettingsError(f"{method.name} cuts no axis: leave out --axes")
-        if method.kinds:
+        if self.kinds:
             check_axes(self.kinds, shape.layout)
         if alien := [kind for kind in self.kinds if kind not in method.kinds]:
             own = ", ".join(method.kinds)

@@ -48,6 +48,16 @@ class Probe:
         return self._from(self._log_probabilities(self._after(start)))
 
     @torch.no_grad()
+    def divergences_of(self, other: PreTrainedModel) -> list[float]:
+        """KL(dense || another model) in nats a token, of each window."""
+        found = []
+        for window, dense in zip(self.tokens, self.reference, strict=True):
+            logits = other(window[None], use_cache=False, logits_to_keep=self._kept).logits
+            now = torch.log_softmax(logits.float(), -1)[0]
+            found.append((dense.exp() * (dense - now)).sum(-1).mean().item())
+        return found
+
+    @torch.no_grad()
     def divergence_of(self, other: PreTrainedModel) -> float:
         """KL(dense || another model) in nats a token."""
         now = torch.log_softmax(other(self.tokens, use_cache=False, logits_to_keep=self._kept).logits.float(), -1)

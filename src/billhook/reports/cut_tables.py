@@ -83,6 +83,7 @@ def _pruned_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
     if dropped := cut.get("dropped_layers"):
         kept = f"; kept: {ranges(cut['kept_layers'])}" if cut.get("kept_layers") else ""
         rows.append(("layers", f"dropped: {ranges(dropped)}{kept} (numbered from 0)"))
+    rows += auto_rows(cut)
     if selection := cut.get("selection"):
         rows.append(("layers chosen", selection_words(selection)))
     if search := cut.get("search"):
@@ -102,6 +103,23 @@ def _pruned_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows.append(("calibration", calibration_words(cut)))
     rows.append(("seconds", ", ".join(f"{stage} {number(s, '{:,.1f}')}" for stage, s in cut["seconds"].items())))
     rows.append(("peak memory", f"{mebibytes(cut.get('peak_growth_bytes'))} beyond the loaded model"))
+    return rows
+
+
+def auto_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the method `auto` has tried and taken, and what refining it came to, as (name, value)."""
+    if not (auto := cut.get("auto")):
+        return []
+    tried = ", ".join(f"{name} {number(loss, '{:.3f}')}" for name, loss in auto["tried"].items())
+    windows = f"nats a token on held-out windows, fitted on {auto['trial_windows']}"
+    rows = [("chosen", f"{auto['chosen']}; tried: {tried} ({windows})" if tried else auto["chosen"])]
+    if refined := cut.get("refined"):
+        errors = [
+            f"layers {one['first']}-{one['last']}: error {number(one['before'], '{:.3f}')} → {number(one['after'], '{:.3f}')}"
+            + ("" if one["kept"] else ", left as it was")
+            for one in refined
+        ]
+        rows.append(("refined", f"{', '.join(errors)} (as numbered after the cut, on held-out windows)"))
     return rows
 
 

@@ -1,0 +1,137 @@
+"""The best cut that the minutes buy: rivals are tried on held-out windows, and the winner is refined."""
+
+from dataclasses import asdict, dataclass, replace
+from statistics import fmean
+from typing import Any
+
+from billhook.choices import KINDS
+from billhook.errors import SettingsError
+from billhook.methods.rivals import Effort, best, ready, tried
+from billhook.planning.method import LAYOUT, Method, MethodSettings, Opened, Planned, Run, Texts
+from billhook.planning.recipe import Recipe
+from billhook.runtime.options import option
+
+EFFORTS = {
+    "quick": "one way to cut, whole layers where they can be had; one pass of refinement",
+    "normal": "up to three ways, each fitted on a quarter of the windows",
+    "thorough": "every way, each fitted on all windows; a longer refinement",
+}
+SPENT = {
+    "quick": Effort(rivals=1, trial=0.25, blocks=1, passes=1.0),
+    "normal": Effort(rivals=3, trial=0.25, blocks=2, passes=2.0),
+    "thorough": Effort(rivals=8, trial=1.0, blocks=8, passes=4.0),
+}
+
+
+class AutoSettings(MethodSettings):
+    """How hard to look, and whether what is left is refined; why these defaults: docs/LOG.md."""
+
+    effort: str = option("normal", f"how much may be tried: {', '.join(EFFORTS)}", names=EFFORTS)
+    refine: bool = option(
+        True, "move what the cut has left towards the unpruned model, by gradient, a few layers at once"
+    )
+
+
+@dataclass(frozen=True)
+class Won:
+    """What `carry_out` does: the winner's own cut, and a refinement of it or None."""
+
+    method: Method
+    planned: Planned
+    refining: Any
+
+    @property
+    def stream(self) -> str:
+        """What a layer sees."""
+        return getattr(self.planned.settings, "stream", "")
+
+
+class Auto(Method):
+    name = "auto"
+    title = "The best cut that the minutes buy"
+    paper = "after arXiv:2305.14864, 2501.09412, 2510.13999, 2510.14444"
+    does = (
+        "Tries what the family can give up, whole layers with a patch, widths, experts, and in the per_layer layout uneven widths, "
+        "and takes what is nearest to the unpruned model on windows that no fit has seen; the simpler one, where these do not tell "
+        "two apart. Then what stands beside the cut is moved by gradient until it puts out what the unpruned model does there."
+    )
+    needs = "calibration text; gradients of ten layers at a time"
+    costs = (
+        "a trial of each cut on a part of the windows, the winner on all, and a few passes over them, forth and back"
+    )
+    loads = LAYOUT
+    example = "billhook prune demo --ratio 0.2 -o smaller"
+    Settings = AutoSettings
+    kinds = (*KINDS, "layers")
+
+    def fits(self, recipe: Recipe) -> None:
+        if recipe.shape.spread.name != "equal":
+            raise SettingsError("auto decides which layers give how much: leave out --allocation, or name a --method")
+
+    def judges(self, recipe: Recipe) -> bool:
+        return True
+
+    def searches(self, recipe: Recipe) -> bool:
+        return True
+
+    def why_unforeseen(self, recipe: Recipe) -> str:
+        return "auto decides by what it tries"
+
+    def check(self, opened: Opened, recipe: Recipe) -> None:
+        from billhook.planning.axis_plan import check, check_uniform
+
+        if recipe.shape.axes:
+            check(opened.model, recipe)
+        elif recipe.shape.layout == "uniform":
+            check_uniform(opened.model)
+
+    def plan(self, opened: Opened, recipe: Recipe, texts: Texts, run: Run) -> Planned:
+        from billhook.models.plan import Plan
+        from billhook.runtime.offload import is_offloaded
+        from billhook.training.refinement import Refining
+
+        if not recipe.sized:
+            return Planned(Plan(), None)  # the vocabulary alone
+        effort, streamed = SPENT[recipe.settings.effort], is_offloaded(opened.model)
+        if streamed:  # a trial would copy the model
+            effort = replace(effort, rivals=1)
+        able, refused = ready(opened, recipe, effort, texts, run)
+        losses: dict[str, list[float]] = {}
+        few = texts.calibration[: max(1, round(effort.trial * len(texts.calibration)))]
+        if len(able) > 1:
+            losses = dict(tried(opened, able, replace(texts, calibration=few), run))
+        name = best(losses) if losses else next(iter(able))
+        method, planned = able[name]
+        refining = Refining(passes=effort.passes) if recipe.settings.refine and not streamed else None
+        record = {
+            "chosen": name,
+            "tried": {name: fmean(each) for name, each in losses.items()},
+            "trial_windows": len(few),
+            "refused": refused,
+        }
+        won = Won(method, planned, refining)
+        return Planned(planned.plan, won, planned.scores, {**planned.record, "auto": record})
+
+    def carry_out(self, model: Any, texts: Texts, planned: Planned, run: Run) -> dict[str, Any]:
+        from billhook.models.families import layers
+        from billhook.training.refinement import goals, refine, spans
+
+        if planned.plan.empty:
+            return {"cuts": []}
+        won: Won = planned.settings
+        if won.refining is None:
+            return won.method.carry_out(model, texts, won.planned, run)
+        total, plan = len(layers(model)), planned.plan
+        kept = [n for n in range(total) if n not in plan.layers]
+        wanted = spans(kept, {n for (n, _), count in plan.drops.items() if count}, total, won.refining.length)
+        aims = goals(model, texts.calibration, wanted, won.refining, run)
+        carried = won.method.carry_out(model, texts, won.planned, run)
+        refined = refine(model, texts.calibration, list(zip(wanted, aims, strict=True)), won.refining, run)
+        return {**carried, "refined": [asdict(one) for one in refined]}
+
+    def announcement(self, opened: Opened, recipe: Recipe, planned: Planned, texts: Texts) -> str:
+        line = super().announcement(opened, recipe, planned, texts)
+        return f"{planned.record['auto']['chosen']}: {line}" if planned.record else line
+
+
+METHOD = Auto()

@@ -1,0 +1,176 @@
+"""The ways to cut that `auto` tries, and which is best by windows that no fit has seen."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean, stdev
+from typing import Any
+
+from billhook.choices import MIXED
+from billhook.errors import BillhookError
+from billhook.methods import experts, fasp, layerchop
+from billhook.planning.method import Method, Opened, Planned, Run, Texts
+from billhook.planning.recipe import Recipe
+
+Ready = tuple[Method, Planned]  # a method, and what it will do
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What may be spent."""
+
+    rivals: int  # the most cuts to try
+    trial: float | int  # share of the calibration windows that a trial is fitted on
+    blocks: int  # probe windows by which blocks of layers are weighed
+    passes: float | int  # of the refinement over the calibration windows
+
+
+@dataclass(frozen=True)
+class Rival:
+    """One way to cut: what goes, in which layouts, and how its plan is made."""
+
+    name: str
+    kinds: tuple[str, ...]
+    layouts: tuple[str, ...]
+    ready: Callable[[Opened, Recipe, Effort, Texts, Run], Ready]
+
+    def may(self, opened: Opened, recipe: Recipe) -> bool:
+        """Whether it is asked for, and can be had of this family in this layout."""
+        from billhook.models.limits import check_kinds
+
+        asked, layout = recipe.shape.axes, recipe.shape.layout
+        if layout not in self.layouts or (asked and not set(self.kinds) <= set(asked)):
+            return False
+        units = tuple(kind for kind in self.kinds if kind != "layers")
+        if set(units) & set(MIXED) and not _is_mixture(opened):
+            return False
+        try:
+            check_kinds(opened.model, units or ("ffn",), layout)
+        except BillhookError:
+            return not units and layout == "uniform"
+        return True
+
+
+def ready(
+    opened: Opened, recipe: Recipe, effort: Effort, texts: Texts, run: Run
+) -> tuple[dict[str, Ready], dict[str, str]]:
+    """Every rival that can meet the budget, by name; and why others cannot.
+
+    Raises:
+        BillhookError: none can; says why the first could not.
+    """
+    able: dict[str, Ready] = {}
+    refused: dict[str, BillhookError] = {}
+    for rival in RIVALS:
+        if len(able) == effort.rivals or not rival.may(opened, recipe):
+            continue
+        try:
+            able[rival.name] = rival.ready(opened, recipe, effort, texts, run)
+        except BillhookError as error:
+            refused[rival.name] = error
+    if not able:
+        family = opened.model.config.model_type
+        raise next(iter(refused.values()), BillhookError(f"{family} can give up none of it: name other --axes"))
+    return able, {name: str(error) for name, error in refused.items()}
+
+
+def tried(opened: Opened, able: Mapping[str, Ready], texts: Texts, run: Run) -> Iterator[tuple[str, list[float]]]:
+    """How far each cut, fitted on these windows, is from the unpruned model: nats a token of each probe window."""
+    from billhook.planning.sensitivity import Probe
+    from billhook.runtime.run import Run
+
+    probe = Probe(opened.model, texts.probe)
+    for number, (name, (method, planned)) in enumerate(able.items()):
+        run.tick("trying cuts", number, len(able))
+        with run.clock("trials"):
+            trial = copy.deepcopy(opened.model)
+            method.carry_out(trial, texts, planned, Run(hidden=run.hidden))
+            yield name, probe.divergences_of(trial)
+            del trial  # before the next copy is made
+    run.tick("trying cuts", len(able), len(able))
+
+
+def best(losses: Mapping[str, Sequence[float]]) -> str:
+    """The first that is not worse than the least by more than two standard errors of the difference, window by window."""
+    least = min(losses, key=lambda name: fmean(losses[name]))
+    for name, each in losses.items():
+        more = [a - b for a, b in zip(each, losses[least], strict=True)]
+        if fmean(more) <= (2 * stdev(more) / len(more) ** 0.5 if len(more) > 1 else 0.0):
+            return name
+    return least
+
+
+def _is_mixture(opened: Opened) -> bool:
+    from billhook.models.families import row_of
+
+    return bool(row_of(opened.model).experts)
+
+
+def _of(recipe: Recipe, method: Method, kinds: tuple[str, ...], allocation: str = "equal") -> Recipe:
+    """The same budget for another method, with its default settings."""
+    shape = recipe.shape.model_copy(update={"axes": kinds, "allocation": allocation})
+    shape.__dict__.pop("spread", None)  # of the allocation before
+    return replace(recipe, method=method, settings=method.Settings(), shape=shape)
+
+
+def _layers(opened: Opened, recipe: Recipe, effort: Effort, texts: Texts, run: Run) -> Ready:
+    """As many neighbouring layers as the budget takes, those that are missed least; what is left of it by widths."""
+    from billhook.calibration.layer_importance import chosen
+    from billhook.cuts.chopping import check_patch
+    from billhook.cuts.settings import Chopping
+    from billhook.math import layer_presets
+    from billhook.models.families import layers
+    from billhook.planning.budget import solved
+    from billhook.planning.layer_plan import by_depth
+    from billhook.planning.planners import even_planner
+    from billhook.runtime.offload import is_offloaded
+
+    model, total = opened.model, len(layers(opened.model))
+    narrowed = tuple(kind for kind in recipe.shape.axes if kind != "layers")
+    widths = _of(recipe, fasp.METHOD, narrowed or (("expert_ffn",) if _is_mixture(opened) else ("ffn",)))
+
+    def plan(gone: Sequence[int]) -> Any:
+        return solved(opened, widths, even_planner(model, widths, gone=gone), run.tick)
+
+    count, refused = len(solved(opened, recipe, by_depth(model), run.tick).layers), None
+    while count:
+        try:  # whether the budget can be met does not depend on which layers go
+            plan(layer_presets.middle(total, count))
+            break
+        except BillhookError as error:
+            count, refused = count - 1, refused or error
+    if not count:
+        raise refused or BillhookError("the budget is less than a layer")
+    preset = "angular" if is_offloaded(model) else "contiguous"  # one pass, where weights are read from files
+    with run.clock("layers"):
+        windows = texts.calibration, texts.probe[: effort.blocks]
+        found = plan(chosen(model, preset, count, *windows, run, recipe.calibration.seed))
+    if found.kinds:
+        return fasp.METHOD, Planned(found, widths.settings.cut)
+    try:
+        check_patch(model, found.layers)
+        patch = "linear"
+    except BillhookError:
+        patch = "none"
+    return layerchop.METHOD, Planned(replace(found, drops={}), Chopping(patch))
+
+
+def _planned_by(
+    method: Method, *kinds: str, allocation: str = "equal"
+) -> Callable[[Opened, Recipe, Effort, Texts, Run], Ready]:
+    def planned(opened: Opened, recipe: Recipe, effort: Effort, texts: Texts, run: Run) -> Ready:
+        return method, method.plan(opened, _of(recipe, method, kinds, allocation), texts, run)
+
+    return planned
+
+
+STOCK, UNEVEN = ("uniform",), ("per_layer",)
+RIVALS = (  # the simpler ones first
+    Rival("whole layers", ("layers",), STOCK + UNEVEN, _layers),
+    Rival("fewer experts", ("experts",), STOCK, _planned_by(experts.METHOD, "experts")),
+    Rival("narrower experts", ("expert_ffn",), STOCK, _planned_by(fasp.METHOD, "expert_ffn")),
+    Rival("equal widths", ("ffn",), STOCK, _planned_by(fasp.METHOD, "ffn")),
+    Rival(
+        "uneven widths", ("ffn", "groups"), UNEVEN, _planned_by(fasp.METHOD, "ffn", "groups", allocation="sensitivity")
+    ),
+)

@@ -1,0 +1,252 @@
+"""Block-local refinement: what a cut has left is moved by gradient until it puts out what the unpruned model does there.
+
+A span is a few layers of the cut model that follow each other.  Its inputs x (tokens, hidden) are what the cut model
+puts out before it, its goal y what the unpruned model has after it:
+
+    minimise over all weights of the span  E ||s(x) - y||^2 / ||y||^2
+
+by Adam, a few passes over the calibration windows, span after span, so that each sees what those before it have become
+(Free Lunch, arXiv:2510.14444; the last step of AA-SVD).  No graph is larger than a span, and no logit is computed.  What
+was tried of other norms, and lost: docs/LOG.md.
+"""
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from billhook.calibration.forward import enter, run_layer
+from billhook.models.families import layers
+from billhook.runtime.activations import State
+from billhook.runtime.offload import loaded
+from billhook.runtime.run import Run
+from billhook.tensors import Tokens
+
+HELD_OUT = 0.1  # share of the windows, the last ones, that judge a span before and after
+STAGE = "refining"
+
+
+@dataclass(frozen=True)
+class Refining:
+    """What may be chosen; why these defaults: docs/LOG.md."""
+
+    passes: float | int = 2  # over the windows that are trained on
+    rate: float = 3e-4  # peak; a cosine to zero follows
+    length: int = 10  # layers in a span
+    rows: int = 1  # windows in a step
+
+
+@dataclass(frozen=True)
+class Span:
+    """Layers of the cut model that are refined together, and the unpruned model's layer whose input is their goal."""
+
+    first: int
+    last: int
+    after: int  # the number of layers stands for what the last one puts out
+
+
+Goal = Sequence[State]  # what a span is to put out: (rows, length, hidden) of every step's windows
+
+
+@dataclass(frozen=True)
+class Refined:
+    """What became of a span: relative errors on windows that it was not trained on."""
+
+    first: int
+    last: int
+    before: float
+    after: float
+    kept: bool  # whether it was better, and the weights stay
+
+
+def spans(kept: Sequence[int], touched: Collection[int], total: int, length: int) -> list[Span]:
+    """Spans that cover all touched layers and what stands beside a gap.
+
+    Args:
+        kept: the layers that stay, as numbered before the cut, ascending.
+        touched: those of `kept` whose weights were changed.
+        total: layers before the cut.
+        length: layers in a span, at most.
+    """
+    places = [n for n, layer in enumerate(kept) if layer in touched]
+    beside = [n for n in range(len(kept) + 1) if _gap(kept, n, total)]
+    if not places and not beside:
+        return []
+    if len(places) > length or not beside:  # spread over the model: tile it
+        first = min([*places, *beside])
+        last = max([*places, *(n - 1 for n in beside)], default=first)
+        starts = range(first, min(last, len(kept) - 1) + 1, length)
+    else:
+        starts = sorted({min(max(0, n - length // 2), max(0, len(kept) - length)) for n in beside})
+    found: list[Span] = []
+    for start in starts:
+        first = max(start, found[-1].last + 1) if found else start
+        last = min(start + length, len(kept)) - 1
+        if first <= last:
+            after = kept[last + 1] if last + 1 < len(kept) else total
+            found.append(Span(first, last, after))
+    return found
+
+
+def _gap(kept: Sequence[int], n: int, total: int) -> bool:
+    """Whether layers are missing before the n-th of those that stay, or after the last."""
+    before = kept[n - 1] if n else -1
+    return (kept[n] if n < len(kept) else total) != before + 1
+
+
+def goals(model: PreTrainedModel, tokens: Tokens, wanted: Sequence[Span], settings: Refining, run: Run) -> list[Goal]:
+    """What each span is to put out, of the unpruned model: one pass over the windows."""
+    found: list[list[State]] = [[] for _ in wanted]
+    batches, last = list(tokens.split(settings.rows)), max(span.after for span in wanted)
+    with run.clock("goals"), torch.no_grad():
+        for b, batch in enumerate(batches):
+            run.tick("goals of refinement", b, len(batches))
+            (state,), (calls,) = enter(model, [batch])
+            for n, module in enumerate(layers(model)[:last]):
+                state = run_layer(module, state, calls[n])
+                for span, states in zip(wanted, found, strict=True):
+                    if span.after == n + 1:
+                        states.append(run.hidden.keep(state))
+    run.tick("goals of refinement", len(batches), len(batches))
+    return list(found)
+
+
+def refine(
+    model: PreTrainedModel,
+    tokens: Tokens,
+    aims: Sequence[tuple[Span, Goal]],
+    settings: Refining,
+    run: Run,
+) -> list[Refined]:
+    """Refine the spans of a cut model, in place, from the input to the output."""
+    batches, found = list(tokens.split(settings.rows)), []
+    with run.clock("refinement"):
+        with torch.no_grad():
+            states, calls = enter(model, batches, run.hidden.keep)
+        at = 0
+        for number, (span, goal) in enumerate(aims):
+            states = _advanced(model, states, calls, range(at, span.first), run)
+
+            def tick(_: str, done: int, total: int, number: int = number) -> None:
+                run.tick(STAGE, number * total + done, len(aims) * total)
+
+            found.append(_refine(model, span, goal, (states, calls), replace(run, tick=tick), settings))
+            at = span.first
+    return found
+
+
+def _refine(
+    model: PreTrainedModel,
+    span: Span,
+    goal: Goal,
+    given: tuple[Sequence[State], Sequence[list[dict[str, Any]]]],
+    run: Run,
+    settings: Refining,
+) -> Refined:
+    states, calls = given
+    modules = list(layers(model)[span.first : span.last + 1])
+    trained = len(states) - max(1, int(HELD_OUT * len(states)))
+    steps = max(1, round(settings.passes * trained))
+
+    def off(b: int) -> Tensor:
+        return _error(_run(modules, states[b].read(), calls[b][span.first :]), goal[b].read())
+
+    def held_out() -> float:
+        with torch.no_grad():
+            errors = [off(b).item() for b in range(trained, len(states))]
+        return math.sqrt(sum(errors) / len(errors))
+
+    with _in_float32(modules) as weights:
+        whole = [weight.detach().clone() for weight in weights]
+        before = held_out()
+        optimizer = torch.optim.AdamW(weights, lr=settings.rate, betas=(0.9, 0.99), weight_decay=0.0)
+        for step, b in enumerate(_order(trained, steps)):
+            run.tick(STAGE, step, steps)
+            for group in optimizer.param_groups:
+                group["lr"] = settings.rate * min(1, (step + 1) / 5) * (1 + math.cos(math.pi * step / steps)) / 2
+            optimizer.zero_grad()
+            with torch.enable_grad():
+                loss = off(b)
+                loss.backward()
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+        run.tick(STAGE, steps, steps)
+        after = held_out()
+        better = after < before  # false also where it is no longer a number
+        if not better:
+            for weight, old in zip(weights, whole, strict=True):
+                weight.data.copy_(old)
+    return Refined(span.first, span.last, before, after, better)
+
+
+def _order(count: int, steps: int) -> Iterator[int]:
+    """`steps` numbers of batches, all of them once before any is twice."""
+    drawn, generator = 0, torch.Generator().manual_seed(0)
+    while drawn < steps:
+        for b in torch.randperm(count, generator=generator).tolist()[: steps - drawn]:
+            drawn += 1
+            yield b
+
+
+def _error(output: Tensor, goal: Tensor) -> Tensor:
+    """The relative squared error, mean over tokens but each window's first, which is an attention sink."""
+    y = goal[:, 1:].to(output)
+    return ((output[:, 1:] - y).square().sum(-1) / y.square().sum(-1)).mean()
+
+
+def _run(modules: Sequence[nn.Module], state: Tensor, calls: Sequence[dict[str, Any]]) -> Tensor:
+    state = state.float()
+    for module, call in zip(modules, calls, strict=False):
+        state = _through(module, state, {name: _as_float32(value) for name, value in call.items()})
+    return state
+
+
+def _through(module: nn.Module, state: Tensor, call: dict[str, Any]) -> Tensor:
+    """The output of a layer, with a graph."""
+    out = module(state, **call)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _advanced(
+    model: PreTrainedModel,
+    states: Sequence[State],
+    calls: Sequence[list[dict[str, Any]]],
+    numbers: range,
+    run: Run,
+) -> list[State]:
+    """The states after some layers."""
+    moved = list(states)
+    for n in numbers:
+        with loaded(layers(model)[n], edits=False):
+            moved = [
+                run.hidden.keep(run_layer(layers(model)[n], x.read(), call[n]))
+                for x, call in zip(moved, calls, strict=True)
+            ]
+    return moved
+
+
+def _as_float32(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    return tuple(map(_as_float32, value)) if isinstance(value, tuple) else value
+
+
+@contextmanager
+def _in_float32(modules: Sequence[nn.Module]) -> Iterator[list[nn.Parameter]]:
+    """While open, layers are in float32 and their weights, which are yielded, ask for gradients."""
+    weights = [weight for module in modules for weight in module.parameters() if weight.is_floating_point()]
+    before = [(weight.dtype, weight.requires_grad) for weight in weights]
+    for weight in weights:
+        weight.data = weight.data.float()
+        weight.requires_grad_(True)
+    try:
+        yield weights
+    finally:
+        for weight, (dtype, asked) in zip(weights, before, strict=True):
+            weight.data, weight.grad = weight.data.to(dtype), None
+            weight.requires_grad_(asked)
