@@ -100,9 +100,9 @@ for ratio in map(float, args.ratios.split(",")):
         )
         measured = perplexities(result.model)
         found = " | ".join(f"{p:.2f} | {p / dense:.3f}" for p, dense in zip(measured, base, strict=True))
-        size = result.report["sizes"]["after"]["parameters"]
+        size = result.record["sizes"]["after"]["parameters"]
         print(
-            f"| {ratio:.0%} | {ROWS[name]['layout']} | {name} | {size:,} | {found} | {said(result.report)} |",
+            f"| {ratio:.0%} | {ROWS[name]['layout']} | {name} | {size:,} | {found} | {said(result.record)} |",
             flush=True,
         )
-        keep(ratio, name, size, measured, said(result.report))
+        keep(ratio, name, size, measured, said(result.record))

@@ -63,7 +63,7 @@ common = {"texts": [one.sha256 for one in scoring.texts], "windows": [args.windo
 def row(budget: str, chosen: dict[str, Any]) -> dict[str, Any]:
     how = {"pattern": budget} if ":" in budget else {"sparsity": float(budget)}
     found = billhook.prune(args.model, calibration=args.calibration, samples=args.samples, look=False, **how, **chosen)
-    return {"losses": scoring(found.model, found.tokenizer), "report": found.report}
+    return {"losses": scoring(found.model, found.tokenizer), "report": found.record}
 
 
 def errors(report: dict[str, Any]) -> dict[str, tuple[float, float]]:

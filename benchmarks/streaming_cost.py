@@ -29,7 +29,7 @@ found = billhook.prune(sys.argv[1], ratio=0.2, calibration=sys.argv[2], samples=
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 found.save(sys.argv[3])
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps([sum(found.report["seconds"].values()), before / 1024, after / 1024]))
+print(json.dumps([sum(found.record["seconds"].values()), before / 1024, after / 1024]))
 """
 
 

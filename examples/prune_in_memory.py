@@ -15,8 +15,8 @@ import billhook
 def main(model: str = "demo", out: str = "smaller", **settings: Any) -> None:
     """Settings are those of `billhook prune`: method, calibration, samples, layout, …"""
     result = billhook.prune(model, **{"ratio": 0.2, **settings})
-    sizes = result.report["sizes"]
-    print(f"{sizes['before']['parameters']:,} parameters became {sizes['after']['parameters']:,}")
+    if sizes := result.report.sizes:
+        print(f"{sizes.before.parameters:,} parameters became {sizes.after.parameters:,}")
 
     inputs = result.tokenizer("Once upon a time", return_tensors="pt")
     ids = result.model.generate(**inputs, max_new_tokens=20, do_sample=False)

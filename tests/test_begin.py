@@ -140,7 +140,7 @@ def test_all_that_a_prune_reads_begins_so(name: str, seen: list[list[int]], tmp_
     given = {"samples": 6, "seq_len": 32, "calibration": str(text_file), **PRUNES[name]}
     if given.get("method") not in ("layerchop", "optishear"):
         given["multiple_of"] = 4
-    found = billhook.prune(tiny.model("llama"), tokenizer=BEGUN, **given).report
+    found = billhook.prune(tiny.model("llama"), tokenizer=BEGUN, **given).record
     assert seen and {row[0] for row in seen} == {BEGIN} and all(BEGIN not in row[1:] for row in seen)
     assert found["calibration"]["begins_with"] == ["<s>"]
 
@@ -181,7 +181,7 @@ def test_all_that_a_recovery_trains_and_judges_on_begins_so(
     held.write_text(tiny.text(300, 30))
     asked: dict[str, Any] = {"seq_len": 16, "device": "cpu", "precision": "float32", "lr": 1e-3, "tokens": 320}
     texts = {"text": (str(text_file),), "held_out": (str(held),), "teacher": str(folder)}
-    found = recover.recover(folder, work=tmp_path / "work", **texts, **asked).report
+    found = recover.recover(folder, work=tmp_path / "work", **texts, **asked).record
     assert seen and {row[0] for row in seen} == {BEGIN}
     (found,) = found["recovery"]
     assert found["begins_with"] == ["<s>"]

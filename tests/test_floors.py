@@ -28,7 +28,7 @@ FLOORS = (  # low to high: folders, and files that stand beside them
     {"search", "planning"},
     {"methods"},
     {"pruning"},
-    {"cli"},
+    {"cli", "results"},
     {"api"},  # the commands as functions
     {"", "__main__"},  # the doors: they load the rest on first use, since torch takes seconds
 )

@@ -6,7 +6,7 @@ What cannot work raises a BillhookError of one line, which names arguments where
 import functools
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -29,6 +29,7 @@ from billhook.pruning import prune as pruning
 from billhook.pruning.contenders import contender, settled
 from billhook.recovery import forecast as forecasting
 from billhook.recovery import recover as recovering
+from billhook.results import Anatomy, Checked, Exported, Forecast, Measured, Point
 from billhook.runtime.progress import Tick
 from billhook.runtime.progress import quiet as silent
 
@@ -52,7 +53,7 @@ def for_python(function: Callable[Given, Made]) -> Callable[Given, Made]:
 
 
 @contextmanager
-def bars(quiet: bool) -> Iterator[Tick]:
+def bars(quiet: bool) -> Generator[Tick, None, None]:
     """Progress bars, unless there are to be none."""
     if quiet:
         yield silent
@@ -91,8 +92,8 @@ def prune(
         BillhookError: anything that cannot work, in one line; a model on disk is never changed.
     """
     with bars(quiet or "tick" in settings) as tick:
-        given = {"tick": tick, "method": method, "tokenizer": tokenizer} | settings
-        return pruning.prune(model, recipe, **given)
+        settings.setdefault("tick", tick)
+        return pruning.prune(model, recipe, method=method, tokenizer=tokenizer, **settings)
 
 
 def search(model: Any, *, method: str = "adapruner", **settings: Any) -> Result:
@@ -109,7 +110,8 @@ def recover(model: str | os.PathLike[str], *, quiet: bool = False, **settings: A
             `billhook.recovery.recover.recover`.
     """
     with bars(quiet or "tick" in settings) as tick:
-        return recovering.recover(model, **{"tick": tick, **settings})
+        settings.setdefault("tick", tick)
+        return recovering.recover(model, **settings)
 
 
 @for_python
@@ -122,7 +124,7 @@ def evaluate(
     dtype: str = "auto",
     quiet: bool = False,
     **measures: Any,
-) -> list[dict[str, Any]]:
+) -> list[Measured]:
     """Measure models side by side: size, perplexity, speed, memory, and what they write.
 
     Args:
@@ -137,7 +139,8 @@ def evaluate(
         for one in opened:
             loading.check_positions(one, asked.seq_len)
         subjects = [side_by_side.Subject.of(one) for one in opened]
-        return side_by_side.side_by_side(subjects, asked, against is not None, tick)
+        found = side_by_side.side_by_side(subjects, asked, against is not None, tick)
+        return [Measured.of(one) for one in found]
 
 
 @for_python
@@ -150,7 +153,7 @@ def compare(
     windows: int | None = None,
     quiet: bool = False,
     **common: Any,
-) -> list[dict[str, Any]]:
+) -> list[Point]:
     """Prune a model by several methods at one size, and judge the results on the same texts.
 
     Args:
@@ -166,7 +169,9 @@ def compare(
     recipes = [settled(one, ratio, common) for one in contenders for ratio in ratios]
     with bars(quiet) as tick:
         opened, by = _judged(model, recipes[0], text, windows, tick)
-        return comparing.compare(opened, contenders, ratios, by, common, jobs=jobs, tick=tick)
+        return [
+            Point.of(one) for one in comparing.compare(opened, contenders, ratios, by, common, jobs=jobs, tick=tick)
+        ]
 
 
 @for_python
@@ -179,7 +184,7 @@ def sweep(
     windows: int | None = None,
     quiet: bool = False,
     **common: Any,
-) -> list[dict[str, Any]]:
+) -> list[Point]:
     """Prune a model at many ratios: a point for the unpruned model, then one for each ratio.
 
     In the dense stream, the default here, one pass over the calibration text serves all.
@@ -188,7 +193,7 @@ def sweep(
     recipes = [settled(one, ratio, {"stream": "dense", **common}) for ratio in ratios]
     with bars(quiet) as tick:
         opened, by = _judged(model, recipes[0], text, windows, tick)
-        return comparing.sweep(opened, one.name, recipes, by, tick)
+        return [Point.of(point) for point in comparing.sweep(opened, one.name, recipes, by, tick)]
 
 
 def _judged(
@@ -209,11 +214,12 @@ def export(
     quantize: str = "F16",
     overwrite: bool = False,
     quiet: bool = False,
-) -> Mapping[str, Any]:
+) -> Exported:
     """Write a model as one GGUF file, for llama.cpp; what was written."""
     with bars(quiet) as tick:
         opened = loading.open_model(os.fspath(model), device="cpu", dtype="float32", tick=tick)
-        return write_gguf(opened.model, opened.tokenizer, Path(path), quantize, tick, overwrite=overwrite)
+        written = write_gguf(opened.model, opened.tokenizer, Path(path), quantize, tick, overwrite=overwrite)
+        return Exported.of(written)
 
 
 @for_python
@@ -223,33 +229,36 @@ def check(
     *,
     python: str | None = None,
     trust_remote_code: bool = False,
-) -> Mapping[str, Any]:
+) -> Checked:
     """Load a checkpoint in a process of a stock client, without billhook, and compare tokens and logits."""
     loading.check_folder(Path(path), os.fspath(path))
-    return clients.check(Path(path), client, python, trust_remote_code)
+    return Checked.of(clients.check(Path(path), client, python, trust_remote_code))
 
 
 @for_python
-def inspect(model: str | os.PathLike[str]) -> dict[str, Any]:
+def inspect(model: str | os.PathLike[str]) -> Anatomy:
     """What a model is made of and what can be pruned, without loading its weights."""
-    return {"model": os.fspath(model), **limits.anatomy(loading.open_skeleton(os.fspath(model), silent))}
+    name = os.fspath(model)
+    return Anatomy.of({"model": name, **limits.anatomy(loading.open_skeleton(name, silent))})
 
 
 @for_python
 def forecast(
     model: str | os.PathLike[str],
     ratio: float,
-    minutes: float,
+    minutes: float | int,
     *,
     seq_len: int = 512,
-    seconds: float = MEASURING_SECONDS,
+    seconds: float | int = MEASURING_SECONDS,
     device: str = "auto",
     quiet: bool = False,
-) -> dict[str, Any]:
+) -> Forecast:
     """How fast this machine trains a model cut by `ratio`, how many tokens the minutes buy, and the commands to run."""
     with bars(quiet) as tick:
-        how = {"seq_len": seq_len, "seconds": seconds, "device": device, "tick": tick}
-        return forecasting.forecast(os.fspath(model), ratio, minutes, **how)
+        told = forecasting.forecast(
+            os.fspath(model), ratio, minutes, seq_len=seq_len, seconds=seconds, device=device, tick=tick
+        )
+        return Forecast.of(told)
 
 
 @for_python

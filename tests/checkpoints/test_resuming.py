@@ -75,7 +75,7 @@ def test_what_was_cut_off_goes_on_to_the_same_bits(
         again = billhook.prune(model, calibration=str(text_file), samples=10, seq_len=32, work=work, **more)
         assert same(tmp_path / "whole", again.save(tmp_path / f"again-{after}"))
         for part in ("cuts", "zeros"):
-            assert again.report[part] == whole.report[part]
+            assert again.record[part] == whole.record[part]
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
@@ -147,7 +147,7 @@ def test_whichever_layers_are_done_the_others_end_in_the_same_bits(
         again = made(left_by(tmp_path / "all", done, tmp_path / f"alone-{done}"))
         assert states(again) == states(whole), done
         for part in ("cuts", "zeros"):
-            assert again.report[part] == whole.report[part], done
+            assert again.record[part] == whole.record[part], done
     if alone and settings in SLOW:
         for done in parts:
             assert states(made(left_by(tmp_path / "all", done, tmp_path / f"shared-{done}"), 2)) == states(whole), done

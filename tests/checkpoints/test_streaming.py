@@ -245,7 +245,7 @@ def test_the_heap_does_not_grow_with_the_model(tmp_path: Path) -> None:
 def test_layers_are_chosen_alike_in_their_files(preset: str, tmp_path: Path, text_file: Path) -> None:
     model, settings = written("llama", tmp_path / "model"), {"method": "layerchop", "layers": 2, "preset": preset}
     found = [
-        billhook.prune(model, calibration=str(text_file), samples=10, seq_len=32, stream_weights=one, **settings).report
+        billhook.prune(model, calibration=str(text_file), samples=10, seq_len=32, stream_weights=one, **settings).record
         for one in (False, True)
     ]
     assert found[0]["dropped_layers"] == found[1]["dropped_layers"] != []

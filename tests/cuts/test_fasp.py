@@ -112,12 +112,12 @@ def test_prune_in_memory_and_save(kinds: tuple[str, ...], dtype: torch.dtype, tm
     settings = dict(axes=kinds, calibration=str(tmp_path / "words.txt"), samples=8, seq_len=32, multiple_of=4)
     result = billhook.prune(model, tokenizer=tiny.tokenizer(), ratio=0.15, **settings)
     assert result.model is model and model.dtype is dtype
-    assert {cut["kind"] for cut in result.report["cuts"]} <= set(kinds)
+    assert {cut["kind"] for cut in result.record["cuts"]} <= set(kinds)
     out = result.save(tmp_path / "out")
     again = AutoModelForCausalLM.from_pretrained(out)
     assert again.dtype is dtype
     assert torch.equal(again(IDS).logits, model(IDS).logits)
-    assert result.report["verified"]["parameters_on_disk"] == result.report["sizes"]["after"]["parameters"]
+    assert result.record["verified"]["parameters_on_disk"] == result.record["sizes"]["after"]["parameters"]
 
 
 def test_a_bfloat16_checkpoint_stays_one(tmp_path: Path, text_file: Path) -> None:

@@ -70,7 +70,7 @@ def test_every_family_has_exactly_the_zeros_that_were_asked_for(text: str, name:
     touched = {f"{path}.weight" for path in weights(half.model)}
     for path, param in half.model.named_parameters():
         assert torch.equal(param, before[path]) == (path not in touched)
-    zeros = half.report["zeros"]
+    zeros = half.record["zeros"]
     assert zeros["zeros"] * 2 == zeros["weights"] == sum(w.numel() for w in weights(half.model).values())
 
 
@@ -78,7 +78,7 @@ def test_every_family_has_exactly_the_zeros_that_were_asked_for(text: str, name:
 @pytest.mark.parametrize("stream", OPERATOR_STREAMS)
 @pytest.mark.covering
 def test_every_method_runs_in_every_stream_and_repairs_help(text: str, method: str, stream: str) -> None:
-    plain, refit = (masked(text, method=method, stream=stream, refit=each).report["zeros"] for each in (False, True))
+    plain, refit = (masked(text, method=method, stream=stream, refit=each).record["zeros"] for each in (False, True))
     for bare, better in zip(plain["operators"], refit["operators"], strict=True):
         assert min(bare["error"], better["error"]) > 0
         assert bare["error_held_out"] is not None
@@ -185,7 +185,7 @@ def test_zeros_that_were_there_stay_unless_told_otherwise(text: str) -> None:
     free = billhook.prune(copy.deepcopy(model), **given, keep_zeros=False)
     assert all((weight[there[path]] == 0).all() for path, weight in weights(kept.model).items())
     assert any((weight[there[path]] != 0).any() for path, weight in weights(free.model).items())
-    assert kept.report["zeros"]["sparsity_before"] == 0.5 < kept.report["zeros"]["sparsity"]
+    assert kept.record["zeros"]["sparsity_before"] == 0.5 < kept.record["zeros"]["sparsity"]
     lines: list[str] = []
     billhook.prune(model, announce=lines.append, **given)
     assert "50.0% are zero already, and stay so" in lines[0]
@@ -197,7 +197,7 @@ def test_processes_that_share_the_layers_make_the_same_bits(folder: Path, text: 
     one, two = (billhook.prune(folder, jobs=jobs, **given) for jobs in (1, 2))
     alone, shared = weights(one.model), weights(two.model)
     assert all(torch.equal(alone[path], shared[path]) for path in alone)
-    assert one.report["zeros"] == two.report["zeros"]
+    assert one.record["zeros"] == two.record["zeros"]
 
 
 def test_layers_that_see_one_another_are_not_shared(folder: Path, text: str) -> None:

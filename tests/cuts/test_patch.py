@@ -242,8 +242,8 @@ def test_a_patched_model_is_written_whole(
 
 def test_the_card_says_what_a_patch_achieved(patch: Callable[..., prune.Result], tmp_path: Path) -> None:
     found = patch(drop="0,2-3,5", damping=0.01, correction=0.5)
-    rows = dict(cut_rows(found.report))
-    one, two = found.report["cuts"]
+    rows = dict(cut_rows(found.record))
+    one, two = found.record["cuts"]
     assert (
         f"layer 1: error {one['error_without']:.2f} → {one['error']:.2f}, {one['error_held_out']:.2f} held out"
         in rows["patched"]
@@ -257,11 +257,11 @@ def test_the_card_says_what_a_patch_achieved(patch: Callable[..., prune.Result],
 
 
 def test_a_few_windows_hold_none_out(patch: Callable[..., prune.Result]) -> None:
-    assert "held out" not in dict(cut_rows(patch(drop="2", samples=4).report))["patched"]
+    assert "held out" not in dict(cut_rows(patch(drop="2", samples=4).record))["patched"]
 
 
 def test_many_patches_are_said_as_their_mean(patch: Callable[..., prune.Result]) -> None:
-    made = patch(drop="2").report
+    made = patch(drop="2").record
     made["cuts"] = [made["cuts"][0] | {"layer": n} for n in range(9)]
     assert dict(cut_rows(made))["patched"].startswith("layers 0-8: error ")
 
@@ -271,7 +271,7 @@ def test_the_command_makes_the_same_cut(
     given: dict[str, Any], patch: Callable[..., prune.Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = patch(damping=0.02, correction=0.4, **given)
-    said = found.report["command"]
+    said = found.record["command"]
     assert "--patch linear" in said and "--damping 0.02" in said and "--correction 0.4" in said
     monkeypatch.setattr(sys, "argv", said.replace("OUT", str(tmp_path / "out")).split())
     with pytest.raises(SystemExit, match="0"):
@@ -281,7 +281,7 @@ def test_the_command_makes_the_same_cut(
 
 
 def test_a_command_without_a_patch_does_not_speak_of_one(patch: Callable[..., prune.Result]) -> None:
-    said = patch(patch="none", drop="2").report["command"]
+    said = patch(patch="none", drop="2").record["command"]
     assert "--patch" not in said and "--damping" not in said
 
 

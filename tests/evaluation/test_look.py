@@ -72,9 +72,9 @@ def test_a_prune_ends_with_a_look() -> None:
         result = billhook.prune(
             tiny.model("llama"), method="fasp", tokenizer=tiny.tokenizer(), look=asked, quiet=True, **settings
         )
-        seen = result.report["look"]
+        seen = result.record["look"]
         assert (seen is not None) == asked
         if seen:
             assert seen["kl"] > 0
             assert next(name for name, _ in look_rows(seen)) == "on Python's language reference"
-            assert "look" in result.report["seconds"]
+            assert "look" in result.record["seconds"]

@@ -281,7 +281,7 @@ def test_the_command_ends_in_a_stock_checkpoint(
     out = result.save(tmp_path / "out")
     again = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     assert type(again).__name__ == "Qwen3MoeForCausalLM"
-    assert sum(p.numel() for p in again.parameters()) == result.report["sizes"]["after"]["parameters"]
+    assert sum(p.numel() for p in again.parameters()) == result.record["sizes"]["after"]["parameters"]
     assert torch.equal(again(IDS).logits, result.model(IDS).logits)
 
 

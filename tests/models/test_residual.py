@@ -275,7 +275,7 @@ def test_prune_in_memory_and_save(dtype: torch.dtype, rotate: bool, tmp_path: Pa
     cast(model, dtype)
     settings: dict[str, Any] = dict(calibration=str(text_file), samples=8, seq_len=32, multiple_of=4)
     result = billhook.prune(model, tokenizer=tiny.tokenizer(), method="slicegpt", rotate=rotate, ratio=0.25, **settings)
-    found = result.report
+    found = result.record
     assert found["residual"] == {
         "before": 32,
         "kept": 24,
@@ -305,7 +305,7 @@ def test_bfloat16_comes_back_bit_for_bit(family: str, tmp_path: Path) -> None:
 def test_other_budgets(budget: dict[str, Any], rotate: bool, text_file: Path) -> None:
     model, settings = tiny.model("llama"), dict(calibration=str(text_file), samples=4, seq_len=32, multiple_of=2)
     more: dict[str, Any] = {**settings, **budget, "context": 16}
-    found = billhook.prune(model, tokenizer=tiny.tokenizer(), method="slicegpt", rotate=rotate, **more).report
+    found = billhook.prune(model, tokenizer=tiny.tokenizer(), method="slicegpt", rotate=rotate, **more).record
     assert 0 < found["residual"]["kept"] < 32
     if "params" in budget:
         step = residual.price(model)[1]

@@ -584,8 +584,8 @@ def test_a_gradient_score_serves_plans_with_whole_layers(text_file: Path) -> Non
         **{"score": "taylor2_element", "calibration": str(text_file), "samples": 8, "probes": 2, "seq_len": 32},
         multiple_of=4,
     )
-    assert result.report["seconds"]["gradients"] > 0
-    assert result.report["sizes"]["achieved_ratio"] == pytest.approx(0.3, abs=0.05)
+    assert result.record["seconds"]["gradients"] > 0
+    assert result.record["sizes"]["achieved_ratio"] == pytest.approx(0.3, abs=0.05)
 
 
 @pytest.mark.parametrize("allocation_name", ["sensitivity", "auto"])

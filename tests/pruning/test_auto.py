@@ -42,12 +42,12 @@ def test_layers_that_add_nothing_go_whole(text_file: Path) -> None:
         for param in layers(model)[n].parameters():
             param.data *= 0
     result = prune(model, text_file, ratio=1 / 3)
-    assert result.report["auto"]["chosen"] == "whole layers" and result.report["dropped_layers"] == [2, 3]
+    assert result.record["auto"]["chosen"] == "whole layers" and result.record["dropped_layers"] == [2, 3]
 
 
 def test_the_winner_diverges_least_of_what_was_tried(text_file: Path) -> None:
     for effort, count in (("quick", 1), ("normal", 2)):
-        auto = prune(deep(), text_file, ratio=1 / 3, effort=effort, refine=False).report["auto"]
+        auto = prune(deep(), text_file, ratio=1 / 3, effort=effort, refine=False).record["auto"]
         assert len(auto["tried"]) == (count if count > 1 else 0)
         if auto["tried"]:
             assert auto["tried"][auto["chosen"]] <= 1.5 * min(auto["tried"].values())
@@ -56,15 +56,15 @@ def test_the_winner_diverges_least_of_what_was_tried(text_file: Path) -> None:
 @pytest.mark.parametrize("ratio", [0.1, 0.25, 0.4])
 def test_whole_layers_and_widths_meet_a_budget_together(text_file: Path, ratio: float) -> None:
     result = prune(deep(total=8), text_file, ratio=ratio, effort="quick", multiple_of=2)
-    size = result.report["sizes"]
+    size = result.record["sizes"]
     assert abs(size["achieved_ratio"] - ratio) < 0.02
 
 
 @pytest.mark.parametrize("axes", [("ffn",), ("layers",), ("ffn", "layers")])
 def test_axes_say_what_may_go(text_file: Path, axes: tuple[str, ...]) -> None:
     result = prune(deep(), text_file, ratio=1 / 3, axes=axes)
-    assert ("layers" in axes) or not result.report["dropped_layers"]
-    assert ("ffn" in axes) or not any(cut["dropped"] for cut in result.report["cuts"])
+    assert ("layers" in axes) or not result.record["dropped_layers"]
+    assert ("ffn" in axes) or not any(cut["dropped"] for cut in result.record["cuts"])
 
 
 def test_what_no_rival_can_give_is_refused_in_one_line(text_file: Path) -> None:
@@ -77,11 +77,11 @@ def test_what_no_rival_can_give_is_refused_in_one_line(text_file: Path) -> None:
 
 def test_refinement_can_be_left_out(text_file: Path) -> None:
     refined, plain = (prune(deep(), text_file, ratio=1 / 3, effort="quick", refine=on) for on in (True, False))
-    assert "refined" not in plain.report and refined.report["refined"]
-    assert any("refined" in name for name, _ in cut_rows(refined.report))
+    assert "refined" not in plain.record and refined.record["refined"]
+    assert any("refined" in name for name, _ in cut_rows(refined.record))
     assert any(
         not torch.equal(a, b) for a, b in zip(refined.model.parameters(), plain.model.parameters(), strict=True)
-    ) == any(one["kept"] for one in refined.report["refined"])
+    ) == any(one["kept"] for one in refined.record["refined"])
 
 
 def test_the_same_prune_is_made_twice(text_file: Path) -> None:

@@ -137,7 +137,7 @@ def test_a_sweep_is_the_prunes_it_stands_for(
     assert dense["achieved_ratio"] == 0
     for one, point in zip(chosen, points, strict=True):
         result = prune.prune_opened(load.open_model(str(folder)), one, Run())
-        assert point["parameters"] == result.report["sizes"]["after"]["parameters"]
+        assert point["parameters"] == result.record["sizes"]["after"]["parameters"]
         assert point["perplexities"][0]["perplexity"] == perplexity(result.model, by.windows[0]).perplexity
 
 

@@ -52,7 +52,7 @@ def test_sizes_and_stages_are_those_of_the_prune(
 ) -> None:
     given = {"calibration": str(folders[family] / "text.txt"), **GIVEN, **WAYS[way]}
     said = estimate(str(folders[family]), recipe(**given), tmp_path / "out")
-    found = billhook.prune(folders[family], work=tmp_path / "work", **given).report
+    found = billhook.prune(folders[family], work=tmp_path / "work", **given).record
     sizes = found["sizes"]
     for part in ("parameters", "decoder_parameters"):
         assert said[part] == {when: sizes[when][part] for when in ("before", "after")}

@@ -122,6 +122,6 @@ def test_its_layers_are_shared_or_it_says_why_not(
         return
     alone, many = (billhook.prune(str(folder), jobs=jobs, **given) for jobs in (1, 2))
     assert same(alone.save(tmp_path / "alone"), many.save(tmp_path / "many"))
-    assert many.report["cuts"] == alone.report["cuts"]
+    assert many.record["cuts"] == alone.record["cuts"]
     size = AutoModelForCausalLM.from_pretrained(tmp_path / "many").num_parameters()
     assert size == alone.model.num_parameters()

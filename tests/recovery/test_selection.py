@@ -36,7 +36,7 @@ def prune(bench: Path, **more: Any) -> dict[str, Any]:
         **{"heal_tokens": 320, "calibration": str(bench / "train.txt"), "held_out": (str(bench / "held.txt"),)},
         **{"seq_len": LENGTH, "samples": 4, "probes": 2},
     }
-    return prune_module.prune(str(bench / "deep"), **{"statistics": bench / "kept", **given, **more}).report
+    return prune_module.prune(str(bench / "deep"), **{"statistics": bench / "kept", **given, **more}).record
 
 
 def test_every_candidate_is_trained_and_the_best_wins(bench: Path) -> None:

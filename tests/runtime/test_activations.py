@@ -49,7 +49,7 @@ def test_a_budget_changes_no_bit(way: str, tmp_path: Path, monkeypatch: pytest.M
     kept = [[(name, one.clone()) for name, one in parameters(found.model)] for found in (whole, tight)]
     for (name, one), (_, two) in zip(*kept, strict=True):
         assert one.equal(two), name
-    assert whole.report["cuts"] == tight.report["cuts"] and whole.report["zeros"] == tight.report["zeros"]
+    assert whole.record["cuts"] == tight.record["cuts"] and whole.record["zeros"] == tight.record["zeros"]
 
 
 def test_what_is_kept_comes_back_as_it_was_and_room_is_given_back() -> None:

@@ -140,7 +140,7 @@ def _assert_equal(one: billhook.Result, two: billhook.Result) -> None:
             for name, param in a.named_parameters():
                 assert param.equal(found[name]), (n, name)
     for key in ("cuts", "zeros"):
-        assert one.report[key] == two.report[key]
+        assert one.record[key] == two.record[key]
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def found(text: str, **other: Any) -> dict[str, Any]:
     given = {"calibration": text, **SMALL, **other}
-    return billhook.prune(tiny.model("llama"), tokenizer=tiny.tokenizer(), **given).report["search"]
+    return billhook.prune(tiny.model("llama"), tokenizer=tiny.tokenizer(), **given).record["search"]
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_two_processes_find_what_one_does(text: str, whole: dict[str, Any], tmp_
     tiny.model("llama").save_pretrained(source)
     tiny.tokenizer().save_pretrained(source)
     given = {"calibration": text, **SMALL}
-    two = billhook.prune(source, jobs=2, **given).report["search"]
+    two = billhook.prune(source, jobs=2, **given).record["search"]
     assert [t["mask"] for t in whole["trials"]] == [t["mask"] for t in two["trials"]]
     assert whole["winner"] == two["winner"]
     with pytest.raises(BillhookError, match="jobs: other processes cannot see a model in memory"):
@@ -222,7 +222,7 @@ def test_what_does_not_beat_the_standard_on_unseen_windows_is_not_taken(
 def test_a_cut_vocabulary_is_searched_with_what_is_left_of_it(text: str) -> None:
     given = {**SMALL, "calibration": text, "vocab_from": (text,)}
     result = billhook.prune(tiny.model("llama"), tokenizer=tiny.tokenizer(), **given)
-    assert result.report["vocabulary"] and result.report["search"]["pool"]["samples"][0] in Path(text).read_text()
+    assert result.record["vocabulary"] and result.record["search"]["pool"]["samples"][0] in Path(text).read_text()
 
 
 def test_a_pool_smaller_than_its_clusters_has_fewer(text: str) -> None:
@@ -233,14 +233,14 @@ def test_what_the_winner_drops_is_gone_and_nothing_else_has_changed(text: str) -
     given = {**SMALL, "space": "paper", "calibration": text}
     result = billhook.prune(tiny.model("llama"), tokenizer=tiny.tokenizer(), **given)
     masked = tiny.model("llama")
-    for axis, cut in zip(axes(masked, ("ffn",)), result.report["cuts"], strict=True):
+    for axis, cut in zip(axes(masked, ("ffn",)), result.record["cuts"], strict=True):
         stayed, rows = (m.model.layers[axis.layer].mlp.gate_proj.weight for m in (result.model, masked))
         gone = [n for n, row in enumerate(rows) if not (stayed == row).all(1).any()]
         assert len(gone) == cut["dropped"]
         zero(masked, axis, torch.tensor(gone))
     ids = tiny.tokens()
     assert torch.allclose(result.model(ids).logits, masked(ids).logits, atol=1e-5)
-    assert not result.report["search"]["restoration"]
+    assert not result.record["search"]["restoration"]
 
 
 def test_a_loss_that_is_no_number_fails_its_trial_alone(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,12 +350,12 @@ def test_a_block_of_layers_and_channels_make_up_for_each_other(block: tuple[int,
 def test_a_search_may_take_whole_layers(text: str) -> None:
     model = tiny.model("llama", num_hidden_layers=5)
     result = billhook.prune(model, tokenizer=tiny.tokenizer(), **{**SMALL, "calibration": text, "ratio": 0.45})
-    record, sizes = result.report["search"], result.report["sizes"]
+    record, sizes = result.record["search"], result.record["sizes"]
     used = {tuple(one["block"]) for one in record["trials"] if one["block"]}
     assert "block" in record["dimensions"] and 0 < len(used) == len({count for _, count in used})
     assert all(start > 0 and start + count < 5 for start, count in used)
     assert {"tried", "repeated"} <= {one["state"] for one in record["trials"]}
-    assert result.report["dropped_layers"] == list(range(*_ends(record["winner"])))
+    assert result.record["dropped_layers"] == list(range(*_ends(record["winner"])))
     assert sizes["achieved_ratio"] >= 0.44
 
 
@@ -395,9 +395,9 @@ def test_a_layer_passed_by_in_a_trial_is_as_good_as_gone() -> None:
 def test_a_search_over_attention_keeps_the_size(text: str) -> None:
     given = {**SMALL, "space": "full", "axes": ("ffn", "groups"), "multiple_of": 1, "calibration": text}
     result = billhook.prune(tiny.model("llama"), tokenizer=tiny.tokenizer(), **given)
-    record = result.report["search"]
+    record = result.record["search"]
     assert "attention" in record["dimensions"] and {one["attention"] for one in record["trials"]} == {0, 1}
-    assert result.report["sizes"]["achieved_ratio"] == pytest.approx(0.3, abs=0.02)
+    assert result.record["sizes"]["achieved_ratio"] == pytest.approx(0.3, abs=0.02)
 
 
 @pytest.mark.parametrize("shape", [Shape(), Shape(1, 1), Shape(0, 0, 0.8, -0.4), Shape(1, 0, -0.8, 0.8)])
@@ -540,9 +540,9 @@ def test_where_fasps_own_score_is_best_it_is_what_prunes(text: str, monkeypatch:
     monkeypatch.setattr(adapruner.AdaPruner, "finished", finished)
     given = {**SMALL, "calibration": text, "seed": 5}
     result = billhook.prune(tiny.model("llama"), tokenizer=tiny.tokenizer(), **given)
-    assert result.report["search"]["winner"]["solution"] is None and result.report["search"]["standard"] == "obs (FASP)"
-    assert "beats" not in outcome_words(result.report["search"])
-    assert sum(result.report["search"]["pool"]["shares"]) == 0
+    assert result.record["search"]["winner"]["solution"] is None and result.record["search"]["standard"] == "obs (FASP)"
+    assert "beats" not in outcome_words(result.record["search"])
+    assert sum(result.record["search"]["pool"]["shares"]) == 0
 
 
 def test_no_restoration_in_the_papers_own_space() -> None:

@@ -131,15 +131,15 @@ def test_the_model_is_as_it_was_after_trials(family: str, targets: tuple[str, ..
 
 def test_the_same_seed_gives_the_same_search_and_zeros(text: str, whole: billhook.Result) -> None:
     again = pruned(text)
-    assert json.dumps(again.report["search"]) == json.dumps(whole.report["search"])
+    assert json.dumps(again.record["search"]) == json.dumps(whole.record["search"])
     for name, one in whole.model.state_dict().items():
         assert torch.equal(one, again.model.state_dict()[name])
-    zeros = whole.report["zeros"]
+    zeros = whole.record["zeros"]
     assert abs(zeros["sparsity"] - 0.5) < 0.01
 
 
 def test_what_was_found_is_what_is_pruned_and_can_be_named(text: str, whole: billhook.Result) -> None:
-    found = whole.report["search"]
+    found = whole.record["search"]
     assert found["trials"][0]["metric"] == str(Metric())
     assert {trial["state"] for trial in found["trials"]} <= {"tried", "repeated", "failed"}
     masks = [trial["mask"] for trial in found["trials"] if trial["state"] == "tried"]
@@ -147,18 +147,18 @@ def test_what_was_found_is_what_is_pruned_and_can_be_named(text: str, whole: bil
     winner = found["winner"]
     assert found["accepted"] or winner["metric"] == str(Metric())
     assert outcome_words(found).startswith("12 trials by nsga2")
-    shares = {one["layer"]: one["zeros"] / one["weights"] for one in whole.report["zeros"]["operators"]}
+    shares = {one["layer"]: one["zeros"] / one["weights"] for one in whole.record["zeros"]["operators"]}
     assert (shares[2] > shares[0]) == (winner["slope"] > 0.001)
 
 
 def test_a_search_goes_on_from_its_answers(text: str, whole: billhook.Result, tmp_path: Path, monkeypatch: Any) -> None:
-    assert json.dumps(pruned(text, work=tmp_path / "s").report["search"]) == json.dumps(whole.report["search"])
+    assert json.dumps(pruned(text, work=tmp_path / "s").record["search"]) == json.dumps(whole.record["search"])
 
     def none(*_: Any) -> Any:
         raise AssertionError("tried again")
 
     monkeypatch.setattr(optishear, "masked_losses", none)
-    assert json.dumps(pruned(text, work=tmp_path / "s").report["search"]) == json.dumps(whole.report["search"])
+    assert json.dumps(pruned(text, work=tmp_path / "s").record["search"]) == json.dumps(whole.record["search"])
     with pytest.raises(BillhookError, match="differs in sparsity"):
         pruned(text, work=tmp_path / "s", sparsity=0.6)
 

@@ -360,7 +360,7 @@ def test_distillation_brings_a_student_towards_its_teacher(
     page = json.loads((out / "report.json").read_text())
     assert page["kind"] == "recover" and page["healing"]["tokens"] == 1600
     again = recover(out, tmp_path / "again", **given(texts, folder))
-    assert len(again.report["recovery"]) == 2
+    assert len(again.record["recovery"]) == 2
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(

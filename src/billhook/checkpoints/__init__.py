@@ -8,6 +8,7 @@ load          Load checkpoints, and refuse those that cannot be pruned before an
 names         What a user may call a model, looked at before anything is opened
 older         Keys that transformers 4 reads in a checkpoint, beside those that transformers 5 writes
 own_code      Which code in a checkpoint folder a client may run
+report        What a prune or a training did, typed for Python
 result        What a prune or a training comes to, and the folder that it becomes
 refused       Errors of transformers in one line: the reason, and the key of config.json behind it
 resume        Layers that a prune has finished, kept in a folder as they are finished

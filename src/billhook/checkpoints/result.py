@@ -9,6 +9,7 @@ from typing import Any
 
 from billhook.checkpoints import belongings, save, verify
 from billhook.checkpoints.clients import check
+from billhook.checkpoints.report import Report
 from billhook.errors import BillhookError, first_line
 from billhook.models.greedy import greedy_tokens
 from billhook.models.modes import evaluation_mode
@@ -21,19 +22,24 @@ from billhook.runtime.progress import Tick, quiet
 
 @dataclass
 class Result:
-    """A model that was pruned, trained or both, its tokenizer, and the report of what that cost."""
+    """A model that was pruned, trained or both, its tokenizer, and the record of what that cost."""
 
     model: Any
     tokenizer: Any
-    report: dict[str, Any]  # the content of billhook.json
+    record: dict[str, Any]  # the content of billhook.json, as plain data
     source: Path | None = None  # the folder the model came from
     trimmed: bool = False  # whether the tokenizer is no longer the source's
     kept: Path | None = None  # the folder that has it layer by layer, which is of no more use once it is written
 
     @property
+    def report(self) -> Report:
+        """What was done to the model, and what it cost."""
+        return Report.of(self.record)
+
+    @property
     def healing(self) -> dict[str, Any]:
         """The record of the last training."""
-        return self.report["recovery"][-1]
+        return self.record["recovery"][-1]
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> Path:
         """Write a plain checkpoint with report and model card, reload it with stock transformers and compare.
@@ -75,7 +81,7 @@ class Result:
             out = self.save(Path(folder) / "model")
             try:
                 hub.create_repo(repo_id, private=private, exist_ok=True)
-                said = f"{self.report.get('parent') or repo_id}, made by billhook"
+                said = f"{self.record.get('parent') or repo_id}, made by billhook"
                 return str(hub.upload_folder(repo_id=repo_id, folder_path=out, commit_message=said).commit_url)
             except HfHubHTTPError as error:
                 raise BillhookError(f"{repo_id}: the hub refuses: {first_line(error)}") from error
@@ -98,21 +104,21 @@ class Result:
 
     def _fill(self, work: Path, tick: Tick) -> None:
         tick("saving", 0, 2)
-        self.report.setdefault("license", belongings.licence_of(self.source))
+        self.record.setdefault("license", belongings.licence_of(self.source))
         save.save(self.model, self.tokenizer, work, None if self.trimmed else self.source)
         tick("saving", 1, 2)
         with evaluation_mode(self.model):
-            self.report["verified"] = verify.verify(work, self.model)
+            self.record["verified"] = verify.verify(work, self.model)
         # the check loads the whole model, which an offloaded one may be too large for
-        self.report["loads"] = [] if is_offloaded(self.model) else [check.check(work, "transformers")]
-        atomic.write_text(work / atomic.MARK, records.to_json(self.report))
-        atomic.write_text(work / "README.md", card.model_card(self.report))
+        self.record["loads"] = [] if is_offloaded(self.model) else [check.check(work, "transformers")]
+        atomic.write_text(work / atomic.MARK, records.to_json(self.record))
+        atomic.write_text(work / "README.md", card.model_card(self.record))
         page.save(work / "report.html", self.page())
         tick("saving", 2, 2)
 
     def page(self, measured: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
         """The content of report.json; `measured`: the unpruned and the pruned model, of `evaluate.side_by_side`."""
-        report = self.report
+        report = self.record
         cut = report if "cuts" in report else None
         if report.get("recovery"):
             healing, kind = self.healing, "recover"

@@ -77,7 +77,7 @@ def prune_command(
         from billhook.cli.work import prune_to
         from billhook.reports import records, terminal
     means = {"statistics": statistics, "jobs": jobs, "ray": ray, "stream_weights": stream_weights, "fresh": fresh}
-    record = prune_to(model, chosen, output, overwrite, hidden_budget=held, **means).report
+    record = prune_to(model, chosen, output, overwrite, hidden_budget=held, **means).record
     if json:
         typer.echo(records.to_json(record), nl=False)
     else:

@@ -80,11 +80,11 @@ def recover_command(
         found.write(folder, tick)
     run_folder.remove(work)
     if json:
-        typer.echo(records.to_json(found.report), nl=False)
+        typer.echo(records.to_json(found.record), nl=False)
         return
     if why := found.healing["stopped"]:
         err.print(f"billhook: stopped early: {why}", soft_wrap=True)
-    out.print(terminal.summary_table(found.report, f"{model}, recovered"))
+    out.print(terminal.summary_table(found.record, f"{model}, recovered"))
     out.print(f"{time.perf_counter() - started:.0f} s; written and reload-verified: {output}", soft_wrap=True)
 
 

@@ -41,7 +41,7 @@ def run_command(
         from billhook.cli.work import prune_to
         from billhook.evaluation.expected import measure
         from billhook.reports import terminal
-    found = prune_to(file.model, file.recipe, output, overwrite, fresh=fresh).report
+    found = prune_to(file.model, file.recipe, output, overwrite, fresh=fresh).record
     out.print(terminal.summary_table(found, f"{file.model}, pruned by {path}"))
     if file.note:
         out.print(file.note, soft_wrap=True)
@@ -80,7 +80,7 @@ def demo_command(json: Json = False) -> None:
     chosen = recipe(ratio=0.2, samples=32)
     found = prune_to("demo", chosen, result_folder, overwrite=True, fresh=True)
     if not json:
-        out.print(terminal.summary_table(found.report, "SmolLM2-135M-Instruct, a fifth of its decoder pruned by FASP"))
+        out.print(terminal.summary_table(found.record, "SmolLM2-135M-Instruct, a fifth of its decoder pruned by FASP"))
     with progress() as tick:
         texts = data.evaluation_texts(["demo"], tick)
         asked = side_by_side.Measures(texts=texts, seq_len=chosen.calibration.seq_len, max_windows=24)
@@ -91,7 +91,7 @@ def demo_command(json: Json = False) -> None:
         measured = side_by_side.side_by_side(subjects, asked, reference=True, tick=tick)
     page.save(result_folder / "report.html", found.page(measured))
     if json:
-        typer.echo(records.to_json({"prune": found.report, "models": measured}), nl=False)
+        typer.echo(records.to_json({"prune": found.record, "models": measured}), nl=False)
         return
     print_measures(measured)
     out.print(

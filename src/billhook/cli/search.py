@@ -77,7 +77,7 @@ def search_command(
         from billhook.reports import records, terminal
         from billhook.reports.search_tables import outcome_words
     folder = Path(os.path.expanduser(study)) if study else unfinished(output)
-    record = prune_to(model, chosen, output, overwrite, work=folder, fresh=fresh, jobs=jobs, ray=ray).report
+    record = prune_to(model, chosen, output, overwrite, work=folder, fresh=fresh, jobs=jobs, ray=ray).record
     if json:
         typer.echo(records.to_json(record), nl=False)
         return

@@ -27,7 +27,7 @@ def prune_to(model: str, chosen: Recipe, output: Path, overwrite: bool, **means:
         result.write(work, tick)
     if kept == beside:
         run_folder.remove(kept)
-    if cut := result.report["vocabulary"]:
+    if cut := result.record["vocabulary"]:
         _warn_of_vocabulary(cut)
     return result
 

@@ -194,7 +194,7 @@ def _cell(opened: Opened, chosen: Recipe, by: Judged, tick: Tick) -> dict[str, A
     except BillhookError as error:
         return _NOTHING | {"error": str(error)}
     point = _point(result.model, by, sizes.decoder_parameters(opened.model), tick)
-    return point | {"seconds": round(sum(result.report["seconds"].values()), 1)}
+    return point | {"seconds": round(sum(result.record["seconds"].values()), 1)}
 
 
 _NOTHING: dict[str, Any] = {
