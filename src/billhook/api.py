@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from billhook import data, demo
+from billhook import data
 from billhook.checkpoints import load as loading
 from billhook.checkpoints.clients import check as clients
 from billhook.checkpoints.gguf.write import write_gguf
@@ -166,9 +166,11 @@ def compare(
     """
     jobs = common.pop("jobs", 1)
     contenders = [contender(name) for name in methods]
-    recipes = [settled(one, ratio, common) for one in contenders for ratio in ratios]
+    for one in contenders:  # impossible settings cost no work
+        for ratio in ratios:
+            settled(one, ratio, common)
     with bars(quiet) as tick:
-        opened, by = _judged(model, recipes[0], text, windows, tick)
+        opened, by = comparing.open_judged(os.fspath(model), common, text, windows, tick)
         return [
             Point.of(one) for one in comparing.compare(opened, contenders, ratios, by, common, jobs=jobs, tick=tick)
         ]
@@ -192,18 +194,8 @@ def sweep(
     one = contender(method)
     recipes = [settled(one, ratio, {"stream": "dense", **common}) for ratio in ratios]
     with bars(quiet) as tick:
-        opened, by = _judged(model, recipes[0], text, windows, tick)
+        opened, by = comparing.open_judged(os.fspath(model), common, text, windows, tick)
         return [Point.of(point) for point in comparing.sweep(opened, one.name, recipes, by, tick)]
-
-
-def _judged(
-    model: str | os.PathLike[str], recipe: Recipe, text: Sequence[str], windows: int | None, tick: Tick
-) -> tuple[loading.Opened, comparing.Judged]:
-    """The model, and the texts that all results are judged by."""
-    texts, on = data.evaluation_texts(list(text), tick), recipe.compute
-    opened = loading.open_model(os.fspath(model), device=on.device, dtype=on.dtype, tick=tick)
-    kept = demo.cache_folder() / "results"
-    return opened, comparing.judged(opened, texts, recipe.calibration.seq_len, windows, kept)
 
 
 @for_python

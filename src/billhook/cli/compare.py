@@ -10,34 +10,28 @@ from billhook.choices import AXIS_STREAMS
 from billhook.cli.commands import app
 from billhook.cli.options import (
     MACHINE,
-    Calibration,
-    Device,
-    Dtype,
     JsonFile,
     Markdown,
     Model,
     Page,
-    Samples,
-    Seed,
-    SeqLen,
     Texts,
     Windows,
     check_outputs,
-    check_seq_len,
     command_line,
     listed,
     option,
 )
+from billhook.cli.settings import shared, with_options
 from billhook.errors import BillhookError
 from billhook.methods import METHODS
-from billhook.planning.recipe import Calibration as Defaults
 from billhook.pruning import contenders as compared
 
-DEFAULT = Defaults.model_construct()
 COMPARED = "What is compared"
+COMMON = [one for one in shared() if one.name in ("calibration", "samples", "seq_len", "seed", "device", "dtype")]
 
 
 @app.command(name="compare")
+@with_options(COMMON)
 def compare_command(
     model: Model,
     methods: Annotated[
@@ -50,15 +44,10 @@ def compare_command(
     ratio: Annotated[
         list[float], option(COMPARED, "share of the decoder to remove; may be repeated", show_default=False)
     ],
-    calibration: Calibration = DEFAULT.source,
-    samples: Samples = DEFAULT.samples,
-    seq_len: SeqLen = DEFAULT.seq_len,
-    seed: Seed = DEFAULT.seed,
+    settings: dict[str, Any],
     text: Texts = None,
     windows: Windows = None,
     jobs: Annotated[int, option(MACHINE, "prunes at a time, each in a process of its own", min=1)] = 1,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
     json: JsonFile = None,
     html: Page = None,
     markdown: Markdown = False,
@@ -72,10 +61,9 @@ def compare_command(
     contenders = [compared.contender(part) for one in methods for part in ([one] if ":" in one else listed(one))]
     if not contenders:
         raise BillhookError(f"--methods names none: valid: {', '.join(METHODS)}")
-    common = _common(calibration, samples, seq_len, seed, device, dtype)
     for one in contenders:  # impossible settings cost no work
         for share in ratio:
-            compared.settled(one, share, common)
+            compared.settled(one, share, settings)
     check_outputs(json, html, model)
     started = time.perf_counter()
     from billhook.cli.console import loading, progress
@@ -83,32 +71,28 @@ def compare_command(
     with loading():
         from billhook.pruning import compare
     with progress() as tick:
-        opened, by = _opened(model, text, windows, common, tick)
-        points = compare.compare(opened, contenders, ratio, by, common, jobs=jobs, tick=tick)
+        opened, by = compare.open_judged(model, settings, text or ["demo"], windows, tick)
+        points = compare.compare(opened, contenders, ratio, by, settings, jobs=jobs, tick=tick)
     title = f"{model}: {len(contenders)} ways to prune it"
     _show("compare", title, points, opened, started, json, html, markdown)
 
 
 @app.command(name="sweep")
+@with_options(COMMON)
 def sweep_command(
     model: Model,
     ratios: Annotated[
         str, option(COMPARED, "ratios to prune by: first:last:step, or some with commas", show_default=False)
     ],
+    settings: dict[str, Any],
     method: Annotated[
         str, option(COMPARED, "a method, with settings: fasp:layout=per_layer,allocation=global", names=METHODS)
     ] = "fasp",
     stream: Annotated[
         str, option(COMPARED, "dense: one pass serves all ratios; the others make one for each", names=AXIS_STREAMS)
     ] = "dense",
-    calibration: Calibration = DEFAULT.source,
-    samples: Samples = DEFAULT.samples,
-    seq_len: SeqLen = DEFAULT.seq_len,
-    seed: Seed = DEFAULT.seed,
     text: Texts = None,
     windows: Windows = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
     json: JsonFile = None,
     html: Page = None,
     markdown: Markdown = False,
@@ -118,8 +102,7 @@ def sweep_command(
     Example: billhook sweep demo --ratios 0.1:0.6:0.1 --report sweep.html
     """
     shares, one = _ratios(ratios), compared.contender(method)
-    common = {**_common(calibration, samples, seq_len, seed, device, dtype), "stream": stream}
-    chosen = [compared.settled(one, share, common) for share in shares]
+    chosen = [compared.settled(one, share, {**settings, "stream": stream}) for share in shares]
     check_outputs(json, html, model)
     started = time.perf_counter()
     from billhook.cli.console import loading, progress
@@ -127,33 +110,9 @@ def sweep_command(
     with loading():
         from billhook.pruning import compare
     with progress() as tick:
-        opened, by = _opened(model, text, windows, common, tick)
+        opened, by = compare.open_judged(model, settings, text or ["demo"], windows, tick)
         points = compare.sweep(opened, one.name, chosen, by, tick)
     _show("sweep", f"{model} at {len(shares)} ratios by {one.name}", points, opened, started, json, html, markdown)
-
-
-def _common(calibration: str, samples: int, seq_len: int, seed: int, device: str, dtype: str) -> dict[str, Any]:
-    check_seq_len(seq_len)
-    return {
-        "calibration": calibration,
-        "samples": samples,
-        "seq_len": seq_len,
-        "seed": seed,
-        "device": device,
-        "dtype": dtype,
-    }
-
-
-def _opened(model: str, text: list[str] | None, windows: int | None, common: dict[str, Any], tick: Any) -> Any:
-    """The model, and the texts that all results are judged by."""
-    from billhook import data, demo
-    from billhook.checkpoints import load
-    from billhook.pruning import compare
-
-    texts = data.evaluation_texts(text or ["demo"], tick)
-    opened = load.open_model(model, device=common["device"], dtype=common["dtype"], tick=tick)
-    kept = demo.cache_folder() / "results"
-    return opened, compare.judged(opened, texts, common["seq_len"], windows, kept)
 
 
 def _ratios(text: str) -> list[float]:

@@ -55,12 +55,7 @@ Page = Annotated[
 ]
 
 
-Calibration = Annotated[
-    str, option(CALIBRATION, "text: a file, a folder of them, hub data set name[:config[:split]], or demo")
-]
-Samples = Annotated[int, option(CALIBRATION, "windows of calibration text")]
 SeqLen = Annotated[int, option(CALIBRATION, "tokens in a window")]
-Seed = Annotated[int, option(CALIBRATION, "which windows are drawn")]
 Texts = Annotated[
     list[str] | None,
     option(CALIBRATION, "text to score, as for --calibration; may be repeated", "--text", show_default="demo"),

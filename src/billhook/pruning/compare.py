@@ -16,6 +16,7 @@ from billhook import data
 from billhook.checkpoints import load
 from billhook.checkpoints.load import Opened
 from billhook.data import Text, Windows
+from billhook.demo import cache_folder
 from billhook.errors import BillhookError
 from billhook.evaluation.perplexity import paired, perplexity
 from billhook.math.knee import knee
@@ -28,7 +29,7 @@ from billhook.planning.method import Planned
 from billhook.planning.recipe import Recipe
 from billhook.pruning.contenders import Contender, settled
 from billhook.pruning.prune import finish, prune_opened
-from billhook.pruning.recipe import changed
+from billhook.pruning.recipe import changed, recipe
 from billhook.runtime import cache as cache_module
 from billhook.runtime.cache import code_sha256, has, model_sha256
 from billhook.runtime.progress import Tick, quiet
@@ -65,6 +66,17 @@ def judged(opened: Opened, texts: Sequence[Text], seq_len: int, most: int | None
         data.check_vocabulary(one, opened.model, opened.name)
     first = tuple(replace(one, tokens=one.tokens[:most], bytes=one.bytes[:most]) for one in windows)
     return Judged(first, opened.model.dtype, folder, f"{model_sha256(opened.model)} {opened.dtype}")
+
+
+def open_judged(
+    model: str, common: Mapping[str, Any], text: Sequence[str], most: int | None, tick: Tick = quiet
+) -> tuple[Opened, Judged]:
+    """A model, and the texts that all its prunes are judged by: at most `most` windows of each, as long and on the device
+    that their `common` settings say."""
+    said = {name: common[name] for name in ("seq_len", "device", "dtype") if name in common}
+    texts, chosen = data.evaluation_texts(list(text), tick), recipe(ratio=0.5, **said)
+    opened = load.open_model(model, device=chosen.compute.device, dtype=chosen.compute.dtype, tick=tick)
+    return opened, judged(opened, texts, chosen.calibration.seq_len, most, cache_folder() / "results")
 
 
 def unpruned(opened: Opened, by: Judged, tick: Tick = quiet) -> dict[str, Any]:
