@@ -74,6 +74,7 @@ OPTIONAL = {
 HEAVY = {  # may be, too
     "importlib.metadata",  # a tenth of a second, where no package adds anything
     "billhook.training.trainer",  # transformers' Trainer brings datasets, pandas and peft, 120 MB and a second
+    "pydoc_data.topics",  # half a megabyte of text, which a look alone reads
     "billhook.runtime.yaml_files",  # the parser takes 50 ms, a tenth of what help may take
 }
 MAX_LINES = 400

@@ -27,9 +27,7 @@ class AutoSettings(MethodSettings):
     """How hard to look, and whether what is left is refined; why these defaults: docs/LOG.md."""
 
     effort: str = option("normal", f"how much may be tried: {', '.join(EFFORTS)}", names=EFFORTS)
-    refine: bool = option(
-        True, "move what the cut has left towards the unpruned model, by gradient, a few layers at once"
-    )
+    refine: bool = option(True, "move what is left towards the unpruned model by gradient, a few layers at once")
 
 
 @dataclass(frozen=True)
