@@ -19,11 +19,9 @@ from billhook.models import sizes
 from billhook.models.surgery import cast
 from billhook.runtime.progress import quiet
 
-UNIFORM = {"layout": "uniform"}
 PER_LAYER = {"layout": "per_layer"}
 ROWS: dict[str, dict[str, Any]] = {
-    "equal": UNIFORM,
-    "auto": UNIFORM | {"allocation": "auto"},
+    "equal": {"layout": "uniform"},
     "skip:4,2": PER_LAYER | {"allocation": "skip:4,2"},
     "global": PER_LAYER | {"allocation": "global"},
     "standardised": PER_LAYER | {"allocation": "standardised"},
@@ -42,7 +40,7 @@ parser.add_argument(
     "--rows", default=",".join(n for n in ROWS if "," not in n), help="separated by commas, or ; where names hold some"
 )
 parser.add_argument("--statistics", default="statistics")
-parser.add_argument("--probes", type=int, default=8, help="windows that sensitivity and auto judge by")
+parser.add_argument("--probes", type=int, default=8, help="windows that sensitivity judges by")
 parser.add_argument("--dtype", default="auto", help="to prune in: on a CPU auto is float32")
 parser.add_argument("--evaluate-dtype", choices=load.DTYPES, default="float32")
 args = parser.parse_args()

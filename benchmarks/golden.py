@@ -51,7 +51,6 @@ def pruned() -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"fasp by {score}", dict(ratio=0.2, multiple_of=2, score=score)
     for allocation in ("global", "sensitivity", "skip:1,1"):
         yield f"fasp {allocation}", dict(ratio=0.1, multiple_of=2, layout="per_layer", allocation=allocation, probes=2)
-    yield "fasp auto", dict(ratio=0.3, multiple_of=2, allocation="auto", probes=2)
     for axis in ("heads", "groups", "value", "ffn,groups"):
         how = dict(layout="per_layer") if axis in ("value", "groups") else {}
         yield f"fasp axes {axis}", dict(ratio=0.15, multiple_of=2, axes=tuple(axis.split(",")), **how)

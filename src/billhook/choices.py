@@ -33,7 +33,6 @@ ALLOCATIONS = {
     "global": "by one threshold on a gradient score that compares across layers",
     "standardised": "by one threshold on the method's own score, standardised in each layer: one forward pass (FLAP)",
     "sensitivity": "by what cutting each layer alone costs, measured with the cut in place",
-    "auto": "uniform layout: fewer layers or narrower ones, whichever does less harm on held-out windows",
     "FILE": "a YAML or JSON file: for each layer, the units of each axis to keep",
 }
 CLIENTS = {  # who will load it: what FFN widths its kernels want, and why

@@ -237,7 +237,7 @@ def test_presets_by_position_need_no_text(tmp_path: Path) -> None:
         ({"keep": "0-5"}, "none would go"),
         ({"drop": "1", "ratio": 0.2}, "--ratio and --drop are two budgets"),
         ({"ratio": 0.2, "preset": "inputs"}, "preset 'inputs'.*input"),
-        ({"ratio": 0.2, "allocation": "auto"}, "layerchop has no allocation"),
+        ({"ratio": 0.2, "allocation": "global"}, "layerchop has no allocation"),
         ({"ratio": 0.2, "axes": ("ffn",)}, "layerchop does not prune 'ffn'"),
         ({"drop": "1", "method": "fasp"}, "--drop belongs to --method layerchop"),
     ],

@@ -78,7 +78,10 @@ def test_operations_grow_with_the_text_where_they_do(folders: dict[str, Path], t
 @pytest.mark.parametrize(
     "flags, says",
     [
-        (["--allocation", "auto"], "allocation auto tries cuts on the whole model"),
+        (
+            ["--allocation", "sensitivity", "--layout", "per_layer"],
+            "allocation sensitivity tries cuts on the whole model",
+        ),
         (["--method", "adapruner"], "a search runs as long as its trials do"),
         (["--method", "layerchop", "--preset", "angular"], "presets other than by position try layers"),
         (["--method", "slicegpt"], "slicegpt cuts all layers at once"),

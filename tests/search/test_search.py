@@ -460,7 +460,7 @@ def test_gains_are_paired() -> None:
         ({"objective": "ppl"}, "unknown objective 'ppl'"),
         ({"minutes": 1e-4}, r"minutes 0.0001 is too short for one trial"),
         ({"clusters": 9}, "clusters 9"),
-        ({"allocation": "auto"}, "adapruner has no allocation"),
+        ({"allocation": "global"}, "adapruner has no allocation"),
         ({"ratio": None, "vocab_from": ("demo",)}, "no budget: give ratio"),
         ({"axes": ("value",), "layout": "per_layer"}, "adapruner does not prune 'value'"),
     ],

@@ -17,7 +17,7 @@ class Fasp(Method):
     does = (
         "Scores the units of an axis layer by layer, takes away the lowest, and refits what reads the axis by least squares. "
         "--score wanda --axes ffn,value --layout per_layer --stream dense is nearest to the paper; value channels (its V/O) need "
-        "another attention shape than stock classes have. Layers go whole by --allocation auto or sensitivity."
+        "another attention shape than stock classes have. Layers go whole by --allocation sensitivity."
     )
     needs = "calibration text; no gradients, no training"
     costs = "one forward pass, and a factorisation of each reader's Gram; an allocation that measures costs passes of its own"
@@ -29,8 +29,10 @@ class Fasp(Method):
     allocates = True
 
     def fits(self, recipe: Recipe) -> None:
-        if "layers" in recipe.kinds and recipe.shape.allocation not in ("sensitivity", "auto"):
-            raise SettingsError("axis 'layers' is weighed against the others: use --allocation sensitivity, or auto")
+        if "layers" in recipe.kinds and recipe.shape.allocation != "sensitivity":
+            raise SettingsError(
+                "axis 'layers' is weighed against the others: use --layout per_layer --allocation sensitivity, or --method auto"
+            )
         by_gradients = recipe.settings.score in GRADIENT_SCORES
         if set(recipe.kinds) & set(MIXED) and (recipe.shape.allocation != "equal" or by_gradients):
             raise SettingsError(
@@ -38,10 +40,10 @@ class Fasp(Method):
             )
 
     def judges(self, recipe: Recipe) -> bool:
-        return recipe.shape.allocation in ("sensitivity", "auto")
+        return recipe.shape.allocation == "sensitivity"
 
     def why_whole(self, recipe: Recipe) -> str:
-        if recipe.shape.allocation in ("sensitivity", "auto", "global"):
+        if recipe.shape.allocation in ("sensitivity", "global"):
             return f"allocation {recipe.shape.allocation} tries cuts on the whole model"
         score = recipe.settings.score
         return f"score {score} needs gradients of the whole model" if score in GRADIENT_SCORES else ""

@@ -4,7 +4,6 @@ allocation       how the budget is spread over the layers, as the user says it
 axis_plan        units of axes, by the allocation
 budget           the plan that meets a budget: parameters, bytes, speed
 command          the command line that makes a result again
-depth_or_width   allocation `auto`
 latency          how long a layer takes at candidate sizes, on this machine
 layer_plan       whole layers
 method           what a method is, and the phases of a prune

@@ -22,15 +22,17 @@ class Allocation:
     @property
     def uneven(self) -> bool:
         """Whether layers come out different."""
-        return self.name not in ("equal", "auto")
+        return self.name != "equal"
 
 
 def parse(text: str) -> Allocation:
-    """`equal`, `global`, `sensitivity`, `auto`, `skip:4,2` or the path of a file.
+    """`equal`, `global`, `sensitivity`, `skip:4,2` or the path of a file.
 
     Raises:
         BillhookError: it is none of these, or the file cannot be read.
     """
+    if text == "auto":
+        raise SettingsError("allocation auto is a method of its own: leave it out, and use --method auto")
     name, _, rest = text.partition(":")
     if name == "skip":
         try:

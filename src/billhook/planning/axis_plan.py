@@ -22,7 +22,6 @@ from billhook.models.layout import layout_of
 from billhook.models.plan import Curves, Plan, UnitScores
 from billhook.planning import allocation, planners
 from billhook.planning.budget import solved
-from billhook.planning.depth_or_width import depth_or_width
 from billhook.planning.recipe import Recipe
 from billhook.planning.sensitivity import curves
 from billhook.planning.texts import Texts
@@ -61,8 +60,6 @@ def axis_plan(opened: Opened, recipe: Recipe, settings: Settings, texts: Texts, 
         return planners.file_plan(model, recipe.unit_kinds, said.keep)
     if not recipe.sized:
         return Plan()  # the vocabulary alone
-    if said.name == "auto":
-        return depth_or_width(opened, recipe, settings, texts, scores, run)
     weighed = None
     if said.name in allocation.NEED_CURVES:
         _check_possible(opened, recipe)

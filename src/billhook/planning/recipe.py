@@ -46,7 +46,7 @@ class Shape(Part):
     axes: tuple[str, ...] = option((), "what to prune, with commas; empty: the method's own", names=AXES)
     layout: str = option("uniform", "uniform: stock checkpoints; per_layer: widths differ by layer", names=LAYOUTS)
     allocation: str = option(
-        "equal", "which layers give how much: equal, sensitivity, auto, …, or a file", completes=ALLOCATIONS
+        "equal", "which layers give how much: equal, sensitivity, global, …, or a file", completes=ALLOCATIONS
     )
     floor: float = option(0.3, "share that every layer keeps, where layers differ", gt=0, le=1)
     clients: tuple[str, ...] = option(
@@ -193,10 +193,6 @@ class Recipe:
         if shape.layout == "uniform" and shape.spread.uneven:
             raise SettingsError(
                 f"allocation {shape.allocation} makes layers differ, which the uniform layout cannot hold: use --layout per_layer"
-            )
-        if shape.layout != "uniform" and shape.allocation == "auto":
-            raise SettingsError(
-                "allocation auto chooses depth and one width, for the uniform layout: leave out --layout"
             )
         if shape.axes and not method.kinds:
             raise SettingsError(f"{method.name} cuts no axis: leave out --axes")

@@ -57,12 +57,6 @@ class Probe:
             found.append((dense.exp() * (dense - now)).sum(-1).mean().item())
         return found
 
-    @torch.no_grad()
-    def divergence_of(self, other: PreTrainedModel) -> float:
-        """KL(dense || another model) in nats a token."""
-        now = torch.log_softmax(other(self.tokens, use_cache=False, logits_to_keep=self._kept).logits.float(), -1)
-        return self._from(now)
-
     @property
     def _kept(self) -> Tensor:
         return torch.arange(0, self.tokens.shape[1], self.every, device=self.tokens.device)
