@@ -11,6 +11,7 @@ from billhook.cli.options import (
     MACHINE,
     METHOD,
     OUTPUT,
+    TRAINING,
     Fresh,
     Jobs,
     Json,
@@ -39,6 +40,10 @@ def prune_command(
     method: Annotated[
         str, option(METHOD, "one of 'billhook methods'; 'billhook methods NAME' says all of it", names=METHODS)
     ] = "fasp",
+    recover_minutes: Annotated[
+        float,
+        option(TRAINING, "then train it for so long against the unpruned model", min=0, show_default="no training"),
+    ] = 0.0,
     statistics: Annotated[
         Path | None, option(CALIBRATION, "folder that keeps what was measured, for other ratios", show_default=False)
     ] = None,
@@ -53,11 +58,13 @@ def prune_command(
     ] = None,
     fresh: Fresh = False,
 ) -> None:
-    """Prune MODEL once, without training; write OUT, reload it and compare.
+    """Prune MODEL, and train it if asked to; write OUT, reload it and compare.
 
     Examples:
 
     billhook prune demo --ratio 0.2 -o smaller
+
+    billhook prune demo --ratio 0.2 --recover-minutes 10 -o healed
 
     billhook prune demo --params 100M --layout per_layer --allocation sensitivity -o smaller
 
@@ -76,7 +83,14 @@ def prune_command(
     with loading():
         from billhook.cli.work import prune_to
         from billhook.reports import records, terminal
-    means = {"statistics": statistics, "jobs": jobs, "ray": ray, "stream_weights": stream_weights, "fresh": fresh}
+    means: dict[str, Any] = {
+        "recover_minutes": recover_minutes,
+        "statistics": statistics,
+        "jobs": jobs,
+        "ray": ray,
+        "stream_weights": stream_weights,
+        "fresh": fresh,
+    }
     record = prune_to(model, chosen, output, overwrite, hidden_budget=held, **means).record
     if json:
         typer.echo(records.to_json(record), nl=False)

@@ -8,6 +8,7 @@ from billhook.checkpoints.result import Result
 from billhook.cli.console import err, going_on, out, progress, say
 from billhook.cli.options import unfinished
 from billhook.planning.recipe import Recipe
+from billhook.pruning.heal import prune_and_recover
 from billhook.pruning.prune import prune
 from billhook.reports import tables, terminal
 from billhook.runtime import atomic, run_folder
@@ -17,13 +18,20 @@ WARN_AS_BYTES = 0.05  # share of the calibration text's characters
 WARN_GROWTH = 0.02
 
 
-def prune_to(model: str, chosen: Recipe, output: Path, overwrite: bool, **means: Any) -> Result:
-    """Prune into a folder that is reserved before the work starts, so that an unwritable place costs no time."""
+def prune_to(
+    model: str, chosen: Recipe, output: Path, overwrite: bool, *, recover_minutes: float = 0.0, **means: Any
+) -> Result:
+    """Prune, and train if asked to, into a folder that is reserved before the work starts: an unwritable place costs no
+    time."""
     check.check_startable()
     beside = unfinished(output)
     kept = means.pop("work", beside)
     with atomic.folder(output, overwrite) as work, going_on(kept), progress() as tick:
-        result = prune(model, chosen, tick=tick, announce=say, work=kept, **means)
+        means |= {"tick": tick, "announce": say}
+        if recover_minutes:
+            result = prune_and_recover(model, chosen, recover_minutes, kept, **means)
+        else:
+            result = prune(model, chosen, work=kept, **means)
         result.write(work, tick)
     if kept == beside:
         run_folder.remove(kept)
