@@ -80,7 +80,7 @@ def prune(
         recipe: all settings; None: what `method` and `settings` say.
         method: its name, itself, or its settings.
         tokenizer: needed with a model in memory.
-        settings: ratio=0.2, axes=("ffn",), calibration="demo", … (`billhook.pruning.recipe.recipe`); what the run may
+        settings: ratio=0.2, axes=("ffn",), calibration="mixed", … (`billhook.pruning.recipe.recipe`); what the run may
             use: tick, announce, statistics, work, fresh, jobs, ray, hidden_budget (`billhook.runtime.means.Means`); and
             stream_weights: leave the weights in their files, one layer at a time in memory (None: where they would not
             fit).

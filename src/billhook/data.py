@@ -18,6 +18,7 @@ from billhook.runtime.special_tokens import begin_token_names, special_ids
 from billhook.runtime.text_files import READERS, is_text, name_of, read_folder, read_text
 from billhook.tensors import Tokens
 
+BUNDLED = {"demo": demo.calibration_text, "mixed": demo.mixed_text}  # texts that need no file
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+){0,2}")
 
 
@@ -53,8 +54,9 @@ class Windows:
 
 
 def calibration_text(source: str, tick: Tick = quiet) -> Text:
-    """The text to calibrate on; several names are joined by +.  `demo` has articles that the demo does not evaluate
-    on."""
+    """The text to calibrate on; several names are joined by +.
+
+    `demo` has articles that the demo does not evaluate on, `mixed` these and technical prose."""
     return joined(texts(source, tick))
 
 
@@ -62,7 +64,7 @@ def texts(source: str, tick: Tick = quiet) -> list[Text]:
     """The texts to calibrate on: `source` is one name, or several joined by +."""
     single = "+" not in source or Path(os.path.expanduser(source)).exists()
     names = [source] if single else [name.strip() for name in source.split("+")]
-    return [Text("demo", demo.calibration_text(tick)) if name == "demo" else _read(name) for name in names]
+    return [Text(name, BUNDLED[name](tick)) if name in BUNDLED else _read(name) for name in names]
 
 
 def joined(parts: Sequence[Text]) -> Text:

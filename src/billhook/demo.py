@@ -57,6 +57,23 @@ def calibration_text(tick: Tick = quiet) -> str:
     return "\n\n".join(_background(tick)[:CALIBRATION_ARTICLES])
 
 
+def mixed_text(tick: Tick = quiet) -> str:
+    """News, as `calibration_text`, and as many characters of technical prose."""
+    news = calibration_text(tick)
+    return f"{news}\n\n{language_reference()[: len(news)]}"
+
+
+def language_reference(*, unseen: bool = False) -> str:
+    """Technical prose that every Python brings, without a connection: its language reference, as `help` shows it.
+
+    Args:
+        unseen: the other half of its topics, which nothing is calibrated on.
+    """
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name].strip() for name in sorted(topics)[int(unseen) :: 2])
+
+
 def evaluation_texts(tick: Tick = quiet) -> dict[str, str]:
     """Articles that `calibration_text` does not hold: the rest of the background file, and the Lee corpus itself."""
     lee = _member("lee.cor", tick).decode("latin-1")  # the file has pound signs in Latin-1

@@ -42,7 +42,7 @@ def search_command(
     ] = "adapruner",
     calibration: Annotated[
         list[str] | None,
-        option(CALIBRATION, "text to choose samples from; may be repeated: two kinds are better", show_default="demo"),
+        option(CALIBRATION, "text to choose samples from; may be repeated: two kinds are better", show_default="mixed"),
     ] = None,
     overwrite: Overwrite = False,
     json: Json = False,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from billhook import demo
 from billhook.evaluation.continuations import variety
 from billhook.evaluation.perplexity import head_batches, paired
 from billhook.models.greedy import tokens_after
@@ -45,13 +46,6 @@ class Look:
     log_probabilities: Tensor  # (windows, positions, vocabulary)
     repetition: dict[str, float | None]  # `greedy` and `sampled`: share of repeated runs of 4 tokens
     tasks: dict[str, float]  # share of answers that are right, token for token
-
-
-def second_text() -> str:
-    """Technical prose that every Python brings: the language reference, as `help` shows it."""
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name].strip() for name in sorted(topics))
 
 
 @torch.inference_mode()
@@ -91,7 +85,7 @@ def warning(repetition: dict[str, list[float | None]]) -> str:
 
 def _windows(model: Any, tokenizer: Any) -> Tensor:
     """Windows (windows, length) of the second text, spread over it."""
-    text = second_text()
+    text = demo.language_reference(unseen=True)
     pieces, room = [], min(LENGTH, getattr(model.config, "max_position_embeddings", None) or LENGTH)
     for n in range(WINDOWS):
         start = text.index("\n", len(text) * n // WINDOWS)

@@ -72,7 +72,9 @@ class Calibration(Part):
     """The text that is looked at, in windows of tokens."""
 
     source: str = option(
-        "demo", "text: a file, a folder of them, hub data set name[:config[:split]], or demo", flag="calibration"
+        "mixed",
+        "text: a file, a folder of them, hub data set name[:config[:split]], mixed (news, technical prose), demo (news)",
+        flag="calibration",
     )
     samples: int = option(64, "windows of calibration text", ge=1)
     probes: int = option(8, "further windows, by which sensitivity and auto judge", ge=1)

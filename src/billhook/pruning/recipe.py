@@ -19,7 +19,7 @@ OF_PARTS = {  # part and name in it, of every setting that all methods share
 
 
 def recipe(method: str | Method | MethodSettings = "fasp", **settings: Any) -> Recipe:
-    """A recipe from keyword settings: ratio=0.2, score="wanda", calibration="demo", ….
+    """A recipe from keyword settings: ratio=0.2, score="wanda", calibration="mixed", ….
 
     Args:
         method: its name, itself, or its settings.

@@ -33,7 +33,7 @@ class Recovery(Part):
     tokens: int | None = option(None, "how much to train on, like 500k or 2M", ge=1, unit="count", heading=BUDGET)
     minutes: float | None = option(None, "or: how long all of it may take", gt=0, heading=BUDGET)
     text: tuple[str, ...] = option(
-        ("demo",), "text to train on; may be repeated: a broad mix harms least", heading=TEXT
+        ("mixed",), "text to train on; may be repeated: a broad mix harms least", heading=TEXT
     )
     held_out: tuple[str, ...] = option(
         ("demo",), "text to judge by, better of another kind; may be repeated", heading=TEXT

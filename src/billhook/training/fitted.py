@@ -73,7 +73,7 @@ def _candidates(texts: Sequence[Text], source: str, tick: Tick) -> Iterator[Text
     """Texts that the prune may have read: those loaded, these joined, and the recipe's if it is on this machine."""
     yield from texts
     yield data.joined(texts)
-    if all(name.strip() == "demo" or Path(name.strip()).expanduser().exists() for name in source.split("+")):
+    if all(name.strip() in data.BUNDLED or Path(name.strip()).expanduser().exists() for name in source.split("+")):
         try:
             yield data.calibration_text(source, tick)
         except BillhookError:
