@@ -31,6 +31,7 @@ TABLES: dict[str, tuple[str, str]] = {  # name -> settings that tell rows apart,
         "model calibration dtype evaluate_dtype ratio layout allocation probes text",
         "parameters perplexity factor widths",
     ),
+    "auto": ("model calibration samples windows ratio seed row text", f"parameters chosen {JUDGED} seconds"),
     "check_vllm": ("checkpoint layout differs", "vllm"),
     "compare": ("model calibration samples windows ratio contender text", f"parameters {BOTH} seconds"),
     "depth": (

@@ -73,10 +73,17 @@ def joined(parts: Sequence[Text]) -> Text:
 
 
 def evaluation_texts(sources: Iterable[str], tick: Tick = quiet) -> list[Text]:
-    """The texts to evaluate on; `demo` stands for two that the demo does not calibrate on."""
+    """The texts to evaluate on.
+
+    `demo` stands for two that nothing is calibrated on, `reference` for technical prose that `mixed` does not hold."""
     texts: list[Text] = []
     for source in sources:
-        texts += [Text(*item) for item in demo.evaluation_texts(tick).items()] if source == "demo" else [_read(source)]
+        if source == "demo":
+            texts += [Text(*item) for item in demo.evaluation_texts(tick).items()]
+        elif source == "reference":
+            texts.append(Text(source, demo.language_reference(unseen=True)))
+        else:
+            texts.append(_read(source))
     return texts
 
 

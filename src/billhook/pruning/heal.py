@@ -57,6 +57,7 @@ def prune_and_recover(model: str, chosen: Recipe, minutes: float | int, work: Pa
             prune(model, unseen, **{**given, "work": work / PRUNE}).save(work / CUT)
         how = {"teacher": model, "minutes": minutes, "lr": RATE, "seq_len": chosen.calibration.seq_len}
         how |= {"text": tuple(chosen.calibration.source.split("+")), "seed": chosen.calibration.seed}
+        how["held_out"] = ("reference",)  # another kind of text than most, there without a connection
         result = recover(
             work / CUT, work=work / TRAINING, tick=run.tick, announce=run.announce, device=chosen.compute.device, **how
         )

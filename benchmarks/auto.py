@@ -1,0 +1,101 @@
+"""What the default method is worth, ingredient by ingredient: python benchmarks/auto.py MODEL CALIBRATION TEXT...
+
+Every row is one prune of a copy at --ratio; what it costs on the first --windows windows of 512 tokens of every TEXT (`demo`
+stands for two), with the standard error of its factor, and its seconds.  `prose` as a text is scipy's documentation as far as
+it is installed: technical prose that nothing here calibrates on.
+"""
+
+import argparse
+import copy
+import dataclasses
+import inspect
+import time
+from typing import Any
+
+import results
+
+import billhook
+from billhook import data
+from billhook.checkpoints import load
+from billhook.data import Text
+from billhook.evaluation.perplexity import paired, perplexity
+
+ROWS: dict[str, dict[str, Any]] = {
+    "fasp": {"method": "fasp"},
+    "layerchop": {"method": "layerchop"},
+    "layerchop, patched": {"method": "layerchop", "patch": "linear"},
+    "slicegpt": {"method": "slicegpt"},
+    "sensitivity": {"method": "fasp", "layout": "per_layer", "allocation": "sensitivity", "axes": ("ffn", "groups")},
+    "auto": {"method": "auto"},
+    "auto, quick": {"method": "auto", "effort": "quick"},
+    "auto, thorough": {"method": "auto", "effort": "thorough"},
+    "auto, not refined": {"method": "auto", "refine": False},
+    "auto, per layer": {"method": "auto", "layout": "per_layer"},
+    "auto, widths alone": {"method": "auto", "axes": ("ffn",)},
+    "auto, 192 windows": {"method": "auto", "samples": 192},
+}
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("model")
+parser.add_argument("calibration")
+parser.add_argument("texts", nargs="+")
+parser.add_argument("--ratio", type=float, default=0.2)
+parser.add_argument("--rows", default="fasp;layerchop, patched;auto", help=f"separated by ;: {'; '.join(ROWS)}")
+parser.add_argument("--samples", type=int, default=64, help="windows to calibrate on")
+parser.add_argument("--windows", type=int, default=24, help="score at most this many windows of each text")
+parser.add_argument("--seed", type=int, default=0)
+args = parser.parse_args()
+
+
+def prose() -> Text:
+    """Docstrings of scipy, without their examples."""
+    import scipy.linalg
+    import scipy.optimize
+    import scipy.signal
+
+    pages = [
+        (inspect.getdoc(getattr(module, name)) or "").split("Examples\n---")[0]
+        for module in (scipy.signal, scipy.optimize, scipy.linalg)
+        for name in sorted(dir(module))
+    ]
+    return Text("prose", "\n\n".join(page for page in pages if len(page) > 800))
+
+
+def judged(model: Any) -> list[Any]:
+    return [perplexity(model, one) for one in windows]
+
+
+opened = load.open_model(args.model, dtype="float32")
+texts = [one for name in args.texts for one in ([prose()] if name == "prose" else data.evaluation_texts([name]))]
+windows = []
+for text in texts:
+    whole = data.windows(text, opened.tokenizer, 512)
+    every = max(1, len(whole.tokens) // args.windows)
+    windows.append(dataclasses.replace(whole, tokens=whole.tokens[::every][: args.windows]))
+dense = judged(opened.model)
+how = {name: getattr(args, name) for name in ("model", "calibration", "samples", "windows", "ratio", "seed")}
+print("| | parameters | " + " | ".join(one.text for one in dense) + " | seconds | |")
+print("|---|---|" + "---|" * len(dense) + "---|---|")
+print("| unpruned | | " + " | ".join(f"{one.perplexity:.2f}" for one in dense) + " | | |", flush=True)
+for name in args.rows.split(";"):
+    given = {"calibration": args.calibration, "samples": args.samples, "seed": args.seed, "ratio": args.ratio}
+    started = time.perf_counter()
+    copied = copy.deepcopy(opened.model)
+    found = billhook.prune(
+        copied, tokenizer=opened.tokenizer, look=False, quiet=True, **{**given, **ROWS[name.strip()]}
+    )
+    took, size = time.perf_counter() - started, found.report["sizes"]["after"]["parameters"]
+    factors = [
+        (one.perplexity, *paired(before.window_losses, one.window_losses))
+        for before, one in zip(dense, judged(found.model.float()), strict=True)
+    ]
+    what = (found.report.get("auto") or {}).get("chosen", "")
+    cells = " | ".join(f"{p:.2f} (×{factor:.3f} ± {error:.3f})" for p, factor, error in factors)
+    print(f"| {name} | {size:,} | {cells} | {took:.0f} | {what} |", flush=True)
+    rows = [
+        {"text": one.text, "perplexity": p, "factor": factor, "standard_error": error}
+        for one, (p, factor, error) in zip(dense, factors, strict=True)
+    ]
+    results.write(
+        "auto", [{**how, "row": name, "parameters": size, "chosen": what, "seconds": took, **row} for row in rows]
+    )
