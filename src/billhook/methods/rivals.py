@@ -21,7 +21,7 @@ class Effort:
 
     rivals: int  # the most cuts to try
     trial: float | int  # share of the calibration windows that a trial is fitted on
-    blocks: int  # probe windows by which blocks of layers are weighed
+    blocks: int  # probe windows by which blocks of layers, or curves of layers, are measured
     passes: float | int  # of the refinement over the calibration windows
 
 
@@ -159,7 +159,8 @@ def _planned_by(
     method: Method, *kinds: str, allocation: str = "equal"
 ) -> Callable[[Opened, Recipe, Effort, Texts, Run], Ready]:
     def planned(opened: Opened, recipe: Recipe, effort: Effort, texts: Texts, run: Run) -> Ready:
-        return method, method.plan(opened, _of(recipe, method, kinds, allocation), texts, run)
+        few = replace(texts, probe=texts.probe[: effort.blocks])
+        return method, method.plan(opened, _of(recipe, method, kinds, allocation), few, run)
 
     return planned
 
