@@ -84,12 +84,12 @@ for name in args.rows.split(";"):
     found = billhook.prune(
         copied, tokenizer=opened.tokenizer, look=False, quiet=True, **{**given, **ROWS[name.strip()]}
     )
-    took, size = time.perf_counter() - started, found.report["sizes"]["after"]["parameters"]
+    took, size = time.perf_counter() - started, found.record["sizes"]["after"]["parameters"]
     factors = [
         (one.perplexity, *paired(before.window_losses, one.window_losses))
         for before, one in zip(dense, judged(found.model.float()), strict=True)
     ]
-    what = (found.report.get("auto") or {}).get("chosen", "")
+    what = (found.record.get("auto") or {}).get("chosen", "")
     cells = " | ".join(f"{p:.2f} (×{factor:.3f} ± {error:.3f})" for p, factor, error in factors)
     print(f"| {name} | {size:,} | {cells} | {took:.0f} | {what} |", flush=True)
     rows = [

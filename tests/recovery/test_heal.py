@@ -34,17 +34,17 @@ def healed(tmp_path: Path, minutes: float = 0.03, **settings: Any) -> Any:
 
 def test_one_report_has_the_cut_and_the_training(tmp_path: Path) -> None:
     result = healed(tmp_path)
-    assert result.report["cuts"] and result.healing["kept_tokens"] > 0
+    assert result.record["cuts"] and result.healing["kept_tokens"] > 0
     assert result.healing["student"] == f"{tmp_path / 'model'}, pruned"
     assert (tmp_path / "work" / "cut" / "config.json").exists()
     out = result.save(tmp_path / "out")
-    assert "without training" not in model_card(result.report)
+    assert "without training" not in model_card(result.record)
     assert (out / "report.html").exists() and render(result.page())
 
 
 @pytest.mark.usefixtures("looks")
 def test_the_closing_look_is_of_what_was_trained(tmp_path: Path) -> None:
-    assert healed(tmp_path, look=True).report["look"]["kl"] > 0
+    assert healed(tmp_path, look=True).record["look"]["kl"] > 0
 
 
 def test_a_run_that_was_cut_off_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,13 +62,13 @@ def prune_and_recover(model: str, chosen: Recipe, minutes: float | int, work: Pa
             work / CUT, work=work / TRAINING, tick=run.tick, announce=run.announce, device=chosen.compute.device, **how
         )
     result.healing["student"] = f"{model}, pruned"
-    result.report["look"] = _looked(model, chosen, result, run.announce) if chosen.compute.look else None
+    result.record["look"] = _looked(model, chosen, result, run.announce) if chosen.compute.look else None
     return result
 
 
 def _looked(model: str, chosen: Recipe, result: Result, announce: Any) -> dict[str, Any] | None:
     """The unpruned model and the trained one, side by side."""
-    if result.trimmed or result.report.get("vocabulary"):
+    if result.trimmed or result.record.get("vocabulary"):
         return None  # they read other tokens
     opened = load.open_model(os.fspath(model), device=chosen.compute.device, dtype="float32")
     before = look(opened.model, opened.tokenizer)
