@@ -55,7 +55,18 @@ MAY_IMPORT = {  # folders that may import few others
         "evaluation",
         "training",
     },
-    "evaluation": {"errors", "choices", "tensors", "runtime", "math", "models", "reports", "checkpoints", "data"},
+    "evaluation": {
+        "errors",
+        "choices",
+        "tensors",
+        "runtime",
+        "math",
+        "models",
+        "reports",
+        "checkpoints",
+        "data",
+        "demo",
+    },
 }
 NUMERIC = {"torch", "numpy", "scipy"}  # what mathematics may stand on
 NAME_FAMILIES = {"models.families", "models.modeling_per_layer", "checkpoints.gguf.architectures"}

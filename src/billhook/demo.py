@@ -8,6 +8,7 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import platformdirs
 
@@ -69,8 +70,6 @@ def language_reference(*, unseen: bool = False) -> str:
     Args:
         unseen: the other half of its topics, which nothing is calibrated on.
     """
-    from pydoc_data.topics import topics
-
     return "\n\n".join(topics[name].strip() for name in sorted(topics)[int(unseen) :: 2])
 
 

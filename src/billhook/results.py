@@ -52,7 +52,7 @@ class Point(Record):
     parameters: int | None
     achieved_ratio: float | None  # of the decoder layers' parameters
     perplexities: tuple[Perplexity, ...]  # in the order of texts
-    seconds: float | None  # of the prune; None where one pass served several, or none was made
+    seconds: float | int | None  # of the prune; None where one pass served several, or none was made
     made: ClassVar = {"perplexities": each(_perplexity)}
 
     @property

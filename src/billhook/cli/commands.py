@@ -26,7 +26,7 @@ COMMANDS = {  # name: module, first line of its help
         "methods",
         "List every method, or say all of one: what it does, its paper, settings, needs and clients.",
     ),
-    "prune": ("prune", "Prune MODEL once, without training; write OUT, reload it and compare."),
+    "prune": ("prune", "Prune MODEL, and train it if asked to; write OUT, reload it and compare."),
     "recover": ("recover", "Train a pruned MODEL back, by distillation or on text; write OUT, reload it and compare."),
     "forecast": (
         "recover",

@@ -73,7 +73,7 @@ class Calibration(Part):
 
     source: str = option(
         "mixed",
-        "text: a file, a folder of them, hub data set name[:config[:split]], mixed (news, technical prose), demo (news)",
+        "text: a file, a folder, a hub data set name[:config[:split]], mixed, or demo",
         flag="calibration",
     )
     samples: int = option(64, "windows of calibration text", ge=1)
