@@ -6,12 +6,15 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from folders import CutOffError
 
 import billhook
 from billhook.errors import BillhookError
 from billhook.methods.rivals import RIVALS, best
 from billhook.models.families import layers
+from billhook.planning.sensitivity import Probe
 from billhook.reports.cut_tables import cut_rows
+from billhook.training import refinement
 
 
 def prune(model: Any, text: Path, **settings: Any) -> Any:
@@ -87,6 +90,27 @@ def test_refinement_can_be_left_out(text_file: Path) -> None:
 def test_the_same_prune_is_made_twice(text_file: Path) -> None:
     first, second = (prune(deep(), text_file, ratio=1 / 3) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True))
+
+
+def test_what_was_tried_is_not_tried_again_after_a_kill(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_off(*_: Any) -> None:
+        raise CutOffError
+
+    work = tmp_path / "work"
+    with monkeypatch.context() as broken:
+        broken.setattr(refinement, "refine", cut_off)
+        with pytest.raises(CutOffError):
+            prune(deep(), text_file, ratio=1 / 3, work=work)
+    with pytest.raises(BillhookError, match="differs in ratio"):
+        prune(deep(), text_file, ratio=0.5, work=work)
+    monkeypatch.setattr(Probe, "divergences_of", cut_off)
+    again = prune(deep(), text_file, ratio=1 / 3, work=work)
+    monkeypatch.undo()
+    plain = prune(deep(), text_file, ratio=1 / 3)
+    assert again.record["auto"] == plain.record["auto"]
+    assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), plain.model.parameters(), strict=True))
 
 
 def test_every_rival_says_what_it_cuts_once() -> None:

@@ -93,6 +93,7 @@ class Auto(Method):
         effort, streamed = SPENT[recipe.settings.effort], is_offloaded(opened.model)
         if streamed:  # a trial would copy the model
             effort = replace(effort, rivals=1)
+        run = _claimed(opened, recipe, texts, run)
         able, refused = ready(opened, recipe, effort, texts, run)
         losses: dict[str, list[float]] = {}
         few = texts.calibration[: max(1, round(effort.trial * len(texts.calibration)))]
@@ -130,6 +131,17 @@ class Auto(Method):
     def announcement(self, opened: Opened, recipe: Recipe, planned: Planned, texts: Texts) -> str:
         line = super().announcement(opened, recipe, planned, texts)
         return f"{planned.record['auto']['chosen']}: {line}" if planned.record else line
+
+
+def _claimed(opened: Opened, recipe: Recipe, texts: Texts, run: Run) -> Run:
+    """The run, whose folder keeps what is measured on the way to the plan: after a kill none of it is measured again."""
+    from billhook.runtime import cache, run_folder
+
+    if run.folder is None:
+        return run
+    key = {"settings": recipe.flat(), **cache.model_key(opened.model), "calibration text": texts.windows.sha256}
+    run_folder.claim(run.folder, key, run.fresh)
+    return replace(run, statistics=run.statistics or run.folder)
 
 
 METHOD = Auto()

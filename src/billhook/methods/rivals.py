@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from statistics import fmean, stdev
 from typing import Any
 
@@ -75,18 +76,26 @@ def ready(
 
 
 def tried(opened: Opened, able: Mapping[str, Ready], texts: Texts, run: Run) -> Iterator[tuple[str, list[float]]]:
-    """How far each cut, fitted on these windows, is from the unpruned model: nats a token of each probe window."""
+    """How far each cut, fitted on these windows, is from the unpruned model: nats a token of each probe window.
+
+    The run's `folder` keeps what was found, for the same run after a kill.
+    """
     from billhook.planning.sensitivity import Probe
+    from billhook.runtime.cache import cached
     from billhook.runtime.run import Run
 
-    probe = Probe(opened.model, texts.probe)
+    unpruned = cache(lambda: Probe(opened.model, texts.probe))
+
+    def losses(method: Method, planned: Planned) -> list[float]:
+        probe, trial = unpruned(), copy.deepcopy(opened.model)
+        method.carry_out(trial, texts, planned, Run(hidden=run.hidden))
+        return probe.divergences_of(trial)
+
     for number, (name, (method, planned)) in enumerate(able.items()):
         run.tick("trying cuts", number, len(able))
+        decides = {"rival": name, "plan": repr(planned.plan), "windows": len(texts.calibration)}
         with run.clock("trials"):
-            trial = copy.deepcopy(opened.model)
-            method.carry_out(trial, texts, planned, Run(hidden=run.hidden))
-            yield name, probe.divergences_of(trial)
-            del trial  # before the next copy is made
+            yield name, cached(run.folder, "trial", decides, partial(losses, method, planned))
     run.tick("trying cuts", len(able), len(able))
 
 
