@@ -87,6 +87,7 @@ for ratio in map(float, args.ratios.split(",")):
     for name in args.rows.split(";" if ";" in args.rows else ","):
         result = billhook.prune(
             copy.deepcopy(opened.model),
+            method="fasp",
             tokenizer=opened.tokenizer,
             statistics=args.statistics,
             tick=quiet,

@@ -76,7 +76,7 @@ print(
 keep("a bare loop", loops)
 keep("billhook's perplexity", passes, f"{ours / loop:.3f} of the loop")
 
-chosen = recipe(ratio=0.2, calibration=args.calibration, samples=args.samples)
+chosen = recipe(method="fasp", ratio=0.2, calibration=args.calibration, samples=args.samples)
 copied = replace(opened, model=copy.deepcopy(opened.model))
 prune = timed(lambda: prune_opened(copied, chosen, Run()))
 print(f"| a default prune | {prune:.0f} | |", flush=True)
@@ -86,7 +86,10 @@ swept = timed(
     lambda: compare.sweep(
         opened,
         "fasp",
-        [recipe(ratio=one, calibration=args.calibration, samples=args.samples, stream="dense") for one in ratios],
+        [
+            recipe(method="fasp", ratio=one, calibration=args.calibration, samples=args.samples, stream="dense")
+            for one in ratios
+        ],
         by,
     )
 )

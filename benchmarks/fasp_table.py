@@ -58,7 +58,7 @@ def perplexities(model: Any) -> list[float]:
 
 
 def equal(ratio: float) -> Plan:
-    return even_planner(opened.model, recipe(ratio=ratio)).make(ratio * decoder_parameters(opened.model))
+    return even_planner(opened.model, recipe(method="fasp", ratio=ratio)).make(ratio * decoder_parameters(opened.model))
 
 
 def dense_cells() -> Iterator[tuple[Cell, Any]]:

@@ -81,10 +81,19 @@ def commands(family: str, text: Path, valid: Path) -> Iterator[tuple[str, list[A
     """Names and command lines, of which each writes what it is called and later ones read what earlier ones wrote."""
     given = ("--calibration", text, "--samples", 6, "--seq-len", 32)
     axes = ("--axes", "expert_ffn", "--multiple-of", 8) if family in tiny.MIXTURES else ()
-    yield "written", ["prune", family, "--ratio", 0.2, "--multiple-of", 2, *axes, *given]
-    yield "streamed", ["prune", family, "--ratio", 0.2, "--multiple-of", 2, *axes, *given, "--stream-weights"]
-    yield "per layer", ["prune", family, "--ratio", 0.2, "--multiple-of", 2, *axes, "--layout", "per_layer", *given]
-    yield "vocabulary", ["prune", family, "--ratio", 0.2, "--multiple-of", 2, *axes, "--vocab-from", text, *given]
+    yield "written", ["prune", family, "--method=fasp", "--ratio", 0.2, "--multiple-of", 2, *axes, *given]
+    yield (
+        "streamed",
+        ["prune", family, "--method=fasp", "--ratio", 0.2, "--multiple-of", 2, *axes, *given, "--stream-weights"],
+    )
+    yield (
+        "per layer",
+        ["prune", family, "--method=fasp", "--ratio", 0.2, "--multiple-of", 2, *axes, "--layout", "per_layer", *given],
+    )
+    yield (
+        "vocabulary",
+        ["prune", family, "--method=fasp", "--ratio", 0.2, "--multiple-of", 2, *axes, "--vocab-from", text, *given],
+    )
     yield "masks", ["prune", family, "--method", "sparsegpt", "--sparsity", 0.5, *given]
     yield "masks streamed", ["prune", family, "--method", "wanda", "--sparsity", 0.5, *given, "--stream-weights"]
     yield (
@@ -125,7 +134,11 @@ def in_memory(family: str, text: Path, how: dict[str, Any]) -> str:
     if family in tiny.MIXTURES and "method" not in how:
         how = {"axes": ("expert_ffn",), **how, "multiple_of": 8}
     model = billhook.prune(
-        tiny.model(family), tokenizer=tiny.tokenizer(), calibration=str(text), look=False, **SMALL, **how
+        tiny.model(family),
+        tokenizer=tiny.tokenizer(),
+        calibration=str(text),
+        look=False,
+        **{"method": "fasp", **SMALL, **how},
     ).model
     return digest(model.state_dict(), model.config.to_dict())
 

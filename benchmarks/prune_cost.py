@@ -37,7 +37,9 @@ args = parser.parse_args()
 opened = load.open_model(args.model)
 text = data.calibration_text(args.text)
 windows = data.windows(text, opened.tokenizer, args.seq_len, args.samples)
-plan = even_planner(opened.model, recipe(ratio=args.ratio)).make(args.ratio * decoder_parameters(opened.model))
+plan = even_planner(opened.model, recipe(method="fasp", ratio=args.ratio)).make(
+    args.ratio * decoder_parameters(opened.model)
+)
 
 forward, whole, stages, peaks = [], [], [], []
 for _ in range(args.repeats):

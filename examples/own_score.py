@@ -26,7 +26,7 @@ def unlike_others(W: Weight, G: Gram, damping: float = 0.0) -> Columns:
 
 def main(model: str = "demo", **settings: Any) -> None:
     for score in ("wanda", "obs", unlike_others):
-        report = billhook.prune(model, score=score, **{"ratio": 0.2, "samples": 16, **settings}).report
+        report = billhook.prune(model, method="fasp", score=score, **{"ratio": 0.2, "samples": 16, **settings}).report
         errors = [cut.error_held_out for cut in report.cuts if cut.error_held_out is not None]
         name = score if isinstance(score, str) else score.__name__
         print(f"{name:14} error on held-out text, mean of {len(errors)} layers: {fmean(errors):.4f}")

@@ -1,6 +1,6 @@
 """Read what a cut cost: every output has its record beside it, billhook.json.
 
-    billhook prune demo --ratio 0.2 -o smaller
+    billhook prune demo --method fasp --ratio 0.2 -o smaller
     python examples/read_report.py [FOLDER]
 
 report.html shows the same to people.  An error is relative: the norm of what a layer's output lost, over that of the output,

@@ -181,4 +181,4 @@ def command(tmp_path: Path, text_file: Path) -> list[object]:
 
     model = written("llama", tmp_path / "model")
     given = ["--calibration", text_file, "--samples", 10, "--seq-len", 32, "--multiple-of", 2]
-    return ["prune", model, "-o", tmp_path / "out", *given]
+    return ["prune", model, "-o", tmp_path / "out", "--method=fasp", *given]

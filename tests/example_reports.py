@@ -47,7 +47,7 @@ def cut(layers: int = 30, kinds: tuple[str, ...] = ("ffn",), uneven: bool = Fals
             **{"score": "obs", "damping": 0.001, "restoration": True, "calibration": "demo", "samples": 32},
             **{"seq_len": 512, "seed": 0, "multiple_of": 32, "device": "auto", "dtype": "auto"},
         },
-        "command": "billhook prune demo --ratio 0.2 --samples 32 -o OUT",
+        "command": "billhook prune demo --method fasp --ratio 0.2 --samples 32 -o OUT",
         "parent": "demo",
         "layout": "per_layer" if uneven else "uniform",
         "paper": "arXiv:2501.09412",
@@ -147,7 +147,7 @@ def blank(title: str, kind: str, command: str) -> dict[str, Any]:
 
 def prune(uneven: bool = False) -> dict[str, Any]:
     title = "SmolLM2-135M-Instruct, 20 % of its decoder pruned by FASP"
-    report = blank(title, "prune", "billhook prune demo --ratio 0.2 -o OUT")
+    report = blank(title, "prune", "billhook prune demo --method fasp --ratio 0.2 -o OUT")
     return {**report, "cut": cut(uneven=uneven, kinds=("ffn", "value") if uneven else ("ffn",))}
 
 

@@ -22,7 +22,9 @@ def written(family: str, to: Path, shards: str = "5GB") -> Path:
 
 
 def pruned(model: Path, text: Path, out: Path, **settings: Any) -> Path:
-    return billhook.prune(model, calibration=str(text), samples=10, seq_len=32, **settings).save(out, overwrite=True)
+    return billhook.prune(model, calibration=str(text), samples=10, seq_len=32, **{"method": "fasp", **settings}).save(
+        out, overwrite=True
+    )
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -137,7 +137,7 @@ PRUNES: dict[str, dict[str, Any]] = {
 def test_all_that_a_prune_reads_begins_so(name: str, seen: list[list[int]], tmp_path: Path) -> None:
     text_file = tmp_path / "words.txt"
     text_file.write_text(tiny.text(3000, 300))
-    given = {"samples": 6, "seq_len": 32, "calibration": str(text_file), **PRUNES[name]}
+    given = {"method": "fasp", "samples": 6, "seq_len": 32, "calibration": str(text_file), **PRUNES[name]}
     if given.get("method") not in ("layerchop", "optishear"):
         given["multiple_of"] = 4
     found = billhook.prune(tiny.model("llama"), tokenizer=BEGUN, **given).record

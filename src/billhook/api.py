@@ -22,6 +22,7 @@ from billhook.errors import BillhookError
 from billhook.evaluation import side_by_side
 from billhook.methods import METHODS
 from billhook.models import layout, limits
+from billhook.planning.command import DEFAULT
 from billhook.planning.method import Method, MethodSettings
 from billhook.planning.recipe import Recipe
 from billhook.pruning import compare as comparing
@@ -67,7 +68,7 @@ def prune(
     model: Any,
     recipe: Recipe | None = None,
     *,
-    method: str | Method | MethodSettings = "fasp",
+    method: str | Method | MethodSettings = DEFAULT["prune"],
     tokenizer: Any = None,
     quiet: bool = False,
     **settings: Any,

@@ -43,10 +43,10 @@ def damages_of(path: Path, most: int, seed: int = 0) -> list[Damage]:
 
 
 def commands(folder: Path, text: Path, out: Path) -> Iterable[Command]:
-    given = ["--seq-len", 32, "--samples", 4, "--calibration", text, "--device", "cpu"]
+    given = ["--seq-len", 32, "--samples", 4, "--multiple-of", 2, "--calibration", text, "--device", "cpu"]
     uneven = ["--layout", "per_layer"] if (folder / "modeling_per_layer.py").exists() else []
     for streamed in ([], ["--stream-weights"]):
-        yield ["prune", folder, "-o", out, "--ratio", 0.1, "--multiple-of", 2, *given, *uneven, *streamed]
+        yield ["prune", folder, "-o", out, "--method=fasp", "--ratio", 0.1, *given, *uneven, *streamed]
     yield ["inspect", folder]
     yield ["export", folder, "-o", out]
     yield ["evaluate", folder, "--text", text, "--parts", "", "--seq-len", 32, "--device", "cpu"]

@@ -94,7 +94,7 @@ def test_auto_classes_load_layers_that_differ_once_told(tmp_path: Path, text_fil
     from transformers import AutoModelForCausalLM
 
     how = dict(ratio=0.2, layout="per_layer", allocation="skip:1,0", multiple_of=4, samples=4, seq_len=32)
-    billhook.prune(folder, calibration=str(text_file), quiet=True, **how).save(tmp_path / "out")
+    billhook.prune(folder, method="fasp", calibration=str(text_file), quiet=True, **how).save(tmp_path / "out")
     billhook.register()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model(tiny.tokens(1, 8)).logits.shape == (1, 8, 258)

@@ -46,7 +46,7 @@ GIVEN = "--calibration {text} --samples 8 --seq-len 32 --multiple-of 4"
 JUDGED = "--text {text} --seq-len 32 --windows 4"
 COMMANDS = {
     "inspect": "inspect {model}",
-    "prune": f"prune {{model}} -o {{out}} --ratio 0.2 {GIVEN}",
+    "prune": f"prune {{model}} -o {{out}} --method fasp --ratio 0.2 {GIVEN}",
     "per_layer": f"prune {{model}} -o {{out}} --ratio 0.2 --layout per_layer {GIVEN}",
     "streamed": f"prune {{model}} -o {{out}} --method magnitude --sparsity 0.5 --stream-weights {GIVEN}",
     "dry-run": f"prune {{model}} -o {{out}} --ratio 0.2 --dry-run {GIVEN}",

@@ -59,7 +59,8 @@ class Bench:
     def prune(self, *more: object, model: object = None, out: object = None) -> list[object]:
         """Arguments of a prune that works, into a folder whose parent does not exist; an option given again wins."""
         settings = ["--ratio", 0.2, "--calibration", self.text, "--samples", 8, "--seq-len", 32, "--multiple-of", 4]
-        return ["prune", model or self.model, "-o", out or self.tmp / "new" / "out", *settings, *more]
+        out = out or self.tmp / "new" / "out"
+        return ["prune", model or self.model, "-o", out, "--method=fasp", *settings, *more]
 
     def run(self, *arguments: object) -> tuple[Any, str, str]:
         """Exit code, standard output, standard error."""

@@ -23,9 +23,10 @@ from billhook.runtime import signals
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 ENDS = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
 TEXT = ["--calibration", "{text}", "--samples", "10", "--seq-len", "32"]
-CUT = ["prune", "{model}", "-o", "{out}", *TEXT, "--multiple-of", "2"]
+CUT = ["prune", "{model}", "-o", "{out}", "--method=fasp", *TEXT, "--multiple-of", "2"]
 KINDS: dict[str, list[str]] = {
     "fasp": [*CUT, "--ratio", "0.2"],
+    "auto": [*CUT, "--method=auto", "--ratio", "0.35"],
     "fasp, streamed, in place of another": [*CUT, "--ratio", "0.2", "--stream-weights", "--overwrite"],
     "masks, streamed": [*CUT[:-2], "--method", "sparsegpt", "--sparsity", "0.5", "--stream-weights"],
     "masks, in place of another": [*CUT[:-2], "--method", "wanda", "--sparsity", "0.5", "--overwrite"],

@@ -47,7 +47,7 @@ def test_a_recipe_s_output(bench: Bench) -> None:
 
 
 FOLDERS = {
-    "prune --statistics": ("prune", ["--stream", "dense", "--statistics"], "--statistics"),
+    "prune --statistics": ("prune", ["--method=fasp", "--stream", "dense", "--statistics"], "--statistics"),
     "recover --lessons": ("recover", ["--teacher", "{model}", "--tokens", "1k", "--lessons"], "--lessons"),
     "search --study": ("search", ["--trials", 4, "--study"], "is not a run's folder"),
 }
@@ -102,6 +102,6 @@ def test_a_rehearsal_writes_nothing_anywhere(how: str, bench: Bench) -> None:
     before, out = snapshot(bench.tmp), bench.tmp / "new" / "deep" / "out"
     options = [str(one).format(tmp=bench.tmp) for one in REHEARSED[how]]
     given = ["--calibration", bench.text, "--samples", 8, "--seq-len", 32, "--multiple-of", 4]
-    code, _, err = bench.run("prune", bench.model, "-o", out, *given, *options, "--dry-run")
+    code, _, err = bench.run("prune", bench.model, "-o", out, "--method=fasp", *given, *options, "--dry-run")
     assert code == (2 if "refused" in how else 0), err
     assert snapshot(bench.tmp) == before

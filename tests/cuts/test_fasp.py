@@ -110,7 +110,7 @@ def test_prune_in_memory_and_save(kinds: tuple[str, ...], dtype: torch.dtype, tm
     model = tiny.model("llama")
     cast(model, dtype)
     settings = dict(axes=kinds, calibration=str(tmp_path / "words.txt"), samples=8, seq_len=32, multiple_of=4)
-    result = billhook.prune(model, tokenizer=tiny.tokenizer(), ratio=0.15, **settings)
+    result = billhook.prune(model, method="fasp", tokenizer=tiny.tokenizer(), ratio=0.15, **settings)
     assert result.model is model and model.dtype is dtype
     assert {cut["kind"] for cut in result.record["cuts"]} <= set(kinds)
     out = result.save(tmp_path / "out")
@@ -125,13 +125,13 @@ def test_a_bfloat16_checkpoint_stays_one(tmp_path: Path, text_file: Path) -> Non
     tiny.model("qwen2").to(torch.bfloat16).save_pretrained(tmp_path / "in")
     tiny.tokenizer().save_pretrained(tmp_path / "in")
     settings = dict(calibration=str(text_file), samples=8, seq_len=32, multiple_of=4)
-    billhook.prune(tmp_path / "in", ratio=0.2, **settings).save(tmp_path / "out")
+    billhook.prune(tmp_path / "in", method="fasp", ratio=0.2, **settings).save(tmp_path / "out")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype is torch.bfloat16
 
 
 def test_a_failing_reload_leaves_nothing(tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = dict(calibration=str(text_file), samples=8, seq_len=32, multiple_of=4)
-    result = billhook.prune(tiny.model("llama"), tokenizer=tiny.tokenizer(), ratio=0.2, **settings)
+    result = billhook.prune(tiny.model("llama"), method="fasp", tokenizer=tiny.tokenizer(), ratio=0.2, **settings)
     written = tensor_files.write
 
     def corrupt(tensors: dict[str, torch.Tensor], to: Path) -> None:

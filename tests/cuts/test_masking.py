@@ -205,7 +205,7 @@ def test_layers_that_see_one_another_are_not_shared(folder: Path, text: str) -> 
     with pytest.raises(BillhookError, match=r"in the stream sequential a layer sees what became of those before"):
         billhook.prune(folder, method="wanda", sparsity=0.5, jobs=2, **given)
     with pytest.raises(BillhookError, match="in the stream dense_target a layer sees"):
-        billhook.prune(folder, ratio=0.3, jobs=2, **given)
+        billhook.prune(folder, method="fasp", ratio=0.3, jobs=2, **given)
 
 
 def test_a_process_that_comes_to_do_several_parts_starts_each_from_the_unpruned_model(folder: Path, text: str) -> None:
@@ -259,7 +259,11 @@ def test_every_method_has_the_stream_of_its_paper_unless_told_otherwise() -> Non
     assert recipe(method="fistapruner", sparsity=0.5).settings.stream == "layer_target"
     assert recipe(method="wanda", sparsity=0.5).settings.stream == "sequential"
     assert recipe(method="wanda", sparsity=0.5, stream="dense").settings.stream == "dense"
-    assert recipe(ratio=0.2).settings.stream == "dense_target" == recipe(ratio=0.2, stream="").settings.stream
+    assert (
+        recipe(method="fasp", ratio=0.2).settings.stream
+        == "dense_target"
+        == recipe(method="fasp", ratio=0.2, stream="").settings.stream
+    )
 
 
 def test_the_command_writes_a_checkpoint(

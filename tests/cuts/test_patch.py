@@ -197,7 +197,7 @@ def test_no_patch_is_the_default_and_changes_nothing() -> None:
 def test_each_method_has_a_damping_of_its_own() -> None:
     patched = recipe(ratio=0.2, method="layerchop", patch="linear")
     assert patched.settings.cut == Settings("linear") == linear(Settings.damping)
-    assert recipe(ratio=0.2).settings.cut == Restoring()
+    assert recipe(method="fasp", ratio=0.2).settings.cut == Restoring()
     assert recipe(ratio=0.2, method="layerchop", damping=0.02).settings.cut.damping == 0.02
 
 

@@ -77,7 +77,7 @@ def test_every_method_runs_or_says_why_not(family: str, case: str, text: str) ->
     if not {"ratio", "layers"} & set(given):  # half of the units of that axis, or a third of the experts
         given["ratio"] = (shares.get(axis_of(case)) or 0.2) * (0.34 if axis_of(case) == "experts" else 0.5)
     try:
-        found = billhook.prune(model, tokenizer=tiny.tokenizer(), **given)
+        found = billhook.prune(model, tokenizer=tiny.tokenizer(), **{"method": "fasp", **given})
     except BillhookError as error:
         words = families_page.axis_cell(tiny_opened(family), axis_of(case), family, families_page.Notes())
         assert words.startswith(("no", "per_layer", "yes, not rotated")), (words, error)

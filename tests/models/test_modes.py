@@ -71,7 +71,7 @@ def test_a_model_in_train_mode_is_pruned_as_it_is_judged(
     found = []
     for training in (False, True):
         given = {"tokenizer": tiny.tokenizer(), "calibration": str(text_file), "samples": 4, "seq_len": LENGTH}
-        result = billhook.prune(made(family).train(training), **given, **asked)
+        result = billhook.prune(made(family).train(training), **{"method": "fasp", **given, **asked})
         assert {module.training for module in result.model.modules()} == {training}
         result.save(tmp_path / str(training))
         found.append(result.model.state_dict())
@@ -81,7 +81,9 @@ def test_a_model_in_train_mode_is_pruned_as_it_is_judged(
 def test_a_model_that_cannot_be_pruned_is_given_back_in_its_mode(text_file: Path) -> None:
     model = made("gpt2").train()
     with pytest.raises(BillhookError):
-        billhook.prune(model, tokenizer=tiny.tokenizer(), ratio=0.2, calibration=str(text_file), seq_len=10**6)
+        billhook.prune(
+            model, method="fasp", tokenizer=tiny.tokenizer(), ratio=0.2, calibration=str(text_file), seq_len=10**6
+        )
     assert all(module.training for module in model.modules())
 
 

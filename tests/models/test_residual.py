@@ -322,7 +322,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int | str | None
 @pytest.fixture
 def command(folder: Path, text_file: Path, tmp_path: Path) -> list[object]:
     settings = ["--calibration", text_file, "--samples", 8, "--seq-len", 32, "--multiple-of", 4]
-    return ["prune", folder, "-o", tmp_path / "out", *settings]
+    return ["prune", folder, "-o", tmp_path / "out", "--method=fasp", *settings]
 
 
 @pytest.mark.parametrize("switch", [[], ["--no-rotate"]])

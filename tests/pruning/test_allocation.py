@@ -63,7 +63,7 @@ def deep(count: int = 4, family: str = "llama") -> PreTrainedModel:
 
 
 def planned(model: PreTrainedModel, statistics: Path | None = None, **settings: Any) -> Plan:
-    return plan_of(model, recipe(**{"multiple_of": 4, **settings}), statistics=statistics)
+    return plan_of(model, recipe(**{"method": "fasp", "multiple_of": 4, **settings}), statistics=statistics)
 
 
 def plan_of(model: PreTrainedModel, chosen: Recipe, texts: texts.Texts = TEXTS, **means: Any) -> Plan:
@@ -227,7 +227,7 @@ def test_a_file_says_what_every_axis_keeps(family: str) -> None:
 def test_an_even_planner_takes_the_same_from_every_layer_that_may_give() -> None:
     model = deep()
     price = axes(model, ("ffn",))[0].price(model)
-    planner = planners.even_planner(model, recipe(ratio=0.2, multiple_of=4), spared=[0], gone=[2])
+    planner = planners.even_planner(model, recipe(method="fasp", ratio=0.2, multiple_of=4), spared=[0], gone=[2])
     by_layer = sizes.layer_parameters(model, 2)
     plan = planner.make(by_layer + 2.0 * 12 * price)
     assert plan == Plan({(0, "ffn"): 0, (1, "ffn"): 12, (3, "ffn"): 12}, (2,))
@@ -243,7 +243,7 @@ def test_a_planner_reaches_its_most_and_keeps_the_floor(name: str, kinds: tuple[
     found = {(axis.layer, axis.kind): axis for axis in axes(model, kinds)}
     losses = {place: {axis.blocks: 1.0 + axis.layer, axis.units - axis.blocks: 9.0} for place, axis in found.items()}
     how = dict(axes=kinds, allocation=name, multiple_of=4, floor=0.5, layout="per_layer")
-    planner = planners.planner(model, recipe(ratio=0.2, **how), losses)
+    planner = planners.planner(model, recipe(method="fasp", ratio=0.2, **how), losses)
     plan = planner.make(float(planner.most))
     assert sizes.saved_by(model, plan) == planner.most
     for place, axis in found.items():
@@ -256,7 +256,7 @@ def test_a_global_allocation_is_one_threshold() -> None:
     draw = torch.Generator().manual_seed(0)
     scores = {(n, "ffn"): torch.rand(48, generator=draw).double() * (n + 1) for n in range(3)}
     how = dict(allocation="global", multiple_of=1, floor=0.01, layout="per_layer")
-    planner = planners.planner(model, recipe(ratio=0.2, **how), planners.score_curves(model, scores))
+    planner = planners.planner(model, recipe(method="fasp", ratio=0.2, **how), planners.score_curves(model, scores))
     threshold = torch.cat(list(scores.values())).sort().values[60]
     plan = planner.make(60.0 * axes(model, ("ffn",))[0].price(model))
     assert plan.drops == {place: int((each < threshold).sum()) for place, each in scores.items()}
@@ -384,7 +384,7 @@ def test_an_uneven_plan_is_believed_to_cost_no_more_than_equal_widths(name: str)
     model = deep()
     plain = planned(model, ratio=0.2)
     ratio = sizes.saved_by(model, plain) / sizes.decoder_parameters(model)
-    chosen = recipe(ratio=ratio, allocation=name, layout="per_layer")
+    chosen = recipe(method="fasp", ratio=ratio, allocation=name, layout="per_layer")
     weighed = axis_plan.measured(model, chosen, chosen.settings.cut, TEXTS, {}, Run())
     uneven = planned(model, ratio=ratio, allocation=name, layout="per_layer")
     costs = [
@@ -441,9 +441,9 @@ def test_statistics_are_measured_once(
     changes: list[Any] = [
         dict(texts=replace(TEXTS, calibration=words(8, seed=3))),
         dict(model=tiny.model("llama", seed=1)),
-        dict(chosen=recipe(ratio=0.2, multiple_of=4, axes=("groups",), **settings)),
+        dict(chosen=recipe(method="fasp", ratio=0.2, multiple_of=4, axes=("groups",), **settings)),
     ]
-    chosen = recipe(ratio=0.2, multiple_of=4, **settings)
+    chosen = recipe(method="fasp", ratio=0.2, multiple_of=4, **settings)
     for n, change in enumerate(changes, start=2):
         given = dict(model=model, chosen=chosen, texts=TEXTS) | change
         plan_of(**given, statistics=tmp_path / "kept")
@@ -548,6 +548,7 @@ def test_a_gradient_score_serves_plans_with_whole_layers(text_file: Path) -> Non
     """`layers` is no axis with units to score: naming it beside one must not reach the gradients."""
     result = billhook.prune(
         tiny.model("llama"),
+        method="fasp",
         tokenizer=tiny.tokenizer(),
         **{"ratio": 0.3, "axes": ("ffn", "layers"), "allocation": "sensitivity", "layout": "per_layer"},
         **{"score": "taylor2_element", "calibration": str(text_file), "samples": 8, "probes": 2, "seq_len": 32},
@@ -562,7 +563,7 @@ def test_what_is_measured_is_cut_by_the_score_that_will_cut(monkeypatch: pytest.
     scores = {(n, "ffn"): torch.rand(48, dtype=torch.float64) for n in range(3)}
     lowest = selection.lowest
     monkeypatch.setattr("billhook.math.selection.lowest", lambda s, *rest: seen.append(s) or lowest(s, *rest))
-    chosen = recipe(ratio=0.3, allocation="sensitivity", layout="per_layer", multiple_of=4)
+    chosen = recipe(method="fasp", ratio=0.3, allocation="sensitivity", layout="per_layer", multiple_of=4)
     opened = Opened(model, None, "tiny", None, torch.float32)
     axis_plan.axis_plan(opened, chosen, chosen.settings.cut, TEXTS, scores, Run())
     assert seen and all(any(s is one for one in scores.values()) for s in seen)

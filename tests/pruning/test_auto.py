@@ -1,19 +1,23 @@
 """The default method: what it tries, what it takes, and that what comes out is as large as asked for."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
+import test_allocation
 import tiny
 import torch
-from folders import CutOffError
+from folders import CutOffError, run, same
 
 import billhook
+from billhook.cli.methods import page
 from billhook.errors import BillhookError
 from billhook.methods.rivals import RIVALS, best
 from billhook.models.families import layers
 from billhook.planning.sensitivity import Probe
+from billhook.pruning.recipe import recipe
 from billhook.reports.cut_tables import cut_rows
+from billhook.reports.page import render
 from billhook.training import refinement
 
 
@@ -116,3 +120,72 @@ def test_what_was_tried_is_not_tried_again_after_a_kill(
 def test_every_rival_says_what_it_cuts_once() -> None:
     assert len({one.name for one in RIVALS}) == len(RIVALS)
     assert all(one.kinds and one.layouts for one in RIVALS)
+
+
+def in_files(family: str, to: Path) -> Path:
+    test_allocation.deep(6, family).save_pretrained(to)
+    tiny.tokenizer().save_pretrained(to)
+    return to
+
+
+def test_it_is_the_default(text_file: Path, folder: Path, tmp_path: Path) -> None:
+    """What other methods need is refused by the name of the method that has it."""
+    given = ["--ratio", 0.2, "--calibration", text_file, "--samples", 8, "--seq-len", 32, "-o", tmp_path / "out"]
+    assert recipe(ratio=0.2).method.name == "auto"
+    assert "--score belongs to --method fasp" in run("prune", folder, *given, "--score", "wanda")
+    assert "which --method fasp and --method layerchop" in run("prune", folder, *given, "--dry-run")
+    assert "name another --method" in run("prune", folder, *given, "--jobs", 2)
+    assert not (tmp_path / "out").exists() and "--effort" in page("auto")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_weights_in_their_files_lose_whole_layers_without_trials(family: str, text_file: Path, tmp_path: Path) -> None:
+    """A trial would copy the model, and refinement hold more than a layer of it."""
+    model = in_files(family, tmp_path / "model")
+    given = {"ratio": 1 / 3, "calibration": str(text_file), "samples": 8, "seq_len": 24, "probes": 2}
+    result = billhook.prune(model, stream_weights=True, quiet=True, **given)
+    record = result.record
+    assert record["recipe"]["method"] == "auto" and record["auto"]["tried"] == {} and "refined" not in record
+    assert len(record["dropped_layers"]) == 2 and abs(record["sizes"]["achieved_ratio"] - 1 / 3) < 0.02
+    result.save(tmp_path / "out")
+
+
+def test_a_killed_prune_of_a_folder_ends_in_the_same_bits(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, work = in_files("llama", tmp_path / "model"), tmp_path / "work"
+
+    def made(name: str) -> Path:
+        given = {"ratio": 1 / 3, "calibration": str(text_file), "samples": 8, "seq_len": 24, "probes": 2}
+        return billhook.prune(model, work=work / name, quiet=True, **given).save(tmp_path / name)
+
+    def stop(*_: Any) -> NoReturn:
+        raise CutOffError
+
+    whole = made("whole")
+    with monkeypatch.context() as patch, pytest.raises(CutOffError):
+        patch.setattr("billhook.training.refinement.refine", stop)
+        made("again")
+    assert not (tmp_path / "again").exists()
+    assert same(whole, made("again"))
+
+
+@pytest.mark.usefixtures("looks")
+def test_the_report_tells_what_was_chosen_refined_and_seen(text_file: Path) -> None:
+    found = prune(deep(), text_file, ratio=1 / 3)
+    rows = dict(cut_rows(found.record))
+    assert {"chosen", "refined", "repetition", "small tasks"} <= set(rows), list(rows)
+    shown = render(found.page())
+    assert all(name in shown for name in ("chosen", "refined", "small tasks"))
+    assert "held-out windows" in rows["chosen"] and "tried: whole layers" in rows["chosen"]
+
+
+def test_it_is_compared_with_others(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BILLHOOK_CACHE", str(tmp_path / "cache"))
+    model = in_files("llama", tmp_path / "model")
+    given = {"calibration": str(text_file), "samples": 8, "seq_len": 24, "probes": 2, "multiple_of": 4}
+    found = billhook.compare(
+        str(model), ["auto", "fasp"], [1 / 3], text=[str(text_file)], windows=2, quiet=True, **given
+    )
+    assert [point.series for point in found] == ["unpruned", "auto", "fasp"]
+    assert [point.error for point in found] == [None] * 3

@@ -132,7 +132,7 @@ def test_processes_of_their_own_find_the_same(
 def test_a_sweep_is_the_prunes_it_stands_for(
     stream: str, opened: load.Opened, by: Judged, common: dict[str, Any], folder: Path
 ) -> None:
-    chosen = [recipe(**common, ratio=ratio, stream=stream) for ratio in (0.2, 0.4)]
+    chosen = [recipe(method="fasp", **common, ratio=ratio, stream=stream) for ratio in (0.2, 0.4)]
     dense, *points = sweep(opened, "fasp", chosen, by)
     assert dense["achieved_ratio"] == 0
     for one, point in zip(chosen, points, strict=True):
@@ -144,7 +144,7 @@ def test_a_sweep_is_the_prunes_it_stands_for(
 def test_a_sweep_goes_on_where_it_was_cut_off(
     opened: load.Opened, by: Judged, common: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = [recipe(**common, ratio=ratio, stream="dense") for ratio in (0.2, 0.3, 0.4)]
+    chosen = [recipe(method="fasp", **common, ratio=ratio, stream="dense") for ratio in (0.2, 0.3, 0.4)]
     sweep(opened, "fasp", [chosen[0], chosen[2]], by)
     asked: list[list[float | None]] = []
     each = _each
@@ -162,7 +162,7 @@ def test_a_sweep_goes_on_where_it_was_cut_off(
 def test_another_text_is_another_result(
     opened: load.Opened, by: Judged, common: dict[str, Any], text_file: Path
 ) -> None:
-    chosen = recipe(**common, ratio=0.3)
+    chosen = recipe(method="fasp", **common, ratio=0.3)
     before = by.key(chosen)
     _text_sha256.cache_clear()
     text_file.write_text(tiny.text(700))
@@ -287,7 +287,9 @@ def test_the_commands_write_pages_and_numbers(
 
 
 def test_a_prune_leaves_a_page(folder: Path, text_file: Path, tmp_path: Path) -> None:
-    result = prune.prune(str(folder), ratio=0.3, samples=6, seq_len=32, multiple_of=8, calibration=str(text_file))
+    result = prune.prune(
+        str(folder), method="fasp", ratio=0.3, samples=6, seq_len=32, multiple_of=8, calibration=str(text_file)
+    )
     out = result.save(tmp_path / "out")
     told = json.loads((out / "report.json").read_text())
     assert told["kind"] == "prune" and told["cut"]["sizes"] == json.loads((out / "billhook.json").read_text())["sizes"]

@@ -14,7 +14,7 @@ from billhook.runtime import activations
 from billhook.runtime.offload import parameters
 
 BATCH = 8 * 32 * 32 * 4  # bytes: windows, tokens, channels, float32
-GIVEN: dict[str, Any] = {"samples": 20, "seq_len": 32, "multiple_of": 1}
+GIVEN: dict[str, Any] = {"method": "fasp", "samples": 20, "seq_len": 32, "multiple_of": 1}
 WAYS: dict[str, dict[str, Any]] = {
     "target": {"ratio": 0.3},
     "dense": {"ratio": 0.3, "stream": "dense"},

@@ -25,13 +25,13 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def pruned(model: Path, text: Path, out: Path, **settings: Any) -> dict[str, torch.Tensor]:
-    billhook.prune(model, calibration=str(text), **{**GIVEN, **settings}).save(out)
+    billhook.prune(model, calibration=str(text), **{"method": "fasp", **GIVEN, **settings}).save(out)
     return {key: one for file in out.glob("*.safetensors") for key, one in load_file(file).items()}
 
 
 def made(model: Path, text: Path, **settings: Any) -> dict[str, torch.Tensor]:
     """The same in memory."""
-    return billhook.prune(model, calibration=str(text), **{**GIVEN, **settings}).model.state_dict()
+    return billhook.prune(model, calibration=str(text), **{"method": "fasp", **GIVEN, **settings}).model.state_dict()
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

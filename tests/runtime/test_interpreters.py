@@ -117,7 +117,7 @@ def test_a_prune_is_verified_however_it_was_installed(way: str, bare: str, text_
     python, environment = installed(way, packages, bare)
     start = f"import sys; sys.path.insert(0, {str(packages)!r}); " if way == "--target" else ""
     given = ["prune", model, "-o", tmp_path / "out", "--calibration", text_file, "--ratio", 0.2, "--samples", 10]
-    given += ["--seq-len", 32, "--multiple-of", 2]
+    given += ["--method", "fasp", "--seq-len", 32, "--multiple-of", 2]
     done = subprocess.run(
         [*python, "-c", f"{start}from billhook.cli import main; main()", *map(str, given)],
         **{"capture_output": True, "text": True, "env": environment},

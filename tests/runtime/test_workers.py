@@ -115,7 +115,7 @@ def test_workers_end_with_whom_they_work_for(tmp_path: Path) -> None:
     assert not psutil.wait_procs(workers, timeout=20)[1]
 
 
-GIVEN = {"samples": 8, "seq_len": 32, "multiple_of": 1}
+GIVEN = {"method": "fasp", "samples": 8, "seq_len": 32, "multiple_of": 1}
 WAYS = {
     "fasp": {"ratio": 0.3, "stream": "dense", "axes": ("ffn", "heads")},
     "fistapruner": {"method": "fistapruner", "sparsity": 0.5},

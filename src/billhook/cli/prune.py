@@ -26,6 +26,7 @@ from billhook.cli.options import (
 from billhook.cli.settings import with_settings
 from billhook.errors import BillhookError
 from billhook.methods import METHODS
+from billhook.planning.command import DEFAULT
 from billhook.planning.recipe import Recipe
 from billhook.pruning.recipe import recipe
 from billhook.runtime.units import BYTES, amount
@@ -39,7 +40,7 @@ def prune_command(
     settings: dict[str, Any],
     method: Annotated[
         str, option(METHOD, "one of 'billhook methods'; 'billhook methods NAME' says all of it", names=METHODS)
-    ] = "fasp",
+    ] = DEFAULT["prune"],
     recover_minutes: Annotated[
         float,
         option(TRAINING, "then train it for so long against the unpruned model", min=0, show_default="no training"),
@@ -66,7 +67,7 @@ def prune_command(
 
     billhook prune demo --ratio 0.2 --recover-minutes 10 -o healed
 
-    billhook prune demo --params 100M --layout per_layer --allocation sensitivity -o smaller
+    billhook prune demo --method fasp --params 100M --layout per_layer --allocation sensitivity -o smaller
 
     billhook prune demo --method sparsegpt --pattern 2:4 -o sparse
     """

@@ -73,7 +73,10 @@ class Auto(Method):
         return True
 
     def why_unforeseen(self, recipe: Recipe) -> str:
-        return "auto decides by what it tries"
+        return "auto tries cuts first, which --method fasp and --method layerchop --preset middle do not"
+
+    def why_alone(self, recipe: Recipe) -> str:
+        return "auto works in one process: leave it out, or name another --method"
 
     def check(self, opened: Opened, recipe: Recipe) -> None:
         from billhook.planning.axis_plan import check, check_uniform

@@ -22,7 +22,7 @@ class Fasp(Method):
     needs = "calibration text; no gradients, no training"
     costs = "one forward pass, and a factorisation of each reader's Gram; an allocation that measures costs passes of its own"
     loads = LAYOUT
-    example = "billhook prune demo --ratio 0.2 -o smaller"
+    example = "billhook prune demo --method fasp --ratio 0.2 -o smaller"
     Settings = NarrowingSettings
     kinds = ("ffn", "heads", "groups", "value", "expert_ffn", "shared", "layers")
     default_kinds = ("ffn",)

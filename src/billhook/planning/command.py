@@ -19,7 +19,7 @@ def command(recipe: Recipe, parent: str, out: str = "OUT") -> str:
     return shlex.join([*words, "-o", out])
 
 
-DEFAULT = {"prune": "fasp", "search": "adapruner"}  # methods that need not be named
+DEFAULT = {"prune": "auto", "search": "adapruner"}  # methods that need not be named
 
 
 def option_words(flag: str, value: Any, together: bool) -> list[str]:

@@ -21,7 +21,7 @@ from billhook.models.experts import fuse, unfuse
 from billhook.models.families import check_known, layers
 from billhook.models.modes import evaluation_mode
 from billhook.models.surgery import cast
-from billhook.planning.command import command
+from billhook.planning.command import DEFAULT, command
 from billhook.planning.method import Method, MethodSettings, Planned
 from billhook.planning.recipe import Recipe
 from billhook.planning.texts import Texts
@@ -42,7 +42,7 @@ def prune(
     model: Any,
     chosen: Recipe | None = None,
     *,
-    method: str | Method | MethodSettings = "fasp",
+    method: str | Method | MethodSettings = DEFAULT["prune"],
     tokenizer: Any = None,
     stream_weights: bool | None = False,
     **settings: Any,
@@ -51,7 +51,7 @@ def prune(
     run = Means(**{name: settings.pop(name) for name in MEANS if name in settings}).run
     if chosen is None:
         chosen = recipe(method, **settings)
-    elif settings or method != "fasp":
+    elif settings or method != DEFAULT["prune"]:
         raise SettingsError("a recipe says all settings: give none besides it")
     if run.workers.many:
         preflight.check_shared(chosen, run.workers)

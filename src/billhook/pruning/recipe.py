@@ -7,6 +7,7 @@ from typing import Any
 
 from billhook.errors import BillhookError, SettingsError, one_of
 from billhook.methods import METHODS
+from billhook.planning.command import DEFAULT
 from billhook.planning.method import Method, MethodSettings
 from billhook.planning.recipe import FLAT, PARTS, Recipe
 from billhook.runtime.validation import checked
@@ -18,7 +19,7 @@ OF_PARTS = {  # part and name in it, of every setting that all methods share
 }
 
 
-def recipe(method: str | Method | MethodSettings = "fasp", **settings: Any) -> Recipe:
+def recipe(method: str | Method | MethodSettings = DEFAULT["prune"], **settings: Any) -> Recipe:
     """A recipe from keyword settings: ratio=0.2, score="wanda", calibration="mixed", ….
 
     Args:

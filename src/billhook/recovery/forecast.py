@@ -46,7 +46,7 @@ ADVICE = (  # the first row that holds is taken
     Advice(
         10_000,
         False,
-        "--method auto",
+        "",
         True,
         "what costs least before training, then distillation (at 20 % equal widths, one of the cuts tried, went from 1.57 "
         "times the unpruned perplexity to 1.35 with 200k tokens)",
@@ -54,7 +54,7 @@ ADVICE = (  # the first row that holds is taken
     Advice(
         0,
         False,
-        "--method auto",
+        "",
         False,
         "too few tokens to train on: what costs least without (of the cuts tried at 20 %: layers patched 1.46 times the "
         "unpruned perplexity, equal widths 1.57; where clients load layers that differ, add --layout per_layer: uneven "
