@@ -32,7 +32,7 @@ PROMPTS = (
 )
 NEW_TOKENS = 48
 TEMPERATURE = 0.7  # of the sampled texts
-WINDOWS, LENGTH = 4, 512  # of the second text
+WINDOWS, LENGTH = 4, 256  # of the second text
 KEPT_BYTES = 2**27  # of the unpruned model's log-probabilities: positions are thinned out to fit
 SHOTS = 3  # solved examples before each question
 MORE_REPETITION = 0.15  # a share of repeated runs this much above the unpruned model's is worth a warning
@@ -50,7 +50,7 @@ class Look:
 
 @torch.inference_mode()
 def look(model: Any, tokenizer: Any) -> Look:
-    """Look at a model: about 7,000 tokens forward, and twice 48 steps of eight texts.
+    """Look at a model: about 4,000 tokens forward, and twice 48 steps of eight texts.
 
     Its weights have to be in memory.
     """

@@ -18,7 +18,7 @@ def model_card(report: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     done, story, tags = [], [], ["billhook"]
     if recipe:
-        training = "" if recoveries else " without training"
+        training = "" if recoveries or report.get("refined") else " without training"
         done, tags = ["pruned"], [*tags, "pruned", recipe["method"]]
         story = [f"pruned{training} by {recipe['method']} ({report.get('paper') or 'no paper'})"]
     if recoveries:
