@@ -92,7 +92,7 @@ def _windows(model: Any, tokenizer: Any) -> Tensor:
         ids = without_end_token(tokenizer)(text[start : start + 8 * LENGTH], verbose=False).input_ids[:room]
         pieces.append(ids)
     length = min(map(len, pieces))
-    return torch.tensor([ids[:length] for ids in pieces], dtype=torch.long, device=model.device)
+    return torch.tensor([ids[:length] for ids in pieces], dtype=torch.long).to(model.device)
 
 
 def _predictions(model: Any, windows: Tensor) -> tuple[tuple[float, ...], Tensor]:
@@ -123,7 +123,7 @@ def _repetition(model: Any, tokenizer: Any) -> dict[str, float | None]:
     most = (getattr(model.config, "max_position_embeddings", None) or math.inf) - length
     if length < 1 or most < NEW_TOKENS:
         return {"greedy": None, "sampled": None}
-    start = torch.tensor([prompt[:length] for prompt in ids], device=model.device)  # cut alike: no padding
+    start = torch.tensor([prompt[:length] for prompt in ids]).to(model.device)  # cut alike: no padding
     written = {"greedy": tokens_after(model, start, NEW_TOKENS)}
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(0)
@@ -164,6 +164,6 @@ def _right(model: Any, tokenizer: Any, question: str, answer: str) -> bool:
     start = next((n for n, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))
     if not 0 < start < len(whole) or len(whole) > (getattr(model.config, "max_position_embeddings", None) or math.inf):
         return False
-    ids = torch.tensor([whole], device=model.device)
+    ids = torch.tensor([whole]).to(model.device)
     likeliest = model(ids, use_cache=False, logits_to_keep=len(whole) - start + 1).logits[0, :-1].argmax(-1)
     return likeliest.tolist() == whole[start:]

@@ -4,9 +4,8 @@ from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from billhook.choices import KINDS
 from billhook.errors import SettingsError
-from billhook.methods.rivals import Effort, best, ready, tried
+from billhook.methods.rivals import RIVALS, Effort, best, ready, tried
 from billhook.planning.method import LAYOUT, Method, MethodSettings, Opened, Planned, Run, Texts
 from billhook.planning.recipe import Recipe
 from billhook.runtime.options import option
@@ -60,7 +59,7 @@ class Auto(Method):
     loads = LAYOUT
     example = "billhook prune demo --ratio 0.2 -o smaller"
     Settings = AutoSettings
-    kinds = (*KINDS, "layers")
+    kinds = tuple(dict.fromkeys(kind for rival in RIVALS for kind in rival.kinds))
 
     def fits(self, recipe: Recipe) -> None:
         if recipe.shape.spread.name != "equal":
