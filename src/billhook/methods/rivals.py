@@ -11,7 +11,7 @@ from billhook.choices import MIXED
 from billhook.errors import BillhookError
 from billhook.methods import experts, fasp, layerchop
 from billhook.planning.method import Method, Opened, Planned, Run, Texts
-from billhook.planning.recipe import Recipe
+from billhook.planning.recipe import Recipe, Shape
 
 Ready = tuple[Method, Planned]  # a method, and what it will do
 
@@ -117,8 +117,7 @@ def _is_mixture(opened: Opened) -> bool:
 
 def _of(recipe: Recipe, method: Method, kinds: tuple[str, ...], allocation: str = "equal") -> Recipe:
     """The same budget for another method, with its default settings."""
-    shape = recipe.shape.model_copy(update={"axes": kinds, "allocation": allocation})
-    shape.__dict__.pop("spread", None)  # of the allocation before
+    shape = Shape(**{**recipe.shape.model_dump(), "axes": kinds, "allocation": allocation})
     return replace(recipe, method=method, settings=method.Settings(), shape=shape)
 
 
