@@ -19,7 +19,7 @@ from billhook.recovery.recover import recover
 from billhook.runtime import cache, run_folder
 from billhook.runtime.means import Means
 
-RATE = 1e-4  # 3e-4 stirs up more than a few minutes settle (docs/log/auto.md); to try others takes minutes of the budget
+RATE = 1e-4  # 3e-4 stirs up more than a few minutes settle (docs/log/auto.md); trials would take minutes of the budget
 CUT, PRUNE, TRAINING = "cut", "prune", "recovery"  # folders of the run
 
 
