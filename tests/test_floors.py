@@ -37,36 +37,14 @@ STANDALONE = {  # run where billhook is not: with checkpoints, or by a client's 
     "models.modeling_per_layer",
     *(f"{CLIENTS}{name}_client" for name in ("transformers", "vllm", "llamacpp")),
 }
+JUDGING = {"errors", "choices", "tensors", "runtime", "math", "models", "reports", "checkpoints", "data"}
 MAY_IMPORT = {  # folders that may import few others
     "math": {"errors", "choices", "tensors"},
     "runtime": {"errors", "choices", "tensors"},
     "models": {"errors", "choices", "tensors", "runtime"},
     "reports": {"errors", "choices", "runtime"},
-    "recovery": {
-        "errors",
-        "choices",
-        "tensors",
-        "runtime",
-        "math",
-        "models",
-        "reports",
-        "checkpoints",
-        "data",
-        "evaluation",
-        "training",
-    },
-    "evaluation": {
-        "errors",
-        "choices",
-        "tensors",
-        "runtime",
-        "math",
-        "models",
-        "reports",
-        "checkpoints",
-        "data",
-        "demo",
-    },
+    "recovery": JUDGING | {"evaluation", "training"},
+    "evaluation": JUDGING | {"demo"},
 }
 NUMERIC = {"torch", "numpy", "scipy"}  # what mathematics may stand on
 NAME_FAMILIES = {"models.families", "models.modeling_per_layer", "checkpoints.gguf.architectures"}

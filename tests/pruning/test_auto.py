@@ -1,6 +1,7 @@
 """The default method: what it tries, what it takes, and that what comes out is as large as asked for."""
 
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NoReturn
 
 import pytest
@@ -12,6 +13,7 @@ from folders import CutOffError, run, same
 import billhook
 from billhook.cli.methods import page
 from billhook.errors import BillhookError
+from billhook.methods import auto as auto_method
 from billhook.methods.rivals import RIVALS, best
 from billhook.models.families import layers
 from billhook.planning.sensitivity import Probe
@@ -52,12 +54,21 @@ def test_layers_that_add_nothing_go_whole(text_file: Path) -> None:
     assert result.record["auto"]["chosen"] == "whole layers" and result.record["dropped_layers"] == [2, 3]
 
 
-def test_the_winner_diverges_least_of_what_was_tried(text_file: Path) -> None:
-    for effort, count in (("quick", 1), ("normal", 2)):
+def test_the_winner_is_the_best_of_what_was_tried(text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, list[float]]] = []
+
+    def noted(losses: dict[str, list[float]]) -> str:
+        seen.append(losses)
+        return best(losses)
+
+    monkeypatch.setattr(auto_method, "best", noted)
+    for effort, count in (("quick", 0), ("normal", 2)):
+        seen.clear()
         auto = prune(deep(), text_file, ratio=1 / 3, effort=effort, refine=False).record["auto"]
-        assert len(auto["tried"]) == (count if count > 1 else 0)
-        if auto["tried"]:
-            assert auto["tried"][auto["chosen"]] <= 1.5 * min(auto["tried"].values())
+        assert len(auto["tried"]) == count and len(seen) == bool(count)
+        if count:
+            assert auto["chosen"] == best(seen[0])
+            assert auto["tried"] == {name: pytest.approx(fmean(each)) for name, each in seen[0].items()}
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.25, 0.4])
@@ -115,6 +126,13 @@ def test_what_was_tried_is_not_tried_again_after_a_kill(
     plain = prune(deep(), text_file, ratio=1 / 3)
     assert again.record["auto"] == plain.record["auto"]
     assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), plain.model.parameters(), strict=True))
+
+
+def test_one_window_is_too_few_to_refine_on(text_file: Path) -> None:
+    with pytest.raises(BillhookError, match="raise samples"):
+        prune(deep(), text_file, samples=1)
+    assert prune(deep(), text_file, samples=2, ratio=1 / 3, effort="quick").record["refined"]
+    assert prune(deep(), text_file, samples=1, ratio=1 / 3, effort="quick", refine=False).record["dropped_layers"]
 
 
 def test_every_rival_says_what_it_cuts_once() -> None:

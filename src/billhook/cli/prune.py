@@ -74,6 +74,8 @@ def prune_command(
     chosen = recipe(method, **settings)
     if dry_run and (jobs > 1 or ray):
         raise BillhookError("--dry-run: it tells what one process takes: leave out --jobs and --ray")
+    if dry_run and recover_minutes:
+        raise BillhookError("--dry-run: it tells what the cut takes: leave out --recover-minutes")
     held = amount(hidden_budget, BYTES, "hidden-budget")
     output = check_free_of(model, output, overwrite)
     from billhook.cli.console import loading, out

@@ -64,6 +64,8 @@ class Auto(Method):
     def fits(self, recipe: Recipe) -> None:
         if recipe.shape.spread.name != "equal":
             raise SettingsError("auto decides which layers give how much: leave out --allocation, or name a --method")
+        if recipe.settings.refine and recipe.calibration.samples < 2:
+            raise SettingsError("one window cannot be refined on and judged by: raise --samples, or give --no-refine")
 
     def judges(self, recipe: Recipe) -> bool:
         return True

@@ -42,13 +42,15 @@ class Rival:
         asked, layout = recipe.shape.axes, recipe.shape.layout
         if layout not in self.layouts or (asked and not set(self.kinds) <= set(asked)):
             return False
-        units = tuple(kind for kind in self.kinds if kind != "layers")
-        if set(units) & set(MIXED) and not _is_mixture(opened):
+        if set(self.kinds) & set(MIXED) and not _is_mixture(opened):
             return False
+        units = tuple(kind for kind in self.kinds if kind != "layers")
+        if not units and layout == "uniform":
+            return True
         try:
-            check_kinds(opened.model, units or ("ffn",), layout)
+            check_kinds(opened.model, units or ("ffn",), layout)  # an axis that all have, for what the layout refuses
         except BillhookError:
-            return not units and layout == "uniform"
+            return False
         return True
 
 

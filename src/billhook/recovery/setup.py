@@ -136,7 +136,7 @@ def prepare(name: str, chosen: Recovery, env: Environment, *, fresh: bool = Fals
     autocast = autocast_dtype(chosen.precision, env.device)
     student, texts, measure_tokens = _inspect(name, chosen, autocast, env)
     key = {"student": student.sha256, "version of billhook": cache.code_sha256(), "precision": str(autocast)}
-    key |= {"settings": chosen.model_dump(mode="json"), "teacher's files": _files_of(chosen.teacher, env.tick)}
+    key |= {"settings": chosen.model_dump(mode="json"), "teacher's files": files_of(chosen.teacher, env.tick)}
     if process.is_main_process:
         windows_sha256 = hashlib.sha256(texts.train.numpy().tobytes()).hexdigest()
         run_folder.claim(env.work, {**key, "training text": windows_sha256}, fresh, keep=("lessons",))
@@ -167,7 +167,7 @@ def prepare(name: str, chosen: Recovery, env: Environment, *, fresh: bool = Fals
     return Prepared(student, chosen, env, texts, schedule, predictions, perplexities, clock)
 
 
-def _files_of(name: str, tick: Tick) -> str | None:
+def files_of(name: str, tick: Tick) -> str | None:
     """What changes when the files of a model do; None where there is no model."""
     if not name:
         return None

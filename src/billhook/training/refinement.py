@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from billhook.calibration.forward import enter, run_layer
+from billhook.errors import BillhookError
 from billhook.models.families import layers
 from billhook.runtime.activations import State
 from billhook.runtime.offload import loaded
@@ -77,12 +78,12 @@ def spans(kept: Sequence[int], touched: Collection[int], total: int, length: int
     beside = [n for n in range(len(kept) + 1) if _gap(kept, n, total)]
     if not places and not beside:
         return []
-    if len(places) > length or not beside:  # spread over the model: tile it
-        first = min([*places, *beside])
-        last = max([*places, *(n - 1 for n in beside)], default=first)
-        starts = range(first, min(last, len(kept) - 1) + 1, length)
-    else:
-        starts = sorted({min(max(0, n - length // 2), max(0, len(kept) - length)) for n in beside})
+    around = sorted({min(max(0, n - length // 2), max(0, len(kept) - length)) for n in beside})
+    if all(any(start <= n < start + length for start in around) for n in places):
+        starts = around
+    else:  # spread over the model: tile it
+        ends = [*places, *(n - 1 for n in beside if n), *(n for n in beside if n < len(kept))]
+        starts = range(min(ends), max(ends) + 1, length)
     found: list[Span] = []
     for start in starts:
         first = max(start, found[-1].last + 1) if found else start
@@ -151,6 +152,8 @@ def _refine(
     states, calls = given
     modules = list(layers(model)[span.first : span.last + 1])
     trained = len(states) - max(1, int(HELD_OUT * len(states)))
+    if not trained:
+        raise BillhookError("one step's windows cannot be refined on and judged by: give more")
     steps = max(1, round(settings.passes * trained))
 
     def off(b: int) -> Tensor:
