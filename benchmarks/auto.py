@@ -19,6 +19,7 @@ from billhook import data
 from billhook.checkpoints import load
 from billhook.data import Text
 from billhook.evaluation.perplexity import paired, perplexity
+from billhook.reports.formatting import number
 
 ROWS: dict[str, dict[str, Any]] = {
     "fasp": {"method": "fasp"},
@@ -90,7 +91,7 @@ for name in args.rows.split(";"):
         for before, one in zip(dense, judged(found.model.float()), strict=True)
     ]
     what = (found.record.get("auto") or {}).get("chosen", "")
-    cells = " | ".join(f"{p:.2f} (×{factor:.3f} ± {error:.3f})" for p, factor, error in factors)
+    cells = " | ".join(f"{p:.2f} (×{factor:.3f} ± {number(error, '{:.3f}')})" for p, factor, error in factors)
     print(f"| {name} | {size:,} | {cells} | {took:.0f} | {what} |", flush=True)
     rows = [
         {"text": one.text, "perplexity": p, "factor": factor, "standard_error": error}

@@ -20,6 +20,7 @@ from billhook.evaluation.perplexity import paired, perplexity
 from billhook.math import layer_presets
 from billhook.models.families import layers
 from billhook.models.plan import Plan
+from billhook.reports.formatting import number
 from billhook.runtime.run import Run
 from billhook.training.refinement import Refining, goals, refine, spans
 
@@ -43,7 +44,7 @@ def told(name: str, measured: list[Any], seconds: float, **row: object) -> None:
         (one.text, one.perplexity, *paired(before.window_losses, one.window_losses))
         for before, one in zip(dense, measured, strict=True)
     ]
-    cells = " | ".join(f"{p:.2f} (×{factor:.3f} ± {error:.3f})" for _, p, factor, error in found)
+    cells = " | ".join(f"{p:.2f} (×{factor:.3f} ± {number(error, '{:.3f}')})" for _, p, factor, error in found)
     print(f"| {name} | {cells} | {seconds:.0f} |", flush=True)
     how = {key: getattr(args, key) for key in ("model", "calibration", "samples", "windows", "drop")} | row
     results.write(
