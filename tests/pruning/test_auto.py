@@ -1,5 +1,6 @@
 """The default method: what it tries, what it takes, and that what comes out is as large as asked for."""
 
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NoReturn
@@ -14,9 +15,11 @@ import billhook
 from billhook.cli.methods import page
 from billhook.errors import BillhookError
 from billhook.methods import auto as auto_method
+from billhook.methods.minutes import Work, spent
 from billhook.methods.rivals import RIVALS, best
 from billhook.models.families import layers
 from billhook.planning.sensitivity import Probe
+from billhook.pruning.dry_run import estimate
 from billhook.pruning.recipe import recipe
 from billhook.reports.cut_tables import cut_rows
 from billhook.reports.page import render
@@ -135,6 +138,47 @@ def test_one_window_is_too_few_to_refine_on(text_file: Path) -> None:
     assert prune(deep(), text_file, samples=1, ratio=1 / 3, effort="quick", refine=False).record["dropped_layers"]
 
 
+def test_minutes_say_how_much_is_tried_and_how_long_it_is_refined(text_file: Path) -> None:
+    few, many = (prune(deep(), text_file, ratio=1 / 3, minutes=minutes).record for minutes in (0.02, 2))
+    assert few["seconds"]["refinement"] < 1.2 and len(many["auto"]["tried"]) > 1
+    with pytest.raises(BillhookError, match="the quickest cut takes about"):
+        prune(deep(), text_file, ratio=1 / 3, minutes=1e-6)
+    with pytest.raises(BillhookError, match="give one"):
+        prune(deep(), text_file, minutes=1, effort="quick")
+
+
+def test_more_minutes_are_never_spent_on_less() -> None:
+    """By a cost that is made up: what is tried grows with the time, and a refinement has what is left of it."""
+    work, names = Work(30, 6, 64, 8, 10, 8.0, True), ["whole layers", "equal widths"]
+    chosen = [spent(minutes, work, names, (True, True), (0.05, 0.4)) for minutes in (4, 8, 12, 20, 60)]
+    assert [one.rivals for one in chosen] == sorted(one.rivals for one in chosen)
+    for minutes, effort in zip((4, 8, 12, 20, 60), chosen, strict=True):
+        few = replace(work, windows=round(effort.share * work.windows))
+        stages = few.stages(replace(effort, passes=0), names[: effort.rivals], True, True)
+        assert sum(one.seconds(0.05, 0.4) for one in stages.values()) + effort.seconds == pytest.approx(60 * minutes)
+    assert chosen[-1].rivals > chosen[0].rivals and chosen[-1].share > chosen[0].share
+
+
+@pytest.mark.parametrize("axes", [(), ("ffn",), ("layers", "ffn")])
+def test_a_dry_run_says_what_it_comes_to(axes: tuple[str, ...], text_file: Path, tmp_path: Path) -> None:
+    model = in_files("llama", tmp_path / "model")
+    given = {"ratio": 1 / 3, "calibration": str(text_file), "samples": 8, "seq_len": 24, "axes": axes, "multiple_of": 2}
+    said = estimate(str(model), recipe(**given), tmp_path / "out")
+    found = billhook.prune(model, quiet=True, probes=2, **given).record
+    assert said["decoder_parameters"]["before"] == found["sizes"]["before"]["decoder_parameters"]
+    gap = said["decoder_parameters"]["after"] / found["sizes"]["after"]["decoder_parameters"] - 1
+    assert abs(gap) < 0.02  # another rival may have won
+    assert {"refinement", "goals"} <= set(said["stages"]) & set(found["seconds"])
+    assert said["stages"]["refinement"]["flops"] > 0 and said["peak_bytes"] > 0
+
+
+def test_what_is_measured_first_is_not_foretold(text_file: Path, tmp_path: Path) -> None:
+    model = in_files("llama", tmp_path / "model")
+    given = {"ratio": 0.2, "calibration": str(text_file), "samples": 8, "seq_len": 24, "multiple_of": 2}
+    with pytest.raises(BillhookError, match="sensitivity is measured"):
+        estimate(str(model), recipe(layout="per_layer", axes=("ffn", "groups"), **given), tmp_path / "out")
+
+
 def test_every_rival_says_what_it_cuts_once() -> None:
     assert len({one.name for one in RIVALS}) == len(RIVALS)
     assert all(one.kinds and one.layouts for one in RIVALS)
@@ -151,7 +195,6 @@ def test_it_is_the_default(text_file: Path, folder: Path, tmp_path: Path) -> Non
     given = ["--ratio", 0.2, "--calibration", text_file, "--samples", 8, "--seq-len", 32, "-o", tmp_path / "out"]
     assert recipe(ratio=0.2).method.name == "auto"
     assert "--score belongs to --method fasp" in run("prune", folder, *given, "--score", "wanda")
-    assert "which --method fasp and --method layerchop" in run("prune", folder, *given, "--dry-run")
     assert "name another --method" in run("prune", folder, *given, "--jobs", 2)
     assert not (tmp_path / "out").exists() and "--effort" in page("auto")
 

@@ -5,27 +5,20 @@ from statistics import fmean
 from typing import Any
 
 from billhook.errors import SettingsError
-from billhook.methods.rivals import RIVALS, Effort, best, ready, tried
-from billhook.planning.method import LAYOUT, Method, MethodSettings, Opened, Planned, Run, Texts
+from billhook.methods.minutes import EFFORTS, SPENT, Effort, Work, price, spent
+from billhook.methods.rivals import RIVALS, able_names, best, ready, tried
+from billhook.planning.method import LAYOUT, Foreseen, Method, MethodSettings, Opened, Planned, Run, Texts
 from billhook.planning.recipe import Recipe
 from billhook.runtime.options import option
 
-EFFORTS = {
-    "quick": "one way to cut, whole layers where they can be had; one pass of refinement",
-    "normal": "up to three ways, each fitted on a quarter of the windows",
-    "thorough": "every way, each fitted on all windows; a longer refinement",
-}
-SPENT = {
-    "quick": Effort(rivals=1, trial=0.25, blocks=1, passes=1.0),
-    "normal": Effort(rivals=3, trial=0.25, blocks=2, passes=2.0),
-    "thorough": Effort(rivals=8, trial=1.0, blocks=8, passes=4.0),
-}
+FLOATS = 5  # numbers that training keeps of every weight: itself, as it was, its gradient, and Adam's two
 
 
 class AutoSettings(MethodSettings):
     """How hard to look, and whether what is left is refined; why these defaults: docs/LOG.md."""
 
     effort: str = option("normal", f"how much may be tried: {', '.join(EFFORTS)}", names=EFFORTS)
+    minutes: float | None = option(None, "in place of --effort: how long it may take", gt=0)
     refine: bool = option(True, "move what is left towards the unpruned model by gradient, a few layers at once")
 
 
@@ -36,6 +29,7 @@ class Won:
     method: Method
     planned: Planned
     refining: Any
+    windows: int | None = None  # to fit on, where not all
 
     @property
     def stream(self) -> str:
@@ -67,14 +61,14 @@ class Auto(Method):
         if recipe.settings.refine and recipe.calibration.samples < 2:
             raise SettingsError("one window cannot be refined on and judged by: raise --samples, or give --no-refine")
 
+        if recipe.settings.minutes and recipe.settings.effort != AutoSettings().effort:
+            raise SettingsError("--minutes says what may be tried, and so does --effort: give one")
+
     def judges(self, recipe: Recipe) -> bool:
         return True
 
     def searches(self, recipe: Recipe) -> bool:
         return True
-
-    def why_unforeseen(self, recipe: Recipe) -> str:
-        return "auto tries cuts first, which --method fasp and --method layerchop --preset middle do not"
 
     def why_alone(self, recipe: Recipe) -> str:
         return "auto works in one process: leave it out, or name another --method"
@@ -94,9 +88,10 @@ class Auto(Method):
 
         if not recipe.sized:
             return Planned(Plan(), None)  # the vocabulary alone
-        effort, streamed = SPENT[recipe.settings.effort], is_offloaded(opened.model)
-        if streamed:  # a trial would copy the model
-            effort = replace(effort, rivals=1)
+        if not len(texts.calibration):
+            return self._untried(opened, recipe)
+        effort, streamed = self._effort(opened, recipe), is_offloaded(opened.model)
+        texts = _first(texts, max(2, round(effort.share * len(texts.calibration))))
         run = _claimed(opened, recipe, texts, run)
         able, refused = ready(opened, recipe, effort, texts, run)
         losses: dict[str, list[float]] = {}
@@ -105,15 +100,61 @@ class Auto(Method):
             losses = dict(tried(opened, able, replace(texts, calibration=few), run))
         name = best(losses) if losses else next(iter(able))
         method, planned = able[name]
-        refining = Refining(passes=effort.passes) if recipe.settings.refine and not streamed else None
+        refining = None
+        if recipe.settings.refine and not streamed:
+            refining = Refining(passes=effort.passes, seconds=effort.seconds)
         record = {
             "chosen": name,
             "tried": {name: fmean(each) for name, each in losses.items()},
             "trial_windows": len(few),
             "refused": refused,
         }
-        won = Won(method, planned, refining)
-        return Planned(planned.plan, won, planned.scores, {**planned.record, "auto": record})
+        seen = {"calibration": texts.record(recipe.calibration.seq_len)}  # where minutes are short, not all of it
+        won = Won(method, planned, refining, len(texts.calibration))
+        return Planned(planned.plan, won, planned.scores, {**planned.record, "auto": record, **seen})
+
+    def _untried(self, opened: Opened, recipe: Recipe) -> Planned:
+        """What the first rival would do: as much as any, if not of the same layers."""
+        import torch
+
+        from billhook.planning.texts import Texts
+        from billhook.runtime.run import Run
+        from billhook.training.refinement import Refining
+
+        nothing = torch.zeros(0, recipe.calibration.seq_len, dtype=torch.long)
+        able, _ = ready(opened, recipe, SPENT["quick"], Texts(nothing, nothing), Run())
+        ((method, planned),) = able.values()
+        refining = Refining(passes=SPENT[recipe.settings.effort].passes) if recipe.settings.refine else None
+        return Planned(planned.plan, Won(method, planned, refining), planned.scores)
+
+    def _effort(self, opened: Opened, recipe: Recipe) -> Effort:
+        from billhook.runtime.offload import is_offloaded
+
+        settings, read = recipe.settings, recipe.calibration
+        if is_offloaded(opened.model):  # a trial would copy the model
+            if settings.minutes:
+                raise SettingsError("--minutes: where weights are streamed nothing is tried or refined: leave it out")
+            return replace(SPENT[settings.effort], rivals=1)
+        if not settings.minutes:
+            return SPENT[settings.effort]
+        work = Work.of(opened.model, self._untried(opened, recipe).plan, read)
+        asked = settings.refine, recipe.compute.look
+        names = able_names(opened, recipe)
+        return spent(settings.minutes, work, names, asked, price(opened.model, read.seq_len))
+
+    def foreseen(self, opened: Opened, recipe: Recipe, planned: Planned) -> Foreseen:
+        from billhook.models import sizes
+
+        settings, won = recipe.settings, planned.settings
+        if won is None:
+            return Foreseen()
+        effort = SPENT[settings.effort]
+        work, names = Work.of(opened.model, planned.plan, recipe.calibration), able_names(opened, recipe)
+        stages = work.stages(effort, names[: effort.rivals], settings.refine, recipe.compute.look)
+        copied = sizes.total_parameters(opened.model) if len(names[: effort.rivals]) > 1 else 0
+        span = FLOATS * work.span * sizes.layer_parameters(opened.model, work.layers - 1) if settings.refine else 0
+        played = None if work.patched else (won.method, won.planned)
+        return Foreseen(stages, 4 * max(copied, span), played)
 
     def carry_out(self, model: Any, texts: Texts, planned: Planned, run: Run) -> dict[str, Any]:
         from billhook.models.families import layers
@@ -122,6 +163,7 @@ class Auto(Method):
         if planned.plan.empty:
             return {"cuts": []}
         won: Won = planned.settings
+        texts = _first(texts, won.windows)
         if won.refining is None:
             return won.method.carry_out(model, texts, won.planned, run)
         total, plan = len(layers(model)), planned.plan
@@ -135,6 +177,10 @@ class Auto(Method):
     def announcement(self, opened: Opened, recipe: Recipe, planned: Planned, texts: Texts) -> str:
         line = super().announcement(opened, recipe, planned, texts)
         return f"{planned.record['auto']['chosen']}: {line}" if planned.record else line
+
+
+def _first(texts: Texts, windows: int | None) -> Texts:
+    return replace(texts, calibration=texts.calibration[:windows])
 
 
 def _claimed(opened: Opened, recipe: Recipe, texts: Texts, run: Run) -> Run:

@@ -10,20 +10,11 @@ from typing import Any
 from billhook.choices import MIXED
 from billhook.errors import BillhookError
 from billhook.methods import experts, fasp, layerchop
+from billhook.methods.minutes import Effort
 from billhook.planning.method import Method, Opened, Planned, Run, Texts
 from billhook.planning.recipe import Recipe, Shape
 
 Ready = tuple[Method, Planned]  # a method, and what it will do
-
-
-@dataclass(frozen=True)
-class Effort:
-    """What may be spent."""
-
-    rivals: int  # the most cuts to try
-    trial: float | int  # share of the calibration windows that a trial is fitted on
-    blocks: int  # probe windows by which blocks of layers, or curves of layers, are measured
-    passes: float | int  # of the refinement over the calibration windows
 
 
 @dataclass(frozen=True)
@@ -52,6 +43,11 @@ class Rival:
         except BillhookError:
             return False
         return True
+
+
+def able_names(opened: Opened, recipe: Recipe) -> list[str]:
+    """The rivals that may be tried, simpler ones first, if the budget lets them."""
+    return [rival.name for rival in RIVALS if rival.may(opened, recipe)]
 
 
 def ready(
@@ -152,6 +148,8 @@ def _layers(opened: Opened, recipe: Recipe, effort: Effort, texts: Texts, run: R
     if not count:
         raise refused or BillhookError("the budget is less than a layer")
     preset = "angular" if is_offloaded(model) else "contiguous"  # one pass, where weights are read from files
+    if not len(texts.probe):
+        preset = "middle"  # as many, to say what it will come to
     with run.clock("layers"):
         windows = texts.calibration, texts.probe[: effort.blocks]
         found = plan(chosen(model, preset, count, *windows, run, recipe.calibration.seed))
@@ -169,6 +167,8 @@ def _planned_by(
     method: Method, *kinds: str, allocation: str = "equal"
 ) -> Callable[[Opened, Recipe, Effort, Texts, Run], Ready]:
     def planned(opened: Opened, recipe: Recipe, effort: Effort, texts: Texts, run: Run) -> Ready:
+        if allocation != "equal" and not len(texts.probe):
+            raise BillhookError(f"allocation {allocation} is measured: what it comes to cannot be told beforehand")
         few = replace(texts, probe=texts.probe[: effort.blocks])
         return method, method.plan(opened, _of(recipe, method, kinds, allocation), few, run)
 

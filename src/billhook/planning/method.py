@@ -36,6 +36,27 @@ class Planned:
     record: Mapping[str, Any] = field(default_factory=dict)  # what the report shows of the planning
 
 
+@dataclass(frozen=True)
+class Passes:
+    """Work, in windows that pass one layer, and the head; a gradient counts as two more."""
+
+    layers: float | int = 0
+    heads: float | int = 0
+
+    def seconds(self, layer: float | int, head: float | int) -> float:
+        """By the seconds of one window through each."""
+        return float(self.layers * layer + self.heads * head)
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """What a prune costs that no rehearsal of a layer shows."""
+
+    stages: Mapping[str, Passes] = field(default_factory=dict)
+    memory: int = 0  # bytes, besides the model and its hidden states
+    rehearsed: "tuple[Method, Planned] | None" = None  # what a rehearsal plays
+
+
 class Method:
     """One method: plain facts, and three phases.  A method of one's own overrides what differs.
 
@@ -90,6 +111,10 @@ class Method:
     def why_unforeseen(self, recipe: Recipe) -> str:
         """Why what it costs cannot be told from a few layers, or ''."""
         return ""
+
+    def foreseen(self, opened: Opened, recipe: Recipe, planned: Planned) -> Foreseen:
+        """What a dry run prices; `planned` was made without text, of a model without weights."""
+        return Foreseen(rehearsed=(self, planned))
 
     def draw(self, opened: Opened, recipe: Recipe, text: Text, run: Run) -> Texts:
         """The windows to calibrate on and to judge by."""

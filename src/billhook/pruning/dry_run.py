@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,17 +30,16 @@ from billhook.checkpoints.streaming import open_paged
 from billhook.errors import BillhookError
 from billhook.models import sizes
 from billhook.models.families import layers
-from billhook.planning.method import Planned
+from billhook.planning.method import Passes, Planned
 from billhook.planning.recipe import Recipe
 from billhook.planning.texts import Texts
 from billhook.pruning import preflight, rehearsal
 from billhook.pruning.rehearsal import Cost, Rehearsed
 from billhook.runtime.memory import free_bytes, peak_growth
 from billhook.runtime.offload import finite
-from billhook.runtime.progress import Clock, Tick, quiet
+from billhook.runtime.progress import Clock, Tick, least_seconds, quiet
 from billhook.runtime.run import Run
 
-ROWS = 4096  # rows of a head that are timed
 PROBED = 1 << 25  # bytes that are read, copied and written to see how fast this machine does it
 STEPS = 96  # passes of one token that verify a result, over all generations
 BATCHES = 40  # passes of 32 tokens that verify a result
@@ -88,7 +88,9 @@ def estimate(
     peak, rss = peak + growth(), psutil.Process().memory_info().rss
     tick("rehearsing", 0, 1)
     planned = _planned(opened, recipe)
-    rehearsed = rehearsal.rehearse(model, recipe, planned, dtype, device) if tokens else None
+    beside, read = recipe.method.foreseen(opened, recipe, planned), recipe.calibration
+    played = beside.rehearsed if tokens else None
+    rehearsed = rehearsal.rehearse(model, read, played, dtype, device) if played else None
     total, cut = sizes.total_parameters(model), sizes.saved_by(model, planned.plan)
     held, written = dtype.itemsize * total, stored.itemsize * (total - cut)
     speeds = _speeds(folder, output, started)
@@ -99,6 +101,7 @@ def estimate(
         stages |= _pruning(
             rehearsed, len(layers(model)), len(set(rehearsal.cut_layers(model, planned.plan)) - cut_whole)
         )
+    stages |= _priced(beside.stages, model, dtype, device, read.seq_len) if tokens and beside.stages else {}
     stages["writing and verifying"] = Cost(
         _verifying(model, 1 - cut / total, written, speeds, dtype, device, stream), 0.0
     )
@@ -108,7 +111,7 @@ def estimate(
         2 if getattr(planned.settings, "stream", "") == "dense_target" else 1
     )  # the unpruned model's beside the pruned one's
     states = states if hidden_budget is None else min(states, hidden_budget)
-    pruning = states + (rehearsed.work_bytes if rehearsed else 0)
+    pruning = states + max(beside.memory, rehearsed.work_bytes if rehearsed else 0)
     if stream:
         layer = dtype.itemsize * sizes.layer_parameters(model, len(layers(model)) - 1)
         ends = dtype.itemsize * model.get_input_embeddings().weight.numel()
@@ -151,6 +154,16 @@ def _pruning(found: Rehearsed, total: int, cut: int) -> dict[str, Cost]:
     return stages
 
 
+def _priced(
+    stages: Mapping[str, Passes], model: Any, dtype: torch.dtype, device: torch.device, length: int
+) -> dict[str, Cost]:
+    """What was counted in windows, by the seconds of one here."""
+    layer, head = rehearsal.window_seconds(model, dtype, device, length)
+    each = 2 * length * sizes.layer_parameters(model, len(layers(model)) - 1)
+    logits = 2 * length * model.get_output_embeddings().weight.numel()
+    return {name: Cost(one.seconds(layer, head), one.seconds(each, logits)) for name, one in stages.items()}
+
+
 @dataclass(frozen=True)
 class Speeds:
     """Bytes a second: loading (read, copied, looked through), writing to the disk of the output; and a start."""
@@ -176,7 +189,7 @@ def _speeds(folder: Path, output: Path, started: float) -> Speeds:
             made.flush()
             os.fsync(made.fileno())
 
-    return Speeds(count / rehearsal.seconds(load), count / rehearsal.seconds(write), started)
+    return Speeds(count / least_seconds(load), count / least_seconds(write), started)
 
 
 def _verifying(
@@ -196,11 +209,11 @@ def _verifying(
     """
     step, batch = rehearsal.passes(model, dtype, device)
     weight = model.get_output_embeddings().weight
-    rows = torch.randn(min(len(weight), ROWS), weight.shape[1], dtype=dtype, device=device)
+    rows = torch.randn(min(len(weight), rehearsal.ROWS), weight.shape[1], dtype=dtype, device=device)
     one, many = (torch.randn(weight.shape[1], count, dtype=dtype, device=device) for count in (2, 64))
     parts, depth = len(weight) / len(rows), kept * len(layers(model))
-    step = step * depth + parts * rehearsal.seconds(lambda: rows @ one)
-    batch = batch * depth + parts * rehearsal.seconds(lambda: rows @ many)
+    step = step * depth + parts * least_seconds(lambda: rows @ one)
+    batch = batch * depth + parts * least_seconds(lambda: rows @ many)
     if stream:
         return size / speeds.write + PAGED * (size / speeds.load + batch)
     return size / speeds.write + LOADS * size / speeds.load + speeds.start + STEPS * step + BATCHES * batch

@@ -6,8 +6,7 @@ narrower FFN: passes grow by weights, Grams by squares of what enters them, all 
 
 import copy
 import tempfile
-import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,10 +27,10 @@ from billhook.models.plan import Plan
 from billhook.models.sizes import layer_parameters
 from billhook.models.surgery import drop_layers
 from billhook.planning.method import Method, Planned
-from billhook.planning.recipe import Recipe
+from billhook.planning.recipe import Calibration
 from billhook.planning.texts import Texts
 from billhook.runtime.memory import peak_growth
-from billhook.runtime.progress import Clock
+from billhook.runtime.progress import Clock, least_seconds
 from billhook.runtime.run import Run
 from billhook.tensors import Tokens
 
@@ -41,6 +40,7 @@ PASSES, SOLVES = 8, 8  # a rehearsal's rough count: passes over a layer's weight
 SHORTEST, LARGEST = 32, 8  # tokens of a window, and divisor of the width
 MULTIPLE = 32
 VOCABULARY = 256
+ROWS = 4096  # rows of a head that are timed
 BY_TOKEN = ("forward", "gram")  # stages that grow with the text; the others do not
 GROWS = {"forward": "weights", "saving": "weights", "surgery": "weights", "gram": "squares"}
 DEGREE = 3  # of the polynomial that a layer's operations are in its FFN's width: factorisations
@@ -66,15 +66,19 @@ class Rehearsed:
 
 
 @torch.no_grad()
-def rehearse(whole: Any, recipe: Recipe, planned: Planned, dtype: torch.dtype, device: torch.device) -> Rehearsed:
-    """Time a recipe on random layers of a model's shapes.
+def rehearse(
+    whole: Any, read: Calibration, played: tuple[Method, Planned], dtype: torch.dtype, device: torch.device
+) -> Rehearsed:
+    """Time a cut on random layers of a model's shapes.
 
     Args:
         whole: the model, without weights.
-        planned: for the whole model; of the layers that have what it cuts, the last two are rehearsed.
+        read: the text that it calibrates on.
+        played: the method, and its plan of the whole model; of the layers that have what it cuts, the last two are rehearsed.
         dtype: to compute in.
     """
-    read, plan, play = recipe.calibration, planned.plan, Play(recipe.method, planned, _most(whole, planned.plan))
+    method, planned = played
+    plan, play = planned.plan, Play(method, planned, _most(whole, planned.plan))
     windows = min(read.samples, WINDOWS)
     length, factor = _chosen_sizes(whole, play, read.seq_len, device)
     config, cut = _narrow(whole.config, factor), cut_layers(whole, plan)
@@ -143,11 +147,22 @@ def _attention_share(model: Any, length: int) -> float:
 
 
 @torch.no_grad()
+def window_seconds(whole: Any, dtype: torch.dtype, device: torch.device, length: int) -> tuple[float, float]:
+    """Of one window through a layer, and through the head."""
+    model = random_layers(whole.config, [len(layers(whole)) - 1], dtype, device)
+    (state,), (calls,) = enter(model, [torch.zeros(1, length, dtype=torch.long)])
+    weight = whole.get_output_embeddings().weight
+    rows = torch.randn(min(len(weight), ROWS), weight.shape[1], dtype=dtype, device=device)
+    logits = least_seconds(lambda: state[0] @ rows.T) * len(weight) / len(rows)
+    return least_seconds(lambda: run_layer(layers(model)[0], state, calls[0])), logits
+
+
+@torch.no_grad()
 def passes(whole: Any, dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
     """Seconds of one layer for one token of two texts, and for 32 tokens of each."""
     model = random_layers(whole.config, [len(layers(whole)) - 1], dtype, device)
     state, calls = enter(model, [torch.zeros(shape, dtype=torch.long) for shape in (STEP, BATCH)])
-    step, batch = (seconds(lambda n=n: run_layer(layers(model)[0], state[n], calls[n][0])) for n in range(2))
+    step, batch = (least_seconds(lambda n=n: run_layer(layers(model)[0], state[n], calls[n][0])) for n in range(2))
     return step, batch
 
 
@@ -237,17 +252,6 @@ UNCOUNTED = {  # which torch does not count
 }
 
 
-def seconds(act: Callable[[], Any], repeats: int = 3) -> float:
-    """The least of some runs, the first not counted."""
-    act()
-    found = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        act()
-        found.append(time.perf_counter() - started)
-    return min(found)
-
-
 @dataclass(frozen=True)
 class Shapes:
     """What the cost of a layer grows with, of the last that is cut: its weights, and the squares and cubes of what enters its readers."""
@@ -272,7 +276,7 @@ class Shapes:
 def _chosen_sizes(model: Any, play: Play, seq_len: int, device: torch.device) -> tuple[int, int]:
     """Tokens of a window, and by what to divide the FFN's width, for a rehearsal that does not take long."""
     square = torch.randn(1024, 1024, device=device)
-    rate = 2 * 1024**3 / seconds(lambda: square @ square)
+    rate = 2 * 1024**3 / least_seconds(lambda: square @ square)
     # windows that are fitted on make one batch: every batch costs something whatever its size
     whole, length, factor = Shapes.of(model, play), min(seq_len, BATCH_TOKENS // (WINDOWS - 1)), 1
     while length > SHORTEST and PASSES * 2 * WINDOWS * length * whole.weights / rate > ABOUT / 2:

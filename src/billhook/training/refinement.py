@@ -11,6 +11,7 @@ was tried of other norms, and lost: docs/LOG.md.
 """
 
 import math
+import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from billhook.tensors import Tokens
 
 HELD_OUT = 0.1  # share of the windows, the last ones, that judge a span before and after
 STAGE = "refining"
+TIMED = 3  # steps by which it is said how many fit into the time
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Refining:
     rate: float = 3e-4  # peak; a cosine to zero follows
     length: int = 10  # layers in a span
     rows: int = 1  # windows in a step
+    seconds: float | None = None  # that all spans together may take, if the passes take longer
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,9 @@ def refine(
             def tick(_: str, done: int, total: int, number: int = number) -> None:
                 run.tick(STAGE, number * total + done, len(aims) * total)
 
-            found.append(_refine(model, span, goal, (states, calls), replace(run, tick=tick), settings))
+            share = (span.last + 1 - span.first) / sum(one.last + 1 - one.first for one, _ in aims)
+            own = replace(settings, seconds=settings.seconds and settings.seconds * share)
+            found.append(_refine(model, span, goal, (states, calls), replace(run, tick=tick), own))
             at = span.first
     return found
 
@@ -166,9 +171,16 @@ def _refine(
 
     with _in_float32(modules) as weights:
         whole = [weight.detach().clone() for weight in weights]
+        started = time.perf_counter()
         before = held_out()
+        judged = time.perf_counter() - started
         optimizer = torch.optim.AdamW(weights, lr=settings.rate, betas=(0.9, 0.99), weight_decay=0.0)
         for step, b in enumerate(_order(trained, steps)):
+            if step == TIMED and settings.seconds:
+                each = (time.perf_counter() - started - judged) / TIMED
+                steps = min(steps, max(TIMED + 1, int((settings.seconds - 2 * judged) / each)))
+            if step == steps:
+                break
             run.tick(STAGE, step, steps)
             for group in optimizer.param_groups:
                 group["lr"] = settings.rate * min(1, (step + 1) / 5) * (1 + math.cos(math.pi * step / steps)) / 2
