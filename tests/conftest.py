@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,14 @@ def _prunes_do_not_look(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
 
     if "looks" not in request.fixturenames and "slow" not in request.keywords:
         monkeypatch.setattr(prune, "_look", lambda *_: None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _packages_are_looked_for_once() -> None:
+    """accelerate looks for a dozen of optional ones on disk whenever a training begins."""
+    from accelerate.utils import imports
+
+    imports._is_package_available = cache(imports._is_package_available)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,8 +10,11 @@ for name in (
     "billhook.pruning.compare",
     "billhook.recovery.recover",
     "billhook.search.adapruner",
+    "billhook.search.optishear",
+    "billhook.search.pool",
     "billhook.training.trainer",
     "pytest",
+    "tiny",
     "transformers.models.llama.modeling_llama",
 ):
     import_module(name)

@@ -153,10 +153,21 @@ def test_more_minutes_are_never_spent_on_less() -> None:
     chosen = [spent(minutes, work, names, (True, True), (0.05, 0.4)) for minutes in (4, 8, 12, 20, 60)]
     assert [one.rivals for one in chosen] == sorted(one.rivals for one in chosen)
     for minutes, effort in zip((4, 8, 12, 20, 60), chosen, strict=True):
-        few = replace(work, windows=round(effort.share * work.windows))
-        stages = few.stages(replace(effort, passes=0), names[: effort.rivals], True, True)
+        stages = work.stages(replace(effort, passes=0), names[: effort.rivals], True, True)
         assert sum(one.seconds(0.05, 0.4) for one in stages.values()) + effort.seconds == pytest.approx(60 * minutes)
     assert chosen[-1].rivals > chosen[0].rivals and chosen[-1].share > chosen[0].share
+
+
+def test_a_dry_run_fills_the_minutes(text_file: Path, tmp_path: Path) -> None:
+    model = in_files("llama", tmp_path / "model")
+    given = {"ratio": 1 / 3, "calibration": str(text_file), "samples": 8, "seq_len": 24, "multiple_of": 2}
+    stages = [
+        estimate(str(model), recipe(minutes=minutes, **given), tmp_path / "out")["stages"] for minutes in (0.02, 100)
+    ]
+    assert stages[0]["refinement"]["seconds"] < stages[1]["refinement"]["seconds"]
+    assert "trials" in stages[1]
+    own = sum(one["seconds"] for name, one in stages[0].items() if name in {"layers", "trials", "patch", "goals"})
+    assert own + stages[0]["refinement"]["seconds"] + stages[0]["look"]["seconds"] < 1.2 * 60 * 0.02
 
 
 @pytest.mark.parametrize("axes", [(), ("ffn",), ("layers", "ffn")])

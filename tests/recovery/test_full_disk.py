@@ -18,7 +18,7 @@ from billhook.recovery import recover
 from billhook.runtime import atomic, cache, tensor_files
 from billhook.training import schedule
 
-LENGTH, STEPS, BYTES = 16, 9, 64
+LENGTH, STEPS, BYTES = 16, 3, 64
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_checkpoints_that_the_disk_does_not_take(
     made: Path, whole: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reason = "(File too large|the disk is full, or files may not be as large)"
-    for before, left in enumerate(("none was saved yet", "the checkpoint of step 3 is kept in .*checkpoint-3")):
+    for before, left in enumerate(("none was saved yet", "the checkpoint of step 1 is kept in .*checkpoint-1")):
         for owner, attribute, concerns in list(FILES.values())[:: 1 + 4 * before]:  # all, then the first and the last
 
             def now(*args: Any, known: int = before, of: Callable[..., bool] = concerns) -> bool:

@@ -33,7 +33,7 @@ def bench(tmp_path: Path) -> Path:
 def prune(bench: Path, **more: Any) -> dict[str, Any]:
     given = {
         **{"method": "layerchop", "layers": 4, "select": "healed", "candidates": ("input", "middle", "output")},
-        **{"heal_tokens": 320, "calibration": str(bench / "train.txt"), "held_out": (str(bench / "held.txt"),)},
+        **{"heal_tokens": 96, "calibration": str(bench / "train.txt"), "held_out": (str(bench / "held.txt"),)},
         **{"seq_len": LENGTH, "samples": 4, "probes": 2},
     }
     return prune_module.prune(str(bench / "deep"), **{"statistics": bench / "kept", **given, **more}).record
@@ -43,7 +43,7 @@ def test_every_candidate_is_trained_and_the_best_wins(bench: Path) -> None:
     report = prune(bench)
     found = report["selection"]
     rows = {one["name"]: one for one in found["candidates"]}
-    assert rows.keys() == {"input", "middle", "output"} and found["by"] == "held" and found["heal_tokens"] == 320
+    assert rows.keys() == {"input", "middle", "output"} and found["by"] == "held" and found["heal_tokens"] == 96
     assert rows["input"]["dropped"] == [1, 2] and rows["output"]["dropped"] == [3, 4]
     for moment in ("before", "after"):
         order = sorted(rows.values(), key=lambda one: one[f"rank_{moment}"])
@@ -84,12 +84,12 @@ def test_checkpoints_of_one_candidate_are_not_anothers(bench: Path, monkeypatch:
 
 def test_the_record_and_the_command_tell_it(bench: Path) -> None:
     given = {"method": "layerchop", "layers": 4, "select": "healed", "candidates": ("input", "output"), "samples": 4}
-    given |= {"heal_tokens": 160, "calibration": str(bench / "train.txt"), "held_out": (str(bench / "held.txt"),)}
+    given |= {"heal_tokens": 64, "calibration": str(bench / "train.txt"), "held_out": (str(bench / "held.txt"),)}
     prune_module.prune(str(bench / "deep"), **given, seq_len=LENGTH, probes=2).save(bench / "out")
     record = json.loads((bench / "out" / "billhook.json").read_text())
     card = (bench / "out" / "README.md").read_text()
     assert record["selection"]["chosen"] in ("input", "output")
-    assert "--select healed --candidates input,output --heal-tokens 160" in card
+    assert "--select healed --candidates input,output --heal-tokens 64" in card
     assert "Judged after a short heal" in (bench / "out" / "report.html").read_text()
 
 

@@ -75,7 +75,7 @@ def bench(tmp_path: Path) -> Path:
 def settings(bench: Path, **more: Any) -> dict[str, Any]:
     found = {
         "objective": "ce",
-        "tokens": 10 * LENGTH,
+        "tokens": 5 * LENGTH,
         "text": (str(bench / "train.txt"),),
         "held_out": (str(bench / "held.txt"),),
         "seq_len": LENGTH,
@@ -142,7 +142,7 @@ def test_every_checkpoint_has_the_zeros(bench: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(trainer, "KEPT", 100)
     recover(bench, trainable="all")
     found = schedule.checkpoints(bench / "work")
-    assert len(found) == 10
+    assert len(found) == 5
     old = linears(load.load(bench / "sparse"))
     for one in found:
         tensors = load_file(one / "model.safetensors")

@@ -8,6 +8,7 @@ fasp         the units of an axis that matter least go, and what reads the axis 
 fistapruner  zeros: another method's, refined by a convex problem
 layerchop    whole decoder layers go
 magnitude    zeros: the smallest weights
+minutes      what auto may spend, and what each part of it costs
 narrowed     settings of cuts that refit what stays
 optishear    zeros: by a score whose parts are searched
 rivals       the ways to cut that auto tries

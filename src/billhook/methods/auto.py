@@ -7,7 +7,7 @@ from typing import Any
 from billhook.errors import SettingsError
 from billhook.methods.minutes import EFFORTS, SPENT, Effort, Work, price, spent
 from billhook.methods.rivals import RIVALS, able_names, best, ready, tried
-from billhook.planning.method import LAYOUT, Foreseen, Method, MethodSettings, Opened, Planned, Run, Texts
+from billhook.planning.method import LAYOUT, Foreseen, Method, MethodSettings, Opened, Planned, Price, Run, Texts
 from billhook.planning.recipe import Recipe
 from billhook.runtime.options import option
 
@@ -90,7 +90,8 @@ class Auto(Method):
             return Planned(Plan(), None)  # the vocabulary alone
         if not len(texts.calibration):
             return self._untried(opened, recipe)
-        effort, streamed = self._effort(opened, recipe), is_offloaded(opened.model)
+        effort = self._effort(opened, recipe, lambda: price(opened.model, recipe.calibration.seq_len))
+        streamed = is_offloaded(opened.model)
         texts = _first(texts, max(2, round(effort.share * len(texts.calibration))))
         run = _claimed(opened, recipe, texts, run)
         able, refused = ready(opened, recipe, effort, texts, run)
@@ -127,7 +128,7 @@ class Auto(Method):
         refining = Refining(passes=SPENT[recipe.settings.effort].passes) if recipe.settings.refine else None
         return Planned(planned.plan, Won(method, planned, refining), planned.scores)
 
-    def _effort(self, opened: Opened, recipe: Recipe) -> Effort:
+    def _effort(self, opened: Opened, recipe: Recipe, price: Price) -> Effort:
         from billhook.runtime.offload import is_offloaded
 
         settings, read = recipe.settings, recipe.calibration
@@ -140,18 +141,19 @@ class Auto(Method):
         work = Work.of(opened.model, self._untried(opened, recipe).plan, read)
         asked = settings.refine, recipe.compute.look
         names = able_names(opened, recipe)
-        return spent(settings.minutes, work, names, asked, price(opened.model, read.seq_len))
+        return spent(settings.minutes, work, names, asked, price())
 
-    def foreseen(self, opened: Opened, recipe: Recipe, planned: Planned) -> Foreseen:
+    def foreseen(self, opened: Opened, recipe: Recipe, planned: Planned, price: Price) -> Foreseen:
         from billhook.models import sizes
 
         settings, won = recipe.settings, planned.settings
         if won is None:
             return Foreseen()
-        effort = SPENT[settings.effort]
-        work, names = Work.of(opened.model, planned.plan, recipe.calibration), able_names(opened, recipe)
-        stages = work.stages(effort, names[: effort.rivals], settings.refine, recipe.compute.look)
-        copied = sizes.total_parameters(opened.model) if len(names[: effort.rivals]) > 1 else 0
+        effort, names = self._effort(opened, recipe, price), able_names(opened, recipe)
+        work = Work.of(opened.model, planned.plan, recipe.calibration)
+        names = names[: effort.rivals]
+        stages = work.stages(effort.within(work, price), names, settings.refine, recipe.compute.look)
+        copied = sizes.total_parameters(opened.model) if len(names) > 1 else 0
         span = FLOATS * work.span * sizes.layer_parameters(opened.model, work.layers - 1) if settings.refine else 0
         played = None if work.patched else (won.method, won.planned)
         return Foreseen(stages, 4 * max(copied, span), played)

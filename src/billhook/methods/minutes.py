@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from billhook.errors import SettingsError
-from billhook.planning.method import Passes
+from billhook.planning.method import Passes, Price
 from billhook.planning.recipe import Calibration
 from billhook.runtime.progress import least_seconds
 
@@ -25,7 +25,14 @@ class Effort:
     blocks: int  # probe windows by which blocks of layers, or curves of layers, are measured
     passes: float | int  # of the refinement over the calibration windows
     share: float = 1.0  # of the calibration windows that are used at all
-    seconds: float | None = None  # that the refinement may take, whatever its passes
+    seconds: float | None = None  # that the refinement may take, if its passes take longer
+
+    def within(self, work: "Work", price: Price) -> "Effort":
+        """The same, with as many passes as the seconds let it have."""
+        if self.seconds is None:
+            return self
+        each = Passes(self.share * work.windows * work.span * TRAINED).seconds(*price())
+        return replace(self, passes=min(self.passes, self.seconds / each))
 
 
 SPENT = {
@@ -72,7 +79,7 @@ class Work:
 
     def stages(self, effort: Effort, rivals: Collection[str], refined: bool, looks: bool) -> Mapping[str, Passes]:
         """Every stage, but for the cut of widths, which a rehearsal times better."""
-        total, found = self.layers, dict[str, Passes]()
+        total, windows, found = self.layers, max(2, round(effort.share * self.windows)), dict[str, Passes]()
         starts = range(1, total - self.gone) if self.gone else range(0)
         blocks = min(effort.blocks, self.probes)
         if starts:
@@ -83,15 +90,15 @@ class Work:
             curve = Passes(POINTS * blocks * total * total / 2 + total * POINTS * self.solve, POINTS * blocks * total)
             found["sensitivity"] = curve
         if len(rivals) > 1:
-            fits = len(rivals) * (STREAMS + 1) * effort.trial * self.windows * total
+            fits = len(rivals) * (STREAMS + 1) * effort.trial * windows * total
             solves = sum(total if "widths" in name else 1 for name in rivals) * self.solve
             probes = (1 + len(rivals)) * self.probes
             found["trials"] = Passes(fits + solves + probes * total, probes)
         if self.patched:
-            found["patch"] = Passes(STREAMS * self.windows * total * BEFORE + self.solve)
+            found["patch"] = Passes(STREAMS * windows * total * BEFORE + self.solve)
         if refined:
-            found["goals"] = Passes(self.windows * total)
-            found["refinement"] = Passes(effort.passes * self.windows * self.span * TRAINED)
+            found["goals"] = Passes(windows * total)
+            found["refinement"] = Passes(effort.passes * windows * self.span * TRAINED)
         if looks:
             found["look"] = Passes(LOOKED * total, LOOKED)
         return found
@@ -111,9 +118,9 @@ def spent(
     """
     took, whole = 0.0, 60 * minutes
     for effort in (*reversed(SPENT.values()), *(replace(SPENT["quick"], share=share) for share in FEWER)):
-        few = replace(work, windows=max(2, round(effort.share * work.windows)))
-        stages = few.stages(replace(effort, passes=LEAST), list(rivals)[: effort.rivals], *asked)
-        widths = Passes(0 if few.patched else (STREAMS + 1) * few.windows * few.layers + few.layers * few.solve)
+        windows = max(2, round(effort.share * work.windows))
+        stages = work.stages(replace(effort, passes=LEAST), list(rivals)[: effort.rivals], *asked)
+        widths = Passes(0 if work.patched else ((STREAMS + 1) * windows + work.solve) * work.layers)
         took = sum(one.seconds(*price) for one in (*stages.values(), widths))
         if took <= whole:
             left = whole - took + stages.get("refinement", Passes()).seconds(*price)

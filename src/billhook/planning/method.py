@@ -1,6 +1,6 @@
 """What a method is: its settings, what it takes and needs, and the phases that a prune goes through.  Loads no torch."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -46,6 +46,9 @@ class Passes:
     def seconds(self, layer: float | int, head: float | int) -> float:
         """By the seconds of one window through each."""
         return float(self.layers * layer + self.heads * head)
+
+
+Price = Callable[[], tuple[float, float]]  # times a window: seconds through one layer, and through the head
 
 
 @dataclass(frozen=True)
@@ -112,8 +115,8 @@ class Method:
         """Why what it costs cannot be told from a few layers, or ''."""
         return ""
 
-    def foreseen(self, opened: Opened, recipe: Recipe, planned: Planned) -> Foreseen:
-        """What a dry run prices; `planned` was made without text, of a model without weights."""
+    def foreseen(self, opened: Opened, recipe: Recipe, planned: Planned, price: Price) -> Foreseen:
+        """What a dry run tells; `planned` was made without text, of a model without weights."""
         return Foreseen(rehearsed=(self, planned))
 
     def draw(self, opened: Opened, recipe: Recipe, text: Text, run: Run) -> Texts:

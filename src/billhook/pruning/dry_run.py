@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from billhook.checkpoints.streaming import open_paged
 from billhook.errors import BillhookError
 from billhook.models import sizes
 from billhook.models.families import layers
-from billhook.planning.method import Passes, Planned
+from billhook.planning.method import Passes, Planned, Price
 from billhook.planning.recipe import Recipe
 from billhook.planning.texts import Texts
 from billhook.pruning import preflight, rehearsal
@@ -88,7 +89,8 @@ def estimate(
     peak, rss = peak + growth(), psutil.Process().memory_info().rss
     tick("rehearsing", 0, 1)
     planned = _planned(opened, recipe)
-    beside, read = recipe.method.foreseen(opened, recipe, planned), recipe.calibration
+    price = cache(lambda: rehearsal.window_seconds(model, dtype, device, recipe.calibration.seq_len))
+    beside, read = recipe.method.foreseen(opened, recipe, planned, price), recipe.calibration
     played = beside.rehearsed if tokens else None
     rehearsed = rehearsal.rehearse(model, read, played, dtype, device) if played else None
     total, cut = sizes.total_parameters(model), sizes.saved_by(model, planned.plan)
@@ -101,7 +103,7 @@ def estimate(
         stages |= _pruning(
             rehearsed, len(layers(model)), len(set(rehearsal.cut_layers(model, planned.plan)) - cut_whole)
         )
-    stages |= _priced(beside.stages, model, dtype, device, read.seq_len) if tokens and beside.stages else {}
+    stages |= _priced(beside.stages, model, read.seq_len, price) if tokens and beside.stages else {}
     stages["writing and verifying"] = Cost(
         _verifying(model, 1 - cut / total, written, speeds, dtype, device, stream), 0.0
     )
@@ -154,11 +156,9 @@ def _pruning(found: Rehearsed, total: int, cut: int) -> dict[str, Cost]:
     return stages
 
 
-def _priced(
-    stages: Mapping[str, Passes], model: Any, dtype: torch.dtype, device: torch.device, length: int
-) -> dict[str, Cost]:
+def _priced(stages: Mapping[str, Passes], model: Any, length: int, price: Price) -> dict[str, Cost]:
     """What was counted in windows, by the seconds of one here."""
-    layer, head = rehearsal.window_seconds(model, dtype, device, length)
+    layer, head = price()
     each = 2 * length * sizes.layer_parameters(model, len(layers(model)) - 1)
     logits = 2 * length * model.get_output_embeddings().weight.numel()
     return {name: Cost(one.seconds(layer, head), one.seconds(each, logits)) for name, one in stages.items()}
