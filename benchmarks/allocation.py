@@ -1,8 +1,9 @@
-"""What allocations and layouts are worth at equal size: python benchmarks/allocation.py MODEL CALIBRATION TEXT... > table.md
+"""What allocations and layouts are worth at equal size: python benchmarks/allocation.py MODEL CALIBRATION TEXT... >
+table.md
 
 Every row is one `billhook.prune` with the default settings (64 windows of 512 tokens drawn by seed 0) but for what
-it names; it prints parameters, the perplexity on every TEXT and its factor to the unpruned model's, and where the layers
-went.  What an allocation measures is kept in --statistics and serves every ratio.
+it names; it prints parameters, the perplexity on every TEXT and its factor to the unpruned model's, and where the
+layers went.  What an allocation measures is kept in --statistics and serves every ratio.
 """
 
 import argparse

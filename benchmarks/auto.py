@@ -1,11 +1,11 @@
 """What the default method is worth, ingredient by ingredient: python benchmarks/auto.py MODEL CALIBRATION TEXT...
 
-Every row is one prune of a copy at --ratio; what it costs on the first --windows windows of 512 tokens of every TEXT (`demo`
-stands for two), with the standard error of its factor, and its seconds.  `prose` as a text is scipy's documentation as far as
-it is installed: technical prose that nothing here calibrates on.
+Every row is one prune of a copy at --ratio; what it costs on the first --windows windows of 512 tokens of every TEXT
+(`demo` stands for two), with the standard error of its factor, and its seconds.  `prose` as a text is scipy's
+documentation as far as it is installed: technical prose that nothing here calibrates on.
 
-With --python OTHER, the Python of an environment with `pip install optipfair==0.4.2`, the rows `optipfair, …` are made there,
-at FASP's width and as many layers as the ratio says.
+With --python OTHER, the Python of an environment with `pip install optipfair==0.4.2`, the rows `optipfair, …` are made
+there, at FASP's width and as many layers as the ratio says.
 """
 
 import argparse

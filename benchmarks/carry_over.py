@@ -1,8 +1,8 @@
 """The same function as another family: python benchmarks/carry_over.py MODEL FAMILY OUT
 
-Writes a llama checkpoint as FAMILY (granite, mistral, phi3, qwen2) without changing what it computes: projections are joined,
-biases are zero, multipliers are what llama has built in.  So a method can be judged on families of which no trained model is at
-hand.  Prints the largest difference between logits.
+Writes a llama checkpoint as FAMILY (granite, mistral, phi3, qwen2) without changing what it computes: projections are
+joined, biases are zero, multipliers are what llama has built in.  So a method can be judged on families of which no
+trained model is at hand.  Prints the largest difference between logits.
 """
 
 import argparse

@@ -1,9 +1,10 @@
-"""Which layers to drop, for which healing budget: python benchmarks/depth.py MODEL TRAIN VALID... --results DIR > table.md
+"""Which layers to drop, for which healing budget: python benchmarks/depth.py MODEL TRAIN VALID... --results DIR >
+table.md
 
-Every cell drops layers by one preset, trains on TRAIN by distillation (all parameters, one learning rate, the teacher's answers
-from disk), and is judged on every VALID text: perplexity and its factor to the unpruned model's, over the first --windows windows
-of 512 tokens, matrix products in --precision.  Each cell is kept in DIR: the same command goes on where it was cut off, and
-one cell's longer budget is a run of its own, with a schedule of its own.
+Every cell drops layers by one preset, trains on TRAIN by distillation (all parameters, one learning rate, the teacher's
+answers from disk), and is judged on every VALID text: perplexity and its factor to the unpruned model's, over the first
+--windows windows of 512 tokens, matrix products in --precision.  Each cell is kept in DIR: the same command goes on
+where it was cut off, and one cell's longer budget is a run of its own, with a schedule of its own.
 """
 
 import argparse

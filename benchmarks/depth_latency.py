@@ -1,8 +1,8 @@
 """What dropped layers are worth in time: python benchmarks/depth_latency.py MODEL CHOPPED... > table.md
 
-In turns, each model's prefill of --context tokens and --new-tokens single steps through the cache, batch 1: of the decoder stack
-(embeddings, head and sampling left out) and of the whole model.  Median and range of --repeats after a warm-up; the layers that
-are timed are those that the checkpoint has.  Run it on an idle machine.
+In turns, each model's prefill of --context tokens and --new-tokens single steps through the cache, batch 1: of the
+decoder stack (embeddings, head and sampling left out) and of the whole model.  Median and range of --repeats after a
+warm-up; the layers that are timed are those that the checkpoint has.  Run it on an idle machine.
 """
 
 import argparse

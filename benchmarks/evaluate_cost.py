@@ -1,7 +1,7 @@
 """What measuring and sweeping cost: python benchmarks/evaluate_cost.py MODEL CALIBRATION TEXT > table.md
 
-In one process, in turns: billhook's perplexity pass beside a bare loop of forwards and losses over the same windows; then one
-default prune with its evaluation, and a sweep of --ratios from one pass.
+In one process, in turns: billhook's perplexity pass beside a bare loop of forwards and losses over the same windows;
+then one default prune with its evaluation, and a sweep of --ratios from one pass.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Which score, stream and damping keep the most: python benchmarks/fasp_table.py MODEL CALIBRATION TEXT... > table.md
 
 Calibrates on 64 windows of 512 tokens drawn by seed 0, prunes in float32, and prints as a Markdown table the perplexity
-of every cell on the first --windows windows of every TEXT, and the factor to the dense model's.  In the dense stream one walk serves
-all ratios of the same settings.
+of every cell on the first --windows windows of every TEXT, and the factor to the dense model's.  In the dense stream
+one walk serves all ratios of the same settings.
 """
 
 import argparse

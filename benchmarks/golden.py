@@ -1,8 +1,8 @@
 """Digests of what billhook makes of tiny models: python benchmarks/golden.py [--only TEXT] > digests.txt
 
-One line a case: its name and a SHA-256 of every tensor and of the config (of the file, for GGUF).  A change that is to change no
-behaviour leaves every line as it was on the same machine; other processors give other bits.  A case that billhook refuses prints
-"refused".  Run before and after a change, and compare with diff.
+One line a case: its name and a SHA-256 of every tensor and of the config (of the file, for GGUF).  A change that is to
+change no behaviour leaves every line as it was on the same machine; other processors give other bits.  A case that
+billhook refuses prints "refused".  Run before and after a change, and compare with diff.
 """
 
 import argparse

@@ -1,9 +1,10 @@
-"""SparseGPT and Wanda here and in llm-compressor: python benchmarks/llm_compressor.py MODEL CALIBRATION TEXT... --python OTHER > table.md
+"""SparseGPT and Wanda here and in llm-compressor: python benchmarks/llm_compressor.py MODEL CALIBRATION TEXT...
+--python OTHER > table.md
 
-OTHER is the Python of an environment with `pip install llmcompressor==0.14.0.1` (it wants another transformers than billhook).  Both
-prune every linear weight of the decoder layers in float32 by the same calibration windows (--samples of 512 tokens, seed 0); billhook
-keeps a tenth of them apart for its errors, as it always does.  Seconds: of the call that prunes, model loaded.  Judged as
-benchmarks/masks.py does.  Each row is kept in DIR.
+OTHER is the Python of an environment with `pip install llmcompressor==0.14.0.1` (it wants another transformers than
+billhook).  Both prune every linear weight of the decoder layers in float32 by the same calibration windows (--samples
+of 512 tokens, seed 0); billhook keeps a tenth of them apart for its errors, as it always does.  Seconds: of the call
+that prunes, model loaded.  Judged as benchmarks/masks.py does.  Each row is kept in DIR.
 """
 
 import argparse

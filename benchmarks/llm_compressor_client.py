@@ -1,7 +1,8 @@
-"""Sparsify a model by llm-compressor, in an environment of its own: python llm_compressor_client.py MODEL TOKENS METHOD BUDGET OUT
+"""Sparsify a model by llm-compressor, in an environment of its own: python llm_compressor_client.py MODEL TOKENS METHOD
+BUDGET OUT
 
-MODEL: a folder with a float32 checkpoint; TOKENS: a .safetensors with `tokens` (windows, length); METHOD: sparsegpt, wanda;
-BUDGET: 0.5 or 2:4.  Prints one line of JSON: seconds of the call itself, versions.
+MODEL: a folder with a float32 checkpoint; TOKENS: a .safetensors with `tokens` (windows, length); METHOD: sparsegpt,
+wanda; BUDGET: 0.5 or 2:4.  Prints one line of JSON: seconds of the call itself, versions.
 """
 
 import json

@@ -1,10 +1,10 @@
 """How fast checkpoints are read and written, beside a plain copy of their shards: python benchmarks/load_save.py FOLDER
 
-Bytes a second: of the copy; of loading the folder whole, each weight looked through for NaN, and left in the mapped file; of
-opening it to be pruned, copied to memory of its own, with its tokenizer; of a model left in its files,
-every page brought once; and of writing, whole and a page at a time, reload and comparison not counted.  The median of some
-rounds; in each everything is done twice, and the second counts: a virtual machine takes time to find memory that was not used
-for a while (a copy then takes three times as long).  The page cache is warm, and nothing waits to be written.
+Bytes a second: of the copy; of loading the folder whole, each weight looked through for NaN, and left in the mapped
+file; of opening it to be pruned, copied to memory of its own, with its tokenizer; of a model left in its files, every
+page brought once; and of writing, whole and a page at a time, reload and comparison not counted.  The median of some
+rounds; in each everything is done twice, and the second counts: a virtual machine takes time to find memory that was
+not used for a while (a copy then takes three times as long).  The page cache is warm, and nothing waits to be written.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """A LLaMA of random weights, as large as asked for, written layer by layer: python benchmarks/make_random_llama.py OUT
 
-The default is 1.5 billion parameters in bfloat16, 3 GB; its tokenizer is the demo model's.  What streaming is measured on: no
-number of it says anything about quality.
+The default is 1.5 billion parameters in bfloat16, 3 GB; its tokenizer is the demo model's.  What streaming is measured
+on: no number of it says anything about quality.
 """
 
 import argparse

@@ -1,8 +1,9 @@
 """What solvers make of single operators: python benchmarks/mask_operators.py MODEL CALIBRATION > table.md
 
-Sums of what enters q, o, up and down of layers 2, 14 and 27 (--layers) in the unpruned model, over --samples windows of 512 tokens, the
-last tenth held out.  Every row prunes these operators by one method from the sums; errors are relative, ||X (V - W)^T|| / ||X W^T||, the
-mean over operators.  Minutes, where benchmarks/masks.py takes hours: for choosing settings, not for judging models.
+Sums of what enters q, o, up and down of layers 2, 14 and 27 (--layers) in the unpruned model, over --samples windows of
+512 tokens, the last tenth held out.  Every row prunes these operators by one method from the sums; errors are relative,
+||X (V - W)^T|| / ||X W^T||, the mean over operators.  Minutes, where benchmarks/masks.py takes hours: for choosing
+settings, not for judging models.
 """
 
 import argparse

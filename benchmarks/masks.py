@@ -1,9 +1,10 @@
-"""What each method that makes zeros leaves: python benchmarks/masks.py MODEL CALIBRATION TEXT... --results DIR > table.md
+"""What each method that makes zeros leaves: python benchmarks/masks.py MODEL CALIBRATION TEXT... --results DIR >
+table.md
 
-Every row prunes MODEL once (64 windows of 512 tokens of CALIBRATION, seed 0) and judges it on every TEXT: perplexity and its factor to
-the unpruned model's over the first --windows windows of 512 tokens, matrix products in --precision, ± one standard error over pairs
-of windows.  Errors are relative, of the operators' outputs, the mean over layers; in brackets on held-out windows.  Each row is kept
-in DIR: the same command goes on where it was cut off.
+Every row prunes MODEL once (64 windows of 512 tokens of CALIBRATION, seed 0) and judges it on every TEXT: perplexity
+and its factor to the unpruned model's over the first --windows windows of 512 tokens, matrix products in --precision, ±
+one standard error over pairs of windows.  Errors are relative, of the operators' outputs, the mean over layers; in
+brackets on held-out windows.  Each row is kept in DIR: the same command goes on where it was cut off.
 """
 
 import argparse

@@ -1,9 +1,10 @@
 """Fewer experts in a small mixture: python benchmarks/mixtures.py CALIBRATION TEXT --results DIR > table.md
 
-Trains a byte-level mixture of experts (--steps steps of 16 windows of 256 bytes, half of CALIBRATION and half of Python's own
-standard library, seed 0; kept in DIR, never committed), then takes a quarter and a half of its experts away in every way of
-`--method experts`, calibrated on either text or both (64 windows).  Perplexity of a byte over the first --windows windows of 256
-bytes of TEXT and of modules of the standard library that it was not trained on, ± one standard error over pairs of windows.
+Trains a byte-level mixture of experts (--steps steps of 16 windows of 256 bytes, half of CALIBRATION and half of
+Python's own standard library, seed 0; kept in DIR, never committed), then takes a quarter and a half of its experts
+away in every way of `--method experts`, calibrated on either text or both (64 windows).  Perplexity of a byte over the
+first --windows windows of 256 bytes of TEXT and of modules of the standard library that it was not trained on, ± one
+standard error over pairs of windows.
 """
 
 import argparse

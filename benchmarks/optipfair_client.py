@@ -1,8 +1,8 @@
 """Prune a model by OptiPFair, in an environment of its own: python optipfair_client.py MODEL TOKENS WAY AMOUNT OUT
 
-MODEL: a folder with a float32 checkpoint; TOKENS: a .safetensors with `tokens` (windows, length); WAY: widths (its score by
-weights alone), widths-data (its hybrid score, with the norms of activations) or layers (the last ones); AMOUNT: the FFN's new
-width, or how many layers go.  Prints one line of JSON: seconds of the call itself, versions.
+MODEL: a folder with a float32 checkpoint; TOKENS: a .safetensors with `tokens` (windows, length); WAY: widths (its
+score by weights alone), widths-data (its hybrid score, with the norms of activations) or layers (the last ones);
+AMOUNT: the FFN's new width, or how many layers go.  Prints one line of JSON: seconds of the call itself, versions.
 """
 
 import json

@@ -1,8 +1,8 @@
 """What patching a cut in depth is worth: python benchmarks/patch.py MODEL CALIBRATION TEXT... > patch.md
 
-Drops whole layers, patches each cut in several ways, and prints as a Markdown table the perplexity on the first --windows
-windows of every TEXT, with its factor to the unpruned model's.  --cuts names the layers, 13-18, or a preset with how many,
-both:8.  --patches names WAY:damping:correction, with one of these ways:
+Drops whole layers, patches each cut in several ways, and prints as a Markdown table the perplexity on the first
+--windows windows of every TEXT, with its factor to the unpruned model's.  --cuts names the layers, 13-18, or a preset
+with how many, both:8.  --patches names WAY:damping:correction, with one of these ways:
 
 down     `--patch linear`: the FFN's last projection before each cut
 o+down   the attention's output projection of that layer first, then the FFN's on what the attention has become
@@ -66,7 +66,8 @@ def perplexities(model: Any) -> list[float]:
 
 @torch.no_grad()
 def attention_too(model: Any, gone: tuple[int, ...], settings: Patching) -> None:
-    """Before each cut, o toward goal = x + correction (dense - x) + E with x what leaves the layer, then down to the same goal."""
+    """Before each cut, o toward goal = x + correction (dense - x) + E with x what leaves the layer, then down to the
+    same goal."""
     dense, batches = copy.deepcopy(model), list(tokens.split(BATCH_TOKENS // tokens.shape[1]))
     states, calls = enter(model, batches)
     targets, at = list(states), layer_presets.layers_before(gone)
@@ -89,7 +90,8 @@ def attention_too(model: Any, gone: tuple[int, ...], settings: Patching) -> None
 
 
 def fit_to(model: Any, axis: Axis, states: list[Tensor], calls: list[Any], goals: list[Tensor], damping: float) -> None:
-    """Refit the reader so that its layer puts out the goals, as if what it puts out entered nothing else in the layer."""
+    """Refit the reader so that its layer puts out the goals, as if what it puts out entered nothing else in the
+    layer."""
     W, seen = reader_weight(model, axis), []
     G = torch.zeros(W.shape[1], W.shape[1], dtype=torch.float64)
     C = torch.zeros(W.shape, dtype=torch.float64)

@@ -1,4 +1,5 @@
-"""A chart of a report's page as a picture of its own: python benchmarks/readme_chart.py REPORT.html OUT.svg [--number N]"""
+"""A chart of a report's page as a picture of its own: python benchmarks/readme_chart.py REPORT.html OUT.svg [--number
+N]"""
 
 import argparse
 import re

@@ -1,8 +1,8 @@
 """Does every recipe still give its numbers?  python benchmarks/recipes.py [RECIPE...] [--texts FOLDER]
 
-Runs `billhook run RECIPE -o OUT --check` for each of recipes/*.yaml, one after the other, OUT in a temporary folder, and prints
-what was expected and what was measured; the exit code is 1 where one was not within its tolerance.  Recipes that calibrate on a
-text are run in FOLDER, where it lies, and are left out without it.
+Runs `billhook run RECIPE -o OUT --check` for each of recipes/*.yaml, one after the other, OUT in a temporary folder,
+and prints what was expected and what was measured; the exit code is 1 where one was not within its tolerance.  Recipes
+that calibrate on a text are run in FOLDER, where it lies, and are left out without it.
 """
 
 import argparse

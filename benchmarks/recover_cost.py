@@ -1,9 +1,9 @@
 """What the training loop costs beside a bare one: python benchmarks/recover_cost.py STUDENT TEACHER TRAIN > table.md
 
-In turns, on the same windows and lessons, each on a copy of the model (where buffers lie in memory makes a quarter of a difference, and a
-model that accelerate wrapped before is slower): a bare loop of forward, loss, backward, clipping and AdamW step, and the same steps by
-billhook's Trainer with its checks, logging and progress, judging and checkpoints left out.  Then the bare pace of every set of parameters,
-on random tokens without lessons.  Run it on an idle machine.
+In turns, on the same windows and lessons, each on a copy of the model (where buffers lie in memory makes a quarter of a
+difference, and a model that accelerate wrapped before is slower): a bare loop of forward, loss, backward, clipping and
+AdamW step, and the same steps by billhook's Trainer with its checks, logging and progress, judging and checkpoints left
+out.  Then the bare pace of every set of parameters, on random tokens without lessons.  Run it on an idle machine.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """What heals a cut best: python benchmarks/recovery.py STUDENT TEACHER TRAIN VALID... --results DIR > table.md
 
-Every row trains STUDENT for --tokens of TRAIN by one objective and one set of parameters, `--lr auto` unless given, and is judged
-on every VALID text, over the first --windows windows of 512 tokens in --precision; × is of TEACHER, ± one standard error over pairs
-of windows.  Rows are kept in DIR: the same command goes on where it was cut off.
+Every row trains STUDENT for --tokens of TRAIN by one objective and one set of parameters, `--lr auto` unless given, and
+is judged on every VALID text, over the first --windows windows of 512 tokens in --precision; × is of TEACHER, ± one
+standard error over pairs of windows.  Rows are kept in DIR: the same command goes on where it was cut off.
 """
 
 import argparse

@@ -1,9 +1,10 @@
 """Where benchmarks leave their numbers: benchmarks/results/NAME.csv, one row for each thing that was measured.
 
-First come the settings that tell the rows of a table apart, then what was measured, then how: `command`, `source` (the entry of
-the lab book that a row was carried from; empty where a run wrote it), `date`, `commit` and `versions`.  A run replaces the row
-of the same settings and adds the others, so that a table always holds the last measurement of everything.  Texts stand in rows
-of their own.  Factors are to the unpruned model's; standard errors are the factors', over pairs of windows.
+First come the settings that tell the rows of a table apart, then what was measured, then how: `command`, `source` (the
+entry of the lab book that a row was carried from; empty where a run wrote it), `date`, `commit` and `versions`.  A run
+replaces the row of the same settings and adds the others, so that a table always holds the last measurement of
+everything.  Texts stand in rows of their own.  Factors are to the unpruned model's; standard errors are the factors',
+over pairs of windows.
 """
 
 import csv

@@ -1,13 +1,15 @@
-"""What a search for samples and metric is worth: python benchmarks/search.py MODEL TRAIN VALID OTHER... --results DIR > table.md
+"""What a search for samples and metric is worth: python benchmarks/search.py MODEL TRAIN VALID OTHER... --results DIR >
+table.md
 
-The pool and the calibration windows come from TRAIN, candidates are tried on the first half of VALID (without paragraphs that quote
-TRAIN), and everything is judged on its second half and on every OTHER text: perplexity and its factor to the unpruned model's over the
-first --windows windows of 512 tokens, ± one standard error over pairs of windows.  No row has more parameters than FASP's.  "Without" and
-"with" are without and with restoration (FASP's default, on --samples windows), each by a search of its own; cuts are restored and judged in --precision, as finalists
+The pool and the calibration windows come from TRAIN, candidates are tried on the first half of VALID (without
+paragraphs that quote TRAIN), and everything is judged on its second half and on every OTHER text: perplexity and its
+factor to the unpruned model's over the first --windows windows of 512 tokens, ± one standard error over pairs of
+windows.  No row has more parameters than FASP's.  "Without" and "with" are without and with restoration (FASP's
+default, on --samples windows), each by a search of its own; cuts are restored and judged in --precision, as finalists
 of a search are.  Each row is kept in DIR: the same command goes on where it was cut off.
 
-Every promoted trial of a search is judged too, as it was tried, without restoration: overfit.svg in DIR has what it gained on
-validation windows against what it gains on the judged ones.
+Every promoted trial of a search is judged too, as it was tried, without restoration: overfit.svg in DIR has what it
+gained on validation windows against what it gains on the judged ones.
 """
 
 import argparse

@@ -1,8 +1,9 @@
 """What a trial of a search costs: python benchmarks/search_cost.py MODEL TRAIN VALID > table.md
 
-In turns, on the same four windows of 128 tokens: a forward pass of the unpruned model, a trial as a search makes it (scores from the
-pool's evidence, a mask, the cut in place, a forward pass, everything back), and a trial in the paper's way (gradients of ten windows of
-64 tokens for the candidate's metric, a copy of the model that is cut, a forward pass).  Run it on an idle machine.
+In turns, on the same four windows of 128 tokens: a forward pass of the unpruned model, a trial as a search makes it
+(scores from the pool's evidence, a mask, the cut in place, a forward pass, everything back), and a trial in the paper's
+way (gradients of ten windows of 64 tokens for the candidate's metric, a copy of the model that is cut, a forward pass).
+Run it on an idle machine.
 """
 
 import argparse

@@ -1,8 +1,10 @@
-"""What sizes and layouts are worth where they are served: python benchmarks/serving.py FOLDER... [--llama-python PYTHON] > table.md
+"""What sizes and layouts are worth where they are served: python benchmarks/serving.py FOLDER... [--llama-python
+PYTHON] > table.md
 
-For each checkpoint folder: parameters, bytes of its safetensors and of its GGUF (F16 and Q8_0), and tokens per second of a
-512-token prefill and of decoding at batch 1, in transformers (float32, the models in turns) and, where an interpreter with
-llama-cpp-python is given, in llama.cpp (F16).  Medians, ranges in brackets.  Run it on an idle machine.
+For each checkpoint folder: parameters, bytes of its safetensors and of its GGUF (F16 and Q8_0), and tokens per second
+of a 512-token prefill and of decoding at batch 1, in transformers (float32, the models in turns) and, where an
+interpreter with llama-cpp-python is given, in llama.cpp (F16).  Medians, ranges in brackets.  Run it on an idle
+machine.
 """
 
 import argparse

@@ -1,8 +1,9 @@
 """How a streamed prune grows with a model: python benchmarks/streaming_cost.py CALIBRATION > table.md
 
-FASP's fifth of random LLaMAs (benchmarks/make_random_llama.py), 8 windows of 128 tokens, the model left in its files: deeper at one
-width, and wider at one depth.  Each prune is a process of its own; memory is its peak resident set, seconds are the prune's own
-stages, without imports and the verified write.  The last lines fit exponents by least squares on logarithms.
+FASP's fifth of random LLaMAs (benchmarks/make_random_llama.py), 8 windows of 128 tokens, the model left in its files:
+deeper at one width, and wider at one depth.  Each prune is a process of its own; memory is its peak resident set,
+seconds are the prune's own stages, without imports and the verified write.  The last lines fit exponents by least
+squares on logarithms.
 """
 
 import argparse

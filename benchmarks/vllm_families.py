@@ -1,9 +1,11 @@
-"""Which cuts of which family stock vLLM serves: python benchmarks/vllm_families.py --python PYTHON --into docs/vllm.json
+"""Which cuts of which family stock vLLM serves: python benchmarks/vllm_families.py --python PYTHON --into
+docs/vllm.json
 
-PYTHON is an interpreter with vLLM, as for check_vllm.py.  A random model of every family, wide enough for vLLM's kernels, is
-cut along every axis that docs/families.md says yes to, all of them on one model, written, loaded there without billhook, and must
-continue two prompts by the same 32 greedy tokens, in float32; where it does not, each axis has a model of its own.  Another
-has FFNs of two widths.  `make families` reads what came out: "" for the same tokens, else what vLLM said.
+PYTHON is an interpreter with vLLM, as for check_vllm.py.  A random model of every family, wide enough for vLLM's
+kernels, is cut along every axis that docs/families.md says yes to, all of them on one model, written, loaded there
+without billhook, and must continue two prompts by the same 32 greedy tokens, in float32; where it does not, each axis
+has a model of its own.  Another has FFNs of two widths.  `make families` reads what came out: "" for the same tokens,
+else what vLLM said.
 """
 
 import argparse

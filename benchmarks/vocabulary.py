@@ -1,7 +1,7 @@
 """What a smaller vocabulary costs on other text: python benchmarks/vocabulary.py MODEL VOCABULARY_TEXT TEXT > table.md
 
-Trims the vocabulary to VOCABULARY_TEXT, and to at least --sizes tokens, and prints bits per byte on the first --characters
-of TEXT in windows of 512 tokens: what compares across tokenizers, as perplexity per token does not.
+Trims the vocabulary to VOCABULARY_TEXT, and to at least --sizes tokens, and prints bits per byte on the first
+--characters of TEXT in windows of 512 tokens: what compares across tokenizers, as perplexity per token does not.
 """
 
 import argparse

@@ -2,10 +2,11 @@
 
     python examples/own_score.py [MODEL]
 
-A score reads the weight W (out, in) that consumes the channels and the Gram matrix G = X^T X (in, in) of what enters it, and
-gives one number a channel: the lowest go.  All else (budget, layouts, least squares, reports, stock checkpoints) is billhook's.
-This one is a channel's share of the output that nothing else carries: its energy, times one minus the largest squared cosine
-between its inputs and another channel's.  It prints what is left of the output's energy unexplained, by each score.
+A score reads the weight W (out, in) that consumes the channels and the Gram matrix G = X^T X (in, in) of what enters
+it, and gives one number a channel: the lowest go.  All else (budget, layouts, least squares, reports, stock
+checkpoints) is billhook's. This one is a channel's share of the output that nothing else carries: its energy, times one
+minus the largest squared cosine between its inputs and another channel's.  It prints what is left of the output's
+energy unexplained, by each score.
 """
 
 import sys

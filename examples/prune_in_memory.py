@@ -2,8 +2,8 @@
 
     python examples/prune_in_memory.py [MODEL] [OUT]
 
-MODEL (demo unless given) is a Hugging Face folder, a hub id, a .gguf file, or demo: SmolLM2-135M-Instruct, fetched once.
-Nothing is written before OUT; what is there then was reloaded with stock transformers and compared.
+MODEL (demo unless given) is a Hugging Face folder, a hub id, a .gguf file, or demo: SmolLM2-135M-Instruct, fetched
+once. Nothing is written before OUT; what is there then was reloaded with stock transformers and compared.
 """
 
 import sys

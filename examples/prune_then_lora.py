@@ -2,8 +2,9 @@
 
     python examples/prune_then_lora.py [MODEL] [TEXT] [OUT]
 
-TEXT is a text file, or demo.  This is the loop that one writes oneself, for a task of one's own; `billhook recover` trains by
-distillation from the unpruned model, with a schedule, checkpoints and held-out text, adapters among them (--trainable lora).
+TEXT is a text file, or demo.  This is the loop that one writes oneself, for a task of one's own; `billhook recover`
+trains by distillation from the unpruned model, with a schedule, checkpoints and held-out text, adapters among them
+(--trainable lora).
 """
 
 import sys

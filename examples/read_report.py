@@ -3,8 +3,8 @@
     billhook prune demo --method fasp --ratio 0.2 -o smaller
     python examples/read_report.py [FOLDER]
 
-report.html shows the same to people.  An error is relative: the norm of what a layer's output lost, over that of the output,
-on text that the repair was not fitted on.
+report.html shows the same to people.  An error is relative: the norm of what a layer's output lost, over that of the
+output, on text that the repair was not fitted on.
 """
 
 import json

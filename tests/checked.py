@@ -1,8 +1,8 @@
 """What is annotated is checked as it is called, and quickly enough.
 
-Functions that speak of no shapes are checked by beartype alone: jaxtyping binds arguments, and checks them twice, for shapes.
-And each is checked the first times that a test calls it: a loop that calls it a thousand times more says nothing new.
-What checks it is made when it is first called, and once for all functions that a line of code makes.
+Functions that speak of no shapes are checked by beartype alone: jaxtyping binds arguments, and checks them twice, for
+shapes. And each is checked the first times that a test calls it: a loop that calls it a thousand times more says
+nothing new. What checks it is made when it is first called, and once for all functions that a line of code makes.
 """
 
 import functools
@@ -46,7 +46,8 @@ def _beartyped(one: Any, typechecker: Callable[[Any], Any]) -> Any:
 
 
 def _jaxtyped(*, typechecker: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """What pytest's --jaxtyping-packages puts over every function and class; half of the time of small tests was its own."""
+    """What pytest's --jaxtyping-packages puts over every function and class; half of the time of small tests was its
+    own."""
 
     def check(one: Any) -> Any:
         if isinstance(one, type) or any(map(_has_shapes, one.__annotations__.values())):

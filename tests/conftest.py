@@ -14,8 +14,8 @@ import pytest
 sys.path.extend(
     str(one) for one in (Path(__file__).parent, *Path(__file__).parent.iterdir()) if one.is_dir()
 )  # shared helpers
-# `checked` before billhook: what is imported after it is checked as it says.  What takes seconds to import comes later: the
-# process that hands tests out to others needs none of it
+# `checked` before billhook: what is imported after it is checked as it says.  What takes seconds to import comes later:
+# the process that hands tests out to others needs none of it
 import checked
 import covering
 
@@ -37,7 +37,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _collections_are_short() -> None:
-    """Collections in the code under test take half a second where they walk all that was imported, here or by a test."""
+    """Collections in the code under test take half a second where they walk all that was imported, here or by a
+    test."""
     if len(sys.modules) != _frozen[0]:
         _frozen[0] = len(sys.modules)
         gc.collect()
@@ -61,7 +62,8 @@ def _not_run(path: Path, client: str, python: str | None = None, trust: bool = F
 
 @pytest.fixture(autouse=True)
 def _no_other_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check in a process of its own takes seconds, most of them imports: tests that mean it ask for `stock_client`."""
+    """The check in a process of its own takes seconds, most of them imports: tests that mean it ask for
+    `stock_client`."""
     from billhook.checkpoints.clients import check
 
     if "stock_client" not in request.fixturenames and "slow" not in request.keywords:
@@ -70,7 +72,8 @@ def _no_other_process(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
 
 @pytest.fixture(autouse=True)
 def _probes_are_short(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Token by token through a cache, every output of a test takes longer to verify than to make; windows slide over 8."""
+    """Token by token through a cache, every output of a test takes longer to verify than to make; windows slide over
+    8."""
     from billhook.checkpoints import verify
 
     whole = verify._probe

@@ -1,12 +1,13 @@
 """Which cases of a law the fast suite runs, where its parameters multiply to hundreds.
 
-`@pytest.mark.covering` over a test: the fast suite runs a few of its cases, in which every value of every parameter occurs.
-The others get the mark `whole`; `make test-whole` runs them all.
+`@pytest.mark.covering` over a test: the fast suite runs a few of its cases, in which every value of every parameter
+occurs. The others get the mark `whole`; `make test-whole` runs them all.
 
     @pytest.mark.covering                               every value once
     @pytest.mark.covering("family, dtype")              and every pair of a family and a dtype that there is
     @pytest.mark.covering(first=lambda family, kind: ...)  from such cases as far as they go: others say less
-    @pytest.mark.covering(some={"family": 3})            one family in three, for laws that take long: others have the rest
+    @pytest.mark.covering(some={"family": 3})            one family in three, for laws that take long: others have the
+    rest
 
 Ties go to values that came least often so far, and each law starts elsewhere, so that what one leaves out another has.
 """

@@ -1,5 +1,5 @@
-"""What `test_doubles` asks of a device without float64, each in a process that has it: autograd starts threads for every kind of
-device that is known, and a process with such threads cannot be forked.
+"""What `test_doubles` asks of a device without float64, each in a process that has it: autograd starts threads for
+every kind of device that is known, and a process with such threads cannot be forked.
 """
 
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""docs/families.md, from the rows of the families and what they refuse: python tests/families_page.py > docs/families.md"""
+"""docs/families.md, from the rows of the families and what they refuse: python tests/families_page.py >
+docs/families.md"""
 
 import json
 import re

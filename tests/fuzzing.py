@@ -3,8 +3,8 @@
     fuzz(folder / "config.json", json_damages(content), [["inspect", folder]], tally)
     assert not tally.faults, tally
 
-A command is its arguments, run in this process as the shell would run it, or a function, which refuses by BillhookError: what reads a
-file takes milliseconds by itself, and seconds in a command around it.
+A command is its arguments, run in this process as the shell would run it, or a function, which refuses by
+BillhookError: what reads a file takes milliseconds by itself, and seconds in a command around it.
 """
 
 import io
@@ -96,7 +96,8 @@ def file_damages(content: bytes, prefixes: int = 24) -> Iterator[Damage]:
 def json_damages(
     content: bytes, values: Iterable[str] = tuple(VALUES), most: int | None = None, seed: int = 0
 ) -> Iterator[Damage]:
-    """Every key of a JSON document (of lists the first and the last item) with each of `VALUES` in its place, or `most` of them."""
+    """Every key of a JSON document (of lists the first and the last item) with each of `VALUES` in its place, or `most`
+    of them."""
     document = json.loads(content)
     pairs = [(place, name) for place in places(document) for name in values]
     for place, name in sample(pairs, most, seed) if most is not None else pairs:

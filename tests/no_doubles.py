@@ -3,8 +3,8 @@
     with no_doubles.device():
         model = tiny.model("llama").to("mps")
 
-What is asked of PyTorch with such a tensor is computed by the CPU, once it is seen that all tensors are on one device.  As on the
-real one, numbers of no dimension and indices may come from the CPU, and copies may cross.
+What is asked of PyTorch with such a tensor is computed by the CPU, once it is seen that all tensors are on one device.
+As on the real one, numbers of no dimension and indices may come from the CPU, and copies may cross.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,7 +1,7 @@
 """Processes that have imported everything already: there in a tenth of a second, where an interpreter takes five.
 
-`forkserver` starts processes as `spawn` does, with nothing of this one's state and with what is sent to them pickled, from a
-server that imported `preloaded` once.
+`forkserver` starts processes as `spawn` does, with nothing of this one's state and with what is sent to them pickled,
+from a server that imported `preloaded` once.
 """
 
 import io
@@ -41,8 +41,8 @@ _forkserver.ensure_running = _ensure_running
 class Child:
     """`work` in a process that may be killed; what it prints is kept.
 
-    Either forked from this process, all that tests have patched included, or fresh: then `work` is of a module, no random
-    number was drawn before, and sets have another order.
+    Either forked from this process, all that tests have patched included, or fresh: then `work` is of a module, no
+    random number was drawn before, and sets have another order.
     """
 
     def __init__(self, work: Callable[..., object], *given: Any, fresh: bool = False) -> None:
@@ -62,7 +62,8 @@ class Child:
             os.kill(self._process.pid, number)
 
     def ended(self, timeout: float = 240) -> tuple[int, str, str]:
-        """Its exit code, below zero for the signal that ended it, and what it wrote to standard output and standard error."""
+        """Its exit code, below zero for the signal that ended it, and what it wrote to standard output and standard
+        error."""
         self._process.join(timeout)
         code = self._process.exitcode
         assert code is not None, f"it still runs after {timeout} s"

@@ -1,4 +1,5 @@
-"""Every program in examples/ does what it says, on a tiny random model and in this process; none is longer than a page."""
+"""Every program in examples/ does what it says, on a tiny random model and in this process; none is longer than a
+page."""
 
 import runpy
 from pathlib import Path

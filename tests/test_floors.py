@@ -1,4 +1,5 @@
-"""The import order of the house: a folder imports folders of lower floors only, at the top of a file; inside one there is no cycle.
+"""The import order of the house: a folder imports folders of lower floors only, at the top of a file; inside one there
+is no cycle.
 
 `violations` reads source text alone, so the same checker that passes the package is shown to fail on bad sources.
 """
@@ -83,7 +84,8 @@ KNOWN = modules()
 
 
 def imports(tree: ast.Module) -> Iterator[tuple[ast.stmt, str]]:
-    """Every import, wherever it stands: (statement, dotted module); names of the package itself resolve to its modules."""
+    """Every import, wherever it stands: (statement, dotted module); names of the package itself resolve to its
+    modules."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node, alias.name) for alias in node.names)

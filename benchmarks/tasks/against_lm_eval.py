@@ -1,9 +1,9 @@
 """Zero-shot through billhook beside lm-eval's own command line: python benchmarks/tasks/against_lm_eval.py DENSE PRUNED
 --tasks FOLDER/*.yaml > table.md
 
-DENSE is a model folder or `demo`, PRUNED a folder.  Each is scored by billhook and, in a process without it, by `lm_eval
---model hf` in float32 on the CPU; the last column says whether accuracy, acc_norm and both standard errors are the same
-to the last bit.  --kept FOLDER resumes billhook's part.
+DENSE is a model folder or `demo`, PRUNED a folder.  Each is scored by billhook and, in a process without it, by
+`lm_eval --model hf` in float32 on the CPU; the last column says whether accuracy, acc_norm and both standard errors are
+the same to the last bit.  --kept FOLDER resumes billhook's part.
 """
 
 import argparse

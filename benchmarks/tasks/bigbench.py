@@ -1,10 +1,11 @@
-"""BIG-bench's multiple-choice tasks as task files that lm-eval runs without a hub: python benchmarks/tasks/bigbench.py FOLDER
+"""BIG-bench's multiple-choice tasks as task files that lm-eval runs without a hub: python benchmarks/tasks/bigbench.py
+FOLDER
 
-Fetches the source distribution of bigbench 1.0.0 (358 MB) once from pip's package index into billhook's cache folder, and
-writes a YAML and a JSONL into FOLDER for each of --tasks.  The prompt is BIG-bench's own, zero-shot, but that the choices
-are not listed in it: as in lm-eval's ARC or HellaSwag the model is asked how likely each one is, which is what small models
-can do.  With --list-choices tasks that list them do, in an order drawn by --seed.  Of a task with more than --limit documents
-so many are drawn by it.  Then: billhook evaluate MODEL --tasks FOLDER/bb_anachronisms.yaml
+Fetches the source distribution of bigbench 1.0.0 (358 MB) once from pip's package index into billhook's cache folder,
+and writes a YAML and a JSONL into FOLDER for each of --tasks.  The prompt is BIG-bench's own, zero-shot, but that the
+choices are not listed in it: as in lm-eval's ARC or HellaSwag the model is asked how likely each one is, which is what
+small models can do.  With --list-choices tasks that list them do, in an order drawn by --seed.  Of a task with more
+than --limit documents so many are drawn by it.  Then: billhook evaluate MODEL --tasks FOLDER/bb_anachronisms.yaml
 """
 
 import argparse
@@ -74,7 +75,8 @@ def convert(
 
 
 def _document(example: dict[str, Any], source: dict[str, Any], order: random.Random | None) -> dict[str, Any] | None:
-    """One example with its choices, listed in the prompt if there is an order to draw; None if not one of them is best."""
+    """One example with its choices, listed in the prompt if there is an order to draw; None if not one of them is
+    best."""
     scores = example.get("target_scores") or {}
     best = [choice for choice, score in scores.items() if score == max(scores.values())]
     if len(scores) < 2 or len(best) != 1 or not all(choice.strip() for choice in scores):

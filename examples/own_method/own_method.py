@@ -1,7 +1,7 @@
 """A method of one's own, in a package of its own: channels go by the size of their weights, and no text is read.
 
-It is a class with plain facts, its settings, and two of a prune's phases; budgets, layouts, --dry-run, `billhook compare` and
-reports come with it.  Nothing here loads torch until a prune is at work.
+It is a class with plain facts, its settings, and two of a prune's phases; budgets, layouts, --dry-run, `billhook
+compare` and reports come with it.  Nothing here loads torch until a prune is at work.
 """
 
 from typing import Any

@@ -22,7 +22,8 @@ def main() -> NoReturn:
 
 
 def _hush_libraries() -> None:
-    """Keep off the terminal what libraries warn of in passing, here and in the processes that a command starts: a user can do nothing about it.
+    """Keep off the terminal what libraries warn of in passing, here and in the processes that a command starts: a user
+    can do nothing about it.
 
     Whoever asked Python or transformers for another verbosity, by their own variables or -W, still has it.
     """

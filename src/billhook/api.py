@@ -76,8 +76,8 @@ def prune(
     """Prune a model by a recipe.
 
     Args:
-        model: a folder, a hub id, a .gguf file, `demo`, or a transformers model in memory, which is cut in place: without
-            its dropout, whatever mode it comes in, and given back in that mode.
+        model: a folder, a hub id, a .gguf file, `demo`, or a transformers model in memory, which is cut in place:
+            without its dropout, whatever mode it comes in, and given back in that mode.
         recipe: all settings; None: what `method` and `settings` say.
         method: its name, itself, or its settings.
         tokenizer: needed with a model in memory.
@@ -98,7 +98,8 @@ def prune(
 
 
 def search(model: Any, *, method: str = "adapruner", **settings: Any) -> Result:
-    """Search for calibration samples and metric, or for a metric of zeros, then prune: `prune` by a method that searches."""
+    """Search for calibration samples and metric, or for a metric of zeros, then prune: `prune` by a method that
+    searches."""
     return prune(model, method=method, **settings)
 
 
@@ -265,7 +266,8 @@ def load(path: str | os.PathLike[str], *, dtype: Any = "auto", device: str = "cp
 
 
 def register() -> None:
-    """Let transformers' Auto classes load checkpoints of the per_layer layout in this process, by billhook's own code."""
+    """Let transformers' Auto classes load checkpoints of the per_layer layout in this process, by billhook's own
+    code."""
     layout.register_all()
 
 

@@ -1,4 +1,5 @@
-"""Sums of weight times gradient against autograd on whole gradients, and the identities that tie slots to one another."""
+"""Sums of weight times gradient against autograd on whole gradients, and the identities that tie slots to one
+another."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -152,7 +152,8 @@ def test_taylor_keeps_them_where_few_layers_are(total: int, monkeypatch: pytest.
 @pytest.mark.parametrize("family", tiny.CONFIGS)
 @pytest.mark.covering(some={"family": 3})
 def test_taylor_sums_over_every_linear_weight(family: str) -> None:
-    """Whatever has two dimensions in a layer, by autograd over the loss of all windows, but for routers and their like."""
+    """Whatever has two dimensions in a layer, by autograd over the loss of all windows, but for routers and their
+    like."""
     model, tokens = tiny.model(family), tiny.tokens(2, 12)
     unfuse(model)
     found = layer_importance.taylor_scores(model, tokens)

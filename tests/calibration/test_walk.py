@@ -1,4 +1,5 @@
-"""The walk against hooks of the tests' own on full forward passes: every layer's sums are those of the model it names."""
+"""The walk against hooks of the tests' own on full forward passes: every layer's sums are those of the model it
+names."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack

@@ -1,4 +1,5 @@
-"""What is written is served as billhook computes it: asked of stock transformers, and of clients that answer otherwise."""
+"""What is written is served as billhook computes it: asked of stock transformers, and of clients that answer
+otherwise."""
 
 import base64
 import json

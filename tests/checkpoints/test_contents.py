@@ -1,4 +1,5 @@
-"""What people's folders hold besides plain weights: opened whole and page by page, a model has the same tensors, or the same refusal."""
+"""What people's folders hold besides plain weights: opened whole and page by page, a model has the same tensors, or the
+same refusal."""
 
 import json
 import logging

@@ -1,5 +1,5 @@
-"""Thousands of damaged files of every kind that billhook reads, and its commands on some of them: none ends in a traceback, takes a
-minute, or a gigabyte.  Prints its counts."""
+"""Thousands of damaged files of every kind that billhook reads, and its commands on some of them: none ends in a
+traceback, takes a minute, or a gigabyte.  Prints its counts."""
 
 import json
 import resource

@@ -1,4 +1,5 @@
-"""A GGUF opened: what export writes comes back as the model that it was, and what a file says is used or refused by name."""
+"""A GGUF opened: what export writes comes back as the model that it was, and what a file says is used or refused by
+name."""
 
 import re
 from collections.abc import Callable

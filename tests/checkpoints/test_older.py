@@ -1,4 +1,5 @@
-"""What is written is read alike by transformers 5 and by 4.57, which knows other keys and takes its defaults in silence."""
+"""What is written is read alike by transformers 5 and by 4.57, which knows other keys and takes its defaults in
+silence."""
 
 import json
 import os

@@ -1,4 +1,5 @@
-"""No code that came with a model runs, but under --trust-remote-code: folders whose code leaves a mark where it does."""
+"""No code that came with a model runs, but under --trust-remote-code: folders whose code leaves a mark where it
+does."""
 
 import hashlib
 import json

@@ -132,7 +132,8 @@ def left_by(whole: Path, done: Iterable[int], work: Path) -> Path:
 def test_whichever_layers_are_done_the_others_end_in_the_same_bits(
     settings: dict[str, Any], tmp_path: Path, text_file: Path
 ) -> None:
-    """Processes that share the layers finish them in any order; who works alone goes on from there, and the other way round."""
+    """Processes that share the layers finish them in any order; who works alone goes on from there, and the other way
+    round."""
     model = written("llama", tmp_path / "model")
 
     def made(work: Path, jobs: int = 1) -> billhook.Result:
@@ -180,7 +181,8 @@ def test_a_hidden_budget_holds_in_workers(tmp_path: Path, text_file: Path) -> No
 def test_a_narrowed_stream_goes_on_as_it_was_turned(
     after: int, rotated: bool, streamed: bool, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One file says how, and two are of each layer that was restored; nothing is computed twice that these were made by."""
+    """One file says how, and two are of each layer that was restored; nothing is computed twice that these were made
+    by."""
     model, settings = written("llama", tmp_path / "model"), {"method": "slicegpt", "ratio": 0.3, "multiple_of": 8}
     settings |= {"rotate": rotated, "stream_weights": streamed}
     whole, work = pruned(model, text_file, tmp_path / "whole", **settings), tmp_path / "work"

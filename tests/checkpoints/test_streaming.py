@@ -233,7 +233,8 @@ print(libc.mallinfo2().arena - before)
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc alone says so")
 def test_the_heap_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """What serves large blocks from holes peaks higher with every layer; in a process whose heap is what it was at first."""
+    """What serves large blocks from holes peaks higher with every layer; in a process whose heap is what it was at
+    first."""
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12, "num_attention_heads": 8}
     LlamaConfig(**sizes, vocab_size=256).save_pretrained(tmp_path)
     said = subprocess.run([sys.executable, "-c", HEAP, tmp_path], capture_output=True, text=True, check=True).stdout
@@ -337,7 +338,8 @@ def test_a_model_that_would_not_fit_is_streamed(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.covering(some={"case": 3})
 def test_no_random_number_is_drawn(case: str, tmp_path: Path, text_file: Path) -> None:
-    """So there is no generator whose state a layer's record would have to hold: a seed decides the windows, and the claim has them."""
+    """So there is no generator whose state a layer's record would have to hold: a seed decides the windows, and the
+    claim has them."""
     model = written("llama", tmp_path / "model")
     states = [torch.random.get_rng_state(), numpy.random.get_state()[1]]
     pruned(model, text_file, tmp_path / "out", **CASES[case])

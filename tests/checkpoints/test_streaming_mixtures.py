@@ -188,7 +188,8 @@ def test_another_layout_is_refused_in_one_line(
 
 
 def test_rules_that_shuffle_weights_name_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Experts that a class stores turned, or with gate and up interleaved, are not read as if they were stored plainly."""
+    """Experts that a class stores turned, or with gate and up interleaved, are not read as if they were stored
+    plainly."""
     model = load.open_model(str(written("mixtral", tmp_path / "model")), stream=True).model
     every, revert = set(tensor_names.stored_as(model)), tensor_names.revert_weight_conversion
 

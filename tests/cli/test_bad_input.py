@@ -1,4 +1,5 @@
-"""Bad input ends in one line that says what, where and what to do, and exit code 2: nothing is written, nothing lost."""
+"""Bad input ends in one line that says what, where and what to do, and exit code 2: nothing is written, nothing
+lost."""
 
 import json
 import logging

@@ -1,4 +1,5 @@
-"""Commands that are killed, told to end, or interrupted, at any moment: no traceback, no hang, no loss, and the same command ends well."""
+"""Commands that are killed, told to end, or interrupted, at any moment: no traceback, no hang, no loss, and the same
+command ends well."""
 
 import json
 import random

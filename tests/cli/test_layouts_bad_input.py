@@ -116,7 +116,8 @@ def without_budget(arguments: list[object]) -> list[object]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """OPT, Qwen3 of uneven widths with a head of its own, LLaMA with half of its value channels from the second layer on."""
+    """OPT, Qwen3 of uneven widths with a head of its own, LLaMA with half of its value channels from the second layer
+    on."""
     root = tmp_path_factory.mktemp("models")
     halves = torch.tensor([0, 1, 2, 3, 8, 9, 10, 11])
     return {

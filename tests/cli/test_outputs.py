@@ -1,4 +1,5 @@
-"""Every command that writes says before its work what it could not write, writes in nobody's folder, and a rehearsal writes nothing."""
+"""Every command that writes says before its work what it could not write, writes in nobody's folder, and a rehearsal
+writes nothing."""
 
 import os
 import shutil

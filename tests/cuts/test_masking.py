@@ -1,4 +1,5 @@
-"""Zeros in a model's weights: exactly as many as asked for, where asked for, kept on disk, and refused in one line otherwise."""
+"""Zeros in a model's weights: exactly as many as asked for, where asked for, kept on disk, and refused in one line
+otherwise."""
 
 import copy
 import json

@@ -1,4 +1,5 @@
-"""`--patch linear`: what stands before a cut in depth makes up for it, in closed form; and the command, the card and the page."""
+"""`--patch linear`: what stands before a cut in depth makes up for it, in closed form; and the command, the card and
+the page."""
 
 import copy
 import json

@@ -103,7 +103,8 @@ def test_no_solver_ends_further_off_than_it_starts(name: str, kind: str, own: bo
 
 @pytest.mark.parametrize("kind", [kind for kind in INPUTS if "dead" in kind and "small" not in kind])
 def test_alternating_directions_gain_as_much_where_inputs_are_dead(kind: str) -> None:
-    """A dead input is as if it were not there: its weights are zeros that cost nothing, and those kept are what they were."""
+    """A dead input is as if it were not there: its weights are zeros that cost nothing, and those kept are what they
+    were."""
     W, wanted = drawn(kind, own=True)
     idle = wanted.gram.diagonal() == 0
     V = admm.prune(W, wanted, HALF, Settings(tokens=TOKENS)).weight

@@ -83,7 +83,8 @@ def test_perplexity_reports_its_progress() -> None:
 
 @dataclass
 class Sleeper:
-    """A model that takes known times on a clock of its own making: `prompt` by turn, and a fixed time for each token."""
+    """A model that takes known times on a clock of its own making: `prompt` by turn, and a fixed time for each
+    token."""
 
     name: str
     now: list[float]
@@ -223,7 +224,8 @@ def test_bits_per_byte_count_the_text_behind_the_predicted_tokens() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "opt", "opt_350m"])
 def test_macs_are_what_torch_counts(family: str) -> None:
-    """A forward of n tokens: each costs the linear weights, and attention to n positions (masked ones are computed too)."""
+    """A forward of n tokens: each costs the linear weights, and attention to n positions (masked ones are computed
+    too)."""
     model, length = tiny.model(family), 24
     model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counted:

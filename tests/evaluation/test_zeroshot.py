@@ -446,7 +446,8 @@ def test_bigbench_archive(
 
 
 def test_perplexity_is_the_rolling_likelihood_of_lm_eval() -> None:
-    """The same windows: lm-eval's rolling ones over a text whose first token is the prefix, all of them predicted but it."""
+    """The same windows: lm-eval's rolling ones over a text whose first token is the prefix, all of them predicted but
+    it."""
     model, tokens = tiny.model("llama"), tiny.tokens(3, 24)
     wrapped = zeroshot._wrap(model, tiny.tokenizer(), 1)
     nats = 0.0

@@ -1,4 +1,5 @@
-"""Texts and comparisons are plain argmax, whatever generation_config.json and the tokenizer ask for, and the file goes along."""
+"""Texts and comparisons are plain argmax, whatever generation_config.json and the tokenizer ask for, and the file goes
+along."""
 
 import json
 from pathlib import Path

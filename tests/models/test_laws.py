@@ -88,7 +88,8 @@ def test_removing_equals_zeroing_what_reads(family: str, kind: str) -> None:
 
 
 def uneven(family: str, kind: str) -> PreTrainedModel:
-    """A model whose layers differ: the first is whole, the second has lost half of the axis, the third one unit a block."""
+    """A model whose layers differ: the first is whole, the second has lost half of the axis, the third one unit a
+    block."""
     model = opened(family)
     for axis in cuttable(model, kind):
         one_a_block = torch.arange(axis.blocks) * (axis.units // axis.blocks)

@@ -1,4 +1,5 @@
-"""What a model does in training alone: kept out of a prune, and out of a training that learns from a teacher without it."""
+"""What a model does in training alone: kept out of a prune, and out of a training that learns from a teacher without
+it."""
 
 import json
 from pathlib import Path

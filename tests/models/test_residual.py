@@ -99,7 +99,8 @@ def test_turning_changes_nothing(family: str, eps: float) -> None:
 
 @pytest.mark.parametrize("family", TURNED)
 def test_the_principal_axes_come_first(family: str) -> None:
-    """What enters the readers of a turned model has a diagonal Gram, falling: no other axes hold more in the first ones."""
+    """What enters the readers of a turned model has a diagonal Gram, falling: no other axes hold more in the first
+    ones."""
     model = tiny.model(family)
     slice_residual(model, IDS, Plan(rotate=True), Settings(), Run())
     sums = torch.zeros(32, 32, dtype=torch.float64)

@@ -51,7 +51,8 @@ def numbered(symbols: list[str], merges: list[tuple[str, str]]) -> dict[str, int
 
 
 def byte_level(every_split: bool = False) -> Any:
-    """Special tokens after the others, a template that writes one; with every way to split a token as a merge, if asked."""
+    """Special tokens after the others, a template that writes one; with every way to split a token as a merge, if
+    asked."""
     merges = learnt(True)
     vocab = numbered(sorted(pre_tokenizers.ByteLevel.alphabet()), merges)
     if every_split:

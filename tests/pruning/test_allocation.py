@@ -1,4 +1,5 @@
-"""Which layers give how much: the knapsack against brute force, curves against cuts by hand, plans of every allocation."""
+"""Which layers give how much: the knapsack against brute force, curves against cuts by hand, plans of every
+allocation."""
 
 import copy
 import itertools

@@ -1,4 +1,5 @@
-"""Every budget reaches what it says: counted from what is written, from a real KV cache, and from a clock that is known."""
+"""Every budget reaches what it says: counted from what is written, from a real KV cache, and from a clock that is
+known."""
 
 import copy
 import json

@@ -1,5 +1,5 @@
-"""Methods that are not billhook's own, in this process: they sweep, stand in recipe files, go on after a kill, and share
-their layers where these are independent."""
+"""Methods that are not billhook's own, in this process: they sweep, stand in recipe files, go on after a kill, and
+share their layers where these are independent."""
 
 import runpy
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""A disk that takes no more, or files that may not be as large, in the midst of a recovery: one line, nothing lost, and it goes on."""
+"""A disk that takes no more, or files that may not be as large, in the midst of a recovery: one line, nothing lost, and
+it goes on."""
 
 import resource
 import shutil

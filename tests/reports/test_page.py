@@ -1,4 +1,5 @@
-"""report.html: well-formed, escaped, self-contained, complete; and as Chromium shows it on a phone, wide, light and dark."""
+"""report.html: well-formed, escaped, self-contained, complete; and as Chromium shows it on a phone, wide, light and
+dark."""
 
 import copy
 import html

@@ -48,7 +48,8 @@ def bare(tmp_path: Path) -> str:
 
 
 def installed(way: str, packages: Path, bare: str) -> tuple[list[str], dict[str, str]]:
-    """A Python, with its arguments in front of a script, and the environment in which it imports what lies in `packages`."""
+    """A Python, with its arguments in front of a script, and the environment in which it imports what lies in
+    `packages`."""
     plain = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
     if way == "PYTHONPATH":
         return [bare], plain | {"PYTHONPATH": str(packages)}

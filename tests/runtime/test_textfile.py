@@ -1,4 +1,5 @@
-"""Files of text: the same text under every form of records, whatever packs it; and what no text is, is neither read nor waited for."""
+"""Files of text: the same text under every form of records, whatever packs it; and what no text is, is neither read nor
+waited for."""
 
 import csv
 import gzip

@@ -25,7 +25,8 @@ HERE = str(Path(__file__).parents[1])
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
-    """A Ray of this process with one core, whose workers can import the tests; with two, threads wait for one another."""
+    """A Ray of this process with one core, whose workers can import the tests; with two, threads wait for one
+    another."""
     path = os.pathsep.join([HERE, *filter(None, [os.environ.get("PYTHONPATH")])])
     quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
     ray.init(address="local", num_cpus=1, runtime_env={"env_vars": {"PYTHONPATH": path}}, **quiet)

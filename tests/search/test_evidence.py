@@ -1,4 +1,5 @@
-"""What one pass over a pool leaves, against whole gradients; every metric of every mixture from it, against the formulas."""
+"""What one pass over a pool leaves, against whole gradients; every metric of every mixture from it, against the
+formulas."""
 
 from dataclasses import replace
 from functools import cache
@@ -71,7 +72,8 @@ def test_what_writes_and_what_reads_a_unit_say_the_same(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_queries_and_keys_say_the_same(name: str) -> None:
-    """A score is linear in both, so scaling a group's queries is scaling its keys: A_q = A_k, where neither has a bias or a norm."""
+    """A score is linear in both, so scaling a group's queries is scaling its keys: A_q = A_k, where neither has a bias
+    or a norm."""
     model, seen = tiny.model(name), found(name)
     for axis in axes(model, ("groups",)):
         own = seen.units[axis.layer, "groups"].signed

@@ -1,4 +1,5 @@
-"""A search for samples and metric: the same whenever it is asked, wherever it was cut off, and never behind what was known."""
+"""A search for samples and metric: the same whenever it is asked, wherever it was cut off, and never behind what was
+known."""
 
 import json
 import math
@@ -202,7 +203,8 @@ def test_what_has_no_error_is_not_believed_unless_it_is_all_there_is() -> None:
 def test_what_does_not_beat_the_standard_on_unseen_windows_is_not_taken(
     text: str, better: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every candidate is a tenth of a nat better than it is on the windows of the search, and as good or worse at the end."""
+    """Every candidate is a tenth of a nat better than it is on the windows of the search, and as good or worse at the
+    end."""
     real = adapruner.AdaPruner.finished
 
     def finished(self: adapruner.AdaPruner, candidates: Any, rung: Any) -> Any:

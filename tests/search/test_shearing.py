@@ -1,4 +1,5 @@
-"""OptiShear: metrics that order every row alike are one, a search never falls behind Wanda, and what it found is what is pruned."""
+"""OptiShear: metrics that order every row alike are one, a search never falls behind Wanda, and what it found is what
+is pruned."""
 
 import json
 from collections.abc import Callable

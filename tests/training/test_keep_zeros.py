@@ -254,7 +254,8 @@ def killed(bench: Path, **more: Any) -> None:
 
 
 def cut_off(bench: Path, **more: Any) -> None:
-    """Run in this process up to its twentieth step, which has no checkpoint yet; sooner done than a process is started."""
+    """Run in this process up to its twentieth step, which has no checkpoint yet; sooner done than a process is
+    started."""
 
     def tick(stage: str, done: int, total: int) -> None:
         if stage == "training" and done == 20:

@@ -1,4 +1,5 @@
-"""What judges a recovery: windows that neither the prune nor an earlier recovery has seen, or a line that says otherwise."""
+"""What judges a recovery: windows that neither the prune nor an earlier recovery has seen, or a line that says
+otherwise."""
 
 import random
 from pathlib import Path

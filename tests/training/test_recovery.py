@@ -1,4 +1,5 @@
-"""What is trained, on what, and from what: the losses, the teacher's answers, the trained parameters, and the command's laws."""
+"""What is trained, on what, and from what: the losses, the teacher's answers, the trained parameters, and the command's
+laws."""
 
 import json
 import math

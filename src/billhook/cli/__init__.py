@@ -68,7 +68,8 @@ class _Said(logging.Handler):
 
 
 def main() -> NoReturn:
-    """Entry point: exit code 0, 2 for bad input with one line on standard error; signals are `billhook.runtime.signals`'s."""
+    """Entry point: exit code 0, 2 for bad input with one line on standard error; signals are
+    `billhook.runtime.signals`'s."""
     said = _Said()
     LOG.addHandler(said)
     try:

@@ -47,7 +47,8 @@ def recover_command(
 ) -> None:
     """Train a pruned MODEL back, by distillation or on text; write OUT, reload it and compare.
 
-    A run that was cut off goes on with the same command.  `accelerate launch -m billhook recover …` uses many processes.
+    A run that was cut off goes on with the same command.  `accelerate launch -m billhook recover …` uses many
+    processes.
 
     Example: billhook recover smaller --teacher demo --tokens 500k --text wiki.txt -o healed
     """
@@ -98,7 +99,8 @@ def forecast_command(
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Measure how fast this machine trains, say how many tokens the minutes buy, and print the commands that it calls for.
+    """Measure how fast this machine trains, say how many tokens the minutes buy, and print the commands that it calls
+    for.
 
     Example: billhook forecast demo --ratio 0.3 --minutes 60
     """

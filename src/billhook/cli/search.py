@@ -58,8 +58,8 @@ def search_command(
 
     With --method optishear, which metric of zeros.
 
-    One backward pass, then a trial costs a forward pass of a few windows.  What comes out is never worse than the best fixed
-    metric, as far as text that no trial saw can tell.  A search that was cut off goes on with the same command.
+    One backward pass, then a trial costs a forward pass of a few windows.  What comes out is never worse than the best
+    fixed metric, as far as text that no trial saw can tell.  A search that was cut off goes on with the same command.
 
     Examples:
 

@@ -1,4 +1,5 @@
-"""What commands share once they work: this module brings torch, and is imported after everything that can be refused was."""
+"""What commands share once they work: this module brings torch, and is imported after everything that can be refused
+was."""
 
 from pathlib import Path
 from typing import Any

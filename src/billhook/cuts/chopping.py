@@ -7,12 +7,12 @@
 Step 1 is here; which layers the plan names, by LayerChop's presets or by what others measure, is `chopping`'s business.
 Between the two steps billhook may patch the cut, which the paper does not (`patch="linear"`):
 
-   x_n (tokens, hidden) enters layer n;  layers a to b-1 go;  X (tokens, ffn) enters the FFN's last projection W of layer a-1.
-   V = argmin_V ||V X^T - (W X^T + E^T)||_F^2,  E = x_b - x_a: what the layers that go would have added
+   x_n (tokens, hidden) enters layer n;  layers a to b-1 go;  X (tokens, ffn) enters the FFN's last projection W of
+   layer a-1. V = argmin_V ||V X^T - (W X^T + E^T)||_F^2,  E = x_b - x_a: what the layers that go would have added
 
 LinearPatch (Chen et al. 2025, arXiv:2505.24680) puts a matrix (hidden, hidden) where the layers were, which no stock
-checkpoint can hold: the residual stream passes a pre-norm layer by, so the matrix folds into none.  What can be had without
-a new parameter is a linear map of what the layer before computes anyway.  V has W's shape and takes its place.
+checkpoint can hold: the residual stream passes a pre-norm layer by, so the matrix folds into none.  What can be had
+without a new parameter is a linear map of what the layer before computes anyway.  V has W's shape and takes its place.
 """
 
 from collections.abc import Collection

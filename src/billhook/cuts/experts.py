@@ -1,15 +1,16 @@
 """Fewer experts in every layer of a mixture: dropped or merged.
 
-On the calibration text, for each layer, g_j(x) is the router's weight of expert j for a token x that goes to it, E_j(x) what
-the expert puts out.
-`reap`       drops those of lowest mean g_j(x) ||E_j(x)|| over their tokens: REAP (arXiv:2510.13999), whose authors find
+On the calibration text, for each layer, g_j(x) is the router's weight of expert j for a token x that goes to it, E_j(x)
+what the expert puts out. `reap`       drops those of lowest mean g_j(x) ||E_j(x)|| over their tokens: REAP
+(arXiv:2510.13999), whose authors find
              dropping better than merging where a model writes text.
 `frequency`  drops those that fewest tokens go to.
 `random`     drops any: the control.
-`uncurl`     merges those whose router logits are alike: UNCURL (arXiv:2409.01483), billhook.math.merging.  The router's row of a
+`uncurl`     merges those whose router logits are alike: UNCURL (arXiv:2409.01483), billhook.math.merging.  The router's
+row of a
              group is the mean of its members', weighted as they are.
-The router keeps choosing `top_k` among those that stay, and what it gives them is normalised as the family does.  UNCURL
-reduces for a task: the calibration text says which.
+The router keeps choosing `top_k` among those that stay, and what it gives them is normalised as the family does.
+UNCURL reduces for a task: the calibration text says which.
 """
 
 from collections.abc import Mapping

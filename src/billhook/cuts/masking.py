@@ -1,7 +1,7 @@
 """Sparsify a model: zeros in the linear weights of its decoder layers, found operator by operator, the shape as it was.
 
-Every method is one function of a weight and of sums over what enters it (billhook.math.solvers); what it sees, and what its
-operator shall put out, is the stream's.
+Every method is one function of a weight and of sums over what enters it (billhook.math.solvers); what it sees, and what
+its operator shall put out, is the stream's.
 """
 
 import itertools

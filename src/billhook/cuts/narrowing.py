@@ -10,10 +10,11 @@ W (out, in) reads an axis;  X (tokens, in) is what enters it;  G = X^T X.
 How many units each axis gives is the plan's (billhook.planning.allocation); the paper takes the same from every layer.
 Where this differs from the paper.  The default score is the optimal-brain-surgery column score, the error left *after*
 step 3.  The ridge of step 3 draws toward the kept weights.  In the default stream, `dense_target`, step 3 also makes up
-E: a share `correction` of what the layers before have cost the residual stream, and all that layers which the plan drops
-right after this one would have added: W X^T + E^T in place of W X^T.  docs/LOG.md has what each is worth.  The paper prunes value channels in attention, which no stock attention class
-can hold; here whole query heads or KV groups go, where the user asks for them.  The paper's body was not at hand
-(abstract and reviews were): its damping, its stream and its tables are open, and nothing here claims to reproduce them.
+E: a share `correction` of what the layers before have cost the residual stream, and all that layers which the plan
+drops right after this one would have added: W X^T + E^T in place of W X^T.  docs/LOG.md has what each is worth.  The
+paper prunes value channels in attention, which no stock attention class can hold; here whole query heads or KV groups
+go, where the user asks for them.  The paper's body was not at hand (abstract and reviews were): its damping, its stream
+and its tables are open, and nothing here claims to reproduce them.
 """
 
 import copy

@@ -1,4 +1,5 @@
-"""Cut a model in several processes: in the dense stream no layer sees what became of another, so each process takes some."""
+"""Cut a model in several processes: in the dense stream no layer sees what became of another, so each process takes
+some."""
 
 import itertools
 from collections.abc import Callable, Collection, Iterator

@@ -2,21 +2,23 @@
 
 The residual stream x (tokens, d) is cut to d' channels, the same ones wherever it is written or read.  With `rotate`:
 
-1. Fold       every norm's weight goes into what reads it; what the norms put out is then X_r = norm(x)         (section 3.1)
-2. Calibrate  C = sum over all inputs r of readers of X_r^T X_r, in float64                                     (section 3.3)
-3. Rotate     Q = eigenvectors of C, the largest first; the embedding table, writers and readers turn by it    (section 3.2)
-4. Delete     all but the first d' channels                                                                    (section 3.4)
+1. Fold       every norm's weight goes into what reads it; what the norms put out is then X_r = norm(x)         (section
+3.1) 2. Calibrate  C = sum over all inputs r of readers of X_r^T X_r, in float64
+(section 3.3) 3. Rotate     Q = eigenvectors of C, the largest first; the embedding table, writers and readers turn by
+it    (section 3.2) 4. Delete     all but the first d' channels
+(section 3.4)
 
-The paper has a Q for every block, from the activations of the blocks sliced before it, and a product Q_l^T Q_l+1 on the path
-around each block; no stock class has a place for that, so that here one Q serves all, from the unpruned model's.
+The paper has a Q for every block, from the activations of the blocks sliced before it, and a product Q_l^T Q_l+1 on the
+path around each block; no stock class has a place for that, so that here one Q serves all, from the unpruned model's.
 
-Without `rotate` the channels stay what they are (nor does a tied head become one of its own), and 1 to 3 are replaced by a score:
+Without `rotate` the channels stay what they are (nor does a tied head become one of its own), and 1 to 3 are replaced
+by a score:
 
     s_j = sum over readers W_r of E_rj / sum_k E_rk,  E_rj = (X_r^T X_r)_jj ||W_r,:j||^2
 
-E_rj is the squared error of W_r's output where channel j of its input alone were zero, and every reader, the head among them,
-counts the same; that writers' outputs count too makes it worse (docs/LOG.md).  In both, a norm of d' channels is made to equal
-the norm of d with zeros in place of those that go, which is the paper's too.
+E_rj is the squared error of W_r's output where channel j of its input alone were zero, and every reader, the head among
+them, counts the same; that writers' outputs count too makes it worse (docs/LOG.md).  In both, a norm of d' channels is
+made to equal the norm of d with zeros in place of those that go, which is the paper's too.
 
 5. Restore    every linear weight, from a copy of the unpruned model (billhook.cuts.slicing_restore); the paper does not
 """

@@ -8,7 +8,8 @@ X*), and all that computes before it done:
 
 goes a share of the way to the least squares of ||V X*^T - T^T||_F^2 + delta ||V - W_S||_F^2, where T (tokens, out) is
 * for a reader (q, k, v, gate, up, a head of its own) what it put out, X W^T;
-* for a writer (o, down) what the stream lacks, h_S after it less h* before it: so that it makes up for what channels that are
+* for a writer (o, down) what the stream lacks, h_S after it less h* before it: so that it makes up for what channels
+that are
   gone, and writers before it, no longer say.
 SliceGPT itself restores nothing.  Readers alone or writers alone are no help (docs/LOG.md).
 """

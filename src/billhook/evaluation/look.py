@@ -1,7 +1,7 @@
 """A short look at a model before and after it is changed: what a perplexity on the calibration's kind of text hides.
 
-Four windows of another kind of text, what the model writes after eight prompts, and small tasks that it has to write the
-answer of.  A model whose layers are gone may keep its perplexity and repeat itself (arXiv:2603.24652).
+Four windows of another kind of text, what the model writes after eight prompts, and small tasks that it has to write
+the answer of.  A model whose layers are gone may keep its perplexity and repeat itself (arXiv:2603.24652).
 """
 
 import math
@@ -152,7 +152,8 @@ def questions() -> dict[str, list[tuple[str, str]]]:
 
 
 def _tasks(model: Any, tokenizer: Any) -> dict[str, float]:
-    """The share of answers that greedy text would give: each token of the answer is the likeliest after all before it."""
+    """The share of answers that greedy text would give: each token of the answer is the likeliest after all before
+    it."""
     return {
         name: statistics.fmean(_right(model, tokenizer, *each) for each in asked) for name, asked in questions().items()
     }

@@ -186,7 +186,8 @@ def _first(texts: Texts, windows: int | None) -> Texts:
 
 
 def _claimed(opened: Opened, recipe: Recipe, texts: Texts, run: Run) -> Run:
-    """The run, whose folder keeps what is measured on the way to the plan: after a kill none of it is measured again."""
+    """The run, whose folder keeps what is measured on the way to the plan: after a kill none of it is measured
+    again."""
     from billhook.runtime import cache, run_folder
 
     if run.folder is None:

@@ -98,7 +98,8 @@ def tried(opened: Opened, able: Mapping[str, Ready], texts: Texts, run: Run) -> 
 
 
 def best(losses: Mapping[str, Sequence[float]]) -> str:
-    """The first that is not worse than the least by more than two standard errors of the difference, window by window."""
+    """The first that is not worse than the least by more than two standard errors of the difference, window by
+    window."""
     least = min(losses, key=lambda name: fmean(losses[name]))
     for name, each in losses.items():
         more = [a - b for a, b in zip(each, losses[least], strict=True)]

@@ -1,9 +1,9 @@
 """Model families as data, and causal LMs whose layers differ in size.
 
-This file travels with a checkpoint of such a model, and billhook itself loads by it.  config.json holds `per_layer_config`
-(the schema of transformers 5.14): for each layer the values that differ from the global ones.  The stock class is built at the
-global sizes, on the meta device when weights are loaded, and every layer's projections are then replaced by ones of the layer's
-own size.  Needs transformers alone; use `trust_remote_code=True`.
+This file travels with a checkpoint of such a model, and billhook itself loads by it.  config.json holds
+`per_layer_config` (the schema of transformers 5.14): for each layer the values that differ from the global ones.  The
+stock class is built at the global sizes, on the meta device when weights are loaded, and every layer's projections are
+then replaced by ones of the layer's own size.  Needs transformers alone; use `trust_remote_code=True`.
 """
 
 import copy
@@ -361,7 +361,8 @@ def _made(family: str, row: Family) -> tuple[type, type, type]:
 
 
 def __getattr__(name: str) -> type:
-    """PerLayerLlamaForCausalLM and its like, made when asked for: transformers imports a family's code with its classes."""
+    """PerLayerLlamaForCausalLM and its like, made when asked for: transformers imports a family's code with its
+    classes."""
     for family, row in FAMILIES.items():
         if name in {f"PerLayer{stock}" for stock in row.classes}:
             return classes_of(family)[[f"PerLayer{stock}" for stock in row.classes].index(name)]

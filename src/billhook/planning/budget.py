@@ -17,7 +17,8 @@ TOLERANCE = 0.005  # a goal so little below what can be had is met by it
 
 @dataclass(frozen=True)
 class Planner:
-    """How an allocation turns parameters to save into a plan, the most that it can save, and the smallest difference."""
+    """How an allocation turns parameters to save into a plan, the most that it can save, and the smallest
+    difference."""
 
     make: Callable[[float], Plan]
     most: float | int
@@ -33,8 +34,8 @@ def reach(
 ) -> Plan:
     """The plan that brings `cost`, which falls as more is saved, down to `goal`: nearest to it, by bisection.
 
-    A plan can take the solver seconds: the search ends where it cannot tell two savings apart, and there is none where the
-    cost is counted in `parameters`.
+    A plan can take the solver seconds: the search ends where it cannot tell two savings apart, and there is none where
+    the cost is counted in `parameters`.
 
     Raises:
         BillhookError: the model costs less already, or more than that whatever is cut; says what is possible.

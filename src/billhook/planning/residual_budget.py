@@ -14,8 +14,8 @@ from billhook.planning.budget import Planner
 
 
 def planner(model: PreTrainedModel, multiple_of: int, rotate: bool) -> Planner:
-    """Parameters of the decoder to save -> the residual dimension, a multiple of `multiple_of` that a stock config takes, that
-    comes nearest.
+    """Parameters of the decoder to save -> the residual dimension, a multiple of `multiple_of` that a stock config
+    takes, that comes nearest.
 
     Raises:
         BillhookError: the model cannot give up channels, or not so; `make` raises it for an impossible saving.

@@ -71,8 +71,8 @@ def judged(opened: Opened, texts: Sequence[Text], seq_len: int, most: int | None
 def open_judged(
     model: str, common: Mapping[str, Any], text: Sequence[str], most: int | None, tick: Tick = quiet
 ) -> tuple[Opened, Judged]:
-    """A model, and the texts that all its prunes are judged by: at most `most` windows of each, as long and on the device
-    that their `common` settings say."""
+    """A model, and the texts that all its prunes are judged by: at most `most` windows of each, as long and on the
+    device that their `common` settings say."""
     said = {name: common[name] for name in ("seq_len", "device", "dtype") if name in common}
     texts, chosen = data.evaluation_texts(list(text), tick), recipe(ratio=0.5, **said)
     opened = load.open_model(model, device=chosen.compute.device, dtype=chosen.compute.dtype, tick=tick)
@@ -102,8 +102,8 @@ def compare(
         jobs: processes at work at a time, each with a model of its own.
 
     Returns:
-        the unpruned model's point, then the others by ratio and in the order given; a contender that could not be run has its
-        error in place of numbers.
+        the unpruned model's point, then the others by ratio and in the order given; a contender that could not be run
+        has its error in place of numbers.
 
     Raises:
         BillhookError: a setting is impossible; before any work.

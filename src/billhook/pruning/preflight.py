@@ -51,8 +51,8 @@ def disk_bytes(model: Any, recipe: Recipe, computed: torch.dtype, stored: torch.
 
 
 def _kept(model: Any, recipe: Recipe) -> int:
-    """Parameters that lie on the disk while it works, at most: all layers as they are done; of a stream that is cut in its files,
-    all that was turned, and beside it what is cut, which layers that are done take the place of."""
+    """Parameters that lie on the disk while it works, at most: all layers as they are done; of a stream that is cut in
+    its files, all that was turned, and beside it what is cut, which layers that are done take the place of."""
     if not ("residual" in recipe.kinds and is_offloaded(model)):
         return sizes.decoder_parameters(model)
     embedding, head = embedding_and_head(model)

@@ -1,7 +1,9 @@
-"""What a layer of a model costs to prune on this machine: the prune itself, on one and on two random layers of its shapes.
+"""What a layer of a model costs to prune on this machine: the prune itself, on one and on two random layers of its
+shapes.
 
-The second layer is what every further one costs.  Where a layer would take long, it is rehearsed on shorter windows and with a
-narrower FFN: passes grow by weights, Grams by squares of what enters them, all else as its operations do from width to width.
+The second layer is what every further one costs.  Where a layer would take long, it is rehearsed on shorter windows and
+with a narrower FFN: passes grow by weights, Grams by squares of what enters them, all else as its operations do from
+width to width.
 """
 
 import copy
@@ -74,7 +76,8 @@ def rehearse(
     Args:
         whole: the model, without weights.
         read: the text that it calibrates on.
-        played: the method, and its plan of the whole model; of the layers that have what it cuts, the last two are rehearsed.
+        played: the method, and its plan of the whole model; of the layers that have what it cuts, the last two are
+        rehearsed.
         dtype: to compute in.
     """
     method, planned = played
@@ -122,8 +125,8 @@ def rehearse(
 def by_width(whole: int, counted: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
     """By stage, how many times the operations at the first of some widths those at the width `whole` are.
 
-    They are a polynomial in the width, none of whose terms is negative: what reads an FFN is factored by its cube, and multiplied by
-    its Gram by its square; what writes one grows with it; attention does not.
+    They are a polynomial in the width, none of whose terms is negative: what reads an FFN is factored by its cube, and
+    multiplied by its Gram by its square; what writes one grows with it; attention does not.
     """
     widths, found = np.array(list(counted)) / whole, {}
     for stage, first in next(iter(counted.values())).items():
@@ -254,7 +257,8 @@ UNCOUNTED = {  # which torch does not count
 
 @dataclass(frozen=True)
 class Shapes:
-    """What the cost of a layer grows with, of the last that is cut: its weights, and the squares and cubes of what enters its readers."""
+    """What the cost of a layer grows with, of the last that is cut: its weights, and the squares and cubes of what
+    enters its readers."""
 
     weights: int
     squares: int

@@ -27,12 +27,11 @@ def option(
         text: one line of help.
         names: the values that it takes, with what they mean; none: any of its type.
         shown: what help says of its default, where that is not the default itself.
-        more: limits (gt, le, …); and for the command line `flag`, other than the setting's own name; `completes`, what the
-            shell offers where `names` would be too narrow; `budget`, whether
-            it says how much goes; `searching`, whether `billhook search` has it, not `billhook prune`; `unit`, count or
-            bytes, where 100M or 250MB is understood; `spelled`, whether it may be a word as well as a number; `elsewhere`,
-            whether it may be a `module:function` besides its names; `heading`,
-            under which help lists it.
+        more: limits (gt, le, …); and for the command line `flag`, other than the setting's own name; `completes`, what
+            the shell offers where `names` would be too narrow; `budget`, whether it says how much goes; `searching`,
+            whether `billhook search` has it, not `billhook prune`; `unit`, count or bytes, where 100M or 250MB is
+            understood; `spelled`, whether it may be a word as well as a number; `elsewhere`, whether it may be a
+            `module:function` besides its names; `heading`, under which help lists it.
     """
     own = ("flag", "budget", "completes", "searching", "unit", "spelled", "heading", "elsewhere")
     extra = {"names": names, "shown": shown, **{name: more.pop(name, None) for name in own}}

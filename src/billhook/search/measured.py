@@ -63,8 +63,8 @@ class Measured:
     def trial(self, number: int, candidate: Candidate) -> Trial:
         """A trial of a candidate.
 
-        Its proxy is 1/2 sum over dropped units of the mean squared gate gradient: the loss's second order, one gate at a
-        time.
+        Its proxy is 1/2 sum over dropped units of the mean squared gate gradient: the loss's second order, one gate at
+        a time.
         """
         try:
             units = self.mask(candidate)

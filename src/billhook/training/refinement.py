@@ -1,4 +1,5 @@
-"""Block-local refinement: what a cut has left is moved by gradient until it puts out what the unpruned model does there.
+"""Block-local refinement: what a cut has left is moved by gradient until it puts out what the unpruned model does
+there.
 
 A span is a few layers of the cut model that follow each other.  Its inputs x (tokens, hidden) are what the cut model
 puts out before it, its goal y what the unpruned model has after it:
@@ -6,8 +7,8 @@ puts out before it, its goal y what the unpruned model has after it:
     minimise over all weights of the span  E ||s(x) - y||^2 / ||y||^2
 
 by Adam, a few passes over the calibration windows, span after span, so that each sees what those before it have become
-(Free Lunch, arXiv:2510.14444; the last step of AA-SVD).  No graph is larger than a span, and no logit is computed.  What
-was tried of other norms, and lost: docs/LOG.md.
+(Free Lunch, arXiv:2510.14444; the last step of AA-SVD).  No graph is larger than a span, and no logit is computed.
+What was tried of other norms, and lost: docs/LOG.md.
 """
 
 import math
