@@ -18,6 +18,7 @@ from billhook.methods import auto as auto_method
 from billhook.methods.minutes import Work, spent
 from billhook.methods.rivals import RIVALS, best
 from billhook.models.families import layers
+from billhook.planning import axis_plan, sensitivity
 from billhook.planning.sensitivity import Probe
 from billhook.pruning.dry_run import estimate
 from billhook.pruning.recipe import recipe
@@ -113,8 +114,13 @@ def test_the_same_prune_is_made_twice(text_file: Path) -> None:
 def test_what_was_tried_is_not_tried_again_after_a_kill(
     text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def cut_off(*_: Any) -> None:
-        raise CutOffError
+    refine, refined = refinement.refine, []
+
+    def cut_off(*given: Any) -> Any:
+        refined.append(1)
+        if len(refined) > 2:  # whole layers and equal widths were tried
+            raise CutOffError
+        return refine(*given)
 
     work = tmp_path / "work"
     with monkeypatch.context() as broken:
@@ -123,7 +129,7 @@ def test_what_was_tried_is_not_tried_again_after_a_kill(
             prune(deep(), text_file, ratio=1 / 3, work=work)
     with pytest.raises(BillhookError, match="differs in ratio"):
         prune(deep(), text_file, ratio=0.5, work=work)
-    monkeypatch.setattr(Probe, "divergences_of", cut_off)
+    monkeypatch.setattr(Probe, "divergences_of", None)
     again = prune(deep(), text_file, ratio=1 / 3, work=work)
     monkeypatch.undo()
     plain = prune(deep(), text_file, ratio=1 / 3)
@@ -136,6 +142,19 @@ def test_one_window_is_too_few_to_refine_on(text_file: Path) -> None:
         prune(deep(), text_file, samples=1)
     assert prune(deep(), text_file, samples=2, ratio=1 / 3, effort="quick").record["refined"]
     assert prune(deep(), text_file, samples=1, ratio=1 / 3, effort="quick", refine=False).record["dropped_layers"]
+
+
+def test_layers_and_uneven_widths_meet_a_budget_together(text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all that the per_layer layout can hold; what one rival measures is not measured for another."""
+    measured: list[int] = []
+    curves = sensitivity.curves
+    monkeypatch.setattr(axis_plan, "curves", lambda *a, **k: (measured.append(1), curves(*a, **k))[1])
+    name = "whole layers and uneven widths"
+    monkeypatch.setattr(auto_method, "best", lambda losses: name)
+    record = prune(deep(total=8), text_file, layout="per_layer", ratio=0.4, multiple_of=2, refine=False).record
+    assert list(record["auto"]["tried"]) == ["whole layers", "uneven widths", name] and measured == [1]
+    assert len(record["dropped_layers"]) == 1 and any(cut["dropped"] for cut in record["cuts"])
+    assert abs(record["sizes"]["achieved_ratio"] - 0.4) < 0.02
 
 
 def test_minutes_say_how_much_is_tried_and_how_long_it_is_refined(text_file: Path) -> None:

@@ -1,7 +1,10 @@
 """The best cut that the minutes buy: rivals are tried on held-out windows, and the winner is refined."""
 
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
 from statistics import fmean
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from billhook.errors import SettingsError
@@ -94,11 +97,14 @@ class Auto(Method):
         streamed = is_offloaded(opened.model)
         texts = _first(texts, max(2, round(effort.share * len(texts.calibration))))
         run = _claimed(opened, recipe, texts, run)
-        able, refused = ready(opened, recipe, effort, texts, run)
+        with TemporaryDirectory() as scratch:  # what one rival measures others take
+            kept = replace(run, statistics=run.statistics or Path(scratch))
+            able, refused = ready(opened, recipe, effort, texts, kept)
         losses: dict[str, list[float]] = {}
-        few = texts.calibration[: max(1, round(effort.trial * len(texts.calibration)))]
+        few = texts.calibration[: max(2, round(effort.trial * len(texts.calibration)))]
         if len(able) > 1:
-            losses = dict(tried(opened, able, replace(texts, calibration=few), run))
+            refining = Refining(passes=1) if recipe.settings.refine else None
+            losses = dict(tried(opened, able, replace(texts, calibration=few), run, partial(self._try, refining)))
         name = best(losses) if losses else next(iter(able))
         method, planned = able[name]
         refining = None
@@ -113,6 +119,11 @@ class Auto(Method):
         seen = {"calibration": texts.record(recipe.calibration.seq_len)}  # where minutes are short, not all of it
         won = Won(method, planned, refining, len(texts.calibration))
         return Planned(planned.plan, won, planned.scores, {**planned.record, "auto": record, **seen})
+
+    def _try(self, refining: Any, trial: Any, few: Texts, made: tuple[Method, Planned], run: Run) -> None:
+        """A cut as it would be made: what refines well may win where the closed form alone would lose."""
+        method, planned = made
+        self.carry_out(trial, few, Planned(planned.plan, Won(method, planned, refining)), run)
 
     def _untried(self, opened: Opened, recipe: Recipe) -> Planned:
         """What the first rival would do: as much as any, if not of the same layers."""

@@ -45,6 +45,7 @@ MOST = 8.0  # passes of a refinement that has time left
 LEAST = 1.0  # a pass that has to fit before more is tried
 SOLVE = 10  # operations of a refit, in cubes of the width that it reads
 FEWER = 0.5, 0.25  # shares of the windows that are used where all would take too long
+SPAN = 10  # layers that are refined together: `billhook.training.refinement`, which brings torch
 TRAINED = 5  # passes that a step of training costs: forth, back, Adam
 STREAMS = 2  # of hidden states, in a fit: the unpruned model's and the cut one's
 BEFORE = 2 / 3  # of the layers, which a patch has to see: those up to the end of the gap
@@ -69,13 +70,12 @@ class Work:
         from billhook.models.axes import axes
         from billhook.models.families import layers
         from billhook.models.sizes import layer_parameters
-        from billhook.training.refinement import Refining
 
         total = len(layers(model))
         widths = [axis.units for axis in axes(model, ("ffn",)) if axis.layer == total - 1]
         solve = SOLVE * sum(width**3 for width in widths) / (2 * read.seq_len * layer_parameters(model, total - 1))
         patched = not any(plan.drops.values())
-        span = min(Refining.length if patched else total, total - len(plan.layers))
+        span = min(SPAN if patched else total, total - len(plan.layers))
         return cls(total, len(plan.layers), read.samples, read.probes, span, solve, patched)
 
     def stages(self, effort: Effort, rivals: Collection[str], refined: bool, looks: bool) -> Mapping[str, Passes]:
@@ -87,14 +87,16 @@ class Work:
             found["layers"] = Passes(
                 blocks * (total + sum(total - self.gone - n for n in starts)), blocks * len(starts)
             )
-        if "uneven widths" in rivals:
+        if any("uneven" in name for name in rivals):
             curve = Passes(POINTS * blocks * total * total / 2 + total * POINTS * self.solve, POINTS * blocks * total)
             found["sensitivity"] = curve
         if len(rivals) > 1:
             fits = len(rivals) * (STREAMS + 1) * effort.trial * windows * total
             solves = sum(total if "widths" in name else 1 for name in rivals) * self.solve
             probes = (1 + len(rivals)) * self.probes
-            found["trials"] = Passes(fits + solves + probes * total, probes)
+            spans = sum(total if "widths" in name else min(SPAN, total) for name in rivals)
+            refining = effort.trial * windows * (TRAINED * spans + len(rivals) * total) if refined else 0
+            found["trials"] = Passes(fits + solves + refining + probes * total, probes)
         if self.patched:
             found["patch"] = Passes(STREAMS * windows * total * BEFORE + self.solve)
         if refined:

@@ -73,8 +73,10 @@ def ready(
     return able, {name: str(error) for name, error in refused.items()}
 
 
-def tried(opened: Opened, able: Mapping[str, Ready], texts: Texts, run: Run) -> Iterator[tuple[str, list[float]]]:
-    """How far each cut, fitted on these windows, is from the unpruned model: nats a token of each probe window.
+def tried(
+    opened: Opened, able: Mapping[str, Ready], texts: Texts, run: Run, carry: Callable[[Any, Texts, Ready, Run], Any]
+) -> Iterator[tuple[str, list[float]]]:
+    """How far each cut, made by `carry` on these windows, is from the unpruned model: nats a token, by probe window.
 
     The run's `folder` keeps what was found, for the same run after a kill.
     """
@@ -84,16 +86,16 @@ def tried(opened: Opened, able: Mapping[str, Ready], texts: Texts, run: Run) -> 
 
     unpruned = cache(lambda: Probe(opened.model, texts.probe))
 
-    def losses(method: Method, planned: Planned) -> list[float]:
+    def losses(made: Ready) -> list[float]:
         probe, trial = unpruned(), copy.deepcopy(opened.model)
-        method.carry_out(trial, texts, planned, Run(hidden=run.hidden))
+        carry(trial, texts, made, Run(hidden=run.hidden))
         return probe.divergences_of(trial)
 
-    for number, (name, (method, planned)) in enumerate(able.items()):
+    for number, (name, made) in enumerate(able.items()):
         run.tick("trying cuts", number, len(able))
-        decides = {"rival": name, "plan": repr(planned.plan), "windows": len(texts.calibration)}
+        decides = {"rival": name, "plan": repr(made[1].plan), "windows": len(texts.calibration)}
         with run.clock("trials"):
-            yield name, cached(run.folder, "trial", decides, partial(losses, method, planned))
+            yield name, cached(run.folder, "trial", decides, partial(losses, made))
     run.tick("trying cuts", len(able), len(able))
 
 
@@ -164,25 +166,48 @@ def _layers(opened: Opened, recipe: Recipe, effort: Effort, texts: Texts, run: R
     return layerchop.METHOD, Planned(replace(found, drops={}), Chopping(patch))
 
 
+def _layers_and_widths(opened: Opened, recipe: Recipe, effort: Effort, texts: Texts, run: Run) -> Ready:
+    """Half of the layers that the budget would take, neighbours; the rest by widths, where they are missed least."""
+    from billhook.calibration.layer_importance import chosen
+    from billhook.planning.axis_plan import weighing_planner
+    from billhook.planning.budget import solved
+    from billhook.planning.layer_plan import by_depth
+
+    few, uneven = _measured_on(texts, effort, "sensitivity"), _of(recipe, fasp.METHOD, UNITS, "sensitivity")
+    count = len(solved(opened, recipe, by_depth(opened.model), run.tick).layers) // 2
+    if not count:
+        raise BillhookError("the budget is less than two layers")
+    with run.clock("layers"):
+        seed = recipe.calibration.seed
+        gone = chosen(opened.model, "contiguous", count, texts.calibration, few.probe, run, seed)
+    cut = uneven.settings.cut
+    return fasp.METHOD, Planned(
+        solved(opened, uneven, weighing_planner(opened, uneven, cut, few, {}, run, gone=gone), run.tick), cut
+    )
+
+
+def _measured_on(texts: Texts, effort: Effort, allocation: str) -> Texts:
+    if allocation != "equal" and not len(texts.probe):
+        raise BillhookError(f"allocation {allocation} is measured: what it comes to cannot be told beforehand")
+    return replace(texts, probe=texts.probe[: effort.blocks])
+
+
 def _planned_by(
     method: Method, *kinds: str, allocation: str = "equal"
 ) -> Callable[[Opened, Recipe, Effort, Texts, Run], Ready]:
     def planned(opened: Opened, recipe: Recipe, effort: Effort, texts: Texts, run: Run) -> Ready:
-        if allocation != "equal" and not len(texts.probe):
-            raise BillhookError(f"allocation {allocation} is measured: what it comes to cannot be told beforehand")
-        few = replace(texts, probe=texts.probe[: effort.blocks])
+        few = _measured_on(texts, effort, allocation)
         return method, method.plan(opened, _of(recipe, method, kinds, allocation), few, run)
 
     return planned
 
 
-STOCK, UNEVEN = ("uniform",), ("per_layer",)
+STOCK, UNEVEN, UNITS = ("uniform",), ("per_layer",), ("ffn", "groups")
 RIVALS = (  # the simpler ones first
     Rival("whole layers", ("layers",), STOCK + UNEVEN, _layers),
     Rival("fewer experts", ("experts",), STOCK, _planned_by(experts.METHOD, "experts")),
     Rival("narrower experts", ("expert_ffn",), STOCK, _planned_by(fasp.METHOD, "expert_ffn")),
     Rival("equal widths", ("ffn",), STOCK, _planned_by(fasp.METHOD, "ffn")),
-    Rival(
-        "uneven widths", ("ffn", "groups"), UNEVEN, _planned_by(fasp.METHOD, "ffn", "groups", allocation="sensitivity")
-    ),
+    Rival("uneven widths", UNITS, UNEVEN, _planned_by(fasp.METHOD, *UNITS, allocation="sensitivity")),
+    Rival("whole layers and uneven widths", ("layers", *UNITS), UNEVEN, _layers_and_widths),
 )

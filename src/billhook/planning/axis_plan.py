@@ -1,6 +1,6 @@
 """From a budget to units of axes: measure what the allocation needs to know, then solve it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from billhook.models.families import layers
 from billhook.models.layout import layout_of
 from billhook.models.plan import Curves, Plan, UnitScores
 from billhook.planning import allocation, planners
-from billhook.planning.budget import solved
+from billhook.planning.budget import Planner, solved
 from billhook.planning.recipe import Recipe
 from billhook.planning.sensitivity import curves
 from billhook.planning.texts import Texts
@@ -60,23 +60,37 @@ def axis_plan(opened: Opened, recipe: Recipe, settings: Settings, texts: Texts, 
         return planners.file_plan(model, recipe.unit_kinds, said.keep)
     if not recipe.sized:
         return Plan()  # the vocabulary alone
-    weighed = None
-    if said.name in allocation.NEED_CURVES:
-        _check_possible(opened, recipe)
+    return solved(opened, recipe, weighing_planner(opened, recipe, settings, texts, scores, run), run.tick)
+
+
+def weighing_planner(
+    opened: Opened,
+    recipe: Recipe,
+    settings: Settings,
+    texts: Texts,
+    scores: UnitScores,
+    run: Run,
+    *,
+    gone: Collection[int] = (),
+) -> Planner:
+    """The planner of a recipe's allocation, with what that has to measure; `gone` are layers that go whole."""
+    model, weighed = opened.model, None
+    if recipe.shape.spread.name in allocation.NEED_CURVES:
+        _check_possible(opened, recipe, gone)
         weighed = _kept(
             run.statistics,
             _key(model, recipe, settings, texts),
             lambda: measured(model, recipe, settings, texts, scores, run),
         )
-    return solved(opened, recipe, planners.planner(model, recipe, weighed), run.tick)
+    return planners.planner(model, recipe, weighed, gone=gone)
 
 
-def _check_possible(opened: Opened, recipe: Recipe) -> None:
+def _check_possible(opened: Opened, recipe: Recipe, gone: Collection[int]) -> None:
     """Refuse what no measurement could help: solved as if nothing cost anything.  A budget in speed must time first."""
     free: Curves = {(axis.layer, axis.kind): {} for axis in axes(opened.model, recipe.unit_kinds)}
     if "layers" in recipe.kinds:
         free |= {(n, "layers"): {1: 0.0} for n in range(len(layers(opened.model)))}
-    planner = planners.planner(opened.model, recipe, free)
+    planner = planners.planner(opened.model, recipe, free, gone=gone)
     if recipe.budget.speedup is None:
         solved(opened, recipe, planner)
 

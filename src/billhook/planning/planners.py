@@ -17,11 +17,14 @@ from billhook.planning.recipe import Recipe
 from billhook.tensors import Scores
 
 
-def planner(model: PreTrainedModel, recipe: Recipe, curves: Curves | None = None) -> Planner:
+def planner(
+    model: PreTrainedModel, recipe: Recipe, curves: Curves | None = None, *, gone: Collection[int] = ()
+) -> Planner:
     """What turns parameters to save into a plan, by the recipe's allocation.
 
     Args:
         curves: the losses that `global`, `standardised` and `sensitivity` weigh.
+        gone: layers that go whole, whatever the curves say.
 
     Raises:
         BillhookError: the family cannot give up these axes; `make` raises it for an impossible saving.
@@ -29,17 +32,21 @@ def planner(model: PreTrainedModel, recipe: Recipe, curves: Curves | None = None
     total, allocation = len(layers(model)), recipe.shape.spread
     if allocation.name in NEED_CURVES:
         assert curves is not None
-        choices, found = _choices(model, recipe, curves), axes(model, recipe.unit_kinds)
-        whole = {n: (layer_parameters(model, n), loss[1]) for (n, kind), loss in curves.items() if kind == "layers"}
+        found = [axis for axis in axes(model, recipe.unit_kinds) if axis.layer not in gone]
+        choices, by_layers = _choices(model, recipe, curves, found), sum(layer_parameters(model, n) for n in gone)
+        whole = {
+            n: (layer_parameters(model, n), loss[1])
+            for (n, kind), loss in curves.items()
+            if kind == "layers" and n not in gone
+        }
         step = min((c.savings[1] for c in choices if len(c.savings) > 1), default=1)
-        return Planner(
-            lambda saving: _weighed(choices, found, saving, whole), knapsack.largest_saving(choices, whole), step
-        )
+        most = by_layers + knapsack.largest_saving(choices, whole)
+        return Planner(lambda saving: _weighed(choices, found, saving - by_layers, whole, gone), most, step)
     first, last = allocation.spared
     spared = [n for n in range(total) if n < first or n >= total - last]
     if len(spared) == total:
         raise BillhookError(f"allocation skip:{first},{last} spares all {total} layers: nothing is left to cut")
-    return even_planner(model, recipe, spared=spared)
+    return even_planner(model, recipe, spared=spared, gone=gone)
 
 
 def even_planner(
@@ -114,10 +121,10 @@ def file_plan(model: PreTrainedModel, kinds: Iterable[str], keep: Mapping[int, M
     return Plan({place: drops.get(place, 0) for place in by_place})
 
 
-def _choices(model: PreTrainedModel, recipe: Recipe, curves: Curves) -> list[knapsack.Choice]:
+def _choices(model: PreTrainedModel, recipe: Recipe, curves: Curves, may_give: Iterable[Axis]) -> list[knapsack.Choice]:
     """What each axis may give; every layer keeps the recipe's floor."""
     found = []
-    for axis in axes(model, recipe.unit_kinds):
+    for axis in may_give:
         price, least = axis.price(model), recipe.shape.floor * axis.units
         steps = allowed_drops(model, axis, recipe.shape.width_step, "per_layer")
         drops = [d for d in steps if d == 0 or axis.units - d >= least]
@@ -131,6 +138,7 @@ def _weighed(
     found: list[Axis],
     saving: float | int,
     whole: Mapping[int, tuple[float | int, float]],
+    gone_already: Collection[int] = (),
 ) -> Plan:
     counts, gone = knapsack.solve(choices, saving, whole)
     if not any(counts) and not gone:
@@ -140,4 +148,4 @@ def _weighed(
     drops = {
         (axis.layer, axis.kind): count for axis, count in zip(found, counts, strict=True) if axis.layer not in gone
     }
-    return Plan(drops, tuple(gone))
+    return Plan(drops, tuple(sorted({*gone, *gone_already})))
