@@ -1,5 +1,4 @@
-"""What methods do to a model, in place: axes narrowed, layers and experts gone, the residual stream cut, weights set to
-zero.
+"""What methods do to a model, in place: axes narrowed, layers or experts gone, the stream cut, weights set to zero.
 
 chopping         Whole layers go, and what stands before each cut may make up for them (LayerChop)
 experts          Fewer experts in every layer of a mixture: dropped or merged (REAP, UNCURL)
