@@ -82,9 +82,10 @@ def test_whole_layers_and_widths_meet_a_budget_together(text_file: Path, ratio: 
     assert abs(size["achieved_ratio"] - ratio) < 0.02
 
 
+@pytest.mark.parametrize("layout", ["uniform", "per_layer"])
 @pytest.mark.parametrize("axes", [("ffn",), ("layers",), ("ffn", "layers")])
-def test_axes_say_what_may_go(text_file: Path, axes: tuple[str, ...]) -> None:
-    result = prune(deep(), text_file, ratio=1 / 3, axes=axes)
+def test_axes_say_what_may_go(text_file: Path, axes: tuple[str, ...], layout: str) -> None:
+    result = prune(deep(), text_file, ratio=1 / 3, axes=axes, layout=layout, multiple_of=2)
     assert ("layers" in axes) or not result.record["dropped_layers"]
     assert ("ffn" in axes) or not any(cut["dropped"] for cut in result.record["cuts"])
 

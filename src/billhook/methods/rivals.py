@@ -19,7 +19,7 @@ Ready = tuple[Method, Planned]  # a method, and what it will do
 
 @dataclass(frozen=True)
 class Rival:
-    """One way to cut: what goes, in which layouts, and how its plan is made."""
+    """One way to cut: what goes (of widths what is asked for and can be had), in which layouts, and its plan."""
 
     name: str
     kinds: tuple[str, ...]
@@ -28,21 +28,15 @@ class Rival:
 
     def may(self, opened: Opened, recipe: Recipe) -> bool:
         """Whether it is asked for, and can be had of this family in this layout."""
-        from billhook.models.limits import check_kinds
-
         asked, layout = recipe.shape.axes, recipe.shape.layout
-        if layout not in self.layouts or (asked and not set(self.kinds) <= set(asked)):
+        if layout not in self.layouts or ("layers" in self.kinds and asked and "layers" not in asked):
             return False
         if set(self.kinds) & set(MIXED) and not _is_mixture(opened):
             return False
         units = tuple(kind for kind in self.kinds if kind != "layers")
-        if not units and layout == "uniform":
-            return True
-        try:
-            check_kinds(opened.model, units or ("ffn",), layout)  # an axis that all have, for what the layout refuses
-        except BillhookError:
-            return False
-        return True
+        if units:
+            return bool(_usable(opened, recipe, units))
+        return layout == "uniform" or _can(opened, "ffn", layout)  # an axis that all have, for what the layout refuses
 
 
 def able_names(opened: Opened, recipe: Recipe) -> list[str]:
@@ -110,6 +104,22 @@ def best(losses: Mapping[str, Sequence[float]]) -> str:
     return least
 
 
+def _usable(opened: Opened, recipe: Recipe, kinds: Sequence[str]) -> tuple[str, ...]:
+    """Those of the kinds that are asked for and that the family can give up."""
+    asked, layout = recipe.shape.axes, recipe.shape.layout
+    return tuple(kind for kind in kinds if (not asked or kind in asked) and _can(opened, kind, layout))
+
+
+def _can(opened: Opened, kind: str, layout: str) -> bool:
+    from billhook.models.limits import check_kinds
+
+    try:
+        check_kinds(opened.model, (kind,), layout)
+    except BillhookError:
+        return False
+    return True
+
+
 def _is_mixture(opened: Opened) -> bool:
     from billhook.models.families import row_of
 
@@ -173,7 +183,8 @@ def _layers_and_widths(opened: Opened, recipe: Recipe, effort: Effort, texts: Te
     from billhook.planning.budget import solved
     from billhook.planning.layer_plan import by_depth
 
-    few, uneven = _measured_on(texts, effort, "sensitivity"), _of(recipe, fasp.METHOD, UNITS, "sensitivity")
+    few = _measured_on(texts, effort, "sensitivity")
+    uneven = _of(recipe, fasp.METHOD, _usable(opened, recipe, UNITS), "sensitivity")
     count = len(solved(opened, recipe, by_depth(opened.model), run.tick).layers) // 2
     if not count:
         raise BillhookError("the budget is less than two layers")
@@ -197,7 +208,8 @@ def _planned_by(
 ) -> Callable[[Opened, Recipe, Effort, Texts, Run], Ready]:
     def planned(opened: Opened, recipe: Recipe, effort: Effort, texts: Texts, run: Run) -> Ready:
         few = _measured_on(texts, effort, allocation)
-        return method, method.plan(opened, _of(recipe, method, kinds, allocation), few, run)
+        own = _of(recipe, method, _usable(opened, recipe, kinds), allocation)
+        return method, method.plan(opened, own, few, run)
 
     return planned
 
