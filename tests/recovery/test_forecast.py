@@ -84,14 +84,3 @@ def test_too_little_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(throughput, "training_pace", lambda *_: 0.01)
     with pytest.raises(BillhookError, match="less than one window of 16: give more time"):
         forecast.forecast(str(folder), 0.3, 0.1, **ASKED)
-
-
-@pytest.mark.parametrize(("ratio", "family"), [(0.02, "llama"), (0.3, "opt_350m")])
-def test_layers_are_not_advised_where_none_can_go(
-    ratio: float, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(throughput, "training_pace", lambda *_: 1000.0)
-    tiny.model(family).save_pretrained(tmp_path / "in")
-    tiny.tokenizer().save_pretrained(tmp_path / "in")
-    prune, _ = forecast.forecast(str(tmp_path / "in"), ratio, 10, **ASKED)["commands"]
-    assert "layerchop" not in prune

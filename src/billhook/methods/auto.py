@@ -63,7 +63,6 @@ class Auto(Method):
             raise SettingsError("auto decides which layers give how much: leave out --allocation, or name a --method")
         if recipe.settings.refine and recipe.calibration.samples < 2:
             raise SettingsError("one window cannot be refined on and judged by: raise --samples, or give --no-refine")
-
         if recipe.settings.minutes and recipe.settings.effort != AutoSettings().effort:
             raise SettingsError("--minutes says what may be tried, and so does --effort: give one")
 
@@ -131,13 +130,11 @@ class Auto(Method):
 
         from billhook.planning.texts import Texts
         from billhook.runtime.run import Run
-        from billhook.training.refinement import Refining
 
         nothing = torch.zeros(0, recipe.calibration.seq_len, dtype=torch.long)
         able, _ = ready(opened, recipe, SPENT["quick"], Texts(nothing, nothing), Run())
         ((method, planned),) = able.values()
-        refining = Refining(passes=SPENT[recipe.settings.effort].passes) if recipe.settings.refine else None
-        return Planned(planned.plan, Won(method, planned, refining), planned.scores)
+        return Planned(planned.plan, Won(method, planned, None), planned.scores)
 
     def _effort(self, opened: Opened, recipe: Recipe, price: Price) -> Effort:
         from billhook.runtime.offload import is_offloaded

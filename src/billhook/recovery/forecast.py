@@ -1,6 +1,5 @@
 """What minutes of training buy on this machine, and what that calls for."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,7 +8,6 @@ from billhook.checkpoints import load
 from billhook.choices import MEASURING_SECONDS
 from billhook.errors import BillhookError
 from billhook.math import layer_presets
-from billhook.models.axes import axes
 from billhook.models.families import layers
 from billhook.models.surgery import drop_layers
 from billhook.recovery.budget import OTHER_RATES, affordable_tokens
@@ -23,44 +21,12 @@ FROZEN_BYTES = 4  # bytes a frozen parameter takes in float32
 ROOM = 0.8  # share of free memory that parameters may take; activations need some, too
 
 
-@dataclass(frozen=True)
-class Advice:
-    """What a budget of tokens calls for, as measured on SmolLM2-135M (docs/LOG.md)."""
-
-    tokens: int  # the least tokens that it holds for
-    layers: bool  # whether whole layers go
-    prune: str  # options of `billhook prune MODEL --ratio R`
-    recover: bool  # whether to train afterwards
-    why: str
-
-
-ADVICE = (  # the first row that holds is taken
-    Advice(
-        10_000,
-        True,
-        "--method layerchop --patch linear",
-        True,
-        "whole layers, patched in closed form, and distillation (at 20 %: 1.46 times the unpruned perplexity before "
-        "training, 1.30 after 50k tokens; narrower layers 1.72 and, after 200k, 1.49 on the same windows)",
-    ),
-    Advice(
-        10_000,
-        False,
-        "",
-        True,
-        "what costs least before training, then distillation (at 20 % equal widths, one of the cuts tried, went from 1.57 "
-        "times the unpruned perplexity to 1.35 with 200k tokens)",
-    ),
-    Advice(
-        0,
-        False,
-        "",
-        False,
-        "too few tokens to train on: what costs least without (of the cuts tried at 20 %: layers patched 1.46 times the "
-        "unpruned perplexity, equal widths 1.57; where clients load layers that differ, add --layout per_layer: uneven "
-        "widths have 1.36)",
-    ),
-)
+TRAINED_FROM = 10_000  # tokens below which training is not worth its setting up
+WHY = {  # what a budget of tokens calls for, as measured on SmolLM2-135M at 20 % (docs/LOG.md)
+    True: "the best cut, then distillation (at 20 %: 1.33 times the unpruned perplexity before training, 1.29 after 17k "
+    "tokens; narrower layers alone 1.72 and, after 200k, 1.49)",
+    False: "too few tokens to train on: the best cut alone (at 20 %: 1.33 times the unpruned perplexity)",
+}
 
 
 def forecast(
@@ -88,7 +54,6 @@ def forecast(
     tick("measuring", 0, 2)
     teacher_pace = throughput.answering_pace(model, seq_len, 1, autocast)
     total = len(layers(model))
-    patchable = all(axis.ends_layer for axis in axes(model, ("ffn",)))
     count = min(round(ratio * total), total - 2)
     if count > 0:
         drop_layers(model, layer_presets.middle(total, count))
@@ -105,11 +70,10 @@ def forecast(
             f"minutes {minutes:g}: at {pace:,.0f} tokens a second that is less than one window of {seq_len}: give more "
             "time"
         )
-    can_drop_layers = count > 0 and patchable
-    advice = next(row for row in ADVICE if tokens >= row.tokens and (can_drop_layers or not row.layers))
+    trains = tokens >= TRAINED_FROM
     tokens = tokens // 1000 * 1000 or tokens
-    commands = [f"billhook prune {name} --ratio {ratio:g} {advice.prune} -o smaller"]
-    if advice.recover:
+    commands = [f"billhook prune {name} --ratio {ratio:g} -o smaller"]
+    if trains:
         commands.append(
             f"billhook recover smaller --teacher {name} --tokens {tokens} --trainable {trainable} --seq-len {seq_len} "
             "-o healed"
@@ -128,6 +92,6 @@ def forecast(
         "training_bytes": size * STATE_BYTES,
         "free_bytes": int(free / ROOM),
         "trainable": trainable,
-        "why": advice.why,
+        "why": WHY[trains],
         "commands": commands,
     }
