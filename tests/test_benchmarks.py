@@ -5,6 +5,7 @@ import csv
 import importlib
 import inspect
 import os
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ SHARED = ("results", "scoring")  # what benchmarks import; clients run in enviro
 SCRIPTS = [p for p in sorted(BENCHMARKS.rglob("*.py")) if p.stem not in SHARED and not p.stem.endswith("_client")]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+TABLES = ("ROWS", "THEIRS")  # of rows, by name
 KEPT = sorted(results.FOLDER.glob("*.csv"))
 
 
@@ -189,3 +191,31 @@ def test_what_a_recipe_gives_is_read_from_what_run_prints(
     done = CliRunner().invoke(app, ["run", str(recipe), "-o", str(tmp_path / "out"), "--check"])
     assert importlib.import_module("recipes").measured(done.stdout) == numbers
     assert "not within 10.0% of what is expected: perplexity on lee" in str(done.exception)
+
+
+def rows_of(script: str) -> set[str]:
+    """The names of a benchmark's rows, where it has a table of them."""
+    tree = ast.parse((BENCHMARKS / script).read_text(encoding="utf-8"))
+    tables = [node for node in tree.body if isinstance(node, ast.Assign | ast.AnnAssign) and named(node) in TABLES]
+    keys = [key for node in tables if isinstance(node.value, ast.Dict) for key in node.value.keys]
+    return {key.value for key in keys if isinstance(key, ast.Constant)}
+
+
+def named(node: ast.Assign | ast.AnnAssign) -> str:
+    target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+    return target.id if isinstance(target, ast.Name) else ""
+
+
+def test_rows_that_pages_ask_for_are_there() -> None:
+    asked = []
+    for page in [ROOT / "README.md", BENCHMARKS / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        asked += re.findall(r"benchmarks/(\w+\.py)[^\n`]*? --rows\s+([\"'])(.*?)\2", text)
+        asked += re.findall(r"`(\w+\.py) [^\n`]*? --rows\s+([\"'])(.*?)\2", text)
+    checked = 0
+    for script, _, rows in asked:
+        there = rows_of(script)
+        for row in rows.split(";" if ";" in rows else ",") if there else ():
+            assert row.strip() in there, (script, row)
+            checked += 1
+    assert checked > 5
