@@ -146,6 +146,8 @@ for name in map(str.strip, args.rows.split(";")):
         {"text": one.text, "perplexity": p, "factor": factor, "standard_error": error}
         for one, (p, factor, error) in zip(dense, factors, strict=True)
     ]
+    own = {key: value for key, value in ROWS.get(name, {}).items() if key in how}
     results.write(
-        "auto", [{**how, "row": name, "parameters": size, "chosen": what, "seconds": took, **row} for row in rows]
+        "auto",
+        [{**how, **own, "row": name, "parameters": size, "chosen": what, "seconds": took, **row} for row in rows],
     )

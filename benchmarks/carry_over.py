@@ -56,6 +56,8 @@ def main() -> None:
     made = carried(opened.model, args.family)
     ids = torch.arange(64)[None] * 97 % opened.model.config.vocab_size
     off = (made(ids).logits - opened.model(ids).logits).abs().max()
+    if not off < 1e-2:
+        raise SystemExit(f"{args.family} computes something else: logits differ by {off:.1e}")
     made.save_pretrained(args.out)
     opened.tokenizer.save_pretrained(args.out)
     print(f"{args.out}: {args.family}, logits differ by at most {off:.1e}")

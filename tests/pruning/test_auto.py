@@ -159,8 +159,9 @@ def test_layers_and_uneven_widths_meet_a_budget_together(text_file: Path, monkey
 
 
 def test_minutes_say_how_much_is_tried_and_how_long_it_is_refined(text_file: Path) -> None:
-    few, many = (prune(deep(), text_file, ratio=1 / 3, minutes=minutes).record for minutes in (0.02, 2))
-    assert few["seconds"]["refinement"] < 1.2 and len(many["auto"]["tried"]) > 1
+    record = prune(deep(), text_file, ratio=1 / 3, minutes=2).record
+    assert len(record["auto"]["tried"]) > 1 and record["calibration"]["windows"] == 8
+    assert prune(deep(), text_file, layout="per_layer", axes=("ffn",), multiple_of=2, minutes=2).record["cuts"]
     with pytest.raises(BillhookError, match="the quickest cut takes about"):
         prune(deep(), text_file, ratio=1 / 3, minutes=1e-6)
     with pytest.raises(BillhookError, match="give one"):
@@ -169,11 +170,11 @@ def test_minutes_say_how_much_is_tried_and_how_long_it_is_refined(text_file: Pat
 
 def test_more_minutes_are_never_spent_on_less() -> None:
     """By a cost that is made up: what is tried grows with the time, and a refinement has what is left of it."""
-    work, names = Work(30, 6, 64, 8, 10, 8.0, True), ["whole layers", "equal widths"]
-    chosen = [spent(minutes, work, names, (True, True), (0.05, 0.4)) for minutes in (4, 8, 12, 20, 60)]
+    work, rivals = Work(30, 64, 8, 8.0, 6, True, True), [one for one in RIVALS if "uniform" in one.layouts]
+    chosen = [spent(minutes, work, rivals, (True, False), (0.05, 0.4)) for minutes in (3, 8, 12, 20, 60)]
     assert [one.rivals for one in chosen] == sorted(one.rivals for one in chosen)
-    for minutes, effort in zip((4, 8, 12, 20, 60), chosen, strict=True):
-        stages = work.stages(replace(effort, passes=0), names[: effort.rivals], True, True)
+    for minutes, effort in zip((3, 8, 12, 20, 60), chosen, strict=True):
+        stages = work.stages(replace(effort, passes=0), rivals[: effort.rivals], True)
         assert sum(one.seconds(0.05, 0.4) for one in stages.values()) + effort.seconds == pytest.approx(60 * minutes)
     assert chosen[-1].rivals > chosen[0].rivals and chosen[-1].share > chosen[0].share
 
@@ -203,10 +204,41 @@ def test_a_dry_run_says_what_it_comes_to(axes: tuple[str, ...], text_file: Path,
     assert said["stages"]["refinement"]["flops"] > 0 and said["peak_bytes"] > 0
 
 
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt2", "gemma2"])
+def test_a_dry_run_tells_of_every_family(family: str, text_file: Path, tmp_path: Path) -> None:
+    model = in_files(family, tmp_path / "model")
+    given = {"ratio": 1 / 3, "calibration": str(text_file), "samples": 8, "seq_len": 24, "multiple_of": 8}
+    said = estimate(str(model), recipe(**given), tmp_path / "out")["stages"]
+    assert said["refinement"]["seconds"] > 0 and ("patch" in said) == (family != "gemma2")
+    if family == "qwen2_moe":
+        with pytest.raises(BillhookError, match="experts counts what its text does"):
+            estimate(str(model), recipe(axes=("experts",), **given), tmp_path / "out")
+        with pytest.raises(BillhookError, match="has no per_layer layout"):
+            estimate(str(model), recipe(layout="per_layer", **given), tmp_path / "out")
+
+
+def test_a_dry_run_of_weights_in_files_tells_of_no_trial(text_file: Path, tmp_path: Path) -> None:
+    model = in_files("llama", tmp_path / "model")
+    given = {"ratio": 1 / 3, "calibration": str(text_file), "samples": 8, "seq_len": 24}
+    said, whole = (
+        estimate(str(model), recipe(**given), tmp_path / "out", stream_weights=stream) for stream in (True, False)
+    )
+    assert {"trials", "refinement", "look"} <= set(whole["stages"]) - set(said["stages"])
+    assert said["peak_bytes"] <= whole["peak_bytes"]
+    with pytest.raises(BillhookError, match="weights are streamed"):
+        estimate(str(model), recipe(minutes=1, **given), tmp_path / "out", stream_weights=True)
+
+
+def test_layers_may_go_where_experts_may(text_file: Path) -> None:
+    given = {"axes": ("layers", "experts"), "refine": False}
+    record = prune(tiny.model("qwen2_moe"), text_file, ratio=1 / 3, **given).record
+    assert "whole layers" in record["auto"]["tried"], record["auto"]
+
+
 def test_what_is_measured_first_is_not_foretold(text_file: Path, tmp_path: Path) -> None:
     model = in_files("llama", tmp_path / "model")
     given = {"ratio": 0.2, "calibration": str(text_file), "samples": 8, "seq_len": 24, "multiple_of": 2}
-    with pytest.raises(BillhookError, match="sensitivity is measured"):
+    with pytest.raises(BillhookError, match="uneven widths are measured"):
         estimate(str(model), recipe(layout="per_layer", axes=("ffn", "groups"), **given), tmp_path / "out")
 
 

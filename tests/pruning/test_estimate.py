@@ -30,7 +30,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "sparsegpt": {"method": "sparsegpt", "pattern": "2:4"},
 }
 ON = torch.float32, torch.device("cpu")
-GIVEN: dict[str, Any] = {"method": "fasp", "samples": 20, "seq_len": 32, "multiple_of": 1}
+GIVEN: dict[str, Any] = {"look": False, "method": "fasp", "samples": 20, "seq_len": 32, "multiple_of": 1}
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,15 @@ def test_sizes_and_stages_are_those_of_the_prune(
     assert stages <= set(said["stages"])
     assert said["peak_bytes"] > 0 and said["seconds"] > 0
     assert (said["flops"] > 0) == bool(stages)
+
+
+def test_the_look_is_told_of_where_there_is_one(folders: dict[str, Path], tmp_path: Path) -> None:
+    given = {"calibration": str(folders["llama"] / "text.txt"), **GIVEN, "ratio": 0.1}
+    with_look, without = (
+        estimate(str(folders["llama"]), recipe(**{**given, "look": look}), tmp_path / "o")["stages"]
+        for look in (True, False)
+    )
+    assert with_look["look"]["seconds"] > 0 and "look" not in without
 
 
 def test_operations_grow_with_the_text_where_they_do(folders: dict[str, Path], tmp_path: Path) -> None:

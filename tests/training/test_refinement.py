@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from billhook.calibration.forward import enter, run_layer
 from billhook.models.families import layers
 from billhook.models.surgery import drop_layers
 from billhook.runtime.run import Run
+from billhook.training import refinement
 from billhook.training.refinement import Refining, Span, goals, refine, spans
 
 TOKENS = torch.randint(0, 258, (20, 16), generator=torch.Generator().manual_seed(0))
@@ -98,3 +100,19 @@ def test_only_the_span_changes_and_later_spans_see_it() -> None:
     assert torch.equal(layers(one)[2].mlp.down_proj.weight, damaged)
     assert before[1] < before_alone[0]  # its inputs are nearer to the unpruned model's
     assert torch.equal(alone.model.embed_tokens.weight, both.model.embed_tokens.weight)
+
+
+def test_it_ends_when_its_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that goes on by a second a step: the passes would take longer, or do not."""
+    steps: list[int] = []
+    monkeypatch.setattr(refinement.time, "perf_counter", lambda: float(len(steps)))
+    run = Run(tick=lambda stage, done, total: steps.append(done) if done < total else None)
+
+    def taken(seconds: float | None) -> int:
+        model = tiny.model("llama")
+        aims = goals(model, TOKENS, [Span(0, 2, 3)], GENTLE, Run())
+        steps.clear()
+        refine(model, TOKENS, [(Span(0, 2, 3), aims[0])], replace(GENTLE, passes=4.0, seconds=seconds), run)
+        return len(steps)
+
+    assert taken(12.0) == 12 < taken(None) == taken(1e6)

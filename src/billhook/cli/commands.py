@@ -30,7 +30,7 @@ COMMANDS = {  # name: module, first line of its help
     "recover": ("recover", "Train a pruned MODEL back, by distillation or on text; write OUT, reload it and compare."),
     "forecast": (
         "recover",
-        "Measure how fast this machine trains, say how many tokens the minutes buy, and print the commands that it calls for.",
+        "Measure how fast this machine trains, say how many tokens the minutes buy, and print the commands.",
     ),
     "run": ("run", "Prune by a recipe file."),
     "demo": (
@@ -43,7 +43,7 @@ COMMANDS = {  # name: module, first line of its help
     ),
     "check": (
         "export",
-        "Load OUT in a separate process of a stock client, without billhook, and compare tokens and logits with billhook's own.",
+        "Load OUT in a process of a stock client, without billhook, and compare tokens and logits with billhook's own.",
     ),
     "export": (
         "export",

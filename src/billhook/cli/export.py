@@ -34,8 +34,7 @@ def check_command(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Load OUT in a separate process of a stock client, without billhook, and compare tokens and logits with billhook's
-    own.
+    """Load OUT in a process of a stock client, without billhook, and compare tokens and logits with billhook's own.
 
     Of the code in OUT only the modelling file that billhook itself wrote is run, if it was not changed.
 

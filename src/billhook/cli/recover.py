@@ -99,8 +99,7 @@ def forecast_command(
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Measure how fast this machine trains, say how many tokens the minutes buy, and print the commands that it calls
-    for.
+    """Measure how fast this machine trains, say how many tokens the minutes buy, and print the commands.
 
     Example: billhook forecast demo --ratio 0.3 --minutes 60
     """

@@ -1,5 +1,6 @@
 """The best cut that the minutes buy: rivals are tried on held-out windows, and the winner is refined."""
 
+import math
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -7,13 +8,25 @@ from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from billhook.errors import SettingsError
-from billhook.methods.minutes import EFFORTS, SPENT, Effort, Work, price, spent
-from billhook.methods.rivals import RIVALS, able_names, best, ready, tried
-from billhook.planning.method import LAYOUT, Foreseen, Method, MethodSettings, Opened, Planned, Price, Run, Texts
+from billhook.errors import BillhookError, SettingsError
+from billhook.methods.minutes import EFFORTS, SPAN, SPENT, Effort, Work, price, spent
+from billhook.methods.rivals import RIVALS, able, best, ready, tried
+from billhook.planning.method import (
+    LAYOUT,
+    Foreseen,
+    Method,
+    MethodSettings,
+    Opened,
+    Passes,
+    Planned,
+    Price,
+    Run,
+    Texts,
+)
 from billhook.planning.recipe import Recipe
 from billhook.runtime.options import option
 
+STREAMED = Effort(rivals=1, trial=0.25, blocks=2, passes=0.0)  # a trial would copy the model
 FLOATS = 5  # numbers that training keeps of every weight: itself, as it was, its gradient, and Adam's two
 
 
@@ -76,12 +89,18 @@ class Auto(Method):
         return "auto works in one process: leave it out, or name another --method"
 
     def check(self, opened: Opened, recipe: Recipe) -> None:
+        from billhook.models.limits import check_kinds
         from billhook.planning.axis_plan import check, check_uniform
+        from billhook.runtime.offload import is_offloaded
 
+        if is_offloaded(opened.model):
+            _check_streamed(recipe)
         if recipe.shape.axes:
             check(opened.model, recipe)
         elif recipe.shape.layout == "uniform":
             check_uniform(opened.model)
+        else:
+            check_kinds(opened.model, ("ffn",), recipe.shape.layout)  # an axis that all have
 
     def plan(self, opened: Opened, recipe: Recipe, texts: Texts, run: Run) -> Planned:
         from billhook.models.plan import Plan
@@ -92,30 +111,33 @@ class Auto(Method):
             return Planned(Plan(), None)  # the vocabulary alone
         if not len(texts.calibration):
             return self._untried(opened, recipe)
-        effort = self._effort(opened, recipe, lambda: price(opened.model, recipe.calibration.seq_len))
-        streamed = is_offloaded(opened.model)
+        read, streamed = recipe.calibration, is_offloaded(opened.model)
+        if streamed:
+            effort = STREAMED
+        else:
+            effort = self._effort(opened, recipe, self._work(opened, recipe), lambda: price(opened.model, read.seq_len))
         texts = _first(texts, max(2, round(effort.share * len(texts.calibration))))
         run = _claimed(opened, recipe, texts, run)
         with TemporaryDirectory() as scratch:  # what one rival measures others take
             kept = replace(run, statistics=run.statistics or Path(scratch))
-            able, refused = ready(opened, recipe, effort, texts, kept)
+            found, refused = ready(opened, recipe, effort, texts, kept)
         losses: dict[str, list[float]] = {}
         few = texts.calibration[: max(2, round(effort.trial * len(texts.calibration)))]
-        if len(able) > 1:
-            refining = Refining(passes=1) if recipe.settings.refine else None
-            losses = dict(tried(opened, able, replace(texts, calibration=few), run, partial(self._try, refining)))
-        name = best(losses) if losses else next(iter(able))
-        method, planned = able[name]
+        if len(found) > 1:
+            refining = Refining(passes=1, length=SPAN) if recipe.settings.refine else None
+            losses = dict(tried(opened, found, replace(texts, calibration=few), run, partial(self._try, refining)))
+        name = best(losses) if losses else next(iter(found))
+        method, planned = found[name]
         refining = None
         if recipe.settings.refine and not streamed:
-            refining = Refining(passes=effort.passes, seconds=effort.seconds)
+            refining = Refining(passes=effort.passes, length=SPAN, seconds=effort.seconds)
         record = {
             "chosen": name,
             "tried": {name: fmean(each) for name, each in losses.items()},
             "trial_windows": len(few),
             "refused": refused,
         }
-        seen = {"calibration": texts.record(recipe.calibration.seq_len)}  # where minutes are short, not all of it
+        seen = {"calibration": texts.record(read.seq_len)}  # where minutes are short, not all of it
         won = Won(method, planned, refining, len(texts.calibration))
         return Planned(planned.plan, won, planned.scores, {**planned.record, "auto": record, **seen})
 
@@ -132,39 +154,45 @@ class Auto(Method):
         from billhook.runtime.run import Run
 
         nothing = torch.zeros(0, recipe.calibration.seq_len, dtype=torch.long)
-        able, _ = ready(opened, recipe, SPENT["quick"], Texts(nothing, nothing), Run())
-        ((method, planned),) = able.values()
+        found, _ = ready(opened, recipe, SPENT["quick"], Texts(nothing, nothing), Run())
+        ((method, planned),) = found.values()
         return Planned(planned.plan, Won(method, planned, None), planned.scores)
 
-    def _effort(self, opened: Opened, recipe: Recipe, price: Price) -> Effort:
-        from billhook.runtime.offload import is_offloaded
+    def _work(self, opened: Opened, recipe: Recipe) -> Work:
+        try:
+            planned = self._untried(opened, recipe)
+        except BillhookError:  # nothing can be told before it is measured
+            return Work.of(opened.model, recipe.calibration)
+        patched = getattr(planned.settings.planned.settings, "patch", "none") != "none"
+        return Work.of(opened.model, recipe.calibration, planned.plan, patched)
 
-        settings, read = recipe.settings, recipe.calibration
-        if is_offloaded(opened.model):  # a trial would copy the model
-            if settings.minutes:
-                raise SettingsError("--minutes: where weights are streamed nothing is tried or refined: leave it out")
-            return replace(SPENT[settings.effort], rivals=1)
+    def _effort(self, opened: Opened, recipe: Recipe, work: Work, price: Price) -> Effort:
+        settings = recipe.settings
         if not settings.minutes:
             return SPENT[settings.effort]
-        work = Work.of(opened.model, self._untried(opened, recipe).plan, read)
         asked = settings.refine, recipe.compute.look
-        names = able_names(opened, recipe)
-        return spent(settings.minutes, work, names, asked, price())
+        return spent(settings.minutes, work, able(opened, recipe), asked, price())
 
-    def foreseen(self, opened: Opened, recipe: Recipe, planned: Planned, price: Price) -> Foreseen:
+    def foreseen(self, opened: Opened, recipe: Recipe, planned: Planned, price: Price, streamed: bool) -> Foreseen:
         from billhook.models import sizes
 
-        settings, won = recipe.settings, planned.settings
-        if won is None:
-            return Foreseen()
-        effort, names = self._effort(opened, recipe, price), able_names(opened, recipe)
-        work = Work.of(opened.model, planned.plan, recipe.calibration)
-        names = names[: effort.rivals]
-        stages = work.stages(effort.within(work, price), names, settings.refine, recipe.compute.look)
-        copied = sizes.total_parameters(opened.model) if len(names) > 1 else 0
-        span = FLOATS * work.span * sizes.layer_parameters(opened.model, work.layers - 1) if settings.refine else 0
-        played = None if work.patched else (won.method, won.planned)
-        return Foreseen(stages, 4 * max(copied, span), played)
+        won: Won = planned.settings
+        work, model = self._work(opened, recipe), opened.model
+        played = None if work.alone else (won.method, won.planned)
+        if played and (why := won.method.why_unforeseen(recipe)):
+            raise BillhookError(f"--dry-run: {why}: what that costs cannot be told beforehand")
+        if streamed:
+            _check_streamed(recipe)
+            stages = replace(work, gone=0).stages(STREAMED, (), refined=False)
+            return Foreseen({"layers": Passes(work.windows * work.layers), **stages}, rehearsed=played)
+        effort, refine = self._effort(opened, recipe, work, price), recipe.settings.refine
+        rivals, windows = able(opened, recipe)[: effort.rivals], work.fitted(effort)
+        stages = work.stages(effort.within(work, price), rivals, refine)
+        copied = sizes.total_parameters(model) if len(rivals) > 1 else 0
+        states = windows * recipe.calibration.seq_len * model.get_input_embeddings().weight.shape[1]
+        trained = FLOATS * min(SPAN, work.refined) * sizes.layer_parameters(model, work.layers - 1)
+        spans = math.ceil(work.refined / SPAN)
+        return Foreseen(stages, 4 * (copied + (trained + spans * states if refine else 0)), windows, played)
 
     def carry_out(self, model: Any, texts: Texts, planned: Planned, run: Run) -> dict[str, Any]:
         from billhook.models.families import layers
@@ -187,6 +215,11 @@ class Auto(Method):
     def announcement(self, opened: Opened, recipe: Recipe, planned: Planned, texts: Texts) -> str:
         line = super().announcement(opened, recipe, planned, texts)
         return f"{planned.record['auto']['chosen']}: {line}" if planned.record else line
+
+
+def _check_streamed(recipe: Recipe) -> None:
+    if recipe.settings.minutes:
+        raise SettingsError("--minutes: where weights are streamed nothing is tried or refined: leave it out")
 
 
 def _first(texts: Texts, windows: int | None) -> Texts:

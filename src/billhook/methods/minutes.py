@@ -1,12 +1,13 @@
 """What `auto` may spend, and what each part of it costs: counted in windows that pass a layer, before any of it is
 done."""
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from billhook.errors import SettingsError
-from billhook.planning.method import Passes, Price
+from billhook.planning.method import LOOKED, Passes, Price
 from billhook.planning.recipe import Calibration
 from billhook.runtime.progress import least_seconds
 
@@ -32,7 +33,7 @@ class Effort:
         """The same, with as many passes as the seconds let it have."""
         if self.seconds is None:
             return self
-        each = Passes(self.share * work.windows * work.span * TRAINED).seconds(*price())
+        each = Passes(work.fitted(self) * work.refined * TRAINED).seconds(*price())
         return replace(self, passes=min(self.passes, self.seconds / each))
 
 
@@ -43,14 +44,22 @@ SPENT = {
 }
 MOST = 8.0  # passes of a refinement that has time left
 LEAST = 1.0  # a pass that has to fit before more is tried
-SOLVE = 10  # operations of a refit, in cubes of the width that it reads
 FEWER = 0.5, 0.25  # shares of the windows that are used where all would take too long
-SPAN = 10  # layers that are refined together: `billhook.training.refinement`, which brings torch
-TRAINED = 5  # passes that a step of training costs: forth, back, Adam
+SPAN = 10  # layers that are refined together
+SOLVE = 10  # operations of a refit, in cubes of the width that it reads
+TRAINED = 5  # passes whose time a step of training takes: forth, back, Adam
 STREAMS = 2  # of hidden states, in a fit: the unpruned model's and the cut one's
 BEFORE = 2 / 3  # of the layers, which a patch has to see: those up to the end of the gap
 POINTS = 8  # of a curve's counts, over FFN channels and KV groups
-LOOKED = 40  # windows' worth of a whole model that the two looks take: most of it is text, token by token
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to cut: what goes, and in which layouts."""
+
+    name: str
+    kinds: tuple[str, ...]
+    layouts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -58,15 +67,16 @@ class Work:
     """What decides the cost: of the model, of the cut, and of the text."""
 
     layers: int
-    gone: int  # layers that go whole
     windows: int
     probes: int
-    span: int  # layers in a refined span
     solve: float  # a refit of one layer's FFN, in windows that pass a layer
-    patched: bool  # whether nothing but whole layers goes
+    gone: int = 0  # layers that go whole
+    alone: bool = False  # whether nothing else goes
+    patched: bool = False  # whether they are made up for
 
     @classmethod
-    def of(cls, model: Any, plan: Any, read: Calibration) -> "Work":
+    def of(cls, model: Any, read: Calibration, plan: Any = None, patched: bool = False) -> "Work":
+        """Args: plan: the likeliest, if one can be told without a measurement."""
         from billhook.models.axes import axes
         from billhook.models.families import layers
         from billhook.models.sizes import layer_parameters
@@ -74,41 +84,53 @@ class Work:
         total = len(layers(model))
         widths = [axis.units for axis in axes(model, ("ffn",)) if axis.layer == total - 1]
         solve = SOLVE * sum(width**3 for width in widths) / (2 * read.seq_len * layer_parameters(model, total - 1))
-        patched = not any(plan.drops.values())
-        span = min(SPAN if patched else total, total - len(plan.layers))
-        return cls(total, len(plan.layers), read.samples, read.probes, span, solve, patched)
+        gone, alone = len(plan.layers) if plan else 0, bool(plan and plan.layers and not any(plan.drops.values()))
+        return cls(total, read.samples, read.probes, solve, gone, alone, patched)
 
-    def stages(self, effort: Effort, rivals: Collection[str], refined: bool, looks: bool) -> Mapping[str, Passes]:
-        """Every stage, but for the cut of widths, which a rehearsal times better."""
-        total, windows, found = self.layers, max(2, round(effort.share * self.windows)), dict[str, Passes]()
-        starts = range(1, total - self.gone) if self.gone else range(0)
-        blocks = min(effort.blocks, self.probes)
-        if starts:
+    @property
+    def refined(self) -> int:
+        """Layers that are refined, all spans together."""
+        return min(SPAN if self.alone else self.layers, self.layers - self.gone)
+
+    def fitted(self, effort: Effort) -> int:
+        """Windows that the cut is fitted on."""
+        return max(2, round(effort.share * self.windows))
+
+    def stages(self, effort: Effort, rivals: Sequence[Way], refined: bool) -> Mapping[str, Passes]:
+        """Every stage, but for the cut of widths, which a rehearsal times better, and the look."""
+        total, windows, found = self.layers, self.fitted(effort), dict[str, Passes]()
+        blocks, uneven = min(effort.blocks, self.probes), [one for one in rivals if one.layouts == ("per_layer",)]
+        by_blocks = blocks * sum("layers" in one.kinds for one in rivals)
+        if by_blocks and self.gone:
+            ways = range(1, total - self.gone)
             found["layers"] = Passes(
-                blocks * (total + sum(total - self.gone - n for n in starts)), blocks * len(starts)
+                by_blocks * (total + sum(total - self.gone - n for n in ways)), by_blocks * len(ways)
             )
-        if any("uneven" in name for name in rivals):
-            curve = Passes(POINTS * blocks * total * total / 2 + total * POINTS * self.solve, POINTS * blocks * total)
-            found["sensitivity"] = curve
+        if uneven:
+            tried = POINTS * blocks * total
+            found["sensitivity"] = Passes(windows * total + tried * total / 2 + POINTS * total * self.solve, tried)
         if len(rivals) > 1:
-            fits = len(rivals) * (STREAMS + 1) * effort.trial * windows * total
-            solves = sum(total if "widths" in name else 1 for name in rivals) * self.solve
+            few, everywhere = effort.trial * windows, sum(not self._spares(one) for one in rivals)
+            fits = len(rivals) * (STREAMS + 1) * few * total
+            solves = (everywhere * total + len(rivals) - everywhere) * self.solve
+            spans = everywhere * total + (len(rivals) - everywhere) * min(SPAN, total)
+            refining = few * (TRAINED * spans + len(rivals) * total) if refined else 0
             probes = (1 + len(rivals)) * self.probes
-            spans = sum(total if "widths" in name else min(SPAN, total) for name in rivals)
-            refining = effort.trial * windows * (TRAINED * spans + len(rivals) * total) if refined else 0
             found["trials"] = Passes(fits + solves + refining + probes * total, probes)
         if self.patched:
             found["patch"] = Passes(STREAMS * windows * total * BEFORE + self.solve)
         if refined:
             found["goals"] = Passes(windows * total)
-            found["refinement"] = Passes(effort.passes * windows * self.span * TRAINED)
-        if looks:
-            found["look"] = Passes(LOOKED * total, LOOKED)
+            found["refinement"] = Passes(effort.passes * windows * self.refined * TRAINED)
         return found
+
+    def _spares(self, rival: Way) -> bool:
+        """Whether most layers stay as they are."""
+        return self.alone and rival.kinds == ("layers",)
 
 
 def spent(
-    minutes: float | int, work: Work, rivals: Collection[str], asked: tuple[bool, bool], price: tuple[float, float]
+    minutes: float | int, work: Work, rivals: Sequence[Way], asked: tuple[bool, bool], price: tuple[float, float]
 ) -> Effort:
     """The greatest effort whose parts, and a pass of refinement, fit into the minutes; the refinement has what is left.
 
@@ -119,16 +141,17 @@ def spent(
     Raises:
         SettingsError: the quickest cut takes longer.
     """
-    took, whole = 0.0, 60 * minutes
+    refined, looks = asked
+    took, whole, look = 0.0, 60 * minutes, Passes(LOOKED * work.layers, LOOKED) if looks else Passes()
     for effort in (*reversed(SPENT.values()), *(replace(SPENT["quick"], share=share) for share in FEWER)):
-        windows = max(2, round(effort.share * work.windows))
-        stages = work.stages(replace(effort, passes=LEAST), list(rivals)[: effort.rivals], *asked)
-        widths = Passes(0 if work.patched else ((STREAMS + 1) * windows + work.solve) * work.layers)
-        took = sum(one.seconds(*price) for one in (*stages.values(), widths))
+        stages = work.stages(replace(effort, passes=LEAST), rivals[: effort.rivals], refined)
+        widths = ((STREAMS + 1) * work.fitted(effort) + work.solve) * work.layers
+        took = sum(one.seconds(*price) for one in (*stages.values(), look, Passes(0 if work.alone else widths)))
         if took <= whole:
             left = whole - took + stages.get("refinement", Passes()).seconds(*price)
             return replace(effort, passes=MOST, seconds=left)
-    raise SettingsError(f"--minutes {minutes:g}: the quickest cut takes about {took / 60:.1f} here: give as many")
+    needs = math.ceil(took / 6) / 10
+    raise SettingsError(f"--minutes {minutes:g}: the quickest cut takes about {needs:g} here: give --minutes {needs:g}")
 
 
 def price(model: Any, length: int) -> tuple[float, float]:
@@ -140,11 +163,14 @@ def price(model: Any, length: int) -> tuple[float, float]:
     import torch
 
     from billhook.calibration.forward import enter, head, run_layer
+    from billhook.evaluation.speed import synchronise
     from billhook.models.families import layers
 
     window = torch.zeros(1, length, dtype=torch.long, device=model.device)
     (state,), (calls,) = enter(model, [window])
     n = len(layers(model)) // 2
-    acts = (lambda: run_layer(layers(model)[n], state, calls[n])), (lambda: head(model, window, state))
-    layer, logits = (least_seconds(act) for act in acts)
-    return layer, logits
+
+    def timed(act: Callable[[], Any]) -> float:
+        return least_seconds(lambda: (act(), synchronise(model.device)))
+
+    return timed(lambda: run_layer(layers(model)[n], state, calls[n])), timed(lambda: head(model, window, state))

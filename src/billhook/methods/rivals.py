@@ -10,7 +10,7 @@ from typing import Any
 from billhook.choices import MIXED
 from billhook.errors import BillhookError
 from billhook.methods import experts, fasp, layerchop
-from billhook.methods.minutes import Effort
+from billhook.methods.minutes import Effort, Way
 from billhook.planning.method import Method, Opened, Planned, Run, Texts
 from billhook.planning.recipe import Recipe, Shape
 
@@ -18,12 +18,9 @@ Ready = tuple[Method, Planned]  # a method, and what it will do
 
 
 @dataclass(frozen=True)
-class Rival:
-    """One way to cut: what goes (of widths what is asked for and can be had), in which layouts, and its plan."""
+class Rival(Way):
+    """A way that `auto` may try, and how its plan is made; of widths what is asked for and can be had."""
 
-    name: str
-    kinds: tuple[str, ...]
-    layouts: tuple[str, ...]
     ready: Callable[[Opened, Recipe, Effort, Texts, Run], Ready]
 
     def may(self, opened: Opened, recipe: Recipe) -> bool:
@@ -39,9 +36,9 @@ class Rival:
         return layout == "uniform" or _can(opened, "ffn", layout)  # an axis that all have, for what the layout refuses
 
 
-def able_names(opened: Opened, recipe: Recipe) -> list[str]:
+def able(opened: Opened, recipe: Recipe) -> list[Rival]:
     """The rivals that may be tried, simpler ones first, if the budget lets them."""
-    return [rival.name for rival in RIVALS if rival.may(opened, recipe)]
+    return [rival for rival in RIVALS if rival.may(opened, recipe)]
 
 
 def ready(
@@ -52,23 +49,23 @@ def ready(
     Raises:
         BillhookError: none can; says why the first could not.
     """
-    able: dict[str, Ready] = {}
+    found: dict[str, Ready] = {}
     refused: dict[str, BillhookError] = {}
-    for rival in RIVALS:
-        if len(able) == effort.rivals or not rival.may(opened, recipe):
-            continue
+    for rival in able(opened, recipe):
+        if len(found) == effort.rivals:
+            break
         try:
-            able[rival.name] = rival.ready(opened, recipe, effort, texts, run)
+            found[rival.name] = rival.ready(opened, recipe, effort, texts, run)
         except BillhookError as error:
             refused[rival.name] = error
-    if not able:
+    if not found:
         family = opened.model.config.model_type
         raise next(iter(refused.values()), BillhookError(f"{family} can give up none of it: name other --axes"))
-    return able, {name: str(error) for name, error in refused.items()}
+    return found, {name: str(error) for name, error in refused.items()}
 
 
 def tried(
-    opened: Opened, able: Mapping[str, Ready], texts: Texts, run: Run, carry: Callable[[Any, Texts, Ready, Run], Any]
+    opened: Opened, found: Mapping[str, Ready], texts: Texts, run: Run, carry: Callable[[Any, Texts, Ready, Run], Any]
 ) -> Iterator[tuple[str, list[float]]]:
     """How far each cut, made by `carry` on these windows, is from the unpruned model: nats a token, by probe window.
 
@@ -85,12 +82,12 @@ def tried(
         carry(trial, texts, made, Run(hidden=run.hidden))
         return probe.divergences_of(trial)
 
-    for number, (name, made) in enumerate(able.items()):
-        run.tick("trying cuts", number, len(able))
+    for number, (name, made) in enumerate(found.items()):
+        run.tick("trying cuts", number, len(found))
         decides = {"rival": name, "plan": repr(made[1].plan), "windows": len(texts.calibration)}
         with run.clock("trials"):
             yield name, cached(run.folder, "trial", decides, partial(losses, made))
-    run.tick("trying cuts", len(able), len(able))
+    run.tick("trying cuts", len(found), len(found))
 
 
 def best(losses: Mapping[str, Sequence[float]]) -> str:
@@ -145,7 +142,7 @@ def _layers(opened: Opened, recipe: Recipe, effort: Effort, texts: Texts, run: R
     from billhook.runtime.offload import is_offloaded
 
     model, total = opened.model, len(layers(opened.model))
-    narrowed = tuple(kind for kind in recipe.shape.axes if kind != "layers")
+    narrowed = tuple(kind for kind in recipe.shape.axes if kind in fasp.METHOD.kinds and kind != "layers")
     widths = _of(recipe, fasp.METHOD, narrowed or (("expert_ffn",) if _is_mixture(opened) else ("ffn",)))
 
     def plan(gone: Sequence[int]) -> Any:
@@ -199,7 +196,7 @@ def _layers_and_widths(opened: Opened, recipe: Recipe, effort: Effort, texts: Te
 
 def _measured_on(texts: Texts, effort: Effort, allocation: str) -> Texts:
     if allocation != "equal" and not len(texts.probe):
-        raise BillhookError(f"allocation {allocation} is measured: what it comes to cannot be told beforehand")
+        raise BillhookError("uneven widths are measured, and what they come to cannot be told beforehand: try it")
     return replace(texts, probe=texts.probe[: effort.blocks])
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # what phases are given; it brings torch, which what defines 
 else:
     Opened = Texts = Text = Run = Plan = Any
 
+LOOKED = 40  # windows' worth of a whole model that the looks before and after take: most is text, token by token
 STOCK = "whatever loads the family: transformers, vLLM, llama.cpp (`billhook export`)"
 LAYOUT = "the uniform layout: " + STOCK + "; per_layer: transformers and vLLM with trust_remote_code, llama.cpp as GGUF"
 
@@ -39,7 +40,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Passes:
-    """Work, in windows that pass one layer, and the head; a gradient counts as two more."""
+    """Work, in windows that pass one layer, and the head; what else is done counts as what takes as long."""
 
     layers: float | int = 0
     heads: float | int = 0
@@ -54,10 +55,11 @@ Price = Callable[[], tuple[float, float]]  # times a window: seconds through one
 
 @dataclass(frozen=True)
 class Foreseen:
-    """What a prune costs that no rehearsal of a layer shows."""
+    """What a prune costs that no rehearsal of a layer shows, but for its look."""
 
     stages: Mapping[str, Passes] = field(default_factory=dict)
     memory: int = 0  # bytes, besides the model and its hidden states
+    windows: int | None = None  # that the cut is fitted on, where not all
     rehearsed: "tuple[Method, Planned] | None" = None  # what a rehearsal plays
 
 
@@ -116,7 +118,7 @@ class Method:
         """Why what it costs cannot be told from a few layers, or ''."""
         return ""
 
-    def foreseen(self, opened: Opened, recipe: Recipe, planned: Planned, price: Price) -> Foreseen:
+    def foreseen(self, opened: Opened, recipe: Recipe, planned: Planned, price: Price, streamed: bool) -> Foreseen:
         """What a dry run tells; `planned` was made without text, of a model without weights."""
         return Foreseen(rehearsed=(self, planned))
 

@@ -138,7 +138,7 @@ def _weighed(
     found: list[Axis],
     saving: float | int,
     whole: Mapping[int, tuple[float | int, float]],
-    gone_already: Collection[int] = (),
+    gone_already: Collection[int],
 ) -> Plan:
     counts, gone = knapsack.solve(choices, saving, whole)
     if not any(counts) and not gone:

@@ -32,7 +32,7 @@ from billhook.checkpoints.streaming import open_paged
 from billhook.errors import BillhookError
 from billhook.models import sizes
 from billhook.models.families import layers
-from billhook.planning.method import Passes, Planned, Price
+from billhook.planning.method import LOOKED, Passes, Planned, Price
 from billhook.planning.recipe import Recipe
 from billhook.planning.texts import Texts
 from billhook.pruning import preflight, rehearsal
@@ -91,7 +91,8 @@ def estimate(
     tick("rehearsing", 0, 1)
     planned = _planned(opened, recipe)
     price = cache(lambda: rehearsal.window_seconds(model, dtype, device, recipe.calibration.seq_len))
-    beside, read = recipe.method.foreseen(opened, recipe, planned, price), recipe.calibration
+    beside, read = recipe.method.foreseen(opened, recipe, planned, price, stream), recipe.calibration
+    read = read.model_copy(update={"samples": beside.windows or read.samples})
     played = beside.rehearsed if tokens else None
     rehearsed = rehearsal.rehearse(model, read, played, dtype, device) if played else None
     total, cut = sizes.total_parameters(model), sizes.saved_by(model, planned.plan)
@@ -104,7 +105,10 @@ def estimate(
         stages |= _pruning(
             rehearsed, len(layers(model)), len(set(rehearsal.cut_layers(model, planned.plan)) - cut_whole)
         )
-    stages |= _priced(beside.stages, model, read.seq_len, price) if tokens and beside.stages else {}
+    passes = dict(beside.stages if tokens else {})
+    if recipe.compute.look and not stream:
+        passes["look"] = Passes(LOOKED * len(layers(model)), LOOKED)
+    stages |= _priced(passes, model, read.seq_len, price) if passes else {}
     stages["writing and verifying"] = Cost(
         _verifying(model, 1 - cut / total, written, speeds, dtype, device, stream), 0.0
     )
@@ -160,8 +164,8 @@ def _pruning(found: Rehearsed, total: int, cut: int) -> dict[str, Cost]:
 def _priced(stages: Mapping[str, Passes], model: Any, length: int, price: Price) -> dict[str, Cost]:
     """What was counted in windows, by the seconds of one here."""
     layer, head = price()
-    each = 2 * length * sizes.layer_parameters(model, len(layers(model)) - 1)
     logits = 2 * length * model.get_output_embeddings().weight.numel()
+    each = (2 * length * sizes.macs_per_token(model, 0) - logits) / len(layers(model))
     return {name: Cost(one.seconds(layer, head), one.seconds(each, logits)) for name, one in stages.items()}
 
 

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from billhook.calibration.forward import BATCH_TOKENS, enter, run_layer
 from billhook.checkpoints.resume import FinishedLayers
 from billhook.checkpoints.streaming import bare
+from billhook.evaluation.speed import synchronise
 from billhook.models.axes import axes
 from billhook.models.experts import unfuse
 from billhook.models.families import attention, family_of, layers, linear, shape
@@ -156,8 +157,8 @@ def window_seconds(whole: Any, dtype: torch.dtype, device: torch.device, length:
     (state,), (calls,) = enter(model, [torch.zeros(1, length, dtype=torch.long)])
     weight = whole.get_output_embeddings().weight
     rows = torch.randn(min(len(weight), ROWS), weight.shape[1], dtype=dtype, device=device)
-    logits = least_seconds(lambda: state[0] @ rows.T) * len(weight) / len(rows)
-    return least_seconds(lambda: run_layer(layers(model)[0], state, calls[0])), logits
+    logits = least_seconds(lambda: (state[0] @ rows.T, synchronise(device))) * len(weight) / len(rows)
+    return least_seconds(lambda: (run_layer(layers(model)[0], state, calls[0]), synchronise(device))), logits
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from billhook.calibration.forward import enter, run_layer
 from billhook.errors import BillhookError
+from billhook.evaluation.speed import synchronise
 from billhook.models.families import layers
 from billhook.runtime.activations import State
 from billhook.runtime.offload import loaded
@@ -173,11 +174,12 @@ def _refine(
     with _in_float32(modules) as weights:
         whole = [weight.detach().clone() for weight in weights]
         started = time.perf_counter()
-        before = held_out()
+        before = held_out()  # whose numbers are waited for
         judged = time.perf_counter() - started
         optimizer = torch.optim.AdamW(weights, lr=settings.rate, betas=(0.9, 0.99), weight_decay=0.0)
         for step, b in enumerate(_order(trained, steps)):
             if step == TIMED and settings.seconds:
+                synchronise(weights[0].device)
                 each = (time.perf_counter() - started - judged) / TIMED
                 steps = min(steps, max(TIMED + 1, int((settings.seconds - 2 * judged) / each)))
             if step == steps:
