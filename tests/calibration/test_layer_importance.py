@@ -14,12 +14,14 @@ from billhook.calibration import layer_importance
 from billhook.choices import DATA_FREE_PRESETS, MEASURED_PRESETS, PRESETS
 from billhook.errors import BillhookError
 from billhook.math import layer_presets
+from billhook.methods import minutes
 from billhook.models.experts import unfuse
 from billhook.models.families import layers
 from billhook.models.surgery import drop_layers
 from billhook.pruning import prune
 from billhook.reports.formatting import ranges
 from billhook.runtime.run import Run
+from billhook.training.refinement import Refining
 
 ROUTERS = ("mlp.gate.weight", "mlp.router.weight", "block_sparse_moe.gate.weight", "mlp.shared_expert_gate.weight")
 
@@ -249,3 +251,34 @@ def test_bad_input(given: dict[str, object], said: str, tmp_path: Path, text_fil
     settings = {"method": "layerchop", "calibration": str(text_file), "samples": 4, "seq_len": 32, "probes": 2, **given}
     with pytest.raises(BillhookError, match=said):
         prune.prune(str(tmp_path / "model"), **settings)
+
+
+@pytest.mark.parametrize("few", [1, 6])
+@pytest.mark.parametrize("start", [1, 3, 6])
+def test_a_block_that_adds_nothing_is_missed_least(start: int, few: int) -> None:
+    model = deep(9)
+    for n, module in enumerate(layers(model)):
+        for param in module.mlp.down_proj.parameters() if n not in (start, start + 1) else module.parameters():
+            param.data *= 30 if n not in (start, start + 1) else 0
+    probe = torch.randint(0, 258, (6, 16), generator=torch.Generator().manual_seed(1))
+    assert layer_importance.missed_least(model, 2, probe, few, Run()) == [start, start + 1]
+
+
+def test_a_short_list_is_tried_on_all_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block that the first window likes may lose by the others."""
+    model, probe = deep(9), torch.randint(0, 258, (6, 16), generator=torch.Generator().manual_seed(1))
+    tried: list[tuple[int, list[list[int]]]] = []
+    found = {2: 0.3, 3: 0.1, 4: 0.2}  # by the first layer, on the first window; on the others 2 is best
+
+    def divergences(_: object, windows: torch.Tensor, without: list[set[int]], __: object) -> list[float]:
+        tried.append((len(windows), [sorted(gone) for gone in without]))
+        return [found.get(min(gone), 1.0) if len(windows) == 1 else min(gone) / 10 for gone in without]
+
+    monkeypatch.setattr(layer_importance, "_divergences", divergences)
+    monkeypatch.setattr(layer_importance, "SHORTLIST", 3)
+    assert layer_importance.missed_least(model, 2, probe, 1, Run()) == [2, 3]
+    assert [(count, len(blocks)) for count, blocks in tried] == [(1, 6), (5, 3)]
+
+
+def test_both_shortlists_are_one_number() -> None:
+    assert minutes.SHORTLIST == layer_importance.SHORTLIST and Refining.length == minutes.SPAN

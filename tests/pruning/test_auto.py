@@ -231,7 +231,7 @@ def test_a_dry_run_of_weights_in_files_tells_of_no_trial(text_file: Path, tmp_pa
 
 def test_layers_may_go_where_experts_may(text_file: Path) -> None:
     given = {"axes": ("layers", "experts"), "refine": False}
-    record = prune(tiny.model("qwen2_moe"), text_file, ratio=1 / 3, **given).record
+    record = prune(tiny.model("mixtral"), text_file, ratio=1 / 3, **given).record
     assert "whole layers" in record["auto"]["tried"], record["auto"]
 
 

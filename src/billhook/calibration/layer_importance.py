@@ -25,6 +25,7 @@ from billhook.tensors import Probes, Tokens, precise
 
 KEPT_BY_TAYLOR = (4, 2)  # how many of the first layers, and of the last, always stay
 STAGE = "measuring layers"
+SHORTLIST = 6  # blocks that are tried on all windows, after a few have seen every one
 
 
 def chosen(
@@ -78,6 +79,31 @@ def chosen(
     may_go = _range_of_taylor(total, count)
     scores = measured(preset, lambda: taylor_scores(model, tokens, tick))
     return layer_presets.lowest_layers([score if n in may_go else math.inf for n, score in enumerate(scores)], count)
+
+
+def missed_least(model: PreTrainedModel, count: int, probe: Probes, few: int, run: Run) -> list[int]:
+    """The `count` neighbouring layers without which predictions change least: all blocks are tried on the first `few`
+    windows, the best of them on the others, too.
+
+    Two windows tell blocks that ruin a model from others, and not which of the others is best.
+
+    Args:
+        probe: windows (windows, length); every second position is compared.
+        run: its `statistics` keeps what was found.
+    """
+    blocks = [_block(n, count) for n in range(1, len(layers(model)) - count)]
+
+    def measured() -> list[int]:
+        first = _divergences(model, probe[:few], [set(block) for block in blocks], run.tick)
+        best = sorted(range(len(blocks)), key=lambda n: first[n])[:SHORTLIST]
+        if few >= len(probe):
+            return blocks[best[0]]
+        rest = _divergences(model, probe[few:], [set(blocks[n]) for n in best], run.tick)
+        totals = {n: few * first[n] + (len(probe) - few) * loss for n, loss in zip(best, rest, strict=True)}
+        return blocks[min(totals, key=lambda n: totals[n])]
+
+    key = {**_key(model, probe), "criterion": "missed least", "count": count, "few": few} if run.statistics else {}
+    return cache.cached(run.statistics, "missed least", key, measured)
 
 
 def _key(model: PreTrainedModel, *windows: Tensor) -> dict[str, Any]:
@@ -171,15 +197,43 @@ def _each_window(model: PreTrainedModel, tokens: Tokens) -> Iterator[tuple[Tenso
 
 @torch.no_grad()
 def _losses(model: PreTrainedModel, probe: Probes, without: Sequence[Collection[int]], tick: Tick) -> list[float]:
-    """Mean loss of the model without each set of layers; layers before all of a set are run once."""
+    """Mean loss of the model without each set of layers."""
+
+    def loss(ids: Tensor, logits: Tensor, _: Tensor) -> float:
+        return torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:]).item()
+
+    return _means(model, probe, without, loss, 0, tick)
+
+
+@torch.no_grad()
+def _divergences(model: PreTrainedModel, probe: Probes, without: Sequence[Collection[int]], tick: Tick) -> list[float]:
+    """KL(model || the model without each set of layers), nats a token, mean over every second position."""
+
+    def divergence(_: Tensor, logits: Tensor, whole: Tensor) -> float:
+        before, after = (torch.log_softmax(each.float(), -1) for each in (whole, logits))
+        return (before.exp() * (before - after)).sum(-1).mean().item()
+
+    return _means(model, probe, without, divergence, torch.arange(0, probe.shape[1], 2, device=model.device), tick)
+
+
+def _means(
+    model: PreTrainedModel,
+    probe: Probes,
+    without: Sequence[Collection[int]],
+    measure: Callable[[Tensor, Tensor, Tensor], float],
+    keep: Tensor | int,
+    tick: Tick,
+) -> list[float]:
+    """The mean over windows of a measure of token ids, logits without each set of layers, and the whole model's logits;
+    layers before all of a set are run once."""
     sums, steps = [0.0] * len(without), len(probe) * len(without)
     for w, (ids, states, calls) in enumerate(_each_window(model, probe)):
+        whole = head(model, ids, states[-1], keep)
         for n, gone in enumerate(without):
             tick(STAGE, w * len(without) + n, steps)
             state = states[min(gone)]
             for m in range(min(gone), len(layers(model))):
                 state = state if m in gone else run_layer(layers(model)[m], state, calls[m])
-            logits = head(model, ids, state)
-            sums[n] += torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:]).item()
+            sums[n] += measure(ids, head(model, ids, state, keep), whole)
     tick(STAGE, steps, steps)
     return [total / len(probe) for total in sums]

@@ -45,6 +45,7 @@ SPENT = {
 MOST = 8.0  # passes of a refinement that has time left
 LEAST = 1.0  # a pass that has to fit before more is tried
 FEWER = 0.5, 0.25  # shares of the windows that are used where all would take too long
+SHORTLIST = 6  # blocks of layers that are tried on all probe windows
 SPAN = 10  # layers that are refined together
 SOLVE = 10  # operations of a refit, in cubes of the width that it reads
 TRAINED = 5  # passes whose time a step of training takes: forth, back, Adam
@@ -100,11 +101,13 @@ class Work:
         """Every stage, but for the cut of widths, which a rehearsal times better, and the look."""
         total, windows, found = self.layers, self.fitted(effort), dict[str, Passes]()
         blocks, uneven = min(effort.blocks, self.probes), [one for one in rivals if one.layouts == ("per_layer",)]
-        by_blocks = blocks * sum("layers" in one.kinds for one in rivals)
+        by_blocks = sum("layers" in one.kinds for one in rivals)
         if by_blocks and self.gone:
             ways = range(1, total - self.gone)
+            again = (self.probes - blocks) * min(SHORTLIST, len(ways))
+            passes = self.probes * total + blocks * sum(total - self.gone - n for n in ways)
             found["layers"] = Passes(
-                by_blocks * (total + sum(total - self.gone - n for n in ways)), by_blocks * len(ways)
+                by_blocks * (passes + again * (total - self.gone) / 2), by_blocks * (blocks * len(ways) + again)
             )
         if uneven:
             tried = POINTS * blocks * total

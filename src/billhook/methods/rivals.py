@@ -131,7 +131,7 @@ def _of(recipe: Recipe, method: Method, kinds: tuple[str, ...], allocation: str 
 
 def _layers(opened: Opened, recipe: Recipe, effort: Effort, texts: Texts, run: Run) -> Ready:
     """As many neighbouring layers as the budget takes, those that are missed least; what is left of it by widths."""
-    from billhook.calibration.layer_importance import chosen
+    from billhook.calibration.layer_importance import chosen, missed_least
     from billhook.cuts.chopping import check_patch
     from billhook.cuts.settings import Chopping
     from billhook.math import layer_presets
@@ -157,12 +157,14 @@ def _layers(opened: Opened, recipe: Recipe, effort: Effort, texts: Texts, run: R
             count, refused = count - 1, refused or error
     if not count:
         raise refused or BillhookError("the budget is less than a layer")
-    preset = "angular" if is_offloaded(model) else "contiguous"  # one pass, where weights are read from files
-    if not len(texts.probe):
-        preset = "middle"  # as many, to say what it will come to
     with run.clock("layers"):
-        windows = texts.calibration, texts.probe[: effort.blocks]
-        found = plan(chosen(model, preset, count, *windows, run, recipe.calibration.seed))
+        if not len(texts.probe):
+            gone = layer_presets.middle(total, count)  # as many, to say what it will come to
+        elif is_offloaded(model):  # one pass, where weights are read from files
+            gone = chosen(model, "angular", count, texts.calibration, texts.probe, run)
+        else:
+            gone = missed_least(model, count, texts.probe, effort.blocks, run)
+    found = plan(gone)
     if found.kinds:
         return fasp.METHOD, Planned(found, widths.settings.cut)
     try:
@@ -175,7 +177,7 @@ def _layers(opened: Opened, recipe: Recipe, effort: Effort, texts: Texts, run: R
 
 def _layers_and_widths(opened: Opened, recipe: Recipe, effort: Effort, texts: Texts, run: Run) -> Ready:
     """Half of the layers that the budget would take, neighbours; the rest by widths, where they are missed least."""
-    from billhook.calibration.layer_importance import chosen
+    from billhook.calibration.layer_importance import missed_least
     from billhook.planning.axis_plan import weighing_planner
     from billhook.planning.budget import solved
     from billhook.planning.layer_plan import by_depth
@@ -186,8 +188,7 @@ def _layers_and_widths(opened: Opened, recipe: Recipe, effort: Effort, texts: Te
     if not count:
         raise BillhookError("the budget is less than two layers")
     with run.clock("layers"):
-        seed = recipe.calibration.seed
-        gone = chosen(opened.model, "contiguous", count, texts.calibration, few.probe, run, seed)
+        gone = missed_least(opened.model, count, texts.probe, effort.blocks, run)
     cut = uneven.settings.cut
     return fasp.METHOD, Planned(
         solved(opened, uneven, weighing_planner(opened, uneven, cut, few, {}, run, gone=gone), run.tick), cut
