@@ -256,7 +256,7 @@ def test_bad_input(given: dict[str, object], said: str, tmp_path: Path, text_fil
 @pytest.mark.parametrize("few", [1, 6])
 @pytest.mark.parametrize("start", [1, 3, 6])
 def test_a_block_that_adds_nothing_is_missed_least(start: int, few: int) -> None:
-    model = deep(9)
+    model = tiny.model("llama", num_hidden_layers=9)
     for n, module in enumerate(layers(model)):
         for param in module.mlp.down_proj.parameters() if n not in (start, start + 1) else module.parameters():
             param.data *= 30 if n not in (start, start + 1) else 0
