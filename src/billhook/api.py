@@ -98,8 +98,8 @@ def prune(
 
 
 def search(model: Any, *, method: str = "adapruner", **settings: Any) -> Result:
-    """Search for calibration samples and metric, or for a metric of zeros, then prune: `prune` by a method that
-    searches."""
+    """Search for calibration samples and metric, or for a metric of zeros, then prune:
+    `prune` by a method that searches."""
     return prune(model, method=method, **settings)
 
 
@@ -266,8 +266,8 @@ def load(path: str | os.PathLike[str], *, dtype: Any = "auto", device: str = "cp
 
 
 def register() -> None:
-    """Let transformers' Auto classes load checkpoints of the per_layer layout in this process, by billhook's own
-    code."""
+    """Let transformers' Auto classes load checkpoints of the per_layer layout in this process,
+    by billhook's own code."""
     layout.register_all()
 
 

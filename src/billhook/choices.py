@@ -1,5 +1,5 @@
-"""Every choice that has a name, and what it means: what commands complete, what `billhook methods` says, what code goes
-by.
+"""Every choice that has a name, and what it means:
+what commands complete, what `billhook methods` says, what code goes by.
 
 Plain data on a low floor, and one check of names: whatever defines settings or messages reads it without loading torch.
 """

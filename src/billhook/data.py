@@ -48,8 +48,8 @@ class Windows:
 
     @property
     def first(self) -> int:
-        """Position of the first predicted token: after the tokenizer's special tokens, or else after the first
-        token."""
+        """Position of the first predicted token:
+        after the tokenizer's special tokens, or else after the first token."""
         return max(1, len(self.begins_with))
 
 

@@ -272,8 +272,12 @@ def test_weights_in_their_files_lose_whole_layers_without_trials(family: str, te
     assert record["recipe"]["method"] == "auto" and record["auto"]["tried"] == {} and "refined" not in record
     assert len(record["dropped_layers"]) == 2 and abs(record["sizes"]["achieved_ratio"] - 1 / 3) < 0.02
     result.save(tmp_path / "out")
-    with pytest.raises(BillhookError, match="weights are streamed"):
-        billhook.prune(model, stream_weights=True, quiet=True, minutes=1, **given)
+    for more, says in (
+        ({"minutes": 1}, "weights are streamed"),
+        ({"layout": "per_layer", "axes": ("ffn",)}, "measured on the whole model"),
+    ):
+        with pytest.raises(BillhookError, match=says):
+            billhook.prune(model, stream_weights=True, quiet=True, **given, **more)
 
 
 def test_a_killed_prune_of_a_folder_ends_in_the_same_bits(

@@ -139,8 +139,8 @@ def block_influence(model: PreTrainedModel, tokens: Tokens, tick: Tick = quiet) 
 
 
 def angular_distances(model: PreTrainedModel, tokens: Tokens, tick: Tick = quiet) -> list[list[float]]:
-    """d[l][m] = arccos cos(x_l, x_m) / pi at the last token, mean over windows: the angle that layers l to m - 1
-    turn."""
+    """d[l][m] = arccos cos(x_l, x_m) / pi at the last token, mean over windows:
+    the angle that layers l to m - 1 turn."""
     last = []
     for w, (_, states, _) in enumerate(_each_window(model, tokens)):
         tick(STAGE, w, len(tokens))
@@ -195,45 +195,56 @@ def _each_window(model: PreTrainedModel, tokens: Tokens) -> Iterator[tuple[Tenso
         yield window.to(model.device), states, calls
 
 
+Judge = Callable[[Tensor], float]  # of the last layer's output (1, length, hidden)
+
+
 @torch.no_grad()
 def _losses(model: PreTrainedModel, probe: Probes, without: Sequence[Collection[int]], tick: Tick) -> list[float]:
     """Mean loss of the model without each set of layers."""
 
-    def loss(ids: Tensor, logits: Tensor, _: Tensor) -> float:
-        return torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:]).item()
+    def judge(ids: Tensor, _: Tensor) -> Judge:
+        return lambda state: torch.nn.functional.cross_entropy(
+            head(model, ids, state)[0, :-1].float(), ids[0, 1:]
+        ).item()
 
-    return _means(model, probe, without, loss, 0, tick)
+    return _judged(model, probe, without, judge, tick)
 
 
 @torch.no_grad()
 def _divergences(model: PreTrainedModel, probe: Probes, without: Sequence[Collection[int]], tick: Tick) -> list[float]:
     """KL(model || the model without each set of layers), nats a token, mean over every second position."""
+    keep = torch.arange(0, probe.shape[1], 2, device=model.device)
 
-    def divergence(_: Tensor, logits: Tensor, whole: Tensor) -> float:
-        before, after = (torch.log_softmax(each.float(), -1) for each in (whole, logits))
-        return (before.exp() * (before - after)).sum(-1).mean().item()
+    def judge(ids: Tensor, whole: Tensor) -> Judge:
+        def log_probabilities(state: Tensor) -> Tensor:
+            return torch.log_softmax(head(model, ids, state, keep).float(), -1)
 
-    return _means(model, probe, without, divergence, torch.arange(0, probe.shape[1], 2, device=model.device), tick)
+        before = log_probabilities(whole)
+        return lambda state: (before.exp() * (before - log_probabilities(state))).sum(-1).mean().item()
+
+    return _judged(model, probe, without, judge, tick)
 
 
-def _means(
+def _judged(
     model: PreTrainedModel,
     probe: Probes,
     without: Sequence[Collection[int]],
-    measure: Callable[[Tensor, Tensor, Tensor], float],
-    keep: Tensor | int,
+    judge: Callable[[Tensor, Tensor], Judge],
     tick: Tick,
 ) -> list[float]:
-    """The mean over windows of a measure of token ids, logits without each set of layers, and the whole model's logits;
-    layers before all of a set are run once."""
+    """What the model without each set of layers is judged by, mean over windows; layers before a set are run once.
+
+    Args:
+        judge: makes the judge of a window from its ids and what the whole model's last layer puts out.
+    """
     sums, steps = [0.0] * len(without), len(probe) * len(without)
     for w, (ids, states, calls) in enumerate(_each_window(model, probe)):
-        whole = head(model, ids, states[-1], keep)
+        judged = judge(ids, states[-1])
         for n, gone in enumerate(without):
             tick(STAGE, w * len(without) + n, steps)
             state = states[min(gone)]
             for m in range(min(gone), len(layers(model))):
                 state = state if m in gone else run_layer(layers(model)[m], state, calls[m])
-            sums[n] += measure(ids, head(model, ids, state, keep), whole)
+            sums[n] += judged(state)
     tick(STAGE, steps, steps)
     return [total / len(probe) for total in sums]

@@ -32,8 +32,8 @@ WITH_TARGET = ("layer_target", "dense_target")  # streams that follow the unprun
 
 @dataclass(frozen=True)
 class OperatorSums:
-    """Sums over tokens of an operator's input, X* (tokens, in), and of its input in the unpruned model, X, if that
-    differs."""
+    """Sums over tokens of an operator's input, X* (tokens, in),
+    and of its input in the unpruned model, X, if that differs."""
 
     gram: Gram  # X*^T X*
     cross: Tensor | None = None  # (in, in) X^T X*

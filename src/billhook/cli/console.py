@@ -1,5 +1,5 @@
-"""What a command shows while it works: the consoles, a spinner while libraries load, progress bars, what is left of a
-run."""
+"""What a command shows while it works:
+the consoles, a spinner while libraries load, progress bars, what is left of a run."""
 
 import os
 import sys

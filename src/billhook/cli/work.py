@@ -1,5 +1,5 @@
-"""What commands share once they work: this module brings torch, and is imported after everything that can be refused
-was."""
+"""What commands share once they work:
+this module brings torch, and is imported after everything that can be refused was."""
 
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ WARN_GROWTH = 0.02
 def prune_to(
     model: str, chosen: Recipe, output: Path, overwrite: bool, *, recover_minutes: float = 0.0, **means: Any
 ) -> Result:
-    """Prune, and train if asked to, into a folder that is reserved before the work starts: an unwritable place costs no
-    time."""
+    """Prune, and train if asked to, into a folder that is reserved before the work starts:
+    an unwritable place costs no time."""
     check.check_startable()
     beside = unfinished(output)
     kept = means.pop("work", beside)

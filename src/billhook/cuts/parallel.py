@@ -1,5 +1,5 @@
-"""Cut a model in several processes: in the dense stream no layer sees what became of another, so each process takes
-some."""
+"""Cut a model in several processes:
+in the dense stream no layer sees what became of another, so each process takes some."""
 
 import itertools
 from collections.abc import Callable, Collection, Iterator
@@ -115,8 +115,8 @@ def spread(
 
 
 def _work(what: tuple[Any, ...], at: list[int]) -> Iterator[Any]:
-    """What `work` yields of a model opened anew: a process may come to do several parts, and the layers before each are
-    the unpruned ones."""
+    """What `work` yields of a model opened anew:
+    a process may come to do several parts, and the layers before each are the unpruned ones."""
     opens, limit, work, given, grams = what
     model = open_model(**opens).model
     with torch.no_grad():

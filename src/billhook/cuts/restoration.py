@@ -24,8 +24,8 @@ def errors(
     held: ReaderSums | None,
     fit: Callable[[ReaderSums], Narrowed],
 ) -> tuple[float, float, float | None]:
-    """Relative errors of the kept columns as they were, of V, and off the text of a fit without the held-out
-    windows."""
+    """Relative errors of the kept columns as they were, of V,
+    and off the text of a fit without the held-out windows."""
     seen = fitted_on if held is None else fitted_on + held
     whole = restore.energy(W, seen.gram)
     before, after = _error(W, None, seen, kept, whole), _error(W, V, seen, kept, whole)

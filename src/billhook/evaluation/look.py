@@ -152,8 +152,8 @@ def questions() -> dict[str, list[tuple[str, str]]]:
 
 
 def _tasks(model: Any, tokenizer: Any) -> dict[str, float]:
-    """The share of answers that greedy text would give: each token of the answer is the likeliest after all before
-    it."""
+    """The share of answers that greedy text would give:
+    each token of the answer is the likeliest after all before it."""
     return {
         name: statistics.fmean(_right(model, tokenizer, *each) for each in asked) for name, asked in questions().items()
     }

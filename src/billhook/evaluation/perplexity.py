@@ -94,8 +94,8 @@ def perplexities(
 
 
 def _log_probabilities(model: Any, batch: Tokens, first: int) -> Iterator[Tensor]:
-    """Yield, for each window, the log-probabilities of positions from `first` on: float32 (length - first,
-    vocabulary)."""
+    """Yield, for each window, the log-probabilities of positions from `first` on:
+    float32 (length - first, vocabulary)."""
     for logits in model(batch.to(model.device), use_cache=False).logits:
         yield torch.log_softmax(logits[first - 1 : -1].float(), -1)
 

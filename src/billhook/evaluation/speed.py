@@ -39,8 +39,8 @@ def speeds(
     repeats: int = 5,
     tick: Tick = quiet,
 ) -> list[list[Speed]]:
-    """Prefill and decode speed of each model at each (batch, context), in turns, so that a drifting machine favours
-    none.
+    """Prefill and decode speed of each model at each (batch, context), in turns,
+    so that a drifting machine favours none.
 
     Mixtures of experts are timed with the stock class's forward.  Prefill is one forward of the prompts up to the first
     logits; decode is greedy, one token at a time with the KV cache.  One round of each size warms up and is not

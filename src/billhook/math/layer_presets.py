@@ -16,8 +16,8 @@ def near_input(total: int, count: int) -> list[int]:
 
 
 def near_output(total: int, count: int) -> list[int]:
-    """The deepest layers before the last: the simple rule of Gromov et al. (arXiv:2403.17887), `reverse` of
-    arXiv:2411.15558."""
+    """The deepest layers before the last: the simple rule of Gromov et al. (arXiv:2403.17887),
+    `reverse` of arXiv:2411.15558."""
     return list(range(total - 1 - count, total - 1))
 
 

@@ -11,8 +11,8 @@ DAMPING_LIMIT = 1.0  # share of the mean diagonal beyond which a solution shows 
 
 
 def damped(gram: Gram, damping: float, among: Kept | None = None) -> Tensor:
-    """G + delta I with delta = damping * mean(diag G), for the columns `among`; a Gram of zeros becomes the
-    identity."""
+    """G + delta I with delta = damping * mean(diag G), for the columns `among`;
+    a Gram of zeros becomes the identity."""
     result = gram.clone() if among is None else gram[among.unsqueeze(1), among]
     mean = result.diagonal().mean()
     result.diagonal().add_(damping * mean if mean > 0 else result.new_ones(()))

@@ -43,8 +43,8 @@ def groups(logits: Gram, count: int) -> list[list[int]]:
 
 
 def aligned(rows: Sequence[tuple[Tensor, Tensor]]) -> Units:
-    """Step 3: the permutation of an expert's channels, from (reference, expert) pairs of weights as (channels,
-    other)."""
+    """Step 3: the permutation of an expert's channels,
+    from (reference, expert) pairs of weights as (channels, other)."""
     similarity = sum((reference.double() @ weight.double().T for reference, weight in rows), torch.zeros(()))
     return torch.from_numpy(linear_sum_assignment(similarity.numpy(), maximize=True)[1])
 

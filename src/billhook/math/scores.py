@@ -18,8 +18,8 @@ ROWS = 512  # rows of a reader in float64 at a time: a whole one may take as muc
 
 
 def wanda_columns(W: Weight, G: Gram, damping: float = 0.0) -> Columns:
-    """s_j = ||W_:,j||_1 ||X_j||_2: Wanda (arXiv:2306.11695) summed down a column, FASP's own score
-    (arXiv:2501.09412)."""
+    """s_j = ||W_:,j||_1 ||X_j||_2:
+    Wanda (arXiv:2306.11695) summed down a column, FASP's own score (arXiv:2501.09412)."""
     return W.double().abs().sum(0) * G.diagonal().sqrt()
 
 
@@ -60,8 +60,8 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 def fluctuation_columns(W: Weight, variance: Columns) -> Columns:
-    """s_j = Var(x_j) ||W_:,j||_2^2: FLAP's WIFV (arXiv:2312.11983), the squared output error of input j held at its
-    mean.
+    """s_j = Var(x_j) ||W_:,j||_2^2:
+    FLAP's WIFV (arXiv:2312.11983), the squared output error of input j held at its mean.
 
     Without gradients; `variance` (in,) is the sample variance over tokens of the reader's input.  It depends on the
     output's scale: compares within a reader, and across layers only after `standardised`.

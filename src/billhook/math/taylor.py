@@ -72,8 +72,8 @@ def taylor1_element(sums: GradientSums) -> Scores:
 
 
 def taylor1_window(sums: GradientSums) -> Scores:
-    """s_u = sum_n sum over entries of |w * g_n|: an upper bound of taylor1_element that keeps no gradient between
-    windows.
+    """s_u = sum_n sum over entries of |w * g_n|:
+    an upper bound of taylor1_element that keeps no gradient between windows.
 
     Compares as taylor1_element does.
     """

@@ -85,6 +85,11 @@ class Auto(Method):
     def searches(self, recipe: Recipe) -> bool:
         return True
 
+    def why_whole(self, recipe: Recipe) -> str:
+        asked = recipe.shape.axes
+        uneven = recipe.shape.layout == "per_layer" and asked and "layers" not in asked
+        return "uneven widths are measured on the whole model" if uneven else ""
+
     def why_alone(self, recipe: Recipe) -> str:
         return "auto works in one process: leave it out, or name another --method"
 
@@ -227,8 +232,8 @@ def _first(texts: Texts, windows: int | None) -> Texts:
 
 
 def _claimed(opened: Opened, recipe: Recipe, texts: Texts, run: Run) -> Run:
-    """The run, whose folder keeps what is measured on the way to the plan: after a kill none of it is measured
-    again."""
+    """The run, whose folder keeps what is measured on the way to the plan:
+    after a kill none of it is measured again."""
     from billhook.runtime import cache, run_folder
 
     if run.folder is None:

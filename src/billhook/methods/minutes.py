@@ -1,5 +1,5 @@
-"""What `auto` may spend, and what each part of it costs: counted in windows that pass a layer, before any of it is
-done."""
+"""What `auto` may spend, and what each part of it costs:
+counted in windows that pass a layer, before any of it is done."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence

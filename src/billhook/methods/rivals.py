@@ -25,7 +25,11 @@ class Rival(Way):
 
     def may(self, opened: Opened, recipe: Recipe) -> bool:
         """Whether it is asked for, and can be had of this family in this layout."""
+        from billhook.runtime.offload import is_offloaded
+
         asked, layout = recipe.shape.axes, recipe.shape.layout
+        if self.layouts == UNEVEN and is_offloaded(opened.model):
+            return False  # curves are measured on the whole model
         if layout not in self.layouts or ("layers" in self.kinds and asked and "layers" not in asked):
             return False
         if set(self.kinds) & set(MIXED) and not _is_mixture(opened):
@@ -91,8 +95,8 @@ def tried(
 
 
 def best(losses: Mapping[str, Sequence[float]]) -> str:
-    """The first that is not worse than the least by more than two standard errors of the difference, window by
-    window."""
+    """The first that is not worse than the least by more than two standard errors
+    of the difference, window by window."""
     least = min(losses, key=lambda name: fmean(losses[name]))
     for name, each in losses.items():
         more = [a - b for a, b in zip(each, losses[least], strict=True)]

@@ -40,8 +40,8 @@ Curves = dict[tuple[int, str], dict[int, float]]
 
 @dataclass(frozen=True)
 class Cut:
-    """One cut.  Errors are relative, ||V X_S^T - W X^T||_F / ||W X^T||_F, of the axis's reader on the calibration
-    text."""
+    """One cut.  Errors are relative, ||V X_S^T - W X^T||_F / ||W X^T||_F,
+    of the axis's reader on the calibration text."""
 
     layer: int
     kind: str

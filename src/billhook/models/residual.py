@@ -151,8 +151,8 @@ def price(model: PreTrainedModel) -> tuple[int, int]:
 
 
 def parameters_saved(model: PreTrainedModel, channels: int, rotate: bool) -> int:
-    """Parameters of the whole model that are saved with so many channels; a rotation unties the head, which costs
-    some."""
+    """Parameters of the whole model that are saved with so many channels;
+    a rotation unties the head, which costs some."""
     return price(model)[1] * channels - (parameters_added(model, channels) if rotate else 0)
 
 

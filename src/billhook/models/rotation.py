@@ -78,8 +78,8 @@ def fold(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def rotate(model: PreTrainedModel, Q: Gram) -> None:
-    """Rotate the residual stream of a folded model by the orthogonal Q (channels, channels), in place: x becomes x
-    Q."""
+    """Rotate the residual stream of a folded model by the orthogonal Q (channels, channels),
+    in place: x becomes x Q."""
     places = residual(model)
     written = {slot.param: slot.dim for slot in writes(model, places)}
     readers = [name for group in places.readers for name in group]

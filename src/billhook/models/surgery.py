@@ -22,8 +22,8 @@ SIZES = ("in_features", "out_features", "nx", "nf")  # attributes of linear modu
 
 
 def remove(model: PreTrainedModel, axis: Axis, drop: Units) -> None:
-    """Physically remove the units `drop` of `axis`, in place.  `axis` is stale afterwards; the config stays as it
-    is."""
+    """Physically remove the units `drop` of `axis`, in place.  `axis` is stale afterwards;
+    the config stays as it is."""
     for slot, owner, leaf in owners(model, axis):
         old = getattr(owner, leaf)
         keep = torch.ones(old.shape[slot.dim], dtype=torch.bool)

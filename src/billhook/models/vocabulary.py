@@ -147,8 +147,8 @@ def growth(original: Any, trimmed: Any, documents: Sequence[str]) -> float:
 
 
 def share_as_bytes(original: Any, trimmed: Any, documents: Sequence[str]) -> float:
-    """Share of characters, without spaces, that `trimmed` encodes in single bytes or symbols and `original` does
-    not."""
+    """Share of characters, without spaces,
+    that `trimmed` encodes in single bytes or symbols and `original` does not."""
     text = "\n\n".join(documents)
     letters = [not letter.isspace() for letter in text]
     solid = zip(letters, _in_words(original, text), _in_words(trimmed, text), strict=True)

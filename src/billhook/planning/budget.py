@@ -17,8 +17,8 @@ TOLERANCE = 0.005  # a goal so little below what can be had is met by it
 
 @dataclass(frozen=True)
 class Planner:
-    """How an allocation turns parameters to save into a plan, the most that it can save, and the smallest
-    difference."""
+    """How an allocation turns parameters to save into a plan, the most that it can save,
+    and the smallest difference."""
 
     make: Callable[[float], Plan]
     most: float | int

@@ -1,5 +1,5 @@
-"""What a method is: its settings, what it takes and needs, and the phases that a prune goes through.  Loads no
-torch."""
+"""What a method is: its settings, what it takes and needs,
+and the phases that a prune goes through.  Loads no torch."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

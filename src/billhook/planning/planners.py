@@ -80,8 +80,8 @@ def even_planner(
 
 
 def score_curves(model: PreTrainedModel, scores: Mapping[tuple[int, str], Scores], steps: int = 48) -> Curves:
-    """Loss curves from scores that add up over units and compare across layers: what the lowest units are worth
-    together."""
+    """Loss curves from scores that add up over units and compare across layers:
+    what the lowest units are worth together."""
     found: Curves = {}
     for axis in axes(model, tuple(dict.fromkeys(kind for _, kind in scores))):
         each, per_block = scores[axis.layer, axis.kind], axis.units // axis.blocks

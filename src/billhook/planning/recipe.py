@@ -1,5 +1,5 @@
-"""A recipe: a method with its settings, how much goes, from where, by which text, and on what it is computed.  Loads no
-torch."""
+"""A recipe: a method with its settings, how much goes, from where, by which text,
+and on what it is computed.  Loads no torch."""
 
 import math
 from dataclasses import dataclass

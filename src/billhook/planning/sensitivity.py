@@ -1,5 +1,5 @@
-"""What cutting one layer costs the model: the divergence from its own dense predictions, with the cut in place and
-undone.
+"""What cutting one layer costs the model:
+the divergence from its own dense predictions, with the cut in place and undone.
 
 Each axis of each layer is cut alone, at a few counts, and restored in closed form as it will be (FASP's steps); then
 the layers after it run on a few probe windows that the restoration never saw.  No gradients.

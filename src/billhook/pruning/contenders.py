@@ -46,8 +46,8 @@ def _listed(value: str) -> Any:
 
 
 def settled(one: Contender, ratio: float, common: Mapping[str, Any]) -> Recipe:
-    """The recipe of a contender at a ratio; its own settings go before the `common` ones, of which it takes those it
-    has.
+    """The recipe of a contender at a ratio;
+    its own settings go before the `common` ones, of which it takes those it has.
 
     Raises:
         BillhookError: an impossible value; names the contender.

@@ -1,5 +1,5 @@
-"""What a prune will come to, before it: parameters, memory, disk, operations and time, from a rehearsal on this
-machine."""
+"""What a prune will come to, before it:
+parameters, memory, disk, operations and time, from a rehearsal on this machine."""
 
 import os
 import shutil
@@ -206,8 +206,8 @@ def _verifying(
     device: torch.device,
     stream: bool,
 ) -> float:
-    """Seconds: written, loaded again and compared; and in a process of its own, which starts and generates, unless
-    layers stream.
+    """Seconds: written, loaded again and compared;
+    and in a process of its own, which starts and generates, unless layers stream.
 
     Args:
         kept: share of the model that is left.

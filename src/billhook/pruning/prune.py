@@ -129,8 +129,8 @@ def _opened(model: Any, tokenizer: Any, chosen: Recipe, stream_weights: bool | N
 
 
 def _placed(opened: Opened, chosen: Recipe, run: Run) -> Run:
-    """The run with what it needs to know of the model: workers open it by name, layers of one in memory are not
-    kept."""
+    """The run with what it needs to know of the model:
+    workers open it by name, layers of one in memory are not kept."""
     name = os.path.abspath(opened.name) if Path(opened.name).exists() else opened.name
     run = replace(run, workers=replace(run.workers, name=name, dtype=chosen.compute.dtype))
     if run.folder is None or chosen.method.searches(chosen):
@@ -142,8 +142,8 @@ def _placed(opened: Opened, chosen: Recipe, run: Run) -> Run:
 
 
 def _keeping(opened: Opened, chosen: Recipe, texts: Texts, planned: Planned, run: Run) -> Run:
-    """The run with what was finished of this very prune: the same settings, model, text, plan (which may come of
-    timings) and code.
+    """The run with what was finished of this very prune:
+    the same settings, model, text, plan (which may come of timings) and code.
 
     With it the Grams in `statistics` of this model and text, which the dense stream takes and leaves there.
     """
@@ -190,8 +190,8 @@ def _compared(before: Look | None, after: Look | None, run: Run) -> Mapping[str,
 
 
 def finish(model: Any, chosen: Recipe, dtype: torch.dtype) -> None:
-    """Make a cut model what will be stored: its experts together, its config says its sizes, its numbers are of
-    `dtype`."""
+    """Make a cut model what will be stored:
+    its experts together, its config says its sizes, its numbers are of `dtype`."""
     fuse(model)
     if chosen.shape.layout == "uniform":
         layout.update_config(model)

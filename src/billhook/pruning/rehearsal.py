@@ -1,5 +1,5 @@
-"""What a layer of a model costs to prune on this machine: the prune itself, on one and on two random layers of its
-shapes.
+"""What a layer of a model costs to prune on this machine:
+the prune itself, on one and on two random layers of its shapes.
 
 The second layer is what every further one costs.  Where a layer would take long, it is rehearsed on shorter windows and
 with a narrower FFN: passes grow by weights, Grams by squares of what enters them, all else as its operations do from
@@ -258,8 +258,8 @@ UNCOUNTED = {  # which torch does not count
 
 @dataclass(frozen=True)
 class Shapes:
-    """What the cost of a layer grows with, of the last that is cut: its weights, and the squares and cubes of what
-    enters its readers."""
+    """What the cost of a layer grows with, of the last that is cut:
+    its weights, and the squares and cubes of what enters its readers."""
 
     weights: int
     squares: int

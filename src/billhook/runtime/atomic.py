@@ -228,8 +228,8 @@ def check_file(path: Path) -> None:
 
 @contextmanager
 def file(out: Path, overwrite: bool = True) -> Iterator[Path]:
-    """A path in a temporary sibling folder; the file written there becomes `out` when the context ends without an
-    error.
+    """A path in a temporary sibling folder;
+    the file written there becomes `out` when the context ends without an error.
 
     Two processes may write the same file: each writes its own version, and the last one stays.
 

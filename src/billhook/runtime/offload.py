@@ -40,8 +40,8 @@ def check_finite(tensor: Tensor, name: str, file: Path | str) -> None:
 
 
 def finite(tensor: Tensor) -> bool:
-    """Whether no entry is NaN or infinite; looks at minimum and maximum, for bfloat16 ten times as fast as
-    `isfinite`."""
+    """Whether no entry is NaN or infinite;
+    looks at minimum and maximum, for bfloat16 ten times as fast as `isfinite`."""
     return not tensor.numel() or all(bool(end.isfinite()) for end in tensor.aminmax())
 
 
@@ -295,8 +295,8 @@ def offloaded_modules(model: Any) -> list[OffloadedModule]:
 
 
 def set_swap_folder(model: Any, folder: Path) -> None:
-    """Set the folder for edited weights; it is emptied now, and removed with the model.  No effect on a model in
-    memory."""
+    """Set the folder for edited weights; it is emptied now, and removed with the model.
+    No effect on a model in memory."""
     if is_offloaded(model):
         shutil.rmtree(folder, ignore_errors=True)
         swap = store_of(model).swap
@@ -321,8 +321,8 @@ def parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def read_from(model: Any, file: Path, names: list[str]) -> None:
-    """From now on read parameters from a file, which has them under their own names.  No effect on a model in
-    memory."""
+    """From now on read parameters from a file, which has them under their own names.
+    No effect on a model in memory."""
     if is_offloaded(model):
         store_of(model).read_from(file, names)
 

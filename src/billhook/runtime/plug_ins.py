@@ -1,5 +1,5 @@
-"""What other packages add to billhook, by the entry points that they declare: methods, scores, families.  Loads no
-torch.
+"""What other packages add to billhook, by the entry points that they declare:
+methods, scores, families.  Loads no torch.
 
 [project.entry-points."billhook.methods"]
 mine = "my_package:METHOD"
@@ -21,8 +21,8 @@ GROUPS = ("methods", "scores", "families")
 
 @cache
 def declared() -> bool:
-    """Whether any package that is installed adds to billhook: importlib.metadata takes a tenth of a second to say
-    so."""
+    """Whether any package that is installed adds to billhook:
+    importlib.metadata takes a tenth of a second to say so."""
     folders = [Path(place) for place in sys.path if os.path.isdir(place)]
     files = (file for folder in folders for file in folder.glob("*.*-info/entry_points.txt"))
     return any(b"[billhook." in file.read_bytes() for file in files)

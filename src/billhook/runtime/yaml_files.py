@@ -1,5 +1,5 @@
-"""YAML that a user wrote: plain data, read with care.  The parser takes a while to load: whoever has no file leaves it
-alone."""
+"""YAML that a user wrote: plain data, read with care.  The parser takes a while to load:
+whoever has no file leaves it alone."""
 
 from pathlib import Path
 from typing import Any

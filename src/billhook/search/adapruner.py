@@ -180,8 +180,8 @@ class AdaPruner(Problem):
         return [(trial.mask, of_trial) for trial, of_trial in zip(trials, losses, strict=True)]
 
     def finalists(self, trials: Sequence[Trial]) -> list[tuple[int, Candidate]]:
-        """Where kept weights are restored, those with budgets of their own stand there a second time, by FASP's
-        score."""
+        """Where kept weights are restored,
+        those with budgets of their own stand there a second time, by FASP's score."""
         finalists = super().finalists(trials)
         by_fasp = [(number, replace(candidate, solution=None)) for number, candidate in finalists]
         return finalists + [each for each in by_fasp if self.settings.restoration and each[1] != Candidate()]

@@ -86,8 +86,8 @@ class Outcome:
 
 
 def evaluator_for(model: PreTrainedModel, chosen: SearchSettings, run: Run, **decides: str) -> Evaluator:
-    """What evaluates candidates; losses are kept in the run's folder, claimed for this search, or else in its
-    statistics.
+    """What evaluates candidates; losses are kept in the run's folder, claimed for this search,
+    or else in its statistics.
 
     Args:
         decides: further digests of what decides the search.

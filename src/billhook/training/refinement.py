@@ -1,5 +1,5 @@
-"""Block-local refinement: what a cut has left is moved by gradient until it puts out what the unpruned model does
-there.
+"""Block-local refinement: what a cut has left is moved
+by gradient until it puts out what the unpruned model does there.
 
 A span is a few layers of the cut model that follow each other.  Its inputs x (tokens, hidden) are what the cut model
 puts out before it, its goal y what the unpruned model has after it:
