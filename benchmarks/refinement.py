@@ -23,7 +23,7 @@ from billhook.models.families import layers
 from billhook.models.plan import Plan
 from billhook.reports.formatting import number
 from billhook.runtime.run import Run
-from billhook.training.refinement import Refining, goals, refine, spans
+from billhook.training.refinement import Refining, aims, refine, spans
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("model")
@@ -77,7 +77,6 @@ for row in args.rows.split(","):
     settings = Refining(passes=passes, rate=rate, length=int(length), rows=int(rows))
     wanted, model = spans(kept, (), total, settings.length), copy.deepcopy(patched)
     started = time.perf_counter()
-    aims = list(zip(wanted, goals(opened.model, tokens, wanted, settings, Run()), strict=True))
-    refine(model, tokens, aims, settings, Run())
+    refine(model, tokens, aims(opened.model, tokens, wanted, settings, Run()), settings, Run())
     took = time.perf_counter() - started
     told(row, judged(model), took, **{"length": int(length), "passes": passes, "rate": rate, "rows": int(rows)})

@@ -122,6 +122,23 @@ def test_the_dense_target_is_what_the_layer_lacks(family: str) -> None:
         spoil(model, layer.axes)
 
 
+def test_two_streams_are_one_until_a_cut() -> None:
+    """What stands before the first cut runs once, and so do the layers that go; the sums are those of the layer."""
+    model, counted = tiny.model("llama", num_hidden_layers=4), [0] * 4
+    entered, left = activations(model)
+    route = Route("dense_target", only={1}, dropped={2}, held_out=0.0)
+    with ExitStack() as hooks:
+        for n, module in enumerate(layers(model)):
+
+            def count(*_: object, n: int = n) -> None:
+                counted[n] += 1
+
+            hooks.callback(module.register_forward_hook(count).remove)
+        ((reader, sums),) = (pair for layer in walk(model, IDS, ("ffn",), Run(), route) for pair in layer.fit.items())
+    assert counted == [2, 2, 2, 1]  # each is entered once before
+    assert sums.cross is not None and close(sums.cross, (left[2] - left[1]).T @ entered[reader])
+
+
 @pytest.mark.parametrize("family", ["mistral_sliding", "qwen2_sliding"])
 def test_the_sliding_window_shows(family: str) -> None:
     model, wide = tiny.model(family), tiny.model(family)

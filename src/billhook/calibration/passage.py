@@ -53,6 +53,11 @@ class Batch:
     calls: list[dict[str, Any]]  # arguments that the model passes to each layer
     held_out: bool
 
+    @property
+    def uncut(self) -> bool:
+        """Whether no layer before has been edited, or will go: one state serves both."""
+        return self.target is self.state
+
 
 class Passage:
     """All batches of a text, before the layer that the walk is at.
@@ -164,14 +169,27 @@ class Passage:
     def _pass_by(self, n: int) -> None:
         """Take all batches through a layer that is not visited, and is restored first if it is finished."""
         before, now = layers(self.unpruned)[n], layers(self.model)[n]
+        finished = n in self.run.finished.records
+        if not (finished or self.independent) and all(batch.uncut for batch in self.batches):
+            with loaded(now, edits=False):
+                return self._pass_uncut(n)
         if self.batches and self.follows:
             with loaded(before, edits=False):
                 self.follow(n, before)
-        if n in self.run.finished.records:
+        if finished:
             self.run.finished.reload(n)
         if self.batches and not self.independent:
             with loaded(now, edits=False):
                 self.advance(n)
+
+    def _pass_uncut(self, n: int) -> None:
+        """States and targets that are the same go through a layer once."""
+        with self.run.clock("forward"):
+            for batch in self.batches:
+                after = run_layer(layers(self.model)[n], batch.state.read(), batch.calls[n])
+                batch.state = batch.target = self.run.hidden.keep(after)
+                if self.follows and n + 1 in self.route.dropped:
+                    batch.target = self.run.hidden.keep(self.past(batch, n, after))
 
 
 class _EnoughError(Exception):

@@ -120,8 +120,7 @@ def _lack(passage: Passage, batch: Batch, n: int, after: Tensor) -> Tensor | Non
         passage.put(batch, n, after)
     if passage.independent or not passage.follows:
         return None
-    same = batch.target is batch.state  # nothing was cut so far
-    dense = after if same else run_layer(layers(passage.model)[n], batch.target.read(), batch.calls[n])
+    dense = after if batch.uncut else run_layer(layers(passage.model)[n], batch.target.read(), batch.calls[n])
     target = passage.past(batch, n, dense)
     batch.target = passage.run.hidden.keep(target)
     return passage.route.correction * (dense - after) + (target - dense)

@@ -201,7 +201,7 @@ class Auto(Method):
 
     def carry_out(self, model: Any, texts: Texts, planned: Planned, run: Run) -> dict[str, Any]:
         from billhook.models.families import layers
-        from billhook.training.refinement import goals, refine, spans
+        from billhook.training.refinement import aims, refine, spans
 
         if planned.plan.empty:
             return {"cuts": []}
@@ -212,9 +212,9 @@ class Auto(Method):
         total, plan = len(layers(model)), planned.plan
         kept = [n for n in range(total) if n not in plan.layers]
         wanted = spans(kept, {n for (n, _), count in plan.drops.items() if count}, total, won.refining.length)
-        aims = goals(model, texts.calibration, wanted, won.refining, run)
+        aimed = aims(model, texts.calibration, wanted, won.refining, run)
         carried = won.method.carry_out(model, texts, won.planned, run)
-        refined = refine(model, texts.calibration, list(zip(wanted, aims, strict=True)), won.refining, run)
+        refined = refine(model, texts.calibration, aimed, won.refining, run)
         return {**carried, "refined": [asdict(one) for one in refined]}
 
     def announcement(self, opened: Opened, recipe: Recipe, planned: Planned, texts: Texts) -> str:

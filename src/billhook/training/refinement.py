@@ -60,6 +60,15 @@ Goal = Sequence[State]  # what a span is to put out: (rows, length, hidden) of e
 
 
 @dataclass(frozen=True)
+class Aims:
+    """What is wanted of spans, from the input to the output, and what enters the first: nothing before it is cut."""
+
+    spans: Sequence[Span]
+    goals: Sequence[Goal]
+    entering: Sequence[State]
+
+
+@dataclass(frozen=True)
 class Refined:
     """What became of a span: relative errors on windows that it was not trained on."""
 
@@ -71,7 +80,7 @@ class Refined:
 
 
 def spans(kept: Sequence[int], touched: Collection[int], total: int, length: int) -> list[Span]:
-    """Spans that cover all touched layers and what stands beside a gap.
+    """Spans that cover all touched layers and what stands before a gap, which a patch touches.
 
     Args:
         kept: the layers that stay, as numbered before the cut, ascending.
@@ -83,7 +92,7 @@ def spans(kept: Sequence[int], touched: Collection[int], total: int, length: int
     beside = [n for n in range(len(kept) + 1) if _gap(kept, n, total)]
     if not places and not beside:
         return []
-    around = sorted({min(max(0, n - length // 2), max(0, len(kept) - length)) for n in beside})
+    around = sorted({min(max(0, n - max(1, length // 2)), max(0, len(kept) - length)) for n in beside})
     if all(any(start <= n < start + length for start in around) for n in places):
         starts = around
     else:  # spread over the model: tile it
@@ -105,43 +114,40 @@ def _gap(kept: Sequence[int], n: int, total: int) -> bool:
     return (kept[n] if n < len(kept) else total) != before + 1
 
 
-def goals(model: PreTrainedModel, tokens: Tokens, wanted: Sequence[Span], settings: Refining, run: Run) -> list[Goal]:
-    """What each span is to put out, of the unpruned model: one pass over the windows."""
-    found: list[list[State]] = [[] for _ in wanted]
+def aims(model: PreTrainedModel, tokens: Tokens, wanted: Sequence[Span], settings: Refining, run: Run) -> Aims:
+    """What each span is to put out, and what enters the first, of the unpruned model: one pass over the windows."""
+    goals: list[list[State]] = [[] for _ in wanted]
+    entering: list[State] = []
     batches, last = list(tokens.split(settings.rows)), max(span.after for span in wanted)
     with run.clock("goals"), torch.no_grad():
         for b, batch in enumerate(batches):
             run.tick("goals of refinement", b, len(batches))
             (state,), (calls,) = enter(model, [batch])
             for n, module in enumerate(layers(model)[:last]):
+                if n == wanted[0].first:
+                    entering.append(run.hidden.keep(state))
                 state = run_layer(module, state, calls[n])
-                for span, states in zip(wanted, found, strict=True):
+                for span, states in zip(wanted, goals, strict=True):
                     if span.after == n + 1:
                         states.append(run.hidden.keep(state))
     run.tick("goals of refinement", len(batches), len(batches))
-    return list(found)
+    return Aims(wanted, goals, entering)
 
 
-def refine(
-    model: PreTrainedModel,
-    tokens: Tokens,
-    aims: Sequence[tuple[Span, Goal]],
-    settings: Refining,
-    run: Run,
-) -> list[Refined]:
+def refine(model: PreTrainedModel, tokens: Tokens, wanted: Aims, settings: Refining, run: Run) -> list[Refined]:
     """Refine the spans of a cut model, in place, from the input to the output."""
     batches, found = list(tokens.split(settings.rows)), []
     with run.clock("refinement"):
         with torch.no_grad():
-            states, calls = enter(model, batches, run.hidden.keep)
-        at = 0
-        for number, (span, goal) in enumerate(aims):
+            _, calls = enter(model, batches, lambda _: None)
+        states, at = wanted.entering, wanted.spans[0].first
+        for number, (span, goal) in enumerate(zip(wanted.spans, wanted.goals, strict=True)):
             states = _advanced(model, states, calls, range(at, span.first), run)
 
             def tick(_: str, done: int, total: int, number: int = number) -> None:
-                run.tick(STAGE, number * total + done, len(aims) * total)
+                run.tick(STAGE, number * total + done, len(wanted.spans) * total)
 
-            share = (span.last + 1 - span.first) / sum(one.last + 1 - one.first for one, _ in aims)
+            share = (span.last + 1 - span.first) / sum(one.last + 1 - one.first for one in wanted.spans)
             own = replace(settings, seconds=settings.seconds and settings.seconds * share)
             found.append(_refine(model, span, goal, (states, calls), replace(run, tick=tick), own))
             at = span.first
