@@ -253,15 +253,15 @@ def test_bad_input(given: dict[str, object], said: str, tmp_path: Path, text_fil
         prune.prune(str(tmp_path / "model"), **settings)
 
 
-@pytest.mark.parametrize("few", [1, 6])
+@pytest.mark.parametrize("windows", [1, 6])
 @pytest.mark.parametrize("start", [1, 3, 6])
-def test_a_block_that_adds_nothing_is_missed_least(start: int, few: int) -> None:
+def test_a_block_that_adds_nothing_is_missed_least(start: int, windows: int) -> None:
     model = tiny.model("llama", num_hidden_layers=9)
     for n, module in enumerate(layers(model)):
         for param in module.mlp.down_proj.parameters() if n not in (start, start + 1) else module.parameters():
             param.data *= 30 if n not in (start, start + 1) else 0
-    probe = torch.randint(0, 258, (6, 16), generator=torch.Generator().manual_seed(1))
-    assert layer_importance.missed_least(model, 2, probe, few, Run()) == [start, start + 1]
+    probe = torch.randint(0, 258, (windows, 16), generator=torch.Generator().manual_seed(1))
+    assert layer_importance.missed_least(model, 2, probe, Run()) == [start, start + 1]
 
 
 def test_a_short_list_is_tried_on_all_windows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,9 +276,10 @@ def test_a_short_list_is_tried_on_all_windows(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(layer_importance, "_divergences", divergences)
     monkeypatch.setattr(layer_importance, "SHORTLIST", 3)
-    assert layer_importance.missed_least(model, 2, probe, 1, Run()) == [2, 3]
+    assert layer_importance.missed_least(model, 2, probe, Run()) == [2, 3]
     assert [(count, len(blocks)) for count, blocks in tried] == [(1, 6), (5, 3)]
 
 
-def test_both_shortlists_are_one_number() -> None:
-    assert minutes.SHORTLIST == layer_importance.SHORTLIST and Refining.length == minutes.SPAN
+def test_costs_are_told_by_the_numbers_that_the_work_goes_by() -> None:
+    assert minutes.SHORTLIST == layer_importance.SHORTLIST and minutes.COMPARED == layer_importance.EVERY
+    assert Refining.length == minutes.SPAN

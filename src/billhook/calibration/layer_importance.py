@@ -25,7 +25,8 @@ from billhook.tensors import Probes, Tokens, precise
 
 KEPT_BY_TAYLOR = (4, 2)  # how many of the first layers, and of the last, always stay
 STAGE = "measuring layers"
-SHORTLIST = 6  # blocks that are tried on all windows, after a few have seen every one
+SHORTLIST = 6  # blocks that are tried on all windows, after one window has seen every block
+EVERY = 4  # positions of which one is compared
 
 
 def chosen(
@@ -81,28 +82,28 @@ def chosen(
     return layer_presets.lowest_layers([score if n in may_go else math.inf for n, score in enumerate(scores)], count)
 
 
-def missed_least(model: PreTrainedModel, count: int, probe: Probes, few: int, run: Run) -> list[int]:
-    """The `count` neighbouring layers without which predictions change least: all blocks are tried on the first `few`
-    windows, the best of them on the others, too.
+def missed_least(model: PreTrainedModel, count: int, probe: Probes, run: Run) -> list[int]:
+    """The `count` neighbouring layers without which predictions change least: all blocks are tried on the first
+    window, the best of them on the others, too.
 
-    Two windows tell blocks that ruin a model from others, and not which of the others is best.
+    One window tells blocks that ruin a model from others, and not which of the others is best.
 
     Args:
-        probe: windows (windows, length); every second position is compared.
+        probe: windows (windows, length).
         run: its `statistics` keeps what was found.
     """
     blocks = [_block(n, count) for n in range(1, len(layers(model)) - count)]
 
     def measured() -> list[int]:
-        first = _divergences(model, probe[:few], [set(block) for block in blocks], run.tick)
+        first = _divergences(model, probe[:1], [set(block) for block in blocks], run.tick)
         best = sorted(range(len(blocks)), key=lambda n: first[n])[:SHORTLIST]
-        if few >= len(probe):
+        if len(probe) == 1:
             return blocks[best[0]]
-        rest = _divergences(model, probe[few:], [set(blocks[n]) for n in best], run.tick)
-        totals = {n: few * first[n] + (len(probe) - few) * loss for n, loss in zip(best, rest, strict=True)}
+        rest = _divergences(model, probe[1:], [set(blocks[n]) for n in best], run.tick)
+        totals = {n: first[n] + (len(probe) - 1) * loss for n, loss in zip(best, rest, strict=True)}
         return blocks[min(totals, key=lambda n: totals[n])]
 
-    key = {**_key(model, probe), "criterion": "missed least", "count": count, "few": few} if run.statistics else {}
+    key = {**_key(model, probe), "criterion": "missed least", "count": count} if run.statistics else {}
     return cache.cached(run.statistics, "missed least", key, measured)
 
 
@@ -212,8 +213,8 @@ def _losses(model: PreTrainedModel, probe: Probes, without: Sequence[Collection[
 
 @torch.no_grad()
 def _divergences(model: PreTrainedModel, probe: Probes, without: Sequence[Collection[int]], tick: Tick) -> list[float]:
-    """KL(model || the model without each set of layers), nats a token, mean over every second position."""
-    keep = torch.arange(0, probe.shape[1], 2, device=model.device)
+    """KL(model || the model without each set of layers), nats a token, mean over every fourth position."""
+    keep = torch.arange(0, probe.shape[1], EVERY, device=model.device)
 
     def judge(ids: Tensor, whole: Tensor) -> Judge:
         def log_probabilities(state: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from billhook.planning.method import (
 from billhook.planning.recipe import Recipe
 from billhook.runtime.options import option
 
-STREAMED = Effort(rivals=1, trial=0.25, blocks=2, passes=0.0)  # a trial would copy the model
+STREAMED = Effort(rivals=1, trial=0.25, curves=2, passes=0.0)  # a trial would copy the model
 FLOATS = 5  # numbers that training keeps of every weight: itself, as it was, its gradient, and Adam's two
 
 

@@ -24,7 +24,7 @@ class Effort:
 
     rivals: int  # the most cuts to try
     trial: float | int  # share of the calibration windows that a trial is fitted on
-    blocks: int  # probe windows by which blocks of layers, or curves of layers, are measured
+    curves: int  # probe windows by which curves of layers are measured
     passes: float | int  # of the refinement over the calibration windows
     share: float = 1.0  # of the calibration windows that are used at all
     seconds: float | None = None  # that the refinement may take, if its passes take longer
@@ -38,18 +38,19 @@ class Effort:
 
 
 SPENT = {
-    "quick": Effort(rivals=1, trial=0.25, blocks=1, passes=1.0),
-    "normal": Effort(rivals=3, trial=0.25, blocks=2, passes=2.0),
-    "thorough": Effort(rivals=8, trial=1.0, blocks=8, passes=4.0),
+    "quick": Effort(rivals=1, trial=0.25, curves=1, passes=1.0),
+    "normal": Effort(rivals=3, trial=0.25, curves=2, passes=2.0),
+    "thorough": Effort(rivals=8, trial=1.0, curves=8, passes=4.0),
 }
 MOST = 8.0  # passes of a refinement that has time left
 LEAST = 1.0  # a pass that has to fit before more is tried
 FEWER = 0.5, 0.25  # shares of the windows that are used where all would take too long
 SHORTLIST = 6  # blocks of layers that are tried on all probe windows
+COMPARED = 4  # positions of which one goes through the head, where blocks are compared
 SPAN = 10  # layers that are refined together
 SOLVE = 10  # operations of a refit, in cubes of the width that it reads
 TRAINED = 5  # passes whose time a step of training takes: forth, back, Adam
-STREAMS = 2  # of hidden states, in a fit: the unpruned model's and the cut one's
+STREAMS = 2  # of hidden states, in a fit of widths: the unpruned model's and the cut one's
 BEFORE = 2 / 3  # of the layers, which a patch has to see: those up to the end of the gap
 POINTS = 8  # of a curve's counts, over FFN channels and KV groups
 
@@ -100,28 +101,27 @@ class Work:
     def stages(self, effort: Effort, rivals: Sequence[Way], refined: bool) -> Mapping[str, Passes]:
         """Every stage, but for the cut of widths, which a rehearsal times better, and the look."""
         total, windows, found = self.layers, self.fitted(effort), dict[str, Passes]()
-        blocks, uneven = min(effort.blocks, self.probes), [one for one in rivals if one.layouts == ("per_layer",)]
+        curves, uneven = min(effort.curves, self.probes), [one for one in rivals if one.layouts == ("per_layer",)]
         by_blocks = sum("layers" in one.kinds for one in rivals)
         if by_blocks and self.gone:
             ways = range(1, total - self.gone)
-            again = (self.probes - blocks) * min(SHORTLIST, len(ways))
-            passes = self.probes * total + blocks * sum(total - self.gone - n for n in ways)
-            found["layers"] = Passes(
-                by_blocks * (passes + again * (total - self.gone) / 2), by_blocks * (blocks * len(ways) + again)
-            )
+            again = (self.probes - 1) * min(SHORTLIST, len(ways))
+            passes = self.probes * total + sum(total - self.gone - n for n in ways)
+            heads = (len(ways) + again) / COMPARED
+            found["layers"] = Passes(by_blocks * (passes + again * (total - self.gone) / 2), by_blocks * heads)
         if uneven:
-            tried = POINTS * blocks * total
+            tried = POINTS * curves * total
             found["sensitivity"] = Passes(windows * total + tried * total / 2 + POINTS * total * self.solve, tried)
         if len(rivals) > 1:
             few, everywhere = effort.trial * windows, sum(not self._spares(one) for one in rivals)
-            fits = len(rivals) * (STREAMS + 1) * few * total
+            fits = few * total * (everywhere * (STREAMS + 1) + (len(rivals) - everywhere) * BEFORE)
             solves = (everywhere * total + len(rivals) - everywhere) * self.solve
             spans = everywhere * total + (len(rivals) - everywhere) * min(SPAN, total)
             refining = few * (TRAINED * spans + len(rivals) * total) if refined else 0
             probes = (1 + len(rivals)) * self.probes
             found["trials"] = Passes(fits + solves + refining + probes * total, probes)
         if self.patched:
-            found["patch"] = Passes(STREAMS * windows * total * BEFORE + self.solve)
+            found["patch"] = Passes(windows * total * BEFORE + self.solve)
         if refined:
             found["goals"] = Passes(windows * total)
             found["refinement"] = Passes(effort.passes * windows * self.refined * TRAINED)

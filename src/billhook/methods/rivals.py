@@ -167,7 +167,7 @@ def _layers(opened: Opened, recipe: Recipe, effort: Effort, texts: Texts, run: R
         elif is_offloaded(model):  # one pass, where weights are read from files
             gone = chosen(model, "angular", count, texts.calibration, texts.probe, run)
         else:
-            gone = missed_least(model, count, texts.probe, effort.blocks, run)
+            gone = missed_least(model, count, texts.probe, run)
     found = plan(gone)
     if found.kinds:
         return fasp.METHOD, Planned(found, widths.settings.cut)
@@ -192,7 +192,7 @@ def _layers_and_widths(opened: Opened, recipe: Recipe, effort: Effort, texts: Te
     if not count:
         raise BillhookError("the budget is less than two layers")
     with run.clock("layers"):
-        gone = missed_least(opened.model, count, texts.probe, effort.blocks, run)
+        gone = missed_least(opened.model, count, texts.probe, run)
     cut = uneven.settings.cut
     return fasp.METHOD, Planned(
         solved(opened, uneven, weighing_planner(opened, uneven, cut, few, {}, run, gone=gone), run.tick), cut
@@ -202,7 +202,7 @@ def _layers_and_widths(opened: Opened, recipe: Recipe, effort: Effort, texts: Te
 def _measured_on(texts: Texts, effort: Effort, allocation: str) -> Texts:
     if allocation != "equal" and not len(texts.probe):
         raise BillhookError("uneven widths are measured, and what they come to cannot be told beforehand: try it")
-    return replace(texts, probe=texts.probe[: effort.blocks])
+    return replace(texts, probe=texts.probe[: effort.curves])
 
 
 def _planned_by(
