@@ -1,5 +1,6 @@
 """The default method: what it tries, what it takes, and that what comes out is as large as asked for."""
 
+import runpy
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -96,6 +97,18 @@ def test_what_no_rival_can_give_is_refused_in_one_line(text_file: Path) -> None:
     assert "\n" not in str(error.value) and "axes" in str(error.value)
     with pytest.raises(BillhookError, match="leave out allocation"):
         prune(deep(), text_file, allocation="sensitivity", layout="per_layer")
+
+
+@pytest.mark.parametrize("family", ["granite", "mistral", "phi3", "qwen2"])
+def test_which_family_it_is_does_not_show(text_file: Path, family: str) -> None:
+    """The same function, written as another family, is cut in the same places, and as well."""
+    carried = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "carry_over.py"))["carried"]
+    own, other = (prune(model, text_file, ratio=1 / 3) for model in (deep(), carried(deep(), family)))
+    first, second = own.record["auto"], other.record["auto"]
+    assert first["chosen"] == second["chosen"] and own.record["dropped_layers"] == other.record["dropped_layers"]
+    assert first["tried"] == pytest.approx(second["tried"], rel=1e-2)
+    ids = tiny.tokens()
+    assert (own.model(ids).logits - other.model(ids).logits).norm() <= 1e-2 * own.model(ids).logits.norm()
 
 
 def test_refinement_can_be_left_out(text_file: Path) -> None:
