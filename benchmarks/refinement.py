@@ -1,6 +1,6 @@
 """What block-local refinement is worth after a patch: python benchmarks/refinement.py MODEL CALIBRATION TEXT...
 
-Drops --drop, patches the cut, then refines copies as --rows say: LENGTH:PASSES:RATE:WINDOWS for layers in a span,
+Drops --drop, patches the cut unless told otherwise, then refines copies as --rows say: LENGTH:PASSES:RATE:WINDOWS for layers in a span,
 passes over the calibration windows, the peak rate, and windows in a step.  Scores the first --windows windows of every
 TEXT.
 """
@@ -30,6 +30,7 @@ parser.add_argument("model")
 parser.add_argument("calibration")
 parser.add_argument("texts", nargs="+")
 parser.add_argument("--drop", default="13-18")
+parser.add_argument("--patch", default="linear", choices=("linear", "none"), help="what the cut starts from")
 parser.add_argument("--rows", default="10:1:3e-4:1,10:2:3e-4:1", help="separated by commas")
 parser.add_argument("--samples", type=int, default=64, help="windows to calibrate on")
 parser.add_argument("--windows", type=int, default=12, help="score at most this many windows of each text")
@@ -47,7 +48,7 @@ def told(name: str, measured: list[Any], seconds: float, **row: object) -> None:
     ]
     cells = " | ".join(f"{p:.2f} (×{factor:.3f} ± {number(error, '{:.3f}')})" for _, p, factor, error in found)
     print(f"| {name} | {cells} | {seconds:.0f} |", flush=True)
-    how = {key: getattr(args, key) for key in ("model", "calibration", "samples", "windows", "drop")} | row
+    how = {key: getattr(args, key) for key in ("model", "calibration", "samples", "windows", "drop", "patch")} | row
     results.write(
         "refinement",
         [
@@ -70,8 +71,8 @@ kept = [n for n in range(total) if n not in gone]
 print("| refined | " + " | ".join(one.text for one in dense) + " | seconds |\n|---|" + "---|" * len(dense) + "---|")
 patched = copy.deepcopy(opened.model)
 started = time.perf_counter()
-chop(patched, tokens, Plan(layers=gone), Chopping("linear"), Run())
-told("patched alone", judged(patched), time.perf_counter() - started, length=0, passes=0, rate=0, rows=0)
+chop(patched, tokens, Plan(layers=gone), Chopping(args.patch), Run())
+told("not refined", judged(patched), time.perf_counter() - started, length=0, passes=0, rate=0, rows=0)
 for row in args.rows.split(","):
     length, passes, rate, rows = (float(part) for part in row.split(":"))
     settings = Refining(passes=passes, rate=rate, length=int(length), rows=int(rows))
