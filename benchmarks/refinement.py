@@ -1,8 +1,8 @@
 """What block-local refinement is worth after a patch: python benchmarks/refinement.py MODEL CALIBRATION TEXT...
 
-Drops --drop, patches the cut unless told otherwise, then refines copies as --rows say: LENGTH:PASSES:RATE:WINDOWS for layers in a span,
-passes over the calibration windows, the peak rate, and windows in a step.  Scores the first --windows windows of every
-TEXT.
+Drops --drop, patches the cut unless told otherwise, then refines copies as --rows say: LENGTH:PASSES:RATE:WINDOWS for
+layers in a span, passes over the calibration windows, the peak rate, and windows in a step.  Scores the first --windows
+windows of every TEXT.
 """
 
 import argparse
