@@ -23,6 +23,7 @@ from billhook.pruning.recipe import recipe
 from billhook.reports.formatting import number
 
 UNEVEN = {"method": "fasp", "layout": "per_layer"}
+MISSED = {"method": "mope", "layout": "per_layer", "axes": ("groups", "ffn", "layers")}
 ROWS: dict[str, dict[str, Any]] = {
     "fasp": {"method": "fasp"},
     "fasp, wanda": {"method": "fasp", "score": "wanda"},
@@ -30,6 +31,12 @@ ROWS: dict[str, dict[str, Any]] = {
     "fasp, wanda, not restored": {"method": "fasp", "score": "wanda", "restoration": False},
     "fasp, sensitivity": {**UNEVEN, "allocation": "sensitivity"},
     "fasp, global": {**UNEVEN, "allocation": "global"},
+    "mope": {**MISSED},
+    "mope, equal widths": {**MISSED, "layout": "uniform"},
+    "mope, widths alone": {**MISSED, "axes": ("groups", "ffn")},
+    "mope, joint": {**MISSED, "stage": "joint"},
+    "mope, in its own order": {**MISSED, "order": "global"},
+    "mope, not restored": {**MISSED, "restoration": False},
     "adapruner": {"method": "adapruner", "layout": "per_layer"},
 }
 

@@ -110,6 +110,20 @@ STARTS = {
     "sparsegpt": "the weight that SparseGPT gives",
 }
 
+MODULE_METRICS = {
+    "kl": "the divergence from the unpruned model's predictions",
+    "loss": "the loss on the next token",
+    "task:NAME": "the accuracy of lm-eval's task NAME, or of a task's .yaml file (extra: eval)",
+}
+MODULE_ORDERS = {
+    "knapsack": "what costs least by the table for the parameters that it saves",
+    "global": "the module of lowest loss first, whatever it saves, until the budget is met (the paper's)",
+}
+MODULE_STAGES = {
+    "width-first": "widths first, then whole layers on the cut model, measured anew (the paper's for fine-tuning)",
+    "joint": "whole layers weighed against the others in one table (the paper's for pre-training)",
+}
+
 # What a search tries
 SAMPLERS = {
     "tpe": "tree-structured Parzen estimators, over all dimensions together (AdaPruner's)",

@@ -18,6 +18,7 @@ from billhook.pruning.recipe import changed, read_recipe, recipe
 GIVEN: dict[str, dict[str, Any]] = {  # settings that differ from their defaults, of every method
     "fasp": dict(ratio=0.2, score="wanda", restoration=False, axes=("ffn", "groups"), clients=("vllm", "llama.cpp")),
     "auto": dict(ratio=0.2, effort="quick", refine=False, layout="per_layer", look=False),
+    "mope": dict(ratio=0.2, metric="loss", order="global", stage="joint", layout="per_layer", parts=4),
     "adapruner": dict(
         params="100M", trials=9, validation=("a b.txt", "c.txt"), calibration="x.txt+y.txt", space="paper"
     ),

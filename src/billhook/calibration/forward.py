@@ -41,8 +41,7 @@ def enter(
     names = list(inspect.signature(type(layers(model)[0]).forward).parameters)[2:]  # without self and the state
     with ExitStack() as undo:
         for module in layers(model):
-            module.forward = record
-            undo.callback(delattr, module, "forward")
+            _replace(module, record, undo)
         for batch in batches:
             calls.append([])
             model.base_model(batch.to(model.device), use_cache=False)
@@ -55,9 +54,18 @@ def head(model: PreTrainedModel, tokens: Tokens, state: Tensor, keep: Tensor | i
     """The logits of `state`, the output of the last layer for `tokens`; `keep` is transformers' `logits_to_keep`."""
     with ExitStack() as undo:
         for module in layers(model):
-            module.forward = lambda hidden_states, *_, **__: as_output(model, state)
-            undo.callback(delattr, module, "forward")
+            _replace(module, lambda hidden_states, *_, **__: as_output(model, state), undo)
         return model(tokens, use_cache=False, logits_to_keep=keep).logits
+
+
+def _replace(module: nn.Module, forward: Callable[..., Any], undo: ExitStack) -> None:
+    """Give a layer another forward until `undo` is closed; then the one it had, which may not be its class's either."""
+    before = vars(module).get("forward")
+    if before is None:
+        undo.callback(delattr, module, "forward")
+    else:
+        undo.callback(setattr, module, "forward", before)
+    module.forward = forward
 
 
 @torch.no_grad()

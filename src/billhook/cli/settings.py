@@ -62,6 +62,16 @@ class Setting:
         first, *others = sorted(said, key=lambda value: -len(said[value]))
         return "; ".join([first, *(f"{', '.join(said[value])} {value}" for value in others)])
 
+    @property
+    def words(self) -> str:
+        """Its help: for each method, where methods differ in what they mean by it."""
+        said: dict[str, list[str]] = {}
+        for owner in self.owners:
+            said.setdefault(str(owner.Settings.model_fields[self.name].description), []).append(owner.name)
+        if len(said) < 2:
+            return str(self.field.description)
+        return "; ".join(f"{', '.join(names)}: {words}" for words, names in said.items())
+
     def parameter(self) -> inspect.Parameter:
         """The parameter of a command's function that stands for it; None: not given."""
         read = [kind for kind in (float, int, bool) if kind in self.kinds]
@@ -70,7 +80,7 @@ class Setting:
         typed = list[str] | None if self.repeated else kind | None
         said = option(
             self.heading,
-            str(self.field.description),
+            self.words,
             "/".join(self.flags),
             names=self.names,
             show_default=self.default or False,

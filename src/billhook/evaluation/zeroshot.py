@@ -107,7 +107,7 @@ def evaluate(
         for name, task in tasks.items():
             if task.get_config("num_fewshot") is None:
                 task.set_config("num_fewshot", 0)
-            key = {"decided by": _key(subject, task, limit, seed)} if kept else {}
+            key = {"decided by": key_of(subject, task, limit, seed)} if kept else {}
             row = cache.cached(
                 kept, FILE_NAME.sub("_", name), key, lambda task=task: _score(wrapped(), task, limit, seed, tick)
             )
@@ -313,8 +313,8 @@ def _chance(task: Any, documents: Any) -> float:
     return statistics.fmean(len(right) / len(choices) for choices, right in pairs)
 
 
-def _key(subject: str, task: Any, limit: int | None, seed: int) -> str:
-    """A hash of everything that a row depends on."""
+def key_of(subject: str, task: Any, limit: int | None, seed: int = SEED) -> str:
+    """A hash of everything that a row depends on; `subject` stands for the model."""
     import lm_eval
 
     config = {key: value for key, value in task.dump_config().items() if key not in NOT_CONTENT}

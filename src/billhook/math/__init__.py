@@ -11,6 +11,7 @@ losses         Losses of training after a cut: distances to the teacher's predic
 magnitude      Magnitude pruning: the smallest weights go
 merging        Similar experts are merged into one
 metric         The points of OptiShear's space: which transformations a score has
+mope           MoPE-CLIP's table: what each module is worth, and which go first
 optishear      OptiShear: Wanda's score with its parts transformed
 overlap        Windows that share text with others: a run of tokens in common
 pattern        Sparsity patterns: a share of zeros, or N of every M neighbours

@@ -9,6 +9,7 @@ fistapruner  zeros: another method's, refined by a convex problem
 layerchop    whole decoder layers go
 magnitude    zeros: the smallest weights
 minutes      what auto may spend, and what each part of it costs
+mope         the modules that are missed least go, then as fasp
 narrowed     settings of cuts that refit what stays
 optishear    zeros: by a score whose parts are searched
 rivals       the ways to cut that auto tries
@@ -28,6 +29,7 @@ from billhook.methods import (
     fistapruner,
     layerchop,
     magnitude,
+    mope,
     optishear,
     slicegpt,
     sparsegpt,
@@ -41,6 +43,7 @@ OWN: dict[str, Method] = {
     for method in (
         auto.METHOD,
         fasp.METHOD,
+        mope.METHOD,
         adapruner.METHOD,
         layerchop.METHOD,
         experts.METHOD,

@@ -16,7 +16,7 @@ class OptiShearSettings(ZerosSettings, SearchedSettings):
     """A metric, or how to search for one."""
 
     sampler: str = option("nsga2", ", ".join(SAMPLERS), names=SAMPLERS, searching=True)
-    metric: str = option("", "alpha,F1,beta,F2 of its score, like none,identity,none,sqrt", shown="searched")
+    metric: str = option("", "alpha,F1,beta,F2 of its score", shown="searched")
 
     @property
     def solver(self) -> dict[str, Any]:

@@ -85,6 +85,21 @@ def without(model: PreTrainedModel, dropped: Iterable[tuple[Axis, Tensor]], gone
 
 
 @contextmanager
+def silenced(
+    model: PreTrainedModel, dropped: Iterable[tuple[Axis, Tensor]], gone: Iterable[int] = ()
+) -> Iterator[None]:
+    """While open, these units (by number; all of an axis, too) are zero where they are read, and the layers `gone` are
+    skipped: the logits of a model without them."""
+    with ExitStack() as undo:
+        undo.enter_context(without(model, [], gone))
+        for axis, units in dropped:
+            weight = model.get_parameter(axis.reader.param).data
+            undo.callback(weight.copy_, weight.clone())
+            zero(model, axis, units)
+        yield
+
+
+@contextmanager
 def with_weight(model: PreTrainedModel, param: str, weight: Tensor) -> Iterator[None]:
     """While open, the model has another weight in place of one parameter."""
     path, _, leaf = param.rpartition(".")

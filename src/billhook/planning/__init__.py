@@ -1,5 +1,7 @@
 """From a recipe to a plan.
 
+ablation         what a model loses without each of its modules
+ablation_plan    from such a table to a plan: widths, then whole layers
 allocation       how the budget is spread over the layers, as the user says it
 axis_plan        units of axes, by the allocation
 budget           the plan that meets a budget: parameters, bytes, speed

@@ -32,21 +32,26 @@ def planner(
     total, allocation = len(layers(model)), recipe.shape.spread
     if allocation.name in NEED_CURVES:
         assert curves is not None
-        found = [axis for axis in axes(model, recipe.unit_kinds) if axis.layer not in gone]
-        choices, by_layers = _choices(model, recipe, curves, found), sum(layer_parameters(model, n) for n in gone)
-        whole = {
-            n: (layer_parameters(model, n), loss[1])
-            for (n, kind), loss in curves.items()
-            if kind == "layers" and n not in gone
-        }
-        step = min((c.savings[1] for c in choices if len(c.savings) > 1), default=1)
-        most = by_layers + knapsack.largest_saving(choices, whole)
-        return Planner(lambda saving: _weighed(choices, found, saving - by_layers, whole, gone), most, step)
+        return weighing_planner(model, recipe, curves, gone=gone)
     first, last = allocation.spared
     spared = [n for n in range(total) if n < first or n >= total - last]
     if len(spared) == total:
         raise BillhookError(f"allocation skip:{first},{last} spares all {total} layers: nothing is left to cut")
     return even_planner(model, recipe, spared=spared, gone=gone)
+
+
+def weighing_planner(model: PreTrainedModel, recipe: Recipe, curves: Curves, *, gone: Collection[int] = ()) -> Planner:
+    """What loses least by `curves`, in units of axes and, where they say what a layer costs, in whole layers."""
+    found = [axis for axis in axes(model, recipe.unit_kinds) if axis.layer not in gone]
+    choices, by_layers = _choices(model, recipe, curves, found), sum(layer_parameters(model, n) for n in gone)
+    whole = {
+        n: (layer_parameters(model, n), loss[1])
+        for (n, kind), loss in curves.items()
+        if kind == "layers" and n not in gone
+    }
+    step = min((c.savings[1] for c in choices if len(c.savings) > 1), default=1)
+    most = by_layers + knapsack.largest_saving(choices, whole)
+    return Planner(lambda saving: _weighed(choices, found, saving - by_layers, whole, gone), most, step)
 
 
 def even_planner(

@@ -34,10 +34,14 @@ class Probe:
     def __init__(self, model: PreTrainedModel, tokens: Tokens) -> None:
         self.model, self.tokens = model, tokens.to(model.device)
         (self.state,), (self.calls,) = enter(model, [self.tokens])
-        self.at = 0
+        self._first, self.at = self.state, 0
         entries = tokens.numel() * model.config.vocab_size
         self.every = max(1, -(-4 * entries // REFERENCE_BYTES))
-        self.reference = self._log_probabilities(self._after(0))
+        self.reference = self._log_probabilities(self.after(0))
+
+    def begin(self) -> None:
+        """Go back before the first layer."""
+        self.state, self.at = self._first, 0
 
     def advance(self) -> None:
         """Move on to the next layer, the present one as it is."""
@@ -46,7 +50,14 @@ class Probe:
 
     def divergence(self, start: int) -> float:
         """KL(dense || model as it is now) in nats a token, the present state taken as the input of layer `start`."""
-        return self._from(self._log_probabilities(self._after(start)))
+        return self._from(self._log_probabilities(self.after(start)))
+
+    def after(self, start: int) -> Tensor:
+        """What the last layer puts out, the present state taken as the input of layer `start`."""
+        state = self.state
+        for n in range(start, len(layers(self.model))):
+            state = run_layer(layers(self.model)[n], state, self.calls[n])
+        return state
 
     @torch.no_grad()
     def divergences_of(self, other: PreTrainedModel) -> list[float]:
@@ -64,12 +75,6 @@ class Probe:
 
     def _from(self, now: Tensor) -> float:
         return (self.reference.exp() * (self.reference - now)).sum(-1).mean().item()
-
-    def _after(self, start: int) -> Tensor:
-        state = self.state
-        for n in range(start, len(layers(self.model))):
-            state = run_layer(layers(self.model)[n], state, self.calls[n])
-        return state
 
     def _log_probabilities(self, state: Tensor) -> Tensor:
         return torch.log_softmax(head(self.model, self.tokens, state, self._kept).float(), -1)

@@ -83,7 +83,7 @@ def _pruned_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
     if dropped := cut.get("dropped_layers"):
         kept = f"; kept: {ranges(cut['kept_layers'])}" if cut.get("kept_layers") else ""
         rows.append(("layers", f"dropped: {ranges(dropped)}{kept} (numbered from 0)"))
-    rows += auto_rows(cut)
+    rows += [*auto_rows(cut), *missed_rows(cut.get("mope"))]
     if selection := cut.get("selection"):
         rows.append(("layers chosen", selection_words(selection)))
     if search := cut.get("search"):
@@ -121,6 +121,34 @@ def auto_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
         ]
         rows.append(("refined", f"{', '.join(errors)} (as numbered after the cut, on held-out windows)"))
     return rows
+
+
+def missed_rows(mope: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """What the method `mope` foretold of its cut, and what it measured, as (name, value)."""
+    if not mope:
+        return []
+    whole, modules = mope["all"], sum(len(row["lost"]) for row in mope["table"])
+    by = f"by {mope['metric']}, {modules:,} modules missed one at a time"
+    rows = [
+        (
+            "lost before restoration",
+            f"{number(whole['predicted'], '{:.4f}')} if losses added up, {number(whole['measured'], '{:.4f}')} measured ({by})",
+        )
+    ]
+    if depth := mope["depth"]:
+        words = [f"{one['layer']}: {number(one['lost'], '{:.4f}')}" for one in depth]
+        rows.append(("layers missed least", f"{', '.join(words)} (on the cut model, one after another)"))
+    return rows
+
+
+def missed_header() -> list[str]:
+    return ["layer", "predicted", "measured"]
+
+
+def missed_by_layer(mope: Mapping[str, Any] | None) -> list[list[str]]:
+    """What the cut of each layer alone costs, under `missed_header`."""
+    rows = mope["layers"] if mope else []
+    return [[str(row["layer"]), *(number(row[key], "{:.5f}") for key in ("predicted", "measured"))] for row in rows]
 
 
 def look_rows(look: Mapping[str, Any] | None) -> list[tuple[str, str]]:

@@ -13,7 +13,16 @@ from typing import Any
 
 from billhook.reports import charts, markup, recovery_section, recovery_tables, search_section, tables
 from billhook.reports.charts import Axis, Band, Point, Series
-from billhook.reports.cut_tables import KINDS, calibration_words, cut_rows, layer_header, layer_rows, widths
+from billhook.reports.cut_tables import (
+    KINDS,
+    calibration_words,
+    cut_rows,
+    layer_header,
+    layer_rows,
+    missed_by_layer,
+    missed_header,
+    widths,
+)
 from billhook.reports.formatting import NONE, finite, number, places
 from billhook.reports.headline import Figure, figures_of, how_to_measure
 from billhook.reports.records import to_json
@@ -47,6 +56,7 @@ def render(report: Mapping[str, Any]) -> str:
         recovery_section.selection((report.get("cut") or {}).get("selection")),
         search_section.search((report.get("cut") or {}).get("search")),
         _cut(report.get("cut")),
+        _missed((report.get("cut") or {}).get("mope")),
         _layers(report.get("cut")),
         _conditions(report),
     ]
@@ -216,6 +226,17 @@ def _cut(cut: Mapping[str, Any] | None) -> str:
         markup.pairs(caption, cut_rows(cut)),
         markup.details("The whole recipe", f"<pre>{markup.say(lines)}</pre>\n") if lines else "",
     )
+
+
+def _missed(mope: Mapping[str, Any] | None) -> str:
+    """What the cut of each layer was foretold to cost, and what it costs."""
+    if not (found := missed_by_layer(mope)) or mope is None:
+        return ""
+    rows = [markup.row(f'<th scope="row">{markup.say(row[0])}</th>', map(markup.cell, row[1:])) for row in found]
+    caption = f"The cut of each layer alone, nothing restored, by {mope['metric']}"
+    table = markup.table(caption, markup.head(missed_header()), f"<tbody>{''.join(rows)}</tbody>\n", "numbers")
+    words = "Predicted: the sum of what each module costs alone; losses of modules that go together do not add up."
+    return markup.section("Predicted and measured", markup.note(words), table)
 
 
 def _layers(cut: Mapping[str, Any] | None) -> str:
