@@ -78,6 +78,7 @@ TABLES: dict[str, tuple[str, str]] = {  # name -> settings that tell rows apart,
     ),
     "recovery_losses": ("student row tokens lr schedule steps", "loss"),
     "refinement": ("model calibration samples windows drop patch length passes rate rows text", f"{JUDGED} seconds"),
+    "submodules": ("model calibration windows seed row layers", "gone divergence"),
     "search": (
         "model train ratio trials layout samples windows precision row restoration text",
         f"{JUDGED} least most",
