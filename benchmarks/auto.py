@@ -38,6 +38,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "layerchop": {"method": "layerchop"},
     "layerchop, patched": {"method": "layerchop", "patch": "linear"},
     "slicegpt": {"method": "slicegpt"},
+    "adapruner": {"method": "adapruner"},
     "sensitivity": {"method": "fasp", "layout": "per_layer", "allocation": "sensitivity", "axes": ("ffn", "groups")},
     "auto": {"method": "auto"},
     "auto, quick": {"method": "auto", "effort": "quick"},
