@@ -37,7 +37,7 @@ class Recovery(Part):
     )
     own_text: float = option(
         0.0,
-        "share of the training windows that the teacher writes itself, by chat template and from the text's first words",
+        "share of the windows that the teacher writes itself",
         ge=0,
         lt=1,
         heading=TEXT,
