@@ -149,7 +149,7 @@ def prepare(name: str, chosen: Recovery, env: Environment, *, fresh: bool = Fals
     opened = _open_teacher(student, chosen, env) if chosen.teacher else None
     if opened and chosen.own_text:
         with clock("own text"):
-            texts = replace(texts, train=_with_own_text(opened, chosen, texts.train[: steps * rows], env))
+            texts = replace(texts, train=_with_own_text(opened, chosen, texts.train, steps * rows, env))
     share_left = len(student.seam.kept) / student.seam.total if student.seam else 1.0
     halved = chosen.objective == "distill" and share_left <= HALVED
     schedule = Schedule(
@@ -281,17 +281,18 @@ def _open_teacher(student: Student, chosen: Recovery, env: Environment) -> load.
     return opened
 
 
-def _with_own_text(opened: load.Opened, chosen: Recovery, windows: Tokens, env: Environment) -> Tokens:
-    """Training windows, as many as before, of which the teacher wrote a share."""
+def _with_own_text(opened: load.Opened, chosen: Recovery, train: Tokens, wanted: int, env: Environment) -> Tokens:
+    """Training windows, as many as before, of whose first `wanted` the teacher wrote a share."""
+    windows = train[:wanted]
     if not (count := round(chosen.own_text * len(windows))):
-        return windows
+        return train
     begun = windows[len(windows) - count :]  # they make room for what goes on from them
 
     def write() -> list[list[int]]:
         return own_windows(opened.model, opened.tokenizer, begun, chosen.seed, env.tick).tolist()
 
     own = env.in_first(lambda: cache.cached(env.work, "own text", {}, write))
-    return among(windows, torch.tensor(own))
+    return torch.cat([among(windows, torch.tensor(own)), train[wanted:]])
 
 
 def _ask_teacher(
