@@ -38,6 +38,14 @@ ROWS: dict[str, dict[str, Any]] = {
     "mope, in its own order": {**MISSED, "order": "global"},
     "mope, not restored": {**MISSED, "restoration": False},
     "adapruner": {"method": "adapruner", "layout": "per_layer"},
+    "goa": {"method": "goa"},
+    "goa, not recovered": {"method": "goa", "recovery": False},
+    "goa, share 0.3": {"method": "goa", "share": 0.3},
+    "goa, damping 0.1": {"method": "goa", "damping": 0.1},
+    "goa, measured": {"method": "goa", "score": "measured"},
+    "goa, after": {"method": "goa", "after": True},
+    "goa, share 0.3, after": {"method": "goa", "share": 0.3, "after": True},
+    "goa, not recovered, after": {"method": "goa", "recovery": False, "after": True},
 }
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -150,7 +150,7 @@ def method_cell(model: PreTrainedModel, name: str, family: str, note: Notes) -> 
         why = refusal(model, "layers", "uniform") if method.default_kinds else ""
         return f"no {note(why)}" if why else "yes"
     cells = {kind: axis_cell(model, kind, family, note) for kind in method.kinds if kind != "layers"}
-    works = [kind for kind, cell in cells.items() if not cell.startswith("no")]
+    works = [kind for kind, cell in cells.items() if not (cell.startswith("no") or method.why_not(model, kind))]
     return ", ".join(works) if works else cells[method.default_kinds[0]]
 
 

@@ -74,6 +74,10 @@ GRADIENT_SCORES = {
     "gate_fisher": "the Fisher information of a gate on the unit (Kwon et al., arXiv:2204.09656)",
     "gate_sensitivity": "the mean |gradient| of a gate on the unit (Michel et al., arXiv:1905.10650)",
 }
+OUTPUT_SCORES = {
+    "analytic": "what a channel puts out, from the second moment of what enters its writers (the paper's)",
+    "measured": "the same, from the channel's own second moment",
+}
 DATA_FREE_PRESETS = {  # of layers by position: they need no text
     "input": "the layers after the first",
     "output": "the layers before the last",

@@ -6,6 +6,10 @@ from torch import Tensor
 
 Weight = Float[Tensor, "out in"]  # weight that reads an axis, seen as (out, in) whatever its storage order
 Narrowed = Float[Tensor, "out kept"]  # the same weight with only the kept columns
+Writer = Float[Tensor, "in inputs"]  # weight that writes an axis, a row for each column of its reader
+Moment = Float[Tensor, "inputs inputs"]  # X^T X of a writer's input X, or a multiple of it, float64
+AttentionMaps = Float[Tensor, "blocks each rows keys"]  # chances that sum to 1 over the keys
+Pairs = Float[Tensor, "blocks each each"]  # one number for every two units of a block
 Gram = Float[Tensor, "in in"]  # X^T X of a reader's input X, float64
 Cross = Float[Tensor, "out in"]  # E^T X: correlation of a target E with a reader's input X, float64
 Columns = Float[Tensor, " in"]  # one number for each column of a reader

@@ -16,6 +16,7 @@ LAYERWISE: dict[str, Any] = dict(allocation="sensitivity", layout="per_layer")
 FAST: dict[str, Case] = {
     "fasp": ("llama", {}),
     "fasp in the dense stream": ("gpt2", dict(stream="dense", axes=("ffn",))),
+    "goa": ("llama", dict(method="goa", axes=("ffn", "groups"))),
     "gradients": ("llama", dict(score="taylor1_element")),
     "slicegpt": ("llama", dict(method="slicegpt", rotate=False)),
     "slicegpt, rotated": ("llama", dict(method="slicegpt", rotate=True)),

@@ -32,6 +32,15 @@ CASES: dict[str, dict[str, Any]] = {
     "fasp dense": {**FASP, "stream": "dense"},
     "fasp per layer": {**FASP, "layout": "per_layer", "allocation": "skip:1,0"},
     "standardised": {**FASP, "layout": "per_layer", "allocation": "standardised"},
+    "goa": {**FASP, "method": "goa"},
+    "goa groups": {**FASP, "method": "goa", "axes": ("ffn", "groups"), "ratio": 0.35},
+    "goa unrecovered": {
+        **FASP,
+        "method": "goa",
+        "recovery": False,
+        "layout": "per_layer",
+        "allocation": "standardised",
+    },
     "layerchop": {"method": "layerchop", "preset": "contiguous", "layers": 2},
     "patched": {"method": "layerchop", "drop": "1", "patch": "linear"},
     "wanda": {"method": "wanda", "sparsity": 0.5},
@@ -41,7 +50,7 @@ CASES: dict[str, dict[str, Any]] = {
     "slicegpt as it is": {"method": "slicegpt", "ratio": 0.2, "multiple_of": 4, "rotate": False},
     "slicegpt unrestored": {"method": "slicegpt", "ratio": 0.2, "multiple_of": 4, "restoration": False},
 }
-OTHERS = ("fasp", "fistapruner", "layerchop")
+OTHERS = ("fasp", "goa", "fistapruner", "layerchop")
 FAMILIES = ("llama", "gpt2", "gemma2", "phi3", "opt")  # tied, transposed, scaled, fused, with biases
 SLICED = {  # norms over heads, fused, untied; and scaled, tied, with norms behind writers, which no rotation passes
     "slicegpt": ("qwen3", "phi3", "mistral"),
@@ -100,7 +109,7 @@ def test_a_paged_model_computes_what_it_would_in_memory(family: str, tmp_path: P
 
 
 @pytest.mark.covering(some={"case": 2})
-@pytest.mark.parametrize("case", ["fasp", "fistapruner", "layerchop", "slicegpt", "slicegpt as it is"])
+@pytest.mark.parametrize("case", ["fasp", "goa", "fistapruner", "layerchop", "slicegpt", "slicegpt as it is"])
 def test_one_layer_is_there_at_a_time(
     case: str, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

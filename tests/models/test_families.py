@@ -20,6 +20,7 @@ CASES: dict[str, dict[str, Any]] = {
     **{f"fasp {kind}": {"axes": (kind,)} for kind in ("ffn", "heads", "groups", "expert_ffn", "shared")},
     "fasp value": {"axes": ("value",), "layout": "per_layer"},
     "fasp by gradients": {"axes": ("ffn",), "score": "taylor2_element"},
+    **{f"goa {kind}": {"method": "goa", "axes": (kind,)} for kind in ("ffn", "heads", "groups")},
     "adapruner": {"method": "adapruner", "trials": 3, "pool": 24, "pool_len": 32},
     "adapruner groups": {"method": "adapruner", "trials": 3, "pool": 24, "pool_len": 32, "axes": ("groups",)},
     "layerchop": {"method": "layerchop", "layers": 2},

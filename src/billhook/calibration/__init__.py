@@ -1,5 +1,6 @@
 """A model run layer by layer over calibration text: Gram matrices, gradients, routers, layer importance.
 
+attention_maps    How alike the attention maps of a layer's heads are, while it runs
 forward           The parts of a forward pass: into the first layer, through the head
 gradients         Sums of weight times gradient for every unit of every axis: one backward pass for each window
 gram              Gram matrices of what enters a matrix: summed block by block, one triangle of them

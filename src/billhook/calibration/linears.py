@@ -12,7 +12,8 @@ layer, never of all layers.
 
 import copy
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -69,7 +70,25 @@ def operators(
     Raises:
         BillhookError: an activation is not finite; the message names the module.
     """
-    by_layer = {n: groups for n in route.wanted(model) if (groups := _groups(model, n, roles))}
+    yield from named_operators(
+        model, tokens, {n: groups for n in route.wanted(model) if (groups := _groups(model, n, roles))}, run, route
+    )
+
+
+@torch.no_grad()
+def named_operators(
+    model: PreTrainedModel,
+    tokens: Tokens,
+    by_layer: Mapping[int, Sequence[Mapping[str, str]]],
+    run: Run,
+    route: Route,
+    around: Callable[[int, Sequence[Mapping[str, str]]], AbstractContextManager[object]] = lambda *_: nullcontext(),
+) -> Iterator[Group]:
+    """The same of the groups that are named, each with the path of its modules by role, for each layer.
+
+    Args:
+        around: of a layer and groups of it: what is entered while their sums are taken.
+    """
     keys = [_key(model, n, named) for n, groups in by_layer.items() for named in groups]
     passage = Passage(model, tokens, run, replace(route, only=by_layer), keys)
     for n in passage.stops("pruning"):
@@ -77,7 +96,8 @@ def operators(
         # the experts of a layer compute side by side and have the same roles: they are one step
         steps = [list(same_roles) for _, same_roles in itertools.groupby(by_layer[n], key=tuple)]
         for step, groups in enumerate(steps if route.stream in STEPWISE else [by_layer[n]]):
-            sums = {} if passage.recalls else _summed(passage, n, groups, unpruned, step > 0)
+            with around(n, groups):
+                sums = {} if passage.recalls else _summed(passage, n, groups, unpruned, step > 0)
             for named in groups:
                 key, path = _key(model, n, named), _path(n, named)
                 if passage.recalls:

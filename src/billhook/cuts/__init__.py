@@ -1,5 +1,6 @@
 """What methods do to a model, in place: axes narrowed, layers or experts gone, the stream cut, weights set to zero.
 
+approximating    Modules are refitted to what they put out, then units of their axes go (Greedy Output Approximation)
 chopping         Whole layers go, and what stands before each cut may make up for them (LayerChop)
 experts          Fewer experts in every layer of a mixture: dropped or merged (REAP, UNCURL)
 masking          Zeros in the linear weights of the decoder layers, found operator by operator

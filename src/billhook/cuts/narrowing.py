@@ -118,7 +118,7 @@ def narrow_each(
             for plan, own, found in zip(plans, scores, pieces, strict=True):
                 if axis.layer not in plan.layers and axis.kind in plan.kinds:
                     count = plan.drops.get(place, 0)
-                    found.append(_piece(model, axis, layer, count, settings, clock, own.get(place)))
+                    found.append(fitted_piece(model, axis, layer, count, settings, clock, own.get(place)))
     for plan, found in zip(plans, pieces, strict=True):
         smaller = copy.deepcopy(model)
         for piece in found:
@@ -142,7 +142,7 @@ def pieces(
     for layer in walk(model, tokens, plan.kinds, run, Route(dropped=plan.layers, only=at)):
         for axis in layer.axes:
             place = (axis.layer, axis.kind)
-            yield _piece(model, axis, layer, plan.drops.get(place, 0), settings, run.clock, scores.get(place))
+            yield fitted_piece(model, axis, layer, plan.drops.get(place, 0), settings, run.clock, scores.get(place))
 
 
 def _cut(
@@ -156,12 +156,12 @@ def _cut(
 ) -> Piece:
     """All steps on one axis, in place."""
     place = (axis.layer, axis.kind)
-    piece = _piece(model, axis, layer, plan.drops.get(place, 0), settings, clock, scores.get(place))
+    piece = fitted_piece(model, axis, layer, plan.drops.get(place, 0), settings, clock, scores.get(place))
     carry_out(model, piece, clock)
     return piece
 
 
-def _piece(
+def fitted_piece(
     model: PreTrainedModel,
     axis: Axis,
     layer: Layer,

@@ -17,6 +17,17 @@ class Narrowing:
 
 
 @dataclass(frozen=True)
+class Approximating:
+    """How modules are refitted, and by what their units go."""
+
+    score: str = "analytic"
+    recovery: bool = True
+    share: float = 1.0  # of the way to the least squares
+    after: bool = False  # whether what reads a cut axis is refitted once more
+    damping: float = 1e-3  # ridge as a share of the mean diagonal of the Gram
+
+
+@dataclass(frozen=True)
 class Chopping:
     """How a cut is patched; why these defaults: docs/LOG.md."""
 

@@ -27,7 +27,7 @@ from billhook.calibration.forward import check_finite
 from billhook.calibration.gram import add_upper, mirrored
 from billhook.calibration.passage import Batch, Passage, Route, inputs_of, path_in_layer
 from billhook.cuts.settings import Slicing
-from billhook.math.linalg import factor
+from billhook.math.restore import toward
 from billhook.models.axes import axes
 from billhook.models.families import layers, linears, weight_of
 from billhook.models.residual import ROWS, flow, last_norm, residual
@@ -130,6 +130,4 @@ def _sums(name: str, passage: Passage, pair: Callable[[Batch], tuple[Tensor, Ten
 
 def _refit(W: Weight, target: Cross, G: Gram, settings: Slicing) -> None:
     """W_S becomes V, in place; `target` is T^T X*."""
-    lower, _ = factor(G, settings.damping)
-    lacks = settings.correction * (target - precise(W) @ G)
-    W.copy_(precise(W) + torch.cholesky_solve(lacks.T, lower).T)
+    W.copy_(toward(precise(W), target, G, settings.damping, settings.correction)[0])

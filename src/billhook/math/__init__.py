@@ -1,6 +1,7 @@
 """Tensors in, tensors out: scores, selection, restoration, sparsity, losses. Knows no model.
 
 admm           ADMM for the weights that stay, the sparsity rising step by step (Boza 2024)
+divergence     How alike attention maps are, and which heads that makes redundant
 fistapruner    FISTAPruner: convex layer-wise pruning by an l1 penalty
 knapsack       How much each layer gives: loss curves and prices in, unit counts out; also one count for all layers
 knee           Where a curve of loss against ratio turns from bearable to steep: a change-point, with its interval

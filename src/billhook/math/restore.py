@@ -31,6 +31,18 @@ def least_squares(W: Weight, G: Gram, kept: Kept, damping: float, C: Cross | Non
     return V, used
 
 
+def toward(W: Weight, T: Cross, G: Gram, damping: float, share: float = 1.0) -> tuple[Weight, float]:
+    """The whole weight on its way to an output, and the damping used.
+
+        V = W + s (T - W G)(G + delta I)^-1,  T = Y^T X, G = X^T X, delta = damping * mean(diag G)
+
+    With s = 1 it is argmin_V ||V X^T - Y^T||_F^2 + delta ||V - W||_F^2; with s = 0 it is W.  float64 inside and out.
+    """
+    lower, used = factor(G, damping)
+    lacks = share * (T - W.double() @ G)
+    return W.double() + torch.cholesky_solve(lacks.T, lower).T, used
+
+
 def energy(W: Weight, G: Gram) -> float:
     """||W X^T||_F^2, the energy of a reader's output."""
     total = G.new_zeros(())

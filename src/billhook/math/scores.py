@@ -4,14 +4,14 @@ W (out, in) reads the axis; X (tokens, in) is its input; G = X^T X, so ||X_j||_2
 Scores compare columns of one reader; across readers their scales differ.
 """
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from billhook.math.linalg import factor
-from billhook.tensors import Columns, Gram, Scores, Weight
+from billhook.tensors import Columns, Gram, Moment, Scores, Weight, Writer
 
 BLOCK = 512  # rows and columns of L^-1 at a time
 ROWS = 512  # rows of a reader in float64 at a time: a whole one may take as much memory as its Gram
@@ -26,6 +26,21 @@ def wanda_columns(W: Weight, G: Gram, damping: float = 0.0) -> Columns:
 def energy_columns(W: Weight, G: Gram, damping: float = 0.0) -> Columns:
     """s_j = ||W_:,j||_2^2 G_jj: the squared output error of zeroing column j, with the others unchanged."""
     return W.double().square().sum(0) * G.diagonal()
+
+
+def output_metric(B: Weight, writers: Sequence[Writer], moment: Moment) -> Columns:
+    """M_j = product over the writers A of 1/2 ||B_:,j||_2^2 a_j^T Sigma a_j: what channel j puts out, by its input.
+
+    Greedy Output Approximation (arXiv:2407.19126), the second-moment metric of f(x) = B sigma(A x): B (out, in) reads
+    the channels, row a_j of A writes channel j, and Sigma = E[x x^T] is the `moment` of what enters A, of which any
+    multiple gives the same order.  A gated FFN has two writers; the half stands for ReLU, GELU or SiLU.  Biases are
+    left out, as in the paper.
+    """
+    norms, found = B.double().square().sum(0), torch.ones((), dtype=torch.float64, device=B.device)
+    for A in writers:
+        a = A.double()
+        found = found * (0.5 * norms * ((a @ moment) * a).sum(1))
+    return found
 
 
 def obs_columns(W: Weight, G: Gram, damping: float = 1e-3) -> Columns:

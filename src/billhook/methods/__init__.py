@@ -6,6 +6,7 @@ auto         the best of layerchop, fasp and experts by held-out windows, refine
 experts      fewer experts in a mixture
 fasp         the units of an axis that matter least go, and what reads the axis is refitted
 fistapruner  zeros: another method's, refined by a convex problem
+goa          modules are refitted to their unpruned outputs, then what puts out least goes
 layerchop    whole decoder layers go
 magnitude    zeros: the smallest weights
 minutes      what auto may spend, and what each part of it costs
@@ -27,6 +28,7 @@ from billhook.methods import (
     experts,
     fasp,
     fistapruner,
+    goa,
     layerchop,
     magnitude,
     mope,
@@ -48,6 +50,7 @@ OWN: dict[str, Method] = {
         layerchop.METHOD,
         experts.METHOD,
         slicegpt.METHOD,
+        goa.METHOD,
         magnitude.METHOD,
         wanda.METHOD,
         optishear.METHOD,

@@ -37,7 +37,7 @@ class NarrowingSettings(MethodSettings):
 
     score: str = option(
         Narrowing.score,
-        f"{', '.join(SCORES)}, or one from gradients",
+        f"{', '.join(SCORES)}, or by gradients",
         names={**SCORES, **GRADIENT_SCORES, **dict.fromkeys(plug_ins.names("scores"), "of another package")},
         elsewhere=True,
     )

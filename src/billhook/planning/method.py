@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from billhook.choices import LAYOUTS
-from billhook.errors import BillhookError
+from billhook.errors import BillhookError, ModelError
 from billhook.planning.recipe import EXAMPLES, FLAT, PARTS, SIZES, ZEROS, Recipe
 from billhook.runtime.options import Part
 
@@ -110,6 +110,10 @@ class Method:
         """Why all weights have to be in memory at once, or ''."""
         return ""
 
+    def why_not(self, model: Any, kind: str) -> str:
+        """Why it cannot cut a kind of axis of this model, which other methods may, or ''."""
+        return ""
+
     def why_alone(self, recipe: Recipe) -> str:
         """Why processes cannot share the work, and what to do, or ''."""
         return f"{self.name} works in one process: leave it out"
@@ -133,6 +137,9 @@ class Method:
         from billhook.planning.axis_plan import check
 
         check(opened.model, recipe)
+        for kind in recipe.kinds:
+            if why := self.why_not(opened.model, kind):
+                raise ModelError(why)
 
     def plan(self, opened: Opened, recipe: Recipe, texts: Texts, run: Run) -> Planned:
         """From the budget to a plan, with whatever is measured or searched on the way."""

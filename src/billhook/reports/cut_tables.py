@@ -33,7 +33,6 @@ def layer_rows(cuts: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 def zero_rows(zeros: Mapping[str, Any]) -> list[tuple[str, str]]:
     """How many weights are zero, and what that costs each kind of operator, as (name, value)."""
-    operators = zeros["operators"]
     shares = percent(zeros["sparsity"], 2)
     rows = [
         (
@@ -42,16 +41,35 @@ def zero_rows(zeros: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"{', '.join(zeros['targets'])}): alone they make nothing smaller or faster",
         )
     ]
-    means, brackets = [], ""
-    for role in dict.fromkeys(operator["role"] for operator in operators):
-        of_role = [operator for operator in operators if operator["role"] == role]
-        errors = [operator["error"] for operator in of_role if finite(operator["error"])]
-        held_out = [operator["error_held_out"] for operator in of_role if finite(operator["error_held_out"])]
-        unseen = f" ({statistics.fmean(held_out):.3f})" if held_out else ""
-        brackets = "; in brackets: on held-out windows" if held_out else brackets
-        means += [f"{role} {statistics.fmean(errors):.3f}{unseen}"] if errors else []
-    if means:
-        rows.append(("error of each operator", f"{', '.join(means)} (mean of layers, relative{brackets})"))
+    if means := _means_by_role(zeros["operators"], ("error",), "error_held_out"):
+        rows.append(("error of each operator", means))
+    return rows
+
+
+def _means_by_role(found: Sequence[Mapping[str, Any]], before_after: Sequence[str], held_out: str) -> str:
+    """Mean relative errors of linear weights over the layers, role by role."""
+    said, brackets = [], ""
+    for role in dict.fromkeys(one["role"] for one in found):
+        of_role = [one for one in found if one["role"] == role]
+        *errors, unseen = ([one[key] for one in of_role if finite(one[key])] for key in (*before_after, held_out))
+        brackets = "; in brackets: on held-out windows" if unseen else brackets
+        last = f" ({statistics.fmean(unseen):.3f})" if unseen else ""
+        if all(errors):
+            said.append(f"{role} {' → '.join(f'{statistics.fmean(each):.3f}' for each in errors)}{last}")
+    return f"{', '.join(said)} (mean of layers, relative{brackets})" if said else ""
+
+
+def approximated_rows(approximated: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """How far modules were from their unpruned outputs, and how alike the heads were that went, as (name, value)."""
+    if not approximated:
+        return []
+    rows = []
+    if means := _means_by_role(approximated["rebuilt"], ("before", "after"), "held_out"):
+        rows.append(("modules refitted", means))
+    if taus := [tau for one in approximated["thresholds"] for tau in one["tau"] if finite(tau)]:
+        rows.append(
+            ("threshold of heads", f"tau from {min(taus):.3f} to {max(taus):.3f} nats, by layer, gives as many")
+        )
     return rows
 
 
@@ -77,6 +95,7 @@ def _pruned_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
     if zeros := cut.get("zeros"):
         rows += zero_rows(zeros)
     rows += residual_rows(cut.get("residual"))
+    rows += approximated_rows(cut.get("approximated"))
     if words := cut.get("vocabulary"):
         grows = f"the calibration text takes {percent(words['calibration_grows'])} more of them"
         rows.append(("vocabulary", f"{words['before']:,} → {words['kept']:,} tokens; {grows}"))
