@@ -1,5 +1,6 @@
 """The default method: what it tries, what it takes, and that what comes out is as large as asked for."""
 
+import math
 import runpy
 from dataclasses import replace
 from pathlib import Path
@@ -13,18 +14,24 @@ import torch
 from folders import CutOffError, run, same
 
 import billhook
+from billhook.checkpoints.load import Opened
 from billhook.cli.methods import page
 from billhook.errors import BillhookError
 from billhook.methods import auto as auto_method
+from billhook.methods import fasp
 from billhook.methods.minutes import Work, spent
 from billhook.methods.rivals import RIVALS, best
 from billhook.models.families import layers
+from billhook.models.plan import Plan
 from billhook.planning import axis_plan, sensitivity
+from billhook.planning.method import Planned
 from billhook.planning.sensitivity import Probe
+from billhook.planning.texts import Texts
 from billhook.pruning.dry_run import estimate
 from billhook.pruning.recipe import recipe
 from billhook.reports.cut_tables import cut_rows
 from billhook.reports.page import render
+from billhook.runtime.run import Run
 from billhook.training import refinement
 
 
@@ -109,6 +116,20 @@ def test_which_family_it_is_does_not_show(text_file: Path, family: str) -> None:
     assert first["tried"] == pytest.approx(second["tried"], rel=1e-2)
     ids = tiny.tokens()
     assert (own.model(ids).logits - other.model(ids).logits).norm() <= 1e-2 * own.model(ids).logits.norm()
+
+
+@pytest.mark.parametrize(("behind", "count"), [(1.1, 2), (1.2, 1)])
+def test_what_is_too_far_behind_is_not_refined(behind: float, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An eighth is what a refinement may make up for."""
+    refined: list[Any] = []
+    monkeypatch.setattr(refinement, "refine", lambda *given: refined.append(given))
+    opened, texts = Opened(deep(), None, "", None, torch.float32), Texts(tiny.tokens(4), tiny.tokens(2))
+    plan = Plan({(n, "ffn"): 8 for n in range(6)})
+    trial = auto_method.Trial(opened.model, texts, refinement.Refining(passes=1))
+    made = fasp.METHOD, Planned(plan, fasp.METHOD.Settings().cut)
+    for least in (math.inf, 1.0):
+        trial.losses(deep(), made, lambda _: [behind], least, Run())
+    assert len(refined) == count
 
 
 def test_refinement_can_be_left_out(text_file: Path) -> None:

@@ -1,8 +1,8 @@
 """The best cut that the minutes buy: rivals are tried on held-out windows, and the winner is refined."""
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
@@ -27,6 +27,7 @@ from billhook.planning.recipe import Recipe
 from billhook.runtime.options import option
 
 STREAMED = Effort(rivals=1, trial=0.25, curves=2, passes=0.0)  # a trial would copy the model
+GAINED = 1 / 8  # share of its divergence that a refinement took off a cut of widths, at most (docs/LOG.md)
 FLOATS = 5  # numbers that training keeps of every weight: itself, as it was, its gradient, and Adam's two
 
 
@@ -51,6 +52,34 @@ class Won:
     def stream(self) -> str:
         """What a layer sees."""
         return getattr(self.planned.settings, "stream", "")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Cuts as they would be made, on a few windows: what refines well may win where the closed form alone would lose.
+
+    What is too far behind the least so far to come up by a refinement is not refined.
+    """
+
+    unpruned: Any
+    few: Texts
+    refining: Any  # or None
+
+    def losses(
+        self, model: Any, made: tuple[Method, Planned], judge: Callable[[Any], list[float]], least: float, run: Run
+    ) -> list[float]:
+        """What `judge` says of the cut, which is made in the model."""
+        from billhook.training.refinement import aims, refine
+
+        (method, planned), tokens = made, self.few.calibration
+        method.carry_out(model, self.few, planned, run)
+        if self.refining is None:
+            return judge(model)
+        if least < math.inf and (1 - GAINED) * fmean(losses := judge(model)) > least:
+            return losses
+        aimed = aims(self.unpruned, tokens, _spans(self.unpruned, planned.plan, self.refining), self.refining, run)
+        refine(model, tokens, aimed, self.refining, run)
+        return judge(model)
 
 
 class Auto(Method):
@@ -130,7 +159,8 @@ class Auto(Method):
         few = texts.calibration[: max(2, round(effort.trial * len(texts.calibration)))]
         if len(found) > 1:
             refining = Refining(passes=1, length=SPAN) if recipe.settings.refine else None
-            losses = dict(tried(opened, found, replace(texts, calibration=few), run, partial(self._try, refining)))
+            trial = Trial(opened.model, replace(texts, calibration=few), refining)
+            losses = dict(tried(opened, found, trial.few, run, trial.losses))
         name = best(losses) if losses else next(iter(found))
         method, planned = found[name]
         refining = None
@@ -145,11 +175,6 @@ class Auto(Method):
         seen = {"calibration": texts.record(read.seq_len)}  # where minutes are short, not all of it
         won = Won(method, planned, refining, len(texts.calibration))
         return Planned(planned.plan, won, planned.scores, {**planned.record, "auto": record, **seen})
-
-    def _try(self, refining: Any, trial: Any, few: Texts, made: tuple[Method, Planned], run: Run) -> None:
-        """A cut as it would be made: what refines well may win where the closed form alone would lose."""
-        method, planned = made
-        self.carry_out(trial, few, Planned(planned.plan, Won(method, planned, refining)), run)
 
     def _untried(self, opened: Opened, recipe: Recipe) -> Planned:
         """What the first rival would do: as much as any, if not of the same layers."""
@@ -200,8 +225,7 @@ class Auto(Method):
         return Foreseen(stages, 4 * (copied + (trained + spans * states if refine else 0)), windows, played)
 
     def carry_out(self, model: Any, texts: Texts, planned: Planned, run: Run) -> dict[str, Any]:
-        from billhook.models.families import layers
-        from billhook.training.refinement import aims, refine, spans
+        from billhook.training.refinement import aims, refine
 
         if planned.plan.empty:
             return {"cuts": []}
@@ -209,10 +233,7 @@ class Auto(Method):
         texts = _first(texts, won.windows)
         if won.refining is None:
             return won.method.carry_out(model, texts, won.planned, run)
-        total, plan = len(layers(model)), planned.plan
-        kept = [n for n in range(total) if n not in plan.layers]
-        wanted = spans(kept, {n for (n, _), count in plan.drops.items() if count}, total, won.refining.length)
-        aimed = aims(model, texts.calibration, wanted, won.refining, run)
+        aimed = aims(model, texts.calibration, _spans(model, planned.plan, won.refining), won.refining, run)
         carried = won.method.carry_out(model, texts, won.planned, run)
         refined = refine(model, texts.calibration, aimed, won.refining, run)
         return {**carried, "refined": [asdict(one) for one in refined]}
@@ -220,6 +241,16 @@ class Auto(Method):
     def announcement(self, opened: Opened, recipe: Recipe, planned: Planned, texts: Texts) -> str:
         line = super().announcement(opened, recipe, planned, texts)
         return f"{planned.record['auto']['chosen']}: {line}" if planned.record else line
+
+
+def _spans(model: Any, plan: Any, refining: Any) -> list[Any]:
+    """What a refinement moves of a model that is to be cut."""
+    from billhook.models.families import layers
+    from billhook.training.refinement import spans
+
+    total = len(layers(model))
+    kept = [n for n in range(total) if n not in plan.layers]
+    return spans(kept, {n for (n, _), count in plan.drops.items() if count}, total, refining.length)
 
 
 def _check_streamed(recipe: Recipe) -> None:

@@ -1,6 +1,7 @@
 """The ways to cut that `auto` tries, and which is best by windows that no fit has seen."""
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -68,29 +69,36 @@ def ready(
     return found, {name: str(error) for name, error in refused.items()}
 
 
+Try = Callable[[Any, Ready, Callable[[Any], list[float]], float, Run], list[float]]
+
+
 def tried(
-    opened: Opened, found: Mapping[str, Ready], texts: Texts, run: Run, carry: Callable[[Any, Texts, Ready, Run], Any]
+    opened: Opened, found: Mapping[str, Ready], texts: Texts, run: Run, attempt: Try
 ) -> Iterator[tuple[str, list[float]]]:
-    """How far each cut, made by `carry` on these windows, is from the unpruned model: nats a token, by probe window.
+    """How far each cut is from the unpruned model: nats a token, by probe window.
 
     The run's `folder` keeps what was found, for the same run after a kill.
+
+    Args:
+        attempt: makes a cut in a copy of the model, and judges it, knowing the least so far.
     """
     from billhook.planning.sensitivity import Probe
     from billhook.runtime.cache import cached
     from billhook.runtime.run import Run
 
-    unpruned = cache(lambda: Probe(opened.model, texts.probe))
+    unpruned, least = cache(lambda: Probe(opened.model, texts.probe)), math.inf
 
-    def losses(made: Ready) -> list[float]:
-        probe, trial = unpruned(), copy.deepcopy(opened.model)
-        carry(trial, texts, made, Run(hidden=run.hidden))
-        return probe.divergences_of(trial)
+    def losses(made: Ready, least: float) -> list[float]:
+        probe = unpruned()  # of the model as it is, before the copy
+        return attempt(copy.deepcopy(opened.model), made, probe.divergences_of, least, Run(hidden=run.hidden))
 
     for number, (name, made) in enumerate(found.items()):
         run.tick("trying cuts", number, len(found))
-        decides = {"rival": name, "plan": repr(made[1].plan), "windows": len(texts.calibration)}
+        decides = {"rival": name, "plan": repr(made[1].plan), "windows": len(texts.calibration), "least": repr(least)}
         with run.clock("trials"):
-            yield name, cached(run.folder, "trial", decides, partial(losses, made))
+            each = cached(run.folder, "trial", decides, partial(losses, made, least))
+        least = min(least, fmean(each))
+        yield name, each
     run.tick("trying cuts", len(found), len(found))
 
 
