@@ -13,7 +13,6 @@ import pytest
 import tiny
 import torch
 import transformers as T
-from accelerate import PartialState
 from safetensors.torch import load_file
 
 from billhook import data
@@ -29,7 +28,7 @@ from billhook.recovery import budget, setup
 from billhook.recovery import recover as recover_module
 from billhook.recovery.settings import OBJECTIVES, recovery
 from billhook.runtime.precision import autocast_dtype
-from billhook.training import own_text, teacher, text_windows, throughput, trainables, trainer
+from billhook.training import teacher, text_windows, throughput, trainables, trainer
 from billhook.training.early_stopping import EarlyStopping
 from billhook.training.schedule import Schedule
 from billhook.training.trainables import Seam
@@ -427,30 +426,6 @@ def test_what_is_aligned_pulls_as_hard_as_the_divergence_and_is_not_in_the_loss(
     torch.testing.assert_close(slope, (2 * x + x).detach() / 3)  # x^2 / 7x of 7, of each row
 
 
-def test_the_teacher_writes_a_share_of_what_is_trained_on(
-    student: Path, folder: Path, texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Once: a run that goes on reads what was written."""
-    written: list[torch.Tensor] = []
-
-    def write(*given: Any) -> torch.Tensor:
-        written.append(own_text.own_windows(*given))
-        return written[-1]
-
-    monkeypatch.setattr(setup, "own_windows", write)
-    chosen = recovery(**SETTINGS, **given(texts, folder, own_text=1 / 3))
-    env = setup.Environment(tmp_path / "work", tmp_path / "lessons", PartialState(cpu=True), lambda *_: None)
-    windows = [setup.prepare(str(student), chosen, env).schedule.windows for _ in range(2)]
-    assert len(written) == 1 and len(written[0]) == 2
-    assert torch.equal(windows[0], windows[1])
-    assert torch.equal(windows[0][:6:3], written[0])
-    plain = setup.prepare(str(student), recovery(**SETTINGS, **given(texts, folder)), env, fresh=True).schedule
-    assert torch.equal(windows[0][[1, 2, 4, 5]], plain.windows[:4])
-    assert torch.equal(windows[0][6:], plain.windows[6:])
-    with pytest.raises(BillhookError, match="own-text is written by the unpruned model"):
-        recovery(**SETTINGS, **given(texts, folder, own_text=0.5, teacher="", objective="ce"))
-
-
 @pytest.mark.parametrize("trainable", trainables.TRAINERS)
 def test_only_what_is_trained_changes(
     trainable: str, student: Path, folder: Path, texts: tuple[Path, Path], tmp_path: Path
@@ -580,20 +555,3 @@ def test_minutes_buy_tokens(
     assert healing["tokens"] == pytest.approx(
         min((3 - 0.05) / (1 + budget.EVALUATING), 3 - 0.05 - least) * pace, rel=0.02
     )
-
-
-def test_what_the_teacher_writes_is_part_of_the_minutes(
-    student: Path, folder: Path, texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Written at a hundredth of the pace at which all else is done, half of the tokens take most of the time."""
-    for name, pace in (("training_pace", 1e4), ("answering_pace", 1e4), ("writing_pace", 1e2)):
-        monkeypatch.setattr(throughput, name, lambda *_, pace=pace: pace)
-    env = setup.Environment(tmp_path, tmp_path, PartialState(cpu=True), lambda *_: None)
-
-    def tokens(share: float) -> int:
-        chosen = recovery(**{**SETTINGS, **given(texts, folder, own_text=share, tokens=None, minutes=5)})
-        measure = setup._inspect(str(student), chosen, None, env)[2]
-        return measure()
-
-    none, half = tokens(0.0), tokens(0.5)
-    assert half == pytest.approx(none * 2.15 / (2.15 + 50), rel=0.5) and half < none / 10

@@ -35,13 +35,6 @@ class Recovery(Part):
     text: tuple[str, ...] = option(
         ("mixed",), "text to train on; may be repeated: a broad mix harms least", heading=TEXT
     )
-    own_text: float = option(
-        0.0,
-        "share of the windows that the teacher writes itself",
-        ge=0,
-        lt=1,
-        heading=TEXT,
-    )
     held_out: tuple[str, ...] = option(
         ("demo",), "text to judge by, better of another kind; may be repeated", heading=TEXT
     )
@@ -81,8 +74,6 @@ class Recovery(Part):
             raise SettingsError("--tokens and --minutes are two budgets: give one")
         if self.objective == "distill" and not self.teacher:
             raise SettingsError("--objective distill learns from the unpruned model: name it with --teacher, or use ce")
-        if self.own_text and not self.teacher:
-            raise SettingsError("--own-text is written by the unpruned model: name it with --teacher")
         if self.objective == "ce" and self.states == "on":
             raise SettingsError("--states on aligns with a teacher's hidden states: use it with --objective distill")
         if not self.held_out and self.guard:

@@ -3,7 +3,7 @@
 import gc
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,10 +25,8 @@ from billhook.runtime import cache, run_folder
 from billhook.runtime.memory import return_freed
 from billhook.runtime.precision import autocast_dtype
 from billhook.runtime.progress import Clock, Tick
-from billhook.tensors import Tokens
 from billhook.training import keep_zeros, teacher, throughput
 from billhook.training.early_stopping import EarlyStopping
-from billhook.training.own_text import ROWS, among, own_windows
 from billhook.training.schedule import Schedule
 from billhook.training.teacher import TeacherCache
 from billhook.training.text_windows import TrainingTexts, order_of, read
@@ -146,10 +144,6 @@ def prepare(name: str, chosen: Recovery, env: Environment, *, fresh: bool = Fals
     tokens = chosen.tokens or env.in_first(lambda: cache.cached(env.work, "tokens", {}, measure_tokens))
     rows = chosen.rows(tokens, process.num_processes)
     steps = max(1, round(tokens / (rows * chosen.seq_len)))
-    opened = _open_teacher(student, chosen, env) if chosen.teacher else None
-    if opened and chosen.own_text:
-        with clock("own text"):
-            texts = replace(texts, train=_with_own_text(opened, chosen, texts.train, steps * rows, env))
     share_left = len(student.seam.kept) / student.seam.total if student.seam else 1.0
     halved = chosen.objective == "distill" and share_left <= HALVED
     schedule = Schedule(
@@ -167,12 +161,9 @@ def prepare(name: str, chosen: Recovery, env: Environment, *, fresh: bool = Fals
         evaluate_after=evaluation_steps(steps * rows, steps, sum(len(text.tokens) for text in texts.held_out)),
     )
     predictions, perplexities = None, None
-    if opened:
+    if chosen.teacher:
         with clock("teacher"):
-            predictions, perplexities = _ask_teacher(opened, chosen, schedule, texts, env)
-    del opened
-    gc.collect()
-    return_freed()
+            predictions, perplexities = _ask_teacher(student, chosen, schedule, texts, env)
     return Prepared(student, chosen, env, texts, schedule, predictions, perplexities, clock)
 
 
@@ -249,9 +240,6 @@ def _affordable_tokens(
     model = _trainable(student.name, chosen, student.seam).to(env.device)
     pace = throughput.training_pace(model, chosen.seq_len, chosen.micro_batch, autocast, PACE_SECONDS)
     teacher_pace = throughput.answering_pace(model, chosen.seq_len, chosen.micro_batch, autocast)
-    if chosen.own_text:
-        writing_pace = throughput.writing_pace(model, chosen.seq_len, ROWS)
-        teacher_pace = 1 / (1 / teacher_pace + chosen.own_text / writing_pace)
     if chosen.teacher:
         skeleton = load.open_skeleton(chosen.teacher)
         teacher_pace *= size / sum(param.numel() for param in skeleton.parameters())
@@ -263,9 +251,11 @@ def _affordable_tokens(
     return tokens * env.process.num_processes
 
 
-def _open_teacher(student: Student, chosen: Recovery, env: Environment) -> load.Opened:
-    """The teacher, which reads and predicts the same tokens as the student."""
-    name = chosen.teacher
+def _ask_teacher(
+    student: Student, chosen: Recovery, schedule: Schedule, texts: TrainingTexts, env: Environment
+) -> tuple[TeacherCache | None, dict[str, float]]:
+    """The teacher's predictions on disk, and its own perplexities; the teacher is gone from memory afterwards."""
+    name, process = chosen.teacher, env.process
     if data.fingerprint(load.open_tokenizer(name, env.tick)) != data.fingerprint(student.tokenizer):
         raise BillhookError(
             f"teacher {name} has another tokenizer than {student.name}: name the model that was pruned, or use "
@@ -278,28 +268,7 @@ def _open_teacher(student: Student, chosen: Recovery, env: Environment) -> load.
             "pruned, "
             "or use --objective ce"
         )
-    return opened
-
-
-def _with_own_text(opened: load.Opened, chosen: Recovery, train: Tokens, wanted: int, env: Environment) -> Tokens:
-    """Training windows, as many as before, of whose first `wanted` the teacher wrote a share."""
-    windows = train[:wanted]
-    if not (count := round(chosen.own_text * len(windows))):
-        return train
-    begun = windows[len(windows) - count :]  # they make room for what goes on from them
-
-    def write() -> list[list[int]]:
-        return own_windows(opened.model, opened.tokenizer, begun, chosen.seed, env.tick).tolist()
-
-    own = env.in_first(lambda: cache.cached(env.work, "own text", {}, write))
-    return torch.cat([among(windows, torch.tensor(own)), train[wanted:]])
-
-
-def _ask_teacher(
-    opened: load.Opened, chosen: Recovery, schedule: Schedule, texts: TrainingTexts, env: Environment
-) -> tuple[TeacherCache | None, dict[str, float]]:
-    """The teacher's predictions on disk, and its own perplexities."""
-    process, predictions = env.process, None
+    predictions = None
     if chosen.objective == "distill":
         predictions = teacher.fill_cache(
             opened.model,
@@ -312,6 +281,9 @@ def _ask_teacher(
     evaluation = EarlyStopping(texts.held_out, (), schedule.autocast)
     losses = env.in_first(partial(cache.cached, env.work, "teacher", {}, partial(evaluation.losses, opened.model)))
     process.wait_for_everyone()
+    del opened
+    gc.collect()
+    return_freed()
     return predictions, {text: perplexity_of(window_losses) for text, window_losses in losses.items()}
 
 

@@ -3,7 +3,6 @@
 early_stopping  When training ends before its last step: held-out text that gets worse, a loss that is not finite
 fitted          The text that a pruned model was calibrated on, by its record
 keep_zeros      Exact zeros in the linear weights of the decoder layers, which training must not fill
-own_text        Text that a model writes itself, to train a cut one on
 refinement      What a cut has left, moved towards the unpruned model by gradient, a few layers at once
 schedule        The schedule of a training run, and which of its checkpoints are whole
 teacher         The teacher's predictions for every training window, cached on disk

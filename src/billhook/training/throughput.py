@@ -6,11 +6,9 @@ from typing import Any
 import torch
 
 from billhook.math.losses import most_likely, next_token
-from billhook.models.greedy import tokens_after
 from billhook.runtime.precision import computing
 
 TOP_K = 256  # predictions of each token that a recovery keeps by default
-WRITTEN = 8  # tokens by which it is told how fast a model writes
 WARM_UP = 1  # first steps that are not counted, since they allocate gradients and optimiser state
 
 
@@ -43,21 +41,6 @@ def answering_pace(model: Any, seq_len: int, rows: int, autocast: torch.dtype | 
             most_likely(model(tokens, use_cache=False).logits, TOP_K)
         _wait(model.device)
     return tokens.numel() / (time.perf_counter() - started)
-
-
-@torch.inference_mode()
-def writing_pace(model: Any, seq_len: int, rows: int) -> float:
-    """Tokens a second that a model writes, `rows` texts at once, halfway through a window."""
-    begun = _any_tokens(model, rows, max(1, seq_len // 2))
-
-    def seconds(count: int) -> float:
-        started = time.perf_counter()
-        tokens_after(model, begun, count)
-        _wait(model.device)
-        return time.perf_counter() - started
-
-    seconds(1)  # warms up
-    return rows * WRITTEN / max(seconds(1 + WRITTEN) - seconds(1), 1e-9)
 
 
 def _any_tokens(model: Any, rows: int, seq_len: int) -> torch.Tensor:
