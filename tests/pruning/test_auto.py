@@ -107,6 +107,7 @@ def test_what_no_rival_can_give_is_refused_in_one_line(text_file: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["granite", "mistral", "phi3", "qwen2"])
+@pytest.mark.covering(some={"family": 2})
 def test_which_family_it_is_does_not_show(text_file: Path, family: str) -> None:
     """The same function, written as another family, is cut in the same places, and as well."""
     carried = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "carry_over.py"))["carried"]
