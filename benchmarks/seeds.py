@@ -23,6 +23,7 @@ from billhook.pruning.recipe import recipe
 from billhook.reports.formatting import number
 
 UNEVEN = {"method": "fasp", "layout": "per_layer"}
+CHANCES = {"method": "policy", "layout": "per_layer"}
 MISSED = {"method": "mope", "layout": "per_layer", "axes": ("groups", "ffn", "layers")}
 ROWS: dict[str, dict[str, Any]] = {
     "fasp": {"method": "fasp"},
@@ -37,6 +38,18 @@ ROWS: dict[str, dict[str, Any]] = {
     "mope, joint": {**MISSED, "stage": "joint"},
     "mope, in its own order": {**MISSED, "order": "global"},
     "mope, not restored": {**MISSED, "restoration": False},
+    "policy": {**CHANCES},
+    "policy, not restored": {**CHANCES, "restoration": False},
+    "policy, not restored, shuffled": {**CHANCES, "restoration": False, "shuffled": True},
+    "policy, not restored, moving average": {
+        **CHANCES,
+        "restoration": False,
+        "baseline": "ema",
+        "masks": 2,
+        "steps": 256,
+    },
+    "policy, groups and ffn": {**CHANCES, "axes": ("groups", "ffn")},
+    "policy, equal widths": {**CHANCES, "layout": "uniform"},
     "adapruner": {"method": "adapruner", "layout": "per_layer"},
     "goa": {"method": "goa"},
     "goa, not recovered": {"method": "goa", "recovery": False},

@@ -128,6 +128,19 @@ MODULE_STAGES = {
     "joint": "whole layers weighed against the others in one table (the paper's for pre-training)",
 }
 
+BASELINES = {
+    "loo": "the mean loss of the step's other masks: no bias, whatever the batch",
+    "ema": "a moving average of the losses of the steps before (the paper's)",
+}
+UNIT_PRICES = {
+    "parameters": "the parameters that it owns, all axes together",
+    "count": "the same, each axis with a budget of its own (the paper's)",
+}
+VARIANTS = {
+    "billhook": "chunks of channels, prices, four masks a step: for a few hundred forward passes",
+    "paper": "single channels, two masks a step, 15,000 steps at a rate of 0.002, nothing restored",
+}
+
 # What a search tries
 SAMPLERS = {
     "tpe": "tree-structured Parzen estimators, over all dimensions together (AdaPruner's)",

@@ -32,6 +32,10 @@ WindowUnits = Float[Tensor, "windows units"]
 SlotUnits = Float[Tensor, "slots units"]
 Clusters = Int[Tensor, " windows"]  # which cluster each window belongs to, from 0
 Shares = Float[Tensor, " windows"]  # what each window weighs in a mixture, summing to 1
+Chances = Float[Tensor, " units"]  # the chance of each unit to stay, float64
+Places = Int[Tensor, " units"]  # the layer, or the group, that each unit belongs to
+Drawn = Float[Tensor, "masks units"]  # masks of units: 1 where one stays
+MaskLosses = Float[Tensor, " masks"]
 WITHOUT_FLOAT64 = {"mps"}  # types of devices that have no float64
 
 

@@ -70,7 +70,8 @@ class Setting:
             said.setdefault(str(owner.Settings.model_fields[self.name].description), []).append(owner.name)
         if len(said) < 2:
             return str(self.field.description)
-        return "; ".join(f"{', '.join(names)}: {words}" for words, names in said.items())
+        few = {words: f"{', '.join(names)}: " * (len(names) <= FEW) for words, names in said.items()}
+        return "; ".join(f"{whose}{words}" for words, whose in few.items())
 
     def parameter(self) -> inspect.Parameter:
         """The parameter of a command's function that stands for it; None: not given."""

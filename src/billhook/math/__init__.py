@@ -16,6 +16,7 @@ mope           MoPE-CLIP's table: what each module is worth, and which go first
 optishear      OptiShear: Wanda's score with its parts transformed
 overlap        Windows that share text with others: a run of tokens in common
 pattern        Sparsity patterns: a share of zeros, or N of every M neighbours
+policy         Policy gradients: chances of units to stay, learned from losses alone
 restore        Closed-form reconstruction of the kept weights: no training, no gradients
 scores         Importance of the columns of a reader: what the layer's output loses when one goes
 selection      Units to drop, by their scores

@@ -13,6 +13,7 @@ minutes      what auto may spend, and what each part of it costs
 mope         the modules that are missed least go, then as fasp
 narrowed     settings of cuts that refit what stays
 optishear    zeros: by a score whose parts are searched
+policy       the units whose chances to stay are lowest go, by losses of masks, then as fasp
 rivals       the ways to cut that auto tries
 searched     settings of a search
 slicegpt     a narrower residual stream
@@ -33,6 +34,7 @@ from billhook.methods import (
     magnitude,
     mope,
     optishear,
+    policy,
     slicegpt,
     sparsegpt,
     wanda,
@@ -46,6 +48,7 @@ OWN: dict[str, Method] = {
         auto.METHOD,
         fasp.METHOD,
         mope.METHOD,
+        policy.METHOD,
         adapruner.METHOD,
         layerchop.METHOD,
         experts.METHOD,

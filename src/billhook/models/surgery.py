@@ -60,7 +60,8 @@ def _holder(model: PreTrainedModel, counter: str) -> tuple[Any, str]:
 
 @contextmanager
 def without(model: PreTrainedModel, dropped: Iterable[tuple[Axis, Tensor]], gone: Iterable[int] = ()) -> Iterator[None]:
-    """While open, these units (by number) are physically removed and the layers `gone` are skipped.
+    """While open, these units (by number) are physically removed and the layers `gone` are skipped.  All units of an
+    axis together are silenced.
 
     Afterwards every tensor is the same object as before, and every size is restored.  No weight is written to, and only
     narrowed ones are copied: trying a cut costs less than the cut saves in a forward pass.
@@ -71,6 +72,9 @@ def without(model: PreTrainedModel, dropped: Iterable[tuple[Axis, Tensor]], gone
             module.forward = lambda hidden_states, *_, **__: as_output(model, hidden_states)
             undo.callback(delattr, module, "forward")
         for axis, units in dropped:
+            if len(units) == axis.units and not axis.modules:  # no family's code runs without any
+                undo.enter_context(silenced(model, [(axis, units)]))
+                continue
             for _, owner, leaf in owners(model, axis):
                 for name in (leaf, *(size for size in SIZES if hasattr(owner, size))):
                     undo.callback(setattr, owner, name, getattr(owner, name))

@@ -9,6 +9,7 @@ command          the command line that makes a result again
 latency          how long a layer takes at candidate sizes, on this machine
 layer_plan       whole layers
 method           what a method is, and the phases of a prune
+ordered_plan     units of axes and layers by one order of all
 plan_lines       one line that says what will go
 planners         from parameters to save to units of axes
 recipe           a recipe and its parts

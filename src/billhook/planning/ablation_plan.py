@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -18,6 +17,7 @@ from billhook.models.surgery import silenced
 from billhook.planning import planners
 from billhook.planning.ablation import Dropped, Judge, Table, missed_least
 from billhook.planning.budget import Planner, solved
+from billhook.planning.ordered_plan import Ordered, beside, in_order, layers_parameters
 from billhook.planning.recipe import Recipe
 from billhook.runtime import cache
 from billhook.runtime.run import Run
@@ -43,19 +43,10 @@ def width_planner(
     """
     if recipe.shape.layout == "uniform":
         return planners.even_planner(model, recipe, gone=gone)
-    weighing = planners.weighing_planner(model, recipe, table.curves(model, order.joint), gone=gone)
     if order.by == "knapsack":
-        return weighing
-    steps, total = _steps(model, recipe, table, order.joint, gone), len(layers(model)) - len(gone)
-    by_layers = _parameters(model, gone)
-
-    def make(saving: float | int) -> Plan:
-        counts, more = mope.lowest_first(steps, saving - by_layers, total)
-        places = [(axis.layer, axis.kind) for axis in axes(model, recipe.unit_kinds)]
-        left = [place for place in places if place[0] not in {*gone, *more}]
-        return Plan({place: counts.get(place, 0) for place in left}, tuple(sorted({*gone, *more})))
-
-    return Planner(make, weighing.most, weighing.step)
+        return planners.weighing_planner(model, recipe, table.curves(model, order.joint), gone=gone)
+    order_of = Ordered(table.worths, table.module_losses(), table.layers if order.joint else {})
+    return in_order(model, recipe, order_of, gone=gone)
 
 
 def plan(
@@ -84,7 +75,7 @@ def plan(
         gone = sorted(one["layer"] for one in depth)
         found = Plan(layers=tuple(gone))
         if recipe.unit_kinds:  # the budget is met by the widths of the layers that stay
-            planner = _beside(model, recipe, width_planner(model, recipe, table, order, gone), gone)
+            planner = beside(model, recipe, width_planner(model, recipe, table, order, gone), gone)
             found = solved(opened, recipe, planner, run.tick)
     return found, {"depth": depth, **_foretold(judge, found, table, run)}
 
@@ -106,7 +97,7 @@ def by_both(model: PreTrainedModel, recipe: Recipe, depth: float) -> Planner:
 
     def make(saving: float | int) -> Plan:
         gone = layer_presets.middle(total, count(saving) if recipe.unit_kinds else max(1, round(saving / each)))
-        return _beside(model, recipe, planners.even_planner(model, recipe, gone=gone), gone).make(saving)
+        return beside(model, recipe, planners.even_planner(model, recipe, gone=gone), gone).make(saving)
 
     step = min((axis.price(model) for axis in axes(model, recipe.unit_kinds)), default=each)
     return Planner(make, (total - 1) * each + widths, step)
@@ -124,48 +115,9 @@ def _widths_first(model: PreTrainedModel, recipe: Recipe, table: Table, order: O
     total, gone = len(layers(model)), likely.layers
     if not likely.kinds:
         return Plan()
-    saving = (sizes.saved_by(model, likely) - _parameters(model, gone)) * total / (total - len(gone))
+    saving = (sizes.saved_by(model, likely) - layers_parameters(model, gone)) * total / (total - len(gone))
     planner = width_planner(model, recipe, table, order)
     return planner.make(min(max(saving, planner.step), planner.most))
-
-
-def _beside(model: PreTrainedModel, recipe: Recipe, planner: Planner, gone: Collection[int]) -> Planner:
-    """The same, where layers that go are all that is asked for, or more, without any widths."""
-    places = [(axis.layer, axis.kind) for axis in axes(model, recipe.unit_kinds) if axis.layer not in gone]
-    nothing, by_layers = Plan(dict.fromkeys(places, 0), tuple(sorted(gone))), _parameters(model, gone)
-
-    def make(saving: float | int) -> Plan:
-        return nothing if gone and saving - by_layers < planner.step / 2 else planner.make(saving)
-
-    return Planner(make, planner.most, planner.step)
-
-
-def _parameters(model: PreTrainedModel, numbers: Collection[int]) -> int:
-    return sum(sizes.layer_parameters(model, n) for n in numbers)
-
-
-def _steps(model: PreTrainedModel, recipe: Recipe, table: Table, joint: bool, gone: Collection[int]) -> list[mope.Step]:
-    """What each axis may give, in the order of its modules, and whole layers if they may go."""
-    losses, found = table.module_losses(), list[mope.Step]()
-    for axis in axes(model, recipe.unit_kinds):
-        if axis.layer in gone:
-            continue
-        place, price = (axis.layer, axis.kind), axis.price(model)
-        dearest = float("-inf")
-        for before, count in pairwise(allowed_drops(model, axis, recipe.shape.width_step, "per_layer")):
-            if axis.units - count < recipe.shape.floor * axis.units:
-                break
-            units = selection.lowest(table.worths[place], count, axis.blocks)[0]
-            kept = selection.lowest(table.worths[place], before, axis.blocks)[1]
-            new = [unit for unit in units.tolist() if unit in set(kept.tolist())]
-            dearest = max(dearest, float(losses[place][new].max()))
-            found.append(mope.Step(*place, count, count * price, dearest))
-    whole = table.layers if joint else {}
-    return found + [
-        mope.Step(n, mope.LAYER, 0, sizes.layer_parameters(model, n), loss)
-        for n, loss in whole.items()
-        if n not in gone
-    ]
 
 
 def _dropped(model: PreTrainedModel, plan: Plan, worths: Mapping[AxisKey, Scores]) -> Dropped:

@@ -105,6 +105,15 @@ def gradient_scores(model: PreTrainedModel, recipe: Recipe, score: str, tokens: 
         return {place: FROM_GRADIENTS[score](of_unit) for place, of_unit in sums.items()}
 
 
+def unit_scores(
+    model: PreTrainedModel, recipe: Recipe, score: str, settings: Settings, tokens: Tokens, run: Run
+) -> UnitScores:
+    """A score of every unit: by the gradients of one pass, or by the Grams of another; nothing without axes."""
+    if not recipe.unit_kinds:
+        return {}
+    return gradient_scores(model, recipe, score, tokens, run) or _forward_scores(model, recipe, settings, tokens, run)
+
+
 def measured(
     model: PreTrainedModel, recipe: Recipe, settings: Settings, texts: Texts, scores: UnitScores, run: Run
 ) -> Curves:

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from billhook.reports.formatting import finite, mebibytes, number, percent, ranges, signed
+from billhook.reports.formatting import finite, mebibytes, number, percent, ranges, signed, with_error
 from billhook.reports.recovery_tables import recovery_rows, selection_words
 from billhook.reports.search_tables import choice_words
 from billhook.reports.tables import begun_words
@@ -102,7 +102,7 @@ def _pruned_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
     if dropped := cut.get("dropped_layers"):
         kept = f"; kept: {ranges(cut['kept_layers'])}" if cut.get("kept_layers") else ""
         rows.append(("layers", f"dropped: {ranges(dropped)}{kept} (numbered from 0)"))
-    rows += [*auto_rows(cut), *missed_rows(cut.get("mope"))]
+    rows += [*auto_rows(cut), *missed_rows(cut.get("mope")), *policy_rows(cut.get("policy"))]
     if selection := cut.get("selection"):
         rows.append(("layers chosen", selection_words(selection)))
     if search := cut.get("search"):
@@ -158,6 +158,23 @@ def missed_rows(mope: Mapping[str, Any] | None) -> list[tuple[str, str]]:
         words = [f"{one['layer']}: {number(one['lost'], '{:.4f}')}" for one in depth]
         rows.append(("layers missed least", f"{', '.join(words)} (on the cut model, one after another)"))
     return rows
+
+
+def policy_rows(policy: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """What the method `policy` has learned, and whether it was taken, as (name, value)."""
+    if not policy:
+        return []
+    bare, taken = policy["unrestored"], "taken" if policy["accepted"] else f"not taken: {policy['standard']} was"
+    learned = with_error(bare["gain"], bare["standard_error"], "{:.4f}")
+    won = with_error(policy["gain"], policy["standard_error"], "{:.4f}")
+    masks = f"{policy['forwards']:,} masks of {policy['units']:,} units"
+    return [
+        (
+            "learned",
+            f"{learned} nats a token better than its start before restoration, {won} than {policy['standard']} as cut; {taken} "
+            f"({masks})",
+        )
+    ]
 
 
 def missed_header() -> list[str]:

@@ -1,4 +1,4 @@
-"""Searches for samples, metrics and budgets: AdaPruner and OptiShear.
+"""Searches for samples, metrics, budgets and units: AdaPruner, OptiShear, policy gradients.
 
 adapruner     AdaPruner's search from its inputs to the winner, step by step
 budgets       How a cut may be spread while it saves as much: over layers, between attention and FFN, in whole layers
@@ -11,6 +11,7 @@ layer_blocks  Blocks of layers that a search may drop whole: which one of each l
 measured      What AdaPruner's search measures before the first trial, and what a candidate drops
 metrics       AdaPruner's solution space: mixtures of windows and importance metrics
 optishear     OptiShear's search: by which metric, and with which sparsities over depth
+policy        Policy gradients: chances of units to stay, checked and accepted by windows of their own
 pool          The pool that a search for calibration samples draws from: short windows of several texts
 samplers      Optuna's samplers: a study in memory that proposes trials and is told their losses
 settings      What a search reads of a recipe
