@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from billhook.errors import BillhookError
-from billhook.math.mope import HAIR, Step, lowest_first, parts, ties_broken, worth
+from billhook.math.mope import HAIR, parts, ties_broken, worth
+from billhook.math.ordering import Step, lowest_first
 
 
 def test_parts_are_all_units_the_lowest_scores_first() -> None:
@@ -44,7 +45,7 @@ def steps(seed: int, whole: bool) -> list[Step]:
         for kind, price in (("ffn", 3), ("groups", 7)):
             losses = sorted(draw.random() for _ in range(5))
             found += [Step(layer, kind, n + 1, price * (n + 1), loss) for n, loss in enumerate(losses)]
-        found += [Step(layer, "layers", 0, 60, draw.random())] if whole else []
+        found += [Step(layer, None, 0, 60, draw.random())] if whole else []
     return found
 
 
@@ -58,8 +59,8 @@ def test_the_lowest_losses_go_first_until_the_budget_is_met(seed: int, whole: bo
         saved = sum(savings[(*place, count)] for place, count in counts.items()) + 60 * len(gone)
         assert abs(saved - target) <= (30 if whole else 3.5) and not {n for n, _ in counts} & set(gone)
         taken = [s for s in found if s.layer in gone or counts.get((s.layer, s.kind), 0) >= s.count > 0]
-        left = [s for s in found if s not in taken and s.kind != "layers" and s.layer not in gone]
-        cheap = [s for s in left if s.loss < max(t.loss for t in taken if t.kind != "layers" and t.layer not in gone)]
+        left = [s for s in found if s not in taken and not s.whole and s.layer not in gone]
+        cheap = [s for s in left if s.loss < max(t.loss for t in taken if not t.whole and t.layer not in gone)]
         # what is left out though it costs less would have led too far, or comes after one that would
         assert all(
             saved + savings[s.layer, s.kind, s.count] - savings.get((s.layer, s.kind, s.count - 1), 0) > target
@@ -69,7 +70,7 @@ def test_the_lowest_losses_go_first_until_the_budget_is_met(seed: int, whole: bo
 
 
 def test_one_layer_stays_and_too_large_a_budget_is_refused() -> None:
-    whole = [Step(n, "layers", 0, 10, 0.1) for n in range(3)]
+    whole = [Step(n, None, 0, 10, 0.1) for n in range(3)]
     assert lowest_first(whole, 20, 3) == ({}, [0, 1])
     with pytest.raises(BillhookError, match="can save at most 20"):
         lowest_first(whole, 30, 3)

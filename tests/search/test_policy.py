@@ -44,24 +44,23 @@ def uneven() -> PreTrainedModel:
     return model
 
 
-def learned(text: str, **other: Any) -> tuple[float, dict[str, Any]]:
-    """By how much a channel of the layer that matters is likelier to stay than one of the layer that does not; the
-    record."""
-    how = dict(layout="per_layer", objective="kl", rate=6.0, steps=24, masks=8, restoration=False, seed=1)
-    record = pruned(text, uneven(), **{**how, **other}).record["policy"]
+def learned(text: str, seed: int, **other: Any) -> tuple[float, dict[str, Any]]:
+    """By how much a channel of the layer that matters is likelier to stay than one of the layer that does not; what
+    came of it before anything was restored."""
+    how = dict(layout="per_layer", objective="kl", rate=6.0, steps=24, masks=8, restoration=False)
+    record = pruned(text, uneven(), seed=seed, **how, **other).record["policy"]
     chances = {one["layer"]: one["chance"] for one in record["kept"]}
-    return chances[1] - chances[2], record
+    return chances[1] - chances[2], record["unrestored"]
 
 
-def test_what_matters_is_learned_and_nothing_from_shuffled_losses(text: str) -> None:
-    apart, record = learned(text)
-    found = record["unrestored"]
-    assert apart > 0.2 and found["gain"] > 4 * found["standard_error"] > 0 and found["learned"] < found["start"] / 2
-    controls = [learned(text, shuffled=True, seed=seed) for seed in (0, 1)]
-    drifts = [drift for drift, _ in controls]
-    ends = [(one["checks"][0]["loss"], one["checks"][-1]["loss"]) for _, one in controls]
-    assert abs(sum(drifts)) / 2 < apart / 3  # chances drift, one way or another
-    assert sum(after - before for before, after in ends) > 0  # and as often as not for the worse
+def test_what_matters_is_learned(text: str) -> None:
+    drifts = []
+    for seed in range(3):
+        drift, found = learned(text, seed)
+        assert found["gain"] > 4 * found["standard_error"] > 0 and found["learned"] < 0.7 * found["start"]
+        drifts.append(drift)
+    shuffled = [learned(text, seed, shuffled=True)[0] for seed in range(3)]
+    assert sum(drifts) / 3 > 0.2 and sum(drifts) > sum(map(abs, shuffled))
 
 
 @pytest.mark.covering
@@ -203,5 +202,5 @@ def test_what_cannot_be_learned_is_refused(text: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(
         search.Evaluator, "losses", lambda *given: [[float("nan")] * len(each) for each in real(*given)]
     )
-    with pytest.raises(BillhookError, match="no mask has a finite loss in float32"):
+    with pytest.raises(BillhookError, match="no mask has a finite loss in (float32|bfloat16)"):
         pruned(text)

@@ -14,6 +14,7 @@ merging        Similar experts are merged into one
 metric         The points of OptiShear's space: which transformations a score has
 mope           MoPE-CLIP's table: what each module is worth, and which go first
 optishear      OptiShear: Wanda's score with its parts transformed
+ordering       Which steps of a model go first: the lowest of one order of all
 overlap        Windows that share text with others: a run of tokens in common
 pattern        Sparsity patterns: a share of zeros, or N of every M neighbours
 policy         Policy gradients: chances of units to stay, learned from losses alone

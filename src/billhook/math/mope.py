@@ -8,18 +8,14 @@ least go first.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from billhook.errors import BillhookError
 from billhook.tensors import Scores
 
 HAIR = 1e-6  # by how much units of one module differ, as a share of what each is worth: only their order counts
-LAYER = "layers"  # the kind of a step that takes a whole layer
-SHORT = 0.005  # share of a saving that may be missing
 
 
 def parts(scores: Scores, count: int) -> list[Tensor]:
@@ -50,51 +46,3 @@ def ties_broken(losses: Sequence[float | int], finer: Sequence[float | int]) -> 
     steps = [b - a for a, b in pairwise(sorted(set(losses)))]
     share = min(steps, default=1.0) / (2 * max(sum(finer), 1e-300)) if any(finer) else 0.0
     return [loss + share * more for loss, more in zip(losses, finer, strict=True)]
-
-
-@dataclass(frozen=True)
-class Step:
-    """A little more from one axis of a layer, or the layer as a whole."""
-
-    layer: int
-    kind: str
-    count: int  # units of the axis that are gone after it
-    saving: float | int  # of all of them; of a whole layer, all its parameters
-    loss: float  # of the module that it takes units of
-
-
-def lowest_first(
-    steps: Sequence[Step], target: float | int, layers: int
-) -> tuple[dict[tuple[int, str], int], list[int]]:
-    """The steps of lowest loss until about `target` is saved: units gone by (layer, kind), and layers gone.
-
-    A step that would lead further beyond the target than it is short of it is left out.
-
-    Args:
-        steps: those of one axis in the order of their counts, their losses ascending.
-        layers: how many there are, of which one stays.
-
-    Raises:
-        BillhookError: all of them together save less.
-    """
-    taken: dict[int, dict[str, Step]] = {}
-    gone, saved, left_out = list[int](), 0.0, False
-    for step in sorted(steps, key=lambda step: step.loss):
-        of_layer = taken.setdefault(step.layer, {})
-        if step.layer in gone or (step.kind == LAYER and len(gone) + 1 == layers):
-            continue
-        before = of_layer.values() if step.kind == LAYER else [of_layer[step.kind]] if step.kind in of_layer else []
-        more = step.saving - sum(one.saving for one in before)
-        if saved + more - target > max(target - saved, 0.0):
-            left_out = True
-            continue
-        saved += more
-        if step.kind == LAYER:
-            gone.append(step.layer)
-            of_layer.clear()
-        else:
-            of_layer[step.kind] = step
-    if saved < target * (1 - SHORT) and not left_out:
-        raise BillhookError(f"the budget asks to save {target:,.0f}, but the axes can save at most {saved:,.0f} here")
-    counts = {(n, kind): step.count for n, of_layer in taken.items() for kind, step in of_layer.items()}
-    return counts, sorted(gone)

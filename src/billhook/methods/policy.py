@@ -7,6 +7,7 @@ from billhook.choices import BASELINES, SEARCH_OBJECTIVES, UNIT_PRICES, VARIANTS
 from billhook.cuts.settings import Narrowing
 from billhook.errors import BillhookError, SettingsError
 from billhook.methods.narrowed import NarrowingSettings
+from billhook.methods.searched import asked
 from billhook.planning.method import LAYOUT, Method, Opened, Planned, Run, Text, Texts
 from billhook.planning.recipe import Recipe
 from billhook.runtime.options import option
@@ -54,6 +55,11 @@ class PolicySettings(NarrowingSettings):
         """A setting, or the variant's default for it."""
         value = getattr(self, name)
         return DEFAULTS[self.variant][name] if value in (None, "") else value
+
+    @property
+    def restores(self) -> bool:
+        """Whether kept weights are refitted."""
+        return self.cut.restoration
 
     @property
     def cut(self) -> Narrowing:
@@ -146,20 +152,9 @@ class Policy(Method):
 
 def _asked(recipe: Recipe) -> SearchSettings:
     """What a search reads of a recipe."""
-    chosen, shape, text = recipe.settings, recipe.shape, recipe.calibration
-    return SearchSettings(
-        **{"trials": 0, "minutes": None, "space": "", "sampler": "", "objective": chosen.objective},
-        validation=chosen.validation,
-        calibration=text.source,
-        seq_len=text.seq_len,
-        seed=text.seed,
-        layout=shape.layout,
-        floor=shape.floor,
-        width_step=shape.width_step,
-        restores=chosen.cut.restoration,
-        decides=recipe.flat(),
-        pool_len=chosen.window_len,
-    )
+    chosen: PolicySettings = recipe.settings
+    lacking: dict[str, Any] = {"trials": 0, "minutes": None, "space": "", "sampler": ""}
+    return asked(recipe, **lacking, pool_len=chosen.window_len)
 
 
 def _search(opened: Opened, recipe: Recipe, texts: Texts, evaluator: Any, run: Run) -> Any:

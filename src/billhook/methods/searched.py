@@ -1,5 +1,7 @@
 """Settings of a search, which `billhook search` has."""
 
+from typing import Any
+
 from billhook.choices import GROUPS, SAMPLERS, SEARCH_OBJECTIVES, SPACES
 from billhook.planning.method import MethodSettings
 from billhook.planning.recipe import Recipe
@@ -38,13 +40,13 @@ class SearchedSettings(MethodSettings):
         return False
 
 
-def asked(recipe: Recipe) -> SearchSettings:
-    """What a search reads of a recipe."""
+def asked(recipe: Recipe, **given: Any) -> SearchSettings:
+    """What a search reads of a recipe; `given` has what the method's settings lack of it."""
     chosen, shape, text = recipe.settings, recipe.shape, recipe.calibration
     decides = {name: value for name, value in recipe.flat().items() if name not in ("trials", "minutes")}
     return SearchSettings(
-        **{name: getattr(chosen, name) for name in OF_A_SEARCH},
-        **{name: getattr(chosen, name) for name in OF_A_POOL if hasattr(chosen, name)},
+        **{name: getattr(chosen, name) for name in (*OF_A_SEARCH, *OF_A_POOL) if hasattr(chosen, name)},
+        **given,
         calibration=text.source,
         seq_len=text.seq_len,
         seed=text.seed,

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 from billhook.tensors import Scores
 
+WHOLE = "layers"  # the kind of a place that stands for a whole layer
+
 
 @dataclass(frozen=True)
 class Plan:

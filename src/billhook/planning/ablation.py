@@ -22,7 +22,7 @@ from billhook.math import mope
 from billhook.math.losses import next_token
 from billhook.models.axes import Axis, axes, reader_weight
 from billhook.models.families import layers
-from billhook.models.plan import AxisKey, Curves, UnitScores
+from billhook.models.plan import WHOLE, AxisKey, Curves, UnitScores
 from billhook.models.surgery import silenced
 from billhook.planning import planners
 from billhook.planning.sensitivity import Probe
@@ -135,7 +135,7 @@ class Table:
     def layers(self) -> dict[int, float]:
         """What each whole layer costs, if that was measured."""
         pairs = zip(self.modules, self.losses, strict=True)
-        return {module.layer: loss for module, loss in pairs if module.kind == mope.LAYER}
+        return {module.layer: loss for module, loss in pairs if module.kind == WHOLE}
 
     @cached_property
     def worths(self) -> dict[AxisKey, Scores]:
@@ -156,7 +156,7 @@ class Table:
     def curves(self, model: PreTrainedModel, whole_layers: bool) -> Curves:
         """What any number of units of an axis costs if losses add up."""
         found = planners.score_curves(model, self.worths)
-        return found | {(n, mope.LAYER): {1: loss} for n, loss in self.layers.items() if whole_layers}
+        return found | {(n, WHOLE): {1: loss} for n, loss in self.layers.items() if whole_layers}
 
     def rows(self) -> list[dict[str, Any]]:
         """Of each layer and kind what every module costs by the metric; of FFNs the part of lowest scores first."""
@@ -176,7 +176,7 @@ class Table:
     def _by_place(self) -> dict[AxisKey, list[tuple[Module, float]]]:
         found: dict[AxisKey, list[tuple[Module, float]]] = {}
         for module, loss in zip(self.modules, self.losses, strict=True):
-            if module.kind != mope.LAYER:
+            if module.kind != WHOLE:
                 found.setdefault((module.layer, module.kind), []).append((module, loss))
         return found
 
@@ -198,7 +198,7 @@ def measured(
         scores: of FFN channels, where they come from elsewhere than `settings`.
     """
     model, total, found = judge.model, len(layers(judge.model)), list[Module]()
-    others = axes(model, tuple(kind for kind in kinds if kind not in ("ffn", mope.LAYER)))
+    others = axes(model, tuple(kind for kind in kinds if kind not in ("ffn", WHOLE)))
     judge.probe.begin()
     for n, parted in _parted(model, tokens, "ffn" in kinds, settings, run, scores):
         run.tick(STAGE, n, total)
@@ -210,9 +210,9 @@ def measured(
                 for units in modules:
                     with silenced(model, [(axis, units)]):
                         found.append(Module(n, axis.kind, tuple(units.tolist()), *judge.lost(n)))
-            if mope.LAYER in kinds:
+            if WHOLE in kinds:
                 with silenced(model, [], [n]):
-                    found.append(Module(n, mope.LAYER, (), *judge.lost(n)))
+                    found.append(Module(n, WHOLE, (), *judge.lost(n)))
             judge.probe.advance()
     run.tick(STAGE, total, total)
     return Table(tuple(found))

@@ -7,12 +7,12 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from billhook.checkpoints.load import Opened
-from billhook.math import layer_presets, mope, selection
+from billhook.math import layer_presets, selection
 from billhook.models import sizes
 from billhook.models.axes import Axis, axes
 from billhook.models.families import layers
 from billhook.models.limits import allowed_drops
-from billhook.models.plan import AxisKey, Plan
+from billhook.models.plan import WHOLE, AxisKey, Plan
 from billhook.models.surgery import silenced
 from billhook.planning import planners
 from billhook.planning.ablation import Dropped, Judge, Table, missed_least
@@ -61,7 +61,7 @@ def plan(
         BillhookError: the budget cannot be met; says what can.
     """
     model, depth = opened.model, list[dict[str, Any]]()
-    if order.joint or mope.LAYER not in recipe.kinds:
+    if order.joint or WHOLE not in recipe.kinds:
         found = solved(opened, recipe, width_planner(model, recipe, table, order), run.tick)
     else:
         likely = solved(opened, recipe, by_both(model, recipe, order.depth), run.tick)

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from billhook.checkpoints.load import Opened
 from billhook.errors import BillhookError
-from billhook.math import mope, selection
+from billhook.math import selection
+from billhook.math.ordering import Step, lowest_first
 from billhook.models import sizes
 from billhook.models.axes import Axis, axes
 from billhook.models.families import layers
@@ -39,25 +40,23 @@ def in_order(model: PreTrainedModel, recipe: Recipe, order: Ordered, *, gone: Co
     found = [axis for axis in axes(model, recipe.unit_kinds) if axis.layer not in gone]
     steps = [step for axis in found for step in _steps(model, recipe, axis, order)]
     steps += [
-        mope.Step(n, mope.LAYER, 0, sizes.layer_parameters(model, n), value)
-        for n, value in order.whole.items()
-        if n not in gone
+        Step(n, None, 0, sizes.layer_parameters(model, n), value) for n, value in order.whole.items() if n not in gone
     ]
     total, by_layers = len(layers(model)), layers_parameters(model, gone)
-    most = {(step.layer, step.kind): step.saving for step in steps if step.kind != mope.LAYER}
-    largest = sum(most.values()) if not order.whole else sum(one.saving for one in steps if one.kind == mope.LAYER)
+    most = {(step.layer, step.kind): step.saving for step in steps if not step.whole}
+    largest = sum(most.values()) if not order.whole else sum(one.saving for one in steps if one.whole)
 
     def make(saving: float | int) -> Plan:
-        counts, more = mope.lowest_first(steps, saving - by_layers, total - len(gone))
+        counts, more = lowest_first(steps, saving - by_layers, total - len(gone))
         left = [(axis.layer, axis.kind) for axis in found if axis.layer not in more]
         return Plan({place: counts.get(place, 0) for place in left}, tuple(sorted({*gone, *more})))
 
     return Planner(make, by_layers + largest, min((step.saving for step in steps if step.count), default=1))
 
 
-def _steps(model: PreTrainedModel, recipe: Recipe, axis: Axis, order: Ordered) -> list[mope.Step]:
+def _steps(model: PreTrainedModel, recipe: Recipe, axis: Axis, order: Ordered) -> list[Step]:
     """What an axis may give, a step of its width at a time."""
-    place, price, found = (axis.layer, axis.kind), axis.price(model), list[mope.Step]()
+    place, price, found = (axis.layer, axis.kind), axis.price(model), list[Step]()
     within, across, last = order.within[place], order.across[place], float("-inf")
     for before, count in pairwise(allowed_drops(model, axis, recipe.shape.width_step, "per_layer")):
         if axis.units - count < recipe.shape.floor * axis.units:
@@ -65,7 +64,7 @@ def _steps(model: PreTrainedModel, recipe: Recipe, axis: Axis, order: Ordered) -
         kept = set(selection.lowest(within, before, axis.blocks)[1].tolist())
         units = selection.lowest(within, count, axis.blocks)[0].tolist()
         last = max(last, float(across[[unit for unit in units if unit in kept]].max()))
-        found.append(mope.Step(*place, count, count * price, last))
+        found.append(Step(*place, count, count * price, last))
     return found
 
 

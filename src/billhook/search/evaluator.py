@@ -16,7 +16,7 @@ from billhook.checkpoints import load
 from billhook.evaluation.perplexity import head_batches
 from billhook.math.losses import divergence, most_likely, next_token
 from billhook.models.axes import axes
-from billhook.models.plan import AxisKey
+from billhook.models.plan import WHOLE, AxisKey
 from billhook.models.surgery import with_weight, without
 from billhook.runtime import cache
 from billhook.runtime.precision import autocast_dtype, computing
@@ -27,7 +27,6 @@ from billhook.search.metrics import digest
 from billhook.tensors import Tokens
 
 TOP_K = 256  # predictions of the unpruned model that kl compares, for each token
-WHOLE = "layers"  # the kind of a place that stands for a whole layer
 Mask = Mapping[AxisKey, Tensor]  # units that go, by place; an empty tensor at (n, "layers") drops layer n whole
 
 

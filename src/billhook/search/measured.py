@@ -11,11 +11,11 @@ import torch
 from billhook.errors import BillhookError
 from billhook.math import selection
 from billhook.models.axes import Axis, axes
-from billhook.models.plan import AxisKey, Plan
+from billhook.models.plan import WHOLE, AxisKey, Plan
 from billhook.runtime.progress import Tick, ticked
 from billhook.runtime.run import Run
 from billhook.search.budgets import BaseCut, exchanged, longest_block, shaped
-from billhook.search.evaluator import WHOLE, Evaluator, Mask
+from billhook.search.evaluator import Evaluator, Mask
 from billhook.search.evidence import evidence, gate_fishers
 from billhook.search.ladder import RUNGS
 from billhook.search.layer_blocks import Block, Patch, cheapest, lengths, patch

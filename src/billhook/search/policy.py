@@ -31,12 +31,12 @@ from billhook.math import policy, selection
 from billhook.math.policy import Goal, Learning, Prices, State
 from billhook.models.axes import axes
 from billhook.models.families import layers
-from billhook.models.plan import AxisKey, Plan, UnitScores
+from billhook.models.plan import WHOLE, AxisKey, Plan, UnitScores
 from billhook.models.sizes import layer_parameters
 from billhook.models.surgery import cast
 from billhook.runtime import cache
 from billhook.runtime.run import Run
-from billhook.search.evaluator import WHOLE, Evaluator, Mask
+from billhook.search.evaluator import Evaluator, Mask
 from billhook.search.ladder import RESTORED_ON, RUNGS
 from billhook.search.trial import paired_gain, verdict
 from billhook.search.validation import Validation
