@@ -89,7 +89,10 @@ TABLES: dict[str, tuple[str, str]] = {  # name -> settings that tell rows apart,
         "model ratio row promoted text",
         "trials gain_validation gain_judged share_that_lasts rank_correlation",
     ),
-    "seeds": ("model calibration samples windows ratio seed row settings text", f"parameters {JUDGED} seconds"),
+    "seeds": (
+        "model calibration samples windows ratio seed row settings text",
+        f"parameters {JUDGED} seconds processor_seconds",
+    ),
     "serving": (
         "model layout prompt new_tokens",
         "parameters f16_mb q8_0_mb prefill prefill_least prefill_most decode decode_least decode_most llama_prefill "

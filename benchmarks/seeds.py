@@ -2,12 +2,14 @@
 
 Every row is one prune of a copy, to the parameters that FASP's equal widths leave at --ratio, whatever the row's
 method, axes and layout; what that costs on the first --windows windows of 512 tokens of every TEXT (`demo` stands for
-two), with the standard error of its factor over pairs of windows; and its seconds.  Rows that the table of results
+two), with the standard error of its factor over pairs of windows; its seconds, and those of all cores together, which
+other work beside it hardly changes.  Rows that the table of results
 holds already for the same settings are printed from there, unless --again.
 """
 
 import argparse
 import copy
+import os
 import time
 from typing import Any
 
@@ -79,6 +81,12 @@ def settings_of(row: str) -> str:
     return ", ".join(f"{name} {results.said(value)}" for name, value in ROWS[row].items())
 
 
+def processor_seconds() -> float:
+    """What this process and those that it waited for have computed so far, all cores together."""
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
+
+
 def known(row: str) -> list[dict[str, str]]:
     """What was measured of a row by the same settings, a text each; nothing where a text is missing."""
     same = {**{name: results.said(value) for name, value in how.items()}, "row": row, "settings": settings_of(row)}
@@ -89,9 +97,13 @@ def known(row: str) -> list[dict[str, str]]:
 def measured(row: str) -> list[dict[str, str]]:
     """The same, measured now and kept."""
     given = {"calibration": args.calibration, "samples": args.samples, "seed": args.seed, "params": size, **ROWS[row]}
-    copied, started = copy.deepcopy(opened.model), time.perf_counter()
+    copied, started, before = copy.deepcopy(opened.model), time.perf_counter(), processor_seconds()
     cut = billhook.prune(copied, tokenizer=opened.tokenizer, look=False, quiet=True, **given).model.float()
-    said = {"seconds": time.perf_counter() - started, "parameters": sizes.total_parameters(cut)}
+    said = {
+        "seconds": time.perf_counter() - started,
+        "processor_seconds": processor_seconds() - before,
+        "parameters": sizes.total_parameters(cut),
+    }
     judged = scoring.measured(scored(cut, opened.tokenizer), dense)
     results.write("seeds", [{**how, "row": row, "settings": settings_of(row), **said, **one} for one in judged])
     return known(row)
@@ -105,11 +117,17 @@ size = sizes.total_parameters(opened.model) - sizes.saved_by(
 )
 scored = scoring.Scoring(args.texts, args.windows, "float32")
 dense = scored(opened.model, opened.tokenizer)
-print(f"| | parameters | {scored.heads} | seconds |\n|---|---|" + "---|" * len(dense) + "---|", flush=True)
+print(
+    f"| | parameters | {scored.heads} | seconds | of all cores |\n|---|---|" + "---|" * len(dense) + "---|---|",
+    flush=True,
+)
 for name in map(str.strip, args.rows.split(";")):
     rows = (not args.again and known(name)) or measured(name)
     cells = " | ".join(
         f"{float(one['perplexity']):.2f} (×{float(one['factor']):.3f} ± {number(float(one['standard_error'] or 0), '{:.3f}')})"
         for one in rows
     )
-    print(f"| {name} | {int(rows[0]['parameters']):,} | {cells} | {float(rows[0]['seconds']):.0f} |", flush=True)
+    used = number(float(rows[0].get("processor_seconds") or "nan"), "{:.0f}")
+    print(
+        f"| {name} | {int(rows[0]['parameters']):,} | {cells} | {float(rows[0]['seconds']):.0f} | {used} |", flush=True
+    )

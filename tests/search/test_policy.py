@@ -202,5 +202,5 @@ def test_what_cannot_be_learned_is_refused(text: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(
         search.Evaluator, "losses", lambda *given: [[float("nan")] * len(each) for each in real(*given)]
     )
-    with pytest.raises(BillhookError, match="no mask has a finite loss in (float32|bfloat16)"):
+    with pytest.raises(BillhookError, match=r"no mask has a finite loss in (float32|bfloat16)"):
         pruned(text)
