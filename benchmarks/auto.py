@@ -35,6 +35,7 @@ from billhook.reports.formatting import number
 
 ROWS: dict[str, dict[str, Any]] = {
     "fasp": {"method": "fasp"},
+    "fasp, wanda, not restored": {"method": "fasp", "score": "wanda", "restoration": False},
     "layerchop": {"method": "layerchop"},
     "layerchop, patched": {"method": "layerchop", "patch": "linear"},
     "slicegpt": {"method": "slicegpt"},
