@@ -119,8 +119,9 @@ def test_a_mixture_is_measured_in_its_files(tmp_path: Path, text_file: Path) -> 
         report = tmp_path / "found.json"
         given = ["--text", text_file, "--seq-len", 32, "--parts", "none", "--json", report]
         assert not run("evaluate", model, *given, flag)
-        found.append(json.loads(report.read_text())["models"][0]["perplexities"])
-    assert found[0] == found[1]
+        found.append(json.loads(report.read_text())["models"][0]["perplexities"][0]["window_losses"])
+    # the last bits of a float32 product depend, on some processors, on where in memory its factors lie
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
 @pytest.mark.parametrize("family", [*tiny.MIXTURES, "gpt_neox", "llama"])
