@@ -265,10 +265,7 @@ MODELS: dict[str, tuple[Damage, str]] = {
     "encoder": (config_of(T.BertConfig, "BertForMaskedLM"), "is a BertForMaskedLM, not a causal LM"),
     "classifier": (config(architectures=["LlamaForSequenceClassification"]), "not a causal LM"),
     "encoder-decoder": (config_of(T.T5Config, "T5ForConditionalGeneration"), r"encoder-decoder \(t5\).*decoder-only"),
-    "codegen": (
-        config_of(T.CodeGenConfig, "CodeGenForCausalLM"),
-        "'codegen' is not supported.*llama, mistral, .*bloom",
-    ),
+    "encoder with a head": (config_of(T.BertConfig, "BertLMHeadModel"), "'bert' has no row, .*it is an encoder"),
     "adapter": (in_order(delete("*"), write("adapter_config.json", "{}")), "PEFT adapter: merge it .*merge_and_unload"),
     "no tokenizer": (delete("tokenizer*"), "no tokenizer could be loaded.*copy"),
     "broken tokenizer": (write("tokenizer.json", "{"), "no tokenizer could be loaded .*line 1"),

@@ -23,6 +23,7 @@ from billhook.checkpoints.save import save
 from billhook.checkpoints.shards import AGAIN, read_json
 from billhook.checkpoints.streaming import give_settings, open_paged, read_contents
 from billhook.errors import BillhookError, ModelError, first_line, one_of, reason
+from billhook.models import proof
 from billhook.models.experts import unfuse
 from billhook.models.families import check_known, family_of
 from billhook.models.layout import register
@@ -248,6 +249,7 @@ def check_config(config: dict[str, Any], name: str) -> None:
             "(…ForCausalLM)"
         )
     try:
+        proof.ensure(config)
         family_of(kind if kind is None else shown(str(kind)))
         register(str(kind))
     except BillhookError as error:

@@ -118,7 +118,7 @@ def refusal(model: PreTrainedModel, kind: str, layout: str) -> str:
         return "only mixtures of experts have that axis, and it is dense"
     if kind == "shared" and not row.shared:
         return "it has no shared expert, to which every token goes"
-    if kind == "ffn" and all(mixture(model, n) is not None for n in range(len(layers(model)))):
+    if kind == "ffn" and row.experts and all(mixture(model, n) is not None for n in range(len(layers(model)))):
         return "all its FFNs are mixtures of experts, whose axes are experts and expert_ffn"
     for entry in row.refusals:
         if kind in entry.kinds and (layout == "uniform" or not entry.uniform_only) and _holds(model, entry):
@@ -164,12 +164,14 @@ def _experts(model: PreTrainedModel, layer: int) -> Axis:
     """One unit is one expert: its module, and its row of the router."""
     router, bias = router_path(model, layer), row_of(model).bias
     rows = blocks(len(model.get_parameter(f"{router}.weight")))
+    named = [module_path(model, layer, name) for name in row_of(model).expert_counters]
+    counters = named if row_of(model).derived else [f"{router}.num_experts"]
     return Axis(
         layer,
         "experts",
         (Slot(f"{router}.{bias}", 0, rows),) if bias else (),
         Slot(f"{router}.weight", 0, rows),
-        ((f"{router}.num_experts", Fraction(1)),),
+        tuple((counter, Fraction(1)) for counter in counters),
         blocks=getattr(model.config, row_of(model).keys.get("groups", ""), None) or 1,
         modules=module_path(model, layer, row_of(model).experts),
     )

@@ -27,6 +27,7 @@ OLDER_ROTARY = {"gpt_neox": ("rotary_emb_base", "rotary_pct")}  # keys in transf
 FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}  # roles of matrices that some families fuse
 
 KNOWN: dict[str, Family] = plug_ins.added("families", FAMILIES)
+DERIVED: dict[str, Family] = {}  # rows of other types, each proved on the model at hand (billhook.models.proof)
 
 
 def family_of(model_type: str | None) -> Family:
@@ -36,6 +37,8 @@ def family_of(model_type: str | None) -> Family:
         BillhookError: there is none; the message lists the supported families.
     """
     stock = stock_type(model_type or "")
+    if stock in DERIVED:
+        return DERIVED[stock]
     if stock not in KNOWN:
         raise ModelError(
             f"model family {model_type!r} is not supported: billhook knows {', '.join(KNOWN)} (docs/adding-a-family.md)"
@@ -70,6 +73,7 @@ def linears(model: PreTrainedModel, layer: int) -> list[dict[str, str]]:
     groups: list[dict[str, str]] = [
         {role: module_path(model, layer, f"{row.attention}.{name}") for role, name in group.items()}
         for group in (attention, {"o": row.o})
+        if row.attention
     ]
     roles: tuple[str, ...] = ("gate_up",) if row.stacked else ("gate", "up")[-len(row.up) :]
     groups += [{role: path for role, path in zip(roles, up, strict=True)} for up, _ in ffns]
@@ -89,7 +93,10 @@ def sizes(model: PreTrainedModel, layer: int) -> dict[str, int]:
 
     Sizes that no stock config can hold are included only if they differ from the family's fixed value.
     """
-    row, heads = row_of(model), attention(model, layer)
+    row = row_of(model)
+    if row.derived:  # its keys are of the FFNs alone
+        return {row.keys[size]: value for size, value in _ffn_sizes(model, layer).items() if size in row.keys}
+    heads = attention(model, layer)
     values = {"heads": heads.heads, "kv_heads": heads.kv_heads, "head_dim": heads.head_dim, **_ffn_sizes(model, layer)}
     config = {key: values[size] for size, key in row.keys.items() if size in values}
     if config.get(FFN_DIM) == 4 * model.config.hidden_size:
@@ -102,6 +109,8 @@ def sizes(model: PreTrainedModel, layer: int) -> dict[str, int]:
 
 def _ffn_sizes(model: PreTrainedModel, layer: int) -> dict[str, int]:
     experts: Any = mixture(model, layer)
+    if experts is None and not row_of(model).down:
+        return {}
     if experts is None:
         return {"width": shape(linear(model, module_path(model, layer, row_of(model).down)))[1]}
     values: dict[str, int] = {}
@@ -137,6 +146,8 @@ def feed_forwards(model: PreTrainedModel, layer: int) -> list[tuple[str, tuple[s
     Fused experts are left out.
     """
     row, experts = row_of(model), mixture(model, layer)
+    if experts is None and not row.down:
+        return []
     if experts is None:
         return [("ffn", tuple(module_path(model, layer, name) for name in row.up), module_path(model, layer, row.down))]
     places = [("shared", row.shared)] if row.shared else []
@@ -219,7 +230,13 @@ class Attention:
 
 
 def attention(model: PreTrainedModel, layer: int) -> Attention:
-    """The sizes of one layer's attention, read from its tensors."""
+    """The sizes of one layer's attention, read from its tensors.
+
+    Raises:
+        BillhookError: its row is a derived one that says nothing of attention.
+    """
+    if not row_of(model).attention:
+        raise ModelError(f"{model.config.model_type}: what its attention is made of is not derived")
     row, module = row_of(model), attention_module(model, layer)
     head_dim = cast(int, getattr(module, row.head_dim))
     out = {name: shape(linear(model, module_path(model, layer, f"{row.attention}.{name}"))) for name in _parts(row)}
@@ -241,6 +258,8 @@ def check_known(model: PreTrainedModel) -> None:
         BillhookError: there is such a parameter (named), or attention's sizes do not fit one another.
     """
     row, family = row_of(model), model.config.model_type
+    if row.derived:  # proved on the same structure
+        return
     for n in range(len(layers(model))):
         within = f"{row.layers}.{n}"
         covered = {path for group in linears(model, n) for path in group.values()}

@@ -56,7 +56,8 @@ def stock_holder(model: PreTrainedModel, changes: Mapping[str, Any]) -> str:
     if any(key in changes for key in per_layer.OWN_KEYS):
         return ""
     if (
-        "head_dim" not in row.keys
+        not row.derived
+        and "head_dim" not in row.keys
         and model.config.hidden_size != config[row.keys["heads"]] * attention(model, 0).head_dim
     ):
         return ""  # the family's head size is hidden_size / heads

@@ -58,6 +58,11 @@ def check_kinds(model: PreTrainedModel, kinds: tuple[str, ...], layout: str = "u
         raise ModelError(
             f"{model.config.model_type} has no per_layer layout: experts of a layer are stored as one tensor"
         )
+    if row_of(model).derived and (layout == "per_layer" or "value" in kinds):
+        raise ModelError(
+            f"{model.config.model_type} has no per_layer layout: its row is derived from the model, and the modelling "
+            "file has those by hand alone: leave out --layout"
+        )
     if layout == "per_layer" and stock_type(model.config.model_type) not in FAMILIES:
         raise ModelError(
             f"{model.config.model_type} is a family of another package, and the modelling file of the per_layer layout has "

@@ -54,7 +54,7 @@ class Family:
     up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")  # what writes the FFN channels
     stacked: bool = False  # whether the one matrix of `up` holds the gate's rows and then the up's
     down: str = "mlp.down_proj"
-    attention: str = "self_attn"  # paths below are relative to it
+    attention: str = "self_attn"  # paths below are relative to it; of a derived row '', where it is not a plain one
     q: str = "q_proj"
     k: str = "k_proj"
     v: str = "v_proj"
@@ -82,6 +82,10 @@ class Family:
     )
     tuples: bool = False  # whether a layer returns its output in a tuple
     refusals: tuple[Refusal, ...] = ()
+    expert_counters: tuple[
+        str, ...
+    ] = ()  # attributes that cache the number of experts; none: `num_experts` of the router
+    derived: bool = False  # whether the row was derived from a model, and so proved on it
     stand_in: str = ""  # family whose stock class computes the same and takes sizes that this one's config refuses
 
 

@@ -59,6 +59,8 @@ def residual(model: PreTrainedModel) -> Residual:
         BillhookError: the dimension cannot be cut: a norm subtracts the mean, or a parameter has an unknown role.
     """
     kind = model.config.model_type
+    if row_of(model).derived:
+        raise ModelError(f"{kind} cannot give up 'residual': its row is derived, and says nothing of its norms; {ELSE}")
     if row_of(model).experts:
         raise ModelError(
             f"{kind} cannot give up 'residual' yet: its routers and experts have a part in it; use --method experts, "

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from billhook.models.axes import axes
-from billhook.models.families import attention, experts_per_token, layers, mixture
+from billhook.models.families import attention, experts_per_token, layers, mixture, row_of
 from billhook.models.plan import Plan
 from billhook.models.residual import parameters_saved
 
@@ -29,7 +29,10 @@ def parameters(model: PreTrainedModel) -> dict[str, int]:
 
 
 def macs_per_token(model: PreTrainedModel, context: int) -> int:
-    """Multiply-accumulates of one token that attends to `context` others: every linear weight once, scores, values."""
+    """Multiply-accumulates of one token that attends to `context` others: every linear weight once, scores, values.
+
+    Scores and values are left out where a derived row says nothing of attention.
+    """
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear | Conv1D))
     for axis in axes(model, ("experts",)):  # a token uses a few experts, but all rows of the router
         rows, hidden = model.get_parameter(axis.reader.param).shape
@@ -37,7 +40,7 @@ def macs_per_token(model: PreTrainedModel, context: int) -> int:
         experts: Any = mixture(model, axis.layer)
         if not isinstance(experts, nn.ModuleList):  # fused experts are neither linear modules nor part of the price
             linear += experts_per_token(model) * sum(p.numel() for p in experts.parameters()) // rows
-    heads = [attention(model, n) for n in range(len(layers(model)))]
+    heads = [attention(model, n) for n in range(len(layers(model)))] if row_of(model).attention else []
     return linear + context * sum(2 * layer.heads * layer.head_dim for layer in heads)
 
 
@@ -62,8 +65,12 @@ def layer_parameters(model: PreTrainedModel, number: int) -> int:
 def kv_cache_entries(model: PreTrainedModel, plan: Plan, context: int, batch: int) -> int:
     """Numbers in the KV cache after `plan`: keys and values of every position in every layer that stays.
 
+    None where a derived row says nothing of attention.
+
     Value heads that lost channels are padded with zeros before the cache (modeling_per_layer.NarrowValues).
     """
+    if not row_of(model).attention:
+        return 0
     total, window = 0, getattr(model.config, "sliding_window", None)
     types = getattr(model.config, "layer_types", None) or ["sliding_attention"] * len(layers(model))
     for n in range(len(layers(model))):

@@ -13,6 +13,7 @@ from billhook.errors import ModelError
 from billhook.models.axes import Axis, owners
 from billhook.models.families import PER_LAYER_KEYS, as_output, attention_module, layers, mixture, row_of
 from billhook.models.modeling_per_layer import holder_of, narrow_values
+from billhook.models.shrink import per_layer_keys
 from billhook.runtime.offload import renumber
 from billhook.tensors import Units
 
@@ -130,6 +131,7 @@ def drop_layers(model: PreTrainedModel, numbers: Collection[int]) -> None:
     plain = [new for new, n in enumerate(kept) if mixture(model, n) is None]
     if not kept:
         raise ModelError(f"all {total} layers would go: keep at least one")
+    _check_kinds_stay(model, kept)
     for n in sorted(set(numbers), reverse=True):
         del modules[n]
     for new, layer in enumerate(modules):
@@ -137,12 +139,19 @@ def drop_layers(model: PreTrainedModel, numbers: Collection[int]) -> None:
         for inner in layer.modules():  # the KV cache is indexed by it: a stale number is silently wrong
             if hasattr(inner, "layer_idx"):
                 inner.layer_idx = new
-    for key in PER_LAYER_KEYS:
+    for key in per_layer_keys(model.config) if row_of(model).derived else PER_LAYER_KEYS:
         if (values := getattr(model.config, key, None)) is not None:
             setattr(model.config, key, [values[n] for n in kept])
     _say_plain(model.config, plain)
     model.config.num_hidden_layers = len(kept)
     renumber(model)
+
+
+def _check_kinds_stay(model: PreTrainedModel, kept: list[int]) -> None:
+    """Refuse to drop all layers of one kind: caches of a hybrid ask a layer of each for its length."""
+    types = getattr(model.config, "layer_types", None)
+    if row_of(model).derived and types and (lost := sorted(set(types) - {types[n] for n in kept})):
+        raise ModelError(f"all layers of type {lost[0]} would go: keep at least one of each type")
 
 
 def _say_plain(config: Any, plain: list[int]) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from billhook.errors import ModelError
+from billhook.models.families import row_of
 from billhook.runtime.progress import Tick, quiet
 
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -39,6 +40,11 @@ def trim(
         BillhookError: an empty text, a tokenizer that cannot be trimmed, or one that belongs to another model.  The
             model is unchanged then.
     """
+    if row_of(model).derived:
+        raise ModelError(
+            f"the vocabulary of {model.config.model_type} cannot be trimmed: its row is derived, and does not say which "
+            "tensors have a row for each token"
+        )
     tick("vocabulary", 0, 2)
     before, size = model.num_parameters(), model.get_input_embeddings().num_embeddings
     kept = occurring(tokenizer, documents, named_ids(model), at_least=at_least, multiple_of=multiple_of)

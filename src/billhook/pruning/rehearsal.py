@@ -25,7 +25,7 @@ from billhook.checkpoints.streaming import bare
 from billhook.evaluation.speed import synchronise
 from billhook.models.axes import axes
 from billhook.models.experts import unfuse
-from billhook.models.families import attention, family_of, layers, linear, shape
+from billhook.models.families import attention, family_of, layers, linear, row_of, shape
 from billhook.models.plan import Plan
 from billhook.models.sizes import layer_parameters
 from billhook.models.surgery import drop_layers
@@ -145,6 +145,8 @@ def cut_layers(model: Any, plan: Plan) -> list[int]:
 
 def _attention_share(model: Any, length: int) -> float:
     """Operations of scores and values in the last layer, as a share of those of its weights."""
+    if not row_of(model).attention:  # a derived row says nothing of it
+        return 0.0
     one = attention(model, len(layers(model)) - 1)
     weights = sum(p.numel() for p in layers(model)[-1].parameters() if p.ndim > 1)
     return 2 * length * one.heads * one.head_dim / weights

@@ -1,0 +1,72 @@
+"""Rows that are derived: what is proved on a small model of a type is offered; the rest is refused with a reason."""
+
+import copy
+from dataclasses import replace
+
+import derived_types
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from billhook.errors import BillhookError
+from billhook.models import families, proof
+from billhook.models.axes import axes
+from billhook.models.derive import derived
+from billhook.models.families import row_of
+from billhook.models.shrink import default, shrunk
+from billhook.models.surgery import drop_layers
+
+TYPES = derived_types.SAMPLE
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_a_type_without_a_row_loses_channels_or_experts(model_type: str) -> None:
+    assert set(derived_types.row_of(model_type)["proved"]) & {"ffn", "experts", "expert_ffn"}
+
+
+def test_a_wrong_row_is_not_proved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writers that are not all of them: what is removed is not what was silenced."""
+    monkeypatch.setattr(proof, "derived", lambda config, fused=True: replace(derived(config), up=("mlp.up_proj",)))
+    row = proof.proved(default("gemma"))
+    assert "ffn" not in proof.offered(row) and "layers" in proof.offered(row)
+
+
+def test_a_key_that_sizes_something_else_is_not_proved(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = {"width": "max_position_embeddings"}
+    monkeypatch.setattr(proof, "derived", lambda config, fused=True: replace(derived(config), keys=wrong))
+    assert "ffn" not in proof.offered(proof.proved(default("gemma")))
+
+
+def test_a_row_is_of_the_process_and_by_hand_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "DERIVED", {})
+    proof.ensure({"model_type": "llama"})
+    assert not families.DERIVED
+    small = shrunk(default("gemma"))
+    proof.ensure(small.to_dict())
+    model = AutoModelForCausalLM.from_config(small).eval()
+    assert row_of(model).derived and len(axes(model, ("ffn",))) == small.num_hidden_layers
+    before = model.config.num_hidden_layers
+    drop_layers(model, [1])
+    assert model.config.num_hidden_layers == before - 1
+
+
+def test_all_layers_of_one_type_do_not_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "DERIVED", {})
+    small = shrunk(default("qwen3_5_text"))
+    proof.ensure(small.to_dict())
+    model = AutoModelForCausalLM.from_config(small)
+    full = [n for n, kind in enumerate(small.layer_types) if kind == "full_attention"]
+    with pytest.raises(BillhookError, match="all layers of type full_attention"):
+        drop_layers(copy.deepcopy(model), full)
+
+
+def test_what_has_no_decoder_layers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "DERIVED", {})
+    with pytest.raises(BillhookError, match="none can be derived: it is an encoder"):
+        proof.ensure(default("bert").to_dict())
+
+
+def test_randomness_is_left_as_it_was() -> None:
+    before = torch.get_rng_state()
+    derived_types.row_of("gemma")
+    assert torch.equal(before, torch.get_rng_state())
