@@ -27,11 +27,9 @@ def prune(W: Weight, target: Target, pattern: Pattern, settings: Settings) -> Sp
     idle = dead(target)
     gram = target.gram + torch.diag(idle.to(target.gram.dtype))
     U, used = inverse_factor(gram, settings.damping)
-    moved = W.double().masked_fill(idle, 0.0)
-    if target.cross is not None:
-        moved = moved + (target.cross - moved @ target.gram) @ U.T @ U
+    aim = moved(W.double().masked_fill(idle, 0.0), target, U)
     # the sweep passes over the weights once: float32 is exact enough, and twice as fast
-    swept, mask = sweep(moved.float(), U.float(), pattern, settings)
+    swept, mask = sweep(aim.float(), U.float(), pattern, settings)
     plain = W.double().masked_fill(~mask | idle, 0.0)
     swept = swept if nearer(swept, plain, W, target) else plain
     return SparseWeight(finish(swept, W, target, mask, settings), used, {"dead": int(idle.sum())})
@@ -45,6 +43,12 @@ def inverse_factor(gram: Gram, damping: float) -> tuple[Gram, float]:
     lower, used = factor(gram.flip(0, 1), damping)
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     return torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True), used
+
+
+def moved(W: Weight, target: Target, U: Gram) -> Weight:
+    """W' in place of W, float64, where the target is not W's own output; U: the factor of `inverse_factor`."""
+    W64 = W.double()
+    return W64 if target.cross is None else W64 + (target.cross - W64 @ target.gram) @ U.T @ U
 
 
 def sweep(W: Weight, U: Gram, pattern: Pattern, settings: Settings) -> tuple[Weight, Support]:

@@ -1,0 +1,155 @@
+"""Grids of few bits: blocks of 32 neighbours of a row share a scale, and each weight is a whole number of it.
+
+    w = d q         q from `lowest` to `highest`, d signed, float16                Q4_0, Q5_0, Q8_0
+    w = d q + m     q from 0 to `highest`, d and m float16                         Q4_1, Q5_1
+
+These are the block types of ggml (github.com/ggml-org/ggml, ggml-quants.c).  Q4_0 and Q8_0 are also the grids of
+compressed-tensors' symmetric int4 and int8 in groups of 32.  Products are exact in float32, and d q + m is rounded
+once, so that whoever multiplies gets the same bits.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from billhook.errors import BillhookError
+from billhook.math.sparsity import Support
+from billhook.tensors import Columns, Weight
+
+BLOCK = 32  # neighbours of a row that share a scale
+LARGEST = torch.finfo(torch.float16).max
+SHRINKS = tuple(1 - n / 60 for n in range(16))  # shares of a block's own scale that are tried, 1 to 0.75
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The levels of one type, and what a weight takes."""
+
+    name: str
+    lowest: int
+    highest: int
+    offset: bool  # whether a block has a minimum besides its scale; if so, zero is on no level
+    bits: float  # a weight takes, its share of the block's scales included
+
+
+GRIDS = {
+    grid.name: grid
+    for grid in (
+        Grid("Q4_0", -8, 7, False, 4.5),
+        Grid("Q4_1", 0, 15, True, 5.0),
+        Grid("Q5_0", -16, 15, False, 5.5),
+        Grid("Q5_1", 0, 31, True, 6.0),
+        Grid("Q8_0", -127, 127, False, 8.5),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A weight as codes and scales: what containers store, and what its values are computed from."""
+
+    grid: Grid
+    codes: Tensor  # int8 (out, in)
+    scales: Tensor  # float16 (out, in / BLOCK)
+    minima: Tensor | None = None  # float16 (out, in / BLOCK), where the grid has an offset
+
+    @property
+    def bytes(self) -> int:
+        """What it takes in a GGUF file."""
+        return round(self.codes.numel() * self.grid.bits / 8)
+
+    def values(self) -> Weight:
+        """The weight, float32."""
+        values = blocks(self.codes.float()) * self.scales.float()[..., None]
+        return (values if self.minima is None else values + self.minima.float()[..., None]).flatten(1)
+
+    def rows(self, order: Tensor) -> "Quantised":
+        """The same weight with its rows in another order."""
+        minima = None if self.minima is None else self.minima[order]
+        return Quantised(self.grid, self.codes[order], self.scales[order], minima)
+
+
+def blocks(W: Tensor) -> Tensor:
+    """(out, in) as (out, in / BLOCK, BLOCK)."""
+    return W.unflatten(1, (-1, BLOCK))
+
+
+def divides(columns: int) -> bool:
+    """Whether rows of so many entries are whole blocks."""
+    return columns > 0 and columns % BLOCK == 0
+
+
+def nearest(W: Weight, grid: Grid, zeros: Support | None = None) -> Quantised:
+    """Round-to-nearest, by the scales that ggml takes: of each block's extremes alone.
+
+    Args:
+        zeros: entries that stay exactly zero.
+
+    Raises:
+        BillhookError: as `scales_of`.
+    """
+    scales, minima = scales_of(blocks(W.float()), grid)
+    return quantised(W, scales, minima, grid, zeros)
+
+
+def scales_of(X: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
+    """The scales of blocks (…, BLOCK), and their minima, float16: every entry of a block is within its levels.
+
+    Raises:
+        BillhookError: float16 does not hold a scale.
+    """
+    if grid.offset:
+        lowest = X.amin(-1)
+        scales, minima = (X.amax(-1) - lowest) / grid.highest, lowest
+    elif grid.lowest == -grid.highest:
+        scales, minima = X.abs().amax(-1) / grid.highest, None
+    else:  # the entry of largest magnitude gets the lowest level, which has one step more than the highest
+        largest = X.gather(-1, X.abs().argmax(-1, keepdim=True)).squeeze(-1)
+        scales, minima = largest / grid.lowest, None
+    for stored in (scales, minima):
+        if stored is not None and not bool((stored.abs() <= LARGEST).all()):
+            raise BillhookError(f"a block's scale is beyond float16 ({LARGEST:g}), in which {grid.name} stores it")
+    return scales.half(), None if minima is None else minima.half()
+
+
+def best_scales(X: Tensor, grid: Grid, weights: Columns) -> tuple[Tensor, Tensor | None]:
+    """Scales and minima of the least squared error, among those of a block's extremes times each of SHRINKS.
+
+    Args:
+        X: one block of every row, float (out, BLOCK).
+        weights: what an error of each column counts.
+
+    Raises:
+        BillhookError: as `scales_of`.
+    """
+    own, minima = scales_of(X, grid)
+    best, least = own, torch.full((len(X),), torch.inf, device=X.device)
+    for share in SHRINKS:
+        scales = (own.float() * share).half()
+        low = None if minima is None else minima.float()[:, None]
+        off = X - _values(codes_of(X, scales[:, None], low, grid), scales[:, None], low)
+        error = (off.square() * weights).sum(1)
+        best, least = torch.where(error < least, scales, best), torch.minimum(error, least)
+    return best, minima
+
+
+def codes_of(X: Tensor, scales: Tensor, minima: Tensor | None, grid: Grid) -> Tensor:
+    """The nearest levels of X, float; scales and minima are broadcast to it.  A scale of zero has the level 0 alone."""
+    steps = scales.to(X.dtype)
+    steps = torch.where(steps == 0, torch.inf, steps)
+    return ((X if minima is None else X - minima) / steps).round().clamp(grid.lowest, grid.highest)
+
+
+def quantised(W: Weight, scales: Tensor, minima: Tensor | None, grid: Grid, zeros: Support | None = None) -> Quantised:
+    """A weight on the levels that its blocks' scales and minima say."""
+    low = None if minima is None else minima.float()[..., None]
+    codes = codes_of(blocks(W.float()), scales[..., None], low, grid).flatten(1)
+    if zeros is not None:
+        codes = codes.masked_fill(zeros, 0.0)
+    return Quantised(grid, codes.to(torch.int8), scales, minima)
+
+
+def _values(codes: Tensor, scales: Tensor, minima: Tensor | None) -> Tensor:
+    values = codes * scales.to(codes.dtype)
+    return values if minima is None else values + minima
