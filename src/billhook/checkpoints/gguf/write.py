@@ -21,9 +21,11 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from billhook.checkpoints.gguf.architectures import ARCHITECTURES, CHOICES, COMMON, IN_LAYER, TOP, Architecture
+from billhook.checkpoints.gguf.blocks import packed
 from billhook.checkpoints.gguf.vocabulary import vocabulary
 from billhook.choices import BY_QUANTIZER, QUANTIZE, QUANTIZER
 from billhook.errors import ModelError, one_of
+from billhook.math.grids import Quantised
 from billhook.models import families
 from billhook.runtime import atomic
 from billhook.runtime.progress import Tick, quiet, ticked
@@ -65,6 +67,7 @@ class Piece:
     name: str
     parts: tuple[Tensor, ...]  # their rows are put one below another
     heads: int = 0  # with heads, rows are reordered for interleaved RoPE
+    codes: tuple[Quantised, ...] = ()  # of every part, where all have codes of one grid
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -82,6 +85,12 @@ class Piece:
             return np.zeros(self.shape, np.float32)
         return (interleaved(rows, self.heads) if self.heads else rows).contiguous().numpy()
 
+    def packed(self) -> np.ndarray:
+        """The blocks of its codes, uint8."""
+        stored = [packed(part) for part in self.codes]
+        rows = torch.from_numpy(np.concatenate(stored))
+        return (interleaved(rows, self.heads) if self.heads else rows).contiguous().numpy()
+
 
 def interleaved(rows: Tensor, heads: int) -> Tensor:
     """Rows of q or k in the order of interleaved RoPE: entries i and i + head_dim/2 of a head go to 2i and 2i+1."""
@@ -90,7 +99,14 @@ def interleaved(rows: Tensor, heads: int) -> Tensor:
 
 @torch.no_grad()
 def write_gguf(
-    model: Any, tokenizer: Any, path: Path, quantize: str = "F16", tick: Tick = quiet, *, overwrite: bool = True
+    model: Any,
+    tokenizer: Any,
+    path: Path,
+    quantize: str = "F16",
+    tick: Tick = quiet,
+    *,
+    overwrite: bool = True,
+    codes: Mapping[str, Quantised] | None = None,
 ) -> dict[str, Any]:
     """Write `model` and `tokenizer` as the GGUF file `path`, which appears whole or not at all.
 
@@ -98,6 +114,7 @@ def write_gguf(
         quantize: one of QUANTIZE.  Matrices get that type and vectors F32.  Embedding and head get Q8_0 where the type
             is coarse, and a matrix whose rows its blocks do not divide gets F16.  K-quants are made by the user's
             llama-quantize from an F16 file.
+        codes: of modules, by path: their weights are stored as these very codes, whatever `quantize` says.
 
     Returns:
         the architecture, the number of tensors by type, how many fell back to F16 and why, and the file's bytes.
@@ -111,7 +128,7 @@ def write_gguf(
     arch = choose(shape)
     words = vocabulary(tokenizer, shape.vocabulary, model.config.bos_token_id)
     metadata = describe(model.config, shape, arch) | words
-    pieces = list(_pieces(model, shape, arch))
+    pieces = list(_pieces(model, shape, arch, codes or {}))
     with atomic.file(path, overwrite) as work:
         if quantizer:
             plain = work.with_name("plain.gguf")
@@ -256,8 +273,9 @@ def _named(model: Any) -> dict[tuple[int | None, str], Tensor]:
     return named
 
 
-def _pieces(model: Any, shape: Shape, arch: Architecture) -> Iterator[Piece]:
+def _pieces(model: Any, shape: Shape, arch: Architecture, codes: Mapping[str, Quantised]) -> Iterator[Piece]:
     """The file's tensors."""
+    of_param = {id(model.get_parameter(f"{path}.weight")): one for path, one in codes.items()}
     if shape.rope == "llama3":
         yield Piece("rope_freqs.weight", (_rope_factors(model.config, shape.head_dim),))
     heads = {"attn_q": shape.heads, "attn_k": shape.kv_heads} if arch.interleaved else {}
@@ -265,12 +283,25 @@ def _pieces(model: Any, shape: Shape, arch: Architecture) -> Iterator[Piece]:
     for (layer, tensor), param in named.items():
         kind = tensor.partition(".")[0]
         if layer is None:
-            yield Piece(tensor, (param,))
+            yield Piece(tensor, (param,), codes=_codes((param,), of_param))
         elif not (arch.fused and kind in ("attn_q", "attn_k", "attn_v")):
-            yield Piece(f"blk.{layer}.{tensor}", (param,), heads[kind][layer] if kind in heads else 0)
+            turned = heads[kind][layer] if kind in heads else 0
+            yield Piece(f"blk.{layer}.{tensor}", (param,), turned, _codes((param,), of_param))
         elif kind == "attn_q":
             parts = tuple(named[layer, f"attn_{part}.weight"] for part in "qkv")
-            yield Piece(f"blk.{layer}.attn_qkv.weight", parts)
+            yield Piece(f"blk.{layer}.attn_qkv.weight", parts, codes=_codes(parts, of_param))
+
+
+def _codes(parts: tuple[Tensor, ...], of_param: Mapping[int, Quantised]) -> tuple[Quantised, ...]:
+    """The codes of all parts; none where one has none.
+
+    Raises:
+        BillhookError: parts of one tensor are on different grids, which no tensor of a GGUF can be.
+    """
+    found = tuple(of_param[id(part)] for part in parts if id(part) in of_param)
+    if len({one.grid for one in found}) > 1:
+        raise ModelError("q, k and v are one tensor in this architecture of llama.cpp: give them one type")
+    return found if len(found) == len(parts) else ()
 
 
 def _rope_factors(config: Any, head_dim: int) -> Tensor:
@@ -284,6 +315,8 @@ def _rope_factors(config: Any, head_dim: int) -> Tensor:
 
 
 def _type(piece: Piece, quantize: str) -> str:
+    if piece.codes:
+        return piece.codes[0].grid.name
     if len(piece.shape) == 1:
         return "F32"
     wanted = "Q8_0" if quantize in COARSE and piece.name in EMBEDDINGS else quantize
@@ -321,7 +354,7 @@ def _write(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for piece in ticked(pieces, "writing GGUF", tick):
-            writer.write_tensor_data(_packed(piece, types[piece.name]))
+            writer.write_tensor_data(piece.packed() if piece.codes else _packed(piece, types[piece.name]))
     return types
 
 
