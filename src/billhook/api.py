@@ -137,7 +137,7 @@ def evaluate(
     with bars(quiet) as tick:
         asked = side_by_side.Measures(texts=data.evaluation_texts(list(text), tick), **measures)
         every = [os.fspath(name) for name in ([against] if against else []) + named]
-        opened = [loading.open_model(name, device=device, dtype=dtype, tick=tick) for name in every]
+        opened = [loading.open_model(name, device=device, dtype=dtype, tick=tick, packed=True) for name in every]
         for one in opened:
             loading.check_positions(one, asked.seq_len)
         subjects = [side_by_side.Subject.of(one) for one in opened]

@@ -193,6 +193,20 @@ BY_BILLHOOK = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")  # 
 BY_QUANTIZER = ("Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K")
 QUANTIZE = (*BY_BILLHOOK, *BY_QUANTIZER)
 
+# Few bits
+QUANTIZERS = {
+    "gptq": "column by column, the weights right of it make up for each one's error (GPTQ, arXiv:2210.17323)",
+    "rtn": "round to nearest: reads no text; the control",
+}
+CONTAINERS = {
+    "gguf": "model.gguf, for llama.cpp",
+    "compressed-tensors": "a folder for transformers and vLLM (extra: quantize)",
+    "both": "both, with the same numbers",
+}
+BITS = {"4": "Q4_0", "5": "Q5_0", "8": "Q8_0"}  # the type that a number of bits means
+GRID_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")  # types that have codes of billhook's own
+EMBEDDING_TYPES = ("Q8_0", "F16")
+
 
 def check_axes(kinds: tuple[str, ...], layout: str = "uniform") -> None:
     """Refuse axes that no family can give up together in the layout.

@@ -30,7 +30,7 @@ class Measured(Record):
     name: str
     sizes: Size
     macs_per_token: int
-    disk_bytes: int | None  # None where it was not read from safetensors
+    disk_bytes: int | None  # None of a model in memory
     perplexities: tuple[Perplexity, ...]  # in the order of texts
     speeds: tuple[Speed, ...]
     continuations: tuple[str, ...]  # of the prompts, greedily

@@ -3,7 +3,7 @@
 import logging
 import os
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from safetensors import safe_open
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoTokenizer, GenerationConfig
 
 from billhook import demo
-from billhook.checkpoints import refused, shards
+from billhook.checkpoints import compressed, refused, shards
 from billhook.checkpoints.configs import check_layers, check_values
 from billhook.checkpoints.contents import Contents
 from billhook.checkpoints.gguf import read
@@ -54,14 +54,22 @@ class Opened:
     name: str  # the name that the user gave
     folder: Path | None  # the checkpoint's folder; None for a model in memory
     dtype: torch.dtype  # the checkpoint's dtype; the model may compute in another one
+    file: Path | None = None  # the .gguf file that it was read from
 
 
 def open_model(
-    name: str, *, device: str = "auto", dtype: str = "auto", stream: bool | None = False, tick: Tick = quiet
+    name: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    stream: bool | None = False,
+    tick: Tick = quiet,
+    packed: bool = False,
 ) -> Opened:
     """Load MODEL: a Hugging Face folder, a hub id, a .gguf file or `demo`.
 
     Args:
+        packed: whether a folder may hold packed integers (billhook.checkpoints.compressed); they become float32.
         dtype: what the model computes in.  `auto` is float32 on a CPU, where half precision is slow or emulated, and
             the checkpoint's own dtype elsewhere.
         stream: whether weights stay in their files, with one layer at a time in memory (billhook.runtime.offload).
@@ -78,7 +86,13 @@ def open_model(
             raise ModelError(f"{name}: a GGUF is dequantised whole: --stream-weights wants a folder of safetensors")
         model, tokenizer = read.open_gguf(path)
         _take_apart(model).to(target)
-        return Opened(model, tokenizer, name, None, torch.float32)
+        return Opened(model, tokenizer, name, None, torch.float32, path)
+    if packed and compressed.is_compressed(path):
+        if stream:
+            raise ModelError(f"{name}: packed integers are dequantised whole: leave out --stream-weights")
+        with compressed.plain(path, name) as folder:
+            opened = open_model(str(folder), device=device, dtype=dtype, tick=tick)
+        return replace(opened, name=name, folder=path)
     contents = check_folder(path, name)
     stored = contents.dtype
     say_unused(contents)
@@ -92,8 +106,7 @@ def open_model(
     tick("loading", 0, 1)
     model = _load(contents, compute).to(target)
     if compute == stored and target.type == "cpu":  # in all other cases every weight has been copied
-        for param in model.parameters():  # a mapped file stays in memory until none of its tensors is left
-            param.data = param.data.clone()
+        _copied(model)  # a mapped file stays in memory until none of its tensors is left
     _take_apart(model)
     tick("loading", 1, 1)
     return Opened(model, load_tokenizer(path, name), name, path, stored)
@@ -104,6 +117,8 @@ def load(
 ) -> Any:
     """Load the model of a checkpoint folder, of either layout, without running code that came with it.
 
+    Packed integers (billhook.checkpoints.compressed) become their values.
+
     Args:
         stream: whether weights stay in their files, with one layer at a time in memory (billhook.runtime.offload).
 
@@ -111,11 +126,21 @@ def load(
         BillhookError: the folder is not a whole, plain, supported causal LM.
     """
     name = os.fspath(path)
+    if compressed.is_compressed(Path(name)):
+        with compressed.plain(Path(name), name) as folder:
+            return _copied(load(folder, dtype=dtype, device=device))
     contents = check_folder(Path(name), name)
     compute = {"auto": contents.dtype, **DTYPES}[dtype] if isinstance(dtype, str) else dtype
     if stream:
         return open_paged(contents, compute, resolve_device(device))
     return _load(contents, compute).to(resolve_device(device))
+
+
+def _copied(model: Any) -> Any:
+    """The model without mapped files, which are about to go."""
+    for param in model.parameters():
+        param.data = param.data.clone()
+    return model
 
 
 def too_large(contents: Contents, dtype: torch.dtype, device: torch.device) -> bool:
@@ -135,6 +160,9 @@ def open_skeleton(name: str, tick: Tick = quiet) -> Any:
     path = locate(name, tick)
     if is_gguf(path):
         return _take_apart(read.open_gguf(path)[0])
+    if compressed.is_compressed(path):
+        with compressed.plain(path, name) as folder:
+            return open_skeleton(str(folder), tick)
     contents = check_folder(path, name)
     say_unused(contents)
     return _take_apart(refused.build(contents.config))  # the config may have been corrected when the contents were read

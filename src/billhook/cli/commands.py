@@ -41,6 +41,10 @@ COMMANDS = {  # name: module, first line of its help
         "search",
         "Search which calibration samples and which importance metric prune MODEL best (AdaPruner), then prune; write OUT.",
     ),
+    "quantize": (
+        "quantize",
+        "Give the weights of MODEL fewer bits, for llama.cpp or compressed-tensors; write OUT, reload it and compare.",
+    ),
     "check": (
         "export",
         "Load OUT in a process of a stock client, without billhook, and compare tokens and logits with billhook's own.",

@@ -112,7 +112,7 @@ def evaluate_command(
             tasks=scorer,
             parts=tuple(PARTS) if parts is None else wanted,
         )
-        how = {"device": device, "dtype": dtype, "stream": stream_weights}
+        how = {"device": device, "dtype": dtype, "stream": stream_weights, "packed": True}
         opened = [load.open_model(name, **how, tick=tick) for name in names]
         for one in opened:
             load.check_positions(one, seq_len)

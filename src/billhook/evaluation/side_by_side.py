@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from billhook import data
+from billhook.checkpoints.gguf.file import parts
 from billhook.checkpoints.load import Opened
 from billhook.checkpoints.save import stored_bytes
 from billhook.choices import PARTS
@@ -36,8 +37,10 @@ class Subject:
 
     @classmethod
     def of(cls, opened: Opened, name: str | None = None) -> "Subject":
-        """An opened model, with its size on disk if it was read from safetensors."""
+        """An opened model, with the size of its files."""
         stored = opened.folder and stored_bytes(opened.folder)
+        if opened.file:
+            stored = sum(part.stat().st_size for part in parts(opened.file))
         return cls(name or opened.name, opened.model, opened.tokenizer, stored)
 
 

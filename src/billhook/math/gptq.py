@@ -51,21 +51,20 @@ def sweep(W: Weight, U: Gram, energies: Columns, grid: Grid, settings: Settings)
     for start in range(0, columns, width):
         end = min(start + width, columns)
         errors = torch.empty_like(V[start:end])
-        for j in range(start, end):
-            if j % BLOCK == 0:
-                part = slice(j, j + BLOCK)
-                scale, minimum = grids.best_scales(V[part].T, grid, energies[part])
-                scales.append(scale)
-                low = None if minimum is None else minimum.float()
-                minima += [] if minimum is None else [minimum]
-            q = grids.codes_of(V[j], scale, low, grid)
-            if forced is not None:
-                q = q.masked_fill(forced[j], 0.0)
-            codes[j] = q
-            value = q * scale.float() if low is None else q * scale.float() + low
-            e = (V[j] - value) / U[j, j]
-            V[j:end].addr_(U[j, j:end], e, alpha=-1)
-            errors[j - start] = e
+        for first in range(start, end, BLOCK):
+            part = slice(first, first + BLOCK)
+            scale, minimum = grids.best_scales(V[part].T, grid, energies[part])
+            low = None if minimum is None else minimum.float()
+            scales.append(scale)
+            minima += [] if minimum is None else [minimum]
+            for j in range(first, first + BLOCK):
+                q = grids.codes_of(V[j], scale, low, grid)
+                if forced is not None:
+                    q = q.masked_fill(forced[j], 0.0)
+                codes[j] = q
+                e = (V[j] - grids.values_of(q, scale, low)) / U[j, j]
+                V[j:end].addr_(U[j, j:end], e, alpha=-1)
+                errors[j - start] = e
         V[end:].addmm_(U[start:end, end:].T, errors, alpha=-1)
-    low_of_all = torch.stack(minima, 1) if minima else None
-    return Quantised(grid, codes.T.to(torch.int8).contiguous(), torch.stack(scales, 1), low_of_all)
+    every = torch.stack(minima, 1) if minima else None
+    return Quantised(grid, codes.T.to(torch.int8).contiguous(), torch.stack(scales, 1), every)

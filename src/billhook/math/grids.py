@@ -61,13 +61,8 @@ class Quantised:
 
     def values(self) -> Weight:
         """The weight, float32."""
-        values = blocks(self.codes.float()) * self.scales.float()[..., None]
-        return (values if self.minima is None else values + self.minima.float()[..., None]).flatten(1)
-
-    def rows(self, order: Tensor) -> "Quantised":
-        """The same weight with its rows in another order."""
-        minima = None if self.minima is None else self.minima[order]
-        return Quantised(self.grid, self.codes[order], self.scales[order], minima)
+        minima = None if self.minima is None else self.minima.float()[..., None]
+        return values_of(blocks(self.codes.float()), self.scales[..., None], minima).flatten(1)
 
 
 def blocks(W: Tensor) -> Tensor:
@@ -128,7 +123,7 @@ def best_scales(X: Tensor, grid: Grid, weights: Columns) -> tuple[Tensor, Tensor
     for share in SHRINKS:
         scales = (own.float() * share).half()
         low = None if minima is None else minima.float()[:, None]
-        off = X - _values(codes_of(X, scales[:, None], low, grid), scales[:, None], low)
+        off = X - values_of(codes_of(X, scales[:, None], low, grid), scales[:, None], low)
         error = (off.square() * weights).sum(1)
         best, least = torch.where(error < least, scales, best), torch.minimum(error, least)
     return best, minima
@@ -150,6 +145,7 @@ def quantised(W: Weight, scales: Tensor, minima: Tensor | None, grid: Grid, zero
     return Quantised(grid, codes.to(torch.int8), scales, minima)
 
 
-def _values(codes: Tensor, scales: Tensor, minima: Tensor | None) -> Tensor:
+def values_of(codes: Tensor, scales: Tensor, minima: Tensor | None) -> Tensor:
+    """What codes stand for; scales and minima are broadcast to them."""
     values = codes * scales.to(codes.dtype)
     return values if minima is None else values + minima

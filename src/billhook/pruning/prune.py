@@ -113,7 +113,7 @@ def _opened(model: Any, tokenizer: Any, chosen: Recipe, stream_weights: bool | N
         if stream_weights and why:
             raise BillhookError(f"--stream-weights: {why}")
         stream = None if stream_weights is None and not why else bool(stream_weights)
-        on = {"device": chosen.compute.device, "dtype": chosen.compute.dtype}
+        on: dict[str, Any] = {"device": chosen.compute.device, "dtype": chosen.compute.dtype}
         return load.open_model(os.fspath(model), **on, stream=stream, tick=run.tick)
     if run.workers.many:
         raise BillhookError(

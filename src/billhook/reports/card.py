@@ -7,14 +7,17 @@ from typing import Any
 from billhook.reports import tables
 from billhook.reports.commands import commands
 from billhook.reports.cut_tables import cut_rows
+from billhook.reports.quantized import quantized_rows
 from billhook.reports.recovery_tables import recovered_words
 
 
 def model_card(report: dict[str, Any]) -> str:
     """README.md of an output folder: of a pruned model, a pruned and trained one, or one that was only trained."""
     recipe, recoveries = report.get("recipe"), report.get("recovery") or []
+    quantized = report.get("quantized")
     parent = tables.plain(str(report.get("parent") or recoveries[-1]["student"]))
-    rows = "\n".join(f"| {tables.plain(name)} | {tables.plain(value)} |" for name, value in cut_rows(report))
+    told = [*cut_rows(report), *(quantized_rows(quantized) if quantized else [])]
+    rows = "\n".join(f"| {tables.plain(name)} | {tables.plain(value)} |" for name, value in told)
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     done, story, tags = [], [], ["billhook"]
     if recipe:
@@ -24,6 +27,9 @@ def model_card(report: dict[str, Any]) -> str:
     if recoveries:
         done, tags = [*done, "recovered"], [*tags, "recovered"]
         story += [f"trained by {tables.plain(recovered_words(recovery))}" for recovery in recoveries]
+    if quantized:
+        done, tags = [*done, "quantised"], [*tags, "quantized", *quantized["containers"]]
+        story.append(f"given {quantized['bits_per_weight']:.2f} bits a weight by {quantized['method']}")
     layout = CARD_LAYOUT[report.get("layout") or "unknown"].format(report.get("model_type") or "transformers")
     command_lines = "`, then `".join(commands(report))
     return f"""---

@@ -1,0 +1,316 @@
+"""Quantise a model: open, choose bits, walk, write both containers, read them back."""
+
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from billhook import data
+from billhook.checkpoints import belongings, compressed, load, save, shards
+from billhook.checkpoints.clients import check
+from billhook.checkpoints.gguf import read
+from billhook.checkpoints.gguf.imatrix import write_imatrix
+from billhook.checkpoints.gguf.write import choose, shape_of, write_gguf
+from billhook.checkpoints.load import Opened
+from billhook.checkpoints.resume import FinishedLayers
+from billhook.choices import BITS, CONTAINERS, EMBEDDING_TYPES, GRID_TYPES, OPERATOR_STREAMS, QUANTIZERS
+from billhook.cuts.quantizing import Found, Quantizing, paths, quantise, sparse
+from billhook.errors import BillhookError, ModelError, SettingsError, one_of
+from billhook.math import grids
+from billhook.math.grids import GRIDS
+from billhook.models import layout
+from billhook.models.families import mixture, weight_of
+from billhook.planning.bits import bits_by_layer, bounds, smaller_uniform, stored_as
+from billhook.planning.sensitivity import Probe
+from billhook.reports import card, records
+from billhook.runtime import atomic, cache, run_folder
+from billhook.runtime.progress import Tick, quiet
+from billhook.runtime.run import Run
+from billhook.tensors import Tokens
+
+MIXED = "mixed"
+FILE = "model.gguf"
+EXTRA = "install the extra: pip install 'billhook[quantize]'"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What `quantize` is asked for.
+
+    Raises:
+        BillhookError: settings that cannot go together.
+    """
+
+    bits: str = ""  # 4, 5, 8, a type, mixed; '' is 4, or mixed where there is a budget
+    memory: int | None = None  # bytes that all weights may take
+    format: str = "gguf"
+    method: str = "gptq"
+    stream: str = "sequential"
+    embedding: str = ""  # '' is Q8_0, or F16 where the folder of compressed-tensors has to hold it
+    calibration: str = "mixed"
+    samples: int = 64
+    probes: int = 8
+    seq_len: int = 512
+    seed: int = 0
+    imatrix: bool = False  # whether what enters each weight will be written for llama.cpp
+
+    def __post_init__(self) -> None:
+        one_of("format", self.format, CONTAINERS)
+        one_of("method", self.method, QUANTIZERS)
+        one_of("stream", self.stream, OPERATOR_STREAMS)
+        one_of("bits", self.bits or MIXED, (*BITS, *GRID_TYPES, MIXED))
+        if (self.bits == MIXED) != (self.memory is not None) and self.bits:
+            raise SettingsError(
+                "--bits mixed wants --memory, what all weights may take, and other bits want none: they say it themselves"
+            )
+        if self.embedding:
+            one_of("embedding", self.embedding, EMBEDDING_TYPES)
+        if self.folder:
+            if self.embedding == "Q8_0":
+                raise SettingsError("--embedding Q8_0: compressed-tensors holds linear weights alone: leave it out")
+            if not self.mixed and GRIDS[self.grid].offset:
+                raise SettingsError(
+                    f"--bits {self.bits}: compressed-tensors has whole numbers of a scale alone: use --bits 4, 5 or 8, "
+                    "or --format gguf"
+                )
+            if find_spec("compressed_tensors") is None:
+                raise BillhookError(f"--format {self.format} is read back by compressed-tensors: {EXTRA}")
+        if self.imatrix and self.method != "gptq":
+            raise SettingsError("--imatrix is summed while gptq reads calibration text: leave out --method rtn")
+        if min(self.samples, self.probes) < 1 or self.seq_len < 2:
+            raise SettingsError("--samples and --probes are at least 1, and --seq-len at least 2")
+
+    @property
+    def mixed(self) -> bool:
+        return self.memory is not None
+
+    @property
+    def grid(self) -> str:
+        """The type of every weight, where they all have one."""
+        return BITS.get(self.bits or "4", self.bits)
+
+    @property
+    def folder(self) -> bool:
+        return self.format != "gguf"
+
+    @property
+    def file(self) -> bool:
+        return self.format != "compressed-tensors"
+
+    @property
+    def tables(self) -> str:
+        """The type of embedding and head."""
+        return self.embedding or ("F16" if self.folder else "Q8_0")
+
+    @property
+    def reads(self) -> bool:
+        """Whether it reads calibration text."""
+        return self.method == "gptq" or self.mixed
+
+
+@dataclass
+class Quantized:
+    """A quantised model, with the codes that its weights are the values of."""
+
+    model: Any
+    tokenizer: Any
+    codes: Mapping[str, grids.Quantised]
+    record: dict[str, Any]  # the content of billhook.json
+    wanted: Wanted
+    source: Path | None
+    found: Found = field(default_factory=Found)
+
+    def write(self, work: Path, tick: Tick = quiet) -> None:
+        """Fill the existing folder `work`, and read every container back.
+
+        Raises:
+            BillhookError: what was written does not come back equal.
+        """
+        parts: dict[str, Any] = {}
+        if self.wanted.folder:
+            tick("saving", 0, 1)
+            save.save(self.model, self.tokenizer, work, self.source)
+            compressed.compress(work, self.codes)
+            self._same(load.load(work, dtype="float32"), work)
+            self.record["loads"] = [check.check(work, "transformers")]
+            parts["compressed-tensors"] = {"bytes": save.stored_bytes(work)}
+            tick("saving", 1, 1)
+        if self.wanted.file:
+            written = write_gguf(self.model, self.tokenizer, work / FILE, "F16", tick, codes=self.codes)
+            self._same(read.open_gguf(work / FILE)[0], work / FILE)
+            parts["gguf"] = {key: written[key] for key in ("arch", "types", "bytes")}
+        self.record["quantized"]["containers"] = parts
+        atomic.write_text(work / atomic.MARK, records.to_json(self.record))
+        atomic.write_text(work / "README.md", card.model_card(self.record))
+
+    def write_imatrix(self, path: Path) -> None:
+        """Write what enters each weight, as llama.cpp's llama-quantize reads it."""
+        write_imatrix(self.model, path, self.found.energies, self.found.tokens, self.wanted.calibration)
+
+    def _same(self, again: Any, where: Path) -> None:
+        """Refuse a container whose weights or logits differ by a bit from what was measured in memory."""
+        now = self.model.state_dict()
+        differing = [name for name, tensor in again.state_dict().items() if not torch.equal(tensor, now[name])]
+        if differing:
+            raise ModelError(
+                f"{where} did not survive reloading: {len(differing)} tensors differ, first {differing[0]}"
+            )
+
+
+def quantize(model: str, wanted: Wanted, run: Run) -> Quantized:
+    """Quantise a model that is on this machine or the hub.
+
+    Raises:
+        BillhookError: anything that cannot work; nothing was written.
+    """
+    opened, started = _opened(model, run), time.perf_counter()
+    _check(opened, wanted)
+    with run_folder.locked(run.folder):
+        text = _windows(opened, wanted, run)
+        chosen, why = _chosen(opened, wanted, text, run)
+        how = Quantizing(wanted.method, chosen, wanted.stream)
+        calibration = text[: wanted.samples]
+        seen = Probe(opened.model, text[wanted.samples + wanted.probes :]) if wanted.mixed else None
+        found = quantise(opened.model, calibration, how, _kept(opened, wanted, chosen, run))
+        tables = _tables(opened.model, wanted, set(found.codes))
+        if seen is not None:
+            opened, found, tables, why = _accepted(opened, wanted, (found, tables, why), (calibration, seen), run)
+    record = _record(opened, wanted, found, why, text) | {"seconds": round(time.perf_counter() - started, 1)}
+    return Quantized(opened.model, opened.tokenizer, {**found.codes, **tables}, record, wanted, opened.folder, found)
+
+
+def _opened(model: str, run: Run) -> Opened:
+    """The model in float32, in memory."""
+    return load.open_model(model, device="cpu", dtype="float32", tick=run.tick)
+
+
+def _check(opened: Opened, wanted: Wanted) -> None:
+    """Refuse what no container could hold, before anything is computed."""
+    model = opened.model
+    if any(mixture(model, n) is not None for n in range(model.config.num_hidden_layers)):
+        raise ModelError(f"{opened.name} is a mixture of experts: billhook quantises models without")
+    linear = dict(model.named_modules())
+    other = next((path for _, _, path in paths(model) if not isinstance(linear[path], torch.nn.Linear)), "")
+    if other:
+        raise ModelError(f"{opened.name}: {other} is no Linear, and no container of few bits holds it")
+    if wanted.file:
+        choose(shape_of(model))
+    if not wanted.mixed and GRIDS[wanted.grid].offset and sparse(model):
+        raise ModelError(
+            f"{opened.name} is sparse, and {wanted.grid} has no level at zero: use --bits 4, 5 or 8, whose zeros stay"
+        )
+    if not any(grids.divides(weight_of(model, path).shape[1]) for _, _, path in paths(model)):
+        raise ModelError(f"{opened.name}: no weight has inputs in whole blocks of {grids.BLOCK}")
+    if wanted.mixed:
+        low, high = bounds(model, _offered(opened, wanted), wanted.tables)
+        if not low <= (wanted.memory or 0):
+            raise SettingsError(f"--memory {wanted.memory:,}: its weights take from {low:,} to {high:,} bytes")
+
+
+def _offered(opened: Opened, wanted: Wanted) -> tuple[str, ...]:
+    """The types that layers may have."""
+    plain = wanted.folder or sparse(opened.model)
+    return tuple(name for name in GRID_TYPES if not (plain and GRIDS[name].offset))
+
+
+def _windows(opened: Opened, wanted: Wanted, run: Run) -> Tokens:
+    """Windows to calibrate on, and where bits are chosen as many again to choose by, and to accept by."""
+    if not wanted.reads:
+        return torch.zeros(0, wanted.seq_len, dtype=torch.long)
+    load.check_positions(opened, wanted.seq_len)
+    count = wanted.samples + (wanted.probes * 2 if wanted.mixed else 0)
+    text = data.calibration_text(wanted.calibration, run.tick)
+    windows = data.windows(text, opened.tokenizer, wanted.seq_len, count, wanted.seed)
+    data.check_vocabulary(windows, opened.model, opened.name)
+    return windows.tokens
+
+
+def _chosen(opened: Opened, wanted: Wanted, text: Tokens, run: Run) -> tuple[dict[str, str], dict[str, Any]]:
+    """The type of every module, by path, and how it was chosen."""
+    every = [(n, path) for n, _, path in paths(opened.model) if grids.divides(weight_of(opened.model, path).shape[1])]
+    if not wanted.mixed:
+        return {path: wanted.grid for _, path in every}, {}
+    assert wanted.memory is not None
+    seen = text[wanted.samples : wanted.samples + wanted.probes]
+    types, why = bits_by_layer(opened.model, seen, _offered(opened, wanted), (wanted.memory, wanted.tables), run)
+    return {path: types[n] for n, path in every}, why
+
+
+def _kept(opened: Opened, wanted: Wanted, chosen: Mapping[str, str], run: Run) -> Run:
+    """The run with the layers that were finished of this very work."""
+    if run.folder is None or opened.folder is None or wanted.method == "rtn" or wanted.mixed:
+        return run
+    key = {
+        "settings": asdict(wanted),
+        "model": shards.digest(opened.folder),
+        "version of billhook": cache.code_sha256(),
+    }
+    run_folder.claim(run.folder, key | {"types": repr(sorted(chosen.items()))}, run.fresh)
+    return replace(run, finished=FinishedLayers(run.folder, opened.model))
+
+
+def _tables(model: Any, wanted: Wanted, done: set[str]) -> dict[str, grids.Quantised]:
+    """Codes of embedding and head; whatever else is a matrix becomes float16.  The model gets their values."""
+    codes, modules = {}, dict(model.named_modules())
+    for path, module in modules.items():
+        weight = getattr(module, "weight", None)
+        if weight is None or weight.ndim < 2 or path in done:
+            continue
+        if stored_as(model, path, wanted.tables) == "Q8_0":
+            codes[path] = grids.nearest(weight.data, GRIDS["Q8_0"])
+            weight.data.copy_(codes[path].values())
+        elif id(weight) not in {id(modules[other].weight) for other in codes}:
+            weight.data.copy_(weight.data.half())
+    return codes
+
+
+def _accepted(opened: Opened, wanted: Wanted, mixed: Any, by: tuple[Tokens, Probe], run: Run) -> Any:
+    """The mixed model, where it is nearer to the dense one than the best single type of no more bytes, on windows that
+    nothing has seen; else that one."""
+    found, tables, why = mixed
+    calibration, probe = by
+    name = smaller_uniform(opened.model, _offered(opened, wanted), (wanted.memory or 0, wanted.tables))
+    own = probe.divergences_of(opened.model)
+    why |= {"kl": sum(own) / len(own), "uniform": name, "uniform_kl": None, "taken": MIXED}
+    if name is None:
+        return opened, found, tables, why
+    again = _opened(opened.name, run)
+    every = {path: name for _, _, path in paths(again.model) if path in found.codes}
+    plain = quantise(again.model, calibration, Quantizing(wanted.method, every, wanted.stream), run)
+    plain_tables = _tables(again.model, wanted, set(plain.codes))
+    theirs = probe.divergences_of(again.model)
+    why["uniform_kl"] = sum(theirs) / len(theirs)
+    if why["kl"] < why["uniform_kl"]:
+        return opened, found, tables, why
+    return again, plain, plain_tables, why | {"taken": name}
+
+
+def _record(opened: Opened, wanted: Wanted, found: Found, why: Mapping[str, Any], text: Tokens) -> dict[str, Any]:
+    """What billhook.json says."""
+    before = (records.stored_cut(opened.folder) if opened.folder else None) or {}
+    sizes = [one.codes.numel() for one in found.codes.values()]
+    said = {
+        **{key: value for key, value in asdict(wanted).items() if value not in ("", None)},
+        "embedding": wanted.tables,
+        "bits_per_weight": sum(8 * one.bytes for one in found.codes.values()) / sum(sizes),
+        "types": dict(Counter(one.grid.name for one in found.codes.values())),
+        "tokens_sha256": hashlib.sha256(text.numpy().tobytes()).hexdigest(),
+        "parent": opened.name,
+        "choice": dict(why),
+        "operators": [asdict(one) for one in found.records],
+    }
+    return {
+        **before,
+        "parent": before.get("parent") or opened.name,
+        "model_type": opened.model.config.model_type,
+        "layout": layout.layout_of(opened.model),
+        "license": belongings.licence_of(opened.folder),
+        "quantized": said,
+        "versions": records.versions(),
+    }

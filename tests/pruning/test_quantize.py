@@ -1,0 +1,172 @@
+"""Few bits for a whole model: both containers give back the very numbers that were measured, zeros stay, a budget is
+kept, and what cannot be is refused in one line."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from billhook.checkpoints import compressed, load
+from billhook.checkpoints.save import save
+from billhook.cuts import quantizing
+from billhook.cuts.quantizing import paths
+from billhook.errors import BillhookError
+from billhook.math import grids
+from billhook.math.grids import GRIDS
+from billhook.models.families import weight_of
+from billhook.planning.bits import bounds, size_of
+from billhook.pruning.quantize import FILE, Quantized, Wanted, quantize
+from billhook.runtime.run import Run
+
+SMALL: dict[str, Any] = dict(samples=8, probes=2, seq_len=32)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(tiny.text(2000, 300))
+    return str(path)
+
+
+def folder(tmp_path: Path, name: str = "llama", sparse: bool = False) -> str:
+    model = tiny.model(name)
+    if sparse:
+        for _, _, path in paths(model):
+            weight_of(model, path)[:, ::2] = 0.0
+    (tmp_path / "model").mkdir()
+    save(model, tiny.tokenizer(), tmp_path / "model", None)
+    return str(tmp_path / "model")
+
+
+def written(tmp_path: Path, source: str, **settings: Any) -> tuple[Quantized, Path]:
+    out = tmp_path / "out"
+    out.mkdir()
+    found = quantize(source, Wanted(**{**SMALL, **settings}), Run())
+    found.write(out)
+    return found, out
+
+
+@pytest.mark.parametrize("bits", ["4", "Q5_1", "8"])
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+@pytest.mark.covering(some={"bits": 1})
+def test_a_gguf_gives_back_what_was_measured(tmp_path: Path, text: str, bits: str, method: str) -> None:
+    found, out = written(tmp_path, folder(tmp_path), bits=bits, method=method, calibration=text)
+    again = load.open_model(str(out / FILE), device="cpu", dtype="float32").model
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, found.model(ids).logits)
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(out / FILE).tensors}
+    assert kinds["blk.0.attn_q.weight"] == found.wanted.grid and kinds["token_embd.weight"] == "Q8_0"
+    assert kinds["blk.0.ffn_down.weight"] == "F16"  # 48 inputs are no whole blocks
+    assert "quantised" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", [name for name, grid in GRIDS.items() if not grid.offset])
+def test_packed_integers_give_back_their_codes(name: str) -> None:
+    one = grids.nearest(torch.randn(6, 96, generator=torch.Generator().manual_seed(0)), GRIDS[name])
+    bits = compressed.width(one.grid)
+    words = compressed.packed(one.codes, bits)
+    assert words.shape == (6, 96 * bits // 32) and torch.equal(compressed.unpacked(words, 96, bits), one.codes)
+
+
+@pytest.mark.skipif(find_spec("compressed_tensors") is None, reason="the extra quantize is not installed")
+@pytest.mark.parametrize("bits", ["4", "5", "8"])
+def test_stock_transformers_reads_the_folder_bit_for_bit(tmp_path: Path, text: str, bits: str) -> None:
+    import transformers
+
+    found, out = written(tmp_path, folder(tmp_path), bits=bits, format="both", calibration=text)
+    stock = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        assert torch.equal(stock(ids).logits, found.model(ids).logits)
+        both = [load.open_model(str(path), device="cpu", dtype="float32", packed=True) for path in (out, out / FILE)]
+        assert torch.equal(both[0].model(ids).logits, both[1].model(ids).logits)
+    with pytest.raises(BillhookError, match="is quantised"):
+        load.open_model(str(out))
+
+
+def test_zeros_stay_through_both_methods(tmp_path: Path, text: str) -> None:
+    source = folder(tmp_path, sparse=True)
+    for method in ("gptq", "rtn"):
+        found = quantize(source, Wanted(**SMALL, method=method, calibration=text), Run())
+        for _, _, path in paths(found.model):
+            assert bool((weight_of(found.model, path)[:, ::2] == 0).all())
+    with pytest.raises(BillhookError, match="no level at zero"):
+        quantize(source, Wanted(**SMALL, bits="Q4_1", calibration=text), Run())
+
+
+def test_a_budget_is_kept_and_the_better_of_two_is_taken(tmp_path: Path, text: str) -> None:
+    source = folder(tmp_path)
+    model = tiny.model("llama")
+    low, high = bounds(model, tuple(GRIDS), "Q8_0")
+    budget = (2 * low + high) // 3
+    found, _ = written(tmp_path, source, memory=budget, calibration=text)
+    choice = found.record["quantized"]["choice"]
+    types = [found.codes[path].grid.name for n, role, path in paths(found.model) if role == "q"]
+    assert size_of(model, types, "Q8_0") <= budget
+    assert choice["taken"] == "mixed" or choice["uniform_kl"] <= choice["kl"]
+    with pytest.raises(BillhookError, match=f"from {low:,} to {high:,} bytes"):
+        quantize(source, Wanted(**SMALL, memory=low - 1, calibration=text), Run())
+
+
+def test_a_killed_run_goes_on_to_the_same_codes(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, wanted = folder(tmp_path), Wanted(**SMALL, calibration=text)
+    whole = quantize(source, wanted, Run())
+
+    swept, calls = quantizing._swept, []
+
+    def killed(*given: Any) -> None:
+        calls.append(given)
+        if len(calls) == 10:
+            raise KeyboardInterrupt
+        swept(*given)
+
+    monkeypatch.setattr(quantizing, "_swept", killed)
+    run = Run(folder=tmp_path / "unfinished")
+    with pytest.raises(KeyboardInterrupt):
+        quantize(source, wanted, run)
+    monkeypatch.undo()
+    again = quantize(source, wanted, run)
+    assert again.codes.keys() == whole.codes.keys()
+    for path, one in whole.codes.items():
+        assert torch.equal(again.codes[path].codes, one.codes) and torch.equal(again.codes[path].scales, one.scales)
+    assert again.record["quantized"]["operators"] == whole.record["quantized"]["operators"]
+
+
+def test_an_importance_matrix_holds_the_squares_of_what_enters(tmp_path: Path, text: str) -> None:
+    found = quantize(folder(tmp_path), Wanted(**SMALL, calibration=text, imatrix=True), Run())
+    found.write_imatrix(tmp_path / "m.gguf")
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    tensors = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
+    assert reader.fields["general.type"].contents() == "imatrix"
+    assert tensors["blk.0.attn_q.weight.in_sum2"].shape == (1, 32)
+    assert np.array_equal(tensors["blk.0.attn_q.weight.in_sum2"], tensors["blk.0.attn_v.weight.in_sum2"])
+    # what enters layer 0's attention is normalised: mean squares near those of the norm's weight, which is 1
+    mean = tensors["blk.0.attn_q.weight.in_sum2"].mean() / tensors["blk.0.attn_q.weight.counts"][0, 0]
+    assert 0.9 < mean < 1.1
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"bits": "3"}, "bits"),
+        ({"bits": "mixed"}, "wants --memory"),
+        ({"bits": "4", "memory": 10}, "wants --memory"),
+        ({"method": "rtn", "imatrix": True}, "leave out --method rtn"),
+        ({"embedding": "Q8_0", "format": "both"}, "linear weights alone"),
+        ({"bits": "Q4_1", "format": "both"}, "whole numbers of a scale"),
+    ],
+)
+def test_what_cannot_go_together_is_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(BillhookError, match=said):
+        Wanted(**settings)
+
+
+def test_a_mixture_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BillhookError, match="mixture of experts"):
+        quantize(folder(tmp_path, "mixtral"), Wanted(method="rtn", **SMALL), Run())
