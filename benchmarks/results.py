@@ -70,6 +70,10 @@ TABLES: dict[str, tuple[str, str]] = {  # name -> settings that tell rows apart,
         "plain_forward_seconds fasp_seconds forwards least most forward_part gram_part score_part restoration_part errors_part "
         "peak_mib",
     ),
+    "quantize": (
+        "model calibration samples windows type method text",
+        "bits_per_weight kl kl_standard_error factor factor_standard_error",
+    ),
     "recipes": ("recipe number", "expected measured within"),
     "recover_cost": ("student rows what", "parameters tokens_per_second least most beside"),
     "recovery": (

@@ -78,6 +78,10 @@ def test_what_a_model_is_and_what_it_becomes(folder: Path, tmp_path: Path, monke
     assert billhook.check(folder).client == "transformers"
     written = billhook.export(folder, tmp_path / "model.gguf", quiet=True)
     assert written.bytes == (tmp_path / "model.gguf").stat().st_size and sum(written.types.values()) > 20
+    few = billhook.quantize(folder, tmp_path / "few", method="rtn", bits="8", quiet=True)
+    assert (
+        few.types["Q8_0"] > 15 and few.containers["gguf"]["bytes"] == (tmp_path / "few" / "model.gguf").stat().st_size
+    )
     monkeypatch.setattr(throughput, "training_pace", lambda *_: 1000.0)
     told = billhook.forecast(folder, 0.3, 10, seq_len=16, device="cpu", seconds=0.05, quiet=True)
     assert told.training_tokens_per_second == 1000 and told.commands[0].startswith(f"billhook prune {folder}")

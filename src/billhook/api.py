@@ -23,16 +23,22 @@ from billhook.evaluation import side_by_side
 from billhook.methods import METHODS
 from billhook.models import layout, limits
 from billhook.planning.command import DEFAULT
+from billhook.planning.few_bits import Wanted
 from billhook.planning.method import Method, MethodSettings
 from billhook.planning.recipe import Recipe
 from billhook.pruning import compare as comparing
 from billhook.pruning import prune as pruning
+from billhook.pruning import quantize as quantizing
 from billhook.pruning.contenders import contender, settled
 from billhook.recovery import forecast as forecasting
 from billhook.recovery import recover as recovering
-from billhook.results import Anatomy, Checked, Exported, Forecast, Measured, Point
+from billhook.results import Anatomy, Checked, Exported, Forecast, Measured, Point, QuantizedModel
+from billhook.runtime import atomic
+from billhook.runtime.outputs import check_out
 from billhook.runtime.progress import Tick
 from billhook.runtime.progress import quiet as silent
+from billhook.runtime.run import Run
+from billhook.runtime.units import BYTES, amount
 
 Given = ParamSpec("Given")
 Made = TypeVar("Made")
@@ -217,6 +223,34 @@ def export(
 
 
 @for_python
+def quantize(
+    model: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    imatrix: str | os.PathLike[str] | None = None,
+    quiet: bool = False,
+    **settings: Any,
+) -> QuantizedModel:
+    """Give a model's weights fewer bits, and write the folder `path`, reloaded and compared; what was written.
+
+    Args:
+        imatrix: file for an importance matrix, which llama.cpp's llama-quantize reads.
+        settings: fields of `billhook.planning.few_bits.Wanted`: bits="4", memory="90MB", format="both", ….
+    """
+    limit = amount(settings.pop("memory", None), BYTES, "memory")
+    wanted = Wanted(memory=limit, imatrix=imatrix is not None, **settings)
+    out = Path(path)
+    check_out(out, Path(model) if Path(model).exists() else None, overwrite)
+    with bars(quiet) as tick, atomic.folder(out, overwrite) as work:
+        found = quantizing.quantize(os.fspath(model), wanted, Run(tick=tick))
+        found.write(work, tick)
+        if imatrix is not None:
+            found.write_imatrix(Path(imatrix))
+    return QuantizedModel.of(found.record["quantized"])
+
+
+@for_python
 def check(
     path: str | os.PathLike[str],
     client: str = "transformers",
@@ -225,7 +259,7 @@ def check(
     trust_remote_code: bool = False,
 ) -> Checked:
     """Load a checkpoint in a process of a stock client, without billhook, and compare tokens and logits."""
-    loading.check_folder(Path(path), os.fspath(path))
+    loading.check_loadable(Path(path), os.fspath(path))
     return Checked.of(clients.check(Path(path), client, python, trust_remote_code))
 
 

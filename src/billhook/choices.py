@@ -205,6 +205,7 @@ CONTAINERS = {
 }
 BITS = {"4": "Q4_0", "5": "Q5_0", "8": "Q8_0"}  # the type that a number of bits means
 GRID_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")  # types that have codes of billhook's own
+WITH_MINIMUM = ("Q4_1", "Q5_1")  # those whose blocks have a minimum besides their scale: zero is on no level
 EMBEDDING_TYPES = ("Q8_0", "F16")
 
 

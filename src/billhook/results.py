@@ -81,6 +81,16 @@ class Exported(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class QuantizedModel(Record):
+    """What few bits came to."""
+
+    bits_per_weight: float  # of the layers' weights, their scales included
+    types: Mapping[str, int]  # weights by type
+    containers: Mapping[str, Mapping[str, Any]]  # what was written, with its bytes
+    choice: Mapping[str, Any]  # how bits were chosen by layer; empty where all have the same
+
+
+@dataclass(frozen=True, kw_only=True)
 class AxisAnatomy(Record):
     """What a kind of axis could give up."""
 

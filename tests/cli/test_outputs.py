@@ -22,6 +22,7 @@ WRITE = {  # options that come before an output
     "search": ["--trials", 4, "--ratio", 0.2, "-o"],
     "recover": ["--objective", "ce", "--tokens", "1k", "-o"],
     "export": ["-o"],
+    "quantize": ["--method", "rtn", "-o"],
     "export --overwrite": ["--overwrite", "-o"],
     "compare": ["--methods", "fasp", "--ratio", 0.2, "--report"],
     "compare --json": ["--methods", "fasp", "--ratio", 0.2, "--json"],

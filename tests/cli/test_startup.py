@@ -33,6 +33,7 @@ OF_A_MODEL = (
         "evaluate {}",
         "evaluate demo --against {}",
         "export {} -o out.gguf",
+        "quantize {} -o out",
         "prune {} --ratio 0.2 -o out",
     ),
     *(
@@ -67,6 +68,7 @@ LINES = [  # a command line, its exit code, and words of its answer
     ("evaluate . --seq-len 1", 2, "seq-len"),
     ("check . --client torch", 2, "unknown client"),
     ("export demo --quantize Q9 -o out.gguf", 2, "unknown quantize"),
+    ("quantize demo --bits 3 -o out", 2, "unknown bits"),
     ("run none.yaml -o out", 2, "none.yaml"),
     *((f"{line.format('no/such/model')}", 2, "no/such/model does not exist") for line in OF_A_MODEL),
 ]

@@ -20,7 +20,8 @@ from billhook.math import grids
 from billhook.math.grids import GRIDS
 from billhook.models.families import weight_of
 from billhook.planning.bits import bounds, size_of
-from billhook.pruning.quantize import FILE, Quantized, Wanted, quantize
+from billhook.planning.few_bits import Wanted
+from billhook.pruning.quantize import FILE, Quantized, quantize
 from billhook.runtime.run import Run
 
 SMALL: dict[str, Any] = dict(samples=8, probes=2, seq_len=32)

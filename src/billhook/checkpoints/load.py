@@ -242,6 +242,12 @@ def check_folder(path: Path, name: str) -> Contents:
     return read_contents(path, name)
 
 
+def check_loadable(path: Path, name: str) -> None:
+    """Refuse as `check_folder` does, but not packed integers, whose values have no files to be looked at."""
+    if not compressed.is_compressed(path):
+        check_folder(path, name)
+
+
 def say_unused(contents: Contents) -> None:
     """Warn of stored tensors that are no part of the model; transformers leaves them out, too."""
     if contents.unused:

@@ -9,6 +9,7 @@ help      How help is printed: plain text at once, options under the headings th
 methods   The command that says what each method is: methods
 options   What commands share before they work: common options, and checks of what needs no model
 prune     The command prune
+quantize  The command quantize
 recover   Commands that train, and say beforehand what training buys: recover, forecast
 run       Commands that prune without options: run, demo
 search    The command that searches for calibration samples and metric before it prunes: search

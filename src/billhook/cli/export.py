@@ -52,7 +52,7 @@ def check_command(
         from billhook.checkpoints import load
         from billhook.checkpoints.clients import check
         from billhook.reports import records
-    load.check_folder(path, str(path))
+    load.check_loadable(path, str(path))
     found, failed = [], []
     with progress() as tick:
         for n, name in enumerate(wanted):

@@ -24,6 +24,7 @@ from billhook.cli.options import (
     option,
     unfinished,
 )
+from billhook.planning.few_bits import Wanted
 from billhook.runtime import atomic
 from billhook.runtime.outputs import check_apart
 from billhook.runtime.units import BYTES, amount
@@ -36,7 +37,7 @@ def quantize_command(
     bits: Annotated[
         str,
         option(
-            *(BUDGET, f"{', '.join(BITS)}, or a type of llama.cpp ({', '.join(GRID_TYPES)}); mixed: by --memory"),
+            *(BUDGET, f"{', '.join(BITS)}; a type, like Q4_1; mixed: by --memory"),
             names=(*BITS, *GRID_TYPES, "mixed"),
             show_default="4",
         ),
@@ -46,10 +47,10 @@ def quantize_command(
     ] = None,
     format: Annotated[str, option(OUTPUT, f"one of: {', '.join(CONTAINERS)}", names=CONTAINERS)] = "gguf",
     method: Annotated[
-        str, option(METHOD, "; ".join(f"{name}: {what}" for name, what in QUANTIZERS.items()), names=QUANTIZERS)
+        str, option(METHOD, "gptq, which reads calibration text, or rtn: round to nearest", names=QUANTIZERS)
     ] = "gptq",
     stream: Annotated[
-        str, option(METHOD, f"what each weight sees: {', '.join(OPERATOR_STREAMS)}", names=OPERATOR_STREAMS)
+        str, option(METHOD, f"each weight sees: {', '.join(OPERATOR_STREAMS)}", names=OPERATOR_STREAMS)
     ] = "sequential",
     embedding: Annotated[
         str,
@@ -82,23 +83,22 @@ def quantize_command(
 
     billhook quantize smaller --memory 90MB --calibration wiki.txt -o smaller-90
     """
-    started = time.perf_counter()
-    from billhook.cli.console import going_on, loading, out, progress, say
-
-    limit = amount(memory, BYTES, "memory")
+    started, limit = time.perf_counter(), amount(memory, BYTES, "memory")
+    how = {"stream": stream, "embedding": embedding, "samples": samples, "probes": probes, "seq_len": seq_len}
+    wanted = Wanted(bits, limit, format, method, **how, calibration=calibration, seed=seed, imatrix=imatrix is not None)
     output = check_free_of(model, output, overwrite)
     if imatrix is not None:
         imatrix = Path(os.path.expanduser(imatrix))
         check_apart(imatrix, Path(os.path.expanduser(model)))
         atomic.check_file(imatrix)
+    from billhook.cli.console import going_on, loading, out, progress, say
+
     with loading():
-        from billhook.pruning.quantize import Wanted, quantize
+        from billhook.pruning.quantize import quantize
         from billhook.reports import records, terminal
         from billhook.reports.quantized import quantized_rows
         from billhook.runtime import run_folder
         from billhook.runtime.run import Run
-    how = {"stream": stream, "embedding": embedding, "samples": samples, "probes": probes, "seq_len": seq_len}
-    wanted = Wanted(bits, limit, format, method, **how, calibration=calibration, seed=seed, imatrix=imatrix is not None)
     work = unfinished(output)
     with atomic.folder(output, overwrite) as folder, going_on(work), progress() as tick:
         run = Run(tick=tick, announce=say, folder=work, fresh=fresh)

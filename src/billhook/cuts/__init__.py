@@ -6,6 +6,7 @@ experts          Fewer experts in every layer of a mixture: dropped or merged (R
 masking          Zeros in the linear weights of the decoder layers, found operator by operator
 narrowing        Units of an axis go, and what reads them is refitted (FASP)
 parallel         Layers cut in several processes, where none of them sees what became of another
+quantizing      Few bits for the linear weights of the decoder layers, operator by operator
 restoration      How far a reader's new weight is from what it should put out
 settings         What may be chosen of each cut
 slicing          Channels of the residual stream go, through the whole model (SliceGPT)

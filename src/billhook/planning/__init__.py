@@ -4,8 +4,10 @@ ablation         what a model loses without each of its modules
 ablation_plan    from such a table to a plan: widths, then whole layers
 allocation       how the budget is spread over the layers, as the user says it
 axis_plan        units of axes, by the allocation
+bits             bits by layer under a budget of bytes
 budget           the plan that meets a budget: parameters, bytes, speed
 command          the command line that makes a result again
+few_bits         what quantize is asked for
 latency          how long a layer takes at candidate sizes, on this machine
 layer_plan       whole layers
 method           what a method is, and the phases of a prune

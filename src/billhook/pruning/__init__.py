@@ -6,6 +6,7 @@ dry_run     What a prune will come to, before it: parameters, memory, disk, oper
 heal        Prune and train in one run, which goes on after a kill
 preflight   What cannot be done by the means that a prune was given, said before it computes anything
 prune       Prune a model by a recipe: open, draw, plan, carry out, prove
+quantize    Quantise a model: open, choose bits, walk, write both containers, read them back
 recipe      A recipe from what people write: flat settings, or parts, in Python or in a file
 rehearsal   What a layer of a model costs to prune on this machine: the prune itself
 """

@@ -5,7 +5,6 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,15 @@ from billhook.checkpoints.gguf.imatrix import write_imatrix
 from billhook.checkpoints.gguf.write import choose, shape_of, write_gguf
 from billhook.checkpoints.load import Opened
 from billhook.checkpoints.resume import FinishedLayers
-from billhook.choices import BITS, CONTAINERS, EMBEDDING_TYPES, GRID_TYPES, OPERATOR_STREAMS, QUANTIZERS
+from billhook.choices import GRID_TYPES
 from billhook.cuts.quantizing import Found, Quantizing, paths, quantise, sparse
-from billhook.errors import BillhookError, ModelError, SettingsError, one_of
+from billhook.errors import ModelError, SettingsError
 from billhook.math import grids
 from billhook.math.grids import GRIDS
 from billhook.models import layout
 from billhook.models.families import mixture, weight_of
 from billhook.planning.bits import bits_by_layer, bounds, smaller_uniform, stored_as
+from billhook.planning.few_bits import MIXED, Wanted
 from billhook.planning.sensitivity import Probe
 from billhook.reports import card, records
 from billhook.runtime import atomic, cache, run_folder
@@ -34,84 +34,7 @@ from billhook.runtime.progress import Tick, quiet
 from billhook.runtime.run import Run
 from billhook.tensors import Tokens
 
-MIXED = "mixed"
 FILE = "model.gguf"
-EXTRA = "install the extra: pip install 'billhook[quantize]'"
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What `quantize` is asked for.
-
-    Raises:
-        BillhookError: settings that cannot go together.
-    """
-
-    bits: str = ""  # 4, 5, 8, a type, mixed; '' is 4, or mixed where there is a budget
-    memory: int | None = None  # bytes that all weights may take
-    format: str = "gguf"
-    method: str = "gptq"
-    stream: str = "sequential"
-    embedding: str = ""  # '' is Q8_0, or F16 where the folder of compressed-tensors has to hold it
-    calibration: str = "mixed"
-    samples: int = 64
-    probes: int = 8
-    seq_len: int = 512
-    seed: int = 0
-    imatrix: bool = False  # whether what enters each weight will be written for llama.cpp
-
-    def __post_init__(self) -> None:
-        one_of("format", self.format, CONTAINERS)
-        one_of("method", self.method, QUANTIZERS)
-        one_of("stream", self.stream, OPERATOR_STREAMS)
-        one_of("bits", self.bits or MIXED, (*BITS, *GRID_TYPES, MIXED))
-        if (self.bits == MIXED) != (self.memory is not None) and self.bits:
-            raise SettingsError(
-                "--bits mixed wants --memory, what all weights may take, and other bits want none: they say it themselves"
-            )
-        if self.embedding:
-            one_of("embedding", self.embedding, EMBEDDING_TYPES)
-        if self.folder:
-            if self.embedding == "Q8_0":
-                raise SettingsError("--embedding Q8_0: compressed-tensors holds linear weights alone: leave it out")
-            if not self.mixed and GRIDS[self.grid].offset:
-                raise SettingsError(
-                    f"--bits {self.bits}: compressed-tensors has whole numbers of a scale alone: use --bits 4, 5 or 8, "
-                    "or --format gguf"
-                )
-            if find_spec("compressed_tensors") is None:
-                raise BillhookError(f"--format {self.format} is read back by compressed-tensors: {EXTRA}")
-        if self.imatrix and self.method != "gptq":
-            raise SettingsError("--imatrix is summed while gptq reads calibration text: leave out --method rtn")
-        if min(self.samples, self.probes) < 1 or self.seq_len < 2:
-            raise SettingsError("--samples and --probes are at least 1, and --seq-len at least 2")
-
-    @property
-    def mixed(self) -> bool:
-        return self.memory is not None
-
-    @property
-    def grid(self) -> str:
-        """The type of every weight, where they all have one."""
-        return BITS.get(self.bits or "4", self.bits)
-
-    @property
-    def folder(self) -> bool:
-        return self.format != "gguf"
-
-    @property
-    def file(self) -> bool:
-        return self.format != "compressed-tensors"
-
-    @property
-    def tables(self) -> str:
-        """The type of embedding and head."""
-        return self.embedding or ("F16" if self.folder else "Q8_0")
-
-    @property
-    def reads(self) -> bool:
-        """Whether it reads calibration text."""
-        return self.method == "gptq" or self.mixed
 
 
 @dataclass

@@ -1,7 +1,9 @@
 """GGUF files, read and written.
 
 architectures  Tables of llama.cpp: its architectures, its tensor names, its names for pre-tokenizers
+blocks         Codes and scales as the bytes of ggml's blocks
 file           A GGUF file, or the parts of a split one, on disk: its fields, and where its tensors are
+imatrix        An importance matrix, as llama-quantize reads it
 read           A GGUF as a transformers model: every field and tensor of the file is used, or refused by name
 rope           A GGUF's rotary position embedding as transformers' rope_parameters
 tokenizer      The tokenizer of a GGUF as a transformers tokenizer
