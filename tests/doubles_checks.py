@@ -5,7 +5,7 @@ every kind of device that is known, and a process with such threads cannot be fo
 from pathlib import Path
 from typing import Any
 
-import no_doubles
+import pretended
 import pytest
 import tiny
 import torch
@@ -25,7 +25,7 @@ from billhook.search.validation import Validation
 
 SMALL: dict[str, Any] = dict(seq_len=16, samples=4, multiple_of=2, ratio=0.2)
 
-tensors.WITHOUT_FLOAT64 = {no_doubles.NAME}
+tensors.WITHOUT_FLOAT64 = {pretended.NAME}
 
 
 def pruned(case: tuple[str, dict[str, Any]], text: Path, device: torch.device) -> dict[str, torch.Tensor]:
@@ -39,8 +39,8 @@ def pruned(case: tuple[str, dict[str, Any]], text: Path, device: torch.device) -
 
 def every_method_prunes_as_on_the_cpu(case: tuple[str, dict[str, Any]], text: Path) -> None:
     known = pruned(case, text, torch.device("cpu"))
-    with no_doubles.device():
-        found = pruned(case, text, no_doubles.DEVICE)
+    with pretended.device():
+        found = pruned(case, text, pretended.DEVICE)
     assert found.keys() == known.keys()
     for key, one in known.items():
         torch.testing.assert_close(found[key], one)
@@ -48,24 +48,24 @@ def every_method_prunes_as_on_the_cpu(case: tuple[str, dict[str, Any]], text: Pa
 
 def windows_are_grouped_as_on_the_cpu() -> None:
     windows, embedding = torch.randint(50, (20, 8)), torch.randn(50, 6)
-    with no_doubles.device():
-        found = pool.clustered(windows, embedding.to(no_doubles.DEVICE), 3, 0)
+    with pretended.device():
+        found = pool.clustered(windows, embedding.to(pretended.DEVICE), 3, 0)
     assert found.equal(pool.clustered(windows, embedding, 3, 0))
 
 
 def kept_grams_are_read_to_where_float64_is(tmp_path: Path) -> None:
     grams, G = Grams(tmp_path, {}), torch.eye(3, dtype=torch.float64)
     grams.keep("reader", G, G)
-    with no_doubles.device():
-        assert all(one is not None and one.equal(G) for one in grams.read("reader", no_doubles.DEVICE))
+    with pretended.device():
+        assert all(one is not None and one.equal(G) for one in grams.read("reader", pretended.DEVICE))
 
 
 def a_metric_is_tried_as_on_the_cpu() -> None:
     how = masking.Masking("optishear", Pattern(0.5), ("q", "up"), "dense", Settings())
     tokens = torch.randint(0, 90, (8, 16), generator=torch.Generator().manual_seed(0))
     found = []
-    with no_doubles.device():
-        for device in (torch.device("cpu"), no_doubles.DEVICE):
+    with pretended.device():
+        for device in (torch.device("cpu"), pretended.DEVICE):
             windows = Validation(tokens[:0], tokens[:2], tokens[2:])
             model = tiny.model("llama", num_hidden_layers=2).to(device)
             problem = optishear.begin(evaluator_of(model, "nll", None), {}, how, windows, tokens, Run())
@@ -75,14 +75,14 @@ def a_metric_is_tried_as_on_the_cpu() -> None:
 
 
 def the_device_refuses_what_an_apple_gpu_refuses() -> None:
-    with no_doubles.device():
-        x = torch.ones(2, device=no_doubles.DEVICE)
+    with pretended.device():
+        x = torch.ones(2, device=pretended.DEVICE)
         for ask in (
             lambda: x.double(),
             lambda: x.sum(dtype=torch.float64),
             lambda: x.to(torch.ones(2, dtype=torch.float64)),
-            lambda: torch.zeros(2, dtype=torch.float64, device=no_doubles.DEVICE),
-            lambda: torch.ones(2, dtype=torch.float64).to(no_doubles.DEVICE),
+            lambda: torch.zeros(2, dtype=torch.float64, device=pretended.DEVICE),
+            lambda: torch.ones(2, dtype=torch.float64).to(pretended.DEVICE),
             lambda: x.new_zeros(2, dtype=torch.float64),
         ):
             with pytest.raises(TypeError, match="float64"):

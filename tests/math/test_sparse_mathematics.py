@@ -417,7 +417,7 @@ def test_the_mask_rises_to_the_pattern() -> None:
     for pattern in PATTERNS:
         before = sparsity.keep_mask(V.abs(), Pattern(sparsity=0.0))
         for part in (0.2, 0.6, 1.0):
-            mask = admm.rising(V, pattern, part, None)
+            mask = admm.rising(V, pattern, Pattern(sparsity=part * pattern.share), None)
             assert (~mask).sum() == round(part * pattern.share * V.numel())
             assert not (mask & ~before).any()
             before = mask

@@ -34,7 +34,7 @@ class ReaderSums:
 
     gram: Gram  # X^T X
     cross: Cross | None = None  # E^T X
-    energy: float = 0.0  # ||E||_F^2
+    energy: float | Tensor = 0.0  # ||E||_F^2; a tensor while it is summed, which nothing waits for
 
     def __add__(self, other: "ReaderSums") -> "ReaderSums":
         cross = self.cross if self.cross is None or other.cross is None else self.cross + other.cross
@@ -105,7 +105,7 @@ def _summed(passage: Passage, n: int, layer_axes: Sequence[Axis]) -> tuple[Sums,
                 _add(sums[batch.held_out], name, inputs[paths[name]], lack if ends else None)
     with passage.run.clock("gram"):
         for name, total in (*sums[0].items(), *sums[1].items()):
-            total.gram = mirrored(total.gram)
+            total.gram, total.energy = mirrored(total.gram), float(total.energy)
             check_finite(f"the input of {name}", total.gram.diagonal())  # which overflows first
             check_finite(f"the output of {name}", total.energy, total.cross)
         for name, fit in sums[0].items():
@@ -133,5 +133,5 @@ def _add(sums: Sums, name: str, inputs: Tensor, lack: Tensor | None) -> None:
     if lack is not None:
         e = lack.flatten(0, -2).float()
         total.cross = precise(e.T @ x) + (before.cross if before and before.cross is not None else 0.0)
-        total.energy = precise(e.square()).sum().item() + (before.energy if before else 0.0)
+        total.energy = precise(e.square()).sum() + (before.energy if before else 0.0)
     sums[name] = total

@@ -35,5 +35,5 @@ def errors(
 
 
 def _error(W: Weight, V: Narrowed | None, evidence: ReaderSums, kept: Kept, whole: float) -> float:
-    square = restore.squared_error(W, V, evidence.gram, kept, evidence.cross, evidence.energy)
+    square = restore.squared_error(W, V, evidence.gram, kept, evidence.cross, float(evidence.energy))
     return math.sqrt(square / whole) if whole > 0 else 0.0

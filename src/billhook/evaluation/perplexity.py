@@ -68,29 +68,33 @@ def perplexities(
         reference: compare the other models with the first, batch by batch, so that only sums are kept.
     """
     first, stage, done = windows.first, f"perplexity on {windows.source}", 0
-    losses: list[list[float]] = [[] for _ in models]
-    compared: list[list[tuple[float, float]]] = [[] for _ in models]
+    # read once, at the end: on an accelerator each value would be waited for
+    losses: list[list[Tensor]] = [[] for _ in models]
+    compared: list[list[Tensor]] = [[] for _ in models]
     for batch in head_batches(windows.tokens):
         tick(stage, done, len(windows.tokens))
         done += len(batch)
         expected: list[Tensor] = []
         for m, model in enumerate(models):
             for row, log_probabilities in enumerate(_log_probabilities(model, batch, first)):
-                losses[m].append(
-                    torch.nn.functional.nll_loss(
-                        log_probabilities, batch[row, first:].to(log_probabilities.device)
-                    ).item()
-                )
+                wanted = batch[row, first:].to(log_probabilities.device)
+                losses[m].append(torch.nn.functional.nll_loss(log_probabilities, wanted))
                 if reference and m:
                     compared[m].append(_compare(expected[row].to(log_probabilities.device), log_probabilities))
                 elif reference:
                     expected.append(log_probabilities)
     tick(stage, len(windows.tokens), len(windows.tokens))
     size = sum(windows.bytes) if windows.bytes else None
+    found, pairs = [_read(one) for one in losses], [_read(one) for one in compared]
     return [
-        _summed(windows, model_losses, size, _against(pairs, losses[0], model_losses))
-        for model_losses, pairs in zip(losses, compared, strict=True)
+        _summed(windows, own, size, _against(own_pairs, found[0], own))
+        for own, own_pairs in zip(found, pairs, strict=True)
     ]
+
+
+def _read(values: Sequence[Tensor]) -> list[Any]:
+    """The values of all windows, in one transfer."""
+    return torch.stack(list(values)).tolist() if values else []
 
 
 def _log_probabilities(model: Any, batch: Tokens, first: int) -> Iterator[Tensor]:
@@ -100,10 +104,10 @@ def _log_probabilities(model: Any, batch: Tokens, first: int) -> Iterator[Tensor
         yield torch.log_softmax(logits[first - 1 : -1].float(), -1)
 
 
-def _compare(expected: Tensor, actual: Tensor) -> tuple[float, float]:
+def _compare(expected: Tensor, actual: Tensor) -> Tensor:
     """Mean KL(expected || actual) and top-1 agreement of one window, from log-probabilities (tokens, vocabulary)."""
-    kl = torch.nn.functional.kl_div(actual, expected, reduction="batchmean", log_target=True).item()
-    return kl, (expected.argmax(-1) == actual.argmax(-1)).float().mean().item()
+    kl = torch.nn.functional.kl_div(actual, expected, reduction="batchmean", log_target=True)
+    return torch.stack([kl, (expected.argmax(-1) == actual.argmax(-1)).float().mean()])
 
 
 def _summed(windows: Windows, losses: list[float], size: int | None, against: ReferenceComparison | None) -> Perplexity:
@@ -124,9 +128,7 @@ def _summed(windows: Windows, losses: list[float], size: int | None, against: Re
     )
 
 
-def _against(
-    pairs: list[tuple[float, float]], reference: list[float], losses: list[float]
-) -> ReferenceComparison | None:
+def _against(pairs: list[list[float]], reference: list[float], losses: list[float]) -> ReferenceComparison | None:
     if not pairs:
         return None
     kl, agreement = zip(*pairs, strict=True)

@@ -47,14 +47,16 @@ def prune(W: Weight, target: Target, pattern: Pattern, settings: Settings) -> Sp
     inverse = torch.cholesky_inverse(lower).float()
     pull = (target_cross(dense, target) + damping * dense.masked_fill(idle, 0.0)).float()
     mask = torch.ones_like(V, dtype=torch.bool)
+    stay = sparsity.keep_mask(first.abs(), pattern, "matrix", settings.zeros)
+    share = float((~stay).double().mean())  # of zeros: a pattern gives as many whatever the scores
     for k in range(1, settings.iterations + 1):
         if k <= settings.gradual:
-            mask = rising(V + U, pattern, 1 - (1 - k / settings.gradual) ** 3, settings.zeros)
+            part = 1 - (1 - k / settings.gradual) ** 3
+            mask = rising(V + U, pattern, Pattern(sparsity=part * share), settings.zeros)
         Z = (V + U) * mask
         U = U + V - Z
         V = (pull + settings.rho * (Z - U)) @ inverse
     V = (V + U).double().masked_fill(~mask, 0.0)
-    stay = sparsity.keep_mask(first.abs(), pattern, "matrix", settings.zeros)
     first = first.masked_fill(~stay, 0.0)
     if not nearer(V, first, dense, target):
         V, mask = first, stay
@@ -62,9 +64,8 @@ def prune(W: Weight, target: Target, pattern: Pattern, settings: Settings) -> Sp
     return SparseWeight(V / scale, damping, {})
 
 
-def rising(V: Weight, pattern: Pattern, part: float, zeros: Support | None) -> Support:
-    """Step 1: the mask when `part` of the zeros of a pattern are due; at 1, exactly the pattern."""
+def rising(V: Weight, pattern: Pattern, due: Pattern, zeros: Support | None) -> Support:
+    """Step 1: the mask when the zeros `due` are, some of those of a pattern; when all are, exactly the pattern."""
     scores = V.abs()
     final = sparsity.keep_mask(scores, pattern, "matrix", zeros)
-    due = Pattern(sparsity=part * float((~final).double().mean()))
     return sparsity.keep_mask(scores.masked_fill(final, torch.inf), due, "matrix", zeros)

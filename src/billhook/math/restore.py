@@ -62,7 +62,7 @@ def squared_error(
     pruned = ~_mask(len(G), kept)
     if V is None:  # D is zero in the kept columns, which saves most of the work
         G, C = G[pruned][:, pruned], None if C is None else C[:, pruned]
-    total = G.new_tensor(lack)
+    total = G.new_full((), lack)
     for start in range(0, len(W), ROWS):
         rows = slice(start, start + ROWS)
         D = -W[rows].double() if V is not None else -W[rows, pruned].double()

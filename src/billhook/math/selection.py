@@ -1,5 +1,7 @@
 """Units to drop, by their scores."""
 
+import torch
+
 from billhook.tensors import Kept, Scores, Units
 
 
@@ -10,6 +12,6 @@ def lowest(scores: Scores, drop: int, blocks: int = 1) -> tuple[Units, Kept]:
     ties the lower number is dropped, so that the same scores always give the same cut.
     """
     order = scores.view(blocks, -1).argsort(dim=1, stable=True)
-    order = order + (len(scores) // blocks) * order.new_tensor(range(blocks)).unsqueeze(1)
+    order = order + (len(scores) // blocks) * torch.arange(blocks, device=order.device).unsqueeze(1)
     per_block = drop // blocks
     return order[:, :per_block].flatten().sort().values, order[:, per_block:].flatten().sort().values

@@ -166,7 +166,8 @@ def _say_plain(config: Any, plain: list[int]) -> None:
 def zero(model: PreTrainedModel, axis: Axis, drop: Units) -> None:
     """Silence the units `drop` by zeroing their columns of the reader: the reference that `remove` must match."""
     slot = axis.reader
-    model.get_parameter(slot.param).data.index_fill_(slot.dim, slot.index[drop].flatten(), 0)
+    weight = model.get_parameter(slot.param).data
+    weight.index_fill_(slot.dim, slot.index[drop.cpu()].flatten().to(weight.device), 0)
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:

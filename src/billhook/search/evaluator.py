@@ -129,7 +129,7 @@ def masked_losses(
     """
     kinds = tuple(dict.fromkeys(kind for _, kind in mask if kind != WHOLE))
     dropped = [(axis, mask[axis.layer, axis.kind]) for axis in axes(model, kinds) if (axis.layer, axis.kind) in mask]
-    losses: list[float] = []
+    losses: list[Tensor] = []  # read once: on an accelerator each value would be waited for
     patched = with_weight(model, patch.param, patch.weight) if patch else nullcontext()
     with patched, without(model, dropped, dropped_layers(mask)), computing(model.device, autocast):
         for n, batch in enumerate(head_batches(windows)):
@@ -141,8 +141,8 @@ def masked_losses(
                     loss = next_token(row_logits, batch[row : row + 1])
                 else:
                     loss = divergence(row_logits[:, :-1], *(target[row : row + 1] for target in targets[n]))
-                losses.append(loss.mean().item())
-    return losses
+                losses.append(loss.mean())
+    return torch.stack(losses).tolist() if losses else []
 
 
 def dropped_layers(mask: Mask) -> tuple[int, ...]:

@@ -1,12 +1,19 @@
-"""A pretended Apple GPU: tensors say that they are on `mps`, their data is in main memory, float64 is refused as there.
+"""A pretended accelerator: tensors say that they are on it, their data is in main memory.
 
-    with no_doubles.device():
-        model = tiny.model("llama").to("mps")
+    with pretended.device() as waits:               # as an Apple GPU: float64 is refused
+    with pretended.device(float64=True) as waits:   # as an NVIDIA GPU
+        model = tiny.model("llama").to(pretended.DEVICE)
 
 What is asked of PyTorch with such a tensor is computed by the CPU, once it is seen that all tensors are on one device.
-As on the real one, numbers of no dimension and indices may come from the CPU, and copies may cross.
+As on real ones, numbers of no dimension and indices may come from the CPU, and copies may cross.
+
+`waits` counts where the CPU waits for the device, by the function of billhook that asks: values that come to the CPU
+(`.item()`, `.tolist()`, `.cpu()`, a tensor as a truth value) and results whose size depends on values (`nonzero`, an
+index of truth values).
 """
 
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +31,8 @@ from torch.utils.backend_registration import (
 aten: Any = torch.ops.aten
 NAME = "applelike"
 _open = [False]
+_float64 = [False]
+_waits: Counter[str] = Counter()
 
 
 class _Module(_DummyBackendModule):
@@ -50,6 +59,10 @@ DEVICE = torch.device(NAME, 0)
 CROSSING = (aten._to_copy, aten.copy_, aten.copy)
 TAKE_ANY_INDEX = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index)
 INSTEAD = {aten._scaled_dot_product_attention_math_for_mps: aten._scaled_dot_product_attention_math}
+WAITED_FOR = (
+    *(aten._local_scalar_dense, aten.item, aten.is_nonzero, aten.equal, aten.nonzero, aten.masked_select),
+    *(aten._unique2, aten.unique_dim, aten.unique_consecutive, aten.bincount),
+)
 DOUBLES = (torch.float64, torch.complex128)
 REFUSAL = "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64. Please use float32 instead."
 
@@ -61,7 +74,7 @@ class Pretended(Tensor):
 
     @staticmethod
     def __new__(cls, real: Tensor) -> "Pretended":
-        if real.dtype in DOUBLES:
+        if _refused(real.dtype):
             raise TypeError(REFUSAL)
         with torch.inference_mode(False):  # or a parameter cannot be given it
             made = Tensor._make_wrapper_subclass(
@@ -86,6 +99,7 @@ class Pretended(Tensor):
         return self.inner.data_ptr()
 
     def tolist(self) -> Any:
+        _wait()
         return self.inner.tolist()
 
     def numpy(self, *, force: bool = False) -> Any:
@@ -95,6 +109,9 @@ class Pretended(Tensor):
 
     def __getitem__(self, index: Any) -> Tensor:  # or a list becomes a tensor past all that sees it
         return super().__getitem__(torch.tensor(index) if isinstance(index, list) else index)
+
+    def __matmul__(self, other: Tensor) -> Tensor:  # or the product is squeezed in place, which no wrapper follows
+        return torch.mv(other.mT, self) if self.ndim == 1 and other.ndim == 2 else super().__matmul__(other)
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:  # or modules cannot be moved
         return ["inner"], None
@@ -142,17 +159,41 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     packet = func.overloadpacket
     if there and packet not in CROSSING:
         _check_one_device(func, packet, args, kwargs)
-    if kwargs.get("dtype") in DOUBLES or (
-        packet is aten.copy_ and isinstance(given[1], Pretended) and given[0].dtype in DOUBLES
+    if _refused(kwargs.get("dtype")) or (
+        packet is aten.copy_ and isinstance(given[1], Pretended) and _refused(given[0].dtype)
     ):
         raise TypeError(REFUSAL)  # on the way to the CPU, too: the real one may convert before it copies
     on_it = to_it if asked is not None else isinstance(given[0], Pretended) or packet not in CROSSING
+    if there and _waited_for(packet, args, kwargs, on_it):
+        _wait()
     wrapped = {id(one.inner): one for one in given if isinstance(one, Pretended)}
     real_args, real_kwargs = _map(_real, (args, kwargs))
     if asked is not None:
         real_kwargs["device"] = torch.device("cpu")
     found = INSTEAD.get(packet, func)(*real_args, **real_kwargs)
     return _map(lambda one: _wrap(one, wrapped) if isinstance(one, Tensor) else one, found) if on_it else found
+
+
+def _refused(dtype: torch.dtype | None) -> bool:
+    return dtype in DOUBLES and not _float64[0]
+
+
+def _waited_for(packet: Any, args: Any, kwargs: dict[str, Any], on_it: bool) -> bool:
+    """Whether the CPU waits for a result: its values, or its size."""
+    if packet in TAKE_ANY_INDEX:
+        return any(isinstance(one, Pretended) and one.dtype in (torch.bool, torch.uint8) for one in args[1])
+    if packet in CROSSING:
+        return not on_it and isinstance(args[0 if packet is aten._to_copy else 1], Pretended)
+    return packet in WAITED_FOR
+
+
+def _wait() -> None:
+    """Count for the line of billhook that is nearest."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and "/billhook/" not in frame.f_code.co_filename:
+        frame = frame.f_back
+    name = frame.f_code.co_filename.rpartition("/billhook/")[2] if frame else "elsewhere"
+    _waits[f"{name} {frame.f_code.co_name}" if frame else name] += 1
 
 
 def _map(change: Callable[[Any], Any], one: Any) -> Any:
@@ -188,11 +229,12 @@ def _check_one_device(func: Any, packet: Any, args: Any, kwargs: Any) -> None:
 
 
 @contextmanager
-def device() -> Iterator[None]:
-    """While open, `mps` is a device that can be used."""
-    _open[0] = True
+def device(float64: bool = False) -> Iterator[Counter[str]]:
+    """While open, `DEVICE` can be used; what it gives counts where the CPU waited for it."""
+    _open[0], _float64[0] = True, float64
+    _waits.clear()
     try:
         with _Mode():
-            yield
+            yield _waits
     finally:
-        _open[0] = False
+        _open[0] = _float64[0] = False
