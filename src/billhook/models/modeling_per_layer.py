@@ -17,6 +17,8 @@ from transformers.pytorch_utils import Conv1D
 MODEL_TYPE = "billhook_{}"  # of the stock family
 V_HEAD_DIM = "v_head_dim"  # channels of each value head, where fewer than head_dim
 FFN_DIM = "billhook_ffn_dim"  # FFN channels, where no config key of the family holds them
+UNEVEN_ATTENTION = ("eager", "sdpa", "flex_attention")  # which take values narrower than keys
+CACHES = ("past_key_values", "cache")  # names of an attention's argument, before transformers 5.24 and since
 OWN_KEYS = (V_HEAD_DIM, FFN_DIM)  # which no stock config can say
 
 
@@ -228,22 +230,50 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+class NarrowCache:
+    """A KV cache as attention with narrow value heads sees it: what is kept of a value is its channels alone.
+
+    Attention gets values of all positions as narrow as they are kept, or, where none was kept before, as they came.
+    """
+
+    def __init__(self, cache: Any, channels: int) -> None:
+        self.cache, self.channels = cache, channels
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cache, name)
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        found, kept = self.cache.update(keys, values[..., : self.channels], *args, **kwargs)
+        return found, values if kept.shape[-2] == values.shape[-2] else kept
+
+
 class NarrowValues:
     """Hooks that let stock attention run with value heads narrower than head_dim: exact, for the rest would be zeros.
 
     Value rows carry no position, so the kept channels of a head may stand first in it; zeros fill it up to head_dim
-    before attention and are left out of what enters the output projection.
+    before attention.  They are left out of the cache, and of what enters the output projection.
     """
 
-    def __init__(self, attention: Any, keys: nn.Linear) -> None:
-        self.attention, self.keys = attention, keys
+    def __init__(self, attention: Any, keys: nn.Linear, values: nn.Linear) -> None:
+        self.attention, self.keys, self.values = attention, keys, values
+
+    def heads(self) -> int:
+        return self.keys.weight.shape[0] // self.attention.head_dim
 
     def fill(self, module: nn.Linear, args: Any, output: Tensor) -> Tensor:
-        heads = self.keys.weight.shape[0] // self.attention.head_dim
-        value = output.unflatten(-1, (heads, -1))
+        value = output.unflatten(-1, (self.heads(), -1))
         return nn.functional.pad(value, (0, self.attention.head_dim - value.shape[-1])).flatten(-2)
 
+    def keep(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        given = {name: kwargs[name] for name in CACHES if kwargs.get(name) is not None}
+        if module.config._attn_implementation not in UNEVEN_ATTENTION:
+            return args, kwargs
+        channels = self.values.weight.shape[0] // self.heads()
+        return args, {**kwargs, **{name: NarrowCache(cache, channels) for name, cache in given.items()}}
+
     def narrow(self, module: nn.Linear, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        if args[0].shape[-1] == module.weight.shape[1]:  # values came out of the cache
+            return (args[0],)
         heads = args[0].unflatten(-1, (-1, self.attention.head_dim))
         return (heads[..., : module.weight.shape[1] // heads.shape[-2]].flatten(-2),)
 
@@ -251,8 +281,9 @@ class NarrowValues:
 def narrow_values(attention: Any, row: Family) -> None:
     """Register `NarrowValues` on an attention module, once; later hooks on its output see what its weight sees."""
     if not getattr(attention, "narrow_values", False):
-        hooks = NarrowValues(attention, attention.get_submodule(row.k))
+        hooks = NarrowValues(attention, attention.get_submodule(row.k), attention.get_submodule(row.v))
         attention.get_submodule(row.v).register_forward_hook(hooks.fill)
+        attention.register_forward_pre_hook(hooks.keep, with_kwargs=True)
         attention.get_submodule(row.o).register_forward_pre_hook(hooks.narrow)
         attention.narrow_values = True
 

@@ -65,9 +65,7 @@ def layer_parameters(model: PreTrainedModel, number: int) -> int:
 def kv_cache_entries(model: PreTrainedModel, plan: Plan, context: int, batch: int) -> int:
     """Numbers in the KV cache after `plan`: keys and values of every position in every layer that stays.
 
-    None where a derived row says nothing of attention.
-
-    Value heads that lost channels are padded with zeros before the cache (modeling_per_layer.NarrowValues).
+    0 where a derived row says nothing of attention.
     """
     if not row_of(model).attention:
         return 0
@@ -78,7 +76,9 @@ def kv_cache_entries(model: PreTrainedModel, plan: Plan, context: int, batch: in
             heads, positions = attention(model, n), context
             if window and types[n] == "sliding_attention":
                 positions = min(context, window - 1)
-            total += 2 * (heads.kv_heads - plan.drops.get((n, "groups"), 0)) * heads.head_dim * positions * batch
+            kv_heads = heads.kv_heads - plan.drops.get((n, "groups"), 0)
+            entries = kv_heads * (heads.head_dim + heads.value_dim) - plan.drops.get((n, "value"), 0)
+            total += entries * positions * batch
     return total
 
 
