@@ -106,6 +106,7 @@ TABLES: dict[str, tuple[str, str]] = {  # name -> settings that tell rows apart,
     "startup": ("line", "cpu_seconds imports_torch"),
     "streaming_cost": ("layers width", "seconds peak_mib peak_mib_with_write"),
     "sweep": ("model calibration samples stream ratio text", f"decoder_removed parameters {BOTH}"),
+    "values": ("model calibration samples windows share seed basis text", f"parameters error {JUDGED}"),
     "vocabulary": ("model source_text text characters at_least", "kept parameters_saved bits_per_byte tokens"),
     "zeroshot": ("model task limit", "documents chance acc acc_error acc_norm acc_norm_error same_as_lm_eval"),
 }

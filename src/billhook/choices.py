@@ -74,6 +74,10 @@ GRADIENT_SCORES = {
     "gate_fisher": "the Fisher information of a gate on the unit (Kwon et al., arXiv:2204.09656)",
     "gate_sensitivity": "the mean |gradient| of a gate on the unit (Michel et al., arXiv:1905.10650)",
 }
+VALUE_BASES = {
+    "principal": "each KV head's values turned to the principal axes of what the output projection reads",
+    "channels": "the model's own channels (FASP's V/O)",
+}
 OUTPUT_SCORES = {
     "analytic": "what a channel puts out, from the second moment of what enters its writers (the paper's)",
     "measured": "the same, from the channel's own second moment",

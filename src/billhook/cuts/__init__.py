@@ -11,4 +11,5 @@ restoration      How far a reader's new weight is from what it should put out
 settings         What may be chosen of each cut
 slicing          Channels of the residual stream go, through the whole model (SliceGPT)
 slicing_restore  What a narrower residual stream lost, made up for in closed form
+values           Values turned to their principal axes, before any goes
 """

@@ -3,11 +3,23 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from billhook.choices import GRADIENT_SCORES, MIXED
+from billhook.choices import GRADIENT_SCORES, MIXED, VALUE_BASES
 from billhook.errors import BillhookError, SettingsError
 from billhook.methods.narrowed import NarrowingSettings
 from billhook.planning.method import LAYOUT, Method, Opened, Planned, Run, Texts
 from billhook.planning.recipe import Recipe
+from billhook.runtime.options import option
+
+
+class FaspSettings(NarrowingSettings):
+    """What may be chosen of the cut and, before it, of the basis of values."""
+
+    value_basis: str = option("principal", f"what a value channel is: {', '.join(VALUE_BASES)}", names=VALUE_BASES)
+
+
+def _turns(recipe: Recipe) -> bool:
+    """Whether values are turned before the cut."""
+    return "value" in recipe.kinds and recipe.settings.value_basis == "principal"
 
 
 class Fasp(Method):
@@ -23,7 +35,7 @@ class Fasp(Method):
     costs = "one forward pass, and a factorisation of each reader's Gram; an allocation that measures costs passes of its own"
     loads = LAYOUT
     example = "billhook prune demo --method fasp --ratio 0.2 -o smaller"
-    Settings = NarrowingSettings
+    Settings = FaspSettings
     kinds = ("ffn", "heads", "groups", "value", "expert_ffn", "shared", "layers")
     default_kinds = ("ffn",)
     allocates = True
@@ -45,10 +57,14 @@ class Fasp(Method):
     def why_whole(self, recipe: Recipe) -> str:
         if recipe.shape.allocation in ("sensitivity", "global"):
             return f"allocation {recipe.shape.allocation} tries cuts on the whole model"
+        if _turns(recipe):
+            return "value_basis principal turns the values of the whole model first"
         score = recipe.settings.score
         return f"score {score} needs gradients of the whole model" if score in GRADIENT_SCORES else ""
 
     def why_alone(self, recipe: Recipe) -> str:
+        if _turns(recipe):
+            return "values are turned first, in one process: use --value-basis channels"
         if recipe.settings.stream == "dense":
             return ""
         return f"in the stream {recipe.settings.stream} a layer sees what became of those before: use --stream dense, or leave it out"
@@ -66,9 +82,12 @@ class Fasp(Method):
     def plan_each(
         self, opened: Opened, recipes: Sequence[Recipe], texts: Texts, run: Run
     ) -> list[Planned | BillhookError]:
+        from billhook.cuts.values import turn_values
         from billhook.planning.axis_plan import axis_plan, gradient_scores
 
         first = recipes[0]
+        if _turns(first) and len(texts.calibration):
+            turn_values(opened.model, texts.calibration, run)
         scores = gradient_scores(opened.model, first, first.settings.score, texts.calibration, run)
         plans: list[Planned | BillhookError] = []
         for recipe in recipes:
