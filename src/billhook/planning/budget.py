@@ -7,6 +7,7 @@ from typing import Any
 from billhook.checkpoints.load import Opened
 from billhook.errors import BillhookError
 from billhook.models import sizes
+from billhook.models.families import row_of
 from billhook.models.plan import Plan
 from billhook.planning.latency import layer_times
 from billhook.planning.recipe import Recipe
@@ -80,6 +81,11 @@ def solved(opened: Opened, recipe: Recipe, planner: Planner, tick: Tick = quiet)
         kept, say = (lambda plan: total - sizes.saved_by(model, plan)), "{:,.0f} parameters".format
         return reach(planner, kept, goal.params, say, parameters="residual" not in recipe.kinds)
     if goal.memory is not None:
+        if not row_of(model).attention:
+            raise BillhookError(
+                f"what the KV cache of {model.config.model_type} takes is not known here: "
+                "give a ratio or a number of parameters"
+            )
 
         def held(plan: Plan) -> int:
             cached = sizes.kv_cache_entries(model, plan, goal.context, goal.batch)
