@@ -84,9 +84,7 @@ class Family:
     )
     tuples: bool = False  # whether a layer returns its output in a tuple
     refusals: tuple[Refusal, ...] = ()
-    expert_counters: tuple[
-        str, ...
-    ] = ()  # attributes that cache the number of experts; none: `num_experts` of the router
+    expert_counters: tuple[str, ...] = ()  # attributes that hold the number of experts; none: the router's num_experts
     derived: bool = False  # whether the row was derived from a model, and so proved on it
     stand_in: str = ""  # family whose stock class computes the same and takes sizes that this one's config refuses
 
@@ -231,10 +229,7 @@ FAMILIES: dict[str, Family] = {
 
 
 class NarrowCache:
-    """A KV cache as attention with narrow value heads sees it: what is kept of a value is its channels alone.
-
-    Attention gets values of all positions as narrow as they are kept, or, where none was kept before, as they came.
-    """
+    """A KV cache that keeps of values their channels alone; where none was kept before, they come back as they were."""
 
     def __init__(self, cache: Any, channels: int) -> None:
         self.cache, self.channels = cache, channels
