@@ -8,10 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from billhook.checkpoints.gguf.write import shape_of
 from billhook.errors import BillhookError
 from billhook.models import families, proof
 from billhook.models.axes import axes
-from billhook.models.derive import derived
+from billhook.models.derive import built, derived
 from billhook.models.families import row_of
 from billhook.models.shrink import default, shrunk
 from billhook.models.surgery import drop_layers
@@ -58,6 +59,12 @@ def test_all_layers_of_one_type_do_not_go(monkeypatch: pytest.MonkeyPatch) -> No
     full = [n for n, kind in enumerate(small.layer_types) if kind == "full_attention"]
     with pytest.raises(BillhookError, match="all layers of type full_attention"):
         drop_layers(copy.deepcopy(model), full)
+
+
+def test_no_gguf_is_written_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(families.DERIVED, "gemma", derived(shrunk(default("gemma"))))
+    with pytest.raises(BillhookError, match="no GGUF is written of gemma, whose row is derived"):
+        shape_of(built(shrunk(default("gemma"))))
 
 
 def test_what_has_no_decoder_layers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

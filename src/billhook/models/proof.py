@@ -1,7 +1,8 @@
 """Proof of a derived row, on a small random model of the same config class: only what holds is offered.
 
-For every kind: removing units equals zeroing what reads them; the saved model, loaded by the stock class, has the same
-logits; generation with a cache equals generation without; of the config only the expected keys changed.
+For every kind: removing units equals zeroing what reads them, and dropping a layer equals skipping it; the saved model,
+loaded by the stock class, has the same logits; generation with a cache equals generation without; of the config only
+the expected keys changed.  Of whole experts the first is not asked: without one, a router chooses among the others.
 """
 
 import copy
