@@ -1,6 +1,7 @@
 """Few bits for a whole model: both containers give back the very numbers that were measured, zeros stay, a budget is
 kept, and what cannot be is refused in one line."""
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import tiny
 import torch
 
+import billhook
 from billhook.checkpoints import compressed, load
 from billhook.checkpoints.save import save
 from billhook.cuts import quantizing
@@ -22,6 +24,7 @@ from billhook.models.families import weight_of
 from billhook.planning.bits import bounds, size_of
 from billhook.planning.few_bits import Wanted
 from billhook.pruning.quantize import FILE, Quantized, quantize
+from billhook.runtime import atomic
 from billhook.runtime.run import Run
 
 SMALL: dict[str, Any] = dict(samples=8, probes=2, seq_len=32)
@@ -89,6 +92,29 @@ def test_stock_transformers_reads_the_folder_bit_for_bit(tmp_path: Path, text: s
         assert torch.equal(both[0].model(ids).logits, both[1].model(ids).logits)
     with pytest.raises(BillhookError, match="is quantised"):
         load.open_model(str(out))
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        dict(method="fasp", ratio=0.2, multiple_of=16),
+        dict(method="layerchop", drop="1"),
+        dict(method="wanda", sparsity=0.5),
+    ],
+)
+def test_what_was_cut_before_is_still_told(cut: dict[str, Any], tmp_path: Path, text: str) -> None:
+    how = dict(calibration=text, samples=4, seq_len=32, look=False, quiet=True)
+    source = tmp_path / "cut"
+    billhook.prune(folder(tmp_path), **how, **cut).save(source)
+    before = json.loads((source / atomic.MARK).read_text())
+    _, out = written(tmp_path, str(source), method="rtn", calibration=text)
+    after = json.loads((out / atomic.MARK).read_text())
+    assert {key: after[key] for key in before if key not in ("versions", "quantized")} == {
+        key: value for key, value in before.items() if key not in ("versions", "quantized")
+    }
+    assert after["quantized"]["seconds"] > 0
+    card = (out / "README.md").read_text()
+    assert "bits each" in card and cut["method"] in card
 
 
 def test_zeros_stay_through_both_methods(tmp_path: Path, text: str) -> None:

@@ -104,7 +104,8 @@ def quantize(model: str, wanted: Wanted, run: Run) -> Quantized:
         tables = _tables(opened.model, wanted, set(found.codes))
         if seen is not None:
             opened, found, tables, why = _accepted(opened, wanted, (found, tables, why), (calibration, seen), run)
-    record = _record(opened, wanted, found, why, text) | {"seconds": round(time.perf_counter() - started, 1)}
+    record = _record(opened, wanted, found, why, text)
+    record["quantized"]["seconds"] = time.perf_counter() - started
     return Quantized(opened.model, opened.tokenizer, {**found.codes, **tables}, record, wanted, opened.folder, found)
 
 
