@@ -109,12 +109,23 @@ def test_what_was_cut_before_is_still_told(cut: dict[str, Any], tmp_path: Path, 
     before = json.loads((source / atomic.MARK).read_text())
     _, out = written(tmp_path, str(source), method="rtn", calibration=text)
     after = json.loads((out / atomic.MARK).read_text())
-    assert {key: after[key] for key in before if key not in ("versions", "quantized")} == {
-        key: value for key, value in before.items() if key not in ("versions", "quantized")
-    }
-    assert after["quantized"]["seconds"] > 0
+    told = before.keys() - {"versions", "loads"}
+    assert {key: after[key] for key in told} == {key: before[key] for key in told}
+    assert after["quantized"]["seconds"] > 0 and "loads" not in after
     card = (out / "README.md").read_text()
-    assert "bits each" in card and cut["method"] in card
+    assert "bits each" in card and "library_name: gguf" in card and "in a GGUF file" in card
+    assert f"prune {tmp_path / 'model'} --method {cut['method']}" in card
+    assert "then `billhook quantize OUT --format gguf --method rtn --embedding Q8_0 -o OUT2`" in card
+
+
+def test_the_card_of_what_no_one_cut_says_how_it_was_made(tmp_path: Path, text: str) -> None:
+    source = folder(tmp_path)
+    _, out = written(tmp_path, source, bits="5", calibration=text)
+    made = f"Made by `billhook quantize {source} --bits 5 --format gguf --method gptq --embedding Q8_0 "
+    assert (
+        made + f"--stream sequential --calibration {text} --samples 8 --probes 2 --seq-len 32 --seed 0 -o OUT`"
+        in (out / "README.md").read_text()
+    )
 
 
 def test_zeros_stay_through_both_methods(tmp_path: Path, text: str) -> None:

@@ -218,6 +218,7 @@ def _accepted(opened: Opened, wanted: Wanted, mixed: Any, by: tuple[Tokens, Prob
 def _record(opened: Opened, wanted: Wanted, found: Found, why: Mapping[str, Any], text: Tokens) -> dict[str, Any]:
     """What billhook.json says."""
     before = (records.stored_cut(opened.folder) if opened.folder else None) or {}
+    before = {key: value for key, value in before.items() if key != "loads"}  # that was the model before
     sizes = [one.codes.numel() for one in found.codes.values()]
     said = {
         **{key: value for key, value in asdict(wanted).items() if value not in ("", None)},

@@ -30,10 +30,13 @@ def model_card(report: dict[str, Any]) -> str:
     if quantized:
         done, tags = [*done, "quantised"], [*tags, "quantized", *quantized["containers"]]
         story.append(f"given {quantized['bits_per_weight']:.2f} bits a weight by {quantized['method']}")
-    layout = CARD_LAYOUT[report.get("layout") or "unknown"].format(report.get("model_type") or "transformers")
+    file_alone = bool(quantized) and list(quantized["containers"]) == ["gguf"]
+    layout = CARD_LAYOUT["gguf" if file_alone else report.get("layout") or "unknown"].format(
+        report.get("model_type") or "transformers"
+    )
     command_lines = "`, then `".join(commands(report))
     return f"""---
-library_name: transformers
+library_name: {"gguf" if file_alone else "transformers"}
 pipeline_tag: text-generation
 tags: [{", ".join(tags)}]
 {_of_parent(report)}---
@@ -70,6 +73,7 @@ def _holds(recipe: Any, recoveries: Sequence[Any]) -> str:
 HUB = {"demo": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # repositories of models that have another name here
 CARD_LAYOUT = {
     "unknown": "A `{}` checkpoint",
+    "gguf": "A `{}` model in a GGUF file, for llama.cpp",
     "uniform": "A stock `{}` checkpoint",
     "per_layer": "A `{}` checkpoint whose layers differ in size: load it with `billhook.load(path)`, or with "
     "transformers or vLLM and `trust_remote_code=True`",

@@ -1,16 +1,31 @@
 """The command lines that make a result again, from its record."""
 
 import shlex
+from functools import partial
 from typing import Any
 
 
 def commands(report: dict[str, Any]) -> list[str]:
-    """The command lines that make the same model: the cut, if billhook made it, and every training after it."""
-    recoveries = report.get("recovery") or []
+    """The command lines that make the same model: the cut, if billhook made it, every training after it, fewer bits."""
+    recoveries, few = report.get("recovery") or [], report.get("quantized")
     cuts = [str(report["command"])] if report.get("command") else []
-    outs = ["OUT", *[f"OUT{n}" for n in range(2, len(recoveries) + 2)]]
-    outs = outs if cuts or not recoveries else [str(recoveries[0]["student"]), *outs]
-    return [*cuts, *[recover_command(recovery, *outs[n : n + 2]) for n, recovery in enumerate(recoveries)]]
+    steps = [partial(recover_command, recovery) for recovery in recoveries]
+    steps += [partial(quantize_command, few)] if few else []
+    outs = ["OUT", *[f"OUT{n}" for n in range(2, len(steps) + 2)]]
+    if not cuts:
+        outs = [str(recoveries[0]["student"] if recoveries else (few or {}).get("parent")), *outs]
+    return [*cuts, *[step(*outs[n : n + 2]) for n, step in enumerate(steps)]]
+
+
+def quantize_command(few: dict[str, Any], source: str = "OUT", out: str = "OUT2") -> str:
+    """The command line that gives a checkpoint `source` as few bits."""
+    reads = few["method"] != "rtn" or few.get("memory")
+    settings = [
+        f"--{key.replace('_', '-')} {shlex.quote(str(few[key]))}"
+        for key in QUANTIZE_FLAGS
+        if few.get(key) not in (None, "") and (reads or key not in TEXT_FLAGS)
+    ]
+    return f"billhook quantize {shlex.quote(source)} {' '.join(settings)} -o {out}"
 
 
 def recover_command(recovery: dict[str, Any], student: str = "OUT", out: str = "OUT2") -> str:
@@ -37,3 +52,5 @@ RECOVER_FLAGS = (
     *("batch_tokens", "lr", "warmup", "top_k", "precision", "seed"),
 )
 TEACHER_FLAGS = ("teacher", "states", "top_k")  # flags without effect where there is no teacher
+TEXT_FLAGS = ("stream", "calibration", "samples", "probes", "seq_len", "seed")  # without effect where no text is read
+QUANTIZE_FLAGS = ("bits", "memory", "format", "method", "embedding", *TEXT_FLAGS)
