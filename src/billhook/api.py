@@ -264,10 +264,15 @@ def check(
 
 
 @for_python
-def inspect(model: str | os.PathLike[str]) -> Anatomy:
-    """What a model is made of and what can be pruned, without loading its weights."""
+def inspect(model: str | os.PathLike[str], *, family_row: str | os.PathLike[str] = "") -> Anatomy:
+    """What a model is made of and what can be pruned, without loading its weights.
+
+    Args:
+        family_row: a file with the row of its model type, where billhook has none.
+    """
     name = os.fspath(model)
-    return Anatomy.of({"model": name, **limits.anatomy(loading.open_skeleton(name, silent))})
+    skeleton = loading.open_skeleton(name, silent, os.fspath(family_row))
+    return Anatomy.of({"model": name, **limits.anatomy(skeleton)})
 
 
 @for_python

@@ -113,6 +113,7 @@ class Anatomy(Record):
     parameters: int
     decoder_parameters: int
     axes: tuple[AxisAnatomy, ...]
+    row: Mapping[str, Any]  # of its family: by hand, or what a derived or given one says and what of it was proved
     made: ClassVar = {"axes": each(AxisAnatomy.of)}
 
 

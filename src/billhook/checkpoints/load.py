@@ -23,7 +23,7 @@ from billhook.checkpoints.save import save
 from billhook.checkpoints.shards import AGAIN, read_json
 from billhook.checkpoints.streaming import give_settings, open_paged, read_contents
 from billhook.errors import BillhookError, ModelError, first_line, one_of, reason
-from billhook.models import proof
+from billhook.models import given, proof
 from billhook.models.experts import unfuse
 from billhook.models.families import check_known, family_of
 from billhook.models.layout import register
@@ -65,10 +65,12 @@ def open_model(
     stream: bool | None = False,
     tick: Tick = quiet,
     packed: bool = False,
+    family_row: str = "",
 ) -> Opened:
     """Load MODEL: a Hugging Face folder, a hub id, a .gguf file or `demo`.
 
     Args:
+        family_row: a file with the row of its model type, where billhook has none (billhook.models.given).
         packed: whether a folder may hold packed integers (billhook.checkpoints.compressed); they become float32.
         dtype: what the model computes in.  `auto` is float32 on a CPU, where half precision is slow or emulated, and
             the checkpoint's own dtype elsewhere.
@@ -80,7 +82,7 @@ def open_model(
             NaN.
     """
     target = resolve_device(device)
-    path = locate(name, tick)
+    path = _located(name, family_row, tick)
     if is_gguf(path):
         if stream:
             raise ModelError(f"{name}: a GGUF is dequantised whole: --stream-weights wants a folder of safetensors")
@@ -155,9 +157,9 @@ def check_positions(opened: Opened, seq_len: int) -> None:
         raise ModelError(f"seq-len {seq_len} is beyond the {limit} positions of {opened.name}: lower --seq-len")
 
 
-def open_skeleton(name: str, tick: Tick = quiet) -> Any:
+def open_skeleton(name: str, tick: Tick = quiet, family_row: str = "") -> Any:
     """The model without its weights, on the meta device: shapes and config, for models of any size."""
-    path = locate(name, tick)
+    path = _located(name, family_row, tick)
     if is_gguf(path):
         return _take_apart(read.open_gguf(path)[0])
     if compressed.is_compressed(path):
@@ -166,6 +168,17 @@ def open_skeleton(name: str, tick: Tick = quiet) -> Any:
     contents = check_folder(path, name)
     say_unused(contents)
     return _take_apart(refused.build(contents.config))  # the config may have been corrected when the contents were read
+
+
+def _located(name: str, family_row: str, tick: Tick) -> Path:
+    """Where a model is; the row of a file is taken before it is looked at, and has to be of its type."""
+    row_of = given.use(family_row) if family_row else ""
+    path = locate(name, tick)
+    if row_of and is_gguf(path):
+        raise ModelError(f"{name}: families of GGUF files have rows by hand, which win: leave out --family-row")
+    if row_of and (kind := read_json(path / "config.json", name).get("model_type")) != row_of:
+        raise ModelError(f"family row {family_row} is of {row_of!r}, and {name} is of {shown(str(kind))!r}")
+    return path
 
 
 def _take_apart(model: Any) -> Any:

@@ -27,7 +27,11 @@ from billhook.methods import METHODS
 from billhook.pruning import contenders as compared
 
 COMPARED = "What is compared"
-COMMON = [one for one in shared() if one.name in ("calibration", "samples", "seq_len", "seed", "device", "dtype")]
+COMMON = [
+    one
+    for one in shared()
+    if one.name in ("calibration", "samples", "seq_len", "seed", "device", "dtype", "family_row")
+]
 
 
 @app.command(name="compare")

@@ -11,6 +11,7 @@ from billhook.checkpoints.names import local_path
 from billhook.choices import KINDS, NEW_TOKENS, PARTS
 from billhook.cli.commands import app
 from billhook.cli.options import (
+    METHOD,
     Device,
     Dtype,
     Json,
@@ -174,7 +175,14 @@ def _zero_shot(names: list[str], limit: int | None, batch_size: int, tick: Any) 
 
 
 @app.command(name="inspect")
-def inspect_command(model: Model, json: Json = False) -> None:
+def inspect_command(
+    model: Model,
+    family_row: Annotated[
+        str,
+        option(METHOD, "file with the row of a model type that billhook has none of", show_default="derived"),
+    ] = "",
+    json: Json = False,
+) -> None:
     """Show what MODEL is made of and what can be pruned, without loading its weights."""
     local_path(model)
     from rich.table import Table
@@ -186,7 +194,7 @@ def inspect_command(model: Model, json: Json = False) -> None:
         from billhook.models import limits
         from billhook.reports import records
     with progress() as tick:
-        skeleton = load.open_skeleton(model, tick)
+        skeleton = load.open_skeleton(model, tick, family_row)
     found = {"model": model, **limits.anatomy(skeleton)}
     if json:
         typer.echo(records.to_json(found), nl=False)
@@ -210,6 +218,25 @@ def inspect_command(model: Model, json: Json = False) -> None:
     for row in found["axes"]:
         if row["refused"]:
             out.print(f"[bold]{row['axis']}[/]: {row['refused']}")
+    if "places" in found["row"]:
+        out.print(_row_table(found["row"], found["model_type"]))
+
+
+def _row_table(row: dict[str, Any], model_type: str) -> Any:
+    """A row that is not by hand: what it names, what was proved of it on a small model, and why the rest was not."""
+    from rich.table import Table
+
+    table = Table(
+        "", "", show_header=False, title=f"row of {model_type}, by {row['by']}, proved on a small random model"
+    )
+    for name, value in row["places"].items():
+        table.add_row(name, value if isinstance(value, str) else ", ".join(value))
+    table.add_row("config keys", ", ".join(f"{size}: {key}" for size, key in row["keys"].items()) or "none")
+    table.add_row("[bold]proved[/]", ", ".join(row["proved"]))
+    table.add_row("by", row["laws"])
+    for kinds, why in row["refused"].items():
+        table.add_row("[bold]refused[/]", f"{kinds}: {why}")
+    return table
 
 
 def _span(units: int | list[int]) -> str:

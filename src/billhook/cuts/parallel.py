@@ -104,6 +104,7 @@ def spread(
     total = len(layers(model))
     todo = [n for n in range(total) if n not in finished.records and n not in gone]
     opens = {"name": workers.name, "device": str(model.device), "dtype": workers.dtype, "stream": is_offloaded(model)}
+    opens |= {"family_row": workers.family_row}
     what = (opens, run.hidden.limit, work, given, finished.grams)
     tick("pruning in workers", total - len(todo), total)
     with run.clock("workers"), worker_pool(workers, str(model.device), partial(tuple, what)) as pool:

@@ -6,6 +6,7 @@ derive              A family's row derived from a model itself
 experts             A mixture of experts as modules, each with linear weights of its own
 families            What a model's family says about it: its axes, its linear modules, its sizes
 flags               What config.json asks of every forward: to put out more, or other types
+given               A row that the user gives for a model type without one
 greedy              Plain greedy text: the likeliest token each time
 layout              How sizes are written down: `uniform` is a stock config, `per_layer` one whose layers differ
 limits              How much of each axis a model can give up, and what its stock class can hold

@@ -48,28 +48,31 @@ def derived(config: PreTrainedConfig, fused: bool = True) -> Family:
         raise ModelError(f"no small model of it can be made: the smallest found has {count:,} parameters")
     path, layers = _layers(model, config.num_hidden_layers)
     names = (type(config).__name__, type(model.base_model).__name__, type(model).__name__)
-    attention = all(_plain_attention(layer) for layer in layers)
-    places: dict[str, Any] = {"attention": "self_attn" if attention else "", "counters": {}, "as_is": False}
-    keys: dict[str, str] = {}
-    refusals = [
-        Refusal((*ALL_HEADS, "value"), "its attention is not derived from the model, only its FFNs and layers are")
-    ]
+    places, keys = of_attention(layers), dict[str, str]()
     mixture = _mixture(layers, config.hidden_size) if fused else None
-    dense = [layer for layer in layers if not (mixture and _has(layer, mixture["experts"]))]
+    dense = [layer for layer in layers if not (mixture and has(layer, mixture["experts"]))]
     ffn = _ffn(dense, config.hidden_size) if dense else None
     if mixture and dense and (ffn is None or tuple(name.rpartition(".")[2] for name in (*ffn[0], ffn[1])) != GATED):
         mixture = None
     if mixture is None and (ffn is None or len(dense) != len(layers)):
-        why = _why_none(layers)
-        refusals.append(Refusal(("ffn", *MIXED), why))
-        places |= {"up": (), "down": ""}
+        none = Refusal(("ffn", *MIXED), _why_none(layers))
+        places |= {"up": (), "down": "", "refusals": (*places["refusals"], none)}
     elif ffn:
         places |= {"up": ffn[0], "down": ffn[1], "stacked": ffn[2]}
     if mixture:
         places |= mixture
-        keys |= _mixture_keys(config)
-    row = Family(names, path, **places, keys=keys, refusals=tuple(refusals), derived=True)
-    return _with_keys(row, config)
+        keys |= mixture_keys(config)
+    row = completed(Family(names, path, **places, keys=keys), config)
+    return derived(config, fused=False) if mixture and "top_k" not in row.keys else row
+
+
+def of_attention(layers: nn.ModuleList) -> dict[str, Any]:
+    """What every row that is not by hand says beside its FFNs: where a plain attention is, and that none is cut."""
+    plain = all(_plain_attention(layer) for layer in layers)
+    why = "its attention is not derived from the model, only its FFNs and layers are"
+    refusals = (Refusal((*ALL_HEADS, "value"), why),)
+    said = {"counters": {}, "as_is": False, "derived": True, "refusals": refusals}
+    return {"attention": "self_attn" if plain else "", **said}
 
 
 def _layers(model: PreTrainedModel, count: int) -> tuple[str, nn.ModuleList]:
@@ -93,7 +96,8 @@ def _plain_attention(layer: nn.Module) -> bool:
     return q[0] == o[1] and k[0] == v[0] and q[0] % k[0] == 0 == k[0] % module.head_dim
 
 
-def _has(layer: nn.Module, path: str) -> bool:
+def has(layer: nn.Module, path: str) -> bool:
+    """Whether a layer has a module at `path`."""
     try:
         layer.get_submodule(path)
     except AttributeError:
@@ -180,14 +184,15 @@ def _mixture(layers: nn.ModuleList, hidden: int) -> dict[str, Any] | None:
     return None
 
 
-def _mixture_keys(config: PreTrainedConfig) -> dict[str, str]:
+def mixture_keys(config: PreTrainedConfig) -> dict[str, str]:
+    """The config keys by which a router chooses: how many experts a token goes to, and of how many groups."""
     top = [key for key in TOP_K if isinstance(getattr(config, key, None), int)]
     keys = {"top_k": top[0]} if top else {}
     return keys | ({"groups": "n_group", "top_groups": "topk_group"} if getattr(config, "n_group", None) else {})
 
 
-def _with_keys(row: Family, config: PreTrainedConfig) -> Family:
-    """The row with the config keys that say its sizes: each is changed, and what follows is seen."""
+def completed(row: Family, config: PreTrainedConfig) -> Family:
+    """The row with the config keys that say its sizes: a key is changed, and what follows is seen."""
     before, keys = _measured(row, built(config)), dict(row.keys)
     values = config.to_dict()
     for key, value in values.items():
@@ -206,8 +211,6 @@ def _with_keys(row: Family, config: PreTrainedConfig) -> Family:
         for size in kinds
         if size in before and size not in keys
     ]
-    if "experts" in before and "top_k" not in keys:
-        return derived(config, fused=False)
     return replace(row, keys=keys, refusals=(*row.refusals, *missing))
 
 
@@ -221,12 +224,12 @@ def _measured(row: Family, model: PreTrainedModel) -> dict[str, int]:
         seen.add(id(parameter))
 
     for layer in model.get_submodule(row.layers).children():
-        if row.experts and _has(layer, row.experts):
+        if row.experts and has(layer, row.experts):
             experts: Any = layer.get_submodule(row.experts)
             take("experts", experts.down_proj, experts.down_proj.shape[0])
             sizes["expert_width"] = experts.down_proj.shape[-1]
             seen |= {id(p) for p in [*experts.parameters(), *layer.get_submodule(row.router).parameters()]}
-            if row.shared and _has(layer, row.shared):
+            if row.shared and has(layer, row.shared):
                 shared: Any = layer.get_submodule(row.shared)
                 take("shared_width", shared.down_proj.weight, shared.down_proj.weight.shape[1])
                 seen |= {id(p) for p in shared.parameters()}

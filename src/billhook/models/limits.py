@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 
 from billhook.choices import KINDS, MIXED, check_axes
 from billhook.errors import BillhookError, ModelError
+from billhook.models import proof
 from billhook.models.axes import Axis, axes, refusal
 from billhook.models.families import (
     FAMILIES,
@@ -49,6 +50,7 @@ def anatomy(model: PreTrainedModel) -> dict[str, Any]:
         "parameters": total_parameters(model),
         "decoder_parameters": decoder,
         "axes": rows,
+        "row": proof.told(row_of(model), stock_type(model.config.model_type)),
     }
 
 

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from billhook.errors import BillhookError, ModelError, first_line
-from billhook.models import families, layout, surgery
+from billhook.models import families, given, layout, surgery
 from billhook.models.axes import axes
 from billhook.models.derive import built, derived
 from billhook.models.experts import fuse, unfuse
@@ -33,6 +33,10 @@ from billhook.runtime.quiet import quiet_transformers
 WIDTHS = ("ffn", "expert_ffn", "shared")
 KINDS = (*WIDTHS, "experts", "layers")
 KEYS = {"ffn": "width", "expert_ffn": "expert_width", "shared": "shared_width", "experts": "experts"}
+LAWS = (
+    "removing units equals silencing them (not asked of whole experts), the saved model loads in its stock class with "
+    "equal logits, generation with a cache equals generation without, only the expected config keys change"
+)
 CLOSE = 1e-4  # relative, and absolute
 PLAIN = (surgery.PLAIN_LAYERS, surgery.PLAIN_FIRST, "decoder_sparse_step", "num_hidden_layers")
 _proved: dict[str, Family | str] = {}  # by config: the row, or why there is none
@@ -53,7 +57,7 @@ def ensure(content: dict[str, Any]) -> None:
         return
     if CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return
-    key = json.dumps(content, sort_keys=True, default=str)
+    key = f"{given.ROWS.get(kind)} {json.dumps(content, sort_keys=True, default=str)}"
     if key not in _proved:
         try:
             with quiet_transformers(), torch.random.fork_rng(devices=[]):
@@ -64,15 +68,19 @@ def ensure(content: dict[str, Any]) -> None:
             _proved[key] = f"no small model of it can be tried ({type(error).__name__}: {first_line(error)})"
     row = _proved[key]
     if isinstance(row, str):
+        if kind in given.ROWS:
+            raise ModelError(f"the row given for {kind!r} cannot be used: {row} (docs/adding-a-family.md)")
         raise ModelError(f"model family {kind!r} has no row, and none can be derived: {row} (docs/adding-a-family.md)")
-    if families.DERIVED.setdefault(kind, row) != row:
+    if kind in given.ROWS:
+        families.DERIVED[kind] = row
+    elif families.DERIVED.setdefault(kind, row) != row:
         raise ModelError(
             f"a model of type {kind!r} with another structure is open: use a process of its own for this one"
         )
 
 
 def proved(config: PreTrainedConfig) -> Family:
-    """The derived row of a config, with a refusal for all that does not hold.
+    """The row of a config, derived or given, with a refusal for all that does not hold.
 
     Raises:
         BillhookError: the type is no plain decoder, or nothing holds.
@@ -82,7 +90,7 @@ def proved(config: PreTrainedConfig) -> Family:
     small, kind = shrunk(config), config.model_type
     before = families.DERIVED.get(kind)
     try:
-        row = _tried(small, derived(small))
+        row = _given(small) if kind in given.ROWS else _tried(small, derived(small))
     except Unproved:  # its experts compute otherwise than two gated matrices and one that reads them
         row = _tried(small, derived(small, fused=False))
     finally:
@@ -92,6 +100,13 @@ def proved(config: PreTrainedConfig) -> Family:
     if not offered(row):
         raise ModelError("; ".join(f"{', '.join(refusal.kinds)}: {refusal.why}" for refusal in row.refusals[1:]))
     return row
+
+
+def _given(small: PreTrainedConfig) -> Family:
+    try:
+        return _tried(small, given.family(given.ROWS[small.model_type], small))
+    except Unproved:
+        raise ModelError("its experts compute otherwise than two gated matrices and one that reads them") from None
 
 
 def _tried(config: PreTrainedConfig, row: Family) -> Family:
@@ -124,6 +139,21 @@ def offered(row: Family) -> tuple[str, ...]:
     refused = {kind for refusal in row.refusals for kind in refusal.kinds}
     has = {"ffn": "width", "experts": "experts", "expert_ffn": "expert_width", "shared": "shared_width"}
     return tuple(kind for kind in KINDS if kind not in refused and (kind == "layers" or has[kind] in row.keys))
+
+
+def told(row: Family, model_type: str) -> dict[str, Any]:
+    """A row as plain data: whose it is, the places and keys that it names, what was proved, and why not the rest."""
+    if not row.derived:
+        return {"by": "hand"}
+    places = ("layers", "up", "down", "experts", "router", "shared", "bias")
+    return {
+        "by": "file" if model_type in given.ROWS else "derivation",
+        "places": {name: value for name in places if (value := getattr(row, name))},
+        "keys": dict(row.keys),
+        "proved": list(offered(row)),
+        "laws": LAWS,
+        "refused": {", ".join(refusal.kinds): refusal.why for refusal in row.refusals},
+    }
 
 
 def _random(config: PreTrainedConfig) -> PreTrainedModel:

@@ -83,10 +83,13 @@ class Calibration(Part):
 
 
 class Compute(Part):
-    """What it is computed on."""
+    """What it is computed on, and by which row."""
 
     device: str = option("auto", "auto (an accelerator if there is one), cpu, cuda, mps, …")
     dtype: str = option("auto", f"to compute in: auto, {', '.join(DTYPES)}", names=("auto", *DTYPES))
+    family_row: str = option(
+        "", "file with the row of a model type that billhook has none of: docs/adding-a-family.md", shown="derived"
+    )
     look: bool = option(True, "end with a look: another kind of text, repetition, small tasks; about a minute")
 
 

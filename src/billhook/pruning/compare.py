@@ -73,9 +73,10 @@ def open_judged(
 ) -> tuple[Opened, Judged]:
     """A model, and the texts that all its prunes are judged by: at most `most` windows of each, as long and on the
     device that their `common` settings say."""
-    said = {name: common[name] for name in ("seq_len", "device", "dtype") if name in common}
+    said = {name: common[name] for name in ("seq_len", "device", "dtype", "family_row") if name in common}
     texts, chosen = data.evaluation_texts(list(text), tick), recipe(ratio=0.5, **said)
-    opened = load.open_model(model, device=chosen.compute.device, dtype=chosen.compute.dtype, tick=tick)
+    how = chosen.compute.model_dump(include={"device", "dtype", "family_row"})
+    opened = load.open_model(model, **how, tick=tick)
     return opened, judged(opened, texts, chosen.calibration.seq_len, most, cache_folder() / "results")
 
 
@@ -115,7 +116,7 @@ def compare(
     order = sorted(contenders, key=lambda c: -_step(opened, recipes[c.name][0]))
     found: dict[tuple[str, float], dict[str, Any]] = {}
     done, total = 0, len(contenders) * len(ratios)
-    with _workers(opened, by, jobs) as run:
+    with _workers(opened, by, jobs, common.get("family_row") or "") as run:
         for n, ratio in enumerate(ratios):
             size, waiting = None, list(order)
             while waiting and size is None:  # one after the other until one sets the size
@@ -258,7 +259,9 @@ def _at(chosen: Recipe, size: int | None) -> Recipe:
 
 
 @contextmanager
-def _workers(opened: Opened, by: Judged, jobs: int) -> Iterator[Callable[[list[Recipe], Tick], list[dict[str, Any]]]]:
+def _workers(
+    opened: Opened, by: Judged, jobs: int, family_row: str
+) -> Iterator[Callable[[list[Recipe], Tick], list[dict[str, Any]]]]:
     """Yield what runs recipes, each once: here, or in `jobs` processes that share the cores."""
 
     def here(chosen: list[Recipe], tick: Tick) -> list[dict[str, Any]]:
@@ -268,7 +271,8 @@ def _workers(opened: Opened, by: Judged, jobs: int) -> Iterator[Callable[[list[R
         yield here
         return
     device = str(opened.model.device)
-    prepare = partial(load.open_model, opened.name, device=device, dtype=str(by.dtype).removeprefix("torch."))
+    how = {"dtype": str(by.dtype).removeprefix("torch."), "family_row": family_row}
+    prepare = partial(load.open_model, opened.name, device=device, **how)
     with worker_pool(Workers(jobs), device, prepare) as pool:
         yield lambda chosen, tick: list(pool.map(_in_worker, chosen, by))
 

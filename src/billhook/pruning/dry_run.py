@@ -73,8 +73,9 @@ def estimate(
     folder = locate(name, tick)
     if not folder.is_dir():
         raise BillhookError(f"--dry-run: {name} is no folder of safetensors, which alone says its sizes unread")
+    model = open_skeleton(name, tick, recipe.compute.family_row)
     found = check_folder(folder, name)
-    stored, model = found.dtype, open_skeleton(name, tick)
+    stored = found.dtype
     dtype = DTYPES.get(recipe.compute.dtype, torch.float32 if device.type == "cpu" else stored)
     stream = too_large(found, dtype, device) if stream_weights is None else stream_weights
     if stream:

@@ -16,9 +16,9 @@ from billhook.checkpoints.result import Result
 from billhook.checkpoints.resume import FinishedLayers
 from billhook.errors import BillhookError, SettingsError
 from billhook.evaluation.look import Look, compared, look
-from billhook.models import layout, sizes, vocabulary
+from billhook.models import given, layout, sizes, vocabulary
 from billhook.models.experts import fuse, unfuse
-from billhook.models.families import check_known, layers
+from billhook.models.families import check_known, layers, row_of
 from billhook.models.modes import evaluation_mode
 from billhook.models.surgery import cast
 from billhook.planning.command import DEFAULT, command
@@ -113,7 +113,7 @@ def _opened(model: Any, tokenizer: Any, chosen: Recipe, stream_weights: bool | N
         if stream_weights and why:
             raise BillhookError(f"--stream-weights: {why}")
         stream = None if stream_weights is None and not why else bool(stream_weights)
-        on: dict[str, Any] = {"device": chosen.compute.device, "dtype": chosen.compute.dtype}
+        on: dict[str, Any] = chosen.compute.model_dump(include={"device", "dtype", "family_row"})
         return load.open_model(os.fspath(model), **on, stream=stream, tick=run.tick)
     if run.workers.many:
         raise BillhookError(
@@ -122,6 +122,8 @@ def _opened(model: Any, tokenizer: Any, chosen: Recipe, stream_weights: bool | N
     if tokenizer is None:
         raise BillhookError("a model in memory needs its tokenizer: prune(model, tokenizer=…)")
     opened = Opened(model, tokenizer, model.config._name_or_path or type(model).__name__, None, model.dtype)
+    if chosen.compute.family_row:
+        given.use(chosen.compute.family_row)
     load.check_config({**model.config.to_dict(), "architectures": [type(model).__name__]}, opened.name)
     unfuse(model)
     check_known(model)
@@ -131,14 +133,19 @@ def _opened(model: Any, tokenizer: Any, chosen: Recipe, stream_weights: bool | N
 def _placed(opened: Opened, chosen: Recipe, run: Run) -> Run:
     """The run with what it needs to know of the model:
     workers open it by name, layers of one in memory are not kept."""
-    name = os.path.abspath(opened.name) if Path(opened.name).exists() else opened.name
-    run = replace(run, workers=replace(run.workers, name=name, dtype=chosen.compute.dtype))
+    name = _absolute(opened.name) if Path(opened.name).exists() else opened.name
+    opens = {"name": name, "dtype": chosen.compute.dtype, "family_row": _absolute(chosen.compute.family_row)}
+    run = replace(run, workers=replace(run.workers, **opens))
     if run.folder is None or chosen.method.searches(chosen):
         return run
     if opened.folder is None:
         return replace(run, folder=None)
     preflight.check_room(opened, chosen, run.folder)
     return run
+
+
+def _absolute(file: str) -> str:
+    return os.path.abspath(file) if file else ""
 
 
 def _keeping(opened: Opened, chosen: Recipe, texts: Texts, planned: Planned, run: Run) -> Run:
@@ -155,6 +162,7 @@ def _keeping(opened: Opened, chosen: Recipe, texts: Texts, planned: Planned, run
             "model": shards.digest(opened.folder),
             "calibration text": texts.windows.sha256,
             "plan": repr(planned.plan),
+            "row": repr(row_of(model)),
             "version of billhook": cache.code_sha256(),
         }
         run_folder.claim(folder, key, run.fresh)

@@ -43,13 +43,14 @@ ParallelMap = Callable[
 class Workers:
     """How many processes work: `jobs` of this machine, or as many as the Ray cluster at the address `ray` has room for.
 
-    Each process opens the model for itself, by `name` and `dtype`.
+    Each process opens the model for itself, by `name`, `dtype` and `family_row`.
     """
 
     jobs: int = 1
     ray: str = ""
     name: str = ""
     dtype: str = "auto"
+    family_row: str = ""
 
     @property
     def many(self) -> bool:

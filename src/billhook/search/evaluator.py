@@ -157,7 +157,8 @@ def with_workers(evaluator: Evaluator, workers: Workers) -> Iterator[Evaluator]:
         yield evaluator
         return
     device = str(evaluator.model.device)
-    prepare = partial(load.open_model, workers.name, device=device, dtype=workers.dtype)
+    how = {"dtype": workers.dtype, "family_row": workers.family_row}
+    prepare = partial(load.open_model, workers.name, device=device, **how)
     with worker_pool(workers, device, prepare) as pool:
         yield replace(evaluator, each=pool.map)
 
