@@ -140,6 +140,10 @@ UNIT_PRICES = {
     "parameters": "the parameters that it owns, all axes together",
     "count": "the same, each axis with a budget of its own (the paper's)",
 }
+GATE_WAYS = {
+    "annealed": "soft, and ever nearer to 0 and 1",
+    "straight-through": "0 or 1 from the first step, with the gradient of a soft one (GRASPrune)",
+}
 VARIANTS = {
     "billhook": "chunks of channels, prices, four masks a step: for a few hundred forward passes",
     "paper": "single channels, two masks a step, 15,000 steps at a rate of 0.002, nothing restored",

@@ -20,6 +20,7 @@ CASES: dict[str, Case] = {
     "fasp, gradients": ("llama", dict(score="taylor2_vector")),
     "mope": ("llama", dict(method="mope")),
     "policy": ("llama", dict(method="policy", group=8)),
+    "gates": ("llama", dict(method="gates", steps=4)),
     "auto": ("llama", dict(method="auto")),
     "adapruner": ("llama", dict(method="adapruner", trials=3, pool=8, pool_len=16)),
     "goa": ("llama", dict(method="goa", axes=("ffn", "groups"))),

@@ -3,6 +3,7 @@
 admm           ADMM for the weights that stay, the sparsity rising step by step (Boza 2024)
 divergence     How alike attention maps are, and which heads that makes redundant
 fistapruner    FISTAPruner: convex layer-wise pruning by an l1 penalty
+gates          Gates of units that keep a budget of parameters, soft, and 0 or 1 in the end
 gptq           GPTQ: column by column to the nearest level, the weights right of it make up for its error
 grids          Grids of few bits: codes and scales of blocks of 32 weights
 knapsack       How much each layer gives: loss curves and prices in, unit counts out; also one count for all layers

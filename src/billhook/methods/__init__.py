@@ -6,6 +6,7 @@ auto         the best of layerchop, fasp and experts by held-out windows, refine
 experts      fewer experts in a mixture
 fasp         the units of an axis that matter least go, and what reads the axis is refitted
 fistapruner  zeros: another method's, refined by a convex problem
+gates        the units whose gates are lowest go, learned with the weights frozen, then as fasp
 goa          modules are refitted to their unpruned outputs, then what puts out least goes
 layerchop    whole decoder layers go
 magnitude    zeros: the smallest weights
@@ -29,6 +30,7 @@ from billhook.methods import (
     experts,
     fasp,
     fistapruner,
+    gates,
     goa,
     layerchop,
     magnitude,
@@ -49,6 +51,7 @@ OWN: dict[str, Method] = {
         fasp.METHOD,
         mope.METHOD,
         policy.METHOD,
+        gates.METHOD,
         adapruner.METHOD,
         layerchop.METHOD,
         experts.METHOD,

@@ -103,6 +103,7 @@ def _pruned_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
         kept = f"; kept: {ranges(cut['kept_layers'])}" if cut.get("kept_layers") else ""
         rows.append(("layers", f"dropped: {ranges(dropped)}{kept} (numbered from 0)"))
     rows += [*auto_rows(cut), *missed_rows(cut.get("mope")), *policy_rows(cut.get("policy"))]
+    rows += gate_rows(cut.get("gates"))
     if selection := cut.get("selection"):
         rows.append(("layers chosen", selection_words(selection)))
     if search := cut.get("search"):
@@ -175,6 +176,16 @@ def policy_rows(policy: Mapping[str, Any] | None) -> list[tuple[str, str]]:
             f"({masks})",
         )
     ]
+
+
+def gate_rows(gates: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """What learned gates came to, and whether they were taken, as (name, value)."""
+    if not gates:
+        return []
+    begun, learned = (number(gates["unrestored"][name], "{:.4f}") for name in ("start", "learned"))
+    taken = "" if gates["taken"] == "learned" else "; not taken: the start is better"
+    how = f"{gates['units']:,} gates in {len(gates['losses']):,} steps"
+    return [("learned", f"{begun} → {learned} nats a token before restoration, on held-out windows{taken} ({how})")]
 
 
 def missed_header() -> list[str]:
