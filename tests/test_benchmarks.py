@@ -26,8 +26,10 @@ ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 results = importlib.import_module("results")
-SHARED = ("results", "scoring")  # what benchmarks import; clients run in environments of their own
-SCRIPTS = [p for p in sorted(BENCHMARKS.rglob("*.py")) if p.stem not in SHARED and not p.stem.endswith("_client")]
+GPU = ("bare", "floors", "rows", "shapes")
+# what benchmarks import; clients run in environments of their own
+SHARED = [BENCHMARKS / f"{name}.py" for name in ("results", "scoring", *(f"gpu/{one}" for one in GPU))]
+SCRIPTS = [p for p in sorted(BENCHMARKS.rglob("*.py")) if p not in SHARED and not p.stem.endswith("_client")]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 TABLES = ("ROWS", "THEIRS")  # of rows, by name
@@ -97,9 +99,7 @@ def accepted(func: ast.expr, names: dict[str, Any]) -> Any:
     return {None, *parameters}
 
 
-@pytest.mark.parametrize(
-    "script", [*SCRIPTS, *(BENCHMARKS / f"{name}.py" for name in SHARED), *EXAMPLES], ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("script", [*SCRIPTS, *SHARED, *EXAMPLES], ids=lambda path: path.stem)
 def test_what_it_uses_is_there(script: Path) -> None:
     assert stale(script.read_text(encoding="utf-8")) == []
 
