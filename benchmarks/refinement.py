@@ -32,6 +32,7 @@ parser.add_argument("texts", nargs="+")
 parser.add_argument("--drop", default="13-18")
 parser.add_argument("--patch", default="linear", choices=("linear", "none"), help="what the cut starts from")
 parser.add_argument("--rows", default="10:1:3e-4:1,10:2:3e-4:1", help="separated by commas")
+parser.add_argument("--precision", default="auto", choices=("auto", "float32", "bfloat16"), help="of a step's products")
 parser.add_argument("--samples", type=int, default=64, help="windows to calibrate on")
 parser.add_argument("--windows", type=int, default=12, help="score at most this many windows of each text")
 args = parser.parse_args()
@@ -48,7 +49,9 @@ def told(name: str, measured: list[Any], seconds: float, **row: object) -> None:
     ]
     cells = " | ".join(f"{p:.2f} (×{factor:.3f} ± {number(error, '{:.3f}')})" for _, p, factor, error in found)
     print(f"| {name} | {cells} | {seconds:.0f} |", flush=True)
-    how = {key: getattr(args, key) for key in ("model", "calibration", "samples", "windows", "drop", "patch")} | row
+    how = {
+        key: getattr(args, key) for key in ("model", "calibration", "samples", "windows", "drop", "patch", "precision")
+    } | row
     results.write(
         "refinement",
         [
@@ -75,7 +78,7 @@ chop(patched, tokens, Plan(layers=gone), Chopping(args.patch), Run())
 told("not refined", judged(patched), time.perf_counter() - started, length=0, passes=0, rate=0, rows=0)
 for row in args.rows.split(","):
     length, passes, rate, rows = (float(part) for part in row.split(":"))
-    settings = Refining(passes=passes, rate=rate, length=int(length), rows=int(rows))
+    settings = Refining(passes=passes, rate=rate, length=int(length), rows=int(rows), precision=args.precision)
     wanted, model = spans(kept, (), total, settings.length), copy.deepcopy(patched)
     started = time.perf_counter()
     refine(model, tokens, aims(opened.model, tokens, wanted, settings, Run()), settings, Run())

@@ -82,7 +82,10 @@ TABLES: dict[str, tuple[str, str]] = {  # name -> settings that tell rows apart,
         f"{JUDGED} rate trained_parameters tokens_per_second peak_mib",
     ),
     "recovery_losses": ("student row tokens lr schedule steps", "loss"),
-    "refinement": ("model calibration samples windows drop patch length passes rate rows text", f"{JUDGED} seconds"),
+    "refinement": (
+        "model calibration samples windows drop patch precision length passes rate rows text",
+        f"{JUDGED} seconds",
+    ),
     "submodules": ("model calibration windows seed row layers", "gone divergence"),
     "search": (
         "model train ratio trials layout samples windows precision row restoration text",

@@ -205,12 +205,13 @@ def test_minutes_say_how_much_is_tried_and_how_long_it_is_refined(text_file: Pat
 
 def test_more_minutes_are_never_spent_on_less() -> None:
     """By a cost that is made up: what is tried grows with the time, and a refinement has what is left of it."""
+    price = 0.05, 0.4, 0.2
     work, rivals = Work(30, 64, 8, 8.0, 6, True, True), [one for one in RIVALS if "uniform" in one.layouts]
-    chosen = [spent(minutes, work, rivals, (True, False), (0.05, 0.4)) for minutes in (3, 8, 12, 20, 60)]
+    chosen = [spent(minutes, work, rivals, (True, False), price) for minutes in (3, 8, 12, 20, 60)]
     assert [one.rivals for one in chosen] == sorted(one.rivals for one in chosen)
     for minutes, effort in zip((3, 8, 12, 20, 60), chosen, strict=True):
         stages = work.stages(replace(effort, passes=0), rivals[: effort.rivals], True)
-        assert sum(one.seconds(0.05, 0.4) for one in stages.values()) + effort.seconds == pytest.approx(60 * minutes)
+        assert sum(one.seconds(*price) for one in stages.values()) + effort.seconds == pytest.approx(60 * minutes)
     assert chosen[-1].rivals > chosen[0].rivals and chosen[-1].share > chosen[0].share
 
 

@@ -17,7 +17,7 @@ from billhook.training import refinement
 from billhook.training.refinement import Refining, Span, aims, refine, spans
 
 TOKENS = torch.randint(0, 258, (20, 16), generator=torch.Generator().manual_seed(0))
-GENTLE = Refining(passes=4, rate=1e-3, length=2, rows=2)
+GENTLE = Refining(passes=4, rate=1e-3, length=2, rows=2, precision="float32")
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 6])
@@ -63,14 +63,16 @@ def test_goals_are_what_the_unpruned_model_puts_out(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "mixtral", "gpt2", "falcon", "opt"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_a_cut_has_left_comes_nearer_to_the_unpruned_model(family: str, dtype: torch.dtype) -> None:
-    model = tiny.model(family).to(dtype)
-    wanted = [Span(0, 1, 3)]
-    aimed = aims(model, TOKENS, wanted, GENTLE, Run())
+def test_what_a_cut_has_left_comes_nearer_to_the_unpruned_model(
+    family: str, dtype: torch.dtype, precision: str
+) -> None:
+    model, settings = tiny.model(family).to(dtype), replace(GENTLE, precision=precision)
+    aimed = aims(model, TOKENS, [Span(0, 1, 3)], settings, Run())
     drop_layers(model, (1,))
     asked = [param.requires_grad for param in model.parameters()]
-    (found,) = refine(model, TOKENS, aimed, GENTLE, Run())
+    (found,) = refine(model, TOKENS, aimed, settings, Run())
     assert found.after < found.before and found.kept
     assert [param.requires_grad for param in model.parameters()] == asked
     assert all(param.dtype == dtype and param.grad is None for param in model.parameters())
@@ -119,3 +121,18 @@ def test_it_ends_when_its_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
         return len(steps)
 
     assert taken(12.0) == 12 < taken(None) == taken(1e6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_step_that_is_only_timed_leaves_no_trace(family: str) -> None:
+    model = tiny.model(family)
+    before = copy.deepcopy(model.state_dict())
+    asked = [param.requires_grad for param in model.parameters()]
+    (state,), (calls,) = enter(model, [TOKENS[:1]])
+    with refinement.rehearsed(model, 1, state, calls[1]) as step:
+        step()
+        moved = any(not torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+    assert moved  # it was a step
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+    assert [param.requires_grad for param in model.parameters()] == asked
+    assert all(param.grad is None for param in model.parameters())

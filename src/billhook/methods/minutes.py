@@ -33,7 +33,7 @@ class Effort:
         """The same, with as many passes as the seconds let it have."""
         if self.seconds is None:
             return self
-        each = Passes(work.fitted(self) * work.refined * TRAINED).seconds(*price())
+        each = Passes(steps=work.fitted(self) * work.refined).seconds(*price())
         return replace(self, passes=min(self.passes, self.seconds / each))
 
 
@@ -49,7 +49,6 @@ SHORTLIST = 6  # blocks of layers that are tried on all probe windows
 COMPARED = 4  # positions of which one goes through the head, where blocks are compared
 SPAN = 10  # layers that are refined together
 SOLVE = 10  # operations of a refit, in cubes of the width that it reads
-TRAINED = 5  # passes whose time a step of training takes: forth, back, Adam
 STREAMS = 2  # of hidden states, in a fit of widths: the unpruned model's and the cut one's
 BEFORE = 2 / 3  # of the layers, which a patch has to see: those up to the end of the gap
 POINTS = 8  # of a curve's counts, over FFN channels and KV groups
@@ -117,14 +116,14 @@ class Work:
             fits = few * total * (everywhere * (STREAMS + 1) + (len(rivals) - everywhere) * BEFORE)
             solves = (everywhere * total + len(rivals) - everywhere) * self.solve
             spans = everywhere * total + (len(rivals) - everywhere) * min(SPAN, total)
-            refining = few * (TRAINED * spans + len(rivals) * total) if refined else 0
+            goals, steps = (few * len(rivals) * total, few * spans) if refined else (0, 0)
             probes = (1 + len(rivals)) * self.probes
-            found["trials"] = Passes(fits + solves + refining + probes * total, probes)
+            found["trials"] = Passes(fits + solves + goals + probes * total, probes, steps)
         if self.patched:
             found["patch"] = Passes(windows * total * BEFORE + self.solve)
         if refined:
             found["goals"] = Passes(windows * total)
-            found["refinement"] = Passes(effort.passes * windows * self.refined * TRAINED)
+            found["refinement"] = Passes(steps=effort.passes * windows * self.refined)
         return found
 
     def _spares(self, rival: Way) -> bool:
@@ -133,13 +132,13 @@ class Work:
 
 
 def spent(
-    minutes: float | int, work: Work, rivals: Sequence[Way], asked: tuple[bool, bool], price: tuple[float, float]
+    minutes: float | int, work: Work, rivals: Sequence[Way], asked: tuple[bool, bool], price: tuple[float, float, float]
 ) -> Effort:
     """The greatest effort whose parts, and a pass of refinement, fit into the minutes; the refinement has what is left.
 
     Args:
         asked: whether it is refined, and whether it ends with a look.
-        price: seconds of a window through a layer, and through the head.
+        price: seconds of a window through a layer, through the head, and through a layer that is trained on it.
 
     Raises:
         SettingsError: the quickest cut takes longer.
@@ -157,8 +156,9 @@ def spent(
     raise SettingsError(f"--minutes {minutes:g}: the quickest cut takes about {needs:g} here: give --minutes {needs:g}")
 
 
-def price(model: Any, length: int) -> tuple[float, float]:
-    """Seconds that a window takes through the middle layer, and through the head, here and now.
+def price(model: Any, length: int) -> tuple[float, float, float]:
+    """Seconds that a window takes through the middle layer, through the head, and through that layer when it is
+    refined, here and now.
 
     Args:
         length: tokens in a window.
@@ -168,6 +168,7 @@ def price(model: Any, length: int) -> tuple[float, float]:
     from billhook.calibration.forward import enter, head, run_layer
     from billhook.evaluation.speed import synchronise
     from billhook.models.families import layers
+    from billhook.training.refinement import rehearsed
 
     window = torch.zeros(1, length, dtype=torch.long, device=model.device)
     (state,), (calls,) = enter(model, [window])
@@ -176,4 +177,9 @@ def price(model: Any, length: int) -> tuple[float, float]:
     def timed(act: Callable[[], Any]) -> float:
         return least_seconds(lambda: (act(), synchronise(model.device)))
 
-    return timed(lambda: run_layer(layers(model)[n], state, calls[n])), timed(lambda: head(model, window, state))
+    passed, logits = (
+        timed(lambda: run_layer(layers(model)[n], state, calls[n])),
+        timed(lambda: head(model, window, state)),
+    )
+    with rehearsed(model, n, state, calls[n]) as step:
+        return passed, logits, timed(step)

@@ -40,17 +40,19 @@ class Planned:
 
 @dataclass(frozen=True)
 class Passes:
-    """Work, in windows that pass one layer, and the head; what else is done counts as what takes as long."""
+    """Work, in windows that pass one layer, the head, and a layer that is trained on them; what else is done counts as
+    what takes as long."""
 
     layers: float | int = 0
     heads: float | int = 0
+    steps: float | int = 0
 
-    def seconds(self, layer: float | int, head: float | int) -> float:
+    def seconds(self, layer: float | int, head: float | int, step: float | int) -> float:
         """By the seconds of one window through each."""
-        return float(self.layers * layer + self.heads * head)
+        return float(self.layers * layer + self.heads * head + self.steps * step)
 
 
-Price = Callable[[], tuple[float, float]]  # times a window: seconds through one layer, and through the head
+Price = Callable[[], tuple[float, float, float]]  # times a window: seconds in a layer, in the head, in training a layer
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ STEPS = 96  # passes of one token that verify a result, over all generations
 BATCHES = 40  # passes of 32 tokens that verify a result
 LOADS = 4  # times that a result is opened to verify it; once less where it is stored in float32
 PAGED = 6  # passes that verify a result whose weights stay in their files
+TRAINED = 3  # forward passes whose operations training takes: forth, and back by states and by weights
 READ = 2  # times that weights in files are read while they are pruned: for use, and to see whether they were edited
 
 
@@ -164,10 +165,12 @@ def _pruning(found: Rehearsed, total: int, cut: int) -> dict[str, Cost]:
 
 def _priced(stages: Mapping[str, Passes], model: Any, length: int, price: Price) -> dict[str, Cost]:
     """What was counted in windows, by the seconds of one here."""
-    layer, head = price()
+    seconds = price()
     logits = 2 * length * model.get_output_embeddings().weight.numel()
     each = (2 * length * sizes.macs_per_token(model, 0) - logits) / len(layers(model))
-    return {name: Cost(one.seconds(layer, head), one.seconds(each, logits)) for name, one in stages.items()}
+    return {
+        name: Cost(one.seconds(*seconds), one.seconds(each, logits, TRAINED * each)) for name, one in stages.items()
+    }
 
 
 @dataclass(frozen=True)

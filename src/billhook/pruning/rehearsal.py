@@ -36,6 +36,7 @@ from billhook.runtime.memory import peak_growth
 from billhook.runtime.progress import Clock, least_seconds
 from billhook.runtime.run import Run
 from billhook.tensors import Tokens
+from billhook.training import refinement
 
 WINDOWS = 10  # windows of a rehearsal: one in ten is held out
 ABOUT = 16.0  # seconds that all of it may take, where a layer lets it
@@ -153,14 +154,16 @@ def _attention_share(model: Any, length: int) -> float:
 
 
 @torch.no_grad()
-def window_seconds(whole: Any, dtype: torch.dtype, device: torch.device, length: int) -> tuple[float, float]:
-    """Of one window through a layer, and through the head."""
+def window_seconds(whole: Any, dtype: torch.dtype, device: torch.device, length: int) -> tuple[float, float, float]:
+    """Of one window through a layer, through the head, and through a layer that is refined."""
     model = random_layers(whole.config, [len(layers(whole)) - 1], dtype, device)
     (state,), (calls,) = enter(model, [torch.zeros(1, length, dtype=torch.long)])
     weight = whole.get_output_embeddings().weight
     rows = torch.randn(min(len(weight), ROWS), weight.shape[1], dtype=dtype, device=device)
     logits = least_seconds(lambda: (state[0] @ rows.T, synchronise(device))) * len(weight) / len(rows)
-    return least_seconds(lambda: (run_layer(layers(model)[0], state, calls[0]), synchronise(device))), logits
+    passed = least_seconds(lambda: (run_layer(layers(model)[0], state, calls[0]), synchronise(device)))
+    with refinement.rehearsed(model, 0, state, calls[0]) as step:
+        return passed, logits, least_seconds(lambda: (step(), synchronise(device)))
 
 
 @torch.no_grad()

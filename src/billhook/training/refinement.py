@@ -8,14 +8,16 @@ puts out before it, its goal y what the unpruned model has after it:
 
 by Adam, a few passes over the calibration windows, span after span, so that each sees what those before it have become
 (Free Lunch, arXiv:2510.14444; the last step of AA-SVD).  No graph is larger than a span, and no logit is computed.
+Matrix products of goals and steps are in bfloat16 where the device is faster so.
 What was tried of other norms, and lost: docs/LOG.md.
 """
 
 import math
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from billhook.evaluation.speed import synchronise
 from billhook.models.families import layers
 from billhook.runtime.activations import State
 from billhook.runtime.offload import loaded
+from billhook.runtime.precision import autocast_dtype, computing
 from billhook.runtime.run import Run
 from billhook.tensors import Tokens
 
@@ -45,6 +48,7 @@ class Refining:
     length: int = 10  # layers in a span
     rows: int = 1  # windows in a step
     seconds: float | None = None  # that all spans together may take, if the passes take longer
+    precision: str = "auto"  # of matrix products in goals and steps; weights and their judging stay in float32
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,8 @@ def aims(model: PreTrainedModel, tokens: Tokens, wanted: Sequence[Span], setting
     goals: list[list[State]] = [[] for _ in wanted]
     entering: list[State] = []
     batches, last = list(tokens.split(settings.rows)), max(span.after for span in wanted)
-    with run.clock("goals"), torch.no_grad():
+    products = autocast_dtype(settings.precision, model.device)
+    with run.clock("goals"), torch.no_grad(), computing(model.device, products):
         for b, batch in enumerate(batches):
             run.tick("goals of refinement", b, len(batches))
             (state,), (calls,) = enter(model, [batch])
@@ -154,6 +159,19 @@ def refine(model: PreTrainedModel, tokens: Tokens, wanted: Aims, settings: Refin
     return found
 
 
+@contextmanager
+def rehearsed(model: PreTrainedModel, n: int, state: Tensor, call: dict[str, Any]) -> Iterator[Callable[[], None]]:
+    """While open, a step of training of the n-th layer; its weights are what they were in the end."""
+    module, settings = layers(model)[n], Refining()
+    with loaded(module, edits=False), _in_float32([module]) as weights:
+        whole = [weight.detach().clone() for weight in weights]
+        optimizer, products = _optimizer(weights, settings.rate), autocast_dtype(settings.precision, weights[0].device)
+        try:
+            yield lambda: _step(optimizer, lambda: _error(_run([module], state, [call]), state), products)
+        finally:
+            _put_back(weights, whole)
+
+
 def _refine(
     model: PreTrainedModel,
     span: Span,
@@ -178,14 +196,16 @@ def _refine(
         return math.sqrt(sum(errors) / len(errors))
 
     with _in_float32(modules) as weights:
+        device = weights[0].device
+        products = autocast_dtype(settings.precision, device)
         whole = [weight.detach().clone() for weight in weights]
         started = time.perf_counter()
         before = held_out()  # whose numbers are waited for
         judged = time.perf_counter() - started
-        optimizer = torch.optim.AdamW(weights, lr=settings.rate, betas=(0.9, 0.99), weight_decay=0.0)
+        optimizer = _optimizer(weights, settings.rate)
         for step, b in enumerate(_order(trained, steps)):
             if step == TIMED and settings.seconds:
-                synchronise(weights[0].device)
+                synchronise(device)
                 each = (time.perf_counter() - started - judged) / TIMED
                 steps = min(steps, max(TIMED + 1, int((settings.seconds - 2 * judged) / each)))
             if step == steps:
@@ -193,19 +213,34 @@ def _refine(
             run.tick(STAGE, step, steps)
             for group in optimizer.param_groups:
                 group["lr"] = settings.rate * min(1, (step + 1) / 5) * (1 + math.cos(math.pi * step / steps)) / 2
-            optimizer.zero_grad()
-            with torch.enable_grad():
-                loss = off(b)
-                loss.backward()
-            torch.nn.utils.clip_grad_norm_(weights, 1.0)
-            optimizer.step()
+            _step(optimizer, partial(off, b), products)
         run.tick(STAGE, steps, steps)
         after = held_out()
         better = after < before  # false also where it is no longer a number
         if not better:
-            for weight, old in zip(weights, whole, strict=True):
-                weight.data.copy_(old)
+            _put_back(weights, whole)
     return Refined(span.first, span.last, before, after, better)
+
+
+def _put_back(weights: Sequence[nn.Parameter], whole: Sequence[Tensor]) -> None:
+    for weight, old in zip(weights, whole, strict=True):
+        weight.data.copy_(old)
+
+
+def _optimizer(weights: Sequence[nn.Parameter], rate: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
+
+
+def _step(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], products: torch.dtype | None) -> None:
+    """Args: products: the dtype of matrix products, or None for the weights' own."""
+    weights = optimizer.param_groups[0]["params"]
+    optimizer.zero_grad()
+    with torch.enable_grad():
+        with computing(weights[0].device, products):
+            off = loss()
+        off.backward()
+    torch.nn.utils.clip_grad_norm_(weights, 1.0)
+    optimizer.step()
 
 
 def _order(count: int, steps: int) -> Iterator[int]:
