@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from billhook.errors import BillhookError, first_line
 from billhook.models import proof
-from billhook.models.modeling_per_layer import FAMILIES
+from billhook.models.families import FAMILIES
 from billhook.models.shrink import default
 from billhook.runtime.quiet import quiet_transformers
 

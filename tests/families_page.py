@@ -19,7 +19,7 @@ from billhook.methods import METHODS
 from billhook.models import limits, residual, rotation
 from billhook.models.axes import axes, refusal
 from billhook.models.experts import unfuse
-from billhook.models.modeling_per_layer import FAMILIES
+from billhook.models.families import FAMILIES, row_of
 
 TOP = """# Families
 
@@ -56,7 +56,7 @@ WAYS = f"""
 ## Which methods run
 
 `zeros` are {", ".join(tiny.ZEROS)}: they need linear modules alone, and have them in every
-family. LoRA and full training (`billhook recover`) run on all of them.
+family; where a row says nothing of attention, they are in FFNs and experts. LoRA and full training (`billhook recover`) run on all of them.
 
 """
 
@@ -172,7 +172,8 @@ def text() -> str:
     lines += ["", *note.lines(), WAYS]
     note = Notes()
     names = [name for name in METHODS if name not in tiny.ZEROS]
-    rows = ((f, [*(method_cell(m, name, f, note) for name in names), "yes"]) for f, m in models.items())
+    zeros = {f: "in FFNs" if row_of(m).only_ffns else "yes" for f, m in models.items()}
+    rows = ((f, [*(method_cell(m, name, f, note) for name in names), zeros[f]]) for f, m in models.items())
     lines += table((*names, "zeros"), rows)
     return "\n".join(map(wrapped, "\n".join([*lines, "", *note.lines(), ""]).split("\n")))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import billhook
-from billhook.models.modeling_per_layer import FAMILIES
+from billhook.models.families import FAMILIES
 
 PACKAGE = Path(billhook.__file__).parent
 FLOORS = (  # low to high: folders, and files that stand beside them
@@ -48,7 +48,12 @@ MAY_IMPORT = {  # folders that may import few others
     "evaluation": JUDGING | {"demo"},
 }
 NUMERIC = {"torch", "numpy", "scipy"}  # what mathematics may stand on
-NAME_FAMILIES = {"models.families", "models.modeling_per_layer", "checkpoints.gguf.architectures"}
+NAME_FAMILIES = {
+    "models.families",
+    "models.modeling_per_layer",
+    "models.stock_families",
+    "checkpoints.gguf.architectures",
+}
 LAZY = {"", "__main__", "planning.method"}  # what takes seconds to load is loaded once nothing is left to refuse
 LAZY_ROOMS = {"cli", "methods"}  # likewise, in every file of these folders
 OPTIONAL = {

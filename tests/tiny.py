@@ -10,6 +10,7 @@ import transformers as T
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from billhook.methods import METHODS
+from billhook.models.families import FAMILIES
 
 ZEROS = tuple(name for name, method in METHODS.items() if method.zeros)  # methods that make zeros
 SHAPE = dict(
@@ -18,6 +19,27 @@ SHAPE = dict(
 GATED = dict(intermediate_size=48, num_key_value_heads=2, max_position_embeddings=128)
 MIXED = dict(num_experts_per_tok=2)
 QWEN_MOE = dict(num_experts=6, moe_intermediate_size=16)
+DELTA = dict(
+    layer_types=["linear_attention", "full_attention", "full_attention"],
+    head_dim=16,
+    linear_key_head_dim=8,
+    linear_value_head_dim=8,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+)
+LATENT = dict(
+    **{**GATED, "num_key_value_heads": 4},
+    **MIXED,
+    moe_intermediate_size=16,
+    n_shared_experts=2,
+    first_k_dense_replace=1,
+    q_lora_rank=12,
+    kv_lora_rank=8,
+    qk_rope_head_dim=8,
+    qk_nope_head_dim=8,
+    v_head_dim=8,
+    pad_token_id=0,
+)
 WIDE = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}  # GPT-2's words
 CONFIGS: dict[str, Any] = {
     "llama": lambda **other: T.LlamaConfig(**{**SHAPE, **GATED, **other}, tie_word_embeddings=True),
@@ -57,6 +79,37 @@ CONFIGS: dict[str, Any] = {
         topk_group=1,
         pad_token_id=0,
     ),
+    "deepseek_v2": lambda: T.DeepseekV2Config(**SHAPE, **LATENT, n_routed_experts=6, n_group=None),
+    "deepseek_v3": lambda: T.DeepseekV3Config(**SHAPE, **LATENT, n_routed_experts=8, n_group=2, topk_group=1),
+    "glm4_moe_lite": lambda: T.Glm4MoeLiteConfig(**SHAPE, **LATENT, n_routed_experts=6, head_dim=8),
+    "gpt_oss": lambda: T.GptOssConfig(
+        **SHAPE,
+        **{**GATED, **MIXED, "intermediate_size": 16},
+        head_dim=8,
+        num_local_experts=6,
+        sliding_window=8,
+        attention_bias=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        pad_token_id=0,
+    ),
+    "qwen3_next": lambda: T.Qwen3NextConfig(
+        **SHAPE,
+        **GATED,
+        **MIXED,
+        **QWEN_MOE,
+        **DELTA,
+        shared_expert_intermediate_size=24,
+        mlp_only_layers=[0],
+    ),
+    "qwen3_5_moe_text": lambda: T.Qwen3_5MoeTextConfig(
+        **SHAPE,
+        **{key: value for key, value in GATED.items() if key != "intermediate_size"},
+        **MIXED,
+        **QWEN_MOE,
+        **DELTA,
+        shared_expert_intermediate_size=24,
+    ),
+    "qwen3_5_text": lambda: T.Qwen3_5TextConfig(**SHAPE, **GATED, **DELTA),
     "gpt2": lambda: T.GPT2Config(
         **{WIDE.get(key, key): value for key, value in SHAPE.items()}, n_inner=48, n_positions=128
     ),
@@ -99,8 +152,11 @@ ONE_EACH = [  # of every family
     )
 ]
 STRUCTURES = ("llama", "phi3", "gpt2", "bloom", "qwen2_moe")  # apart, fused, transposed, by group, in experts
-MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "olmoe")
-DENSE = [name for name in CONFIGS if name not in MIXTURES]
+LATENTS = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")  # keys and values from one latent
+HYBRIDS = ("qwen3_next", "qwen3_5_moe_text", "qwen3_5_text")  # attention in some layers alone
+ONLY_FFNS = (*LATENTS, *HYBRIDS)  # their rows say nothing of attention
+MIXTURES = tuple(name for name, row in FAMILIES.items() if row.experts)
+DENSE = [name for name in CONFIGS if name not in MIXTURES + ONLY_FFNS]
 LAYER_NORM = ("gpt2", "gpt_neox", "gpt_neox_serial", "falcon", "falcon_new", "falcon_alibi", "bloom", "opt", "opt_350m")
 NO_GROUPS = (
     "olmo2",
@@ -117,12 +173,12 @@ POST_NORM = ("opt_350m", "gemma2", "gemma3_text", "olmo2")  # norms, or a factor
 def has(family: str, kind: str) -> bool:
     """Whether a tiny model has units of a kind to give; where it has none, a law says so and little more."""
     return {
-        "ffn": family not in ("mixtral", "olmoe"),
-        "heads": family not in NO_HEADS,
-        "groups": family not in NO_GROUPS,
-        "value": family not in NO_VALUE,
-        "expert_ffn": family in MIXTURES and family != "glm4_moe",
-        "shared": family == "qwen2_moe",
+        "ffn": family not in ("mixtral", "olmoe", "gpt_oss", "qwen3_5_moe_text"),
+        "heads": family not in (*NO_HEADS, *ONLY_FFNS),
+        "groups": family not in (*NO_GROUPS, *ONLY_FFNS),
+        "value": family not in (*NO_VALUE, *ONLY_FFNS),
+        "expert_ffn": family in MIXTURES and family not in ("glm4_moe", *LATENTS),
+        "shared": family in ("qwen2_moe", "qwen3_next", "qwen3_5_moe_text"),
         "experts": family in MIXTURES,
     }[kind]
 

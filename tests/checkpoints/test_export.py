@@ -214,7 +214,7 @@ def narrow() -> Any:
 
 Q3 = lambda **config: built("qwen3", **config)  # noqa: E731
 REFUSED: dict[str, tuple[Callable[[], Any], str, str]] = {  # model, type, message
-    "opt": (lambda: built("opt"), "F16", "llama.cpp has no architecture for opt: keep the folder"),
+    "opt": (lambda: built("opt"), "F16", "billhook writes no GGUF of opt: keep the folder"),
     "untied": (
         lambda: uneven(Q3()),
         "F16",

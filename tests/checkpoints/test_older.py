@@ -31,7 +31,7 @@ SCALINGS: dict[str, dict[str, Any]] = {
 }
 ALL_KINDS = ("llama", "mistral", "qwen2", "gemma2", "granite", "seed_oss", "smollm3")
 KINDS: list[tuple[str, str]] = [
-    *((family, "default") for family in tiny.CONFIGS),
+    *((family, "yarn" if family == "gpt_oss" else "default") for family in tiny.CONFIGS),  # its class has no other
     *((family, kind) for family in ALL_KINDS for kind in SCALINGS if kind != "default"),
     *((family, "linear") for family in ("qwen3", "olmo2", "glm4_moe", "gpt_neox", "gemma3_text", "mixtral", "falcon")),
     *((family, "dynamic") for family in ("olmo2", "qwen3_moe", "olmoe")),

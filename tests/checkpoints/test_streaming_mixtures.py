@@ -37,9 +37,11 @@ WAYS = {
     "uncurl": {**REAP, "experts": "uncurl", "stream": "sequential", "hidden_budget": 80_000},
 }
 DROPPED = {"method": "layerchop", "drop": "1"}
+JOINED = "gpt_oss"  # whose files hold the experts of a layer in one tensor, as its class does
+MIXTURES = [family for family in tiny.MIXTURES if family != JOINED]
 
 
-@pytest.mark.parametrize("family", tiny.CONFIGS)
+@pytest.mark.parametrize("family", [family for family in tiny.CONFIGS if family != JOINED])
 @pytest.mark.covering(some={"family": 3})
 def test_every_family_computes_in_its_files_what_it_would_in_memory(family: str, tmp_path: Path) -> None:
     model = str(written(family, tmp_path / "model", "20KB"))
@@ -52,7 +54,7 @@ def test_every_family_computes_in_its_files_what_it_would_in_memory(family: str,
 
 @pytest.mark.parametrize(
     ("family", "settings"),
-    [*CUTS.items(), *((family, how) for family in tiny.MIXTURES for how in WAYS.values()), ("qwen2_moe", DROPPED)],
+    [*CUTS.items(), *((family, how) for family in MIXTURES for how in WAYS.values()), ("qwen2_moe", DROPPED)],
 )
 @pytest.mark.covering(some={"settings": 3})
 def test_streamed_is_as_in_memory(
@@ -75,6 +77,12 @@ def test_half_precision_comes_in_and_goes_out(family: str, tmp_path: Path, text_
         pruned(tmp_path / "model", text_file, tmp_path / f"{one}", stream_weights=one, **REAP) for one in (False, True)
     )
     assert same(a, b)
+
+
+def test_experts_in_one_tensor_are_read_whole_alone(tmp_path: Path) -> None:
+    folder = str(written(JOINED, tmp_path / "model"))
+    with pytest.raises(BillhookError, match=r"cannot be read by itself: load it whole \(--no-stream-weights\)"):
+        load.open_model(folder, stream=True)
 
 
 def test_one_layer_is_there_at_a_time(tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +132,7 @@ def test_a_mixture_is_measured_in_its_files(tmp_path: Path, text_file: Path) -> 
     assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
-@pytest.mark.parametrize("family", [*tiny.MIXTURES, "gpt_neox", "llama"])
+@pytest.mark.parametrize("family", [*MIXTURES, "gpt_neox", "llama"])
 def test_names_are_those_that_transformers_writes(family: str, tmp_path: Path) -> None:
     folder = written(family, tmp_path / "model")
     model = load.open_model(str(folder), stream=True).model

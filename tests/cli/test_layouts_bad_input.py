@@ -78,7 +78,7 @@ COMMANDS = {  # PRUNE works but for a budget and what follows
     "check {text}": "words.txt is not a model folder",
     # export
     "export {model}": "Missing option.*--output",
-    "export {opt} -o {tmp}/new/a.gguf": "llama.cpp has no architecture for opt: keep the folder, which transformers loads",
+    "export {opt} -o {tmp}/new/a.gguf": "billhook writes no GGUF of opt: keep the folder, which transformers loads",
     "export {uneven} -o {tmp}/new/a.gguf": "qwen3 wants equal layers; openelm has no place for output.weight; prune all "
     "layers alike, or keep the folder",
     "export {narrow} -o {tmp}/new/a.gguf": "layer 1 has value heads of 4 channels beside key heads of 8.*prune heads or "
@@ -92,7 +92,7 @@ COMMANDS = {  # PRUNE works but for a budget and what follows
     "on PATH: put it there, or choose one of F32, F16, BF16, Q8_0",
     "export {model} -o {tmp}/new/a.gguf --format onnx": "unknown format 'onnx': valid: gguf",
     # quantize
-    "quantize {opt} --method rtn -o {tmp}/new": "llama.cpp has no architecture for opt: keep the folder",
+    "quantize {opt} --method rtn -o {tmp}/new": "billhook writes no GGUF of opt: keep the folder",
     "quantize {model} --bits 3 -o {tmp}/new": "unknown bits '3'.*4, 5, 8, Q4_0",
     "quantize {model} --memory 1kB -o {tmp}/new": "--memory 1,000: its weights take from .* to .* bytes",
     "quantize {model} --bits 4 --memory 90MB -o {tmp}/new": "--bits mixed wants --memory",

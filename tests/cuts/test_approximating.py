@@ -29,7 +29,8 @@ from billhook.models.plan import Plan, even_plan
 from billhook.runtime.run import Run
 
 IDS = tiny.tokens(16, 32)
-WATCHED = [one for one in tiny.CONFIGS if one not in ("bloom", "falcon", "falcon_new", "falcon_alibi")]
+UNSEEN = ("bloom", "falcon", "falcon_new", "falcon_alibi", "gpt_oss")
+WATCHED = [one for one in tiny.CONFIGS if one not in UNSEEN + tiny.ONLY_FFNS]
 PLANS = [{"ffn": 12}, {"groups": 1}, {"heads": 2}, {"ffn": 12, "groups": 1}]
 LAWFUL = [
     (family, plan)

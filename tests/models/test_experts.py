@@ -31,8 +31,7 @@ from billhook.math import merging
 from billhook.models import layout, limits, sizes
 from billhook.models.axes import axes
 from billhook.models.experts import Experts, fuse, is_unfused, unfuse
-from billhook.models.families import layers, mixture, router_path, row_of
-from billhook.models.modeling_per_layer import FAMILIES
+from billhook.models.families import FAMILIES, layers, mixture, router_path, row_of
 from billhook.models.plan import Plan
 from billhook.models.surgery import drop_layers, remove
 from billhook.pruning import compare
@@ -73,7 +72,7 @@ def masked(model: PreTrainedModel, layer: int, drop: torch.Tensor) -> None:
     if bias := row_of(model).bias:
         getattr(router, bias)[drop] -= 1e3
         return
-    normed = getattr(router, "norm_topk_prob", True)
+    normed = getattr(router, "norm_topk_prob", row_of(model).classes[0] != "DeepseekV2Config")
 
     def forward(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         logits = F.linear(x.reshape(-1, x.shape[-1]), router.weight)
@@ -119,7 +118,7 @@ def test_a_router_that_chooses_groups_first_loses_experts_evenly(way: str) -> No
         assert way == "uncurl" or [number // 4 for number in origin] == [0, 0, 1, 1]
 
 
-@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe", "glm4_moe"])
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe", "glm4_moe", "deepseek_v3", "glm4_moe_lite", "qwen3_next"])
 def test_layers_without_a_mixture_stay_so_when_others_go(family: str, tmp_path: Path) -> None:
     model = opened(family)
     plain = [mixture(model, n) is None for n in range(3)]

@@ -12,8 +12,7 @@ import billhook
 from billhook.choices import MIXED
 from billhook.errors import BillhookError
 from billhook.models import limits
-from billhook.models.families import layers
-from billhook.models.modeling_per_layer import FAMILIES
+from billhook.models.families import FAMILIES, layers
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 CASES: dict[str, dict[str, Any]] = {
@@ -61,7 +60,7 @@ def runs(family: str, case: str) -> bool:
     """Whether a method has something to do there, and does not say why not."""
     axis = axis_of(case)
     if axis == "residual":
-        stock = family not in tiny.LAYER_NORM + tiny.MIXTURES
+        stock = family not in tiny.LAYER_NORM + tiny.MIXTURES + tiny.ONLY_FFNS
         return stock and (case == "slicegpt unturned" or family not in tiny.POST_NORM)
     return axis == "layers" or tiny.has(family, axis)
 

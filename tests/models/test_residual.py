@@ -32,7 +32,7 @@ IDS = tiny.tokens()
 SUBTRACT = {
     *("gpt2", "gpt_neox", "gpt_neox_serial", "falcon", "falcon_new", "falcon_alibi", "bloom", "opt", "opt_350m"),
 }
-CUT = [family for family in tiny.CONFIGS if family not in SUBTRACT | {*tiny.MIXTURES}]
+CUT = [family for family in tiny.CONFIGS if family not in SUBTRACT | {*tiny.MIXTURES, *tiny.ONLY_FFNS}]
 BEHIND = ["gemma2", "gemma3_text", "olmo2"]  # norms behind the writers
 TURNED = [family for family in CUT if family not in BEHIND]
 GONE = torch.arange(0, 32, 4)

@@ -207,7 +207,7 @@ def pruned(text: str, family: str = "llama", **other: Any) -> billhook.Result:
 @pytest.mark.parametrize("family", tiny.ONE_EACH)
 @pytest.mark.covering(some={"family": 3})
 def test_it_prunes_every_family(family: str, text: str) -> None:
-    layout = "uniform" if family in tiny.MIXTURES else "per_layer"
+    layout = "per_layer" if family in tiny.DENSE else "uniform"
     kinds = [kind for kind in ("ffn", "groups") if not refusal(tiny.model(family), kind, layout)]
     result = pruned(text, family, axes=",".join([*kinds, "layers"]), layout=layout, ratio=0.4, depth=0.9)
     record = result.record

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from billhook.math.divergence import jensen_shannon
+from billhook.models.families import row_of
 from billhook.tensors import Pairs
 
 NAME = "billhook_maps"  # of the attention function, while a layer is watched
@@ -96,6 +97,8 @@ def watched(attention: nn.Module, alike: Alike) -> Iterator[None]:
 
 def why_unseen(model: PreTrainedModel) -> str:
     """Why the attention of a family cannot be watched, or ''."""
+    if row_of(model).sinks:
+        return f"{model.config.model_type} has attention sinks, which take a part of every map: use --method fasp"
     if getattr(model, "_supports_attention_backend", False):
         return ""
     return (

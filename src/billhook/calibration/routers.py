@@ -91,8 +91,8 @@ def _tapped(model: PreTrainedModel, layer: int, block: nn.Module, experts: nn.Mo
     outputs of its router ("router") and of its experts (by number)."""
     records: dict[Any, Any] = {}
 
-    def both(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-        records.update({"in": args[0], "out": out})
+    def both(_: nn.Module, args: tuple[Tensor, ...], out: Tensor | tuple[Tensor, ...]) -> None:
+        records.update({"in": args[0], "out": out[0] if isinstance(out, tuple) else out})
 
     def tap(name: str | int) -> Callable[..., None]:
         return lambda _, __, out: records.update({name: out})

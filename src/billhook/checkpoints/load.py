@@ -42,6 +42,11 @@ FETCHED = [  # patterns of the files that are fetched from the hub
 ]
 # packages that SentencePiece tokenizers need, and the modules that they are imported as
 SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+# how transformers loads packed weights as plain ones, where that is not by `dequantize`
+DEQUANTISED = {
+    "mxfp4": "quantization_config=Mxfp4Config(dequantize=True),",
+    "fp8": "quantization_config=FineGrainedFP8Config(dequantize=True),",
+}
 ROOM = 0.8  # share of the free memory that a model loaded whole may take
 
 
@@ -278,8 +283,7 @@ def check_config(config: dict[str, Any], name: str) -> None:
         method = quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else quantised
         raise ModelError(
             f"{name} is quantised ({shown(str(method))}): prune the full-precision checkpoint, or load it with "
-            "transformers, "
-            "model.dequantize(), and save_pretrained that first"
+            f"transformers, {DEQUANTISED.get(str(method), 'model.dequantize(),')} and save_pretrained that first"
         )
     if config.get("is_encoder_decoder"):
         raise ModelError(f"{name} is an encoder-decoder ({shown(str(kind))}): billhook prunes decoder-only causal LMs")

@@ -10,7 +10,7 @@ from transformers.initialization import no_init_weights
 
 from billhook.checkpoints import generation, refused
 from billhook.checkpoints.contents import Contents, contents
-from billhook.checkpoints.shards import AGAIN, read_json
+from billhook.checkpoints.shards import read_json
 from billhook.errors import ModelError
 from billhook.models import flags
 from billhook.models.experts import unfuse
@@ -55,8 +55,8 @@ def open_paged(contents: Contents, dtype: torch.dtype, device: torch.device) -> 
     """
     if contents.joined:
         raise ModelError(
-            f"{contents.name}: tensor {contents.joined} is stored under another name or in one with others: {AGAIN}, "
-            f"or {LOAD_WHOLE}"
+            f"{contents.name}: tensor {contents.joined} is stored under another name or in one with others, and cannot "
+            f"be read by itself: {LOAD_WHOLE}"
         )
     model = bare(contents.config, dtype)
     give_settings(model, contents)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from billhook.calibration.forward import run_layer
 from billhook.calibration.passage import Route
 from billhook.calibration.routers import Mixture, Routing, mixtures
 from billhook.cuts.settings import Reducing as Settings
@@ -126,7 +127,7 @@ def _merge(model: PreTrainedModel, axis: Axis, members: list[int], routing: Rout
         return
     listed: Any = model.get_submodule(axis.modules)
     reference, frequency = listed[_reference(members, routing)], routing.frequency[members]
-    turned: dict[str, list[torch.Tensor]] = {"gate_proj": [], "up_proj": [], "down_proj": []}
+    turned: dict[str, list[torch.Tensor]] = {name: [] for name, _ in reference.named_parameters()}
     for one in (listed[number] for number in members):
         pairs = [
             (reference.gate_proj.weight, one.gate_proj.weight),
@@ -134,11 +135,11 @@ def _merge(model: PreTrainedModel, axis: Axis, members: list[int], routing: Rout
             (reference.down_proj.weight.T, one.down_proj.weight.T),
         ]
         order = merging.aligned([(a.cpu(), b.cpu()) for a, b in pairs]).to(one.down_proj.weight.device)
-        turned["gate_proj"].append(one.gate_proj.weight[order])
-        turned["up_proj"].append(one.up_proj.weight[order])
-        turned["down_proj"].append(one.down_proj.weight[:, order])
+        for name, param in one.named_parameters():
+            by_input = name == "down_proj.weight"
+            turned[name].append(param if name == "down_proj.bias" else param[:, order] if by_input else param[order])
     for name, weights in turned.items():
-        getattr(reference, name).weight.copy_(merging.weighted(weights, frequency))
+        reference.get_parameter(name).copy_(merging.weighted(weights, frequency))
     for _, router, leaf in owners(model, axis):
         rows = getattr(router, leaf).data
         rows[_reference(members, routing)] = merging.weighted(list(rows[members]), frequency)
@@ -150,6 +151,6 @@ def _error(layer: Mixture, *, held_out: bool) -> float | None:
     for given, put_out, side in layer.seen:
         if side == held_out:
             x, y = given.read(), put_out.read()
-            off += float(precise((layer.block(x) - y).float().square()).sum())
+            off += float(precise((run_layer(layer.block, x, {}) - y).float().square()).sum())
             whole += float(precise(y.float().square()).sum())
     return (off / whole) ** 0.5 if whole > 0 else None

@@ -18,6 +18,7 @@ residual            The residual dimension: every slot of it in a model, and cut
 rotation            Turning the residual stream, which changes nothing
 shrink              A small config of the same class: the sizes shrunk, the structure kept
 sizes               What a model weighs, in parameters and bytes
+stock_families      Families whose layers cannot differ: mixtures of experts, and hybrids
 surgery             Cutting: remove units or layers for good, or silence units in place
 vocabulary          Vocabulary pruning: keep the tokens that a text needs, and cut tokenizer
 """

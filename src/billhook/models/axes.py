@@ -191,7 +191,10 @@ def _heads(model: PreTrainedModel, layer: int) -> Axis:
     return Axis(
         layer,
         "heads",
-        _rows(model, {module_path(model, layer, f"{row.attention}.{name}"): rows}),
+        (
+            *_rows(model, {module_path(model, layer, f"{row.attention}.{name}"): rows}),
+            *_sinks(model, layer, blocks(sizes.heads)),
+        ),
         _read(model, module_path(model, layer, f"{row.attention}.{row.o}"), blocks(sizes.heads, sizes.value_dim)),
         _counters(model, layer, per_unit),
         blocks=sizes.kv_heads,
@@ -213,7 +216,7 @@ def _groups(model: PreTrainedModel, layer: int) -> Axis:
     return Axis(
         layer,
         "groups",
-        _rows(model, owned),
+        (*_rows(model, owned), *_sinks(model, layer, blocks(sizes.kv_heads, sizes.group))),
         _read(
             model,
             module_path(model, layer, f"{row.attention}.{row.o}"),
@@ -245,6 +248,12 @@ def _value(model: PreTrainedModel, layer: int) -> Axis:
 
 
 ATTENTION = {"heads": _heads, "groups": _groups, "value": _value}  # kinds of attention's axes
+
+
+def _sinks(model: PreTrainedModel, layer: int, index: Index) -> tuple[Slot, ...]:
+    """The slot of attention's sinks, where it has them."""
+    row = row_of(model)
+    return (Slot(module_path(model, layer, f"{row.attention}.{row.sinks}"), 0, index),) if row.sinks else ()
 
 
 def _counters(model: PreTrainedModel, layer: int, per_unit: Mapping[str, Fraction]) -> tuple[tuple[str, Fraction], ...]:

@@ -1,9 +1,9 @@
 """The experts of a mixture as separate modules with linear weights, and fused again as the stock class stores them.
 
-transformers 5 keeps the experts of a layer in two 3-D parameters.  Statistics, scores, masks and adapters work on
-linear
-modules: `unfuse` a model when it is opened, `fuse` it before it is saved or returned.  Measurements are of the stock
-class's own forward: they run within `fused`.
+transformers 5 keeps the experts of a layer in 3-D parameters: gates and ups together, and downs.  gpt-oss keeps them
+transposed, gates and ups in turns, with biases.  Statistics, scores, masks and adapters work on linear modules:
+`unfuse` a model when it is opened, `fuse` it before it is saved or returned.  Measurements are of the stock class's own
+forward: they run within `fused`.
 """
 
 from collections.abc import Iterator
@@ -25,16 +25,26 @@ JOINED = {
 
 
 class Expert(nn.Module):
-    """One gated FFN."""
+    """One gated FFN: expert `number` of a stock module, whose weights it shares as far as they are stored plainly."""
 
-    def __init__(self, gate_up: Tensor, down: Tensor, activation: nn.Module) -> None:
+    stock: Any  # computes what is between the weights
+    gate_proj: nn.Linear
+    up_proj: nn.Linear
+    down_proj: nn.Linear
+
+    def __init__(self, stock: Any, number: int) -> None:
         super().__init__()
-        gate, up = gate_up.chunk(2)
-        self.gate_proj, self.up_proj, self.down_proj = _linear(gate), _linear(up), _linear(down)
-        self.act_fn = activation
+        vars(self)["stock"] = stock  # not a submodule, since it has no weights
+        weights, biases = _apart(stock, number), _apart(stock, number, "_bias")
+        for (name, weight), bias in zip(weights.items(), biases.values(), strict=True):
+            assert weight is not None
+            self.add_module(name, _linear(weight, bias, stock.down_proj.requires_grad))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if _says(self.stock, "is_concatenated"):
+            return self.down_proj(self.stock.act_fn(gate) * up)
+        return self.down_proj(self.stock._apply_gate(_in_turns(gate.mT, up.mT).mT))
 
 
 class Experts(nn.ModuleList):
@@ -53,7 +63,7 @@ class Experts(nn.ModuleList):
 
 
 def unfuse(model: PreTrainedModel) -> None:
-    """Make a module of every expert, in place; their weights are views of the stored ones.
+    """Make a module of every expert, in place; plainly stored weights become views of the stored ones.
 
     Raises:
         BillhookError: the experts are not stored as the stock classes do.
@@ -67,9 +77,8 @@ def unfuse(model: PreTrainedModel) -> None:
                 f"layer {n}: its experts are not stored as gate_up_proj and down_proj: this checkpoint is not a stock "
                 f"{model.config.model_type}"
             )
-        parts = zip(stock.gate_up_proj, stock.down_proj, strict=True)
-        experts = Experts(Expert(gate_up, down, stock.act_fn) for gate_up, down in parts)
-        for name in JOINED:
+        experts = Experts(Expert(stock, number) for number in range(len(stock.down_proj)))
+        for name in [name for name, _ in stock.named_parameters()]:
             stock.register_parameter(name, None)
         vars(experts)["stock"] = stock  # not a submodule, since it has no weights
         layers(model)[n].set_submodule(row_of(model).experts, experts)
@@ -92,14 +101,13 @@ def fuse(model: PreTrainedModel) -> None:
             raise ModelError(f"layer {n}: its experts are {min(widths)} to {max(widths)} wide, and must be equal")
         if is_offloaded(model):
             continue
-        joined = {
-            "gate_up_proj": [torch.cat([expert.gate_proj.weight, expert.up_proj.weight]) for expert in experts],
-            "down_proj": [expert.down_proj.weight for expert in experts],
-        }
         trained = experts[0].down_proj.weight.requires_grad
-        for name, weights in joined.items():
-            setattr(stock, name, nn.Parameter(torch.stack([expert.detach() for expert in weights]), trained))
-        stock.num_experts, stock.intermediate_dim = len(experts), widths.pop()
+        for name in JOINED:
+            setattr(stock, name, nn.Parameter(_together(stock, experts, name, "weight"), trained))
+            if _says(stock, "has_bias"):
+                setattr(stock, f"{name}_bias", nn.Parameter(_together(stock, experts, name, "bias"), trained))
+        stock.num_experts = len(experts)
+        setattr(stock, "intermediate_dim" if hasattr(stock, "intermediate_dim") else "intermediate_size", widths.pop())
         layers(model)[n].set_submodule(row_of(model).experts, stock)
 
 
@@ -131,7 +139,42 @@ def is_unfused(model: PreTrainedModel) -> bool:
     return any(isinstance(module, Experts) for module in model.modules())
 
 
-def _linear(weight: Tensor) -> nn.Linear:
-    module = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
-    module.weight = nn.Parameter(weight.detach(), weight.requires_grad)
+def _says(stock: Any, flag: str) -> bool:
+    """What transformers' decorator of a class says of how it stores its experts; without one it is the plain way."""
+    return getattr(stock, flag, flag == "is_concatenated")
+
+
+def _apart(stock: Any, number: int, suffix: str = "") -> dict[str, Tensor | None]:
+    """The weights (out, in) of one expert, or with the suffix `_bias` its biases (out), by the name of the module."""
+    if suffix and not _says(stock, "has_bias"):
+        return {name: None for names in JOINED.values() for name in names}
+    both, down = (getattr(stock, f"{name}{suffix}")[number].detach() for name in JOINED)
+    if not suffix and _says(stock, "is_transposed"):
+        both, down = both.mT.contiguous(), down.mT.contiguous()
+    gate, up = both.chunk(2) if _says(stock, "is_concatenated") else (both[::2].contiguous(), both[1::2].contiguous())
+    return {"gate_proj": gate, "up_proj": up, "down_proj": down}
+
+
+def _together(stock: Any, experts: list[Expert], name: str, leaf: str) -> Tensor:
+    """One 3-D parameter of the stock module, or the biases that go with it (experts, out)."""
+    joined = []
+    for expert in experts:
+        parts = [getattr(expert.get_submodule(part), leaf).detach() for part in JOINED[name]]
+        if len(parts) > 1 and not _says(stock, "is_concatenated"):
+            parts = [_in_turns(*parts)]
+        one = torch.cat(parts)
+        joined.append(one.mT if leaf == "weight" and _says(stock, "is_transposed") else one)
+    return torch.stack(joined)
+
+
+def _in_turns(first: Tensor, second: Tensor) -> Tensor:
+    """Rows of two tensors of one shape (rows, ...): one of the first, one of the second, and so on."""
+    return torch.stack([first, second], 1).flatten(0, 1)
+
+
+def _linear(weight: Tensor, bias: Tensor | None, trained: bool) -> nn.Linear:
+    module = nn.Linear(*weight.shape[::-1], bias=bias is not None, device="meta")
+    module.weight = nn.Parameter(weight, trained)
+    if bias is not None:
+        module.bias = nn.Parameter(bias, trained)
     return module

@@ -1,8 +1,8 @@
 """What a model's family says about it: where its linear modules are, its sizes, and what cannot be cut.
 
-A family is one row of FAMILIES, which is in billhook.models.modeling_per_layer since the table travels with
-checkpoints. Sizes are read from tensors, never from the config, so that they are right for a model that has been cut.
-docs/adding-a-family.md explains a row.
+A family is one row of FAMILIES: in billhook.models.modeling_per_layer, which travels with checkpoints, or in
+billhook.models.stock_families, whose layers cannot differ. Sizes are read from tensors, never from the config, so that
+they are right for a model that has been cut. docs/adding-a-family.md explains a row.
 """
 
 from collections.abc import Sequence
@@ -15,17 +15,20 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from billhook.errors import ModelError
-from billhook.models.modeling_per_layer import FAMILIES, FFN_DIM, MODEL_TYPE, V_HEAD_DIM, Family
+from billhook.models import modeling_per_layer
+from billhook.models.modeling_per_layer import FFN_DIM, MODEL_TYPE, V_HEAD_DIM, Family
+from billhook.models.stock_families import STOCK_FAMILIES
 from billhook.runtime import plug_ins
 from billhook.tensors import Weight
 
 WIDTHS = ("ffn", "expert_ffn", "shared")  # kinds of axis whose units are channels
 FFN_SIZES = ("width", "experts", "expert_width", "shared_width")  # sizes of plain FFNs and of mixtures of experts
-PER_LAYER_KEYS = ("layer_types", "no_rope_layers")  # config keys that hold one value for each layer
+PER_LAYER_KEYS = ("layer_types", "no_rope_layers", "mlp_layer_types")  # config keys with one value for each layer
 OLDER_TYPE = ("phi3", "olmo2")  # families whose kind of rope scaling transformers 4 reads under `type` alone
 OLDER_ROTARY = {"gpt_neox": ("rotary_emb_base", "rotary_pct")}  # keys in transformers 4 of theta and rotated share
 FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}  # roles of matrices that some families fuse
 
+FAMILIES: dict[str, Family] = modeling_per_layer.FAMILIES | STOCK_FAMILIES
 KNOWN: dict[str, Family] = plug_ins.added("families", FAMILIES)
 DERIVED: dict[str, Family] = {}  # rows of other types, each proved on the model at hand (billhook.models.proof)
 
@@ -94,7 +97,7 @@ def sizes(model: PreTrainedModel, layer: int) -> dict[str, int]:
     Sizes that no stock config can hold are included only if they differ from the family's fixed value.
     """
     row = row_of(model)
-    if row.derived:  # its keys are of the FFNs alone
+    if row.only_ffns:
         return {row.keys[size]: value for size, value in _ffn_sizes(model, layer).items() if size in row.keys}
     heads = attention(model, layer)
     values = {"heads": heads.heads, "kv_heads": heads.kv_heads, "head_dim": heads.head_dim, **_ffn_sizes(model, layer)}
@@ -118,7 +121,8 @@ def _ffn_sizes(model: PreTrainedModel, layer: int) -> dict[str, int]:
         values["shared_width" if kind == "shared" else "expert_width"] = shape(linear(model, down))[1]
     if isinstance(experts, nn.ModuleList):
         return values | {"experts": len(experts)}
-    return values | {"experts": len(experts.down_proj), "expert_width": experts.down_proj.shape[-1]}
+    width = experts.down_proj.shape[1 if getattr(experts, "is_transposed", False) else 2]
+    return values | {"experts": len(experts.down_proj), "expert_width": width}
 
 
 def experts_per_token(model: PreTrainedModel) -> int:
@@ -233,10 +237,10 @@ def attention(model: PreTrainedModel, layer: int) -> Attention:
     """The sizes of one layer's attention, read from its tensors.
 
     Raises:
-        BillhookError: its row is a derived one that says nothing of attention.
+        BillhookError: its row says nothing of attention.
     """
     if not row_of(model).attention:
-        raise ModelError(f"{model.config.model_type}: what its attention is made of is not derived")
+        raise ModelError(f"{model.config.model_type}: its row says nothing of attention")
     row, module = row_of(model), attention_module(model, layer)
     head_dim = cast(int, getattr(module, row.head_dim))
     out = {name: shape(linear(model, module_path(model, layer, f"{row.attention}.{name}"))) for name in _parts(row)}
@@ -265,13 +269,16 @@ def check_known(model: PreTrainedModel) -> None:
         covered = {path for group in linears(model, n) for path in group.values()}
         if mixture(model, n) is not None:
             covered |= {f"{within}.{name}" for name in (row.router, row.experts, f"{row.shared}_gate")}
+        beside = tuple(f"{within}.{name}." for name in row.beside)
         for name, param in layers(model)[n].named_parameters():
             path = f"{within}.{name}"
-            if param.ndim > 1 and path.rpartition(".")[0] not in covered:
+            if param.ndim > 1 and path.rpartition(".")[0] not in covered and not path.startswith(beside):
                 raise ModelError(
                     f"{path} is nothing that billhook knows of {family}: a setting of its config adds it, and no cut "
                     "would be right"
                 )
+        if not row.attention:
+            continue
         heads, columns = attention(model, n), shape(linear(model, f"{within}.{row.attention}.{row.o}"))[1]
         if heads.heads % heads.kv_heads or columns != heads.heads * heads.value_dim:
             raise ModelError(

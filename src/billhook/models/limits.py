@@ -60,10 +60,10 @@ def check_kinds(model: PreTrainedModel, kinds: tuple[str, ...], layout: str = "u
         raise ModelError(
             f"{model.config.model_type} has no per_layer layout: experts of a layer are stored as one tensor"
         )
-    if row_of(model).derived and (layout == "per_layer" or "value" in kinds):
+    if row_of(model).only_ffns and (layout == "per_layer" or "value" in kinds):
         raise ModelError(
-            f"{model.config.model_type} has no per_layer layout: its row is derived from the model, and the modelling "
-            "file has those by hand alone: leave out --layout"
+            f"{model.config.model_type} has no per_layer layout: its row is of FFNs and whole layers alone, and the "
+            "modelling file sizes attention, too: leave out --layout"
         )
     if layout == "per_layer" and stock_type(model.config.model_type) not in FAMILIES:
         raise ModelError(

@@ -39,9 +39,6 @@ DIVIDED = Refusal(
     ALL_HEADS, "its stock class takes the head size from hidden_size / num_attention_heads", uniform_only=True
 )
 MIXED = ("experts", "expert_ffn", "shared")  # kinds of axis that a mixture of experts has
-ONE_WIDTH = Refusal(
-    ("expert_ffn", "shared"), "its config has one width for the experts and the one that every token goes to"
-)
 JOINT_NORM = Refusal(
     ALL_HEADS, "it normalises queries and keys over all heads together, so that the rest would change with what goes"
 )
@@ -56,17 +53,19 @@ class Family:
     up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")  # what writes the FFN channels
     stacked: bool = False  # whether the one matrix of `up` holds the gate's rows and then the up's
     down: str = "mlp.down_proj"
-    attention: str = "self_attn"  # paths below are relative to it; of a derived row '', where it is not a plain one
+    attention: str = "self_attn"  # paths below are relative to it; '' where no axis is of it
+    beside: tuple[str, ...] = ()  # modules of a layer that no axis is of, where `attention` is ''
     q: str = "q_proj"
     k: str = "k_proj"
     v: str = "v_proj"
     qkv: str = ""  # one matrix in place of the three
     by_group: bool = False  # its rows: KV group by KV group, each its queries, key, value; else all q, all k, all v
     o: str = "o_proj"
+    sinks: str = ""  # parameter of the attention module with one number a query head
     experts: str = ""  # of a mixture of experts: their module, in the layers that have one in place of the FFN
     router: str = ""
     shared: str = ""  # the expert that every token goes to
-    bias: str = ""  # buffer of the router, one number an expert, added where it chooses
+    bias: str = ""  # what the router adds where it chooses, one number an expert
     head_dim: str = "head_dim"  # attribute of the attention module
     keys: dict[str, str] = field(  # size -> config key; a size without one cannot be cut in a stock checkpoint
         default_factory=lambda: {
@@ -88,36 +87,14 @@ class Family:
     derived: bool = False  # whether the row was derived from a model, and so proved on it
     stand_in: str = ""  # family whose stock class computes the same and takes sizes that this one's config refuses
 
+    @property
+    def only_ffns(self) -> bool:
+        """Whether its keys are of FFNs and experts alone, and its layers are of whatever kinds the config says."""
+        return self.derived or not self.attention
 
-def _named(name: str) -> tuple[str, str, str]:
+
+def named(name: str) -> tuple[str, str, str]:
     return (f"{name}Config", f"{name}Model", f"{name}ForCausalLM")
-
-
-def _mixture(
-    name: str,
-    experts: str,
-    width: str,
-    *,
-    dense: bool = False,
-    shared: bool = False,
-    grouped: bool = False,
-    **other: Any,
-) -> Family:
-    """A mixture of experts, under the config keys `experts` and `width`.
-
-    `dense`: with layers that have a plain FFN; `grouped`: whose router chooses groups of experts first.
-    """
-    keys = {
-        "experts": experts,
-        "expert_width": width,
-        "heads": "num_attention_heads",
-        "kv_heads": "num_key_value_heads",
-    }
-    keys |= {"head_dim": "head_dim", "top_k": "num_experts_per_tok"} | ({"width": "intermediate_size"} if dense else {})
-    keys |= {"shared_width": "shared_expert_intermediate_size"} if shared else {}
-    keys |= {"groups": "n_group", "top_groups": "topk_group"} if grouped else {}
-    own = {"experts": "mlp.experts", "router": "mlp.gate", "shared": "mlp.shared_expert" if shared else ""}
-    return Family(_named(name), keys=keys, **own, **other)
 
 
 MULTI_HEAD = {
@@ -125,7 +102,7 @@ MULTI_HEAD = {
     "heads": "num_attention_heads",
 }  # config keys, where every query head has its KV head
 NEOX = Family(
-    _named("GPTNeoX"),
+    named("GPTNeoX"),
     layers="gpt_neox.layers",
     up=("mlp.dense_h_to_4h",),
     down="mlp.dense_4h_to_h",
@@ -139,14 +116,14 @@ NEOX = Family(
     refusals=(FUSED_VALUES, DIVIDED),
 )
 FAMILIES: dict[str, Family] = {
-    "llama": Family(_named("Llama"), stand_in="mistral"),
-    "mistral": Family(_named("Mistral")),
-    "qwen2": Family(_named("Qwen2")),
-    "qwen3": Family(_named("Qwen3")),
-    "gemma2": Family(_named("Gemma2"), as_is=False),
+    "llama": Family(named("Llama"), stand_in="mistral"),
+    "mistral": Family(named("Mistral")),
+    "qwen2": Family(named("Qwen2")),
+    "qwen3": Family(named("Qwen3")),
+    "gemma2": Family(named("Gemma2"), as_is=False),
     "gemma3_text": Family(("Gemma3TextConfig", "Gemma3TextModel", "Gemma3ForCausalLM"), as_is=False),
     "phi3": Family(
-        _named("Phi3"),
+        named("Phi3"),
         up=("mlp.gate_up_proj",),
         stacked=True,
         qkv="qkv_proj",
@@ -157,23 +134,12 @@ FAMILIES: dict[str, Family] = {
         },
         refusals=(FUSED_VALUES,),
     ),
-    "olmo2": Family(_named("Olmo2"), as_is=False, refusals=(JOINT_NORM,)),
-    "granite": Family(_named("Granite"), as_is=("residual_multiplier", 1.0)),
-    "smollm3": Family(_named("SmolLM3")),
-    "seed_oss": Family(_named("SeedOss")),
-    "mixtral": _mixture("Mixtral", "num_local_experts", "intermediate_size"),
-    "qwen2_moe": _mixture("Qwen2Moe", "num_experts", "moe_intermediate_size", dense=True, shared=True),
-    "qwen3_moe": _mixture("Qwen3Moe", "num_experts", "moe_intermediate_size", dense=True),
-    "glm4_moe": replace(
-        _mixture(
-            "Glm4Moe", "n_routed_experts", "moe_intermediate_size", dense=True, grouped=True, refusals=(ONE_WIDTH,)
-        ),
-        shared="mlp.shared_experts",
-        bias="e_score_correction_bias",
-    ),
-    "olmoe": _mixture("Olmoe", "num_experts", "intermediate_size", refusals=(JOINT_NORM,)),
+    "olmo2": Family(named("Olmo2"), as_is=False, refusals=(JOINT_NORM,)),
+    "granite": Family(named("Granite"), as_is=("residual_multiplier", 1.0)),
+    "smollm3": Family(named("SmolLM3")),
+    "seed_oss": Family(named("SeedOss")),
     "opt": Family(
-        _named("OPT"),
+        named("OPT"),
         layers="model.decoder.layers",
         up=("fc1",),
         down="fc2",
@@ -202,7 +168,7 @@ FAMILIES: dict[str, Family] = {
     "gpt_neox": NEOX,
     "falcon": replace(
         NEOX,
-        classes=_named("Falcon"),
+        classes=named("Falcon"),
         layers="transformer.h",
         attention="self_attention",
         head_dim="head_dim",
@@ -213,7 +179,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "bloom": replace(
         NEOX,
-        classes=_named("Bloom"),
+        classes=named("Bloom"),
         layers="transformer.h",
         attention="self_attention",
         head_dim="head_dim",

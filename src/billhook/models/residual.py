@@ -59,13 +59,13 @@ def residual(model: PreTrainedModel) -> Residual:
         BillhookError: the dimension cannot be cut: a norm subtracts the mean, or a parameter has an unknown role.
     """
     kind = model.config.model_type
-    if row_of(model).derived:
-        raise ModelError(f"{kind} cannot give up 'residual': its row is derived, and says nothing of its norms; {ELSE}")
     if row_of(model).experts:
         raise ModelError(
             f"{kind} cannot give up 'residual' yet: its routers and experts have a part in it; use --method experts, "
             "or fasp"
         )
+    if row_of(model).only_ffns:
+        raise ModelError(f"{kind} cannot give up 'residual': its row is of FFNs and whole layers alone; {ELSE}")
     if any(isinstance(module, nn.LayerNorm) for module in model.modules()):
         raise ModelError(
             f"{kind} cannot give up 'residual': its norms subtract the mean of all channels (LayerNorm), and no stock "

@@ -36,10 +36,10 @@ def macs_per_token(model: PreTrainedModel, context: int) -> int:
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear | Conv1D))
     for axis in axes(model, ("experts",)):  # a token uses a few experts, but all rows of the router
         rows, hidden = model.get_parameter(axis.reader.param).shape
-        linear += rows * hidden - (rows - experts_per_token(model)) * (axis.price(model) - hidden)
         experts: Any = mixture(model, axis.layer)
-        if not isinstance(experts, nn.ModuleList):  # fused experts are neither linear modules nor part of the price
-            linear += experts_per_token(model) * sum(p.numel() for p in experts.parameters()) // rows
+        weights = sum(p.numel() for name, p in experts.named_parameters() if "bias" not in name)
+        counted = weights if isinstance(experts, nn.ModuleList) else 0  # fused experts are no linear modules
+        linear += rows * hidden + experts_per_token(model) * weights // rows - counted
     heads = [attention(model, n) for n in range(len(layers(model)))] if row_of(model).attention else []
     return linear + context * sum(2 * layer.heads * layer.head_dim for layer in heads)
 

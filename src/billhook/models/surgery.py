@@ -150,7 +150,7 @@ def drop_layers(model: PreTrainedModel, numbers: Collection[int]) -> None:
 def _check_kinds_stay(model: PreTrainedModel, kept: list[int]) -> None:
     """Refuse to drop all layers of one kind: caches of a hybrid ask a layer of each for its length."""
     types = getattr(model.config, "layer_types", None)
-    if row_of(model).derived and types and (lost := sorted(set(types) - {types[n] for n in kept})):
+    if row_of(model).only_ffns and types and (lost := sorted(set(types) - {types[n] for n in kept})):
         raise ModelError(f"all layers of type {lost[0]} would go: keep at least one of each type")
 
 

@@ -33,10 +33,12 @@ def layer_times(model: PreTrainedModel, kinds: tuple[str, ...], tick: Tick = qui
     Raises:
         BillhookError: the layers are not alike.
     """
-    if row_of(model).experts:
+    row = row_of(model)
+    if row.experts or row.beside:
+        kind = "a mixture of experts" if row.experts else "a hybrid"
         raise BillhookError(
-            "--speedup times the first layer for all, and those of a mixture of experts are not alike: give --ratio, --params or "
-            "--memory"
+            f"--speedup times the first layer for all, and those of {kind} are not alike: give --ratio or --params"
+            + (" or --memory" if row.attention else "")
         )
     length = min(PROMPT, getattr(model.config, "max_position_embeddings", PROMPT))
     tokens = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(

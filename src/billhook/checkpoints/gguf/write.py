@@ -153,7 +153,7 @@ def shape_of(model: Any) -> Shape:
     if model_type not in CHOICES:
         if families.family_of(model_type).derived:
             raise ModelError(f"no GGUF is written of {model_type}, whose row is derived from the model: {FOLDER}")
-        raise ModelError(f"llama.cpp has no architecture for {model_type}: {FOLDER}")
+        raise ModelError(f"billhook writes no GGUF of {model_type}: {FOLDER}")
     row = families.family_of(model_type)
     sizes = [families.sizes(model, n) for n in range(len(families.layers(model)))]
     widths, heads, kv_heads, head_dims = (

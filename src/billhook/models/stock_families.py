@@ -1,0 +1,92 @@
+"""Families whose layers cannot differ: mixtures of experts, and hybrids of attention and something else.
+
+Their checkpoints are stock ones alone, so that these rows do not travel with any (billhook.models.modeling_per_layer).
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from billhook.models.modeling_per_layer import ALL_HEADS, JOINT_NORM, Family, Refusal, named
+
+ONE_WIDTH = Refusal(
+    ("expert_ffn", "shared"), "its config has one width for the experts and the one that every token goes to"
+)
+SEVERAL_MIXERS = Refusal(
+    (*ALL_HEADS, "value"), "attention in some of its layers, a gated delta net in the others: no axis is of either yet"
+)
+LATENT = Refusal(
+    (*ALL_HEADS, "value"),
+    "its keys and values come from one latent (MLA), of which no row speaks: no axis is of it yet",
+)
+HYBRID: dict[str, Any] = {"attention": "", "beside": ("self_attn", "linear_attn"), "refusals": (SEVERAL_MIXERS,)}
+
+
+def _mixture(
+    name: str,
+    experts: str,
+    width: str,
+    *,
+    dense: bool = False,
+    shared: bool = False,
+    grouped: bool = False,
+    **other: Any,
+) -> Family:
+    """A mixture of experts, under the config keys `experts` and `width`.
+
+    `dense`: with layers that have a plain FFN; `shared`: with an expert for every token, of a width of its own;
+    `grouped`: whose router chooses groups of experts first.
+    """
+    keys = {
+        "experts": experts,
+        "expert_width": width,
+        "heads": "num_attention_heads",
+        "kv_heads": "num_key_value_heads",
+    }
+    keys |= {"head_dim": "head_dim", "top_k": "num_experts_per_tok"} | ({"width": "intermediate_size"} if dense else {})
+    keys |= {"shared_width": "shared_expert_intermediate_size"} if shared else {}
+    keys |= {"groups": "n_group", "top_groups": "topk_group"} if grouped else {}
+    own: dict[str, Any] = {
+        "experts": "mlp.experts",
+        "router": "mlp.gate",
+        "shared": "mlp.shared_expert" if shared else "",
+    }
+    return Family(named(name), keys=keys, **(own | other))
+
+
+def _latent(name: str, bias: str = "e_score_correction_bias") -> Family:
+    """A mixture of experts beside attention whose keys and values come from one latent."""
+    mixture = _mixture(name, "n_routed_experts", "moe_intermediate_size", dense=True, grouped=True, bias=bias)
+    attention: dict[str, Any] = {"attention": "", "beside": ("self_attn",), "refusals": (ONE_WIDTH, LATENT)}
+    return replace(mixture, shared="mlp.shared_experts", **attention)
+
+
+STOCK_FAMILIES: dict[str, Family] = {
+    "mixtral": _mixture("Mixtral", "num_local_experts", "intermediate_size"),
+    "qwen2_moe": _mixture("Qwen2Moe", "num_experts", "moe_intermediate_size", dense=True, shared=True),
+    "qwen3_moe": _mixture("Qwen3Moe", "num_experts", "moe_intermediate_size", dense=True),
+    "glm4_moe": replace(
+        _mixture(
+            "Glm4Moe", "n_routed_experts", "moe_intermediate_size", dense=True, grouped=True, refusals=(ONE_WIDTH,)
+        ),
+        shared="mlp.shared_experts",
+        bias="e_score_correction_bias",
+    ),
+    "olmoe": _mixture("Olmoe", "num_experts", "intermediate_size", refusals=(JOINT_NORM,)),
+    "deepseek_v2": _latent("DeepseekV2", bias=""),
+    "deepseek_v3": _latent("DeepseekV3"),
+    "glm4_moe_lite": _latent("Glm4MoeLite"),
+    "gpt_oss": _mixture(
+        "GptOss", "num_local_experts", "intermediate_size", router="mlp.router", bias="bias", sinks="sinks"
+    ),
+    "qwen3_next": _mixture("Qwen3Next", "num_experts", "moe_intermediate_size", dense=True, shared=True, **HYBRID),
+    "qwen3_5_moe_text": replace(
+        _mixture("Qwen3_5Moe", "num_experts", "moe_intermediate_size", shared=True, **HYBRID),
+        classes=("Qwen3_5MoeTextConfig", "Qwen3_5MoeTextModel", "Qwen3_5MoeForCausalLM"),
+    ),
+    "qwen3_5_text": Family(
+        ("Qwen3_5TextConfig", "Qwen3_5TextModel", "Qwen3_5ForCausalLM"),
+        keys={"width": "intermediate_size"},
+        counters={},
+        **HYBRID,
+    ),
+}
