@@ -29,8 +29,7 @@ from billhook.errors import BillhookError
 from billhook.models import layout, residual
 from billhook.models.axes import Axis, axes, refusal
 from billhook.models.experts import unfuse
-from billhook.models.families import layers, mixture, row_of
-from billhook.models.families import FAMILIES
+from billhook.models.families import FAMILIES, layers, mixture, row_of
 from billhook.models.surgery import drop_layers, remove
 
 WIDER = {"hidden_size": 128, "head_dim": 32, "query_pre_attn_scalar": 32, "word_embed_proj_dim": 128}
