@@ -205,6 +205,7 @@ QUANTIZE = (*BY_BILLHOOK, *BY_QUANTIZER)
 QUANTIZERS = {
     "gptq": "column by column, the weights right of it make up for each one's error (GPTQ, arXiv:2210.17323)",
     "rtn": "round to nearest: reads no text; the control",
+    "kept": "the codes that the weights have: `recover --bits` leaves them so",
 }
 CONTAINERS = {
     "gguf": "model.gguf, for llama.cpp",
@@ -212,6 +213,10 @@ CONTAINERS = {
     "both": "both, with the same numbers",
 }
 BITS = {"4": "Q4_0", "5": "Q5_0", "8": "Q8_0"}  # the type that a number of bits means
+SCALES = {
+    "block": "one for each block of 32 inputs, as Q4_0 stores them",
+    "module": "one for each weight (QuantGPT, arXiv:2203.10705)",
+}
 GRID_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")  # types that have codes of billhook's own
 WITH_MINIMUM = ("Q4_1", "Q5_1")  # those whose blocks have a minimum besides their scale: zero is on no level
 EMBEDDING_TYPES = ("Q8_0", "F16")

@@ -47,7 +47,12 @@ def quantize_command(
     ] = None,
     format: Annotated[str, option(OUTPUT, f"one of: {', '.join(CONTAINERS)}", names=CONTAINERS)] = "gguf",
     method: Annotated[
-        str, option(METHOD, "gptq, which reads calibration text, or rtn: round to nearest", names=QUANTIZERS)
+        str,
+        option(
+            METHOD,
+            "gptq reads calibration text; rtn: round to nearest; kept: what `recover --bits` left",
+            names=QUANTIZERS,
+        ),
     ] = "gptq",
     stream: Annotated[
         str, option(METHOD, f"each weight sees: {', '.join(OPERATOR_STREAMS)}", names=OPERATOR_STREAMS)

@@ -1,7 +1,7 @@
 """Quantise a model: the linear weights of its decoder layers get few bits, operator by operator, the shape as it was.
 
 Each weight sees what the quantised ones before it let through (the stream), and is left in the model as the values of
-its codes, float32: what a container will give back.
+its codes, float32: what a container will give back.  A weight that lies on the levels already stays as it is.
 """
 
 import math
@@ -22,7 +22,7 @@ from billhook.cuts.masking import every, target_of
 from billhook.cuts.settings import SOLVER_DAMPING
 from billhook.errors import BillhookError
 from billhook.math import gptq, grids
-from billhook.math.grids import GRIDS, Quantised
+from billhook.math.grids import GRIDS, Grid, Quantised
 from billhook.math.layerwise import Settings, Target, squared_error
 from billhook.math.sparsity import SPARSE_SHARE, Support
 from billhook.models.families import layers, weight_of
@@ -36,7 +36,7 @@ Made = TypeVar("Made")
 class Quantizing:
     """Which weights become of how many bits, and how."""
 
-    method: str  # gptq, or rtn
+    method: str  # gptq; rtn and kept read no text
     grids: Mapping[str, str]  # name of the grid by path of the linear module; those left out keep what they are
     stream: str = "sequential"
     damping: float = SOLVER_DAMPING
@@ -82,7 +82,7 @@ def quantise(model: PreTrainedModel, tokens: Tokens, how: Quantizing, run: Run) 
     for n in sorted(run.finished.records):
         _recall(found, run.finished.once(f"codes-{n}", torch.empty(0).clone))
     found.records += [Rounded(**one) for one in run.finished.found]
-    if how.method == "rtn":
+    if how.method != "gptq":
         _nearest(model, how, found, run)
         return found
     route = Route(how.stream)
@@ -105,6 +105,13 @@ def _held(W: Weight) -> Support | None:
     return zeros if zeros.sum() > SPARSE_SHARE * zeros.numel() else None
 
 
+def off_levels(model: PreTrainedModel, grid: Grid) -> str | None:
+    """The path of the first weight that does not lie on the grid's levels, of those whose rows are whole blocks."""
+    divided = ((path, weight_of(model, path)) for _, _, path in paths(model))
+    found = (path for path, weight in divided if grids.divides(weight.shape[1]) and not grids.exact(weight, grid))
+    return next(found, None)
+
+
 def sparse(model: PreTrainedModel) -> bool:
     """Whether some linear weight of a decoder layer is sparse: types without a level at zero cannot hold it."""
     return any(_held(weight_of(model, path)) is not None for _, _, path in every(model, ROLES))
@@ -121,7 +128,8 @@ def _nearest(model: PreTrainedModel, how: Quantizing, found: Found, run: Run) ->
         run.tick("rounding", n, total)
         if path in how.grids:
             weight, grid = weight_of(model, path), GRIDS[how.grids[path]]
-            found.codes[path] = _named(path, partial(grids.nearest, weight, grid, _held(weight)))
+            held = grids.exact(weight, grid)
+            found.codes[path] = held or _named(path, partial(grids.nearest, weight, grid, _held(weight)))
             weight.copy_(found.codes[path].values())
             found.records.append(Rounded(n, role, path, grid.name, weight.numel()))
     run.tick("rounding", total, total)
@@ -131,7 +139,8 @@ def _swept(model: PreTrainedModel, group: Group, role: str, path: str, how: Quan
     weight, grid = weight_of(model, path), GRIDS[how.grids[path]]
     W, zeros = precise(weight).contiguous(), _held(weight)
     target, settings = target_of(W, group.fit), Settings(damping=how.damping, zeros=zeros)
-    codes, damping = _named(path, partial(gptq.quantise, W, target, grid, settings))
+    held = grids.exact(weight, grid)
+    codes, damping = (held, None) if held else _named(path, partial(gptq.quantise, W, target, grid, settings))
     weight.copy_(codes.values())
     V, nearest = precise(weight), grids.nearest(W, grid, zeros).values()
     off = None if group.held_out is None else _relative(V, W, group.held_out.gram)

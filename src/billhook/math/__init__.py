@@ -21,6 +21,7 @@ ordering       Which steps of a model go first: the lowest of one order of all
 overlap        Windows that share text with others: a run of tokens in common
 pattern        Sparsity patterns: a share of zeros, or N of every M neighbours
 policy         Policy gradients: chances of units to stay, learned from losses alone
+quantgpt       QuantGPT: weights trained on the levels that they will be packed on
 restore        Closed-form reconstruction of the kept weights: no training, no gradients
 scores         Importance of the columns of a reader: what the layer's output loses when one goes
 selection      Units to drop, by their scores

@@ -8,6 +8,7 @@ compressed-tensors' symmetric int4 and int8 in groups of 32.  Products are exact
 once, so that whoever multiplies gets the same bits.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,6 +89,32 @@ def nearest(W: Weight, grid: Grid, zeros: Support | None = None) -> Quantised:
     return quantised(W, scales, minima, grid, zeros)
 
 
+def exact(W: Weight, grid: Grid) -> Quantised | None:
+    """A weight that lies on the grid's levels already, as codes and scales whose values are the weight to the bit.
+
+    Returns:
+        None where it does not lie there, or where the grid has an offset.
+    """
+    if grid.offset:
+        return None
+    X = blocks(W.float()).flatten(0, 1)
+    largest = _largest(X)
+    scales, left = torch.zeros_like(largest, dtype=torch.float16), largest.nonzero().flatten()
+    for level in sorted(range(grid.lowest, grid.highest + 1), key=abs, reverse=True)[:-1]:  # the last one is 0
+        tried = (largest[left] / level).half()
+        fit = tried.float() * level == largest[left]
+        rows, d = left[fit], tried[fit, None]
+        whole = (values_of(codes_of(X[rows], d, None, grid), d, None) == X[rows]).all(1)
+        scales[rows[whole]] = d[whole, 0]
+        left = left[scales[left] == 0]
+    return None if len(left) else quantised(W, scales.unflatten(0, (len(W), -1)), None, grid)
+
+
+def _largest(X: Tensor) -> Tensor:
+    """The entry of largest magnitude along the last dimension, with its sign."""
+    return X.gather(-1, X.abs().argmax(-1, keepdim=True)).squeeze(-1)
+
+
 def scales_of(X: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
     """The scales of blocks (…, BLOCK), and their minima, float16: every entry of a block is within its levels.
 
@@ -100,31 +127,32 @@ def scales_of(X: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
     elif grid.lowest == -grid.highest:
         scales, minima = X.abs().amax(-1) / grid.highest, None
     else:  # the entry of largest magnitude gets the lowest level, which has one step more than the highest
-        largest = X.gather(-1, X.abs().argmax(-1, keepdim=True)).squeeze(-1)
-        scales, minima = largest / grid.lowest, None
+        scales, minima = _largest(X) / grid.lowest, None
     for stored in (scales, minima):
         if stored is not None and not bool((stored.abs() <= LARGEST).all()):
             raise BillhookError(f"a block's scale is beyond float16 ({LARGEST:g}), in which {grid.name} stores it")
     return scales.half(), None if minima is None else minima.half()
 
 
-def best_scales(X: Tensor, grid: Grid, weights: Columns) -> tuple[Tensor, Tensor | None]:
-    """Scales and minima of the least squared error, among those of a block's extremes times each of SHRINKS.
+def best_scales(
+    X: Tensor, grid: Grid, weights: Columns | None = None, shares: Sequence[float] = SHRINKS
+) -> tuple[Tensor, Tensor | None]:
+    """Scales and minima of the least squared error, among those of a row's extremes times each of the shares.
 
     Args:
-        X: one block of every row, float (out, BLOCK).
-        weights: what an error of each column counts.
+        X: rows of entries that share a scale, float (rows, entries): one block of every row of a weight.
+        weights: what an error of each column counts; None: all alike.
 
     Raises:
         BillhookError: as `scales_of`.
     """
     own, minima = scales_of(X, grid)
     best, least = own, torch.full((len(X),), torch.inf, device=X.device)
-    for share in SHRINKS:
+    for share in shares:
         scales = (own.float() * share).half()
         low = None if minima is None else minima.float()[:, None]
         off = X - values_of(codes_of(X, scales[:, None], low, grid), scales[:, None], low)
-        error = (off.square() * weights).sum(1)
+        error = (off.square() if weights is None else off.square() * weights).sum(1)
         best, least = torch.where(error < least, scales, best), torch.minimum(error, least)
     return best, minima
 

@@ -14,7 +14,7 @@ from billhook.choices import (
 )
 from billhook.errors import BillhookError, SettingsError, one_of
 
-MIXED = "mixed"
+MIXED, KEPT = "mixed", "kept"
 EXTRA = "install the extra: pip install 'billhook[quantize]'"
 
 
@@ -61,7 +61,11 @@ class Wanted:
             if find_spec("compressed_tensors") is None:
                 raise BillhookError(f"--format {self.format} is read back by compressed-tensors: {EXTRA}")
         if self.imatrix and self.method != "gptq":
-            raise SettingsError("--imatrix is summed while gptq reads calibration text: leave out --method rtn")
+            raise SettingsError(
+                f"--imatrix is summed while gptq reads calibration text: leave out --method {self.method}"
+            )
+        if self.mixed and self.method == KEPT:
+            raise SettingsError("--method kept is of weights on one type's levels: leave it out, or --memory")
         if min(self.samples, self.probes) < 1 or self.seq_len < 2:
             raise SettingsError("--samples and --probes are at least 1, and --seq-len at least 2")
 

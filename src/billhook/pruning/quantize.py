@@ -19,14 +19,14 @@ from billhook.checkpoints.gguf.write import choose, shape_of, write_gguf
 from billhook.checkpoints.load import Opened
 from billhook.checkpoints.resume import FinishedLayers
 from billhook.choices import GRID_TYPES
-from billhook.cuts.quantizing import Found, Quantizing, paths, quantise, sparse
+from billhook.cuts.quantizing import Found, Quantizing, off_levels, paths, quantise, sparse
 from billhook.errors import ModelError, SettingsError
 from billhook.math import grids
 from billhook.math.grids import GRIDS
 from billhook.models import layout
 from billhook.models.families import mixture, weight_of
 from billhook.planning.bits import bits_by_layer, bounds, smaller_uniform, stored_as
-from billhook.planning.few_bits import MIXED, Wanted
+from billhook.planning.few_bits import KEPT, MIXED, Wanted
 from billhook.planning.sensitivity import Probe
 from billhook.reports import card, records
 from billhook.runtime import atomic, cache, run_folder
@@ -93,7 +93,7 @@ def quantize(model: str, wanted: Wanted, run: Run) -> Quantized:
         BillhookError: anything that cannot work; nothing was written.
     """
     opened, started = _opened(model, run), time.perf_counter()
-    _check(opened, wanted)
+    wanted = _check(opened, wanted)
     with run_folder.locked(run.folder):
         text = _windows(opened, wanted, run)
         chosen, why = _chosen(opened, wanted, text, run)
@@ -114,8 +114,12 @@ def _opened(model: str, run: Run) -> Opened:
     return load.open_model(model, device="cpu", dtype="float32", tick=run.tick)
 
 
-def _check(opened: Opened, wanted: Wanted) -> None:
-    """Refuse what no container could hold, before anything is computed."""
+def _check(opened: Opened, wanted: Wanted) -> Wanted:
+    """Refuse what no container could hold, before anything is computed.
+
+    Returns:
+        what is wanted; the codes are kept where the weights have some already, and no text need be read.
+    """
     model = opened.model
     if any(mixture(model, n) is not None for n in range(model.config.num_hidden_layers)):
         raise ModelError(f"{opened.name} is a mixture of experts: billhook quantises models without")
@@ -135,6 +139,14 @@ def _check(opened: Opened, wanted: Wanted) -> None:
         low, high = bounds(model, _offered(opened, wanted), wanted.tables)
         if not low <= (wanted.memory or 0):
             raise SettingsError(f"--memory {wanted.memory:,}: its weights take from {low:,} to {high:,} bytes")
+        return wanted
+    off = off_levels(model, GRIDS[wanted.grid])
+    if off and wanted.method == KEPT:
+        raise ModelError(
+            f"{opened.name}: {off} does not lie on the levels of {wanted.grid}, as `recover --bits` leaves weights: "
+            "leave out --method kept"
+        )
+    return wanted if off or wanted.imatrix else replace(wanted, method=KEPT)
 
 
 def _offered(opened: Opened, wanted: Wanted) -> tuple[str, ...]:
@@ -168,7 +180,7 @@ def _chosen(opened: Opened, wanted: Wanted, text: Tokens, run: Run) -> tuple[dic
 
 def _kept(opened: Opened, wanted: Wanted, chosen: Mapping[str, str], run: Run) -> Run:
     """The run with the layers that were finished of this very work."""
-    if run.folder is None or opened.folder is None or wanted.method == "rtn" or wanted.mixed:
+    if run.folder is None or opened.folder is None or wanted.method != "gptq" or wanted.mixed:
         return run
     key = {
         "settings": asdict(wanted),

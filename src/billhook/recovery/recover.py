@@ -17,7 +17,7 @@ import torch
 from accelerate import PartialState
 
 from billhook.checkpoints.result import Result
-from billhook.choices import TRAINABLE
+from billhook.choices import BITS, TRAINABLE
 from billhook.errors import BillhookError
 from billhook.evaluation.perplexity import perplexity_of
 from billhook.models.surgery import cast
@@ -102,9 +102,11 @@ def recover(
     _check_zeros(prepared, trained)
     outcome = _outcome(prepared, trainer, tried, stopped_by, kept)
     outcome |= {"trained_parameters": trained_parameters, "parameters": sum(p.numel() for p in trained.parameters())}
+    if few := (student.record or {}).get("quantized"):  # what it was given before, which is not what it has now
+        outcome["quantized"] = {key: value for key, value in few.items() if key not in ("operators", "choice")}
     outcome |= {"peak_growth_bytes": growth(), "versions": records.versions()}
     empty = {"parent": student.name, "model_type": trained.config.model_type, "versions": records.versions()}
-    record = student.record or empty
+    record = {key: value for key, value in (student.record or empty).items() if key != "quantized"}
     record = {**record, "recovery": [*record.get("recovery", []), outcome]}
     return Result(trained.eval(), student.tokenizer, record, student.folder)
 
@@ -189,8 +191,9 @@ def _summary(prepared: Prepared, rate: float) -> str:
     objective = f"distillation from {chosen.teacher}" if chosen.objective == "distill" else "continued pretraining"
     passes = len(schedule.order) / len(schedule.windows)
     zeros = prepared.student.census
+    levels = f" on the levels of {BITS[chosen.bits]}, a scale for each {chosen.scales}" if chosen.bits else ""
     return (
-        f"{objective}, training {TRAINABLE[chosen.trainable]}: {len(schedule.order) * chosen.seq_len:,} tokens of "
+        f"{objective}, training {TRAINABLE[chosen.trainable]}{levels}: {len(schedule.order) * chosen.seq_len:,} tokens of "
         f"{' and '.join(prepared.texts.names)} ({passes:.2g} passes) in {schedule.steps:,} steps at {rate:g}"
         + (f", on {processes} processes" if processes > 1 else "")
         + (f", keeping all {zeros.total:,} zeros ({zeros.share:.0%})" if chosen.keeps_zeros and zeros.total else "")
@@ -227,6 +230,9 @@ def _outcome(
         "trainable": chosen.trainable,
         "rank": chosen.rank if chosen.trainable in UNMASKED else None,
         "keep_zeros": chosen.keep_zeros,
+        "bits": chosen.bits or None,
+        "scales": chosen.scales if chosen.bits else None,
+        "contrast": chosen.contrast or None,
         "dropout": chosen.dropout,
         "zeros": student.census.total if chosen.keeps_zeros else None,
         "texts": list(chosen.text),

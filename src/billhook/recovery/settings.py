@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import field_validator, model_validator
 
-from billhook.choices import PRECISIONS, TRAINABLE
+from billhook.choices import BITS, PRECISIONS, SCALES, TRAINABLE
 from billhook.errors import SettingsError
 from billhook.runtime.options import Part, option
 from billhook.runtime.validation import checked
@@ -20,6 +20,7 @@ STATES = {
     "off": "predictions alone",
 }
 STEPS = 200  # steps that a budget is divided into: 10k tokens did better in 20 steps than in 10 (docs/LOG.md)
+WHOLE = ("decoder", "all")  # what --bits trains
 MOST = 2**16  # the most tokens in a step, for any budget
 
 
@@ -56,6 +57,9 @@ class Recovery(Part):
     rank: int = option(32, "of lora's adapters; of spp: blocks of rows", ge=1)
     # None: a sparse model is trained by spp only
     keep_zeros: bool | None = option(None, "of a sparse model: keep its zeros, or fill them; one must be said")
+    bits: str = option("", "keep weights on the levels of so many, which `quantize` packs as they are", names=BITS)
+    scales: str = option("block", "of --bits: one for each block of 32 inputs, or for each module", names=SCALES)
+    contrast: float = option(0.0, "weight of the loss that tells a token's teacher state from others' (QuantGPT)", ge=0)
     dropout: bool = option(False, "train with the dropout of the model's config")
     precision: str = option("auto", ", ".join(PRECISIONS), names=PRECISIONS, heading=MACHINE)
     device: str = option("auto", "auto (an accelerator if there is one), cpu, cuda, mps, …", heading=MACHINE)
@@ -76,6 +80,14 @@ class Recovery(Part):
             raise SettingsError("--objective distill learns from the unpruned model: name it with --teacher, or use ce")
         if self.objective == "ce" and self.states == "on":
             raise SettingsError("--states on aligns with a teacher's hidden states: use it with --objective distill")
+        if self.objective == "ce" and self.contrast:
+            raise SettingsError("--contrast compares with a teacher's states: use it with --objective distill")
+        if self.contrast and not self.bits:
+            raise SettingsError("--contrast is a loss of training with few bits: give --bits too, or leave it out")
+        if self.bits and self.trainable not in WHOLE:
+            raise SettingsError(f"--bits trains whole weights on their levels: use --trainable {' or '.join(WHOLE)}")
+        if self.scales == "module" and not self.bits:
+            raise SettingsError("--scales says what shares a scale of --bits: give --bits too, or leave it out")
         if not self.held_out and self.guard:
             raise SettingsError(
                 "no --held-out text: nothing would show that training harms; name one, or pass --no-guard"

@@ -13,10 +13,12 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
 from billhook import data
-from billhook.checkpoints import load, shards
+from billhook.checkpoints import compressed, load, shards
+from billhook.choices import BITS
 from billhook.errors import BillhookError
 from billhook.evaluation.perplexity import perplexity_of
 from billhook.math import sparsity
+from billhook.math.grids import GRIDS
 from billhook.models.modes import noise
 from billhook.recovery.budget import affordable_tokens, evaluation_steps, rates_of
 from billhook.recovery.settings import HALVED, Recovery
@@ -25,7 +27,7 @@ from billhook.runtime import cache, run_folder
 from billhook.runtime.memory import return_freed
 from billhook.runtime.precision import autocast_dtype
 from billhook.runtime.progress import Clock, Tick
-from billhook.training import keep_zeros, teacher, throughput
+from billhook.training import keep_zeros, on_levels, teacher, throughput
 from billhook.training.early_stopping import EarlyStopping
 from billhook.training.schedule import Schedule
 from billhook.training.teacher import TeacherCache
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from billhook.training.trainer import RecoveryTrainer
 
 UNMASKED = {"lora", "spp"}  # trainable sets whose form fills no zero; for all others the steps are masked
+LEVELS_SHARE = 0.25  # share of zeros from which a model of packed integers is sparse: four bits alone make a tenth
 PACE_SECONDS = 10  # how long training is measured to find how many tokens --minutes buys
 
 
@@ -46,12 +49,13 @@ class Student:
     name: str
     folder: Path | None
     tokenizer: Any
-    dtype: torch.dtype
+    dtype: torch.dtype  # of what is written
     vocabulary: int  # how many tokens it predicts
     sha256: str  # digest of its weights and config
     record: dict[str, Any] | None  # its billhook.json
     census: keep_zeros.Census  # how many of its weights are zero
     noise: dict[str, float]  # dropout and other noise that its config asks for
+    packed: bool = False  # whether its folder holds packed integers
 
     @property
     def seam(self) -> Seam | None:
@@ -154,6 +158,7 @@ def prepare(name: str, chosen: Recovery, env: Environment, *, fresh: bool = Fals
         micro_batch=min(chosen.micro_batch, rows),
         warmup=chosen.warmup,
         states=chosen.states == "on" or (chosen.states == "auto" and halved),
+        contrast=chosen.contrast,
         dropout=chosen.dropout,
         autocast=autocast,
         cpu=env.device.type == "cpu",
@@ -179,20 +184,25 @@ def _inspect(
     name: str, chosen: Recovery, autocast: torch.dtype | None, env: Environment
 ) -> tuple[Student, TrainingTexts, Callable[[], int]]:
     """The student, what it will read, and a function that measures how many tokens the minutes buy."""
-    opened = load.open_model(name, device="cpu", dtype="float32", tick=env.tick)
+    opened = load.open_model(name, device="cpu", dtype="float32", tick=env.tick, packed=bool(chosen.bits))
     load.check_positions(opened, chosen.seq_len)
     student = Student(
         name=name,
         folder=opened.folder,
         tokenizer=opened.tokenizer,
-        dtype=opened.dtype,
+        dtype=torch.float32 if chosen.bits else opened.dtype,  # no half precision holds a level times its scale
         vocabulary=opened.model.config.vocab_size,
         sha256=cache.model_sha256(opened.model),
         record=records.stored_cut(opened.folder),
         census=keep_zeros.census(opened.model),
         noise=noise(opened.model.config),
+        packed=opened.folder is not None and compressed.is_compressed(opened.folder),
     )
     _check_zeros(student, chosen)
+    if chosen.bits:
+        on_levels.check(opened.model)
+        if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+            raise BillhookError("--bits scales whole weights, which FSDP cuts up: launch without --use_fsdp")
     if chosen.states == "on" and (student.record or {}).get("residual"):
         raise BillhookError(
             f"--states on compares hidden states channel by channel, and {name} has other channels than what it was "
@@ -220,7 +230,8 @@ def _check_zeros(student: Student, chosen: Recovery) -> None:
         )
     if chosen.keeps_zeros and parse_flag_from_env("ACCELERATE_USE_FSDP"):
         raise BillhookError("zeros are kept in whole weights, which FSDP cuts up: launch without --use_fsdp")
-    if chosen.keep_zeros is None and not chosen.keeps_zeros and census.share >= sparsity.SPARSE_SHARE:
+    least = LEVELS_SHARE if student.packed else sparsity.SPARSE_SHARE
+    if chosen.keep_zeros is None and not chosen.keeps_zeros and census.share >= least:
         raise BillhookError(
             f"{census.share:.0%} of the decoder's linear weights of {student.name} are exactly zero, and training "
             "would fill "
@@ -274,7 +285,7 @@ def _ask_teacher(
             opened.model,
             texts.train[: len(set(schedule.order))],
             env.teacher_folder,
-            teacher.Lesson(chosen.top_k, schedule.states, schedule.autocast),
+            teacher.Lesson(chosen.top_k, schedule.states, chosen.contrast > 0, schedule.autocast),
             share=(process.process_index, process.num_processes),
             tick=env.tick,
         )
@@ -288,10 +299,15 @@ def _ask_teacher(
 
 
 def _trainable(name: str, chosen: Recovery, seam: Seam | None) -> Any:
-    model = load.open_model(name, device="cpu", dtype="float32").model
+    model = load.open_model(name, device="cpu", dtype="float32", packed=bool(chosen.bits)).model
     with torch.random.fork_rng():  # adapters are drawn alike in every process, and when a run goes on
         torch.manual_seed(chosen.seed)
-        return _makers(chosen)[chosen.trainable](model, seam, chosen.rank)
+        made = _makers(chosen)[chosen.trainable](model, seam, chosen.rank)
+        if chosen.bits:
+            on_levels.train_on_levels(made, GRIDS[BITS[chosen.bits]], chosen.scales == "module")
+        if chosen.contrast:
+            on_levels.add_projection(made)
+        return made
 
 
 def _makers(chosen: Recovery) -> dict[str, Any]:

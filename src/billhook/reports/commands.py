@@ -9,7 +9,10 @@ def commands(report: dict[str, Any]) -> list[str]:
     """The command lines that make the same model: the cut, if billhook made it, every training after it, fewer bits."""
     recoveries, few = report.get("recovery") or [], report.get("quantized")
     cuts = [str(report["command"])] if report.get("command") else []
-    steps = [partial(recover_command, recovery) for recovery in recoveries]
+    steps = []
+    for recovery in recoveries:
+        before = recovery.get("quantized")
+        steps += [*([partial(quantize_command, before)] if before else []), partial(recover_command, recovery)]
     steps += [partial(quantize_command, few)] if few else []
     outs = ["OUT", *[f"OUT{n}" for n in range(2, len(steps) + 2)]]
     if not cuts:
@@ -19,7 +22,7 @@ def commands(report: dict[str, Any]) -> list[str]:
 
 def quantize_command(few: dict[str, Any], source: str = "OUT", out: str = "OUT2") -> str:
     """The command line that gives a checkpoint `source` as few bits."""
-    reads = few["method"] != "rtn" or few.get("memory")
+    reads = few["method"] == "gptq" or few.get("memory")
     settings = [
         f"--{key.replace('_', '-')} {shlex.quote(str(few[key]))}"
         for key in QUANTIZE_FLAGS
@@ -49,8 +52,8 @@ def recover_command(recovery: dict[str, Any], student: str = "OUT", out: str = "
 
 RECOVER_FLAGS = (
     *("teacher", "objective", "states", "trainable", "rank", "tokens", "text", "held_out", "seq_len"),
-    *("batch_tokens", "lr", "warmup", "top_k", "precision", "seed"),
+    *("batch_tokens", "lr", "warmup", "top_k", "bits", "scales", "contrast", "precision", "seed"),
 )
-TEACHER_FLAGS = ("teacher", "states", "top_k")  # flags without effect where there is no teacher
+TEACHER_FLAGS = ("teacher", "states", "top_k", "contrast")  # flags without effect where there is no teacher
 TEXT_FLAGS = ("stream", "calibration", "samples", "probes", "seq_len", "seed")  # without effect where no text is read
 QUANTIZE_FLAGS = ("bits", "memory", "format", "method", "embedding", *TEXT_FLAGS)

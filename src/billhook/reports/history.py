@@ -265,6 +265,10 @@ class Recovery(Part):
     processes: Count | None = None
     seed: Count
     keep_zeros: bool | None = None
+    bits: str | None = None
+    scales: str | None = None
+    contrast: Number = None
+    quantized: dict[str, Any] | None = None
     losses: list[Number] | None = None
     evaluations: list[Judgement] | None = None
     teacher_perplexities: dict[str, Number] | None = None

@@ -69,17 +69,24 @@ def objective_words(recovery: Mapping[str, Any]) -> str:
     if recovery["objective"] == "ce":
         return "continued pretraining"
     aligned = " with hidden states and embeddings" if recovery.get("states") else ""
-    return f"distillation from {recovery['teacher']}{aligned}"
+    contrast = recovery.get("contrast")
+    told = f", and {number(contrast, '{:g}')} of token-level contrast" if contrast else ""
+    return f"distillation from {recovery['teacher']}{aligned}{told}"
 
 
 def trained_words(recovery: Mapping[str, Any]) -> str:
     """Which parameters were trained, and how many of how many."""
-    name = TRAINED.get(recovery["trainable"], str(recovery["trainable"]))
+    name = _trained(recovery)
     trained, total = recovery.get("trained_parameters"), recovery.get("parameters")
     if not (finite(trained) and finite(total) and total):
         return name
     counted = count(total) if trained == total else f"{count(trained)} of {count(total)}, {percent(trained / total)}"
     return f"{name} ({counted})"
+
+
+def _trained(recovery: Mapping[str, Any]) -> str:
+    name, bits = TRAINED.get(recovery["trainable"], str(recovery["trainable"])), recovery.get("bits")
+    return f"{name}, weights on the levels of {bits} bits, a scale for each {recovery.get('scales')}" if bits else name
 
 
 def tokens_words(recovery: Mapping[str, Any]) -> str:
@@ -99,7 +106,7 @@ def texts_words(recovery: Mapping[str, Any]) -> str:
 
 def recovered_words(recovery: Mapping[str, Any]) -> str:
     """One recovery in one line."""
-    trained = TRAINED.get(recovery["trainable"], str(recovery["trainable"]))
+    trained = _trained(recovery)
     return f"{objective_words(recovery)}, {tokens_words(recovery)} at {rate(recovery['lr'])}, {trained}"
 
 

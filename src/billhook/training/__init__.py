@@ -5,6 +5,7 @@ fitted          The text that a pruned model was calibrated on, by its record
 frozen_gates    Gates that are learned with the weights frozen: which units stay, and by how much each is scaled
 gating          Gates on the units of axes: a number for each, learned by gradient
 keep_zeros      Exact zeros in the linear weights of the decoder layers, which training must not fill
+on_levels       Weights trained on the levels of a grid, so that packing them afterwards changes no bit
 refinement      What a cut has left, moved towards the unpruned model by gradient, a few layers at once
 schedule        The schedule of a training run, and which of its checkpoints are whole
 teacher         The teacher's predictions for every training window, cached on disk

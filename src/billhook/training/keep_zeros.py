@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
@@ -41,10 +42,14 @@ class Census:
 
 
 def weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """The linear weights of the decoder layers, by names that begin with the layer's number, like 0.mlp.down_proj."""
+    """The linear weights of the decoder layers, by names that begin with the layer's number, like 0.mlp.down_proj.
+
+    Of a weight that is computed from another, that one.
+    """
     for name, module in layers(model).named_modules():
         if isinstance(module, nn.Linear | Conv1D):
-            yield name, module.weight
+            stored = "parametrizations.weight.original" if parametrize.is_parametrized(module, "weight") else "weight"
+            yield name, module.get_parameter(stored)
 
 
 def census(model: PreTrainedModel) -> Census:

@@ -28,7 +28,7 @@ SHARD = 32  # windows in a file: 12 MB of 512 tokens at k = 256
 STAGE = "asking the teacher"
 # indices into hidden_states: the embeddings, and what enters the last layer but one, where Minitron (arXiv:2407.14679)
 # aligns a student
-EMBEDDED, HIDDEN = 0, -3
+EMBEDDED, HIDDEN, LAST = 0, -3, -1
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,14 @@ class Lesson:
 
     k: int  # so many of the likeliest tokens at each position
     states: bool = False  # embeddings and the states that enter the last layer but one, too
+    last: bool = False  # what enters the head, too
     autocast: torch.dtype | None = None  # that matrix products are computed in; None: the model's own
+
+    @property
+    def hidden(self) -> dict[str, int]:
+        """Which of `hidden_states` are kept, by the tensors' names."""
+        aligned = {"embedded": EMBEDDED, "hidden": HIDDEN} if self.states else {}
+        return aligned | ({"last": LAST} if self.last else {})
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,7 @@ def fill_cache(
         "computed in": str(lesson.autocast or teacher.dtype),
         "k": lesson.k,
         "states": lesson.states,
+        **({"last": True} if lesson.last else {}),
     }
     files = _files(shards, folder, key)
     for path, shard in zip(files, shards, strict=True):
@@ -108,7 +116,7 @@ def _shapes(teacher: PreTrainedModel, shard: Tokens, lesson: Lesson) -> dict[str
     """The shapes of the tensors in a shard's file; None where any will do."""
     rows, length = shard.shape
     likeliest = (rows, length - 1, min(lesson.k, teacher.config.vocab_size))
-    hidden: dict[str, None] = dict.fromkeys(("embedded", "hidden") if lesson.states else ())
+    hidden: dict[str, None] = dict.fromkeys(lesson.hidden)
     return {"ids": likeliest, "chances": likeliest, "tail": likeliest[:2], **hidden}
 
 
@@ -118,13 +126,12 @@ def _predictions(teacher: PreTrainedModel, shard: Tokens, lesson: Lesson) -> dic
     narrow = torch.uint16 if teacher.config.vocab_size <= 2**16 else torch.int32
     for batch in head_batches(shard):
         with computing(teacher.device, lesson.autocast):
-            out = teacher(batch.to(teacher.device), use_cache=False, output_hidden_states=lesson.states)
+            out = teacher(batch.to(teacher.device), use_cache=False, output_hidden_states=bool(lesson.hidden))
         ids, chances, tail = most_likely(out.logits[:, :-1], lesson.k)
         # half precision rounds log-probabilities to 0.8 % at e^-8 to e^-16; the tail keeps their sum exact
         tensors = {"ids": ids.to(narrow), "chances": chances.half(), "tail": tail}
-        if lesson.states:  # in bfloat16, since the largest activations are beyond what float16 holds
-            tensors["embedded"] = out.hidden_states[EMBEDDED].bfloat16()
-            tensors["hidden"] = out.hidden_states[HIDDEN].bfloat16()
+        for name, place in lesson.hidden.items():  # the largest activations are beyond what float16 holds
+            tensors[name] = out.hidden_states[place].bfloat16()
         for name, tensor in tensors.items():
             batches.setdefault(name, []).append(tensor.cpu())
     return {name: torch.cat(values).contiguous() for name, values in batches.items()}

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from billhook.errors import BillhookError
 from billhook.models.families import layers, mixture
 from billhook.tensors import Weight
+from billhook.training.on_levels import PROJECTION
 
 LAST = 3  # last layers that head+last3 trains, after "Reassessing Layer Pruning" (arXiv:2411.15558)
 SCALE = 2  # factor of what adapters add, for any rank; SPP's multipliers use the same (arXiv:2405.16057, its code)
@@ -190,12 +191,13 @@ KEEPING_ZEROS = TRAINERS | {"lora": train_masked_adapters}  # for all others Zer
 
 
 def merged(model: Any) -> PreTrainedModel:
-    """The plain model: adapters and multipliers become part of their weights, and hooks are removed."""
+    """The plain model: adapters, multipliers and levels become part of their weights, and hooks are removed."""
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
     for linear in _linears(model):
         if parametrize.is_parametrized(linear, "weight"):
             parametrize.remove_parametrizations(linear, "weight", leave_parametrized=True)
+    model._modules.pop(PROJECTION, None)
     hooks = model.get_input_embeddings()._forward_hooks
     for key in [key for key, hook in hooks.items() if hook is _detached]:
         del hooks[key]

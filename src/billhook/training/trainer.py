@@ -20,9 +20,11 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 
 from billhook.errors import BillhookError
 from billhook.math.losses import beside, divergence, misalignment, next_token
+from billhook.math.quantgpt import token_contrast
 from billhook.runtime.progress import Tick, quiet
 from billhook.runtime.quiet import quiet_transformers
 from billhook.training.early_stopping import EarlyStopping
+from billhook.training.on_levels import PROJECTION
 from billhook.training.schedule import (
     Diverged,
     Schedule,
@@ -33,7 +35,7 @@ from billhook.training.schedule import (
     saving,
     step_of,
 )
-from billhook.training.teacher import EMBEDDED, HIDDEN, TeacherCache
+from billhook.training.teacher import EMBEDDED, HIDDEN, LAST, TeacherCache
 
 STATE = "trainer_state.json"
 SAVE_SECONDS = 300  # the longest time between two checkpoints
@@ -95,19 +97,25 @@ class RecoveryTrainer(Trainer):
     ) -> Any:
         tokens = inputs["tokens"]
         model.train(self.schedule.dropout)  # dropout is all that these models do in training alone
-        out = model(input_ids=tokens, use_cache=False, output_hidden_states=self.schedule.states)
+        contrast, states = self.schedule.contrast, self.schedule.states
+        out = model(input_ids=tokens, use_cache=False, output_hidden_states=states or contrast > 0)
         if self.teacher is None:
             loss = next_token(out.logits, tokens)
         else:
             divergences = divergence(out.logits[:, :-1], inputs["ids"], inputs["chances"], inputs["tail"])
-            states = self.schedule.states
             loss = beside(divergences, self._misalignment(out, inputs)) if states else divergences.mean()
+            if contrast:
+                loss = loss + contrast * self._contrast(model, out, inputs)
         return (loss, out) if return_outputs else loss
 
     @staticmethod
     def _misalignment(out: Any, inputs: dict[str, Any]) -> Tensor:
         embedded = misalignment(out.hidden_states[EMBEDDED], inputs["embedded"])
         return embedded + misalignment(out.hidden_states[HIDDEN], inputs["hidden"])
+
+    def _contrast(self, model: Any, out: Any, inputs: dict[str, Any]) -> Tensor:
+        projected = self.accelerator.unwrap_model(model).get_submodule(PROJECTION)
+        return token_contrast(projected(out.hidden_states[LAST]), projected(inputs["last"].to(out.logits.dtype)))
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         """The schedule's own rates: transformers' schedules have a rate of zero in the first step of a warm-up.
