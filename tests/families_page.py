@@ -20,6 +20,7 @@ from billhook.models import limits, residual, rotation
 from billhook.models.axes import axes, refusal
 from billhook.models.experts import unfuse
 from billhook.models.families import FAMILIES, row_of
+from billhook.models.multimodal import MULTIMODAL
 
 TOP = """# Families
 
@@ -39,6 +40,17 @@ new architecture has several KV groups).
 
 {chr(10).join(f"* `{kind}`: {words}" for kind, words in KINDS_BY_NAME.items())}
 
+"""
+DECODERS = f"""
+## Multimodal checkpoints
+
+The text decoder is pruned where it stands, of {", ".join(MULTIMODAL)}.
+A folder of such a model is opened as the causal LM that computes the same on text, by the row of that family. What
+stands around the decoder goes along byte for byte, and the result loads in the stock class of the whole: equal logits
+on text, and on an image (tests/checkpoints/test_multimodal.py). Sizes and ratios are of the decoder. Refused: layers of
+their own sizes, the residual stream and the vocabulary, by which the rest would no longer fit; layers that image
+features are added to by their number (the first of qwen3_vl); GGUF and `quantize`; and mllama, whose decoder reads the
+image in layers of its own.
 """
 CLIENTS = """
 ## Who loads it
@@ -165,7 +177,7 @@ def text() -> str:
     lines, note = [TOP, AXES], Notes()
     kinds = (*KINDS, "residual", "layers")
     lines += table(kinds, ((f, [axis_cell(m, kind, f, note) for kind in kinds]) for f, m in models.items()))
-    lines += ["", *note.lines(), CLIENTS]
+    lines += ["", *note.lines(), DECODERS, CLIENTS]
     note = Notes()
     heads = ("transformers", "transformers, layers that differ", "llama.cpp", "vLLM", "vLLM, layers that differ")
     lines += table(heads, ((f, client_cells(m, f, note)) for f, m in models.items()))

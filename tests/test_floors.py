@@ -52,6 +52,7 @@ NAME_FAMILIES = {
     "models.families",
     "models.modeling_per_layer",
     "models.stock_families",
+    "models.multimodal",
     "checkpoints.gguf.architectures",
 }
 LAZY = {"", "__main__", "planning.method"}  # what takes seconds to load is loaded once nothing is left to refuse

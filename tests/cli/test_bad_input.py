@@ -258,8 +258,12 @@ MODELS: dict[str, tuple[Damage, str]] = {
     "integers": (weights(lambda t: {k: t[k].to(torch.int8) for k in t}), "stores weights as I8: dequantise"),
     "quantised": (config(quantization_config={"quant_method": "gptq"}), r"quantised \(gptq\): .*full-precision"),
     "multimodal": (
-        config_of(T.Gemma3Config, "Gemma3ForConditionalGeneration"),
-        r"multimodal \(gemma3\): .*language model by itself first.* gemma3_text",
+        config_of(T.Idefics3Config, "Idefics3ForConditionalGeneration"),
+        r"multimodal \(idefics3\): .* qwen3_vl where it stands; save its language model by itself first.* llama",
+    ),
+    "packed": (
+        config(quantization_config={"quant_method": "mxfp4"}),
+        r"Mxfp4Config\(dequantize=True\), and save_pretr",
     ),
     "quantised oddly": (config(quantization_config="gptq"), "is quantised .*full-precision"),
     "encoder": (config_of(T.BertConfig, "BertForMaskedLM"), "is a BertForMaskedLM, not a causal LM"),

@@ -18,6 +18,7 @@ from billhook.calibration.gradients import WINDOW, element_sums
 from billhook.errors import BillhookError
 from billhook.math import layer_presets
 from billhook.models.families import layers, linears
+from billhook.models.multimodal import within
 from billhook.runtime import cache
 from billhook.runtime.progress import Tick, quiet
 from billhook.runtime.run import Run
@@ -63,13 +64,12 @@ def chosen(
         return layer_presets.lowest_layers(measured(preset, lambda: block_influence(model, tokens, tick)), count)
     if preset == "angular":
         distances = measured(preset, lambda: angular_distances(model, tokens, tick))
-        starts = range(1, total - count)
-        return _block(min(starts, key=lambda n: distances[n][n + count]), count)
+        return _block(min(_starts(model, count), key=lambda n: distances[n][n + count]), count)
     if preset == "perplexity":
         return layer_presets.lowest_layers(measured(preset, lambda: losses_without_each(model, probe, (), tick)), count)
     if preset == "contiguous":
         losses = measured(preset, lambda: losses_without_blocks(model, probe, count, tick), count=count)
-        return _block(1 + min(range(len(losses)), key=lambda n: losses[n]), count)
+        return _block(min(_starts(model, count), key=lambda n: losses[n - 1]), count)
     if preset == "greedy":
         dropped: list[int] = []
         for n in range(count):
@@ -92,7 +92,7 @@ def missed_least(model: PreTrainedModel, count: int, probe: Probes, run: Run) ->
         probe: windows (windows, length).
         run: its `statistics` keeps what was found.
     """
-    blocks = [_block(n, count) for n in range(1, len(layers(model)) - count)]
+    blocks = [_block(n, count) for n in _starts(model, count)]
 
     def measured() -> list[int]:
         first = _divergences(model, probe[:1], [set(block) for block in blocks], run.tick)
@@ -105,6 +105,15 @@ def missed_least(model: PreTrainedModel, count: int, probe: Probes, run: Run) ->
 
     key = {**_key(model, probe), "criterion": "missed least", "count": count} if run.statistics else {}
     return cache.cached(run.statistics, "missed least", key, measured)
+
+
+def _starts(model: PreTrainedModel, count: int) -> range:
+    """Where a block of `count` layers may start: the first and the last layer stay, and those that images reach."""
+    total, stands = len(layers(model)), within(model)
+    first = max(1, stands.kept_layers if stands else 0)
+    if not (starts := range(first, total - count)):
+        raise BillhookError(f"no {count} neighbouring layers of {total} can go: the first {first} and the last stay")
+    return starts
 
 
 def _key(model: PreTrainedModel, *windows: Tensor) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Folders and files in and out: open, stream, save, verify, publish, resume.
 
+around        A multimodal folder: which of its tensors are the text decoder's, and all that goes along
 belongings    Files of a model's folder that belong to its tokenizer or processor, which are copied along
 compressed      A folder of packed integers, in the format of compressed-tensors
 configs       Checks of config.json that transformers does not make

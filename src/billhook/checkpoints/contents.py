@@ -11,10 +11,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from billhook.checkpoints.shards import AGAIN, STORED, Stored, main_dtype, stored
+from billhook.checkpoints.around import decoder_tensors
+from billhook.checkpoints.shards import AGAIN, STORED, Stored, main_dtype, read_json
 from billhook.checkpoints.tensor_names import loaded_as, stored_as
 from billhook.errors import ModelError
 from billhook.models.experts import unfuse
+from billhook.models.multimodal import Around, around
 
 ROWS = 1024  # rows of two tensors that are compared at a time
 WRAPPED = re.compile(r"^((module|base_model\.model)\.)+|(?<![^.])_orig_mod\.")  # prefixes that training wrappers add
@@ -32,6 +34,11 @@ class Contents:
     joined: str  # the first tensor of the model that is stored together with others; '' if none is
     unused: tuple[str, ...]  # stored tensors that the model neither has nor had in older releases of transformers
     rules: list[Any]  # transformers' rules by which names on disk differ
+
+    @property
+    def around(self) -> Around | None:
+        """What the model is the text decoder of."""
+        return around(read_json(self.path / "config.json", self.name))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -52,7 +59,7 @@ def contents(path: Path, name: str, config: Any, build: Callable[[Any], Any]) ->
             or the files are damaged.
     """
     model = build(config)
-    on_disk = _unwrapped(stored(path, name), model)
+    on_disk = _unwrapped(decoder_tensors(path, name), model)
     loaded, stock = loaded_as(model, on_disk), model.state_dict()
     unfuse(model)
     state = model.state_dict(keep_vars=True)

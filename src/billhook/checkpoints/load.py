@@ -13,7 +13,8 @@ from safetensors import safe_open
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoTokenizer, GenerationConfig
 
 from billhook import demo
-from billhook.checkpoints import compressed, refused, shards
+from billhook.checkpoints import compressed, refused
+from billhook.checkpoints.around import decoder_tensors
 from billhook.checkpoints.configs import check_layers, check_values
 from billhook.checkpoints.contents import Contents
 from billhook.checkpoints.gguf import read
@@ -27,6 +28,7 @@ from billhook.models import given, proof
 from billhook.models.experts import unfuse
 from billhook.models.families import check_known, family_of
 from billhook.models.layout import register
+from billhook.models.multimodal import around, decoder_config
 from billhook.runtime.atomic import folder
 from billhook.runtime.headers import shown
 from billhook.runtime.memory import free_bytes
@@ -42,11 +44,6 @@ FETCHED = [  # patterns of the files that are fetched from the hub
 ]
 # packages that SentencePiece tokenizers need, and the modules that they are imported as
 SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
-# how transformers loads packed weights as plain ones, where that is not by `dequantize`
-DEQUANTISED = {
-    "mxfp4": "quantization_config=Mxfp4Config(dequantize=True),",
-    "fp8": "quantization_config=FineGrainedFP8Config(dequantize=True),",
-}
 ROOM = 0.8  # share of the free memory that a model loaded whole may take
 
 
@@ -172,7 +169,9 @@ def open_skeleton(name: str, tick: Tick = quiet, family_row: str = "") -> Any:
             return open_skeleton(str(folder), tick)
     contents = check_folder(path, name)
     say_unused(contents)
-    return _take_apart(refused.build(contents.config))  # the config may have been corrected when the contents were read
+    model = refused.build(contents.config)  # the config may have been corrected when the contents were read
+    model.stands_in = contents.around
+    return _take_apart(model)
 
 
 def _located(name: str, family_row: str, tick: Tick) -> Path:
@@ -254,9 +253,8 @@ def check_folder(path: Path, name: str) -> Contents:
         raise ModelError(
             f"{name} is a PEFT adapter: merge it into its base model first (merge_and_unload, then save_pretrained)"
         )
-    config = read_json(path / "config.json", name)
-    check_config(config, name)
-    check_layers(config, shards.stored(path, name), name)
+    config = check_config(read_json(path / "config.json", name), name)
+    check_layers(config, decoder_tensors(path, name), name)
     return read_contents(path, name)
 
 
@@ -275,24 +273,28 @@ def say_unused(contents: Contents) -> None:
         )
 
 
-def check_config(config: dict[str, Any], name: str) -> None:
-    """Refuse a config that is not a plain causal LM of a supported family."""
+def check_config(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """Refuse a config that is not a plain causal LM of a supported family, or has one as its text decoder.
+
+    Returns:
+        the config; of a multimodal model, that of its text decoder.
+    """
     kind, architectures = config.get("model_type"), config.get("architectures") or []
     architectures = architectures if isinstance(architectures, list) else [architectures]
     if (quantised := config.get("quantization_config")) is not None:
         method = quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else quantised
         raise ModelError(
             f"{name} is quantised ({shown(str(method))}): prune the full-precision checkpoint, or load it with "
-            f"transformers, {DEQUANTISED.get(str(method), 'model.dequantize(),')} and save_pretrained that first"
+            f"transformers, {refused.DEQUANTISED.get(str(method), 'model.dequantize(),')} and save_pretrained that first"
         )
     if config.get("is_encoder_decoder"):
         raise ModelError(f"{name} is an encoder-decoder ({shown(str(kind))}): billhook prunes decoder-only causal LMs")
-    if isinstance(text := config.get("text_config"), dict):
-        raise ModelError(
-            f"{name} is multimodal ({shown(str(kind))}): billhook prunes text alone; save its language model by itself "
-            "first, "
-            f"as a causal LM of type {shown(str(text.get('model_type', kind)))}"
-        )
+    try:
+        stands = around(config)
+        config = decoder_config(config)
+    except ModelError as error:
+        raise ModelError(f"{name}: {error}") from None
+    kind, architectures = config.get("model_type"), [] if stands else architectures
     causal = ("ForCausalLM", "LMHeadModel")
     if architectures and not any(str(architecture).endswith(causal) for architecture in architectures):
         raise ModelError(
@@ -308,6 +310,7 @@ def check_config(config: dict[str, Any], name: str) -> None:
     check_values(config, name)
     if config.get("num_hidden_layers") == 0:
         raise ModelError(f"{name} has no decoder layers: there is nothing to prune")
+    return config
 
 
 def demo_folder(tick: Tick = quiet) -> Path:

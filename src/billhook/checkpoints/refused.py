@@ -12,6 +12,11 @@ from billhook.errors import BillhookError, reason
 from billhook.runtime.quiet import quiet_transformers
 
 NAMES = ("model_type", "architectures", "transformers_version", "_name_or_path")  # keys that are not settings
+# how transformers loads packed weights as plain ones, by quant_method, where that is not by `dequantize`
+DEQUANTISED = {
+    "mxfp4": "quantization_config=Mxfp4Config(dequantize=True),",
+    "fp8": "quantization_config=FineGrainedFP8Config(dequantize=True),",
+}
 MOST = 3  # the most keys that are named
 SHOWN = 40  # the most characters of a value that are shown
 

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
-from billhook.checkpoints import belongings, generation, older
-from billhook.checkpoints.shards import INDEX, SINGLE, stored, weight_files
+from billhook.checkpoints import around, belongings, generation, older
+from billhook.checkpoints.shards import INDEX, SINGLE, weight_files
 from billhook.checkpoints.tensor_names import stored_as
 from billhook.models import flags, layout
 from billhook.models.experts import fuse
 from billhook.models.families import OLDER_ROTARY, OLDER_TYPE, stock_type
+from billhook.models.multimodal import within
 from billhook.runtime import tensor_files
 from billhook.runtime.memory import return_freed
 from billhook.runtime.offload import is_offloaded, parameters
@@ -27,11 +28,15 @@ SHARD = 2**27  # bytes of a file where weights are offloaded; a model in memory 
 def save(model: Any, tokenizer: Any, to: Path, source: Path | None) -> None:
     """Write weights, config and tokenizer into the existing folder `to`; with `source`, its tokenizer files are copied.
 
-    The config says what the tensors are, in the plainest layout that can express it.
+    The config says what the tensors are, in the plainest layout that can express it.  Around the text decoder of a
+    multimodal model stands what `source` has there.
     """
     fuse(model)
+    shards = _parts(model) if is_offloaded(model) else iter([_whole(model)])
+    if whole := source if within(model) else None:
+        shards = around.put_back(shards, whole, SHARD)
     with quiet_transformers():
-        _save_weights(_parts(model) if is_offloaded(model) else iter([_whole(model)]), to)
+        _save_weights(shards, to)
         model.config.architectures = [type(model).__name__]
         model.config.dtype = model.dtype
         model.config.save_pretrained(to)
@@ -39,6 +44,7 @@ def save(model: Any, tokenizer: Any, to: Path, source: Path | None) -> None:
             generation.write(model, to, source)
     config = to / "config.json"
     content = _for_older(layout.config_json(model, json.loads(config.read_text(encoding="utf-8"))))
+    content = around.whole_config(content, whole) if whole else content
     content |= flags.remembered(model)
     config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if "auto_map" in content:
@@ -116,8 +122,8 @@ def stored_bytes(path: Path) -> int:
 
 
 def stored_parameters(path: Path) -> int:
-    """Elements of all tensors in those safetensors files of a folder that are its model's."""
-    return sum(tensor.elements for tensor in stored(path, str(path)).values())
+    """Elements of all tensors in those safetensors files of a folder that are its model's, or its text decoder's."""
+    return sum(tensor.elements for tensor in around.decoder_tensors(path, str(path)).values())
 
 
 def elements(model: torch.nn.Module) -> int:

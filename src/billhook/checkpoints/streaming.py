@@ -15,6 +15,7 @@ from billhook.errors import ModelError
 from billhook.models import flags
 from billhook.models.experts import unfuse
 from billhook.models.families import check_known, layers, row_of
+from billhook.models.multimodal import around, decoder_config
 from billhook.runtime.memory import return_large
 from billhook.runtime.offload import offload_weights
 from billhook.runtime.quiet import quiet_transformers
@@ -34,7 +35,7 @@ def read_contents(path: Path, name: str) -> Contents:
 
     try:
         with quiet_transformers():
-            config = flags.with_plain_flags(AutoConfig.from_pretrained(path, trust_remote_code=False))
+            config = flags.with_plain_flags(_config(path, content()))
     except Exception as error:  # transformers raises many kinds
         raise refused.error_of("could not read it", error, name, content(), refused.read) from error
 
@@ -45,6 +46,13 @@ def read_contents(path: Path, name: str) -> Contents:
             raise refused.error_of("could not build it", error, name, content(), refused.build_first) from error
 
     return contents(path, name, config, shapes)
+
+
+def _config(path: Path, content: dict[str, Any]) -> Any:
+    """transformers' config of a folder's model, or of its text decoder."""
+    if around(content) is None:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    return refused.read(decoder_config(content))
 
 
 def open_paged(contents: Contents, dtype: torch.dtype, device: torch.device) -> Any:
@@ -82,6 +90,7 @@ def give_settings(model: Any, contents: Contents) -> None:
     with quiet_transformers():
         model.generation_config = generation.read(contents.path)
     model.config._name_or_path = str(contents.path)
+    model.stands_in = contents.around
     flags.remember(model, contents.path)
 
 

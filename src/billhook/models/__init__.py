@@ -12,6 +12,7 @@ layout              How sizes are written down: `uniform` is a stock config, `pe
 limits              How much of each axis a model can give up, and what its stock class can hold
 modeling_per_layer  Model families as data, and causal LMs whose layers differ in size
 modes               What a model does in training alone: how it is kept out of a measurement
+multimodal          Multimodal models whose text decoder is pruned where it stands
 plan                What a prune will cut: units of every axis of every layer, whole layers
 proof               Proof of a derived row, on a small random model of the same config class
 residual            The residual dimension: every slot of it in a model, and cutting them all to the same channels

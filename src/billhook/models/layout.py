@@ -13,6 +13,7 @@ from billhook.errors import ModelError
 from billhook.models import modeling_per_layer as per_layer
 from billhook.models.axes import refusal
 from billhook.models.families import FFN_SIZES, attention, family_of, layers, sizes, stock_type, uncut_size
+from billhook.models.multimodal import within
 
 CODE = Path(per_layer.__file__)
 AUTO = (AutoConfig, AutoModel, AutoModelForCausalLM)  # in the same order as a row's classes
@@ -62,7 +63,8 @@ def stock_holder(model: PreTrainedModel, changes: Mapping[str, Any]) -> str:
     ):
         return ""  # the family's head size is hidden_size / heads
     biased = any(config.get(key) for key in ("attention_bias", "mlp_bias"))
-    families = (stock, *([row.stand_in] if row.stand_in and not biased else []))
+    alone = row.stand_in and not biased and within(model) is None
+    families = (stock, *([row.stand_in] if alone else []))
     content = json.dumps(config, sort_keys=True, default=str)
     return next((family for family in families if _takes(family, content)), "")
 

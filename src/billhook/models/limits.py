@@ -19,6 +19,7 @@ from billhook.models.families import (
     stock_type,
 )
 from billhook.models.layout import stock_holder
+from billhook.models.multimodal import type_of, within
 from billhook.models.sizes import decoder_parameters, total_parameters
 
 EXPERT_STEP = 8  # widths of experts are multiples of it: transformers' grouped products want rows of 16 bytes
@@ -43,7 +44,7 @@ def anatomy(model: PreTrainedModel) -> dict[str, Any]:
             row["refused"] = str(error)
         rows.append(row)
     return {
-        "model_type": model.config.model_type,
+        "model_type": type_of(model),
         "layers": len(layers(model)),
         "hidden_size": model.config.hidden_size,
         "tied_embeddings": bool(model.config.tie_word_embeddings),
@@ -59,6 +60,11 @@ def check_kinds(model: PreTrainedModel, kinds: tuple[str, ...], layout: str = "u
     if row_of(model).experts and (layout == "per_layer" or "value" in kinds):  # `value` needs that layout
         raise ModelError(
             f"{model.config.model_type} has no per_layer layout: experts of a layer are stored as one tensor"
+        )
+    if (stands := within(model)) and (layout == "per_layer" or "value" in kinds):
+        raise ModelError(
+            f"{stands.model_type} has no per_layer layout: its stock class has one size for all layers of its text decoder: "
+            "leave out --layout"
         )
     if row_of(model).only_ffns and (layout == "per_layer" or "value" in kinds):
         raise ModelError(

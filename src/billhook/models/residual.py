@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from billhook.errors import ModelError
 from billhook.models.axes import Slot, blocks
 from billhook.models.families import layers, linear, linears, row_of, shape
+from billhook.models.multimodal import within
 from billhook.runtime.offload import by_module
 from billhook.tensors import Kept, Units, precise
 
@@ -59,6 +60,10 @@ def residual(model: PreTrainedModel) -> Residual:
         BillhookError: the dimension cannot be cut: a norm subtracts the mean, or a parameter has an unknown role.
     """
     kind = model.config.model_type
+    if stands := within(model):
+        raise ModelError(
+            f"{stands.model_type} cannot give up 'residual': what reads its images writes into the same channels; {ELSE}"
+        )
     if row_of(model).experts:
         raise ModelError(
             f"{kind} cannot give up 'residual' yet: its routers and experts have a part in it; use --method experts, "

@@ -13,12 +13,14 @@ from billhook.errors import ModelError
 from billhook.models.axes import Axis, owners
 from billhook.models.families import PER_LAYER_KEYS, as_output, attention_module, layers, mixture, row_of
 from billhook.models.modeling_per_layer import holder_of, narrow_values
+from billhook.models.multimodal import within
 from billhook.models.shrink import per_layer_keys
 from billhook.runtime.offload import renumber
 from billhook.tensors import Units
 
 PLAIN_LAYERS = "mlp_only_layers"  # config key: numbers of the layers without a mixture of experts
 PLAIN_FIRST = "first_k_dense_replace"  # config key of other families: how many such layers come first
+PLAIN_STEP = "decoder_sparse_step"  # config key: every so many layers have a mixture
 SIZES = ("in_features", "out_features", "nx", "nf")  # attributes of linear modules: the sizes of their weight
 
 
@@ -132,6 +134,7 @@ def drop_layers(model: PreTrainedModel, numbers: Collection[int]) -> None:
     if not kept:
         raise ModelError(f"all {total} layers would go: keep at least one")
     _check_kinds_stay(model, kept)
+    _check_first_stay(model, kept)
     for n in sorted(set(numbers), reverse=True):
         del modules[n]
     for new, layer in enumerate(modules):
@@ -154,11 +157,21 @@ def _check_kinds_stay(model: PreTrainedModel, kept: list[int]) -> None:
         raise ModelError(f"all layers of type {lost[0]} would go: keep at least one of each type")
 
 
+def _check_first_stay(model: PreTrainedModel, kept: list[int]) -> None:
+    """Refuse to drop a layer that image features are added to by its number."""
+    stands = within(model)
+    if stands and (lost := sorted(set(range(stands.kept_layers)) - set(kept))):
+        raise ModelError(
+            f"layer {lost[0]} would go: {stands.model_type} adds image features to the first {stands.kept_layers} layers, "
+            "which have to stay"
+        )
+
+
 def _say_plain(config: Any, plain: list[int]) -> None:
     """Name the layers without a mixture of experts in the config: its rule by layer number no longer holds."""
     if hasattr(config, PLAIN_LAYERS):
         setattr(config, PLAIN_LAYERS, plain)
-        config.decoder_sparse_step = 1
+        setattr(config, PLAIN_STEP, 1)
     if hasattr(config, PLAIN_FIRST):
         setattr(config, PLAIN_FIRST, len(plain))
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from billhook.errors import ModelError
 from billhook.models.families import row_of
+from billhook.models.multimodal import within
 from billhook.runtime.progress import Tick, quiet
 
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -40,6 +41,10 @@ def trim(
         BillhookError: an empty text, a tokenizer that cannot be trimmed, or one that belongs to another model.  The
             model is unchanged then.
     """
+    if stands := within(model):
+        raise ModelError(
+            f"the vocabulary of {stands.model_type} cannot be trimmed: its processor names tokens by number"
+        )
     if row_of(model).derived:
         raise ModelError(
             f"the vocabulary of {model.config.model_type} cannot be trimmed: its row is derived, and does not say which "

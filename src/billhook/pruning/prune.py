@@ -20,6 +20,7 @@ from billhook.models import given, layout, sizes, vocabulary
 from billhook.models.experts import fuse, unfuse
 from billhook.models.families import check_known, layers, row_of
 from billhook.models.modes import evaluation_mode
+from billhook.models.multimodal import type_of
 from billhook.models.surgery import cast
 from billhook.planning.command import DEFAULT, command
 from billhook.planning.method import Method, MethodSettings, Planned
@@ -82,7 +83,7 @@ def prune_opened(opened: Opened, chosen: Recipe, run: Run) -> Result:
         "recipe": chosen.flat() | {"axes": list(chosen.kinds), "multiple_of": chosen.shape.width_step},
         "command": command(chosen, opened.name),
         "parent": opened.name,
-        "model_type": model.config.model_type,
+        "model_type": type_of(model),
         "layout": layout.layout_of(model),
         "paper": method.paper,
         "sizes": sizes.sizes(counted, sizes.parameters(model), chosen.words),
@@ -124,7 +125,9 @@ def _opened(model: Any, tokenizer: Any, chosen: Recipe, stream_weights: bool | N
     opened = Opened(model, tokenizer, model.config._name_or_path or type(model).__name__, None, model.dtype)
     if chosen.compute.family_row:
         given.use(chosen.compute.family_row)
-    load.check_config({**model.config.to_dict(), "architectures": [type(model).__name__]}, opened.name)
+    content = {**model.config.to_dict(), "architectures": [type(model).__name__]}
+    if load.check_config(content, opened.name) is not content:
+        raise BillhookError(f"{opened.name} is multimodal: give its folder, whose other parts go along")
     unfuse(model)
     check_known(model)
     return opened

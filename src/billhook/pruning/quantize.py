@@ -25,6 +25,7 @@ from billhook.math import grids
 from billhook.math.grids import GRIDS
 from billhook.models import layout
 from billhook.models.families import mixture, weight_of
+from billhook.models.multimodal import within
 from billhook.planning.bits import bits_by_layer, bounds, smaller_uniform, stored_as
 from billhook.planning.few_bits import KEPT, MIXED, Wanted
 from billhook.planning.sensitivity import Probe
@@ -121,6 +122,8 @@ def _check(opened: Opened, wanted: Wanted) -> Wanted:
         what is wanted; the codes are kept where the weights have some already, and no text need be read.
     """
     model = opened.model
+    if stands := within(model):
+        raise ModelError(f"{opened.name} is multimodal ({stands.model_type}): billhook quantises models of text alone")
     if any(mixture(model, n) is not None for n in range(model.config.num_hidden_layers)):
         raise ModelError(f"{opened.name} is a mixture of experts: billhook quantises models without")
     linear = dict(model.named_modules())

@@ -20,6 +20,7 @@ from billhook.checkpoints.result import Result
 from billhook.choices import BITS, TRAINABLE
 from billhook.errors import BillhookError
 from billhook.evaluation.perplexity import perplexity_of
+from billhook.models.multimodal import type_of
 from billhook.models.surgery import cast
 from billhook.recovery.budget import TRIAL, TRIAL_STEPS, rates_of
 from billhook.recovery.settings import recovery
@@ -105,7 +106,7 @@ def recover(
     if few := (student.record or {}).get("quantized"):  # what it was given before, which is not what it has now
         outcome["quantized"] = {key: value for key, value in few.items() if key not in ("operators", "choice")}
     outcome |= {"peak_growth_bytes": growth(), "versions": records.versions()}
-    empty = {"parent": student.name, "model_type": trained.config.model_type, "versions": records.versions()}
+    empty = {"parent": student.name, "model_type": type_of(trained), "versions": records.versions()}
     record = {key: value for key, value in (student.record or empty).items() if key != "quantized"}
     record = {**record, "recovery": [*record.get("recovery", []), outcome]}
     return Result(trained.eval(), student.tokenizer, record, student.folder)

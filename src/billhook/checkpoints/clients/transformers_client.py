@@ -48,7 +48,10 @@ def main():
 
 def opened(folder, model_code):
     """The model in float32, none of its generation settings with it."""
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=model_code)
+    multimodal = getattr(config, "text_config", None) is not None
+    auto = transformers.AutoModelForImageTextToText if multimodal else transformers.AutoModelForCausalLM
+    model: Any = auto.from_pretrained(
         folder,
         dtype=torch.float32,
         trust_remote_code=model_code,

@@ -27,6 +27,7 @@ from billhook.choices import BY_QUANTIZER, QUANTIZE, QUANTIZER
 from billhook.errors import ModelError, one_of
 from billhook.math.grids import Quantised
 from billhook.models import families
+from billhook.models.multimodal import within
 from billhook.runtime import atomic
 from billhook.runtime.progress import Tick, quiet, ticked
 
@@ -150,6 +151,8 @@ def shape_of(model: Any) -> Shape:
         BillhookError: no architecture of llama.cpp computes what the model does.
     """
     model_type = families.stock_type(model.config.model_type)
+    if stands := within(model):
+        raise ModelError(f"billhook writes no GGUF of {stands.model_type}, which is multimodal: {FOLDER}")
     if model_type not in CHOICES:
         if families.family_of(model_type).derived:
             raise ModelError(f"no GGUF is written of {model_type}, whose row is derived from the model: {FOLDER}")
