@@ -158,6 +158,9 @@ def _reason(cut: str, why: str) -> str:
 
 def method_cell(model: PreTrainedModel, name: str, family: str, note: Notes) -> str:
     method = METHODS[name]
+    if not method.kinds and method.layouts == ("per_layer",):
+        why = refused(lambda: limits.check_kinds(model, (), "per_layer"), family)
+        return f"no {note(why)}" if why else "per_layer"
     if method.zeros or method.default_kinds == ("layers",):
         why = refusal(model, "layers", "uniform") if method.default_kinds else ""
         return f"no {note(why)}" if why else "yes"

@@ -58,6 +58,12 @@ OPERATOR_STREAMS = {
 }
 INDEPENDENT_STREAMS = ("dense", "layer_target")  # streams of operators in which no layer sees the pruning of another
 EXPERT_STREAMS = {name: AXIS_STREAMS[name] for name in ("dense", "sequential")}
+MOMENTS = {  # by what a weight is factored
+    "plain": "truncated SVD of the weight: no text decides",
+    "whitened": "by its output's energy on the text: the least error that a rank can have (LLM-ROM)",
+    "centred": "by its output's covariance, with the mean output kept in a bias",
+    "pooled": "the same within each block of the text (Bolaco)",
+}
 
 # How units, layers, experts and weights are weighed
 SCORES = {

@@ -12,6 +12,10 @@ AttentionMaps = Float[Tensor, "blocks each rows keys"]  # chances that sum to 1 
 Pairs = Float[Tensor, "blocks each each"]  # one number for every two units of a block
 ValueMoments = Float[Tensor, "heads channels channels"]  # of what a KV head's query heads put out, or of what reads it
 ValueTurn = Float[Tensor, "channels channels"]  # what turns a KV head's values, or turns them back, float64
+Expand = Float[Tensor, "out rank"]  # factors of a weight, W = expand reduce
+Reduce = Float[Tensor, "rank in"]
+Bias = Float[Tensor, " out"]
+InputSum = Float[Tensor, " in"]  # sum of the rows of a weight's input X, float64
 Gram = Float[Tensor, "in in"]  # X^T X of a reader's input X, float64
 Cross = Float[Tensor, "out in"]  # E^T X: correlation of a target E with a reader's input X, float64
 Columns = Float[Tensor, " in"]  # one number for each column of a reader

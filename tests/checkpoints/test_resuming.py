@@ -46,6 +46,7 @@ STREAMS = [
     *({**FASP, "axes": ("ffn", "groups"), "stream": stream} for stream in ("dense", "sequential", "dense_target")),
     {**FASP, "allocation": "skip:1,0", "layout": "per_layer", "axes": ("ffn", "value")},
     {**FASP, "method": "goa", "axes": ("ffn", "groups"), "ratio": 0.35},
+    {"method": "rom", "ratio": 0.4, "layout": "per_layer"},
     *(
         {"method": "sparsegpt", "sparsity": 0.5, "stream": stream}
         for stream in ("dense", "sequential", "true_sequential", "layer_target", "dense_target")

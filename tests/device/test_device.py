@@ -24,6 +24,7 @@ CASES: dict[str, Case] = {
     "auto": ("llama", dict(method="auto")),
     "adapruner": ("llama", dict(method="adapruner", trials=3, pool=8, pool_len=16)),
     "goa": ("llama", dict(method="goa", axes=("ffn", "groups"))),
+    "rom": ("llama", dict(method="rom", layout="per_layer")),
     "layerchop": ("llama", dict(method="layerchop", layers=2, ratio=None, preset="greedy", patch="linear")),
     "experts": ("olmoe", dict(method="experts", experts="uncurl")),
     "slicegpt": ("llama", dict(method="slicegpt")),

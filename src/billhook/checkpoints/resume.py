@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from billhook.errors import ModelError, first_line
 from billhook.models.axes import Axis, axes
-from billhook.models.families import layers, row_of
+from billhook.models.families import layers, ranks, row_of
+from billhook.models.modeling_per_layer import make_low_rank
 from billhook.models.surgery import remove
 from billhook.runtime import offload, tensor_files
 from billhook.runtime.atomic import disk_full, rename
@@ -56,6 +57,7 @@ class FinishedLayers(Finished):
         prefix = f"{row_of(self.model).layers}.{n}."
         tensors = {f"{prefix}{name}": param.data for name, param in layers(self.model)[n].named_parameters()}
         content = {"found": found, "drops": [(axis.kind, axis.reader.param, units.tolist()) for axis, units in drops]}
+        content["ranks"] = ranks(self.model, n)
         with self._writing(weights) as work:
             tensor_files.write(tensors, work)
             rename(work, weights)
@@ -81,6 +83,7 @@ class FinishedLayers(Finished):
         for kind, reader, units in self.records[n]["drops"]:
             axis = next(axis for axis in axes(self.model, (kind,)) if axis.reader.param == reader)
             remove(self.model, axis, torch.tensor(units, dtype=torch.long))
+        make_low_rank(layers(self.model)[n], self.records[n]["ranks"])
         file = self._file(n, "safetensors")
         prefix = f"{row_of(self.model).layers}.{n}."
         shapes = {prefix + name: tuple(param.shape) for name, param in layers(self.model)[n].named_parameters()}

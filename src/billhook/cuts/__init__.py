@@ -3,6 +3,7 @@
 approximating    Modules are refitted to what they put out, then units of their axes go (Greedy Output Approximation)
 chopping         Whole layers go, and what stands before each cut may make up for them (LayerChop)
 experts          Fewer experts in every layer of a mixture: dropped or merged (REAP, UNCURL)
+low_rank         Linear weights become two thin ones each (LLM-ROM, Bolaco)
 masking          Zeros in the linear weights of the decoder layers, found operator by operator
 narrowing        Units of an axis go, and what reads them is refitted (FASP)
 parallel         Layers cut in several processes, where none of them sees what became of another

@@ -46,6 +46,14 @@ class Slicing:
 
 
 @dataclass(frozen=True)
+class Factoring:
+    """By what weights are factored."""
+
+    moment: str = "whitened"  # of billhook.math.low_rank
+    stream: str = "sequential"
+
+
+@dataclass(frozen=True)
 class Reducing:
     """What may be chosen."""
 

@@ -11,6 +11,7 @@ knee           Where a curve of loss against ratio turns from bearable to steep:
 layer_presets  Which layers go, by position alone
 layerwise      The layer-wise problem: one linear layer to sparsify, its target output, errors, least squares
 linalg         Symmetric positive definite systems: the one place that damps and factors a Gram
+low_rank       A weight as the product of two thin ones: one factoriser, by four moments of its input
 losses         Losses of training after a cut: distances to the teacher's predictions and states
 magnitude      Magnitude pruning: the smallest weights go
 merging        Similar experts are merged into one

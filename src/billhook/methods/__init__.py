@@ -4,6 +4,7 @@ adapruner    samples and metric are searched, then as fasp
 admm         zeros: mask and least squares in turns
 auto         the best of layerchop, fasp and experts by held-out windows, refined
 experts      fewer experts in a mixture
+factored     what methods that factor weights have in common
 fasp         the units of an axis that matter least go, and what reads the axis is refitted
 fistapruner  zeros: another method's, refined by a convex problem
 gates        the units whose gates are lowest go, learned with the weights frozen, then as fasp
@@ -16,6 +17,7 @@ narrowed     settings of cuts that refit what stays
 optishear    zeros: by a score whose parts are searched
 policy       the units whose chances to stay are lowest go, by losses of masks, then as fasp
 rivals       the ways to cut that auto tries
+rom          the last layers' weights become two thin ones
 searched     settings of a search
 slicegpt     a narrower residual stream
 sparsegpt    zeros: column by column, and the weights to the right make up for it
@@ -37,6 +39,7 @@ from billhook.methods import (
     mope,
     optishear,
     policy,
+    rom,
     slicegpt,
     sparsegpt,
     wanda,
@@ -57,6 +60,7 @@ OWN: dict[str, Method] = {
         experts.METHOD,
         slicegpt.METHOD,
         goa.METHOD,
+        rom.METHOD,
         magnitude.METHOD,
         wanda.METHOD,
         optishear.METHOD,

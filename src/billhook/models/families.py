@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from billhook.errors import ModelError
 from billhook.models import modeling_per_layer
-from billhook.models.modeling_per_layer import FFN_DIM, MODEL_TYPE, V_HEAD_DIM, Family
+from billhook.models.modeling_per_layer import FFN_DIM, MODEL_TYPE, RANKS, V_HEAD_DIM, Family, LowRank
 from billhook.models.stock_families import STOCK_FAMILIES
 from billhook.runtime import plug_ins
 from billhook.tensors import Weight
@@ -82,7 +82,7 @@ def linears(model: PreTrainedModel, layer: int) -> list[dict[str, str]]:
     groups += [{role: path for role, path in zip(roles, up, strict=True)} for up, _ in ffns]
     groups += [{"down": down} for _, down in ffns]
     for path in (path for group in groups for path in group.values()):
-        linear(model, path)
+        operator(model, path)
     return groups
 
 
@@ -91,8 +91,8 @@ def role_wanted(role: str, roles: Sequence[str]) -> bool:
     return all(part in roles for part in FUSED.get(role, (role,)))
 
 
-def sizes(model: PreTrainedModel, layer: int) -> dict[str, int]:
-    """The sizes of one layer's tensors, under the config's own keys.
+def sizes(model: PreTrainedModel, layer: int) -> dict[str, Any]:
+    """The sizes of one layer's tensors, under the config's own keys; ranks, by path in the layer, under theirs.
 
     Sizes that no stock config can hold are included only if they differ from the family's fixed value.
     """
@@ -104,10 +104,17 @@ def sizes(model: PreTrainedModel, layer: int) -> dict[str, int]:
     config = {key: values[size] for size, key in row.keys.items() if size in values}
     if config.get(FFN_DIM) == 4 * model.config.hidden_size:
         del config[FFN_DIM]
-    hidden = shape(linear(model, module_path(model, layer, f"{row.attention}.{row.o}")))[0]
+    hidden = shape(operator(model, module_path(model, layer, f"{row.attention}.{row.o}")))[0]
     if hidden != model.config.hidden_size:  # the config is not updated yet, or another family's will replace it
         config["hidden_size"] = hidden
-    return config | ({V_HEAD_DIM: heads.value_dim} if heads.value_dim != heads.head_dim else {})
+    own = {V_HEAD_DIM: heads.value_dim} if heads.value_dim != heads.head_dim else {}
+    return config | own | ({RANKS: found} if (found := ranks(model, layer)) else {})
+
+
+def ranks(model: PreTrainedModel, layer: int) -> dict[str, int]:
+    """The rank of every linear module of one layer that is two thin ones, by its path in the layer."""
+    thin: dict[str, Any] = {p: m for p, m in layers(model)[layer].named_modules() if isinstance(m, LowRank)}
+    return {path: module.reduce.out_features for path, module in thin.items()}
 
 
 def _ffn_sizes(model: PreTrainedModel, layer: int) -> dict[str, int]:
@@ -115,10 +122,10 @@ def _ffn_sizes(model: PreTrainedModel, layer: int) -> dict[str, int]:
     if experts is None and not row_of(model).down:
         return {}
     if experts is None:
-        return {"width": shape(linear(model, module_path(model, layer, row_of(model).down)))[1]}
+        return {"width": shape(operator(model, module_path(model, layer, row_of(model).down)))[1]}
     values: dict[str, int] = {}
     for kind, _, down in feed_forwards(model, layer):  # the experts of one layer are equally wide
-        values["shared_width" if kind == "shared" else "expert_width"] = shape(linear(model, down))[1]
+        values["shared_width" if kind == "shared" else "expert_width"] = shape(operator(model, down))[1]
     if isinstance(experts, nn.ModuleList):
         return values | {"experts": len(experts)}
     width = experts.down_proj.shape[1 if getattr(experts, "is_transposed", False) else 2]
@@ -168,11 +175,13 @@ def feed_forwards(model: PreTrainedModel, layer: int) -> list[tuple[str, tuple[s
     ]
 
 
-def uncut_size(model: PreTrainedModel, layer: int, key: str) -> int:
+def uncut_size(model: PreTrainedModel, layer: int, key: str) -> Any:
     """The size before any cut of one of those that no stock config can hold."""
+    if key == RANKS:
+        return {}
     if key == V_HEAD_DIM:
         return attention(model, layer).head_dim
-    return shape(linear(model, module_path(model, layer, row_of(model).down)))[1]
+    return shape(operator(model, module_path(model, layer, row_of(model).down)))[1]
 
 
 def attention_module(model: PreTrainedModel, layer: int) -> nn.Module:
@@ -190,16 +199,28 @@ def module_path(model: PreTrainedModel, layer: int, name: str) -> str:
 
 
 def linear(model: PreTrainedModel, path: str) -> nn.Linear | Conv1D:
-    """The linear module at `path`, in either storage order.
+    """The linear module at `path` that has one weight, in either storage order.
 
     Raises:
-        BillhookError: there is no linear module at `path`.
+        BillhookError: there is no linear module at `path`, or its weight is two thin ones.
+    """
+    module = operator(model, path)
+    if isinstance(module, LowRank):
+        raise ModelError(f"{path} is two thin matrices: cut or quantise a model before its weights are factored")
+    return module
+
+
+def operator(model: PreTrainedModel, path: str) -> nn.Linear | Conv1D | LowRank:
+    """What is linear at `path`, whole or as two thin modules.
+
+    Raises:
+        BillhookError: there is no such thing at `path`.
     """
     try:
         module = model.get_submodule(path)
     except AttributeError:
         module = None
-    if not isinstance(module, nn.Linear | Conv1D):
+    if not isinstance(module, nn.Linear | Conv1D | LowRank):
         raise ModelError(
             f"{path} is {type(module).__name__}, not a Linear: this checkpoint is not a stock {model.config.model_type}"
         )
@@ -212,8 +233,11 @@ def weight_of(model: PreTrainedModel, path: str) -> Weight:
     return module.weight.data if isinstance(module, nn.Linear) else module.weight.data.T
 
 
-def shape(module: nn.Linear | Conv1D) -> tuple[int, int]:
+def shape(module: nn.Linear | Conv1D | LowRank) -> tuple[int, int]:
     """Outputs and inputs of a linear module."""
+    if isinstance(module, LowRank):
+        thin: Any = module
+        return thin.expand.out_features, thin.reduce.in_features
     outputs, inputs = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]
     return outputs, inputs
 
@@ -243,7 +267,7 @@ def attention(model: PreTrainedModel, layer: int) -> Attention:
         raise ModelError(f"{model.config.model_type}: its row says nothing of attention")
     row, module = row_of(model), attention_module(model, layer)
     head_dim = cast(int, getattr(module, row.head_dim))
-    out = {name: shape(linear(model, module_path(model, layer, f"{row.attention}.{name}"))) for name in _parts(row)}
+    out = {name: shape(operator(model, module_path(model, layer, f"{row.attention}.{name}"))) for name in _parts(row)}
     if row.qkv:
         heads = out[row.o][1] // head_dim
         return Attention(head_dim, heads, (out[row.qkv][0] // head_dim - heads) // 2, head_dim)
@@ -269,6 +293,7 @@ def check_known(model: PreTrainedModel) -> None:
         covered = {path for group in linears(model, n) for path in group.values()}
         if mixture(model, n) is not None:
             covered |= {f"{within}.{name}" for name in (row.router, row.experts, f"{row.shared}_gate")}
+        covered |= {f"{within}.{path}.{thin}" for path in ranks(model, n) for thin in ("reduce", "expand")}
         beside = tuple(f"{within}.{name}." for name in row.beside)
         for name, param in layers(model)[n].named_parameters():
             path = f"{within}.{name}"
@@ -279,7 +304,7 @@ def check_known(model: PreTrainedModel) -> None:
                 )
         if not row.attention:
             continue
-        heads, columns = attention(model, n), shape(linear(model, f"{within}.{row.attention}.{row.o}"))[1]
+        heads, columns = attention(model, n), shape(operator(model, f"{within}.{row.attention}.{row.o}"))[1]
         if heads.heads % heads.kv_heads or columns != heads.heads * heads.value_dim:
             raise ModelError(
                 f"layer {n}: {heads.heads} query heads of {heads.head_dim} do not fit its other projections"

@@ -34,7 +34,7 @@ def register_all() -> None:
         register(per_layer.MODEL_TYPE.format(stock))
 
 
-def layer_sizes(model: PreTrainedModel) -> list[dict[str, int]]:
+def layer_sizes(model: PreTrainedModel) -> list[dict[str, Any]]:
     """Every layer's sizes, under the config's own keys."""
     return [sizes(model, n) for n in range(len(layers(model)))]
 
@@ -86,6 +86,8 @@ def layout_of(model: PreTrainedModel) -> str:
 
 def _why_not_uniform(model: PreTrainedModel) -> str:
     first, *others = layer_sizes(model)
+    if any(per_layer.RANKS in layer for layer in (first, *others)):
+        return "some weights are two thin ones, which fits no stock config"
     keys = family_of(model.config.model_type).keys
     ffn = {keys[size] for size in FFN_SIZES if size in keys}
     for n, other in enumerate(others, start=1):

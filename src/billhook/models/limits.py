@@ -56,7 +56,7 @@ def anatomy(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def check_kinds(model: PreTrainedModel, kinds: tuple[str, ...], layout: str = "uniform") -> None:
-    """Raise BillhookError unless the model can give up every one of `kinds` in the layout."""
+    """Raise BillhookError unless the model has the layout, and can give up every one of `kinds` in it."""
     if row_of(model).experts and (layout == "per_layer" or "value" in kinds):  # `value` needs that layout
         raise ModelError(
             f"{model.config.model_type} has no per_layer layout: experts of a layer are stored as one tensor"
@@ -76,7 +76,8 @@ def check_kinds(model: PreTrainedModel, kinds: tuple[str, ...], layout: str = "u
             f"{model.config.model_type} is a family of another package, and the modelling file of the per_layer layout has "
             "billhook's own alone: leave out --layout"
         )
-    check_axes(kinds, layout)
+    if kinds:
+        check_axes(kinds, layout)
     for kind in kinds:
         if why := refusal(model, kind, "per_layer"):
             raise ModelError(f"{model.config.model_type} cannot give up {kind!r}: {why}; name other --axes")

@@ -7,7 +7,9 @@ then replaced by ones of the layer's own size.  Needs transformers alone; use `t
 """
 
 import copy
+from collections import OrderedDict
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import transformers
@@ -17,9 +19,10 @@ from transformers.pytorch_utils import Conv1D
 MODEL_TYPE = "billhook_{}"  # of the stock family
 V_HEAD_DIM = "v_head_dim"  # channels of each value head, where fewer than head_dim
 FFN_DIM = "billhook_ffn_dim"  # FFN channels, where no config key of the family holds them
+RANKS = "ranks"  # path in the layer -> rank, of linear modules that are two thin ones
 UNEVEN_ATTENTION = ("eager", "sdpa", "flex_attention")  # which take values narrower than keys
 CACHES = ("past_key_values", "cache")  # names of an attention's argument, before transformers 5.24 and since
-OWN_KEYS = (V_HEAD_DIM, FFN_DIM)  # which no stock config can say
+OWN_KEYS = (V_HEAD_DIM, FFN_DIM, RANKS)  # which no stock config can say
 
 
 @dataclass(frozen=True)
@@ -78,9 +81,8 @@ class Family:
     counters: dict[str, str] = field(  # attribute of the attention module -> heads | kv_heads | entries | per_group
         default_factory=lambda: {"num_key_value_groups": "per_group"}
     )
-    as_is: bool | tuple[str, object] = (
-        True  # whether the FFN's output is added as it is: or the config key and value that say so
-    )
+    # whether the FFN's output is added as it is: or the config key and value that say so
+    as_is: bool | tuple[str, object] = True
     tuples: bool = False  # whether a layer returns its output in a tuple
     refusals: tuple[Refusal, ...] = ()
     expert_counters: tuple[str, ...] = ()  # attributes that hold the number of experts; none: the router's num_experts
@@ -97,10 +99,8 @@ def named(name: str) -> tuple[str, str, str]:
     return (f"{name}Config", f"{name}Model", f"{name}ForCausalLM")
 
 
-MULTI_HEAD = {
-    "width": "intermediate_size",
-    "heads": "num_attention_heads",
-}  # config keys, where every query head has its KV head
+# config keys, where every query head has its KV head
+MULTI_HEAD = {"width": "intermediate_size", "heads": "num_attention_heads"}
 NEOX = Family(
     named("GPTNeoX"),
     layers="gpt_neox.layers",
@@ -249,6 +249,19 @@ def narrow_values(attention: Any, row: Family) -> None:
         attention.narrow_values = True
 
 
+class LowRank(nn.Sequential):
+    """Two thin linear modules, `reduce` and `expand`, in the place of one: x becomes few numbers, those the output."""
+
+
+def make_low_rank(layer: Any, ranks: dict[str, int] | None) -> None:
+    """Replace linear modules of a layer, by path, by two thin ones each, whose numbers are still to come."""
+    for path, rank in (ranks or {}).items():
+        old = layer.get_submodule(path)
+        (columns, rows), where = _ends(old), {"device": old.weight.device, "dtype": old.weight.dtype}
+        thin = {"reduce": nn.Linear(columns, rank, bias=False, **where), "expand": nn.Linear(rank, rows, **where)}
+        layer.set_submodule(path, LowRank(OrderedDict(thin)))
+
+
 def holder_of(attention: Any, counter: str) -> tuple[Any, str]:
     """What holds a counter of an attention module, and its name there.
 
@@ -304,38 +317,31 @@ def _resize(base: Any, config: Any, row: Family) -> None:
             setattr(*holder_of(attention, counter), counts[what])
         if value != head_dim:
             narrow_values(attention, row)
+        make_low_rank(layer, value_of(config, n, RANKS))
 
 
 def _linear(owner: Any, path: str, rows: int | None = None, columns: int | None = None) -> None:
     old = owner.get_submodule(path)
-    turned = isinstance(old, Conv1D)  # which stores (in, out)
-    there = tuple(old.weight.shape) if turned else (old.in_features, old.out_features)
+    there = _ends(old)
     shape = (columns or there[0], rows or there[1])
     if shape == there:
         return
-    if turned:
+    if isinstance(old, Conv1D):
         new = Conv1D(shape[1], shape[0]).to(old.weight.device, old.weight.dtype)
     else:
-        kind = type(old)
-        new = kind(*shape, bias=old.bias is not None, device=old.weight.device, dtype=old.weight.dtype)
+        new = type(old)(*shape, bias=old.bias is not None, device=old.weight.device, dtype=old.weight.dtype)
     owner.set_submodule(path, new)
 
 
-def _no_check(self: Any) -> None:
-    """Stands for the stock check, which reads one number of heads for all layers."""
+def _ends(module: Any) -> tuple[int, ...]:
+    """Inputs and outputs of a linear module; a Conv1D stores them in this order."""
+    return tuple(module.weight.shape) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
 
 
+@cache
 def classes_of(family: str) -> tuple[type, type, type]:
     """Config, model and causal LM whose layers may differ, each made once."""
-    if family not in _MADE:
-        _MADE[family] = _made(family, FAMILIES[family])
-    return _MADE[family]
-
-
-_MADE: dict[str, tuple[type, type, type]] = {}
-
-
-def _made(family: str, row: Family) -> tuple[type, type, type]:
+    row = FAMILIES[family]
     config_class, base_class, causal_class = (getattr(transformers, name) for name in row.classes)
 
     def build_base(self, config) -> None:  # vLLM 0.32 tests arguments by isinstance against their annotations
@@ -347,7 +353,7 @@ def _made(family: str, row: Family) -> tuple[type, type, type]:
         _resize(getattr(self, self.base_model_prefix), config, row)
         self.config = config
 
-    own = {"model_type": MODEL_TYPE.format(family), "validate_architecture": _no_check}
+    own = {"model_type": MODEL_TYPE.format(family), "validate_architecture": lambda _: None}  # it wants equal layers
     config = type(config_class)(f"PerLayer{row.classes[0]}", (config_class,), {**own, "__module__": __name__})
     made = [config]
     for stock, init in ((base_class, build_base), (causal_class, build)):
@@ -357,8 +363,7 @@ def _made(family: str, row: Family) -> tuple[type, type, type]:
 
 
 def __getattr__(name: str) -> type:
-    """PerLayerLlamaForCausalLM and its like, made when asked for: transformers imports a family's code with its
-    classes."""
+    """PerLayerLlamaForCausalLM and its like, made when asked for: with its classes a family's code is imported."""
     for family, row in FAMILIES.items():
         if name in {f"PerLayer{stock}" for stock in row.classes}:
             return classes_of(family)[[f"PerLayer{stock}" for stock in row.classes].index(name)]

@@ -16,6 +16,7 @@ class Plan:
     layers: tuple[int, ...] = ()  # layers to drop as a whole
     residual: int = 0  # channels of the residual stream to drop
     rotate: bool = False  # whether the residual stream is rotated first
+    ranks: Mapping[str, int] = field(default_factory=dict)  # of linear weights that become two thin ones, by path
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -25,7 +26,7 @@ class Plan:
     @property
     def empty(self) -> bool:
         """Whether nothing goes."""
-        return not (self.kinds or self.layers or self.residual or self.rotate)
+        return not (self.kinds or self.layers or self.residual or self.rotate or self.ranks)
 
 
 def even_plan(layers: int, drops: Mapping[str, int], spared: Collection[int] = (), gone: Collection[int] = ()) -> Plan:

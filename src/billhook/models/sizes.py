@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from billhook.models.axes import axes
-from billhook.models.families import attention, experts_per_token, layers, mixture, row_of
+from billhook.models.families import attention, experts_per_token, layers, linear, mixture, row_of, shape
 from billhook.models.plan import Plan
 from billhook.models.residual import parameters_saved
 
@@ -54,7 +54,14 @@ def saved_by(model: PreTrainedModel, plan: Plan) -> int:
     if plan.residual:
         return parameters_saved(model, plan.residual, plan.rotate)  # no method combines it with other cuts
     units = sum(plan.drops.get((axis.layer, axis.kind), 0) * axis.price(model) for axis in axes(model, plan.kinds))
-    return units + sum(layer_parameters(model, n) for n in plan.layers)
+    whole = sum(layer_parameters(model, n) for n in plan.layers)
+    return units + whole + sum(saved_by_rank(linear(model, path), rank) for path, rank in plan.ranks.items())
+
+
+def saved_by_rank(module: nn.Linear | Conv1D, rank: int) -> int:
+    """Parameters that two thin modules of a rank, of which the second has a bias, save of a linear one."""
+    outputs, inputs = shape(module)
+    return sum(param.numel() for param in module.parameters()) - rank * (outputs + inputs) - outputs
 
 
 def layer_parameters(model: PreTrainedModel, number: int) -> int:

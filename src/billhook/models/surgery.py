@@ -1,5 +1,6 @@
 """Cutting: remove units or layers for good, or silence units in place.  Cached sizes follow the tensors."""
 
+from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,12 +12,12 @@ from transformers.pytorch_utils import Conv1D
 
 from billhook.errors import ModelError
 from billhook.models.axes import Axis, owners
-from billhook.models.families import PER_LAYER_KEYS, as_output, attention_module, layers, mixture, row_of
-from billhook.models.modeling_per_layer import holder_of, narrow_values
+from billhook.models.families import PER_LAYER_KEYS, as_output, attention_module, layers, linear, mixture, row_of
+from billhook.models.modeling_per_layer import LowRank, holder_of, narrow_values
 from billhook.models.multimodal import within
 from billhook.models.shrink import per_layer_keys
 from billhook.runtime.offload import renumber
-from billhook.tensors import Units
+from billhook.tensors import Bias, Expand, Reduce, Units
 
 PLAIN_LAYERS = "mlp_only_layers"  # config key: numbers of the layers without a mixture of experts
 PLAIN_FIRST = "first_k_dense_replace"  # config key of other families: how many such layers come first
@@ -117,6 +118,16 @@ def with_weight(model: PreTrainedModel, param: str, weight: Tensor) -> Iterator[
         yield
     finally:
         setattr(owner, leaf, before)
+
+
+def factor(model: PreTrainedModel, path: str, expand: Expand, reduce: Reduce, bias: Bias) -> None:
+    """Put two thin modules in the place of a linear one: x becomes expand (reduce x) + bias."""
+    learns, thin = linear(model, path).weight.requires_grad, OrderedDict[str, nn.Module]()
+    for name, weight in (("reduce", reduce), ("expand", expand)):
+        module = thin[name] = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+        module.weight = nn.Parameter(weight, learns)
+    module.bias = nn.Parameter(bias, learns)
+    model.set_submodule(path, LowRank(thin))
 
 
 def drop_layers(model: PreTrainedModel, numbers: Collection[int]) -> None:

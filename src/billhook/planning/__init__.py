@@ -15,6 +15,7 @@ method           what a method is, and the phases of a prune
 ordered_plan     units of axes and layers by one order of all
 plan_lines       one line that says what will go
 planners         from parameters to save to units of axes
+rank_plan        ranks of linear weights that become two thin ones
 recipe           a recipe and its parts
 residual_budget  channels of the residual stream
 sensitivity      what cutting one layer costs the model

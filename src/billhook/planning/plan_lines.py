@@ -22,6 +22,9 @@ def plan_line(model: PreTrainedModel, plan: Plan, budget: str) -> str:
             found[axis.kind].append(axis.units - plan.drops.get((axis.layer, axis.kind), 0))
     kept = [f"{kind} {min(n):,}" + (f"-{max(n):,}" if max(n) > min(n) else "") for kind, n in found.items()]
     gone = [f"without layers {', '.join(map(str, plan.layers))}"] if plan.layers else []
+    if plan.ranks:
+        low, high = min(plan.ranks.values()), max(plan.ranks.values())
+        gone.append(f"{len(plan.ranks)} weights as two thin ones of ranks {low}-{high}")
     return (
         f"for {budget}: {whole:,} → {whole - saved:,} parameters, -{saved / decoder:.2%} of the decoder; "
         f"left in each layer: {', '.join(kept + gone) or 'all'}"

@@ -193,6 +193,8 @@ class Recipe:
         method, shape = self.method, self.shape
         if shape.allocation != "equal" and not method.allocates:
             raise SettingsError(f"{method.name} has no allocation: leave out --allocation {shape.allocation}")
+        if method.layouts == ("per_layer",) and shape.layout != "per_layer":
+            raise SettingsError(f"{method.name} makes what no stock checkpoint holds: use --layout per_layer")
         if shape.layout not in method.layouts:
             raise SettingsError(f"{method.name} keeps the shape of every layer: leave out --layout {shape.layout}")
         if shape.layout == "uniform" and shape.spread.uneven:

@@ -73,6 +73,18 @@ def approximated_rows(approximated: Mapping[str, Any] | None) -> list[tuple[str,
     return rows
 
 
+def low_rank_rows(found: Sequence[Mapping[str, Any]] | None) -> list[tuple[str, str]]:
+    """Which weights became two thin ones, of what ranks, and how far they are from their outputs, as (name, value)."""
+    if not found:
+        return []
+    ranks, numbers = sorted({one["rank"] for one in found}), ranges(sorted({one["layer"] for one in found}))
+    span = f"{ranks[0]:,}" if len(ranks) == 1 else f"{ranks[0]:,} to {ranks[-1]:,}"
+    rows = [("low rank", f"{len(found)} weights of layers {numbers}, ranks {span}")]
+    if means := _means_by_role(found, ("error",), "error_held_out"):
+        rows.append(("error of factors", means))
+    return rows
+
+
 def cut_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What was cut, what it took, and what was trained afterwards, as (name, value); a cut may be missing."""
     rows = [*_pruned_rows(cut), *look_rows(cut.get("look"))] if "cuts" in cut else []
@@ -95,7 +107,7 @@ def _pruned_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
     if zeros := cut.get("zeros"):
         rows += zero_rows(zeros)
     rows += residual_rows(cut.get("residual"))
-    rows += approximated_rows(cut.get("approximated"))
+    rows += [*approximated_rows(cut.get("approximated")), *low_rank_rows(cut.get("low_rank"))]
     if words := cut.get("vocabulary"):
         grows = f"the calibration text takes {percent(words['calibration_grows'])} more of them"
         rows.append(("vocabulary", f"{words['before']:,} → {words['kept']:,} tokens; {grows}"))

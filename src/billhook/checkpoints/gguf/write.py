@@ -27,6 +27,7 @@ from billhook.choices import BY_QUANTIZER, QUANTIZE, QUANTIZER
 from billhook.errors import ModelError, one_of
 from billhook.math.grids import Quantised
 from billhook.models import families
+from billhook.models.modeling_per_layer import RANKS
 from billhook.models.multimodal import within
 from billhook.runtime import atomic
 from billhook.runtime.progress import Tick, quiet, ticked
@@ -162,6 +163,11 @@ def shape_of(model: Any) -> Shape:
     widths, heads, kv_heads, head_dims = (
         [layer[row.keys[key]] for layer in sizes] for key in ("width", "heads", "kv_heads", "head_dim")
     )
+    if factored := next((f"layer {n}'s {min(found)}" for n in range(len(sizes)) if (found := sizes[n].get(RANKS))), ""):
+        raise ModelError(
+            f"{factored} is two thin matrices, which no graph of llama.cpp takes, and multiplied out it would be no smaller: "
+            f"{FOLDER}"
+        )
     for n in range(len(sizes)):
         value_dim = families.attention(model, n).value_dim
         if value_dim != head_dims[0]:

@@ -1,0 +1,54 @@
+"""What methods that factor weights have in common."""
+
+from typing import Any
+
+from billhook.choices import EXPERT_STREAMS, MOMENTS
+from billhook.cuts.settings import Factoring
+from billhook.methods.narrowed import stream
+from billhook.planning.method import Method, MethodSettings, Opened, Planned, Run, Texts
+from billhook.planning.recipe import Recipe
+from billhook.runtime.options import option
+
+
+class FactoredSettings(MethodSettings):
+    """By what weights are factored, and on what."""
+
+    moment: str = option(Factoring.moment, f"what decides the factors: {', '.join(MOMENTS)}", names=MOMENTS)
+    stream: str = stream(Factoring.stream, EXPERT_STREAMS)
+
+    @property
+    def cut(self) -> Factoring:
+        """As the cut takes them."""
+        return Factoring(self.moment, self.stream)
+
+
+class Factored(Method):
+    """A method that replaces linear weights by two thin ones."""
+
+    needs = "calibration text; no gradients, no training"
+    loads = (
+        "transformers with trust_remote_code, billhook.load; llama.cpp has no graph for it, vLLM was not tried: only the per_layer "
+        "layout holds two thin matrices, and multiplied out they are no smaller"
+    )
+    budgets = ("ratio", "params", "memory")
+    layouts = ("per_layer",)
+    trims = False
+
+    def why_whole(self, recipe: Recipe) -> str:
+        return f"{self.name} puts new weights in the place of those in files"
+
+    def why_unforeseen(self, recipe: Recipe) -> str:
+        return f"{self.name} factors weights, which grows by their cubes"
+
+    def check(self, opened: Opened, recipe: Recipe) -> None:
+        from billhook.planning import rank_plan
+
+        rank_plan.check(opened.model, recipe.shape.layout)
+
+    def carry_out(self, model: Any, texts: Texts, planned: Planned, run: Run) -> dict[str, Any]:
+        from dataclasses import asdict
+
+        from billhook.cuts.low_rank import factorise
+
+        found = factorise(model, texts.calibration, planned.plan.ranks, planned.settings, run)
+        return {"low_rank": [asdict(one) for one in found]}
