@@ -55,6 +55,7 @@ TABLES: dict[str, tuple[str, str]] = {  # name -> settings that tell rows apart,
     ),
     "gpu": ("card size row what", "seconds floor bare peak_gib said"),
     "load_save": ("model what", "mb_per_second share_of_copy best_mb_per_second share_of_best_copy"),
+    "low_rank": ("model calibration samples seed layers share moment role", "error error_held_out"),
     "mask_errors": ("model calibration samples zeros method role", "error error_held_out"),
     "mask_operators": ("model calibration samples layers zeros method", "error error_held_out seconds"),
     "masks": (

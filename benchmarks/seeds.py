@@ -55,6 +55,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "rom": {"method": "rom", "layout": "per_layer"},
     "rom, plain": {"method": "rom", "layout": "per_layer", "moment": "plain"},
     "rom, all layers": {"method": "rom", "layout": "per_layer", "last": 30},
+    "bolaco": {"method": "bolaco", "layout": "per_layer"},
+    "bolaco, equal shares": {"method": "bolaco", "layout": "per_layer", "rounds": 1},
     "adapruner": {"method": "adapruner", "layout": "per_layer"},
     "goa": {"method": "goa"},
     "goa, not recovered": {"method": "goa", "recovery": False},

@@ -50,6 +50,7 @@ for basis in VALUE_BASES:
     model = copy.deepcopy(opened.model)
     if basis == "principal":
         values.turn_values(model, tokens, Run())
+        values.turn_values(model, tokens, Run(), plan)
     at = {layer for layer, _ in drops}
     alone = [piece.cut.error_held_out for piece in narrowing.pieces(model, tokens, plan, settings, {}, at, Run())]
     error = sum(one or 0.0 for one in alone) / len(alone)

@@ -58,6 +58,10 @@ OPERATOR_STREAMS = {
 }
 INDEPENDENT_STREAMS = ("dense", "layer_target")  # streams of operators in which no layer sees the pruning of another
 EXPERT_STREAMS = {name: AXIS_STREAMS[name] for name in ("dense", "sequential")}
+RULES = {  # which layers keep how many value channels
+    "progressive": "the first most, by the condition numbers of keys and values from there on (LoRC)",
+    "uniform": "all the same",
+}
 MOMENTS = {  # by what a weight is factored
     "plain": "truncated SVD of the weight: no text decides",
     "whitened": "by its output's energy on the text: the least error that a rank can have (LLM-ROM)",

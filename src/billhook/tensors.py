@@ -16,6 +16,8 @@ Expand = Float[Tensor, "out rank"]  # factors of a weight, W = expand reduce
 Reduce = Float[Tensor, "rank in"]
 Bias = Float[Tensor, " out"]
 InputSum = Float[Tensor, " in"]  # sum of the rows of a weight's input X, float64
+Stacked = Float[Tensor, "all all"]  # moments of all query heads of a KV head, one behind another, or of what reads them
+ValueRows = Float[Tensor, "kept channels"]  # the first rows of a ValueTurn
 Gram = Float[Tensor, "in in"]  # X^T X of a reader's input X, float64
 Cross = Float[Tensor, "out in"]  # E^T X: correlation of a target E with a reader's input X, float64
 Columns = Float[Tensor, " in"]  # one number for each column of a reader

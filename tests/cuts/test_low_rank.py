@@ -15,7 +15,7 @@ from billhook.checkpoints.result import Result
 from billhook.cuts import low_rank
 from billhook.cuts.settings import Factoring
 from billhook.errors import BillhookError
-from billhook.methods import rom
+from billhook.methods import bolaco, rom
 from billhook.models import sizes
 from billhook.models.families import ranks
 from billhook.models.plan import Plan
@@ -37,11 +37,11 @@ def test_what_is_left_is_what_is_counted_and_it_loads(family: str, tmp_path: Pat
     whole = tiny.model(family)
     result = factored(copy.deepcopy(whole), text_file)
     out = result.save(tmp_path / "out")
-    size, planned = result.report.sizes, result.report["low_rank"]
+    size, planned = result.record["sizes"], result.record["low_rank"]
     paths = {(n, role): path for path, (n, role) in rank_plan.weights(whole).items()}
     plan = Plan(ranks={paths[one["layer"], one["role"]]: one["rank"] for one in planned})
-    assert size.after.parameters == size.before.parameters - sizes.saved_by(whole, plan)
-    assert size.achieved_ratio >= 0.2 and not ranks(result.model, 0) and ranks(result.model, 2)
+    assert size["after"]["parameters"] == size["before"]["parameters"] - sizes.saved_by(whole, plan)
+    assert size["achieved_ratio"] >= 0.2 and not ranks(result.model, 0) and ranks(result.model, 2)
     again = billhook.load(out)
     assert ranks(again, 2) == ranks(result.model, 2)
     assert torch.equal(again(TOKENS).logits, result.model(TOKENS).logits)
@@ -59,7 +59,7 @@ def test_whole_ranks_change_nothing_and_trials_are_undone() -> None:
         tried = model(TOKENS).logits
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
     low_rank.factorise(model, TOKENS, dict.fromkeys(paths, 4), Factoring("pooled", "dense"), Run())
-    assert torch.equal(model(TOKENS).logits, tried) and not torch.allclose(tried, before, atol=1e-2)
+    assert torch.allclose(model(TOKENS).logits, tried, atol=1e-4) and not torch.allclose(tried, before, atol=1e-2)
 
 
 @torch.no_grad()
@@ -81,6 +81,23 @@ def test_the_last_layers_go_as_published() -> None:
         plan = rom.planner(model, None).make((1 - kept) * decoder)
         assert {every[path][0] for path in plan.ranks} == set(range(16 - last, 16))
         assert 1 - kept <= sizes.saved_by(model, plan) / decoder < 1 - kept + 0.06
+
+
+def test_a_search_is_taken_only_where_it_beats_equal_shares(text_file: Path) -> None:
+    for rounds in (1, 4):
+        result = factored(tiny.model("llama"), text_file, method="bolaco", rounds=rounds, probes=4)
+        told, found = result.record["bolaco"], result.record["low_rank"]
+        assert len(told["trials"]) == rounds and result.record["sizes"]["achieved_ratio"] >= 0.2
+        assert told["taken"] == (told["searched"] < told["equal"])
+        assert "v" not in {one["role"] for one in found}
+        if rounds == 1:
+            assert not told["taken"] and len({one["rank"] for one in found if one["role"] in ("gate", "up")}) == 1
+
+
+def test_shares_are_scaled_and_bounded() -> None:
+    kinds = {"a": "qk", "b": "o"}
+    assert bolaco.shares(kinds, {"qk": 0.5, "o": 1.0}, 0.8) == {"a": 0.4, "b": 0.8}
+    assert bolaco.shares(kinds, {"qk": 0.5, "o": 1.0}, 0.0) == {"a": 0.2, "b": 0.2}
 
 
 def test_a_low_rank_model_is_cut_no_more(tmp_path: Path, text_file: Path) -> None:

@@ -10,7 +10,10 @@ import torch
 import billhook
 from billhook.cuts.values import turn_values
 from billhook.errors import BillhookError
+from billhook.math.shared_turn import fitted_turn, loss
 from billhook.math.value_axes import principal_turn
+from billhook.models.axes import axes
+from billhook.models.plan import Plan
 from billhook.runtime.run import Run
 
 WITH_VALUES = [name for name in tiny.CONFIGS if tiny.has(name, "value")]
@@ -43,11 +46,30 @@ def test_what_is_never_read_or_never_there_turns_back() -> None:
         torch.testing.assert_close(onto @ back, torch.eye(6, dtype=torch.float64))
 
 
+def test_of_heads_that_share_a_turn_a_fitted_one_loses_less() -> None:
+    d, kept = 10, 5
+    for heads in (1, 3):
+        A = torch.cat([drawn(300, d) + drawn(300, d, seed=n) @ drawn(d, d, seed=n + 9) for n in range(heads)], 1)
+        W = drawn(40, heads * d, seed=5)
+        M, Q = A.mT @ A, W.mT @ W
+        own = [slice(n * d, n * d + d) for n in range(heads)]
+        onto, back = principal_turn(torch.stack([M[s, s] for s in own]), torch.stack([Q[s, s] for s in own]), 0.0)
+        turn, undo = fitted_turn(onto, back, M, Q, kept)
+        torch.testing.assert_close(turn @ undo, torch.eye(d, dtype=torch.float64))
+        before, after = loss(onto[:kept], M, Q), loss(turn[:kept], M, Q)
+        Z = torch.cat([A[:, s] @ turn[:kept].mT for s in own], 1)
+        best = torch.linalg.lstsq(Z, A @ W.mT).solution
+        assert after == pytest.approx(float((A @ W.mT - Z @ best).square().sum()), rel=1e-6)
+        assert after == pytest.approx(before, rel=1e-6) if heads == 1 else after < 0.95 * before
+
+
 @pytest.mark.parametrize("family", WITH_VALUES)
 def test_a_turned_model_is_the_same_model(family: str) -> None:
     model, ids = tiny.model(family), tiny.tokens()
     before, weights = model(ids).logits, {name: value.clone() for name, value in model.state_dict().items()}
     turn_values(model, tiny.tokens(8, 16, seed=2), Run())
+    plan = Plan({(axis.layer, "value"): axis.blocks * 3 for axis in axes(model, ("value",))})
+    turn_values(model, tiny.tokens(8, 16, seed=2), Run(), plan)
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, weights[name])}
     assert any(".v_proj." in name for name in changed)
     assert all(any(part in name for part in (".v_proj.", ".o_proj.", ".out_proj.")) for name in changed)

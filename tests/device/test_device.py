@@ -25,6 +25,8 @@ CASES: dict[str, Case] = {
     "adapruner": ("llama", dict(method="adapruner", trials=3, pool=8, pool_len=16)),
     "goa": ("llama", dict(method="goa", axes=("ffn", "groups"))),
     "rom": ("llama", dict(method="rom", layout="per_layer")),
+    "bolaco": ("llama", dict(method="bolaco", layout="per_layer", rounds=3)),
+    "lorc": ("llama", dict(method="lorc", layout="per_layer")),
     "layerchop": ("llama", dict(method="layerchop", layers=2, ratio=None, preset="greedy", patch="linear")),
     "experts": ("olmoe", dict(method="experts", experts="uncurl")),
     "slicegpt": ("llama", dict(method="slicegpt")),

@@ -29,6 +29,8 @@ GIVEN: dict[str, dict[str, Any]] = {  # settings that differ from their defaults
     "slicegpt": dict(memory="250MB", rotate=False, correction=0.4, vocab_from=("it's.txt",), vocab_size=9),
     "goa": dict(ratio=0.2, score="measured", share=0.3, after=True, axes=("heads",)),
     "rom": dict(ratio=0.2, layout="per_layer", moment="plain", stream="dense", last=4),
+    "bolaco": dict(ratio=0.2, layout="per_layer", moment="centred", rounds=9),
+    "lorc": dict(kv=0.75, layout="per_layer", rule="uniform", value_basis="channels"),
     "magnitude": dict(pattern="2:4", targets=("gate", "up"), refit=True),
     "wanda": dict(sparsity=0.5, layer_sparsity={0: 0.123456789, 2: 0.7}, keep_zeros=False),
     "optishear": dict(sparsity=0.5, sampler="random", minutes=1.5, objective="kl"),

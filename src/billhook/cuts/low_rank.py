@@ -69,15 +69,16 @@ def factorise(
 def factors_of(
     model: PreTrainedModel, tokens: Tokens, paths: list[str], settings: Settings, run: Run
 ) -> dict[str, Factors]:
-    """Factors of weights to their full rank, from the unpruned model's activations; the model stays as it is.
+    """Factors of weights to their full rank in the model's dtype, twice its weights or so; it stays as it is.
 
-    Bit by bit those that `factorise` finds in the stream `dense`; in the model's dtype, twice its weights or so.
+    To rounding those that `factorise` finds in the stream `dense`.
     """
     found: dict[str, Factors] = {}
     for layer in inputs(model, tokens, paths, run, Route("dense")):
         for path, sums in layer.fit.items():
             with run.clock("factors"):
-                found[path] = low_rank.factors(weight_of(model, path), sums, settings.moment)
+                W = weight_of(model, path)
+                found[path] = low_rank.factors(W, sums, settings.moment).cast(W.dtype)
     return found
 
 

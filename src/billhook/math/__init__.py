@@ -1,6 +1,7 @@
 """Tensors in, tensors out: scores, selection, restoration, sparsity, losses. Knows no model.
 
 admm           ADMM for the weights that stay, the sparsity rising step by step (Boza 2024)
+condition      Ranks that fall with depth by condition numbers (LoRC)
 divergence     How alike attention maps are, and which heads that makes redundant
 fistapruner    FISTAPruner: convex layer-wise pruning by an l1 penalty
 gates          Gates of units that keep a budget of parameters, soft, and 0 or 1 in the end
@@ -26,6 +27,7 @@ quantgpt       QuantGPT: weights trained on the levels that they will be packed 
 restore        Closed-form reconstruction of the kept weights: no training, no gradients
 scores         Importance of the columns of a reader: what the layer's output loses when one goes
 selection      Units to drop, by their scores
+shared_turn    One turn for the query heads that share a KV head, fitted to the channels that stay
 solvers        Solvers that sparsify one weight, by the method's name
 sparsegpt      SparseGPT: column by column, the weights right of a zero make up for its error
 sparsity       Masks of a matrix: a share of all weights, or N of every M neighbours along the input

@@ -57,11 +57,15 @@ CENTRED = ("centred", "pooled")  # moments that leave the mean output as it is
 
 @dataclass(frozen=True)
 class Factors:
-    """Q and Q^T W to the full rank, float64, with the output's mean where it is kept: of W, whatever the rank."""
+    """Q and Q^T W to the full rank, with the mean output where it is kept: they serve every rank."""
 
     expand: Expand
     reduce: Reduce
     mean: Bias | None  # W mu
+
+    def cast(self, dtype: torch.dtype) -> "Factors":
+        """The same in another dtype."""
+        return Factors(self.expand.to(dtype), self.reduce.to(dtype), None if self.mean is None else self.mean.to(dtype))
 
     def at(self, rank: int) -> tuple[Expand, Reduce, Bias]:
         """Q_r, Q_r^T W, and what is added to b."""

@@ -3,6 +3,7 @@
 adapruner    samples and metric are searched, then as fasp
 admm         zeros: mask and least squares in turns
 auto         the best of layerchop, fasp and experts by held-out windows, refined
+bolaco       weights become two thin ones, and a search says which kinds keep how much
 experts      fewer experts in a mixture
 factored     what methods that factor weights have in common
 fasp         the units of an axis that matter least go, and what reads the axis is refitted
@@ -10,6 +11,7 @@ fistapruner  zeros: another method's, refined by a convex problem
 gates        the units whose gates are lowest go, learned with the weights frozen, then as fasp
 goa          modules are refitted to their unpruned outputs, then what puts out least goes
 layerchop    whole decoder layers go
+lorc         a smaller KV cache: narrower values, by depth
 magnitude    zeros: the smallest weights
 minutes      what auto may spend, and what each part of it costs
 mope         the modules that are missed least go, then as fasp
@@ -29,12 +31,14 @@ from billhook.methods import (
     adapruner,
     admm,
     auto,
+    bolaco,
     experts,
     fasp,
     fistapruner,
     gates,
     goa,
     layerchop,
+    lorc,
     magnitude,
     mope,
     optishear,
@@ -60,7 +64,9 @@ OWN: dict[str, Method] = {
         experts.METHOD,
         slicegpt.METHOD,
         goa.METHOD,
+        lorc.METHOD,
         rom.METHOD,
+        bolaco.METHOD,
         magnitude.METHOD,
         wanda.METHOD,
         optishear.METHOD,

@@ -2,24 +2,15 @@
 
 from typing import Any
 
-from billhook.choices import EXPERT_STREAMS, MOMENTS
-from billhook.cuts.settings import Factoring
-from billhook.methods.narrowed import stream
-from billhook.planning.method import Method, MethodSettings, Opened, Planned, Run, Texts
+from billhook.choices import MOMENTS
+from billhook.planning.method import Method, Opened, Planned, Run, Texts
 from billhook.planning.recipe import Recipe
 from billhook.runtime.options import option
 
 
-class FactoredSettings(MethodSettings):
-    """By what weights are factored, and on what."""
-
-    moment: str = option(Factoring.moment, f"what decides the factors: {', '.join(MOMENTS)}", names=MOMENTS)
-    stream: str = stream(Factoring.stream, EXPERT_STREAMS)
-
-    @property
-    def cut(self) -> Factoring:
-        """As the cut takes them."""
-        return Factoring(self.moment, self.stream)
+def moment(default: str) -> Any:
+    """By what a weight is factored."""
+    return option(default, f"what decides the factors: {', '.join(MOMENTS)}", names=MOMENTS)
 
 
 class Factored(Method):

@@ -77,17 +77,23 @@ class Fasp(Method):
         (planned,) = self.plan_each(opened, [recipe], texts, run)
         if isinstance(planned, BillhookError):
             raise planned
+        self.turn(opened.model, recipe, texts, run, planned.plan)
         return planned
+
+    def turn(self, model: Any, recipe: Recipe, texts: Texts, run: Run, plan: Any = None) -> None:
+        """Turn the values of a model in place, for a plan if there is one, where the recipe says so."""
+        from billhook.cuts.values import turn_values
+
+        if _turns(recipe) and len(texts.calibration):
+            turn_values(model, texts.calibration, run, plan)
 
     def plan_each(
         self, opened: Opened, recipes: Sequence[Recipe], texts: Texts, run: Run
     ) -> list[Planned | BillhookError]:
-        from billhook.cuts.values import turn_values
         from billhook.planning.axis_plan import axis_plan, gradient_scores
 
         first = recipes[0]
-        if _turns(first) and len(texts.calibration):
-            turn_values(opened.model, texts.calibration, run)
+        self.turn(opened.model, first, texts, run)
         scores = gradient_scores(opened.model, first, first.settings.score, texts.calibration, run)
         plans: list[Planned | BillhookError] = []
         for recipe in recipes:

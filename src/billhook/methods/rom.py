@@ -4,9 +4,12 @@ from functools import partial
 from math import ceil
 from typing import Any
 
+from billhook.choices import EXPERT_STREAMS
+from billhook.cuts.settings import Factoring
 from billhook.errors import SettingsError
-from billhook.methods.factored import Factored, FactoredSettings
-from billhook.planning.method import Opened, Planned, Run, Texts
+from billhook.methods.factored import Factored, moment
+from billhook.methods.narrowed import stream
+from billhook.planning.method import MethodSettings, Opened, Planned, Run, Texts
 from billhook.planning.recipe import Recipe
 from billhook.runtime.options import option
 
@@ -14,9 +17,11 @@ from billhook.runtime.options import option
 PUBLISHED = {1.0: 0.0, 0.9: 8 / 32, 0.8: 12 / 32, 0.5: 24 / 32, 0.0: 1.0}
 
 
-class RomSettings(FactoredSettings):
+class RomSettings(MethodSettings):
     """What may be chosen; why these defaults: docs/methods/rom.md."""
 
+    moment: str = moment(Factoring.moment)
+    stream: str = stream(Factoring.stream, EXPERT_STREAMS)
     last: int | None = option(None, "how many layers, the last ones, are factored", ge=1, shown="as in the paper")
 
 
@@ -37,7 +42,8 @@ class Rom(Factored):
         from billhook.planning.budget import solved
 
         chosen: RomSettings = recipe.settings
-        return Planned(solved(opened, recipe, planner(opened.model, chosen.last), run.tick), chosen.cut)
+        plan = solved(opened, recipe, planner(opened.model, chosen.last), run.tick)
+        return Planned(plan, Factoring(chosen.moment, chosen.stream))
 
 
 def planner(model: Any, last: int | None) -> Any:
@@ -59,18 +65,18 @@ def planner(model: Any, last: int | None) -> Any:
     if last is not None and last > total:
         raise SettingsError(f"--last {last}: the model has {total} layers")
 
-    def shares(count: int, share: float) -> dict[str, float]:
-        return {path: share for path, (n, _) in every.items() if n >= total - count}
+    def of_last(count: int, share: float) -> Any:
+        return rank_plan(model, {path: share for path, (n, _) in every.items() if n >= total - count})
 
     def most(count: int) -> int:
-        return saved_by(model, rank_plan(model, shares(count, 0.0)))
+        return saved_by(model, of_last(count, 0.0))
 
-    def make(saving: float) -> Any:
+    def make(saving: float | int) -> Any:
         kept = sorted(PUBLISHED)
         count = last or ceil(total * np.interp(1 - saving / decoder, kept, [PUBLISHED[one] for one in kept]))
         while last is None and count < total and most(count) < saving:
             count += 1
-        return fitting(model, partial(shares, count), saving)
+        return fitting(model, partial(of_last, count), saving)
 
     return Planner(make, most(last or total), 1)
 

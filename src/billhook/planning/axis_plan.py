@@ -91,7 +91,7 @@ def _check_possible(opened: Opened, recipe: Recipe, gone: Collection[int]) -> No
     if "layers" in recipe.kinds:
         free |= {(n, "layers"): {1: 0.0} for n in range(len(layers(opened.model)))}
     planner = planners.planner(opened.model, recipe, free, gone=gone)
-    if recipe.budget.speedup is None:
+    if recipe.sized and recipe.budget.speedup is None:
         solved(opened, recipe, planner)
 
 

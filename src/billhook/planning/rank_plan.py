@@ -37,24 +37,24 @@ def rank_plan(model: PreTrainedModel, shares: Shares) -> Plan:
     return Plan(ranks={path: rank for path, rank in ranks.items() if saved_by_rank(linear(model, path), rank) > 0})
 
 
-def fitting(model: PreTrainedModel, shares: Callable[[float], Shares], saving: float) -> Plan:
+def fitting(model: PreTrainedModel, plan_of: Callable[[float], Plan], saving: float | int) -> Plan:
     """The plan of the largest scale from 0 to 1 that saves no less than `saving` parameters.
 
     Args:
-        shares: at a scale; they grow with it.
+        plan_of: the plan at a scale; what is kept grows with it.
 
     Raises:
         BillhookError: even the smallest saves less.
     """
     low, high = 0.0, 1.0
-    if (most := saved_by(model, rank_plan(model, shares(low)))) < saving:
+    if (most := saved_by(model, plan_of(low))) < saving:
         raise BillhookError(
-            f"the budget asks for {saving:,.0f} parameters, and factors of the smallest ranks save {most:,}: ask for less"
+            f"the budget asks for {saving:,.0f} parameters, and the smallest ranks save {most:,}: ask for less"
         )
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        if saved_by(model, rank_plan(model, shares(middle))) >= saving:
+        if saved_by(model, plan_of(middle)) >= saving:
             low = middle
         else:
             high = middle
-    return rank_plan(model, shares(low))
+    return plan_of(low)

@@ -85,6 +85,17 @@ def low_rank_rows(found: Sequence[Mapping[str, Any]] | None) -> list[tuple[str, 
     return rows
 
 
+def shares_rows(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """What share of its entries each kind of weight was to keep, beside the others, and what that gains."""
+    if not found:
+        return []
+    told = ", ".join(f"{kind} {share:g}" for kind, share in found["shares"].items())
+    words = f"{told}, to scale; {len(found['trials'])} trials; on windows that none saw {found['searched']:.4f} nats a token"
+    return [
+        ("shares", f"{words} against {found['equal']:.4f} of equal ones{'' if found['taken'] else ', which are taken'}")
+    ]
+
+
 def cut_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What was cut, what it took, and what was trained afterwards, as (name, value); a cut may be missing."""
     rows = [*_pruned_rows(cut), *look_rows(cut.get("look"))] if "cuts" in cut else []
@@ -108,6 +119,7 @@ def _pruned_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows += zero_rows(zeros)
     rows += residual_rows(cut.get("residual"))
     rows += [*approximated_rows(cut.get("approximated")), *low_rank_rows(cut.get("low_rank"))]
+    rows += shares_rows(cut.get("bolaco"))
     if words := cut.get("vocabulary"):
         grows = f"the calibration text takes {percent(words['calibration_grows'])} more of them"
         rows.append(("vocabulary", f"{words['before']:,} → {words['kept']:,} tokens; {grows}"))
