@@ -11,7 +11,8 @@ from torch import Tensor
 from billhook.checkpoints.shards import read_json, stored
 from billhook.models.families import PER_LAYER_KEYS, family_of
 from billhook.models.multimodal import TEXT, around, decoder_config
-from billhook.models.surgery import PLAIN_FIRST, PLAIN_LAYERS, PLAIN_STEP
+from billhook.models.patterns import DENSE_FIRST
+from billhook.models.surgery import PLAIN_LAYERS, PLAIN_STEP
 from billhook.runtime.headers import Stored
 
 PREFIXES = {  # of names on disk, and what they are in the causal LM
@@ -75,7 +76,7 @@ def whole_config(written: Mapping[str, Any], source: Path) -> dict[str, Any]:
     """
     content = read_json(source / "config.json", str(source))
     before, keys = decoder_config(content), family_of(written["model_type"]).keys.values()
-    cut = {*keys, *PER_LAYER_KEYS, PLAIN_FIRST, PLAIN_LAYERS, PLAIN_STEP, "num_hidden_layers"}
+    cut = {*keys, *PER_LAYER_KEYS, *DENSE_FIRST, PLAIN_LAYERS, PLAIN_STEP, "num_hidden_layers"}
     changed = {key: written[key] for key in sorted(cut & written.keys()) if written[key] != before.get(key)}
     return content | {TEXT: content[TEXT] | changed}
 

@@ -13,6 +13,8 @@ limits              How much of each axis a model can give up, and what its stoc
 modeling_per_layer  Model families as data, and causal LMs whose layers differ in size
 modes               What a model does in training alone: how it is kept out of a measurement
 multimodal          Multimodal models whose text decoder is pruned where it stands
+patterns            Config keys that say what each decoder layer is
+places              Where the parts of a decoder are that a derived row names
 plan                What a prune will cut: units of every axis of every layer, whole layers
 proof               Proof of a derived row, on a small random model of the same config class
 residual            The residual dimension: every slot of it in a model, and cutting them all to the same channels

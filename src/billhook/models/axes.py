@@ -17,6 +17,7 @@ from billhook.choices import KINDS, MIXED
 from billhook.models.families import (
     Attention,
     attention,
+    bias_path,
     feed_forwards,
     layers,
     linear,
@@ -162,19 +163,27 @@ def _ffn(model: PreTrainedModel, kind: str, up: tuple[str, ...], down: str) -> A
 
 def _experts(model: PreTrainedModel, layer: int) -> Axis:
     """One unit is one expert: its module, and its row of the router."""
-    router, bias = router_path(model, layer), row_of(model).bias
+    router, named = router_path(model, layer), bias_path(row_of(model))
+    bias = module_path(model, layer, named)
     rows = blocks(len(model.get_parameter(f"{router}.weight")))
-    named = [module_path(model, layer, name) for name in row_of(model).expert_counters]
-    counters = named if row_of(model).derived else [f"{router}.num_experts"]
+    counters = [module_path(model, layer, name) for name in row_of(model).expert_counters]
+    if not row_of(model).derived:
+        counters = [f"{router}.num_experts"]
     return Axis(
         layer,
         "experts",
-        (Slot(f"{router}.{bias}", 0, rows),) if bias else (),
+        (Slot(bias, _last_dim(model, bias), rows),) if named else (),
         Slot(f"{router}.weight", 0, rows),
         tuple((counter, Fraction(1)) for counter in counters),
         blocks=getattr(model.config, row_of(model).keys.get("groups", ""), None) or 1,
         modules=module_path(model, layer, row_of(model).experts),
     )
+
+
+def _last_dim(model: PreTrainedModel, path: str) -> int:
+    """The last dimension of a parameter or buffer."""
+    above, _, leaf = path.rpartition(".")
+    return getattr(model.get_submodule(above), leaf).ndim - 1
 
 
 def _ffn_ends_layer(model: PreTrainedModel) -> bool:

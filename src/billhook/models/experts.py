@@ -43,7 +43,7 @@ class Expert(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
         if _says(self.stock, "is_concatenated"):
-            return self.down_proj(self.stock.act_fn(gate) * up)
+            return self.down_proj(self.stock._apply_gate(torch.cat([gate, up], -1)))
         return self.down_proj(self.stock._apply_gate(_in_turns(gate.mT, up.mT).mT))
 
 

@@ -26,6 +26,7 @@ FFN_SIZES = ("width", "experts", "expert_width", "shared_width")  # sizes of pla
 PER_LAYER_KEYS = ("layer_types", "no_rope_layers", "mlp_layer_types")  # config keys with one value for each layer
 OLDER_TYPE = ("phi3", "olmo2")  # families whose kind of rope scaling transformers 4 reads under `type` alone
 OLDER_ROTARY = {"gpt_neox": ("rotary_emb_base", "rotary_pct")}  # keys in transformers 4 of theta and rotated share
+EXPERT = ("gate_proj", "up_proj", "down_proj")  # linear modules of an expert, and of the one that is shared
 FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}  # roles of matrices that some families fuse
 
 FAMILIES: dict[str, Family] = modeling_per_layer.FAMILIES | STOCK_FAMILIES
@@ -151,6 +152,11 @@ def router_path(model: PreTrainedModel, layer: int) -> str:
     return module_path(model, layer, row_of(model).router)
 
 
+def bias_path(row: Family) -> str:
+    """Path within a layer of what is added where a router chooses, or ''."""
+    return row.bias if "." in row.bias or not row.bias else f"{row.router}.{row.bias}"
+
+
 def feed_forwards(model: PreTrainedModel, layer: int) -> list[tuple[str, tuple[str, ...], str]]:
     """Every FFN of one layer: the kind of its axis, the paths of its writers, and of its reader.
 
@@ -164,7 +170,7 @@ def feed_forwards(model: PreTrainedModel, layer: int) -> list[tuple[str, tuple[s
     places = [("shared", row.shared)] if row.shared else []
     if isinstance(experts, nn.ModuleList):
         places += [("expert_ffn", f"{row.experts}.{number}") for number in range(len(experts))]
-    *up, down = (name.rpartition(".")[2] for name in (*row.up, row.down))
+    *up, down = EXPERT
     return [
         (
             kind,

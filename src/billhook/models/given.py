@@ -18,9 +18,10 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrained
 from transformers.pytorch_utils import Conv1D
 
 from billhook.errors import BillhookError, ModelError
-from billhook.models.derive import built, completed, has, mixture_keys, of_attention
+from billhook.models.derive import built, completed, mixture_keys, of_attention
 from billhook.models.families import KNOWN
 from billhook.models.modeling_per_layer import Family
+from billhook.models.places import has
 from billhook.runtime.validation import checked
 
 ROWS: dict[str, "FamilyRow"] = {}  # by model type; of this process

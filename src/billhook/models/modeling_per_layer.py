@@ -68,7 +68,7 @@ class Family:
     experts: str = ""  # of a mixture of experts: their module, in the layers that have one in place of the FFN
     router: str = ""
     shared: str = ""  # the expert that every token goes to
-    bias: str = ""  # what the router adds where it chooses, one number an expert
+    bias: str = ""  # what the router adds where it chooses, one number an expert: its own, or a path within the layer
     head_dim: str = "head_dim"  # attribute of the attention module
     keys: dict[str, str] = field(  # size -> config key; a size without one cannot be cut in a stock checkpoint
         default_factory=lambda: {

@@ -22,12 +22,12 @@ from transformers import (
 )
 
 from billhook.errors import BillhookError, ModelError, first_line
-from billhook.models import families, given, layout, surgery
+from billhook.models import families, given, layout, patterns, surgery
 from billhook.models.axes import axes
 from billhook.models.derive import built, derived
 from billhook.models.experts import fuse, unfuse
 from billhook.models.modeling_per_layer import Family, Refusal
-from billhook.models.shrink import per_layer_keys, shrunk
+from billhook.models.shrink import shrunk
 from billhook.runtime.quiet import quiet_transformers
 
 WIDTHS = ("ffn", "expert_ffn", "shared")
@@ -38,7 +38,7 @@ LAWS = (
     "equal logits, generation with a cache equals generation without, only the expected config keys change"
 )
 CLOSE = 1e-4  # relative, and absolute
-PLAIN = (surgery.PLAIN_LAYERS, surgery.PLAIN_FIRST, "decoder_sparse_step", "num_hidden_layers")
+PLAIN = (surgery.PLAIN_LAYERS, *patterns.DENSE_FIRST, surgery.PLAIN_STEP, "num_hidden_layers")
 _proved: dict[str, Family | str] = {}  # by config: the row, or why there is none
 
 
@@ -255,7 +255,7 @@ def _drop_layer(cut: PreTrainedModel, number: int) -> torch.Tensor:
 def _holds_as_stock(cut: PreTrainedModel, kind: str, expected: torch.Tensor | None, whole: PreTrainedModel) -> None:
     row = families.row_of(cut)
     fuse(cut)
-    allowed = {row.keys[KEYS[kind]]} if kind in KEYS else {*PLAIN, *per_layer_keys(whole.config)}
+    allowed = {row.keys[KEYS[kind]]} if kind in KEYS else {*PLAIN, *patterns.kept(whole.config, [])}
     allowed |= {cut.config.attribute_map.get(key, key) for key in allowed}
     before, after = whole.config.to_dict(), cut.config.to_dict()
     if changed := sorted(key for key in after if after[key] != before.get(key) and key not in allowed):

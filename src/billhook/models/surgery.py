@@ -11,16 +11,15 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from billhook.errors import ModelError
+from billhook.models import patterns
 from billhook.models.axes import Axis, owners
 from billhook.models.families import PER_LAYER_KEYS, as_output, attention_module, layers, linear, mixture, row_of
 from billhook.models.modeling_per_layer import LowRank, holder_of, narrow_values
 from billhook.models.multimodal import within
-from billhook.models.shrink import per_layer_keys
 from billhook.runtime.offload import renumber
 from billhook.tensors import Bias, Expand, Reduce, Units
 
 PLAIN_LAYERS = "mlp_only_layers"  # config key: numbers of the layers without a mixture of experts
-PLAIN_FIRST = "first_k_dense_replace"  # config key of other families: how many such layers come first
 PLAIN_STEP = "decoder_sparse_step"  # config key: every so many layers have a mixture
 SIZES = ("in_features", "out_features", "nx", "nf")  # attributes of linear modules: the sizes of their weight
 
@@ -153,12 +152,21 @@ def drop_layers(model: PreTrainedModel, numbers: Collection[int]) -> None:
         for inner in layer.modules():  # the KV cache is indexed by it: a stale number is silently wrong
             if hasattr(inner, "layer_idx"):
                 inner.layer_idx = new
-    for key in per_layer_keys(model.config) if row_of(model).derived else PER_LAYER_KEYS:
-        if (values := getattr(model.config, key, None)) is not None:
-            setattr(model.config, key, [values[n] for n in kept])
+    _follow(model, kept)
     _say_plain(model.config, plain)
     model.config.num_hidden_layers = len(kept)
     renumber(model)
+
+
+def _follow(model: PreTrainedModel, kept: list[int]) -> None:
+    """Keys of the config that say what each layer is say it of those that stay."""
+    if row_of(model).derived:
+        for key, values in patterns.kept(model.config, kept).items():
+            setattr(model.config, key, values)
+        return
+    for key in PER_LAYER_KEYS:
+        if (values := getattr(model.config, key, None)) is not None:
+            setattr(model.config, key, [values[n] for n in kept])
 
 
 def _check_kinds_stay(model: PreTrainedModel, kept: list[int]) -> None:
@@ -183,8 +191,9 @@ def _say_plain(config: Any, plain: list[int]) -> None:
     if hasattr(config, PLAIN_LAYERS):
         setattr(config, PLAIN_LAYERS, plain)
         setattr(config, PLAIN_STEP, 1)
-    if hasattr(config, PLAIN_FIRST):
-        setattr(config, PLAIN_FIRST, len(plain))
+    for key in patterns.DENSE_FIRST:
+        if hasattr(config, key):
+            setattr(config, key, len(plain))
 
 
 def zero(model: PreTrainedModel, axis: Axis, drop: Units) -> None:
