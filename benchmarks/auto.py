@@ -31,6 +31,7 @@ from billhook.data import Text
 from billhook.evaluation.perplexity import paired, perplexity
 from billhook.models import sizes
 from billhook.models.families import layers
+from billhook.planning.recipe import SAMPLES
 from billhook.reports.formatting import number
 
 ROWS: dict[str, dict[str, Any]] = {
@@ -47,7 +48,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "auto, not refined": {"method": "auto", "refine": False},
     "auto, per layer": {"method": "auto", "layout": "per_layer"},
     "auto, widths alone": {"method": "auto", "axes": ("ffn",)},
-    "auto, 192 windows": {"method": "auto", "samples": 192},
+    "auto, 64 windows": {"method": "auto", "samples": 64},
     "auto, mixed text": {"method": "auto", "calibration": "mixed"},
 }
 THEIRS = {"optipfair, widths": "widths", "optipfair, widths by data": "widths-data", "optipfair, last layers": "layers"}
@@ -61,7 +62,7 @@ parser.add_argument("--ratio", type=float, default=0.2)
 parser.add_argument(
     "--rows", default="fasp;layerchop, patched;auto", help=f"separated by ;: {'; '.join((*ROWS, *THEIRS))}"
 )
-parser.add_argument("--samples", type=int, default=64, help="windows to calibrate on")
+parser.add_argument("--samples", type=int, help="windows to calibrate on; default: as many as each method takes")
 parser.add_argument("--windows", type=int, default=24, help="score at most this many windows of each text")
 parser.add_argument("--python", help="of an environment with optipfair")
 parser.add_argument("--seed", type=int, default=0)
@@ -86,20 +87,22 @@ def judged(model: Any) -> list[Any]:
     return [perplexity(model, one) for one in windows]
 
 
-def ours(row: str) -> tuple[Any, float, str]:
-    """The cut model, its seconds, and what was chosen."""
+def ours(row: str) -> tuple[Any, float, str, int]:
+    """The cut model, its seconds, what was chosen, and the windows that it was fitted on."""
     given = {"calibration": args.calibration, "samples": args.samples, "seed": args.seed, "ratio": args.ratio}
     copied, started = copy.deepcopy(opened.model), time.perf_counter()
     found = billhook.prune(copied, tokenizer=opened.tokenizer, look=False, quiet=True, **{**given, **ROWS[row]})
     took = time.perf_counter() - started
-    return found.model.float(), took, (found.record.get("auto") or {}).get("chosen", "")
+    chosen = (found.record.get("auto") or {}).get("chosen", "")
+    return found.model.float(), took, chosen, found.record["calibration"]["windows"]
 
 
-def theirs(way: str) -> tuple[Any, float, str]:
+def theirs(way: str) -> tuple[Any, float, str, int]:
     """The same by OptiPFair, in its own environment."""
     if not args.python:
         raise SystemExit("optipfair: give --python, of an environment that has it")
-    drawn = data.windows(data.calibration_text(args.calibration), opened.tokenizer, 512, args.samples, args.seed)
+    samples = args.samples or SAMPLES
+    drawn = data.windows(data.calibration_text(args.calibration), opened.tokenizer, 512, samples, args.seed)
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     with tempfile.TemporaryDirectory() as scratch:
         model, tokens, out = (str(Path(scratch) / name) for name in ("model", "tokens.safetensors", "out"))
@@ -111,7 +114,7 @@ def theirs(way: str) -> tuple[Any, float, str]:
             raise SystemExit(ran.stderr)
         said = json.loads(ran.stdout.strip().splitlines()[-1])
         pruned = AutoModelForCausalLM.from_pretrained(out, dtype=opened.model.dtype).eval()
-    return pruned, said["seconds"], f"optipfair {said['versions']['optipfair']}"
+    return pruned, said["seconds"], f"optipfair {said['versions']['optipfair']}", samples
 
 
 def amount(way: str) -> int:
@@ -131,12 +134,12 @@ for text in texts:
     every = max(1, len(whole.tokens) // args.windows)
     windows.append(dataclasses.replace(whole, tokens=whole.tokens[::every][: args.windows]))
 dense = judged(opened.model)
-how = {name: getattr(args, name) for name in ("model", "calibration", "samples", "windows", "ratio", "seed")}
+how = {name: getattr(args, name) for name in ("model", "calibration", "windows", "ratio", "seed")}
 print("| | parameters | " + " | ".join(one.text for one in dense) + " | seconds | |")
 print("|---|---|" + "---|" * len(dense) + "---|---|")
 print("| unpruned | | " + " | ".join(f"{one.perplexity:.2f}" for one in dense) + " | | |", flush=True)
 for name in map(str.strip, args.rows.split(";")):
-    model, took, what = theirs(THEIRS[name]) if name in THEIRS else ours(name)
+    model, took, what, fitted = theirs(THEIRS[name]) if name in THEIRS else ours(name)
     size = sizes.total_parameters(model)
     factors = [
         (one.perplexity, *paired(before.window_losses, one.window_losses))
@@ -151,5 +154,8 @@ for name in map(str.strip, args.rows.split(";")):
     own = {key: value for key, value in ROWS.get(name, {}).items() if key in how}
     results.write(
         "auto",
-        [{**how, **own, "row": name, "parameters": size, "chosen": what, "seconds": took, **row} for row in rows],
+        [
+            {**how, **own, "samples": fitted, "row": name, "parameters": size, "chosen": what, "seconds": took, **row}
+            for row in rows
+        ],
     )

@@ -50,6 +50,14 @@ def test_hashes_change_with_what_they_hash() -> None:
     assert shorter.text_sha256 == first.text_sha256
 
 
+@pytest.mark.parametrize(("least", "most", "drawn"), [(1, 5, 5), (5, 30, 21), (21, 21, 21)])
+def test_as_many_windows_are_drawn_as_the_text_has(least: int, most: int, drawn: int) -> None:
+    found = windows(ALPHABET, TOKENIZER, 10, (least, most), seed=3)
+    assert rows(found) == rows(windows(ALPHABET, TOKENIZER, 10, drawn, seed=3))
+    with pytest.raises(BillhookError, match="21 windows of 10 tokens, fewer than the 22"):
+        windows(ALPHABET, TOKENIZER, 10, (22, 30))
+
+
 @pytest.mark.parametrize(
     ("length", "samples", "message"),
     [(211, None, "210 tokens, less than one window of 211"), (10, 22, "21 windows of 10 tokens, fewer than the 22")],

@@ -88,7 +88,12 @@ def evaluation_texts(sources: Iterable[str], tick: Tick = quiet) -> list[Text]:
 
 
 def windows(
-    text: Text, tokenizer: Any, length: int, samples: int | None = None, seed: int = 0, spans: bool = False
+    text: Text,
+    tokenizer: Any,
+    length: int,
+    samples: int | tuple[int, int] | None = None,
+    seed: int = 0,
+    spans: bool = False,
 ) -> Windows:
     """Non-overlapping windows of `length` tokens; the remainder is dropped.
 
@@ -96,7 +101,8 @@ def windows(
     without; the window then holds fewer tokens of text.  End tokens are never added.
 
     Args:
-        samples: how many windows to draw, by `seed`; None takes all of them, in order.
+        samples: how many windows to draw, by `seed`; of two numbers at least the first, and up to the second where the
+            text has them; None takes all of them, in order.
         spans: also count the bytes of text in each window, which takes some memory for a long text.
 
     Raises:
@@ -118,6 +124,8 @@ def windows(
             f"text {text.name!r} has {len(ids)} tokens, less than one window of {length}: use more text or a smaller "
             "--seq-len"
         )
+    if isinstance(samples, tuple):
+        samples = min(samples[1], max(samples[0], count))
     if samples is not None and samples > count:
         raise DataError(
             f"text {text.name!r} has {count} windows of {length} tokens, fewer than the {samples} asked for: "

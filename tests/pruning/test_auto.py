@@ -27,6 +27,7 @@ from billhook.planning import axis_plan, sensitivity
 from billhook.planning.method import Planned
 from billhook.planning.sensitivity import Probe
 from billhook.planning.texts import Texts
+from billhook.pruning import rehearsal
 from billhook.pruning.dry_run import estimate
 from billhook.pruning.recipe import recipe
 from billhook.reports.cut_tables import cut_rows
@@ -212,10 +213,12 @@ def test_more_minutes_are_never_spent_on_less() -> None:
     for minutes, effort in zip((3, 8, 12, 20, 60), chosen, strict=True):
         stages = work.stages(replace(effort, passes=0), rivals[: effort.rivals], True)
         assert sum(one.seconds(*price) for one in stages.values()) + effort.seconds == pytest.approx(60 * minutes)
-    assert chosen[-1].rivals > chosen[0].rivals and chosen[-1].share > chosen[0].share
+    assert chosen[-1].rivals > chosen[0].rivals and chosen[-1].windows > chosen[0].windows
 
 
-def test_a_dry_run_fills_the_minutes(text_file: Path, tmp_path: Path) -> None:
+def test_a_dry_run_fills_the_minutes(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a price that is made up: two measurements on a busy machine are far apart."""
+    monkeypatch.setattr(rehearsal, "window_seconds", lambda *_: (0.01, 0.02, 0.05))
     model = in_files("llama", tmp_path / "model")
     given = {"ratio": 1 / 3, "calibration": str(text_file), "samples": 8, "seq_len": 24, "multiple_of": 2}
     own = {"layers", "trials", "patch", "goals", "look"}
@@ -224,13 +227,12 @@ def test_a_dry_run_fills_the_minutes(text_file: Path, tmp_path: Path) -> None:
         stages = estimate(str(model), recipe(minutes=minutes, **given), tmp_path / "out")["stages"]
         return stages, sum(one["seconds"] for name, one in stages.items() if name in own)
 
-    said(100)  # what is computed first takes longer
     plenty, others = said(100)
     assert "trials" in plenty
     seconds = others + plenty["refinement"]["seconds"] / 4
     tight, others = said(seconds / 60)
     assert tight["refinement"]["flops"] < plenty["refinement"]["flops"]
-    assert others + tight["refinement"]["seconds"] < 1.2 * max(seconds, others)
+    assert others + tight["refinement"]["seconds"] == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize("axes", [(), ("ffn",), ("layers", "ffn")])

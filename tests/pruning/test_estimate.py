@@ -157,7 +157,7 @@ def test_operations_of_a_narrowed_rehearsal_are_those_of_the_whole_width(
     for about, shrunk in ((1e9, 1), (0.0, 4)):
         monkeypatch.setattr(rehearsal, "ABOUT", about)
         monkeypatch.setattr(rehearsal, "SHORTEST", 32)
-        found.append(rehearsal.rehearse(whole, given.calibration, (given.method, plan), *ON))
+        found.append(rehearsal.rehearse(whole, (given.samples, given.calibration.seq_len), (given.method, plan), *ON))
         assert found[-1].shrunk == shrunk
     for stage, expected in found[0].further.items():
         if stage not in rehearsal.BY_TOKEN:  # which count from shorter windows and by weights and squares
@@ -170,6 +170,6 @@ def test_what_counts_no_operation_grows_with_the_weights(monkeypatch: pytest.Mon
     whole = tiny.model("llama", intermediate_size=2048)
     given = recipe(**{**GIVEN, **WAYS["wanda"]})
     plan = given.method.plan(whole, given, None, Run())
-    found = rehearsal.rehearse(whole, given.calibration, (given.method, plan), *ON)
+    found = rehearsal.rehearse(whole, (given.samples, given.calibration.seq_len), (given.method, plan), *ON)
     weights = [2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * width + 2 * 32 for width in (2048, 256)]  # attention, FFN, norms
     assert found.shrunk == 8 and found.further["solver"].seconds == pytest.approx(weights[0] / weights[1])

@@ -80,3 +80,18 @@ def test_a_method_of_another_package_that_cannot_be_taken_is_told() -> None:
     assert flaw("own", clash()) == ""
     taken = type("Taken", (METHODS["fasp"].Settings,), {"__annotations__": {"calibration": str}, "calibration": ""})
     assert "calibration" in flaw("own", type("Clash", (Own,), {"Settings": taken})())
+
+
+@pytest.mark.parametrize(
+    ("settings", "windows"),
+    [
+        ({"method": "fasp"}, 64),
+        ({"method": "auto", "effort": "quick"}, 64),
+        ({"method": "auto"}, 192),
+        ({"method": "auto", "effort": "thorough"}, 512),
+        ({"method": "auto", "minutes": 5}, 512),
+    ],
+)
+def test_a_method_says_how_many_windows_it_reads_unless_the_user_does(settings: dict[str, Any], windows: int) -> None:
+    assert recipe(ratio=0.2, **settings).samples == windows
+    assert recipe(ratio=0.2, samples=7, **settings).samples == 7

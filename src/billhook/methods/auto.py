@@ -23,10 +23,10 @@ from billhook.planning.method import (
     Run,
     Texts,
 )
-from billhook.planning.recipe import Recipe
+from billhook.planning.recipe import SAMPLES, Recipe
 from billhook.runtime.options import option
 
-STREAMED = Effort(rivals=1, trial=0.25, curves=2, passes=0.0)  # a trial would copy the model
+STREAMED = Effort(windows=8 * SAMPLES, rivals=1, trial=16, curves=2, passes=0.0)  # a trial would copy the model
 GAINED = 1 / 8  # share of its divergence that a refinement took off a cut of widths, at most (docs/LOG.md)
 FLOATS = 5  # numbers that training keeps of every weight: itself, as it was, its gradient, and Adam's two
 
@@ -103,10 +103,13 @@ class Auto(Method):
     def fits(self, recipe: Recipe) -> None:
         if recipe.shape.spread.name != "equal":
             raise SettingsError("auto decides which layers give how much: leave out --allocation, or name a --method")
-        if recipe.settings.refine and recipe.calibration.samples < 2:
+        if recipe.settings.refine and recipe.samples < 2:
             raise SettingsError("one window cannot be refined on and judged by: raise --samples, or give --no-refine")
         if recipe.settings.minutes and recipe.settings.effort != AutoSettings().effort:
             raise SettingsError("--minutes says what may be tried, and so does --effort: give one")
+
+    def samples(self, recipe: Recipe) -> int:
+        return SPENT["thorough" if recipe.settings.minutes else recipe.settings.effort].windows
 
     def judges(self, recipe: Recipe) -> bool:
         return True
@@ -149,14 +152,15 @@ class Auto(Method):
         if streamed:
             effort = STREAMED
         else:
-            effort = self._effort(opened, recipe, self._work(opened, recipe), lambda: price(opened.model, read.seq_len))
-        texts = _first(texts, max(2, round(effort.share * len(texts.calibration))))
+            work = self._work(opened, recipe, len(texts.calibration))
+            effort = self._effort(opened, recipe, work, lambda: price(opened.model, read.seq_len))
+            texts = _first(texts, work.fitted(effort))
         run = _claimed(opened, recipe, texts, run)
         with TemporaryDirectory() as scratch:  # what one rival measures others take
             kept = replace(run, statistics=run.statistics or Path(scratch))
             found, refused = ready(opened, recipe, effort, texts, kept)
         losses: dict[str, list[float]] = {}
-        few = texts.calibration[: max(2, round(effort.trial * len(texts.calibration)))]
+        few = texts.calibration[: effort.trial]
         if len(found) > 1:
             refining = Refining(passes=1, length=SPAN) if recipe.settings.refine else None
             trial = Trial(opened.model, replace(texts, calibration=few), refining)
@@ -188,18 +192,18 @@ class Auto(Method):
         ((method, planned),) = found.values()
         return Planned(planned.plan, Won(method, planned, None), planned.scores)
 
-    def _work(self, opened: Opened, recipe: Recipe) -> Work:
+    def _work(self, opened: Opened, recipe: Recipe, windows: int) -> Work:
         try:
             planned = self._untried(opened, recipe)
         except BillhookError:  # nothing can be told before it is measured
-            return Work.of(opened.model, recipe.calibration)
+            return Work.of(opened.model, windows, recipe.calibration)
         patched = getattr(planned.settings.planned.settings, "patch", "none") != "none"
-        return Work.of(opened.model, recipe.calibration, planned.plan, patched)
+        return Work.of(opened.model, windows, recipe.calibration, planned.plan, patched)
 
     def _effort(self, opened: Opened, recipe: Recipe, work: Work, price: Price) -> Effort:
         settings = recipe.settings
         if not settings.minutes:
-            return SPENT[settings.effort]
+            return replace(SPENT[settings.effort], windows=work.windows)  # all that were drawn
         asked = settings.refine, recipe.compute.look
         return spent(settings.minutes, work, able(opened, recipe), asked, price())
 
@@ -207,7 +211,7 @@ class Auto(Method):
         from billhook.models import sizes
 
         won: Won = planned.settings
-        work, model = self._work(opened, recipe), opened.model
+        work, model = self._work(opened, recipe, recipe.samples), opened.model
         played = None if work.alone else (won.method, won.planned)
         if played and (why := won.method.why_unforeseen(recipe)):
             raise BillhookError(f"--dry-run: {why}: what that costs cannot be told beforehand")

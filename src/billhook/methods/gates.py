@@ -60,10 +60,8 @@ class Gates(Method):
 
     def fits(self, recipe: Recipe) -> None:
         chosen: GatesSettings = recipe.settings
-        if chosen.windows > recipe.calibration.samples:
-            raise SettingsError(
-                f"--windows {chosen.windows}: the calibration has {recipe.calibration.samples}: raise --samples"
-            )
+        if chosen.windows > recipe.samples:
+            raise SettingsError(f"--windows {chosen.windows}: the calibration has {recipe.samples}: raise --samples")
         if chosen.restoration and chosen.scaling != GatesSettings().scaling:
             raise SettingsError("--scaling learns what restoration solves for: give --no-restoration with it")
 

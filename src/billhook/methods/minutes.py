@@ -8,13 +8,13 @@ from typing import Any
 
 from billhook.errors import SettingsError
 from billhook.planning.method import LOOKED, Passes, Price
-from billhook.planning.recipe import Calibration
+from billhook.planning.recipe import SAMPLES, Calibration
 from billhook.runtime.progress import least_seconds
 
 EFFORTS = {
-    "quick": "one way to cut, whole layers where they can be had; one pass of refinement",
-    "normal": "up to three ways, each fitted on a quarter of the windows",
-    "thorough": "every way, each fitted on all windows; a longer refinement",
+    "quick": "one way to cut, whole layers where they can be had, 64 windows; one pass of refinement",
+    "normal": "up to three ways, each fitted on 16 windows, and the best on 192",
+    "thorough": "every way, each fitted on 64 windows, and the best on 512",
 }
 
 
@@ -22,11 +22,11 @@ EFFORTS = {
 class Effort:
     """What may be spent."""
 
+    windows: int  # to calibrate on, where the user says no number
     rivals: int  # the most cuts to try
-    trial: float | int  # share of the calibration windows that a trial is fitted on
+    trial: int  # calibration windows that a trial is fitted on
     curves: int  # probe windows by which curves of layers are measured
     passes: float | int  # of the refinement over the calibration windows
-    share: float = 1.0  # of the calibration windows that are used at all
     seconds: float | None = None  # that the refinement may take, if its passes take longer
 
     def within(self, work: "Work", price: Price) -> "Effort":
@@ -38,13 +38,13 @@ class Effort:
 
 
 SPENT = {
-    "quick": Effort(rivals=1, trial=0.25, curves=1, passes=1.0),
-    "normal": Effort(rivals=3, trial=0.25, curves=2, passes=2.0),
-    "thorough": Effort(rivals=8, trial=1.0, curves=8, passes=4.0),
+    "quick": Effort(SAMPLES, rivals=1, trial=16, curves=1, passes=1.0),
+    "normal": Effort(3 * SAMPLES, rivals=3, trial=16, curves=2, passes=2.0),
+    "thorough": Effort(8 * SAMPLES, rivals=8, trial=64, curves=8, passes=2.0),
 }
 MOST = 8.0  # passes of a refinement that has time left
 LEAST = 1.0  # a pass that has to fit before more is tried
-FEWER = 0.5, 0.25  # shares of the windows that are used where all would take too long
+FEWER = 3 * SAMPLES, SAMPLES, SAMPLES // 2, SAMPLES // 4  # windows of the quickest cut, as far as time lets it
 SHORTLIST = 6  # blocks of layers that are tried on all probe windows
 COMPARED = 4  # positions of which one goes through the head, where blocks are compared
 SPAN = 10  # layers that are refined together
@@ -76,7 +76,7 @@ class Work:
     patched: bool = False  # whether they are made up for
 
     @classmethod
-    def of(cls, model: Any, read: Calibration, plan: Any = None, patched: bool = False) -> "Work":
+    def of(cls, model: Any, windows: int, read: Calibration, plan: Any = None, patched: bool = False) -> "Work":
         """Args: plan: the likeliest, if one can be told without a measurement."""
         from billhook.models.axes import axes
         from billhook.models.families import layers
@@ -86,7 +86,7 @@ class Work:
         widths = [axis.units for axis in axes(model, ("ffn",)) if axis.layer == total - 1]
         solve = SOLVE * sum(width**3 for width in widths) / (2 * read.seq_len * layer_parameters(model, total - 1))
         gone, alone = len(plan.layers) if plan else 0, bool(plan and plan.layers and not any(plan.drops.values()))
-        return cls(total, read.samples, read.probes, solve, gone, alone, patched)
+        return cls(total, windows, read.probes, solve, gone, alone, patched)
 
     @property
     def refined(self) -> int:
@@ -95,7 +95,7 @@ class Work:
 
     def fitted(self, effort: Effort) -> int:
         """Windows that the cut is fitted on."""
-        return max(2, round(effort.share * self.windows))
+        return max(2, min(effort.windows, self.windows))
 
     def stages(self, effort: Effort, rivals: Sequence[Way], refined: bool) -> Mapping[str, Passes]:
         """Every stage, but for the cut of widths, which a rehearsal times better, and the look."""
@@ -112,7 +112,7 @@ class Work:
             tried = POINTS * curves * total
             found["sensitivity"] = Passes(windows * total + tried * total / 2 + POINTS * total * self.solve, tried)
         if len(rivals) > 1:
-            few, everywhere = effort.trial * windows, sum(not self._spares(one) for one in rivals)
+            few, everywhere = min(effort.trial, windows), sum(not self._spares(one) for one in rivals)
             fits = few * total * (everywhere * (STREAMS + 1) + (len(rivals) - everywhere) * BEFORE)
             solves = (everywhere * total + len(rivals) - everywhere) * self.solve
             spans = everywhere * total + (len(rivals) - everywhere) * min(SPAN, total)
@@ -144,8 +144,9 @@ def spent(
         SettingsError: the quickest cut takes longer.
     """
     refined, looks = asked
+    quickest = [replace(SPENT["quick"], windows=windows) for windows in FEWER]
     took, whole, look = 0.0, 60 * minutes, Passes(LOOKED * work.layers, LOOKED) if looks else Passes()
-    for effort in (*reversed(SPENT.values()), *(replace(SPENT["quick"], share=share) for share in FEWER)):
+    for effort in (SPENT["thorough"], SPENT["normal"], *quickest):
         stages = work.stages(replace(effort, passes=LEAST), rivals[: effort.rivals], refined)
         widths = ((STREAMS + 1) * work.fitted(effort) + work.solve) * work.layers
         took = sum(one.seconds(*price) for one in (*stages.values(), look, Passes(0 if work.alone else widths)))

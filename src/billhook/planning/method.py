@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from billhook.choices import LAYOUTS
 from billhook.errors import BillhookError, ModelError
-from billhook.planning.recipe import EXAMPLES, FLAT, PARTS, SIZES, ZEROS, Recipe
+from billhook.planning.recipe import EXAMPLES, FLAT, PARTS, SAMPLES, SIZES, ZEROS, Recipe
 from billhook.runtime.options import Part
 
 if TYPE_CHECKING:  # what phases are given; it brings torch, which what defines a method must not
@@ -99,6 +99,10 @@ class Method:
     def reads(self, recipe: Recipe) -> bool:
         """Whether anything is measured on text."""
         return True
+
+    def samples(self, recipe: Recipe) -> int:
+        """Windows to calibrate on, where the user says no number; fewer, down to `SAMPLES`, where the text ends."""
+        return SAMPLES
 
     def judges(self, recipe: Recipe) -> bool:
         """Whether the plan is judged by further windows, which the calibration does not see."""

@@ -12,6 +12,7 @@ from billhook.planning.allocation import Allocation, parse
 from billhook.runtime.options import Part, extra, option
 
 SIZES = ("ratio", "params", "memory", "speedup")  # budgets of cuts that make a model smaller
+SAMPLES = 64  # windows of calibration text, where the user says no number
 ZEROS = ("sparsity", "pattern")  # budgets of zeros
 EXAMPLES = {
     **{"ratio": "--ratio 0.2", "params": "--params 100M", "memory": "--memory 250MB", "speedup": "--speedup 1.3"},
@@ -76,7 +77,12 @@ class Calibration(Part):
         "text: a file, a folder, a hub data set name[:config[:split]], mixed, or demo",
         flag="calibration",
     )
-    samples: int = option(64, "windows of calibration text", ge=1)
+    samples: int | None = option(
+        None,
+        "windows of calibration text",
+        ge=1,
+        shown=f"{SAMPLES}; auto takes up to 192, where the text has them",
+    )
     probes: int = option(8, "further windows, by which sensitivity and auto judge", ge=1)
     seq_len: int = option(512, "tokens in a window", ge=2)
     seed: int = option(0, "which windows are drawn", ge=0, lt=2**63)
@@ -132,6 +138,11 @@ class Recipe:
         """The budgets that are given, by name."""
         parts = {**_budgets(self.budget), **_budgets(self.settings)}
         return {name: value for name, value in parts.items() if value not in (None, "")}
+
+    @property
+    def samples(self) -> int:
+        """Windows to calibrate on, if the text has them."""
+        return self.calibration.samples or self.method.samples(self)
 
     @property
     def reads(self) -> bool:

@@ -8,7 +8,7 @@ import torch
 
 from billhook import data
 from billhook.checkpoints.load import Opened
-from billhook.planning.recipe import Recipe
+from billhook.planning.recipe import SAMPLES, Recipe
 from billhook.tensors import Probes, Tokens
 
 NOWHERE = data.Windows("", torch.zeros(0, 2, dtype=torch.long), 0, "", "")
@@ -54,7 +54,8 @@ def draw(opened: Opened, recipe: Recipe, text: data.Text, search: Any = None) ->
         nothing = torch.zeros(0, read.seq_len, dtype=torch.long)
         return Texts(nothing, nothing)
     probes = read.probes if recipe.method.judges(recipe) else 0
-    windows = data.windows(text, opened.tokenizer, read.seq_len, read.samples + probes, read.seed)
-    data.check_vocabulary(windows, opened.model, opened.name)
-    calibration, probe = windows.tokens.split([read.samples, probes])
-    return Texts(calibration, probe, windows, search)
+    least = min(read.samples or SAMPLES, recipe.samples)
+    drawn = data.windows(text, opened.tokenizer, read.seq_len, (least + probes, recipe.samples + probes), read.seed)
+    data.check_vocabulary(drawn, opened.model, opened.name)
+    calibration, probe = drawn.tokens.split([len(drawn.tokens) - probes, probes])
+    return Texts(calibration, probe, drawn, search)

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -89,14 +89,16 @@ def estimate(
             check_positions(opened, text.seq_len)
             read = recipe.method.draw(opened, recipe, data.calibration_text(text.source, tick), Run(tick))
             tokens = read.calibration.numel()
+            text = text.model_copy(update={"samples": len(read.calibration) or None})  # as many as it has
+            recipe = replace(recipe, calibration=text)
     peak, rss = peak + growth(), psutil.Process().memory_info().rss
     tick("rehearsing", 0, 1)
     planned = _planned(opened, recipe)
     price = cache(lambda: rehearsal.window_seconds(model, dtype, device, recipe.calibration.seq_len))
     beside, read = recipe.method.foreseen(opened, recipe, planned, price, stream), recipe.calibration
-    read = read.model_copy(update={"samples": beside.windows or read.samples})
+    windows = beside.windows or recipe.samples
     played = beside.rehearsed if tokens else None
-    rehearsed = rehearsal.rehearse(model, read, played, dtype, device) if played else None
+    rehearsed = rehearsal.rehearse(model, (windows, read.seq_len), played, dtype, device) if played else None
     total, cut = sizes.total_parameters(model), sizes.saved_by(model, planned.plan)
     held, written = dtype.itemsize * total, stored.itemsize * (total - cut)
     speeds = _speeds(folder, output, started)

@@ -30,7 +30,6 @@ from billhook.models.plan import Plan
 from billhook.models.sizes import layer_parameters
 from billhook.models.surgery import drop_layers
 from billhook.planning.method import Method, Planned
-from billhook.planning.recipe import Calibration
 from billhook.planning.texts import Texts
 from billhook.runtime.memory import peak_growth
 from billhook.runtime.progress import Clock, least_seconds
@@ -71,21 +70,22 @@ class Rehearsed:
 
 @torch.no_grad()
 def rehearse(
-    whole: Any, read: Calibration, played: tuple[Method, Planned], dtype: torch.dtype, device: torch.device
+    whole: Any, read: tuple[int, int], played: tuple[Method, Planned], dtype: torch.dtype, device: torch.device
 ) -> Rehearsed:
     """Time a cut on random layers of a model's shapes.
 
     Args:
         whole: the model, without weights.
-        read: the text that it calibrates on.
+        read: windows that it calibrates on, and tokens in each.
         played: the method, and its plan of the whole model; of the layers that have what it cuts, the last two are
         rehearsed.
         dtype: to compute in.
     """
     method, planned = played
     plan, play = planned.plan, Play(method, planned, _most(whole, planned.plan))
-    windows = min(read.samples, WINDOWS)
-    length, factor = _chosen_sizes(whole, play, read.seq_len, device)
+    samples, seq_len = read
+    windows = min(samples, WINDOWS)
+    length, factor = _chosen_sizes(whole, play, seq_len, device)
     config, cut = _narrow(whole.config, factor), cut_layers(whole, plan)
     order = sorted(range(len(layers(whole))), key=lambda n: (n in cut, n))  # those that are cut come last
     one, two = order[-1:], order[-2:]
@@ -100,14 +100,14 @@ def rehearse(
     counted = [count(config, numbers) for numbers in (one, two)]
     alone, work = _timed(model, play, tokens)
     both, _ = _timed(random_layers(config, two, dtype, device), play, tokens)
-    text, grown = read.samples * read.seq_len, dict[str, float]()
+    text, grown = samples * seq_len, dict[str, float]()
     if factor > 1 and _width(whole.config):
         narrower = [_narrow(whole.config, factor * 2**by) for by in range(1, DEGREE + 1)]
         grown = by_width(
             _width(whole.config), {_width(config): counted[1]} | {_width(c): count(c, two) for c in narrower}
         )
     grown |= Shapes.of(whole, play).over(small)
-    attends = 1 + _attention_share(whole, read.seq_len)  # which the counter passes by
+    attends = 1 + _attention_share(whole, seq_len)  # which the counter passes by
     first, further = {}, {}
     for stage in both:
         times = grown.get(stage, grown["forward"])  # where no operation is counted, numbers are compared and moved
