@@ -110,6 +110,23 @@ CONFIGS: dict[str, Any] = {
         shared_expert_intermediate_size=24,
     ),
     "qwen3_5_text": lambda: T.Qwen3_5TextConfig(**SHAPE, **GATED, **DELTA),
+    "lfm2": lambda: T.Lfm2Config(  # its class makes of 72 channels 48: two thirds, in steps of 16
+        **SHAPE,
+        **{**GATED, "intermediate_size": 72},
+        layer_types=["conv", "full_attention", "full_attention"],
+        block_multiple_of=16,
+    ),
+    "granitemoehybrid": lambda: T.GraniteMoeHybridConfig(
+        **SHAPE,
+        **GATED,
+        layer_types=["linear_attention", "full_attention", "full_attention"],
+        num_local_experts=4,
+        shared_intermediate_size=48,
+        mamba_n_heads=4,
+        mamba_d_state=8,
+        mamba_chunk_size=8,
+        residual_multiplier=0.5,
+    ),
     "gpt2": lambda: T.GPT2Config(
         **{WIDE.get(key, key): value for key, value in SHAPE.items()}, n_inner=48, n_positions=128
     ),
@@ -153,7 +170,13 @@ ONE_EACH = [  # of every family
 ]
 STRUCTURES = ("llama", "phi3", "gpt2", "bloom", "qwen2_moe")  # apart, fused, transposed, by group, in experts
 LATENTS = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")  # keys and values from one latent
-HYBRIDS = ("qwen3_next", "qwen3_5_moe_text", "qwen3_5_text")  # attention in some layers alone
+HYBRIDS = (
+    "qwen3_next",
+    "qwen3_5_moe_text",
+    "qwen3_5_text",
+    "lfm2",
+    "granitemoehybrid",
+)  # attention in some layers alone
 ONLY_FFNS = (*LATENTS, *HYBRIDS)  # their rows say nothing of attention
 MIXTURES = tuple(name for name, row in FAMILIES.items() if row.experts)
 DENSE = [name for name in CONFIGS if name not in MIXTURES + ONLY_FFNS]

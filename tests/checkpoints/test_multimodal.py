@@ -45,12 +45,42 @@ CONFIGS: dict[str, Any] = {
         tie_word_embeddings=True,
     ),
 }
+CLIP = dict(**VISION, image_size=16, patch_size=8)
+DELTA = {**tiny.DELTA, "layer_types": ["linear_attention", "full_attention"] * 2}
+EYES = dict(**QWEN, out_hidden_size=32, num_position_embeddings=16)
+MORE: dict[str, Any] = {  # the same, in other words: seen on text alone
+    "llava_next": lambda: T.LlavaNextConfig(
+        text_config=T.MistralConfig(**DEEP, **tiny.GATED),
+        vision_config=T.CLIPVisionConfig(**CLIP),
+        image_token_index=IMAGE,
+    ),
+    "llava_onevision": lambda: T.LlavaOnevisionConfig(
+        text_config=T.Qwen2Config(**DEEP, **tiny.GATED),
+        vision_config=T.SiglipVisionConfig(**CLIP),
+        image_token_index=IMAGE,
+    ),
+    "mistral3": lambda: T.Mistral3Config(
+        text_config=T.MistralConfig(**DEEP, **tiny.GATED, head_dim=8),
+        vision_config=T.PixtralVisionConfig(**CLIP),
+        image_token_index=IMAGE,
+    ),
+    "qwen3_5": lambda: T.Qwen3_5Config(
+        text_config=T.Qwen3_5TextConfig(**DEEP, **tiny.GATED, **DELTA), vision_config=EYES, image_token_id=IMAGE
+    ),
+    "qwen3_5_moe": lambda: T.Qwen3_5MoeConfig(
+        text_config=T.Qwen3_5MoeTextConfig(
+            **DEEP, num_key_value_heads=2, **tiny.MIXED, **tiny.QWEN_MOE, **DELTA, shared_expert_intermediate_size=24
+        ),
+        vision_config=EYES,
+        image_token_id=IMAGE,
+    ),
+}
 IDS = tiny.tokens(2, 24)
 
 
 def made(name: str) -> Any:
     torch.manual_seed(0)
-    model = T.AutoModelForImageTextToText.from_config(CONFIGS[name]()).eval().requires_grad_(False)
+    model = T.AutoModelForImageTextToText.from_config({**CONFIGS, **MORE}[name]()).eval().requires_grad_(False)
     for param in model.parameters():
         param.data = torch.randn_like(param) * 0.1 + (1.0 if param.ndim == 1 else 0.0)
     return model
@@ -115,6 +145,19 @@ def test_what_is_cut_loads_in_its_stock_class(
     decoder.config.num_hidden_layers = len(decoder.layers)
     torch.testing.assert_close(again(**with_image(name)).logits, before(**with_image(name)).logits)
     assert result.record["model_type"] == name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE)
+def test_other_models_with_eyes_load_in_their_stock_class(name: str, text_file: Path, tmp_path: Path) -> None:
+    made(name).save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    assert torch.equal(load.load(tmp_path / "model")(IDS).logits, stock(tmp_path / "model")(IDS).logits)
+    cut = {"method": "experts", "ratio": 0.2} if name == "qwen3_5_moe" else {"method": "layerchop", "drop": "2"}
+    result = billhook.prune(tmp_path / "model", calibration=str(text_file), samples=8, seq_len=32, **cut)
+    out = result.save(tmp_path / "out")
+    torch.testing.assert_close(stock(out)(IDS).logits, result.model(IDS).logits)
+    assert result.record["sizes"]["achieved_ratio"] > 0.1
 
 
 def contents(folder: Path) -> dict[str, torch.Tensor]:

@@ -1,6 +1,6 @@
 """A multimodal folder: which of its tensors are the text decoder's, and all that goes along as it is."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,10 @@ from billhook.models.patterns import DENSE_FIRST
 from billhook.models.surgery import PLAIN_LAYERS, PLAIN_STEP
 from billhook.runtime.headers import Stored
 
-PREFIXES = {  # of names on disk, and what they are in the causal LM
-    "model.language_model.": "model.",
-    "language_model.model.": "model.",
-    "language_model.lm_head.": "lm_head.",
-    "lm_head.": "lm_head.",
-}
+# what names of a decoder's body and of its head begin with: in the causal LM, and on disk
+BODY, BODIES = "model.", ("model.language_model.", "language_model.model.", "model.")
+HEAD, HEADS = "lm_head.", ("language_model.lm_head.", "lm_head.")
+FIRST = "layers.0."  # what follows there in every body
 
 
 def decoder_tensors(path: Path, name: str) -> dict[str, Stored]:
@@ -35,13 +33,14 @@ def decoder_tensors(path: Path, name: str) -> dict[str, Stored]:
     tensors = stored(path, name)
     if around(read_json(path / "config.json", name)) is None:
         return tensors
-    return {own: tensors[key] for key in tensors if (own := _in_decoder(key))}
+    prefixes = _prefixes(tensors)
+    return {own: tensors[key] for key in tensors if (own := _in_decoder(key, prefixes))}
 
 
 def rest(path: Path, name: str) -> dict[str, Stored]:
     """The stored tensors of a multimodal folder that are no part of its text decoder, by their names on disk."""
-    tensors = stored(path, name)
-    return {} if decoder_tensors(path, name) == tensors else {k: v for k, v in tensors.items() if not _in_decoder(k)}
+    own = {(tensor.file, tensor.key) for tensor in decoder_tensors(path, name).values()}
+    return {key: tensor for key, tensor in stored(path, name).items() if (tensor.file, tensor.key) not in own}
 
 
 def put_back(shards: Iterator[Mapping[str, Tensor]], source: Path, most: int) -> Iterator[Mapping[str, Tensor]]:
@@ -51,7 +50,7 @@ def put_back(shards: Iterator[Mapping[str, Tensor]], source: Path, most: int) ->
         most: bytes of the rest that are in memory at a time, or one tensor.
     """
     keys = stored(source, str(source))
-    prefixes = {own: disk for disk, own in PREFIXES.items() if any(key.startswith(disk) for key in keys)}
+    prefixes = _prefixes(keys)
     for tensors in shards:
         yield {_on_disk(name, prefixes): tensor for name, tensor in tensors.items()}
     with ExitStack() as opened:
@@ -81,9 +80,16 @@ def whole_config(written: Mapping[str, Any], source: Path) -> dict[str, Any]:
     return content | {TEXT: content[TEXT] | changed}
 
 
-def _in_decoder(key: str) -> str:
+def _prefixes(keys: Collection[str]) -> dict[str, str]:
+    """What the names of a decoder's tensors begin with on disk, by what they begin with in the causal LM."""
+    body = next((disk for disk in BODIES if any(key.startswith(disk + FIRST) for key in keys)), BODIES[0])
+    head = next((disk for disk in HEADS if any(key.startswith(disk) for key in keys)), HEADS[0])
+    return {BODY: body, HEAD: head}
+
+
+def _in_decoder(key: str, prefixes: Mapping[str, str]) -> str:
     """The causal LM's name of a tensor on disk; '' where it is none of the decoder's."""
-    return next((own + key.removeprefix(disk) for disk, own in PREFIXES.items() if key.startswith(disk)), "")
+    return next((own + key.removeprefix(disk) for own, disk in prefixes.items() if key.startswith(disk)), "")
 
 
 def _on_disk(name: str, prefixes: Mapping[str, str]) -> str:

@@ -115,15 +115,15 @@ def axes(model: PreTrainedModel, kinds: tuple[str, ...] = tuple(KINDS)) -> list[
 def refusal(model: PreTrainedModel, kind: str, layout: str) -> str:
     """Why the model cannot give up a kind of axis (or `layers`) in a layout, or ''."""
     row = row_of(model)
+    for entry in row.refusals:
+        if kind in entry.kinds and (layout == "uniform" or not entry.uniform_only) and _holds(model, entry):
+            return entry.why
     if kind in MIXED and not row.experts:
         return "only mixtures of experts have that axis, and it is dense"
     if kind == "shared" and not row.shared:
         return "it has no shared expert, to which every token goes"
     if kind == "ffn" and row.experts and all(mixture(model, n) is not None for n in range(len(layers(model)))):
         return "all its FFNs are mixtures of experts, whose axes are experts and expert_ffn"
-    for entry in row.refusals:
-        if kind in entry.kinds and (layout == "uniform" or not entry.uniform_only) and _holds(model, entry):
-            return entry.why
     return ""
 
 

@@ -99,7 +99,8 @@ def sizes(model: PreTrainedModel, layer: int) -> dict[str, Any]:
     """
     row = row_of(model)
     if row.only_ffns:
-        return {row.keys[size]: value for size, value in _ffn_sizes(model, layer).items() if size in row.keys}
+        found = {row.keys[size]: value for size, value in _ffn_sizes(model, layer).items() if size in row.keys}
+        return found | row.settled
     heads = attention(model, layer)
     values = {"heads": heads.heads, "kv_heads": heads.kv_heads, "head_dim": heads.head_dim, **_ffn_sizes(model, layer)}
     config = {key: values[size] for size, key in row.keys.items() if size in values}

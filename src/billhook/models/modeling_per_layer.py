@@ -78,6 +78,7 @@ class Family:
             "head_dim": "head_dim",
         }
     )
+    settled: dict[str, bool] = field(default_factory=dict)  # config keys that need this value for `keys` to hold
     counters: dict[str, str] = field(  # attribute of the attention module -> heads | kv_heads | entries | per_group
         default_factory=lambda: {"num_key_value_groups": "per_group"}
     )

@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from billhook.errors import ModelError
 from billhook.runtime.headers import shown
 
-CAUSAL = {"qwen3_vl_text": "qwen3", "qwen2_5_vl_text": "qwen2"}  # text types without a causal LM: one that is the same
+CAUSAL = {"qwen3_vl_text": "qwen3"}  # text types without a causal LM: one that computes the same
 PLANES = ("mrope_section", "mrope_interleaved")  # of rotary parameters: on text all three positions are one
 TEXT = "text_config"
 
@@ -28,7 +28,7 @@ class Around:
 
 # model type -> config key, in vision_config, of a list as long as the number of kept layers; '' where all can go
 MULTIMODAL = {
-    **dict.fromkeys(("gemma3", "llava", "llava_next", "llava_onevision"), ""),
+    **dict.fromkeys(("gemma3", "llava", "llava_next", "llava_onevision", "mistral3", "qwen3_5", "qwen3_5_moe"), ""),
     "qwen3_vl": "deepstack_visual_indexes",
 }
 REFUSED = {"mllama": "its decoder reads the image in layers of cross-attention, which text never runs"}

@@ -6,19 +6,26 @@ Their checkpoints are stock ones alone, so that these rows do not travel with an
 from dataclasses import replace
 from typing import Any
 
-from billhook.models.modeling_per_layer import ALL_HEADS, JOINT_NORM, Family, Refusal, named
+from billhook.models.modeling_per_layer import ALL_HEADS, JOINT_NORM, MIXED, Family, Refusal, named
 
 ONE_WIDTH = Refusal(
     ("expert_ffn", "shared"), "its config has one width for the experts and the one that every token goes to"
-)
-SEVERAL_MIXERS = Refusal(
-    (*ALL_HEADS, "value"), "attention in some of its layers, a gated delta net in the others: no axis is of either yet"
 )
 LATENT = Refusal(
     (*ALL_HEADS, "value"),
     "its keys and values come from one latent (MLA), of which no row speaks: no axis is of it yet",
 )
-HYBRID: dict[str, Any] = {"attention": "", "beside": ("self_attn", "linear_attn"), "refusals": (SEVERAL_MIXERS,)}
+BESIDE_EXPERTS = Refusal(MIXED, "its experts stand beside an FFN that every token goes to, and only that is an axis")
+
+
+def _hybrid(beside: str, what: str, *others: Refusal) -> dict[str, Any]:
+    """Attention in some layers, in the others the module `beside`, which is `what` the user is told."""
+    why = f"attention in some of its layers, {what} in the others: no axis is of either yet"
+    refusals = (Refusal((*ALL_HEADS, "value"), why), *others)
+    return {"attention": "", "beside": ("self_attn", beside), "counters": {}, "refusals": refusals}
+
+
+DELTA_NET = _hybrid("linear_attn", "a gated delta net")
 
 
 def _mixture(
@@ -78,15 +85,34 @@ STOCK_FAMILIES: dict[str, Family] = {
     "gpt_oss": _mixture(
         "GptOss", "num_local_experts", "intermediate_size", router="mlp.router", bias="bias", sinks="sinks"
     ),
-    "qwen3_next": _mixture("Qwen3Next", "num_experts", "moe_intermediate_size", dense=True, shared=True, **HYBRID),
+    "qwen3_next": _mixture("Qwen3Next", "num_experts", "moe_intermediate_size", dense=True, shared=True, **DELTA_NET),
     "qwen3_5_moe_text": replace(
-        _mixture("Qwen3_5Moe", "num_experts", "moe_intermediate_size", shared=True, **HYBRID),
+        _mixture("Qwen3_5Moe", "num_experts", "moe_intermediate_size", shared=True, **DELTA_NET),
         classes=("Qwen3_5MoeTextConfig", "Qwen3_5MoeTextModel", "Qwen3_5MoeForCausalLM"),
     ),
     "qwen3_5_text": Family(
         ("Qwen3_5TextConfig", "Qwen3_5TextModel", "Qwen3_5ForCausalLM"),
         keys={"width": "intermediate_size"},
-        counters={},
-        **HYBRID,
+        **DELTA_NET,
+    ),
+    "lfm2": Family(
+        named("Lfm2"),
+        up=("feed_forward.w1", "feed_forward.w3"),
+        down="feed_forward.w2",
+        keys={"width": "intermediate_size"},
+        settled={"block_auto_adjust_ff_dim": False},
+        **_hybrid("conv", "a short convolution"),
+    ),
+    "granitemoehybrid": replace(
+        Family(
+            named("GraniteMoeHybrid"),
+            up=("shared_mlp.input_linear",),
+            stacked=True,
+            down="shared_mlp.output_linear",
+            keys={"width": "shared_intermediate_size"},
+            as_is=("residual_multiplier", 1.0),
+            **_hybrid("mamba", "Mamba", BESIDE_EXPERTS),
+        ),
+        beside=("self_attn", "mamba", "block_sparse_moe"),
     ),
 }
