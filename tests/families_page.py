@@ -44,7 +44,9 @@ new architecture has several KV groups).
 DECODERS = f"""
 ## Multimodal checkpoints
 
-The text decoder is pruned where it stands, of {", ".join(MULTIMODAL)}.
+Of these the text decoder is pruned where it stands:
+{", ".join(MULTIMODAL)}.
+
 A folder of such a model is opened as the causal LM that computes the same on text, by the row of that family. What
 stands around the decoder goes along byte for byte, and the result loads in the stock class of the whole: equal logits
 on text, and on an image (tests/checkpoints/test_multimodal.py). Sizes and ratios are of the decoder. Refused: layers of
