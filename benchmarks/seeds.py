@@ -11,6 +11,7 @@ import argparse
 import copy
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import results
@@ -26,6 +27,7 @@ from billhook.reports.formatting import number
 
 UNEVEN = {"method": "fasp", "layout": "per_layer"}
 CHANCES = {"method": "policy", "layout": "per_layer"}
+GATED = {"method": "gates", "layout": "per_layer"}
 MISSED = {"method": "mope", "layout": "per_layer", "axes": ("groups", "ffn", "layers")}
 ROWS: dict[str, dict[str, Any]] = {
     "fasp": {"method": "fasp"},
@@ -34,6 +36,18 @@ ROWS: dict[str, dict[str, Any]] = {
     "fasp, wanda, not restored": {"method": "fasp", "score": "wanda", "restoration": False},
     "fasp, sensitivity": {**UNEVEN, "allocation": "sensitivity"},
     "fasp, global": {**UNEVEN, "allocation": "global"},
+    "fasp, sensitivity, two probes": {**UNEVEN, "allocation": "sensitivity", "probes": 2},
+    "fasp, sensitivity, not restored": {**UNEVEN, "allocation": "sensitivity", "probes": 2, "restoration": False},
+    "gates": {**GATED},
+    "gates, 48 steps": {**GATED, "steps": 48},
+    "gates, straight-through": {**GATED, "way": "straight-through"},
+    "gates, equal widths": {**GATED, "layout": "uniform"},
+    "gates, not restored": {**GATED, "restoration": False},
+    "gates, 48 steps, not restored": {**GATED, "steps": 48, "restoration": False, "scaling": 24},
+    "gates, 48 steps, neither restored nor scaled": {**GATED, "steps": 48, "restoration": False, "scaling": 0},
+    "loraprune": {"method": "loraprune"},
+    "loraprune, shuffled": {"method": "loraprune", "shuffled": True},
+    "l0": {"method": "l0", "layout": "per_layer"},
     "mope": {**MISSED},
     "mope, equal widths": {**MISSED, "layout": "uniform"},
     "mope, widths alone": {**MISSED, "axes": ("groups", "ffn")},
@@ -77,6 +91,7 @@ parser.add_argument("--rows", default=";".join(ROWS), help=f"separated by ;: {';
 parser.add_argument("--samples", type=int, default=64, help="windows to calibrate on")
 parser.add_argument("--windows", type=int, default=24, help="score at most this many windows of each text")
 parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--work", type=Path, help="folder in which rows that were cut off go on, where their method can")
 parser.add_argument("--again", action="store_true", help="rows that are there already, too")
 args = parser.parse_args()
 
@@ -102,6 +117,8 @@ def known(row: str) -> list[dict[str, str]]:
 def measured(row: str) -> list[dict[str, str]]:
     """The same, measured now and kept."""
     given = {"calibration": args.calibration, "samples": args.samples, "seed": args.seed, "params": size, **ROWS[row]}
+    if args.work:
+        given["work"] = args.work / row.replace(", ", "-").replace(" ", "-")
     copied, started, before = copy.deepcopy(opened.model), time.perf_counter(), processor_seconds()
     cut = billhook.prune(copied, tokenizer=opened.tokenizer, look=False, quiet=True, **given).model.float()
     said = {

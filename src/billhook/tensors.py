@@ -7,6 +7,8 @@ from torch import Tensor
 Weight = Float[Tensor, "out in"]  # weight that reads an axis, seen as (out, in) whatever its storage order
 Narrowed = Float[Tensor, "out kept"]  # the same weight with only the kept columns
 Writer = Float[Tensor, "in inputs"]  # weight that writes an axis, a row for each column of its reader
+DownAdapter = Float[Tensor, "rank in"]  # the factor of a low-rank adapter that reads a weight's input
+UpAdapter = Float[Tensor, "out rank"]  # the other one
 Moment = Float[Tensor, "inputs inputs"]  # X^T X of a writer's input X, or a multiple of it, float64
 AttentionMaps = Float[Tensor, "blocks each rows keys"]  # chances that sum to 1 over the keys
 Pairs = Float[Tensor, "blocks each each"]  # one number for every two units of a block

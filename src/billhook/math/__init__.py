@@ -7,12 +7,14 @@ fistapruner    FISTAPruner: convex layer-wise pruning by an l1 penalty
 gates          Gates of units that keep a budget of parameters, soft, and 0 or 1 in the end
 gptq           GPTQ: column by column to the nearest level, the weights right of it make up for its error
 grids          Grids of few bits: codes and scales of blocks of 32 weights
+hard_concrete  Random gates that are 0 or 1 with a chance that can be learned
 knapsack       How much each layer gives: loss curves and prices in, unit counts out; also one count for all layers
 knee           Where a curve of loss against ratio turns from bearable to steep: a change-point, with its interval
 layer_presets  Which layers go, by position alone
 layerwise      The layer-wise problem: one linear layer to sparsify, its target output, errors, least squares
 linalg         Symmetric positive definite systems: the one place that damps and factors a Gram
 low_rank       A weight as the product of two thin ones: one factoriser, by four moments of its input
+loraprune      LoRAPrune's importance: what units are worth, from the gradients of low-rank adapters
 losses         Losses of training after a cut: distances to the teacher's predictions and states
 magnitude      Magnitude pruning: the smallest weights go
 merging        Similar experts are merged into one

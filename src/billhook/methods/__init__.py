@@ -10,8 +10,10 @@ fasp         the units of an axis that matter least go, and what reads the axis 
 fistapruner  zeros: another method's, refined by a convex problem
 gates        the units whose gates are lowest go, learned with the weights frozen, then as fasp
 goa          modules are refitted to their unpruned outputs, then what puts out least goes
+l0           random gates learn beside adapters, and the units likeliest to be closed go
 layerchop    whole decoder layers go
 lorc         a smaller KV cache: narrower values, by depth
+loraprune    units go while adapters train, by the adapters' gradients
 magnitude    zeros: the smallest weights
 minutes      what auto may spend, and what each part of it costs
 mope         the modules that are missed least go, then as fasp
@@ -37,8 +39,10 @@ from billhook.methods import (
     fistapruner,
     gates,
     goa,
+    l0,
     layerchop,
     lorc,
+    loraprune,
     magnitude,
     mope,
     optishear,
@@ -59,6 +63,8 @@ OWN: dict[str, Method] = {
         mope.METHOD,
         policy.METHOD,
         gates.METHOD,
+        loraprune.METHOD,
+        l0.METHOD,
         adapruner.METHOD,
         layerchop.METHOD,
         experts.METHOD,

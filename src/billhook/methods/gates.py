@@ -80,23 +80,25 @@ class Gates(Method):
     def plan(self, opened: Opened, recipe: Recipe, texts: Texts, run: Run) -> Planned:
         from billhook.planning import gated_plan
         from billhook.training.frozen_gates import Chosen, Scales
-        from billhook.training.gating import Course
+        from billhook.training.gating import Course, Units
 
         chosen, seed = recipe.settings, recipe.calibration.seed
-        begun = gated_plan.start(opened, recipe, texts.calibration, run)
+        units = Units.of(opened.model, recipe.unit_kinds)
+        z = gated_plan.scored(opened, recipe, units, texts.calibration, run)
+        begun = gated_plan.start(opened, recipe, units, z, run)
         with gated_plan.lessons(opened, recipe, texts, run) as read:
             learner = Chosen(begun.z, begun.goal, chosen.way, chosen.rate, chosen.steps)
             course = Course(chosen.steps, chosen.windows, seed, chosen.objective)
-            losses = read.learn("units", begun.units, learner, course)
+            losses = read.learn("units", units, learner, course)
             plan, z, told = gated_plan.better(opened, texts, begun, learner.z.detach(), run)
             told |= {"losses": losses}
             scales = None
             if not chosen.restoration and chosen.scaling:
                 scaled = Scales(begun.mask(plan, z))
-                losses = read.learn("scales", begun.units, scaled, replace(course, steps=chosen.scaling, seed=seed + 1))
-                scales, told = begun.units.split(scaled.scale.detach()), told | {"losses of scales": losses}
+                losses = read.learn("scales", units, scaled, replace(course, steps=chosen.scaling, seed=seed + 1))
+                scales, told = units.split(scaled.scale.detach()), told | {"losses of scales": losses}
         record = {"gates": {**chosen.learned, "units": len(z), **told}}
-        return Planned(plan, Gated(chosen.cut, scales), begun.units.split(z), record)
+        return Planned(plan, Gated(chosen.cut, scales), units.split(z), record)
 
     def carry_out(self, model: Any, texts: Texts, planned: Planned, run: Run) -> dict[str, Any]:
         from billhook.cuts.narrowing import narrow

@@ -34,7 +34,7 @@ class Start:
     """What gates begin with."""
 
     units: Units
-    z: Chances  # the order of a score within each axis, alike for all axes
+    z: Chances  # the order that they begin in
     goal: Goal  # what the plan of this order keeps of the parameters
     planned: Callable[[Chances], Plan]  # the plan that meets the recipe's budget by an order of all units
 
@@ -49,22 +49,26 @@ class Start:
         return torch.cat(stays)
 
 
-def start(opened: Opened, recipe: Recipe, tokens: Tokens, run: Run) -> Start:
-    """The units of a recipe in the order of its score.
+def scored(opened: Opened, recipe: Recipe, units: Units, tokens: Tokens, run: Run) -> Chances:
+    """The order of the recipe's score within each axis, alike for all axes."""
+    chosen = recipe.settings
+    with run.clock("start"):
+        scores = unit_scores(opened.model, recipe, chosen.score, chosen.cut, tokens, run)
+    return units.joined({place: gates.by_rank(values) for place, values in scores.items()})
+
+
+def start(opened: Opened, recipe: Recipe, units: Units, z: Chances, run: Run) -> Start:
+    """Units in an order, and what a plan by it keeps.
 
     Raises:
         BillhookError: the budget cannot be met.
     """
-    chosen, units = recipe.settings, Units.of(opened.model, recipe.unit_kinds)
-    with run.clock("start"):
-        scores = unit_scores(opened.model, recipe, chosen.score, chosen.cut, tokens, run)
     make = learned_plan(opened, recipe, run)
 
-    def planned(z: Chances) -> Plan:
-        by_axis = units.split(z)
+    def planned(order: Chances) -> Plan:
+        by_axis = units.split(order)
         return make(by_axis, by_axis, {})
 
-    z = units.joined({place: gates.by_rank(values) for place, values in scores.items()})
     return Start(units, z, units.goal(planned(z).drops, apart=recipe.shape.layout == "uniform"), planned)
 
 

@@ -127,7 +127,7 @@ def _pruned_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
         kept = f"; kept: {ranges(cut['kept_layers'])}" if cut.get("kept_layers") else ""
         rows.append(("layers", f"dropped: {ranges(dropped)}{kept} (numbered from 0)"))
     rows += [*auto_rows(cut), *missed_rows(cut.get("mope")), *policy_rows(cut.get("policy"))]
-    rows += gate_rows(cut.get("gates"))
+    rows += [*gate_rows(cut.get("gates")), *closing_rows(cut.get("loraprune")), *held_rows(cut.get("l0"))]
     if selection := cut.get("selection"):
         rows.append(("layers chosen", selection_words(selection)))
     if search := cut.get("search"):
@@ -210,6 +210,28 @@ def gate_rows(gates: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     taken = "" if gates["taken"] == "learned" else "; not taken: the start is better"
     how = f"{gates['units']:,} gates in {len(gates['losses']):,} steps"
     return [("learned", f"{begun} → {learned} nats a token before restoration, on held-out windows{taken} ({how})")]
+
+
+def closing_rows(loraprune: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """What the loss was while adapters trained and units went, as (name, value)."""
+    if not loraprune:
+        return []
+    control = "; units were told one another's importance" if loraprune["shuffled"] else ""
+    return [("trained", f"{_first_and_last(loraprune['losses'], loraprune['objective'])}{control}")]
+
+
+def held_rows(l0: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """What the loss was while random gates learned, and how near they came to the budget, as (name, value)."""
+    if not l0:
+        return []
+    away = f"{percent(l0['away'])} of the gated parameters away from the budget before the cut, which meets it"
+    return [("trained", f"{_first_and_last(l0['losses'], l0['objective'])}; {away}")]
+
+
+def _first_and_last(losses: Sequence[float], objective: str) -> str:
+    tenth = max(1, len(losses) // 10)
+    first, last = (number(sum(part) / tenth, "{:.4f}") for part in (losses[:tenth], losses[-tenth:]))
+    return f"{first} → {last} nats a token (by {objective}, first and last tenth of {len(losses):,} steps)"
 
 
 def missed_header() -> list[str]:

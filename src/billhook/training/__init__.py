@@ -1,10 +1,13 @@
 """What trains: trainer, schedule, teacher, trainable parameters, early stopping.
 
+adapting        Low-rank adapters that train beside gates, and become part of the weights or leave no trace
 early_stopping  When training ends before its last step: held-out text that gets worse, a loss that is not finite
 fitted          The text that a pruned model was calibrated on, by its record
 frozen_gates    Gates that are learned with the weights frozen: which units stay, and by how much each is scaled
 gating          Gates on the units of axes: a number for each, learned by gradient
 keep_zeros      Exact zeros in the linear weights of the decoder layers, which training must not fill
+l0_gates        Random gates that learn beside adapters, held to the budget by multipliers
+lora_gates      Gates that close one after another, by an importance from adapters' gradients
 on_levels       Weights trained on the levels of a grid, so that packing them afterwards changes no bit
 refinement      What a cut has left, moved towards the unpruned model by gradient, a few layers at once
 schedule        The schedule of a training run, and which of its checkpoints are whole

@@ -24,7 +24,7 @@ from billhook.models.plan import AxisKey
 from billhook.runtime import cache
 from billhook.runtime.headers import load
 from billhook.runtime.run import Run
-from billhook.tensors import Chances, Tokens
+from billhook.tensors import Chances, Tokens, precise
 from billhook.training.teacher import Lesson, TeacherCache, fill_cache
 from billhook.training.text_windows import order_of
 
@@ -82,7 +82,7 @@ def gated(model: PreTrainedModel, units: Units, gates: Chances) -> Iterator[None
 
 def _multiplied(columns: Tensor) -> Callable[..., Any]:
     def before(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Any, ...]:
-        return given[0] * columns.to(given[0]), *given[1:]
+        return given[0] * columns.to(given[0].dtype).to(given[0].device), *given[1:]
 
     return before
 
@@ -92,7 +92,8 @@ def fold(model: PreTrainedModel, scales: Mapping[AxisKey, Tensor]) -> None:
     """Multiply the readers' weights, in place, by what gates would multiply their inputs by."""
     for axis in axes(model, tuple(dict.fromkeys(kind for _, kind in scales))):
         weight = reader_weight(model, axis)
-        weight.copy_(weight.double() * _columns(axis, scales[axis.layer, axis.kind]).to(weight.device))
+        whole = precise(weight)
+        weight.copy_(whole * _columns(axis, scales[axis.layer, axis.kind]).to(whole.device))
 
 
 def _columns(axis: Axis, of_units: Tensor) -> Tensor:
@@ -110,8 +111,8 @@ class Learner(nn.Module):
         """The gates of a step, with their gradient."""
         raise NotImplementedError
 
-    def penalty(self) -> Tensor | float:
-        """What is added to the loss of a step, after `gates`."""
+    def penalty(self, step: int) -> Tensor | float:
+        """What is added to the loss of a step."""
         return 0.0
 
     def follow(self, step: int) -> None:
@@ -177,7 +178,7 @@ def learn(
             optimizer.zero_grad()
             with torch.enable_grad():
                 loss = _loss(model, units, learner.gates(step), read, course, step)
-                (loss + learner.penalty()).backward()
+                (loss + learner.penalty(step)).backward()
             losses[step] = loss.item()
             if not losses[step].isfinite():
                 raise BillhookError(f"the loss of step {step} is not finite: try --dtype float32, or a lower --rate")
