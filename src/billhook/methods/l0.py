@@ -55,10 +55,8 @@ class L0(Method):
     trims = False
 
     def fits(self, recipe: Recipe) -> None:
-        if (windows := recipe.settings.windows) > recipe.calibration.samples:
-            raise SettingsError(
-                f"--windows {windows}: the calibration has {recipe.calibration.samples}: raise --samples"
-            )
+        if (windows := recipe.settings.windows) > recipe.samples:
+            raise SettingsError(f"--windows {windows}: the calibration has {recipe.samples}: raise --samples")
 
     def searches(self, recipe: Recipe) -> bool:
         return True

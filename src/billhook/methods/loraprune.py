@@ -55,10 +55,8 @@ class LoraPrune(Method):
     trims = False
 
     def fits(self, recipe: Recipe) -> None:
-        if (windows := recipe.settings.windows) > recipe.calibration.samples:
-            raise SettingsError(
-                f"--windows {windows}: the calibration has {recipe.calibration.samples}: raise --samples"
-            )
+        if (windows := recipe.settings.windows) > recipe.samples:
+            raise SettingsError(f"--windows {windows}: the calibration has {recipe.samples}: raise --samples")
 
     def judges(self, recipe: Recipe) -> bool:
         return recipe.shape.allocation == "sensitivity"
