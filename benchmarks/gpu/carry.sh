@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What a machine without a network needs to run run.sh, into .carry, which git ignores: bash benchmarks/gpu/carry.sh
 # It is for x86-64 with Python 3.12 and torch; set WHEELS to other packages, PYTHON_VERSION to another Python.
-# model.gguf is the first eight layers of SmolLM2-135M-Instruct in four bits: all of it would be too large to carry.
+# model.gguf is the first four layers of SmolLM2-135M-Instruct in few bits: all of it would be too large to carry.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 LIMIT=60000000 # bytes, what such a machine takes in one go
@@ -18,7 +18,7 @@ done
 if [ ! -e .carry/model.gguf ]; then
   scratch=$(mktemp -d)
   trap 'rm -rf "$scratch"' EXIT
-  "$PYTHON" -m billhook prune demo --method layerchop --drop 8-29 --no-look -o "$scratch/first"
+  "$PYTHON" -m billhook prune demo --method layerchop --drop 4-29 --no-look -o "$scratch/first"
   "$PYTHON" -m billhook export "$scratch/first" --quantize Q4_0 -o .carry/model.gguf
 fi
 size=$(du -sb .carry | cut -f1)

@@ -138,14 +138,14 @@ def block_influence(model: PreTrainedModel, tokens: Tokens, tick: Tick = quiet) 
 
     In float32, without each window's first token: it is an attention sink, and its state is unlike any other.
     """
-    sums = [0.0] * len(layers(model))
+    parts: list[list[Tensor]] = [[] for _ in layers(model)]  # read at the end: on an accelerator each is waited for
     for w, (_, states, _) in enumerate(_each_window(model, tokens)):
         tick(STAGE, w, len(tokens))
         for n, (before, after) in enumerate(pairwise(states)):
             cosine = torch.cosine_similarity(before[:, 1:].float(), after[:, 1:].float(), dim=-1)
-            sums[n] += precise(cosine).sum().item()
+            parts[n].append(precise(cosine).sum())
     tick(STAGE, len(tokens), len(tokens))
-    return [1 - total / (tokens.numel() - len(tokens)) for total in sums]
+    return [1 - total / (tokens.numel() - len(tokens)) for total in _sums(parts)]
 
 
 def angular_distances(model: PreTrainedModel, tokens: Tokens, tick: Tick = quiet) -> list[list[float]]:
@@ -205,7 +205,12 @@ def _each_window(model: PreTrainedModel, tokens: Tokens) -> Iterator[tuple[Tenso
         yield window.to(model.device), states, calls
 
 
-Judge = Callable[[Tensor], float]  # of the last layer's output (1, length, hidden)
+def _sums(parts: Sequence[Sequence[Tensor]]) -> list[float]:
+    """Of each row of numbers, in one transfer."""
+    return [sum(row) for row in torch.stack([torch.stack(list(row)) for row in parts]).tolist()] if parts else []
+
+
+Judge = Callable[[Tensor], Tensor]  # a number; of the last layer's output (1, length, hidden)
 
 
 @torch.no_grad()
@@ -213,9 +218,7 @@ def _losses(model: PreTrainedModel, probe: Probes, without: Sequence[Collection[
     """Mean loss of the model without each set of layers."""
 
     def judge(ids: Tensor, _: Tensor) -> Judge:
-        return lambda state: torch.nn.functional.cross_entropy(
-            head(model, ids, state)[0, :-1].float(), ids[0, 1:]
-        ).item()
+        return lambda state: torch.nn.functional.cross_entropy(head(model, ids, state)[0, :-1].float(), ids[0, 1:])
 
     return _judged(model, probe, without, judge, tick)
 
@@ -230,7 +233,7 @@ def _divergences(model: PreTrainedModel, probe: Probes, without: Sequence[Collec
             return torch.log_softmax(head(model, ids, state, keep).float(), -1)
 
         before = log_probabilities(whole)
-        return lambda state: (before.exp() * (before - log_probabilities(state))).sum(-1).mean().item()
+        return lambda state: (before.exp() * (before - log_probabilities(state))).sum(-1).mean()
 
     return _judged(model, probe, without, judge, tick)
 
@@ -247,7 +250,8 @@ def _judged(
     Args:
         judge: makes the judge of a window from its ids and what the whole model's last layer puts out.
     """
-    sums, steps = [0.0] * len(without), len(probe) * len(without)
+    steps = len(probe) * len(without)
+    parts: list[list[Tensor]] = [[] for _ in without]
     for w, (ids, states, calls) in enumerate(_each_window(model, probe)):
         judged = judge(ids, states[-1])
         for n, gone in enumerate(without):
@@ -255,6 +259,6 @@ def _judged(
             state = states[min(gone)]
             for m in range(min(gone), len(layers(model))):
                 state = state if m in gone else run_layer(layers(model)[m], state, calls[m])
-            sums[n] += judged(state)
+            parts[n].append(judged(state))
     tick(STAGE, steps, steps)
-    return [total / len(probe) for total in sums]
+    return [total / len(probe) for total in _sums(parts)]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from billhook.calibration.forward import check_finite
-from billhook.calibration.gram import gram_of
+from billhook.calibration.gram import gram_of, product
 from billhook.calibration.passage import Passage, Route, inputs_of, path_in_layer
 from billhook.models.families import layers, linears, role_wanted, row_of
 from billhook.runtime.run import Run
@@ -152,11 +152,11 @@ def _summed(
                 targets, _ = inputs_of(unpruned, paths, batch.target.read(), call, to_the_end=False)
         with passage.run.clock("gram"):
             for path in paths:
-                x = inputs[path].flatten(0, -2).float()
+                x = inputs[path].flatten(0, -2)
                 # after an edit the router may send other tokens to an expert, which therefore has no target
-                y = targets[path].flatten(0, -2).float() if targets and not path.startswith(experts) else None
+                y = targets[path].flatten(0, -2) if targets and not path.startswith(experts) else None
                 gram = gram_of(x)
-                batch_sums = OperatorSums(gram) if y is None else OperatorSums(gram, precise(y.T @ x), gram_of(y))
+                batch_sums = OperatorSums(gram) if y is None else OperatorSums(gram, precise(product(y, x)), gram_of(y))
                 key = path, batch.held_out
                 sums[key] = sums[key] + batch_sums if key in sums else batch_sums
         if after is not None:

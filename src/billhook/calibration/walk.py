@@ -115,7 +115,7 @@ def _summed(passage: Passage, n: int, layer_axes: Sequence[Axis]) -> tuple[Sums,
 
 
 def _lack(passage: Passage, batch: Batch, n: int, after: Tensor) -> Tensor | None:
-    """What a layer's output, `after`, should gain, if there is a target, which moves on."""
+    """What a layer's output, `after`, should gain, in float32, if there is a target, which moves on."""
     if passage.independent:
         passage.put(batch, n, after)
     if passage.independent or not passage.follows:
@@ -123,15 +123,16 @@ def _lack(passage: Passage, batch: Batch, n: int, after: Tensor) -> Tensor | Non
     dense = after if batch.uncut else run_layer(layers(passage.model)[n], batch.target.read(), batch.calls[n])
     target = passage.past(batch, n, dense)
     batch.target = passage.run.hidden.keep(target)
+    after, dense, target = after.float(), dense.float(), target.float()  # differences of near numbers
     return passage.route.correction * (dense - after) + (target - dense)
 
 
 def _add(sums: Sums, name: str, inputs: Tensor, lack: Tensor | None) -> None:
     """Add one batch to the sums of a reader; Grams stay upper triangles until the layer is done."""
-    x, before = inputs.flatten(0, -2).float(), sums.get(name)
+    x, before = inputs.flatten(0, -2), sums.get(name)
     total = ReaderSums(add_upper(before.gram if before else None, x))
     if lack is not None:
-        e = lack.flatten(0, -2).float()
-        total.cross = precise(e.T @ x) + (before.cross if before and before.cross is not None else 0.0)
+        e = lack.flatten(0, -2)
+        total.cross = precise(e.T @ x.float()) + (before.cross if before and before.cross is not None else 0.0)
         total.energy = precise(e.square()).sum() + (before.energy if before else 0.0)
     sums[name] = total

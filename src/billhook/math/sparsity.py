@@ -46,10 +46,20 @@ def lowest_mask(scores: Tensor, count: int) -> Tensor:
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     # selection, then ties by position: several times faster than a stable sort of a whole matrix
-    threshold = scores.kthvalue(count, dim=1, keepdim=True).values
+    threshold = _kth_lowest(scores, count)
     below, tied = scores < threshold, scores == threshold
     room = count - below.sum(1, keepdim=True)
     return below | (tied & (tied.cumsum(1) <= room))
+
+
+def _kth_lowest(scores: Tensor, count: int) -> Tensor:
+    """The `count`-th lowest of every row of scores (groups, size): (groups, 1).
+
+    On a GPU `kthvalue` has one block of threads for a row, however long, and a sort has all of them.
+    """
+    if scores.device.type == "cpu":
+        return scores.kthvalue(count, dim=1, keepdim=True).values
+    return scores.sort(dim=1).values[:, count - 1 : count]
 
 
 # a model with this share of exact zeros was masked: rounding leaves a few in a million, masks a tenth or more
