@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -233,8 +234,14 @@ def device(float64: bool = False) -> Iterator[Counter[str]]:
     """While open, `DEVICE` can be used; what it gives counts where the CPU waited for it."""
     _open[0], _float64[0] = True, float64
     _waits.clear()
+    torch._C._set_only_lift_cpu_tensors(True)  # or what `torch.tensor` makes is moved past all that sees it
     try:
-        with _Mode():
+        with (
+            _Mode(),
+            mock.patch.object(torch.accelerator, "synchronize", lambda *_: None),  # all is done at once
+            mock.patch.object(Tensor, "pin_memory", lambda self, *_: self),
+        ):
             yield _waits
     finally:
         _open[0] = _float64[0] = False
+        torch._C._set_only_lift_cpu_tensors(False)

@@ -151,7 +151,7 @@ def fasp_layer(shape: Shape, gone: int) -> Work:
     """Score, restoration and errors of one FFN's reader, in float64."""
     out, size, kept = shape.hidden, shape.width, shape.width - gone
     fit = factor(kept) + Work(float64=2 * out * gone * kept + 2 * out * kept**2)
-    errors = Work(float64=2 * (2 * out * size**2) + 2 * (2 * out * size**2) + 2 * out * gone**2)
+    errors = Work(float64=4 * out * size**2 + out * gone**2)  # W^T W against a Gram, half of which says all
     return factor(size) * 2 + fit * 2 + errors  # a fit without the held-out windows judges the other
 
 

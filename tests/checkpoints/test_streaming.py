@@ -84,6 +84,38 @@ def test_streamed_is_as_in_memory(
     assert torch.equal(again(IDS).logits, billhook.load(a)(IDS).logits)
 
 
+@pytest.mark.parametrize("case", ["fasp", "admm"])
+def test_layers_that_are_brought_while_others_compute_are_the_same(
+    case: str, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an accelerator is given them; here a thread reads them, too."""
+    arrived: list[int] = []
+
+    def counted(self: offload.Ahead) -> Any:
+        arrived.append(len(self.files))
+        yield from before(self)
+
+    before = offload.Ahead.arrived
+    model = written("llama", tmp_path / "model")
+    a = pruned(model, text_file, tmp_path / "a", stream_weights=True, **CASES[case])
+    monkeypatch.setattr(offload, "APART", ("cpu",))
+    monkeypatch.setattr(offload.Ahead, "arrived", counted)
+    b = pruned(model, text_file, tmp_path / "b", stream_weights=True, **CASES[case])
+    assert same(a, b) and len(arrived) == len(layers(tiny.model("llama"))) - 1
+
+
+def test_what_was_brought_is_left_where_the_weights_have_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "APART", ("cpu",))
+    model = load.open_model(str(written("llama", tmp_path / "model")), stream=True).model
+    layer = layers(model)[1]
+    offload.begin_to_load(layer)
+    edited = torch.zeros_like(tiny.model("llama").model.layers[1].mlp.up_proj.weight)
+    save_file({"model.layers.1.mlp.up_proj.weight": edited}, tmp_path / "edited.safetensors")
+    offload.read_from(model, tmp_path / "edited.safetensors", ["model.layers.1.mlp.up_proj.weight"])
+    with offload.loaded(layer, edits=False):
+        assert not layer.get_parameter("mlp.up_proj.weight").any()
+
+
 def test_shards_and_bfloat16_come_in_and_go_out(tmp_path: Path, text_file: Path) -> None:
     tiny.model("llama").to(torch.bfloat16).save_pretrained(tmp_path / "model", max_shard_size="20KB")
     tiny.tokenizer().save_pretrained(tmp_path / "model")

@@ -76,8 +76,19 @@ def test_waits_do_not_grow_with_the_text(name: str, text_file: Path) -> None:
     [
         "perplexity_is_as_on_the_cpu_whatever_the_windows",
         "a_trial_waits_as_often_for_more_windows",
+        "layers_are_judged_without_waiting",
+        "a_solver_waits_for_no_column",
+        "refinement_is_as_on_the_cpu_whatever_the_windows",
+        "a_look_is_as_on_the_cpu",
+        "models_are_measured_side_by_side_as_on_the_cpu",
         "waits_are_counted",
     ],
 )
-def test_losses_are_read_once(check: str) -> None:
+def test_what_needs_no_method(check: str) -> None:
     holds(check)
+
+
+@pytest.mark.parametrize("float64", [True, False])
+def test_recovery_is_as_on_the_cpu(float64: bool, tmp_path: Path) -> None:
+    """An Apple GPU, too, trains without float64."""
+    holds("recovery_is_as_on_the_cpu", tmp_path, float64)

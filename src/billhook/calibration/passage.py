@@ -23,7 +23,7 @@ from billhook.choices import INDEPENDENT_STREAMS
 from billhook.models.families import layers
 from billhook.runtime.activations import State
 from billhook.runtime.memory import return_freed
-from billhook.runtime.offload import loaded, renumber
+from billhook.runtime.offload import begin_to_load, loaded, renumber
 from billhook.runtime.run import Run
 from billhook.tensors import Gram, Tokens
 
@@ -98,7 +98,8 @@ class Passage:
             edits: whether the layers may be edited.
             to_the_end: take the batches through the last layer as well.
         """
-        for n, module in enumerate(layers(self.model)[: max(self.wanted, default=-1) + 1]):
+        passed = layers(self.model)[: max(self.wanted, default=-1) + 1]
+        for n, module in enumerate(passed):
             if n in self.route.dropped:
                 continue
             self.run.tick(stage, sum(m < n for m in self.wanted), len(self.wanted))
@@ -106,6 +107,8 @@ class Passage:
                 self._pass_by(n)
             else:
                 with loaded(module, edits=edits):
+                    for later in passed[n + 1 : n + 2]:
+                        begin_to_load(later)
                     yield n
                     return_freed()  # holes that the cuts leave would pile up (docs/LOG.md)
                     if n < self.wanted[-1] or to_the_end:

@@ -1,10 +1,13 @@
 """Closed-form reconstruction of the kept weights: no training, no gradients."""
 
+from collections.abc import Callable, Iterator
+
 import torch
 
 from billhook.math.linalg import factor
 from billhook.tensors import Cross, Gram, Kept, Narrowed, Weight
 
+BLOCKS = 16  # block rows of D^T D, so that 17 of 32 parts of it are computed
 ROWS = 512  # rows of a reader in float64 at a time: a whole one takes as much memory as its Gram
 
 
@@ -45,11 +48,7 @@ def toward(W: Weight, T: Cross, G: Gram, damping: float, share: float = 1.0) -> 
 
 def energy(W: Weight, G: Gram) -> float:
     """||W X^T||_F^2, the energy of a reader's output."""
-    total = G.new_zeros(())
-    for rows in W.split(ROWS):
-        w = rows.double()
-        total += ((w @ G) * w).sum()
-    return total.item()
+    return _quadratic(lambda rows: W[rows].double(), len(W), G).item()
 
 
 def squared_error(
@@ -62,14 +61,40 @@ def squared_error(
     pruned = ~_mask(len(G), kept)
     if V is None:  # D is zero in the kept columns, which saves most of the work
         G, C = G[pruned][:, pruned], None if C is None else C[:, pruned]
-    total = G.new_full((), lack)
-    for start in range(0, len(W), ROWS):
-        rows = slice(start, start + ROWS)
-        D = -W[rows].double() if V is not None else -W[rows, pruned].double()
-        if V is not None:
-            D[:, kept] += V[rows].double()
-        total += ((D @ G) * D).sum() - (2 * (D * C[rows]).sum() if C is not None else 0.0)
+
+    def difference(rows: slice) -> torch.Tensor:
+        if V is None:
+            return -W[rows, pruned].double()
+        D = -W[rows].double()
+        D[:, kept] += V[rows].double()
+        return D
+
+    total = lack + _quadratic(difference, len(W), G)
+    if C is not None:
+        for rows in _slices(len(W), ROWS):
+            total -= 2 * (difference(rows) * C[rows]).sum()
     return max(total.item(), 0.0)
+
+
+def _quadratic(rows_of: Callable[[slice], torch.Tensor], count: int, G: Gram) -> torch.Tensor:
+    """tr(D G D^T), the sum of all entries of G * D^T D, which is symmetric: half of it is computed, block by block.
+
+    Args:
+        rows_of: some rows of D, in float64.
+        count: rows of D.
+    """
+    total = G.new_zeros(())
+    for rows in _slices(count, ROWS):
+        D = rows_of(rows)
+        for columns in _slices(len(G), -(-len(G) // BLOCKS)):
+            after = slice(columns.start, len(G))
+            terms = (D[:, columns].T @ D[:, after]).mul_(G[columns, after])
+            total += 2 * terms.sum() - terms[:, : len(terms)].sum()
+    return total
+
+
+def _slices(size: int, step: int) -> Iterator[slice]:
+    return (slice(at, at + step) for at in range(0, size, max(step, 1)))
 
 
 def _mask(size: int, chosen: Kept) -> torch.Tensor:

@@ -6,6 +6,7 @@ are loaded from their safetensors file when it is called, and unloaded when the 
 stay and may be edited; edited ones are swapped out to a file of their own.
 
     with loaded(layer):
+        begin_to_load(next_layer)  # which an accelerator is given while it computes
         ...  # weights are in memory, and may be changed or replaced
     for names in by_module(model, paths):
         ...  # the paths inside one offloaded module, which is loaded
@@ -16,7 +17,8 @@ import shutil
 import tempfile
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -31,6 +33,7 @@ from billhook.errors import BillhookError, first_line
 from billhook.runtime import tensor_files
 
 ATTRIBUTE = "billhook_offloaded"  # attribute that marks an offloaded module
+APART = ("cuda",)  # devices that compute while weights are read: on a CPU a second layer would only take memory
 
 
 def check_finite(tensor: Tensor, name: str, file: Path | str) -> None:
@@ -137,6 +140,36 @@ class WeightStore:
         return places
 
 
+class Ahead:
+    """Weights that a thread reads from `files` and copies to a device, on a stream of its own if that is a GPU."""
+
+    def __init__(self, device: torch.device, files: dict[str, Path], read: Callable[[], dict[str, Tensor]]) -> None:
+        self.device, self.files, self.read = device, files, read
+        reader = ThreadPoolExecutor(1)
+        self.future = reader.submit(self._brought)
+        reader.shutdown(wait=False)
+
+    def _brought(self) -> dict[str, Tensor]:
+        if self.device.type != "cuda":
+            return self.read()
+        stream = torch.cuda.Stream(self.device)
+        with torch.cuda.stream(stream):
+            found = self.read()
+        stream.synchronize()
+        return found
+
+    def arrived(self) -> Iterator[tuple[str, Tensor]]:
+        """Wait for the weights, and yield them with their names.
+
+        Raises:
+            BillhookError: a parameter holds NaN or infinite values.
+        """
+        for name, value in self.future.result().items():
+            if self.device.type == "cuda":  # or its memory is given away while kernels still read it
+                value.record_stream(torch.cuda.current_stream(self.device))
+            yield name, value
+
+
 @dataclass
 class OffloadedModule:
     """One module whose weights are loaded and unloaded together."""
@@ -151,6 +184,7 @@ class OffloadedModule:
     placeholders: dict[str, nn.Parameter] = field(
         default_factory=dict
     )  # meta parameters by name; reused, so that tied ones stay tied
+    ahead: "Ahead | None" = None  # weights on their way
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OffloadedModule":
         return self  # `copied` makes the new ones itself
@@ -159,15 +193,34 @@ class OffloadedModule:
         """Read the weights, unless another user has loaded them."""
         self.users += 1
         if self.users == 1:
-            owners = self.owners()
-            for name, tensor in self.store.read(list(owners)):
+            owners, ahead, self.ahead = self.owners(), self.ahead, None
+            there = ahead is not None and ahead.files == self.files(owners)
+            for name, value in ahead.arrived() if ahead and there else self.values(owners):
                 owner, leaf = owners[name]
                 meta = self.placeholders[name] = getattr(owner, leaf)
-                value = tensor.to(self.store.device, meta.dtype, copy=True)
-                if tensor.dtype != meta.dtype:  # a narrower type may overflow
-                    check_finite(value, name, self.store.files[name])
                 owner._parameters[leaf] = nn.Parameter(value, meta.requires_grad)
-                del tensor
+                del value
+
+    def values(self, owners: Mapping[str, tuple[nn.Module, str]]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the weights on the device, in the type that computes, by name."""
+        for name, tensor in self.store.read(list(owners)):
+            owner, leaf = owners[name]
+            dtype = getattr(owner, leaf).dtype
+            value = tensor.to(self.store.device, dtype, copy=True)
+            if tensor.dtype != dtype:  # a narrower type may overflow
+                check_finite(value, name, self.store.files[name])
+            del tensor
+            yield name, value
+
+    def files(self, names: Iterable[str]) -> dict[str, Path]:
+        """Where weights are now; edited ones move."""
+        return {name: self.store.files[name] for name in names}
+
+    def begin_to_load(self) -> None:
+        """Bring the weights to a device that computes meanwhile, unless they are there or on their way."""
+        if self.store.device.type in APART and not self.users and self.ahead is None:
+            owners = self.owners()
+            self.ahead = Ahead(self.store.device, self.files(owners), lambda: dict(self.values(owners)))
 
     def unload(self, edited: bool = False) -> None:
         """Free the weights after their last user; if they may be `edited`, changed ones are swapped out."""
@@ -268,7 +321,7 @@ def copied(model: Any) -> Any:
         return copy.deepcopy(model)
     first = store_of(model)
     store = WeightStore(dict(first.files), dict(first.keys), first.device, first.swap)
-    store.modules = [replace(offloaded, store=store, placeholders={}) for offloaded in first.modules]
+    store.modules = [replace(offloaded, store=store, placeholders={}, ahead=None) for offloaded in first.modules]
     old, new = (first, *first.modules), (store, *store.modules)
     duplicate = copy.deepcopy(
         model, {id(original): replacement for original, replacement in zip(old, new, strict=True)}
@@ -361,6 +414,14 @@ def loaded(module: nn.Module, *, edits: bool = True) -> Iterator[None]:
         offloaded.unload()
         raise
     offloaded.unload(edited=edits)
+
+
+def begin_to_load(module: nn.Module) -> None:
+    """Have an accelerator be given a decoder layer's weights while it computes with others; nothing on a CPU, and for a
+    model in memory."""
+    offloaded: OffloadedModule | None = vars(module).get(ATTRIBUTE)
+    if offloaded is not None:
+        offloaded.begin_to_load()
 
 
 def by_module(model: Any, names: Iterable[str], *, edits: bool = True) -> Iterator[list[str]]:

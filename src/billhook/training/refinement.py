@@ -192,7 +192,7 @@ def _refine(
 
     def held_out() -> float:
         with torch.no_grad():
-            errors = [off(b).item() for b in range(trained, len(states))]
+            errors = torch.stack([off(b) for b in range(trained, len(states))]).tolist()  # waited for once
         return math.sqrt(sum(errors) / len(errors))
 
     with _in_float32(modules) as weights:
