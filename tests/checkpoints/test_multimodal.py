@@ -97,6 +97,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         made(name).save_pretrained(folder)
         tiny.tokenizer().save_pretrained(folder)
         (folder / "preprocessor_config.json").write_text('{"size": 16}')
+        (folder / "README.md").write_text("---\npipeline_tag: image-text-to-text\n---\n")
     return found
 
 
@@ -147,7 +148,7 @@ def test_what_is_cut_loads_in_its_stock_class(
     assert result.record["model_type"] == name
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 @pytest.mark.parametrize("name", MORE)
 def test_other_models_with_eyes_load_in_their_stock_class(name: str, text_file: Path, tmp_path: Path) -> None:
     made(name).save_pretrained(tmp_path / "model")
@@ -178,6 +179,7 @@ def test_all_else_goes_along_as_it_is(name: str, folders: dict[str, Path], tmp_p
     changed = {key for key, value in now["text_config"].items() if was["text_config"].get(key) != value}
     assert changed - {"layer_types"} == {"num_hidden_layers"}
     assert (out / "preprocessor_config.json").read_text() == '{"size": 16}'
+    assert "\npipeline_tag: image-text-to-text\n" in (out / "README.md").read_text()
 
 
 def test_layers_that_images_reach_stay(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -204,6 +206,13 @@ def test_what_would_not_fit_around_it_is_refused(
 def test_a_decoder_that_reads_images_in_layers_of_its_own_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(T.MllamaConfig().to_dict()))
     with pytest.raises(BillhookError, match=r"multimodal \(mllama\): its decoder reads the image in layers of cross"):
+        load.load(tmp_path)
+
+
+def test_a_config_that_transformers_refuses_is_one_line(folders: dict[str, Path], tmp_path: Path) -> None:
+    content = json.loads((folders["qwen3_vl"] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(content | {"vision_config": {"hidden_size": "wide"}}))
+    with pytest.raises(BillhookError, match=r"config.json: transformers could not read it"):
         load.load(tmp_path)
 
 

@@ -50,11 +50,11 @@ def _warn_of_left(source: Path, to: Path, names: re.Pattern[str]) -> None:
         )
 
 
-def licence_of(source: Path | None) -> str | None:
-    """The licence that a checkpoint's own model card names, if it has one."""
+def said_of(source: Path | None, key: str) -> str | None:
+    """What a checkpoint's own model card says of itself, if it has one: its `license`, its `pipeline_tag`."""
     card = source and source / "README.md"
     if not card or not card.is_file():
         return None
     head = card.read_text(errors="replace").partition("---\n")[2].partition("\n---")[0]
-    found = re.search(r"^license:\s*([\w.-]+)\s*$", head, re.M)
+    found = re.search(rf"^{key}:\s*([\w.-]+)\s*$", head, re.M)
     return found[1] if found else None

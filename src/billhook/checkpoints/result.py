@@ -104,7 +104,8 @@ class Result:
 
     def _fill(self, work: Path, tick: Tick) -> None:
         tick("saving", 0, 2)
-        self.record.setdefault("license", belongings.licence_of(self.source))
+        for key in ("license", "pipeline_tag"):
+            self.record.setdefault(key, belongings.said_of(self.source, key))
         save.save(self.model, self.tokenizer, work, None if self.trimmed else self.source)
         tick("saving", 1, 2)
         with evaluation_mode(self.model):

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
-from billhook.errors import ModelError
+from billhook.errors import ModelError, reason
 from billhook.runtime.headers import shown
 
 CAUSAL = {"qwen3_vl_text": "qwen3"}  # text types without a causal LM: one that computes the same
@@ -38,7 +38,7 @@ def around(content: Mapping[str, Any]) -> Around | None:
     """What the decoder of a config.json stands in; None for a model of text alone.
 
     Raises:
-        BillhookError: it is multimodal, and its decoder cannot be pruned where it stands.
+        BillhookError: it is multimodal, and its decoder cannot be pruned where it stands; or transformers refuses it.
     """
     kind = str(content.get("model_type"))
     if not isinstance(content.get(TEXT), dict):
@@ -49,8 +49,8 @@ def around(content: Mapping[str, Any]) -> Around | None:
             f"it is multimodal ({shown(kind)}): {why}; save its language model by itself first, as a causal LM of type "
             f"{shown(str(content[TEXT].get('model_type', kind)))}"
         )
-    listed = (content.get("vision_config") or {}).get(MULTIMODAL[kind]) if MULTIMODAL[kind] else ()
-    return Around(kind, len(listed or ()))
+    listed = getattr(_read(content).vision_config, MULTIMODAL[kind]) if MULTIMODAL[kind] else ()
+    return Around(kind, len(listed))
 
 
 def decoder_config(content: dict[str, Any]) -> dict[str, Any]:
@@ -61,15 +61,23 @@ def decoder_config(content: dict[str, Any]) -> dict[str, Any]:
     """
     if around(content) is None:
         return content
-    whole: Any = CONFIG_MAPPING[content["model_type"]].from_dict(content)
+    whole = _read(content)
     text = whole.get_text_config().to_dict()
-    own = {"model_type": CAUSAL.get(text["model_type"], text["model_type"])}
+    own: dict[str, Any] = {"model_type": CAUSAL.get(text["model_type"], text["model_type"])}
     own |= {"tie_word_embeddings": whole.tie_word_embeddings}
     if dtype := content.get("dtype") or content.get("torch_dtype"):
         own["dtype"] = dtype
     if rotary := text.get("rope_parameters"):
         own["rope_parameters"] = {key: value for key, value in rotary.items() if key not in PLANES}
     return {key: value for key, value in text.items() if key != "architectures"} | own
+
+
+def _read(content: Mapping[str, Any]) -> Any:
+    """transformers' config of a config.json."""
+    try:
+        return CONFIG_MAPPING[content["model_type"]].from_dict(dict(content))
+    except Exception as error:  # transformers raises many kinds
+        raise ModelError(f"config.json: transformers could not read it ({reason(error)})") from error
 
 
 def type_of(model: PreTrainedModel) -> str:

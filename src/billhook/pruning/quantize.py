@@ -250,7 +250,7 @@ def _record(opened: Opened, wanted: Wanted, found: Found, why: Mapping[str, Any]
         "parent": before.get("parent") or opened.name,
         "model_type": opened.model.config.model_type,
         "layout": layout.layout_of(opened.model),
-        "license": belongings.licence_of(opened.folder),
+        "license": belongings.said_of(opened.folder, "license"),
         "quantized": said,
         "versions": records.versions(),
     }

@@ -37,7 +37,7 @@ def model_card(report: dict[str, Any]) -> str:
     command_lines = "`, then `".join(commands(report))
     return f"""---
 library_name: {"gguf" if file_alone else "transformers"}
-pipeline_tag: text-generation
+pipeline_tag: {report.get("pipeline_tag") or "text-generation"}
 tags: [{", ".join(tags)}]
 {_of_parent(report)}---
 # {parent}, {" and ".join(done)} by billhook
