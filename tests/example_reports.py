@@ -362,7 +362,29 @@ def pretrained() -> dict[str, Any]:
     return {**report, "healing": found}
 
 
+def quantize() -> dict[str, Any]:
+    operators = [
+        {
+            **{"layer": n, "role": role, "path": f"model.layers.{n}.{role}_proj", "weights": 331776, "damping": 0.01},
+            **{"grid": "Q4_0" if n % 3 else "Q5_0", "error": 0.05 + n / 1000, "error_nearest": 0.08 + n / 900},
+            "error_held_out": 0.06 + n / 1000,
+        }
+        for n in range(30)
+        for role in ("q", "o", "down")
+    ]
+    starts = [{"start": name, "kl": kl} for name, kl in (("sensitivity", 0.1214), ("mi", 0.1422), ("Q4_0", 0.1731))]
+    trials = [{"start": None, "kl": 0.12 + n / 500, "information": n / 4, "slope": 0.5, "bend": -n} for n in range(4)]
+    choice = {"kl": 0.0913, "uniform": "Q4_0", "uniform_kl": 0.1102, "taken": "mixed", "tried": starts + trials}
+    few = {"parent": "OUT", "method": "gptq", "format": "both", "embedding": "F16", "bits_per_weight": 4.83}
+    containers = {"compressed-tensors": {"bytes": 118_000_123}, "gguf": {"bytes": 117_512_345}}
+    command = "billhook quantize OUT --memory 90MB --allocation search --format both -o Q"
+    report = blank("OUT, quantised", "quantize", command)
+    types = {"Q4_0": 60, "Q5_0": 30}
+    said = {**few, "types": types, "containers": containers, "operators": operators, "choice": choice}
+    return {**report, "quantized": said}
+
+
 ALL = {
     **{"prune": prune, "evaluate": evaluate, "compare": compare, "sweep": sweep},
-    **{"recover": recover, "pretrained": pretrained, "search": search},
+    **{"recover": recover, "pretrained": pretrained, "search": search, "quantize": quantize},
 }

@@ -223,11 +223,17 @@ CONTAINERS = {
     "both": "both, with the same numbers",
 }
 BITS = {"4": "Q4_0", "5": "Q5_0", "8": "Q8_0"}  # the type that a number of bits means
+BITS_BY = {
+    "sensitivity": "what few bits of each layer alone cost, and a knapsack",
+    "mi": "how much a layer's output tells of the loss of its token (QPruner's start)",
+    "search": "Bayesian optimisation from both starts (QPruner, arXiv:2412.11629; extra: search)",
+}
 SCALES = {
     "block": "one for each block of 32 inputs, as Q4_0 stores them",
     "module": "one for each weight (QuantGPT, arXiv:2203.10705)",
 }
-GRID_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")  # types that have codes of billhook's own
+BITS_A_WEIGHT = {"Q4_0": 4.5, "Q4_1": 5.0, "Q5_0": 5.5, "Q5_1": 6.0, "Q8_0": 8.5}  # with its share of the scales
+GRID_TYPES = tuple(BITS_A_WEIGHT)  # types that have codes of billhook's own
 WITH_MINIMUM = ("Q4_1", "Q5_1")  # those whose blocks have a minimum besides their scale: zero is on no level
 EMBEDDING_TYPES = ("Q8_0", "F16")
 

@@ -34,6 +34,7 @@ Logits = Float[Tensor, "rows length vocabulary"]
 Chosen = Int[Tensor, "rows predicted k"]  # ids of the teacher's most likely tokens, the most likely first
 LogChances = Float[Tensor, "rows predicted k"]  # their log-probabilities
 Tail = Float[Tensor, "rows predicted"]  # probability of all other tokens together
+Values = Float[Tensor, " tokens"]  # one number for each token
 Rows = Float[Tensor, " rows"]  # one number for each window of a forward pass
 States = Float[Tensor, "rows length hidden"]
 SlotWindows = Float[Tensor, "slots windows units"]  # a number for each slot of an axis, window and unit

@@ -15,6 +15,7 @@ import torch
 import billhook
 from billhook.checkpoints import compressed, load
 from billhook.checkpoints.save import save
+from billhook.choices import BITS_BY
 from billhook.cuts import quantizing
 from billhook.cuts.quantizing import paths
 from billhook.errors import BillhookError
@@ -23,6 +24,7 @@ from billhook.math.grids import GRIDS
 from billhook.models.families import weight_of
 from billhook.planning.bits import bounds, size_of
 from billhook.planning.few_bits import Wanted
+from billhook.pruning import bits_search
 from billhook.pruning.quantize import FILE, Quantized, quantize
 from billhook.runtime import atomic
 from billhook.runtime.run import Run
@@ -138,16 +140,25 @@ def test_zeros_stay_through_both_methods(tmp_path: Path, text: str) -> None:
         quantize(source, Wanted(**SMALL, bits="Q4_1", calibration=text), Run())
 
 
-def test_a_budget_is_kept_and_the_better_of_two_is_taken(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("allocation", BITS_BY)
+def test_a_budget_is_kept_and_the_better_of_two_is_taken(
+    allocation: str, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bits_search, "TRIALS", 4)
     source = folder(tmp_path)
     model = tiny.model("llama")
     low, high = bounds(model, tuple(GRIDS), "Q8_0")
     budget = (2 * low + high) // 3
-    found, _ = written(tmp_path, source, memory=budget, calibration=text)
+    found, out = written(tmp_path, source, memory=budget, allocation=allocation, calibration=text)
     choice = found.record["quantized"]["choice"]
     types = [found.codes[path].grid.name for n, role, path in paths(found.model) if role == "q"]
     assert size_of(model, types, "Q8_0") <= budget
     assert choice["taken"] == "mixed" or choice["uniform_kl"] <= choice["kl"]
+    assert f"--allocation {allocation}" in (out / "README.md").read_text()
+    if allocation == "search":
+        least = min(choice["tried"], key=lambda one: one["kl"])
+        assert len(choice["tried"]) == 7 and least["kl"] <= choice["tried"][0]["kl"]
+        assert size_of(model, choice["by_layer"], "Q8_0") <= budget
     with pytest.raises(BillhookError, match=f"from {low:,} to {high:,} bytes"):
         quantize(source, Wanted(**SMALL, memory=low - 1, calibration=text), Run())
 
@@ -195,6 +206,8 @@ def test_an_importance_matrix_holds_the_squares_of_what_enters(tmp_path: Path, t
         ({"bits": "3"}, "bits"),
         ({"bits": "mixed"}, "wants --memory"),
         ({"bits": "4", "memory": 10}, "wants --memory"),
+        ({"allocation": "mi"}, "give --memory too"),
+        ({"memory": 10, "method": "kept"}, "leave it out, or --memory"),
         ({"method": "rtn", "imatrix": True}, "leave out --method rtn"),
         ({"embedding": "Q8_0", "format": "both"}, "linear weights alone"),
         ({"bits": "Q4_1", "format": "both"}, "whole numbers of a scale"),

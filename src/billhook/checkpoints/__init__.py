@@ -1,8 +1,9 @@
 """Folders and files in and out: open, stream, save, verify, publish, resume.
 
+adapter       A stock PEFT adapter as an output, beside a base that stays as it is
 around        A multimodal folder: which of its tensors are the text decoder's, and all that goes along
 belongings    Files of a model's folder that belong to its tokenizer or processor, which are copied along
-compressed      A folder of packed integers, in the format of compressed-tensors
+compressed    A folder of packed integers, in the format of compressed-tensors
 configs       Checks of config.json that transformers does not make
 contents      Which tensors of a folder's files a model is made of
 generation    generation_config.json: settings of `generate`, which are carried along

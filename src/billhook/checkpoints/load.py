@@ -96,6 +96,7 @@ def open_model(
             raise ModelError(f"{name}: packed integers are dequantised whole: leave out --stream-weights")
         with compressed.plain(path, name) as folder:
             opened = open_model(str(folder), device=device, dtype=dtype, tick=tick)
+        opened.model.name_or_path = opened.model.config._name_or_path = str(path)
         return replace(opened, name=name, folder=path)
     contents = check_folder(path, name)
     stored = contents.dtype

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from billhook.choices import BITS, CONTAINERS, EMBEDDING_TYPES, GRID_TYPES, OPERATOR_STREAMS, QUANTIZERS
+from billhook.choices import BITS, BITS_BY, CONTAINERS, EMBEDDING_TYPES, GRID_TYPES, OPERATOR_STREAMS, QUANTIZERS
 from billhook.cli.commands import app
 from billhook.cli.options import (
     BUDGET,
@@ -54,6 +54,10 @@ def quantize_command(
             names=QUANTIZERS,
         ),
     ] = "gptq",
+    allocation: Annotated[
+        str,
+        option(BUDGET, f"bits by layer: {', '.join(BITS_BY)}", names=BITS_BY, show_default="sensitivity"),
+    ] = "",
     stream: Annotated[
         str, option(METHOD, f"each weight sees: {', '.join(OPERATOR_STREAMS)}", names=OPERATOR_STREAMS)
     ] = "sequential",
@@ -89,7 +93,14 @@ def quantize_command(
     billhook quantize smaller --memory 90MB --calibration wiki.txt -o smaller-90
     """
     started, limit = time.perf_counter(), amount(memory, BYTES, "memory")
-    how = {"stream": stream, "embedding": embedding, "samples": samples, "probes": probes, "seq_len": seq_len}
+    how = {
+        "allocation": allocation,
+        "stream": stream,
+        "embedding": embedding,
+        "samples": samples,
+        "probes": probes,
+        "seq_len": seq_len,
+    }
     wanted = Wanted(bits, limit, format, method, **how, calibration=calibration, seed=seed, imatrix=imatrix is not None)
     output = check_free_of(model, output, overwrite)
     if imatrix is not None:

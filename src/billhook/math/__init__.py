@@ -14,6 +14,7 @@ layer_presets  Which layers go, by position alone
 layerwise      The layer-wise problem: one linear layer to sparsify, its target output, errors, least squares
 linalg         Symmetric positive definite systems: the one place that damps and factors a Gram
 low_rank       A weight as the product of two thin ones: one factoriser, by four moments of its input
+loftq          LoftQ: adapters that start at what few bits took away
 loraprune      LoRAPrune's importance: what units are worth, from the gradients of low-rank adapters
 losses         Losses of training after a cut: distances to the teacher's predictions and states
 magnitude      Magnitude pruning: the smallest weights go
@@ -25,6 +26,7 @@ ordering       Which steps of a model go first: the lowest of one order of all
 overlap        Windows that share text with others: a run of tokens in common
 pattern        Sparsity patterns: a share of zeros, or N of every M neighbours
 policy         Policy gradients: chances of units to stay, learned from losses alone
+qpruner        QPruner: bits by layer, from what the layers' outputs tell of the loss
 quantgpt       QuantGPT: weights trained on the levels that they will be packed on
 restore        Closed-form reconstruction of the kept weights: no training, no gradients
 scores         Importance of the columns of a reader: what the layer's output loses when one goes

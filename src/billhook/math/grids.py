@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from billhook.choices import BITS_A_WEIGHT
 from billhook.errors import BillhookError
 from billhook.math.sparsity import Support
 from billhook.tensors import Columns, Weight
@@ -25,23 +26,27 @@ SHRINKS = tuple(1 - n / 60 for n in range(16))  # shares of a block's own scale 
 
 @dataclass(frozen=True)
 class Grid:
-    """The levels of one type, and what a weight takes."""
+    """The levels of one type."""
 
     name: str
     lowest: int
     highest: int
     offset: bool  # whether a block has a minimum besides its scale; if so, zero is on no level
-    bits: float  # a weight takes, its share of the block's scales included
+
+    @property
+    def bits(self) -> float:
+        """What a weight takes, its share of the block's scales included."""
+        return BITS_A_WEIGHT[self.name]
 
 
 GRIDS = {
     grid.name: grid
     for grid in (
-        Grid("Q4_0", -8, 7, False, 4.5),
-        Grid("Q4_1", 0, 15, True, 5.0),
-        Grid("Q5_0", -16, 15, False, 5.5),
-        Grid("Q5_1", 0, 31, True, 6.0),
-        Grid("Q8_0", -127, 127, False, 8.5),
+        Grid("Q4_0", -8, 7, False),
+        Grid("Q4_1", 0, 15, True),
+        Grid("Q5_0", -16, 15, False),
+        Grid("Q5_1", 0, 31, True),
+        Grid("Q8_0", -127, 127, False),
     )
 }
 

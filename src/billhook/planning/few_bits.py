@@ -5,6 +5,7 @@ from importlib.util import find_spec
 
 from billhook.choices import (
     BITS,
+    BITS_BY,
     CONTAINERS,
     EMBEDDING_TYPES,
     GRID_TYPES,
@@ -30,6 +31,7 @@ class Wanted:
     memory: int | None = None  # bytes that all weights may take
     format: str = "gguf"
     method: str = "gptq"
+    allocation: str = ""  # how bits are chosen by layer; '' is sensitivity, where there is a budget
     stream: str = "sequential"
     embedding: str = ""  # '' is Q8_0, or F16 where the folder of compressed-tensors has to hold it
     calibration: str = "mixed"
@@ -42,12 +44,10 @@ class Wanted:
     def __post_init__(self) -> None:
         one_of("format", self.format, CONTAINERS)
         one_of("method", self.method, QUANTIZERS)
+        one_of("allocation", self.allocation or "sensitivity", BITS_BY)
         one_of("stream", self.stream, OPERATOR_STREAMS)
         one_of("bits", self.bits or MIXED, (*BITS, *GRID_TYPES, MIXED))
-        if (self.bits == MIXED) != (self.memory is not None) and self.bits:
-            raise SettingsError(
-                "--bits mixed wants --memory, what all weights may take, and other bits want none: they say it themselves"
-            )
+        self._check_bits()
         if self.embedding:
             one_of("embedding", self.embedding, EMBEDDING_TYPES)
         if self.folder:
@@ -64,10 +64,22 @@ class Wanted:
             raise SettingsError(
                 f"--imatrix is summed while gptq reads calibration text: leave out --method {self.method}"
             )
-        if self.mixed and self.method == KEPT:
-            raise SettingsError("--method kept is of weights on one type's levels: leave it out, or --memory")
         if min(self.samples, self.probes) < 1 or self.seq_len < 2:
             raise SettingsError("--samples and --probes are at least 1, and --seq-len at least 2")
+
+    def _check_bits(self) -> None:
+        if (self.bits == MIXED) != (self.memory is not None) and self.bits:
+            raise SettingsError(
+                "--bits mixed wants --memory, what all weights may take, and other bits want none: they say it themselves"
+            )
+        if self.allocation and not self.mixed:
+            raise SettingsError(
+                "--allocation chooses bits by layer within a budget: give --memory too, or leave it out"
+            )
+        if self.allocation == "search" and find_spec("optuna") is None:
+            raise BillhookError("--allocation search needs the extra: pip install 'billhook[search]'")
+        if self.mixed and self.method == KEPT:
+            raise SettingsError("--method kept is of weights on one type's levels: leave it out, or --memory")
 
     @property
     def mixed(self) -> bool:

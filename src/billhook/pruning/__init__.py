@@ -1,5 +1,6 @@
 """From a recipe to a cut model and its result; dry run, comparison, sweep.
 
+bits_search Bits by layer: Bayesian optimisation of a measured loss
 compare     Many prunes of one model, judged by the same texts: methods at one size, or one method at many
 contenders  What is compared: a method with settings, as one word of a command says it
 dry_run     What a prune will come to, before it: parameters, memory, disk, operations and time

@@ -26,16 +26,18 @@ from billhook.math.grids import GRIDS
 from billhook.models import layout
 from billhook.models.families import mixture, weight_of
 from billhook.models.multimodal import within
-from billhook.planning.bits import bits_by_layer, bounds, smaller_uniform, stored_as
+from billhook.planning.bits import Limit, bits_by_layer, bounds, by_information, smaller_uniform, stored_as
 from billhook.planning.few_bits import KEPT, MIXED, Wanted
 from billhook.planning.sensitivity import Probe
-from billhook.reports import card, records
+from billhook.pruning.bits_search import searched
+from billhook.reports import card, commands, page, records
 from billhook.runtime import atomic, cache, run_folder
 from billhook.runtime.progress import Tick, quiet
 from billhook.runtime.run import Run
 from billhook.tensors import Tokens
 
 FILE = "model.gguf"
+ALLOCATIONS = {"sensitivity": bits_by_layer, "mi": by_information, "search": searched}
 
 
 @dataclass
@@ -72,6 +74,13 @@ class Quantized:
         self.record["quantized"]["containers"] = parts
         atomic.write_text(work / atomic.MARK, records.to_json(self.record))
         atomic.write_text(work / "README.md", card.model_card(self.record))
+        page.save(work / "report.html", self.page())
+
+    def page(self) -> dict[str, Any]:
+        """The content of report.json."""
+        said, cut = self.record["quantized"], self.record if "cuts" in self.record else None
+        where = records.conditions(self.model, commands.quantize_command(said, said["parent"], "OUT"), said["seconds"])
+        return records.assemble("quantize", f"{said['parent']}, quantised", where, cut=cut, quantized=said)
 
     def write_imatrix(self, path: Path) -> None:
         """Write what enters each weight, as llama.cpp's llama-quantize reads it."""
@@ -158,6 +167,10 @@ def _offered(opened: Opened, wanted: Wanted) -> tuple[str, ...]:
     return tuple(name for name in GRID_TYPES if not (plain and GRIDS[name].offset))
 
 
+def _limit(opened: Opened, wanted: Wanted) -> Limit:
+    return Limit(wanted.memory or 0, _offered(opened, wanted), wanted.tables)
+
+
 def _windows(opened: Opened, wanted: Wanted, run: Run) -> Tokens:
     """Windows to calibrate on, and where bits are chosen as many again to choose by, and to accept by."""
     if not wanted.reads:
@@ -175,9 +188,8 @@ def _chosen(opened: Opened, wanted: Wanted, text: Tokens, run: Run) -> tuple[dic
     every = [(n, path) for n, _, path in paths(opened.model) if grids.divides(weight_of(opened.model, path).shape[1])]
     if not wanted.mixed:
         return {path: wanted.grid for _, path in every}, {}
-    assert wanted.memory is not None
     seen = text[wanted.samples : wanted.samples + wanted.probes]
-    types, why = bits_by_layer(opened.model, seen, _offered(opened, wanted), (wanted.memory, wanted.tables), run)
+    types, why = ALLOCATIONS[wanted.allocation or "sensitivity"](opened.model, seen, _limit(opened, wanted), run)
     return {path: types[n] for n, path in every}, why
 
 
@@ -214,7 +226,7 @@ def _accepted(opened: Opened, wanted: Wanted, mixed: Any, by: tuple[Tokens, Prob
     nothing has seen; else that one."""
     found, tables, why = mixed
     calibration, probe = by
-    name = smaller_uniform(opened.model, _offered(opened, wanted), (wanted.memory or 0, wanted.tables))
+    name = smaller_uniform(opened.model, _limit(opened, wanted))
     own = probe.divergences_of(opened.model)
     why |= {"kl": sum(own) / len(own), "uniform": name, "uniform_kl": None, "taken": MIXED}
     if name is None:

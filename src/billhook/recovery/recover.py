@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import PartialState
 
+from billhook.checkpoints.adapter import Adapted
 from billhook.checkpoints.result import Result
 from billhook.choices import BITS, TRAINABLE
 from billhook.errors import BillhookError
@@ -61,7 +62,8 @@ def recover(
         settings: the fields of `Recovery`: teacher="demo", tokens="500k", text=("wiki.txt",), …
 
     Returns:
-        the trained model in its checkpoint's dtype on the CPU, in every process, with its report.
+        the trained model in its checkpoint's dtype on the CPU, in every process, with its report; where adapters are
+        not merged, the base with them, float32.
 
     Raises:
         BillhookError: anything that cannot work, in one line; `work` holds another run; the loss is no longer finite.
@@ -97,10 +99,12 @@ def recover(
         if kept and kept != last:
             trainer.restore(kept)
         trained_parameters = trainables.trained(trainer.model)
-        trained = trainables.merged(trainer.gathered(prepared.start) if kept else prepared.start())
+        trained = trainer.gathered(prepared.start) if kept else prepared.start()
+        trained = (trainables.merged(trained) if chosen.merge else trained).cpu()
     student = prepared.student
-    cast(trained.cpu(), student.dtype)
-    _check_zeros(prepared, trained)
+    if chosen.merge:
+        cast(trained, student.dtype)
+        _check_zeros(prepared, trained)
     outcome = _outcome(prepared, trainer, tried, stopped_by, kept)
     outcome |= {"trained_parameters": trained_parameters, "parameters": sum(p.numel() for p in trained.parameters())}
     if few := (student.record or {}).get("quantized"):  # what it was given before, which is not what it has now
@@ -109,6 +113,8 @@ def recover(
     empty = {"parent": student.name, "model_type": type_of(trained), "versions": records.versions()}
     record = {key: value for key, value in (student.record or empty).items() if key != "quantized"}
     record = {**record, "recovery": [*record.get("recovery", []), outcome]}
+    if not chosen.merge:
+        return Adapted(trained.eval(), student.tokenizer, record, student.folder)
     return Result(trained.eval(), student.tokenizer, record, student.folder)
 
 
@@ -234,6 +240,8 @@ def _outcome(
         "bits": chosen.bits or None,
         "scales": chosen.scales if chosen.bits else None,
         "contrast": chosen.contrast or None,
+        "merge": None if chosen.merge else False,
+        "loftq": chosen.loftq or None,
         "dropout": chosen.dropout,
         "zeros": student.census.total if chosen.keeps_zeros else None,
         "texts": list(chosen.text),

@@ -55,6 +55,8 @@ class Recovery(Part):
     warmup: float = option(0.05, "share of the steps; a cosine to zero follows", ge=0, lt=1)
     top_k: int = option(256, "tokens whose teacher probability is kept; others count as one", ge=1)
     rank: int = option(32, "of lora's adapters; of spp: blocks of rows", ge=1)
+    merge: bool = option(True, "of lora: add the adapters to the weights; else write them, as a PEFT adapter")
+    loftq: str = option("", "of --no-merge: the model before it had few bits, whose loss the adapters start with")
     # None: a sparse model is trained by spp only
     keep_zeros: bool | None = option(None, "of a sparse model: keep its zeros, or fill them; one must be said")
     bits: str = option("", "keep weights on the levels of so many, which `quantize` packs as they are", names=BITS)
@@ -80,6 +82,14 @@ class Recovery(Part):
             raise SettingsError("--objective distill learns from the unpruned model: name it with --teacher, or use ce")
         if self.objective == "ce" and self.states == "on":
             raise SettingsError("--states on aligns with a teacher's hidden states: use it with --objective distill")
+        if not self.held_out and self.guard:
+            raise SettingsError(
+                "no --held-out text: nothing would show that training harms; name one, or pass --no-guard"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _of_few_bits(self) -> "Recovery":
         if self.objective == "ce" and self.contrast:
             raise SettingsError("--contrast compares with a teacher's states: use it with --objective distill")
         if self.contrast and not self.bits:
@@ -88,11 +98,18 @@ class Recovery(Part):
             raise SettingsError(f"--bits trains whole weights on their levels: use --trainable {' or '.join(WHOLE)}")
         if self.scales == "module" and not self.bits:
             raise SettingsError("--scales says what shares a scale of --bits: give --bits too, or leave it out")
-        if not self.held_out and self.guard:
+        if not self.merge and (self.trainable != "lora" or self.keep_zeros):
+            raise SettingsError("--no-merge writes lora's adapters: use --trainable lora, without --keep-zeros")
+        if self.loftq and self.merge:
             raise SettingsError(
-                "no --held-out text: nothing would show that training harms; name one, or pass --no-guard"
+                "--loftq is where adapters of a quantised model start: give --no-merge, or leave it out"
             )
         return self
+
+    @property
+    def opens_packed(self) -> bool:
+        """Whether the student may be packed integers: its codes start the training, or stay as they are."""
+        return bool(self.bits) or not self.merge
 
     @property
     def keeps_zeros(self) -> bool:

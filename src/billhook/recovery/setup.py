@@ -19,6 +19,7 @@ from billhook.errors import BillhookError
 from billhook.evaluation.perplexity import perplexity_of
 from billhook.math import sparsity
 from billhook.math.grids import GRIDS
+from billhook.models.families import layers, mixture
 from billhook.models.modes import noise
 from billhook.recovery.budget import affordable_tokens, evaluation_steps, rates_of
 from billhook.recovery.settings import HALVED, Recovery
@@ -32,7 +33,7 @@ from billhook.training.early_stopping import EarlyStopping
 from billhook.training.schedule import Schedule
 from billhook.training.teacher import TeacherCache
 from billhook.training.text_windows import TrainingTexts, order_of, read
-from billhook.training.trainables import KEEPING_ZEROS, TRAINERS, Seam
+from billhook.training.trainables import KEEPING_ZEROS, TRAINERS, Seam, begin_at
 
 if TYPE_CHECKING:
     from billhook.training.trainer import RecoveryTrainer
@@ -141,6 +142,7 @@ def prepare(name: str, chosen: Recovery, env: Environment, *, fresh: bool = Fals
     student, texts, measure_tokens = _inspect(name, chosen, autocast, env)
     key = {"student": student.sha256, "version of billhook": cache.code_sha256(), "precision": str(autocast)}
     key |= {"settings": chosen.model_dump(mode="json"), "teacher's files": files_of(chosen.teacher, env.tick)}
+    key |= {"files before few bits": files_of(chosen.loftq, env.tick)} if chosen.loftq else {}
     if process.is_main_process:
         windows_sha256 = hashlib.sha256(texts.train.numpy().tobytes()).hexdigest()
         run_folder.claim(env.work, {**key, "training text": windows_sha256}, fresh, keep=("lessons",))
@@ -184,7 +186,7 @@ def _inspect(
     name: str, chosen: Recovery, autocast: torch.dtype | None, env: Environment
 ) -> tuple[Student, TrainingTexts, Callable[[], int]]:
     """The student, what it will read, and a function that measures how many tokens the minutes buy."""
-    opened = load.open_model(name, device="cpu", dtype="float32", tick=env.tick, packed=bool(chosen.bits))
+    opened = load.open_model(name, device="cpu", dtype="float32", tick=env.tick, packed=chosen.opens_packed)
     load.check_positions(opened, chosen.seq_len)
     student = Student(
         name=name,
@@ -198,7 +200,10 @@ def _inspect(
         noise=noise(opened.model.config),
         packed=opened.folder is not None and compressed.is_compressed(opened.folder),
     )
-    _check_zeros(student, chosen)
+    if chosen.merge:
+        _check_zeros(student, chosen)
+    else:
+        _check_base(opened, chosen)
     if chosen.bits:
         on_levels.check(opened.model)
         if parse_flag_from_env("ACCELERATE_USE_FSDP"):
@@ -217,6 +222,22 @@ def _inspect(
         data.check_vocabulary(text, opened.model, name)
     size = sum(param.numel() for param in opened.model.parameters())
     return student, texts, lambda: _affordable_tokens(student, chosen, size, autocast, env)
+
+
+def _check_base(opened: load.Opened, chosen: Recovery) -> None:
+    """Refuse a base that no adapter could name, or whose adapters are not peft's."""
+    if opened.folder is None:
+        raise BillhookError(f"--no-merge: {opened.name} is no folder, which an adapter names as its base: merge them")
+    if any(mixture(opened.model, n) is not None for n in range(len(layers(opened.model)))):
+        raise BillhookError(
+            f"--no-merge: {opened.name} is a mixture of experts, whose adapters are not peft's: merge them"
+        )
+    if (
+        chosen.loftq
+        and (given := load.open_skeleton(chosen.loftq)).config.hidden_size != opened.model.config.hidden_size
+    ):
+        width = given.config.hidden_size
+        raise BillhookError(f"--loftq {chosen.loftq} has {width} channels: name the model that was quantised")
 
 
 def _check_zeros(student: Student, chosen: Recovery) -> None:
@@ -299,10 +320,12 @@ def _ask_teacher(
 
 
 def _trainable(name: str, chosen: Recovery, seam: Seam | None) -> Any:
-    model = load.open_model(name, device="cpu", dtype="float32", packed=bool(chosen.bits)).model
+    model = load.open_model(name, device="cpu", dtype="float32", packed=chosen.opens_packed).model
     with torch.random.fork_rng():  # adapters are drawn alike in every process, and when a run goes on
         torch.manual_seed(chosen.seed)
         made = _makers(chosen)[chosen.trainable](model, seam, chosen.rank)
+        if chosen.loftq:
+            begin_at(made, load.open_model(chosen.loftq, device="cpu", dtype="float32").model)
         if chosen.bits:
             on_levels.train_on_levels(made, GRIDS[BITS[chosen.bits]], chosen.scales == "module")
         if chosen.contrast:

@@ -10,6 +10,7 @@ history           What billhook.json says was done to a model: every key that is
 markup            The pieces of a report page: text that is escaped on its way in, tables, figures, sections
 page              report.html: one file, made for a person, from report.json and nothing else
 quantized         What few bits came to, in rows
+quantized_section What few bits came to, as a section of a page
 records           The record of a result, as plain data: what report.json and billhook.json hold
 recovery_section  The sections of a report page about training after a cut: its course
 recovery_tables   What training after a cut did, in words and rows for a terminal

@@ -7,7 +7,7 @@ from typing import Any
 from billhook.reports import tables
 from billhook.reports.commands import commands
 from billhook.reports.cut_tables import cut_rows
-from billhook.reports.quantized import quantized_rows
+from billhook.reports.quantized import method_words, quantized_rows
 from billhook.reports.recovery_tables import recovered_words
 
 
@@ -29,14 +29,15 @@ def model_card(report: dict[str, Any]) -> str:
         story += [f"trained by {tables.plain(recovered_words(recovery))}" for recovery in recoveries]
     if quantized:
         done, tags = [*done, "quantised"], [*tags, "quantized", *quantized["containers"]]
-        story.append(f"given {quantized['bits_per_weight']:.2f} bits a weight by {quantized['method']}")
+        story.append(f"given {quantized['bits_per_weight']:.2f} bits a weight by {method_words(quantized)}")
     file_alone = bool(quantized) and list(quantized["containers"]) == ["gguf"]
-    layout = CARD_LAYOUT["gguf" if file_alone else report.get("layout") or "unknown"].format(
-        report.get("model_type") or "transformers"
-    )
+    adapter = report.get("adapter")
+    kind = "adapter" if adapter else "gguf" if file_alone else report.get("layout") or "unknown"
+    layout = CARD_LAYOUT[kind].format(report.get("model_type") or "transformers")
+    library = "peft" if adapter else "gguf" if file_alone else "transformers"
     command_lines = "`, then `".join(commands(report))
     return f"""---
-library_name: {"gguf" if file_alone else "transformers"}
+library_name: {library}
 pipeline_tag: {report.get("pipeline_tag") or "text-generation"}
 tags: [{", ".join(tags)}]
 {_of_parent(report)}---
@@ -73,6 +74,7 @@ def _holds(recipe: Any, recoveries: Sequence[Any]) -> str:
 HUB = {"demo": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # repositories of models that have another name here
 CARD_LAYOUT = {
     "unknown": "A `{}` checkpoint",
+    "adapter": "A PEFT adapter of a `{}` checkpoint, which `adapter_config.json` names and peft loads it on",
     "gguf": "A `{}` model in a GGUF file, for llama.cpp",
     "uniform": "A stock `{}` checkpoint",
     "per_layer": "A `{}` checkpoint whose layers differ in size: load it with `billhook.load(path)`, or with "

@@ -44,6 +44,7 @@ def recover_command(recovery: dict[str, Any], student: str = "OUT", out: str = "
     ]
     if (keep := recovery.get("keep_zeros")) is not None:
         settings.append("--keep-zeros" if keep else "--no-keep-zeros")
+    settings += ["--no-merge"] if recovery.get("merge") is False else []
     settings += ["--dropout"] if recovery.get("dropout") else []
     processes = recovery.get("processes") or 1
     program = f"accelerate launch --num_processes {processes} -m billhook" if processes > 1 else "billhook"
@@ -52,8 +53,8 @@ def recover_command(recovery: dict[str, Any], student: str = "OUT", out: str = "
 
 RECOVER_FLAGS = (
     *("teacher", "objective", "states", "trainable", "rank", "tokens", "text", "held_out", "seq_len"),
-    *("batch_tokens", "lr", "warmup", "top_k", "bits", "scales", "contrast", "precision", "seed"),
+    *("batch_tokens", "lr", "warmup", "top_k", "bits", "scales", "contrast", "loftq", "precision", "seed"),
 )
 TEACHER_FLAGS = ("teacher", "states", "top_k", "contrast")  # flags without effect where there is no teacher
 TEXT_FLAGS = ("stream", "calibration", "samples", "probes", "seq_len", "seed")  # without effect where no text is read
-QUANTIZE_FLAGS = ("bits", "memory", "format", "method", "embedding", *TEXT_FLAGS)
+QUANTIZE_FLAGS = ("bits", "memory", "allocation", "format", "method", "embedding", *TEXT_FLAGS)

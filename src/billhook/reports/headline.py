@@ -13,6 +13,7 @@ from billhook.reports.formatting import (
     figures,
     finite,
     mebibytes,
+    megabytes,
     number,
     percent,
     places,
@@ -20,6 +21,7 @@ from billhook.reports.formatting import (
     signed,
     with_error,
 )
+from billhook.reports.quantized import errors, method_words
 from billhook.reports.recovery_tables import (
     factor_words,
     judged,
@@ -50,6 +52,8 @@ def figures_of(report: Mapping[str, Any]) -> list[Figure]:
         return [*_size(models[0], models[-1]), *_speed(models), *lost[: 2 - len(kept)], *kept]
     if models:
         return _alone(models[0])
+    if report.get("quantized"):
+        return _quantized(report["quantized"])
     if report.get("healing"):
         return _recovered(report["healing"])
     return _cut(report["cut"]) if report.get("cut") else []
@@ -57,11 +61,13 @@ def figures_of(report: Mapping[str, Any]) -> list[Figure]:
 
 def how_to_measure(report: Mapping[str, Any]) -> str | None:
     """The command that measures what a prune or a recovery has not."""
-    cut, healing = report.get("cut") or {}, report.get("healing") or {}
-    dense = cut.get("parent") or healing.get("teacher")
+    cut, healing, few = (report.get(part) or {} for part in ("cut", "healing", "quantized"))
+    dense = few.get("parent") or cut.get("parent") or healing.get("teacher")
     if not dense or report.get("models"):
         return None
     out = "OUT2" if cut and healing else "OUT"  # the names that `commands.recover_command` gives them
+    if few:
+        out = "OUT/model.gguf" if few["format"] == "gguf" else "OUT"
     return f"billhook evaluate {out} --against {shlex.quote(str(dense))} --report report.html"
 
 
@@ -166,6 +172,17 @@ def _recovered(recovery: Mapping[str, Any]) -> list[Figure]:
         ),
         Figure("training tokens/s", number(recovery.get("tokens_per_second"), "{:,.0f}"), f"{spent}; {memory}"),
     ]
+
+
+def _quantized(few: Mapping[str, Any]) -> list[Figure]:
+    types = ", ".join(f"{count} of {name}" for name, count in few["types"].items())
+    shown = [Figure("bits a weight", number(few["bits_per_weight"]), f"of the layers; {types}; by {method_words(few)}")]
+    for name, part in few["containers"].items():
+        shown.append(Figure(f"as {name}", megabytes(part["bytes"]), f"embedding and head {few['embedding']}"))
+    if told := errors(few["operators"]):
+        value, _, conditions = told.partition(" ")
+        shown.append(Figure("error of the weights' outputs", value, conditions.strip("()")))
+    return shown
 
 
 def _duration(seconds: float | int) -> str:

@@ -268,6 +268,8 @@ class Recovery(Part):
     bits: str | None = None
     scales: str | None = None
     contrast: Number = None
+    merge: bool | None = None
+    loftq: str | None = None
     quantized: dict[str, Any] | None = None
     losses: list[Number] | None = None
     evaluations: list[Judgement] | None = None

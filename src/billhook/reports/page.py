@@ -11,7 +11,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from billhook.reports import charts, markup, recovery_section, recovery_tables, search_section, tables
+from billhook.reports import (
+    charts,
+    markup,
+    quantized_section,
+    recovery_section,
+    recovery_tables,
+    search_section,
+    tables,
+)
 from billhook.reports.charts import Axis, Band, Point, Series
 from billhook.reports.cut_tables import (
     KINDS,
@@ -36,10 +44,12 @@ KIND = {
     "compare": "Methods compared",
     "sweep": "Sizes swept",
     "recover": "What training recovered",
+    "quantize": "What fewer bits came to",
 }
 UNMEASURED = {
     "prune": "Speed and quality have not been measured. To measure both models on held-out text:",
     "recover": "Only perplexity has been measured. To measure speed, memory and texts beside the unpruned model:",
+    "quantize": "Speed and quality have not been measured. To measure it beside the model that it was:",
 }
 SCALE = 20  # a chart of perplexities ends at this multiple of the lowest: models beyond it are all broken
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -52,6 +62,7 @@ def render(report: Mapping[str, Any]) -> str:
         _points(report),
         _measures(report),
         recovery_section.training(report.get("healing")),
+        quantized_section.section(report.get("quantized")),
         _texts(report.get("models") or []),
         recovery_section.selection((report.get("cut") or {}).get("selection")),
         search_section.search((report.get("cut") or {}).get("search")),
@@ -76,7 +87,7 @@ def render(report: Mapping[str, Any]) -> str:
 def _headline(report: Mapping[str, Any]) -> str:
     out = _figures(figures_of(report))
     if command := how_to_measure(report):
-        advice = UNMEASURED["recover" if report.get("healing") else "prune"]
+        advice = UNMEASURED["quantize" if report.get("quantized") else "recover" if report.get("healing") else "prune"]
         out += f'<p class="todo">{advice}<code>{markup.say(command)}</code></p>\n'
     return out
 

@@ -39,12 +39,14 @@ def conditions(model: PreTrainedModel, command: str, seconds: float | int) -> di
 
 
 def assemble(kind: str, title: str, conditions: dict[str, Any], **content: Any) -> dict[str, Any]:
-    """What report.json holds and `page.render` shows; `kind` is prune, evaluate, compare, sweep or recover.
+    """What report.json holds and `page.render` shows; `kind` is prune, evaluate, compare, sweep, recover or
+    quantize.
 
     Args:
         content: `cut`, what a pruned checkpoint's billhook.json holds; `models`, of `evaluate.side_by_side`, with
             `reference`, the name of the one that the others are compared with; `points` of a leaderboard or a sweep,
-            with its `knee`; `healing`, the last record of `recovery` in a trained checkpoint's billhook.json.
+            with its `knee`; `healing`, the last record of `recovery` in a trained checkpoint's billhook.json;
+            `quantized`, what billhook.json says under that name.
     """
     empty = {"cut": None, "models": [], "reference": None, "points": [], "knee": None, "healing": None}
     return {"title": title, "kind": kind, **empty, **content, "conditions": conditions}

@@ -94,6 +94,12 @@ def plain(cell: str) -> str:
     return " ".join(cell.replace("&", "&amp;").replace("<", "&lt;").split())
 
 
+def _bits(model: Mapping[str, Any]) -> float | None:
+    """Bits that the files of a model take for each of its parameters."""
+    parameters = (model.get("sizes") or {}).get("parameters")
+    return 8 * model["disk_bytes"] / parameters if finite(model.get("disk_bytes")) and parameters else None
+
+
 def _row(
     group: str,
     name: str,
@@ -118,7 +124,8 @@ def _sizes(models: Sequence[Mapping[str, Any]]) -> list[Measure]:
     if len(set(embeddings)) > 1:  # equal unless the vocabulary was trimmed
         rows += _row("size", "embedding parameters", "", embeddings, count)
     rows += _row("size", "multiply–adds a token", "", [m.get("macs_per_token") for m in models], count)
-    return rows + _row("size", "size on disk", "", [m.get("disk_bytes") for m in models], megabytes)
+    rows += _row("size", "size on disk", "", [m.get("disk_bytes") for m in models], megabytes)
+    return rows + _row("size", "bits a parameter on disk", "", [_bits(m) for m in models], number)
 
 
 def _quality(models: Sequence[Mapping[str, Any]]) -> list[Measure]:

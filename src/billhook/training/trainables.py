@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from billhook.errors import BillhookError
+from billhook.math import loftq
 from billhook.models.families import layers, mixture
 from billhook.tensors import Weight
 from billhook.training.on_levels import PROJECTION
@@ -77,6 +78,29 @@ def train_adapters(model: PreTrainedModel, cut: Seam | None, rank: int) -> Any:
     with warnings.catch_warnings():  # peft 0.21 asks for an attribute that transformers 5 has renamed
         warnings.simplefilter("ignore", FutureWarning)
         return peft.get_peft_model(model.requires_grad_(False), config)
+
+
+@torch.no_grad()
+def begin_at(model: Any, dense: PreTrainedModel) -> None:
+    """Start adapters at what few bits took from the dense model (LoftQ).
+
+    Args:
+        model: of `train_adapters`.
+        dense: the model before it had few bits.
+
+    Raises:
+        BillhookError: its weights have other shapes.
+    """
+    weights = dict(dense.named_parameters())
+    adapted = {name: module for name, module in model.base_model.model.named_modules() if hasattr(module, "lora_A")}
+    for name, module in adapted.items():
+        W, Q = weights.get(f"{name}.weight"), module.base_layer.weight
+        if W is None or W.shape != Q.shape:
+            raise BillhookError(f"--loftq: {name} has another shape there: name the model that was quantised")
+        (A,), (B,) = module.lora_A.values(), module.lora_B.values()
+        first, second = loftq.factors(W, Q, len(A.weight), SCALE)
+        A.weight.copy_(first)
+        B.weight.copy_(second)
 
 
 class MaskedAdapter(nn.Module):
