@@ -232,12 +232,11 @@ def _check_base(opened: load.Opened, chosen: Recovery) -> None:
         raise BillhookError(
             f"--no-merge: {opened.name} is a mixture of experts, whose adapters are not peft's: merge them"
         )
-    if (
-        chosen.loftq
-        and (given := load.open_skeleton(chosen.loftq)).config.hidden_size != opened.model.config.hidden_size
-    ):
-        width = given.config.hidden_size
-        raise BillhookError(f"--loftq {chosen.loftq} has {width} channels: name the model that was quantised")
+    if chosen.loftq:
+        given = {name: param.shape for name, param in load.open_skeleton(chosen.loftq).named_parameters()}
+        own = opened.model.named_parameters()
+        if off := next((name for name, param in own if given.get(name) != param.shape), ""):
+            raise BillhookError(f"--loftq {chosen.loftq}: {off} has another shape: name the model that was quantised")
 
 
 def _check_zeros(student: Student, chosen: Recovery) -> None:

@@ -86,18 +86,12 @@ def begin_at(model: Any, dense: PreTrainedModel) -> None:
 
     Args:
         model: of `train_adapters`.
-        dense: the model before it had few bits.
-
-    Raises:
-        BillhookError: its weights have other shapes.
+        dense: the model before it had few bits, of the same shapes.
     """
-    weights = dict(dense.named_parameters())
     adapted = {name: module for name, module in model.base_model.model.named_modules() if hasattr(module, "lora_A")}
     for name, module in adapted.items():
-        W, Q = weights.get(f"{name}.weight"), module.base_layer.weight
-        if W is None or W.shape != Q.shape:
-            raise BillhookError(f"--loftq: {name} has another shape there: name the model that was quantised")
         (A,), (B,) = module.lora_A.values(), module.lora_B.values()
+        W, Q = dense.get_parameter(f"{name}.weight"), module.base_layer.weight
         first, second = loftq.factors(W, Q, len(A.weight), SCALE)
         A.weight.copy_(first)
         B.weight.copy_(second)
