@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from billhook.reports import history
 
@@ -25,8 +24,8 @@ def versions() -> dict[str, str]:
 _version = cache(version)  # it reads files of the installation
 
 
-def conditions(model: PreTrainedModel, command: str, seconds: float | int) -> dict[str, Any]:
-    """Where and how numbers were measured."""
+def conditions(model: Any, command: str, seconds: float | int) -> dict[str, Any]:
+    """Where and how the numbers of a model, with or without adapters, were measured."""
     return {
         "command": command,
         "versions": versions(),
