@@ -21,6 +21,7 @@ from billhook.math import sparsity
 from billhook.math.grids import GRIDS
 from billhook.models.families import layers, mixture
 from billhook.models.modes import noise
+from billhook.models.multimodal import within
 from billhook.recovery.budget import affordable_tokens, evaluation_steps, rates_of
 from billhook.recovery.settings import HALVED, Recovery
 from billhook.reports import records
@@ -228,6 +229,10 @@ def _check_base(opened: load.Opened, chosen: Recovery) -> None:
     """Refuse a base that no adapter could name, or whose adapters are not peft's."""
     if opened.folder is None:
         raise BillhookError(f"--no-merge: {opened.name} is no folder, which an adapter names as its base: merge them")
+    if within(opened.model):
+        raise BillhookError(
+            f"--no-merge: {opened.name} is multimodal, and its layers have other names there: merge them"
+        )
     if any(mixture(opened.model, n) is not None for n in range(len(layers(opened.model)))):
         raise BillhookError(
             f"--no-merge: {opened.name} is a mixture of experts, whose adapters are not peft's: merge them"

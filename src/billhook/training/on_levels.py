@@ -17,6 +17,7 @@ from billhook.errors import ModelError
 from billhook.math import grids, quantgpt
 from billhook.math.grids import BLOCK, Grid
 from billhook.models.families import layers, mixture
+from billhook.models.multimodal import within
 from billhook.tensors import Weight
 
 PROJECTION, PROJECTED = "token_projection", 128  # what last states pass before they are contrasted, and its width
@@ -84,8 +85,11 @@ def check(model: PreTrainedModel) -> None:
     """Refuse a model of which nothing would be packed.
 
     Raises:
-        BillhookError: a mixture of experts, a linear layer of another class than Linear, or no rows in whole blocks.
+        BillhookError: a mixture of experts, a multimodal model's decoder, linear layers of another class than Linear,
+            or no rows in whole blocks.
     """
+    if stands := within(model):
+        raise ModelError(f"--bits: the text decoder of a {stands.model_type} is not quantised: leave it out")
     if any(mixture(model, n) is not None for n in range(len(layers(model)))):
         raise ModelError("--bits: a mixture of experts is not quantised: leave it out")
     if any(isinstance(module, Conv1D) for layer in layers(model) for module in layer.modules()):
