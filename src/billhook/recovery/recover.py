@@ -110,7 +110,11 @@ def recover(
     if few := (student.record or {}).get("quantized"):  # what it was given before, which is not what it has now
         outcome["quantized"] = {key: value for key, value in few.items() if key not in ("operators", "choice")}
     outcome |= {"peak_growth_bytes": growth(), "versions": records.versions()}
-    empty = {"parent": student.name, "model_type": type_of(trained), "versions": records.versions()}
+    empty = {
+        "parent": student.name,
+        "model_type": type_of(trained if chosen.merge else trained.get_base_model()),
+        "versions": records.versions(),
+    }
     record = {key: value for key, value in (student.record or empty).items() if key != "quantized"}
     record = {**record, "recovery": [*record.get("recovery", []), outcome]}
     if not chosen.merge:
