@@ -25,6 +25,7 @@ from billhook.choices import PRESETS
 from billhook.models import residual
 from billhook.models.families import layers
 from billhook.runtime import offload
+from billhook.runtime.ahead import Ahead
 
 IDS = tiny.tokens()
 CASES: dict[str, dict[str, Any]] = {
@@ -91,15 +92,15 @@ def test_layers_that_are_brought_while_others_compute_are_the_same(
     """As an accelerator is given them; here a thread reads them, too."""
     arrived: list[int] = []
 
-    def counted(self: offload.Ahead) -> Any:
+    def counted(self: Ahead) -> Any:
         arrived.append(len(self.files))
         yield from before(self)
 
-    before = offload.Ahead.arrived
+    before = Ahead.arrived
     model = written("llama", tmp_path / "model")
     a = pruned(model, text_file, tmp_path / "a", stream_weights=True, **CASES[case])
     monkeypatch.setattr(offload, "APART", ("cpu",))
-    monkeypatch.setattr(offload.Ahead, "arrived", counted)
+    monkeypatch.setattr(Ahead, "arrived", counted)
     b = pruned(model, text_file, tmp_path / "b", stream_weights=True, **CASES[case])
     assert same(a, b) and len(arrived) == len(layers(tiny.model("llama"))) - 1
 

@@ -1,6 +1,7 @@
 """What long work needs: progress, memory, files, cache, locks, worker processes, weights and activations kept on disk.
 
 activations    Hidden states of the calibration text between layers: in memory, and beyond a budget in files
+ahead          Weights on their way to a device that computes with others meanwhile
 atomic         Outputs appear whole or not at all: a temporary sibling, on the disk, then a rename
 cache          Results kept on disk under a digest of what decides them: JSON
 documents      JSON that billhook reads back: one reader, which names the file, the key and what it should be
@@ -22,6 +23,7 @@ run_folder     A folder that long work is kept in belongs to one run, and one pr
 scratch        One temporary folder for all that a process writes in passing
 signals        How a command ends when a signal tells it to: at once, in one line, with nothing half-written left
 special_tokens What a tokenizer adds around a text by itself: the token that begins it, the one that ends it
+swap_files     Files of weights that were edited while a model stays in its files
 tensor_files   Safetensors files out, tensor by tensor
 text_files     Text in files: plain, or records with a field `text` (JSON by line or as one list, CSV, parquet)
 units          Numbers as people write them: 100M parameters, 250MB

@@ -14,14 +14,10 @@ stay and may be edited; edited ones are swapped out to a file of their own.
 
 import copy
 import shutil
-import tempfile
-import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +27,8 @@ from torch import Tensor, nn
 
 from billhook.errors import BillhookError, first_line
 from billhook.runtime import tensor_files
+from billhook.runtime.ahead import Ahead
+from billhook.runtime.swap_files import SwapFiles
 
 ATTRIBUTE = "billhook_offloaded"  # attribute that marks an offloaded module
 APART = ("cuda",)  # devices that compute while weights are read: on a CPU a second layer would only take memory
@@ -46,35 +44,6 @@ def finite(tensor: Tensor) -> bool:
     """Whether no entry is NaN or infinite;
     looks at minimum and maximum, for bfloat16 ten times as fast as `isfinite`."""
     return not tensor.numel() or all(bool(end.isfinite()) for end in tensor.aminmax())
-
-
-class SwapFiles:
-    """Files of edited weights of a model and its copies.
-
-    A file is removed once none of them reads it, and all files are removed with the last model.
-    """
-
-    def __init__(self) -> None:
-        self.stores: weakref.WeakSet[WeightStore] = weakref.WeakSet()
-        self.folder: Path | None = None  # None stands for a temporary folder
-        self.made, self.numbers, self.written = False, count(), set[Path]()
-
-    def file(self, module: str) -> Path:
-        """A new file name: a file that a copy reads is never overwritten."""
-        if not self.made:
-            self.folder = self.folder or Path(tempfile.mkdtemp(prefix="billhook-pages-"))
-            self.folder.mkdir(parents=True, exist_ok=True)
-            weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
-            self.made = True
-        assert self.folder is not None
-        return self.folder / f"{module}-{next(self.numbers)}.safetensors"
-
-    def sweep(self) -> None:
-        """Remove files that no model reads any more."""
-        needed = {file for store in self.stores for file in store.files.values()}
-        for file in self.written - needed:
-            file.unlink(missing_ok=True)
-        self.written &= needed
 
 
 @dataclass(eq=False)
@@ -140,36 +109,6 @@ class WeightStore:
         return places
 
 
-class Ahead:
-    """Weights that a thread reads from `files` and copies to a device, on a stream of its own if that is a GPU."""
-
-    def __init__(self, device: torch.device, files: dict[str, Path], read: Callable[[], dict[str, Tensor]]) -> None:
-        self.device, self.files, self.read = device, files, read
-        reader = ThreadPoolExecutor(1)
-        self.future = reader.submit(self._brought)
-        reader.shutdown(wait=False)
-
-    def _brought(self) -> dict[str, Tensor]:
-        if self.device.type != "cuda":
-            return self.read()
-        stream = torch.cuda.Stream(self.device)
-        with torch.cuda.stream(stream):
-            found = self.read()
-        stream.synchronize()
-        return found
-
-    def arrived(self) -> Iterator[tuple[str, Tensor]]:
-        """Wait for the weights, and yield them with their names.
-
-        Raises:
-            BillhookError: a parameter holds NaN or infinite values.
-        """
-        for name, value in self.future.result().items():
-            if self.device.type == "cuda":  # or its memory is given away while kernels still read it
-                value.record_stream(torch.cuda.current_stream(self.device))
-            yield name, value
-
-
 @dataclass
 class OffloadedModule:
     """One module whose weights are loaded and unloaded together."""
@@ -184,7 +123,7 @@ class OffloadedModule:
     placeholders: dict[str, nn.Parameter] = field(
         default_factory=dict
     )  # meta parameters by name; reused, so that tied ones stay tied
-    ahead: "Ahead | None" = None  # weights on their way
+    ahead: Ahead | None = None  # weights on their way
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OffloadedModule":
         return self  # `copied` makes the new ones itself
