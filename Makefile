@@ -17,7 +17,7 @@ help:
 	@echo "make bench-masks CALIBRATION=train.txt TEXTS='valid.txt demo'   what each method that makes zeros leaves (hours; goes on)"
 	@echo "make bench-mixtures CALIBRATION=train.txt TEXTS=valid.txt   fewer experts in a small mixture, trained for it (minutes)"
 	@echo "make recipes    run every recipe, compare its numbers (an hour; TEXTS=FOLDER: where wiki_train.txt lies)"
-	@echo "make families   write docs/families.md anew"
+	@echo "make families   write docs/families.md anew, and docs/derived.json where it lacks a type (goes on)"
 	@echo "make docs       build the site into build/site, strictly: no broken link"
 	@echo "make check      lint, format, types"
 	@echo "make clean      remove $(VENV) and $(VENV)-latest"
@@ -66,6 +66,7 @@ recipes: $(VENV)/.base
 	$(VENV)/bin/python benchmarks/recipes.py $(if $(TEXTS),--texts $(TEXTS))
 
 families: $(VENV)/.dev
+	$(VENV)/bin/python tests/derived_types.py
 	$(VENV)/bin/python tests/families_page.py > docs/families.md
 
 docs: $(VENV)/.docs

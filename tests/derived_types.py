@@ -19,8 +19,8 @@ import torch
 from transformers import CONFIG_MAPPING, __version__
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from billhook.errors import BillhookError, first_line
-from billhook.models import families, proof
+from billhook.errors import BillhookError, reason
+from billhook.models import families, multimodal, proof
 from billhook.models.families import FAMILIES
 from billhook.models.shrink import default
 from billhook.runtime.quiet import quiet_transformers
@@ -53,7 +53,9 @@ def row_of(model_type: str) -> dict[str, Any]:
         if getattr(config, "is_encoder_decoder", False):
             return _none("an encoder-decoder: billhook prunes decoder-only causal LMs")
         if getattr(config, "text_config", None) is not None:
-            return _none("multimodal: save its language model by itself first")
+            there = "its text decoder is pruned where it stands"
+            alone = "save its language model by itself first"
+            return _none(f"multimodal: {there if model_type in multimodal.MULTIMODAL else alone}")
         if "is_decoder" in config.to_dict():
             config.is_decoder = True
         with quiet_transformers(), torch.random.fork_rng(devices=[]):
@@ -61,7 +63,7 @@ def row_of(model_type: str) -> dict[str, Any]:
     except BillhookError as error:
         return _none(str(error))
     except Exception as error:  # what a class of transformers raises on its default config, or on a small one
-        return _none(f"no small model of its default config can be tried ({type(error).__name__}: {first_line(error)})")
+        return _none(f"no small model of its default config can be tried ({type(error).__name__}: {reason(error)})")
     refused = {kinds: why for kinds, why in told["refused"].items() if "heads" not in kinds}
     return {"proved": told["proved"], "refused": refused}
 

@@ -1,5 +1,5 @@
 """docs/families.md, from the rows of the families and what they refuse: python tests/families_page.py >
-docs/families.md"""
+docs/families.md; of types without a row by what docs/derived.json keeps"""
 
 import json
 import re
@@ -7,8 +7,10 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+import derived_types
 import tiny
 from transformers import PreTrainedModel
 
@@ -16,7 +18,7 @@ from billhook.checkpoints.gguf.architectures import CHOICES
 from billhook.choices import KINDS
 from billhook.errors import BillhookError
 from billhook.methods import METHODS
-from billhook.models import limits, residual, rotation
+from billhook.models import limits, proof, residual, rotation
 from billhook.models.axes import axes, refusal
 from billhook.models.experts import unfuse
 from billhook.models.families import FAMILIES, row_of
@@ -65,6 +67,27 @@ long as key heads.
 """
 STACKED = "experts of a layer are stored as one tensor, so that its layers cannot differ"
 HEAD_SIZE = r"exceeds dimension size|head_dim=\d"  # what vLLM says then
+OTHERS = """
+## Every other type
+
+{about}
+
+{counts}
+
+"""
+ABOUT = (
+    "Of a type without a row by hand billhook derives one from the model and proves it on a small random model of the "
+    "same config class before anything is cut ([add a family](adding-a-family.md)). What follows was proved so on the "
+    "types' default configs by `make families` (transformers {version}, docs/derived.json; a slow test proves all of "
+    f"it again): {proof.LAWS}. A few defaults are no whole model, and have settings as released ones do "
+    "(tests/derived_types.py). A checkpoint of your own may have more or less: `billhook inspect MODEL` proves its row."
+)
+COUNTS = (
+    "Of {types} causal types that transformers registers, {hand} have a row by hand, {derived} a derived one, and "
+    "{refused} are refused, each for a reason. FFN channels or experts go in {widths}, whole layers in {layers}."
+)
+DERIVED = json.loads(derived_types.FILE.read_text())
+ROWS = {name: row for name, row in DERIVED["types"].items() if name not in FAMILIES}
 VLLM = json.loads((Path(__file__).parent.parent / "docs" / "vllm.json").read_text())
 WAYS = f"""
 ## Which methods run
@@ -171,10 +194,33 @@ def method_cell(model: PreTrainedModel, name: str, family: str, note: Notes) -> 
     return ", ".join(works) if works else cells[method.default_kinds[0]]
 
 
-def table(heads: Iterable[str], rows: Iterable[tuple[str, list[str]]]) -> list[str]:
-    heads = ["family", *heads]
+def table(heads: Iterable[str], rows: Iterable[tuple[str, list[str]]], first: str = "family") -> list[str]:
+    heads = [first, *heads]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     return lines + [f"| {name} | {' | '.join(cells)} |" for name, cells in rows]
+
+
+def derived_cells(row: dict[str, Any], note: Notes) -> list[str]:
+    """What was proved of a derived row, and why not the rest."""
+    why = [f"{kinds} {note(why)}" if row["proved"] else note(why) for kinds, why in row["refused"].items()]
+    return [", ".join(row["proved"]) or "refused", "; ".join(why) or "none"]
+
+
+def others(models: dict[str, PreTrainedModel]) -> str:
+    """What is said above the table of derived rows: how many types there are, and how many of them lose what."""
+    note, proved = Notes(), [set(row["proved"]) for row in ROWS.values()]
+    by_hand = [{kind for kind in KINDS_BY_NAME if axis_cell(m, kind, f, note) == "yes"} for f, m in models.items()]
+    kinds = [*by_hand, *proved]
+    counts = {
+        "types": len(kinds),
+        "hand": len(models),
+        "derived": sum(map(bool, proved)),
+        "refused": len(proved) - sum(map(bool, proved)),
+        "widths": sum(bool(one & {"ffn", "experts", "expert_ffn"}) for one in kinds),
+        "layers": sum("layers" in one for one in kinds),
+    }
+    about = ABOUT.format(version=DERIVED["transformers"])
+    return OTHERS.format(about=about, counts=COUNTS.format(**counts))
 
 
 def text() -> str:
@@ -192,6 +238,10 @@ def text() -> str:
     zeros = {f: "in FFNs" if row_of(m).only_ffns else "yes" for f, m in models.items()}
     rows = ((f, [*(method_cell(m, name, f, note) for name in names), zeros[f]]) for f, m in models.items())
     lines += table((*names, "zeros"), rows)
+    lines += ["", *note.lines(), others(models)]
+    note = Notes()
+    rows = ((name, derived_cells(row, note)) for name, row in ROWS.items())
+    lines += table(("what goes", "what does not"), rows, "type")
     return "\n".join(map(wrapped, "\n".join([*lines, "", *note.lines(), ""]).split("\n")))
 
 
