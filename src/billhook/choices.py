@@ -222,7 +222,7 @@ CONTAINERS = {
     "compressed-tensors": "a folder for transformers and vLLM (extra: quantize)",
     "both": "both, with the same numbers",
 }
-BITS = {"4": "Q4_0", "5": "Q5_0", "8": "Q8_0"}  # the type that a number of bits means
+BITS = {"2": "T2", "4": "Q4_0", "5": "Q5_0", "8": "Q8_0"}  # the type that a number of bits means
 BITS_BY = {
     "sensitivity": "what few bits of each layer alone cost, and a knapsack",
     "mi": "how much a layer's output tells of the loss of its token (QPruner's start)",
@@ -232,8 +232,17 @@ SCALES = {
     "block": "one for each block of 32 inputs, as Q4_0 stores them",
     "module": "one for each weight (QuantGPT, arXiv:2203.10705)",
 }
-BITS_A_WEIGHT = {"Q4_0": 4.5, "Q4_1": 5.0, "Q5_0": 5.5, "Q5_1": 6.0, "Q8_0": 8.5}  # with its share of the scales
+BITS_A_WEIGHT = {
+    "T2": 2.5,
+    "Q4_0": 4.5,
+    "Q4_1": 5.0,
+    "Q5_0": 5.5,
+    "Q5_1": 6.0,
+    "Q8_0": 8.5,
+}  # with its share of the scales
 GRID_TYPES = tuple(BITS_A_WEIGHT)  # types that have codes of billhook's own
+BY_LAYER_TYPES = GRID_TYPES[1:]  # types that a layer may get within a budget
+NOT_GGML = ("T2",)  # three levels in blocks of 32: ggml has them in blocks of 256 alone (TQ2_0)
 WITH_MINIMUM = ("Q4_1", "Q5_1")  # those whose blocks have a minimum besides their scale: zero is on no level
 EMBEDDING_TYPES = ("Q8_0", "F16")
 

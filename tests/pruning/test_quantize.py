@@ -15,7 +15,7 @@ import torch
 import billhook
 from billhook.checkpoints import compressed, load
 from billhook.checkpoints.save import save
-from billhook.choices import BITS_BY
+from billhook.choices import BITS_BY, BY_LAYER_TYPES
 from billhook.cuts import quantizing
 from billhook.cuts.quantizing import paths
 from billhook.errors import BillhookError
@@ -81,17 +81,17 @@ def test_packed_integers_give_back_their_codes(name: str) -> None:
 
 
 @pytest.mark.skipif(find_spec("compressed_tensors") is None, reason="the extra quantize is not installed")
-@pytest.mark.parametrize("bits", ["4", "5", "8"])
+@pytest.mark.parametrize("bits", ["2", "4", "5", "8"])
 def test_stock_transformers_reads_the_folder_bit_for_bit(tmp_path: Path, text: str, bits: str) -> None:
     import transformers
 
-    found, out = written(tmp_path, folder(tmp_path), bits=bits, format="both", calibration=text)
+    found, out = written(tmp_path, folder(tmp_path), bits=bits, format="compressed-tensors", calibration=text)
     stock = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
     ids = torch.arange(40)[None]
     with torch.no_grad():
         assert torch.equal(stock(ids).logits, found.model(ids).logits)
-        both = [load.open_model(str(path), device="cpu", dtype="float32", packed=True) for path in (out, out / FILE)]
-        assert torch.equal(both[0].model(ids).logits, both[1].model(ids).logits)
+        ours = load.open_model(str(out), device="cpu", dtype="float32", packed=True).model
+        assert torch.equal(ours(ids).logits, found.model(ids).logits)
     with pytest.raises(BillhookError, match="is quantised"):
         load.open_model(str(out))
 
@@ -147,7 +147,7 @@ def test_a_budget_is_kept_and_the_better_of_two_is_taken(
     monkeypatch.setattr(bits_search, "TRIALS", 4)
     source = folder(tmp_path)
     model = tiny.model("llama")
-    low, high = bounds(model, tuple(GRIDS), "Q8_0")
+    low, high = bounds(model, BY_LAYER_TYPES, "Q8_0")
     budget = (2 * low + high) // 3
     found, out = written(tmp_path, source, memory=budget, allocation=allocation, calibration=text)
     choice = found.record["quantized"]["choice"]
@@ -206,6 +206,7 @@ def test_an_importance_matrix_holds_the_squares_of_what_enters(tmp_path: Path, t
         ({"bits": "3"}, "bits"),
         ({"bits": "mixed"}, "wants --memory"),
         ({"bits": "4", "memory": 10}, "wants --memory"),
+        ({"bits": "2"}, "use --format compressed-tensors"),
         ({"allocation": "mi"}, "give --memory too"),
         ({"memory": 10, "method": "kept"}, "leave it out, or --memory"),
         ({"method": "rtn", "imatrix": True}, "leave out --method rtn"),

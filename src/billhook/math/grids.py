@@ -1,10 +1,10 @@
 """Grids of few bits: blocks of 32 neighbours of a row share a scale, and each weight is a whole number of it.
 
-    w = d q         q from `lowest` to `highest`, d signed, float16                Q4_0, Q5_0, Q8_0
+    w = d q         q from `lowest` to `highest`, d signed, float16                T2, Q4_0, Q5_0, Q8_0
     w = d q + m     q from 0 to `highest`, d and m float16                         Q4_1, Q5_1
 
-These are the block types of ggml (github.com/ggml-org/ggml, ggml-quants.c).  Q4_0 and Q8_0 are also the grids of
-compressed-tensors' symmetric int4 and int8 in groups of 32.  Products are exact in float32, and d q + m is rounded
+All but the ternary T2 are block types of ggml (github.com/ggml-org/ggml, ggml-quants.c).  Those without m are also
+grids of compressed-tensors' symmetric integers in groups of 32.  Products are exact in float32, and d q + m is rounded
 once, so that whoever multiplies gets the same bits.
 """
 
@@ -22,6 +22,9 @@ from billhook.tensors import Columns, Weight
 BLOCK = 32  # neighbours of a row that share a scale
 LARGEST = torch.finfo(torch.float16).max
 SHRINKS = tuple(1 - n / 60 for n in range(16))  # shares of a block's own scale that are tried, 1 to 0.75
+FURTHER = tuple(
+    1 - n / 20 for n in range(16)
+)  # the same of three levels, 1 to 0.25: most entries are far below the largest
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Grid:
 GRIDS = {
     grid.name: grid
     for grid in (
+        Grid("T2", -1, 1, False),
         Grid("Q4_0", -8, 7, False),
         Grid("Q4_1", 0, 15, True),
         Grid("Q5_0", -16, 15, False),
@@ -140,9 +144,11 @@ def scales_of(X: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
 
 
 def best_scales(
-    X: Tensor, grid: Grid, weights: Columns | None = None, shares: Sequence[float] = SHRINKS
+    X: Tensor, grid: Grid, weights: Columns | None = None, shares: Sequence[float] = ()
 ) -> tuple[Tensor, Tensor | None]:
     """Scales and minima of the least squared error, among those of a row's extremes times each of the shares.
+
+    Shares are SHRINKS, of three levels FURTHER, unless given.
 
     Args:
         X: rows of entries that share a scale, float (rows, entries): one block of every row of a weight.
@@ -153,7 +159,7 @@ def best_scales(
     """
     own, minima = scales_of(X, grid)
     best, least = own, torch.full((len(X),), torch.inf, device=X.device)
-    for share in shares:
+    for share in shares or (SHRINKS if grid.highest > 1 else FURTHER):
         scales = (own.float() * share).half()
         low = None if minima is None else minima.float()[:, None]
         off = X - values_of(codes_of(X, scales[:, None], low, grid), scales[:, None], low)

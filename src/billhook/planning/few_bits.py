@@ -9,6 +9,7 @@ from billhook.choices import (
     CONTAINERS,
     EMBEDDING_TYPES,
     GRID_TYPES,
+    NOT_GGML,
     OPERATOR_STREAMS,
     QUANTIZERS,
     WITH_MINIMUM,
@@ -27,7 +28,7 @@ class Wanted:
         BillhookError: settings that cannot go together.
     """
 
-    bits: str = ""  # 4, 5, 8, a type, mixed; '' is 4, or mixed where there is a budget
+    bits: str = ""  # 2, 4, 5, 8, a type, mixed; '' is 4, or mixed where there is a budget
     memory: int | None = None  # bytes that all weights may take
     format: str = "gguf"
     method: str = "gptq"
@@ -71,6 +72,10 @@ class Wanted:
         if (self.bits == MIXED) != (self.memory is not None) and self.bits:
             raise SettingsError(
                 "--bits mixed wants --memory, what all weights may take, and other bits want none: they say it themselves"
+            )
+        if self.grid in NOT_GGML and self.file:
+            raise SettingsError(
+                f"--bits {self.bits}: ggml has no type of three levels in blocks of 32: use --format compressed-tensors"
             )
         if self.allocation and not self.mixed:
             raise SettingsError(

@@ -18,7 +18,7 @@ from billhook.checkpoints.gguf.imatrix import write_imatrix
 from billhook.checkpoints.gguf.write import choose, shape_of, write_gguf
 from billhook.checkpoints.load import Opened
 from billhook.checkpoints.resume import FinishedLayers
-from billhook.choices import GRID_TYPES
+from billhook.choices import BY_LAYER_TYPES
 from billhook.cuts.quantizing import Found, Quantizing, off_levels, paths, quantise, sparse
 from billhook.errors import ModelError, SettingsError
 from billhook.math import grids
@@ -164,7 +164,7 @@ def _check(opened: Opened, wanted: Wanted) -> Wanted:
 def _offered(opened: Opened, wanted: Wanted) -> tuple[str, ...]:
     """The types that layers may have."""
     plain = wanted.folder or sparse(opened.model)
-    return tuple(name for name in GRID_TYPES if not (plain and GRIDS[name].offset))
+    return tuple(name for name in BY_LAYER_TYPES if not (plain and GRIDS[name].offset))
 
 
 def _limit(opened: Opened, wanted: Wanted) -> Limit:
