@@ -17,12 +17,12 @@ class GatesSettings(NarrowingSettings):
     """How gates learn, and the cut that they end with; why these defaults: docs/LOG.md."""
 
     way: str = option("annealed", f"what a gate is while it learns: {', '.join(GATE_WAYS)}", names=GATE_WAYS)
-    steps: int = option(128, "steps that learn which units stay", ge=1)
+    steps: int = option(128, "steps of learning", ge=1)
     scaling: int = option(64, "with --no-restoration: further steps that learn a scale for each that does", ge=0)
     windows: int = option(1, "windows of a step", ge=1)
-    rate: float = option(0.05, "highest rate of gates, in Adam; falls to 0 as a cosine", gt=0)
+    rate: float = option(0.05, "highest rate of learning; falls to 0 as a cosine", gt=0)
     objective: str = option(
-        "kl", "kl: divergence from the unpruned model; nll: loss on the text", names=SEARCH_OBJECTIVES
+        "kl", "nll: loss of the cut model; kl: divergence from the unpruned", names=SEARCH_OBJECTIVES
     )
 
     @property

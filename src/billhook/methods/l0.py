@@ -18,13 +18,13 @@ CUT = Narrowing(restoration=False, stream="dense")  # training has made up for w
 class L0Settings(MethodSettings):
     """How gates and adapters train."""
 
-    steps: int = option(512, "steps that train gates and adapters; the target rises in the first fifth", ge=10)
+    steps: int = option(512, "steps of learning", ge=10)
     windows: int = option(1, "windows of a step", ge=1)
-    rate: float = option(1.0, "highest rate of gates, in Adam; falls to 0 as a cosine", gt=0)
-    rank: int = option(8, "of the adapters; 0: none, the weights stay as they are", ge=0)
+    rate: float = option(1.0, "highest rate of learning; falls to 0 as a cosine", gt=0)
+    rank: int = option(8, "of the adapters; 0: none", ge=0)
     adapter_rate: float = option(1e-3, "highest rate of adapters", gt=0)
     objective: str = option(
-        "kl", "kl: divergence from the unpruned model; nll: loss on the text", names=SEARCH_OBJECTIVES
+        "kl", "nll: loss of the cut model; kl: divergence from the unpruned", names=SEARCH_OBJECTIVES
     )
 
 

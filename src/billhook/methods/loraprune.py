@@ -17,14 +17,14 @@ CUT = Narrowing(restoration=False, stream="dense")  # training has made up for w
 class LoraPruneSettings(MethodSettings):
     """How adapters train, and by what units go; the paper's are batches of 128, 512 tokens each, and two epochs."""
 
-    steps: int = option(128, "steps that train adapters, and close gates", ge=10)
+    steps: int = option(128, "steps of learning", ge=10)
     windows: int = option(1, "windows of a step", ge=1)
-    rate: float = option(1e-3, "highest rate of adapters, in Adam; falls to 0 as a cosine", gt=0)
+    rate: float = option(1e-3, "highest rate of learning; falls to 0 as a cosine", gt=0)
     rank: int = option(8, "of the adapters", ge=1)
     objective: str = option(
-        "nll", "nll: loss on the text (the paper's); kl: divergence from the unpruned model", names=SEARCH_OBJECTIVES
+        "nll", "nll: loss of the cut model; kl: divergence from the unpruned", names=SEARCH_OBJECTIVES
     )
-    shuffled: bool = option(False, "the control: units of an axis are told one another's importance")
+    shuffled: bool = option(False, "the control: each is told what another is worth")
 
 
 @dataclass(frozen=True)

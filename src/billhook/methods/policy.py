@@ -32,9 +32,9 @@ class PolicySettings(NarrowingSettings):
     """How chances learn, and the cut that it ends with; why these defaults: docs/LOG.md."""
 
     variant: str = option("billhook", "whose defaults the settings below have: billhook, paper", names=VARIANTS)
-    steps: int | None = of_variant("steps, each a batch that all of its masks share", "steps", ge=1)
+    steps: int | None = of_variant("steps of learning", "steps", ge=1)
     masks: int | None = of_variant("masks that a step draws", "masks", ge=1)
-    rate: float | None = of_variant("by how much a step moves chances; falls to 0 as a cosine", "rate", gt=0)
+    rate: float | None = of_variant("highest rate of learning; falls to 0 as a cosine", "rate", gt=0)
     group: int | None = of_variant("FFN channels that stay or go together", "group", ge=1)
     baseline: str = of_variant("what a loss is compared with: loo, ema", "baseline", names=BASELINES, default="")
     price: str = of_variant(
@@ -49,7 +49,7 @@ class PolicySettings(NarrowingSettings):
     validation: tuple[str, ...] = option(
         (), "text that candidates are tried on; may be repeated", shown="the last fifth of --calibration"
     )
-    shuffled: bool = option(False, "the control: masks are told one another's losses")
+    shuffled: bool = option(False, "the control: each is told what another is worth")
 
     def own(self, name: str) -> Any:
         """A setting, or the variant's default for it."""
