@@ -31,7 +31,7 @@ class Adapted(Result):
             self.model.save_pretrained(work)
         tick("saving", 1, 2)
         self.record |= {"adapter": {"base": str(self.source)}, "verified": self._verified(work), "loads": []}
-        self.record.setdefault("license", belongings.licence_of(self.source))
+        self.record.setdefault("license", belongings.said_of(self.source, "license"))
         atomic.write_text(work / atomic.MARK, records.to_json(self.record))
         atomic.write_text(work / "README.md", card.model_card(self.record))
         page.save(work / "report.html", self.page())
