@@ -99,7 +99,7 @@ def recover(
         if kept and kept != last:
             trainer.restore(kept)
         trained_parameters = trainables.trained(trainer.model)
-        trained = trainer.gathered(prepared.start) if kept else prepared.start()
+        trained: Any = trainer.gathered(prepared.start) if kept else prepared.start()
         trained = (trainables.merged(trained) if chosen.merge else trained).cpu()
     student = prepared.student
     if chosen.merge:
