@@ -125,7 +125,7 @@ def a_solver_waits_for_no_column() -> None:
 def refined(device: torch.device, windows: int) -> tuple[list[refinement.Refined], dict[str, torch.Tensor]]:
     """Two layers moved by gradient towards what they put out before they were spoilt."""
     model = tiny.model("llama").to(device)
-    how = refinement.Refining(passes=1, rate=1e-3, length=2, rows=2)
+    how = refinement.Refining(passes=1, rate=1e-3, length=2, rows=2, precision="float32")
     given = tiny.tokens(windows, 16)
     aimed = refinement.aims(model, given, [refinement.Span(0, 1, 2)], how, Run())
     model.model.layers[1].mlp.down_proj.weight.data.mul_(0.5)

@@ -79,6 +79,9 @@ def test_every_method_runs_or_says_why_not(family: str, case: str, text: str) ->
     try:
         found = billhook.prune(model, tokenizer=tiny.tokenizer(), **{"method": "fasp", **given})
     except BillhookError as error:
+        if "attention sinks" in str(error):
+            assert case.startswith("goa")  # which compares attention maps
+            return
         words = families_page.axis_cell(tiny_opened(family), axis_of(case), family, families_page.Notes())
         assert words.startswith(("no", "per_layer", "yes, not rotated")), (words, error)
         return
