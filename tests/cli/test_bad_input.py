@@ -265,6 +265,10 @@ MODELS: dict[str, tuple[Damage, str]] = {
         config(quantization_config={"quant_method": "mxfp4"}),
         r"Mxfp4Config\(dequantize=True\), and save_pretr",
     ),
+    "packed in groups": (
+        config(quantization_config={"quant_method": "compressed-tensors"}),
+        r"CompressedTensorsConfig\(dequantize=True\), and save_pretr",
+    ),
     "quantised oddly": (config(quantization_config="gptq"), "is quantised .*full-precision"),
     "encoder": (config_of(T.BertConfig, "BertForMaskedLM"), "is a BertForMaskedLM, not a causal LM"),
     "classifier": (config(architectures=["LlamaForSequenceClassification"]), "not a causal LM"),

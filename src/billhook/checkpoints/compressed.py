@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from billhook.checkpoints.refused import DEQUANTISED
 from billhook.checkpoints.shards import AGAIN, INDEX, SINGLE, read_json, weight_files
 from billhook.errors import ModelError, first_line
 from billhook.math.grids import BLOCK, GRIDS, Grid, Quantised
@@ -162,7 +163,8 @@ def _weight(tensors: Mapping[str, Tensor], path: str, name: str) -> Tensor:
     words, scales, shape = (tensors.get(f"{path}.{kind}") for kind in (PACKED, SCALE, SHAPE))
     wrong = ModelError(
         f"{name}: {path} is not packed in symmetric groups of {BLOCK} with {', '.join(map(str, HELD))} bits, as "
-        "billhook reads compressed-tensors: load it with transformers, model.dequantize(), and save_pretrained"
+        f"billhook reads compressed-tensors: load it with transformers, {DEQUANTISED['compressed-tensors']} "
+        "and save_pretrained"
     )
     if words is None or scales is None or shape is None or shape.shape != (2,) or words.dtype != torch.int32:
         raise wrong

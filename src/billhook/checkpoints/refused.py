@@ -14,6 +14,7 @@ from billhook.runtime.quiet import quiet_transformers
 NAMES = ("model_type", "architectures", "transformers_version", "_name_or_path")  # keys that are not settings
 # how transformers loads packed weights as plain ones, by quant_method, where that is not by `dequantize`
 DEQUANTISED = {
+    "compressed-tensors": "quantization_config=CompressedTensorsConfig(dequantize=True),",
     "mxfp4": "quantization_config=Mxfp4Config(dequantize=True),",
     "fp8": "quantization_config=FineGrainedFP8Config(dequantize=True),",
 }
