@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from cut_off import cut_off
 
 import billhook
 from billhook.checkpoints.load import Opened
@@ -16,7 +17,6 @@ from billhook.planning.texts import Texts
 from billhook.pruning.recipe import recipe
 from billhook.reports.cut_tables import closing_rows
 from billhook.runtime.run import Run
-from billhook.training import gating
 from billhook.training.adapting import merge
 from billhook.training.gating import Units, gated
 
@@ -57,16 +57,10 @@ def test_the_cut_is_the_gated_model_with_its_adapters(shape: dict[str, Any]) -> 
 
 
 def test_a_killed_prune_ends_in_the_same_bits(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, real, done = pruned(text), gating._loss, [0]
+    whole = pruned(text)
     assert abs(whole.record["sizes"]["achieved_ratio"] - 0.2) < 0.02
 
-    def killed(*given: Any) -> torch.Tensor:
-        done[0] += 1
-        if done[0] == 19:
-            raise KeyboardInterrupt
-        return real(*given)
-
-    monkeypatch.setattr(gating, "_loss", killed)
+    done = cut_off(monkeypatch, 19)
     with pytest.raises(KeyboardInterrupt):
         pruned(text, work=tmp_path / "run")
     again = pruned(text, work=tmp_path / "run")

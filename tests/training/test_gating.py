@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from cut_off import cut_off
 from transformers import PreTrainedModel
 
 from billhook.errors import BillhookError
@@ -108,15 +109,9 @@ def test_what_matters_is_kept(way: str, tmp_path: Path) -> None:
 
 def test_a_killed_run_ends_in_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, losses = learned(tmp_path)
-    run, real, done = Run(folder=tmp_path / "run"), gating._loss, [0]
+    run = Run(folder=tmp_path / "run")
 
-    def killed(*given: Any) -> torch.Tensor:
-        done[0] += 1
-        if done[0] == 19:
-            raise KeyboardInterrupt
-        return real(*given)
-
-    monkeypatch.setattr(gating, "_loss", killed)
+    done = cut_off(monkeypatch, 19)
     with pytest.raises(KeyboardInterrupt):
         learned(tmp_path, run=run)
     again, told = learned(tmp_path, run=run)

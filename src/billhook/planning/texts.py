@@ -36,6 +36,7 @@ class Texts:
             "source": self.windows.source,
             "windows": len(self.calibration),
             "probes": len(self.probe),
+            "drawn": len(self.windows.tokens),  # more than these where not all were needed
             "windows_available": self.windows.available,
             "seq_len": seq_len,
             "begins_with": list(self.windows.begins_with),

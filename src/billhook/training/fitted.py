@@ -18,6 +18,7 @@ class Calibration(BaseModel):
     source: str
     windows: int = Field(ge=0)
     probes: int = Field(default=0, ge=0)
+    drawn: int | None = Field(default=None, ge=0)  # None: as many as windows and probes
     seq_len: int = Field(ge=1)
     text_sha256: str
     tokens_sha256: str
@@ -60,7 +61,8 @@ def calibrated_on(
         try:
             whole = data.windows(text, tokenizer, seen.seq_len)
             if text.sha256 == seen.text_sha256:
-                drawn = data.windows(text, tokenizer, seen.seq_len, seen.windows + seen.probes, prune.recipe.seed)
+                count = seen.drawn or seen.windows + seen.probes
+                drawn = data.windows(text, tokenizer, seen.seq_len, count, prune.recipe.seed)
                 return (drawn if drawn.sha256 == seen.tokens_sha256 else whole), ""
         except BillhookError:  # the text is too short by this tokenizer
             continue
