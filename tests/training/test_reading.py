@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 
 import billhook
 from billhook import data
 from billhook.math import overlap
 from billhook.recovery import recover
 from billhook.training import text_windows
+from billhook.training.fitted import calibrated_on
 
 LENGTH = 16
 SEEDS = range(5)
@@ -67,6 +69,14 @@ def test_what_a_prune_was_fitted_on_is_not_held_out_of_several_texts(
         assert every[0] == every[1]
         twice += int(overlap.overlapping(blind.held_out[0].tokens, record["fitted"]).sum())
     assert twice > 0  # it would be so otherwise
+
+
+def test_windows_that_were_drawn_and_not_needed_do_not_hide_which_were_fitted(texts: tuple[Path, Path]) -> None:
+    """A prune within some minutes draws more than it reads."""
+    record = record_of(str(texts[0]), 30, 0)
+    record["calibration"] |= {"windows": 10, "drawn": 30}
+    found, lost = calibrated_on(record, (), tiny.tokenizer())
+    assert found is not None and not lost and torch.equal(found.tokens, record["fitted"])
 
 
 def test_windows_that_were_fitted_are_held_out_where_there_are_no_others(texts: tuple[Path, Path]) -> None:
