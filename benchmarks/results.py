@@ -88,6 +88,10 @@ TABLES: dict[str, tuple[str, str]] = {  # name -> settings that tell rows apart,
         f"{JUDGED} seconds",
     ),
     "submodules": ("model calibration windows seed row layers", "gone divergence"),
+    "roads": (
+        "dense calibration samples windows road text",
+        "bytes kl kl_standard_error factor factor_standard_error prefill decode",
+    ),
     "search": (
         "model train ratio trials layout samples windows precision row restoration text",
         f"{JUDGED} least most",
