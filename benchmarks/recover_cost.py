@@ -38,7 +38,7 @@ args = parser.parse_args()
 
 opened = load.open_model(args.student, device="cpu", dtype="float32")
 model, autocast = opened.model.requires_grad_(True), autocast_dtype(args.precision, torch.device("cpu"))
-texts = text_windows.read((args.train,), (), opened.tokenizer, 512, 0)
+texts = text_windows.read((args.train,), (), opened.tokenizer, text_windows.Draw(512))
 order = list(range(args.steps * args.rows))
 schedule = Schedule(texts.train, order, args.rows, 1e-6, autocast=autocast, cpu=True)
 scratch = Path(tempfile.mkdtemp())

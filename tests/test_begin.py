@@ -164,7 +164,7 @@ def test_training_reads_windows_that_begin_so(tmp_path: Path) -> None:
     names = [tmp_path / "one.txt", tmp_path / "held.txt"]
     for n, name in enumerate(names):
         name.write_text(tiny.text(900, 30 + n))
-    found = text_windows.read((str(names[0]),), (str(names[1]),), BEGUN, 16, 0)
+    found = text_windows.read((str(names[0]),), (str(names[1]),), BEGUN, text_windows.Draw(16))
     for tokens in (found.train, *(one.tokens for one in found.held_out)):
         assert (tokens[:, 0] == BEGIN).all() and (tokens[:, 1:] != BEGIN).all()
     assert found.begins_with == ("<s>",)

@@ -51,7 +51,9 @@ def record_of(source: str, samples: int, seed: int, length: int = LENGTH) -> dic
 
 
 def read(training: tuple[Path, ...], record: dict[str, Any] | None, seed: int = 0) -> text_windows.TrainingTexts:
-    return text_windows.read([str(one) for one in training], (), tiny.tokenizer(), LENGTH, seed, record=record)
+    return text_windows.read(
+        [str(one) for one in training], (), tiny.tokenizer(), text_windows.Draw(LENGTH, seed), record=record
+    )
 
 
 @pytest.mark.parametrize(("joined", "length"), [(False, LENGTH), (False, 40), (True, 40)])

@@ -258,7 +258,7 @@ def test_every_pass_sees_every_window_once() -> None:
 
 def test_what_a_prune_was_calibrated_on_is_not_held_out(texts: tuple[Path, Path]) -> None:
     drawn = data.windows(data.calibration_text(str(texts[0])), tiny.tokenizer(), LENGTH, 64, seed=3).tokens
-    found = text_windows.read((str(texts[0]),), (str(texts[1]),), tiny.tokenizer(), LENGTH, 3)
+    found = text_windows.read((str(texts[0]),), (str(texts[1]),), tiny.tokenizer(), text_windows.Draw(LENGTH, 3))
     held, other = found.held_out
     assert len(held.tokens) == len(other.tokens) == text_windows.HELD_OUT and found.guards == ("held",)
     calibrated, first = {tuple(row) for row in drawn.tolist()}, found.train[:64].tolist()
@@ -409,7 +409,7 @@ def test_windows_in_a_forward_decide_nothing(
     assert second.healing["losses"] == pytest.approx(first.healing["losses"], rel=1e-4)
     for one, same in zip(first.model.parameters(), second.model.parameters(), strict=True):
         torch.testing.assert_close(one, same, atol=1e-4, rtol=0)
-    windows = text_windows.read(asked["text"], asked["held_out"], tiny.tokenizer(), LENGTH, 0).train[:4]
+    windows = text_windows.read(asked["text"], asked["held_out"], tiny.tokenizer(), text_windows.Draw(LENGTH)).train[:4]
     before, dense = load.load(student), load.load(folder)
     with torch.no_grad():  # what is printed is the loss by its name, whatever is aligned besides
         own = before(windows).logits

@@ -20,6 +20,7 @@ losses         Losses of training after a cut: distances to the teacher's predic
 magnitude      Magnitude pruning: the smallest weights go
 merging        Similar experts are merged into one
 metric         The points of OptiShear's space: which transformations a score has
+mixture        DRPruning's shares of several texts: more to those that lag, within a radius
 mope           MoPE-CLIP's table: what each module is worth, and which go first
 optishear      OptiShear: Wanda's score with its parts transformed
 ordering       Which steps of a model go first: the lowest of one order of all

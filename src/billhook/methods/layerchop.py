@@ -118,12 +118,12 @@ class LayerChop(Method):
         from billhook.models.plan import Plan
         from billhook.recovery.candidates import Length, rank_after_training
         from billhook.runtime.run import Run
-        from billhook.training.text_windows import read
+        from billhook.training.text_windows import Draw, read
 
         chosen: LayerChopSettings = recipe.settings
         text, settings = recipe.calibration, chosen.cut
         unseen = Run(hidden=run.hidden)
-        learned = read((text.source,), chosen.held_out, opened.tokenizer, text.seq_len, text.seed, run.tick)
+        learned = read((text.source,), chosen.held_out, opened.tokenizer, Draw(text.seq_len, text.seed), run.tick)
         gone = {name: self._by(opened, recipe, name, texts, run).layers for name in chosen.candidates}
         with run.clock("healing candidates"):
             ranking = rank_after_training(

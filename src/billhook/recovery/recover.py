@@ -142,7 +142,7 @@ def _try_rates(prepared: Prepared) -> list[dict[str, float]]:
         )
     schedule, env = prepared.schedule, prepared.env
     steps = max(TRIAL_STEPS, round(TRIAL * schedule.steps))
-    short = replace(schedule, order=schedule.order[: steps * schedule.rows], evaluate_after=())
+    short = replace(schedule, order=schedule.order[: steps * schedule.rows], evaluate_after=(), mixture=None)
     rates, tried = rates_of(prepared.chosen), []
     with prepared.clock("rates"):
         for n, rate in enumerate(rates):
@@ -164,14 +164,15 @@ def _try_rate(prepared: Prepared, schedule: Schedule, tick: Tick) -> dict[str, f
 
 def _loss_after(prepared: Prepared, schedule: Schedule, tick: Tick) -> float | None:
     """The loss after a short schedule; None if it diverged."""
-    text = prepared.texts.held_out[0]
+    texts = prepared.texts.of_training or prepared.texts.held_out[:1]
     until_the_end = EarlyStopping((), (), schedule.autocast)
     trainer = prepared.trainer(schedule, until_the_end, prepared.env.work / f"trial-{schedule.lr:g}", tick)
     try:
         trainer.train_or_resume(unheard)
     except Diverged:
         return None
-    losses = EarlyStopping((text,), (), schedule.autocast).losses(trainer.gathered(prepared.start))[text.source]
+    by_text = EarlyStopping(texts, (), schedule.autocast).losses(trainer.gathered(prepared.start))
+    losses = [loss for losses in by_text.values() for loss in losses]
     return sum(losses) / len(losses)
 
 
@@ -201,11 +202,12 @@ def _summary(prepared: Prepared, rate: float) -> str:
     schedule, chosen, processes = prepared.schedule, prepared.chosen, prepared.env.process.num_processes
     objective = f"distillation from {chosen.teacher}" if chosen.objective == "distill" else "continued pretraining"
     passes = len(schedule.order) / len(schedule.windows)
+    shares = ", in shares that follow what is missing" if schedule.mixture else ""
     zeros = prepared.student.census
     levels = f" on the levels of {BITS[chosen.bits]}, a scale for each {chosen.scales}" if chosen.bits else ""
     return (
         f"{objective}, training {TRAINABLE[chosen.trainable]}{levels}: {len(schedule.order) * chosen.seq_len:,} tokens of "
-        f"{' and '.join(prepared.texts.names)} ({passes:.2g} passes) in {schedule.steps:,} steps at {rate:g}"
+        f"{' and '.join(prepared.texts.names)} ({passes:.2g} passes){shares} in {schedule.steps:,} steps at {rate:g}"
         + (f", on {processes} processes" if processes > 1 else "")
         + (f", keeping all {zeros.total:,} zeros ({zeros.share:.0%})" if chosen.keeps_zeros and zeros.total else "")
     )
@@ -250,7 +252,8 @@ def _outcome(
         "zeros": student.census.total if chosen.keeps_zeros else None,
         "texts": list(chosen.text),
         "text_sha256": list(texts.sha256),
-        "windows": len(set(schedule.order)),
+        "mixture": chosen.mixture if chosen.mixture != "proportional" else None,
+        "windows": len(set(trainer.order)),
         "windows_available": len(schedule.windows),
         "passes": steps_done * schedule.rows / len(schedule.windows),
         "tokens": len(schedule.order) * chosen.seq_len,
@@ -273,6 +276,7 @@ def _outcome(
                 "step": evaluation["step"],
                 "tokens": evaluation["step"] * step_tokens,
                 "perplexities": {text: perplexity_of(losses) for text, losses in evaluation["losses"].items()},
+                **_shares(texts.names, evaluation),
             }
             for evaluation in trainer.evaluations
         ],
@@ -283,3 +287,8 @@ def _outcome(
         "tokens_per_second": tokens_done / seconds["training"] if seconds["training"] else None,
         "seconds": {stage: round(spent, 3) for stage, spent in seconds.items()},
     }
+
+
+def _shares(texts: Sequence[str], evaluation: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The shares of the training texts after an evaluation, where it set any."""
+    return {"shares": dict(zip(texts, evaluation["shares"], strict=True))} if "shares" in evaluation else {}

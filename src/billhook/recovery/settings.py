@@ -19,6 +19,10 @@ STATES = {
     "on": "align embeddings and late hidden states with the teacher's, too",
     "off": "predictions alone",
 }
+MIXTURES = {
+    "proportional": "as many windows of each text as it has",
+    "dro": "more of those where the student lags its teacher, anew at each judgement (DRPruning)",
+}
 STEPS = 200  # steps that a budget is divided into: 10k tokens did better in 20 steps than in 10 (docs/LOG.md)
 WHOLE = ("decoder", "all")  # what --bits trains
 MOST = 2**16  # the most tokens in a step, for any budget
@@ -35,6 +39,12 @@ class Recovery(Part):
     minutes: float | None = option(None, "or: how long all of it may take", gt=0, heading=BUDGET)
     text: tuple[str, ...] = option(
         ("mixed",), "text to train on; may be repeated: a broad mix harms least", heading=TEXT
+    )
+    mixture: str = option(
+        "proportional",
+        "windows of each text: proportional to its length; dro: more where the student lags",
+        names=MIXTURES,
+        heading=TEXT,
     )
     held_out: tuple[str, ...] = option(
         ("demo",), "text to judge by, better of another kind; may be repeated", heading=TEXT
@@ -86,6 +96,14 @@ class Recovery(Part):
             raise SettingsError(
                 "no --held-out text: nothing would show that training harms; name one, or pass --no-guard"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _of_texts(self) -> "Recovery":
+        if self.mixture == "dro" and len(self.text) < 2:
+            raise SettingsError("--mixture dro shares the training among texts: name two or more, each with --text")
+        if self.mixture == "dro" and not self.teacher:
+            raise SettingsError("--mixture dro weighs texts by the loss beyond the teacher's: name one with --teacher")
         return self
 
     @model_validator(mode="after")

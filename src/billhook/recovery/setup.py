@@ -3,7 +3,7 @@
 import gc
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,9 +31,10 @@ from billhook.runtime.precision import autocast_dtype
 from billhook.runtime.progress import Clock, Tick
 from billhook.training import keep_zeros, on_levels, teacher, throughput
 from billhook.training.early_stopping import EarlyStopping
+from billhook.training.mixture import Mixture, readable
 from billhook.training.schedule import Schedule
 from billhook.training.teacher import TeacherCache
-from billhook.training.text_windows import TrainingTexts, order_of, read
+from billhook.training.text_windows import Draw, TrainingTexts, order_of, read
 from billhook.training.trainables import KEEPING_ZEROS, TRAINERS, Seam, begin_at
 
 if TYPE_CHECKING:
@@ -149,11 +150,29 @@ def prepare(name: str, chosen: Recovery, env: Environment, *, fresh: bool = Fals
         run_folder.claim(env.work, {**key, "training text": windows_sha256}, fresh, keep=("lessons",))
     process.wait_for_everyone()
     tokens = chosen.tokens or env.in_first(lambda: cache.cached(env.work, "tokens", {}, measure_tokens))
-    rows = chosen.rows(tokens, process.num_processes)
+    schedule = _schedule(chosen, tokens, student, texts, env)
+    asked = len(set(schedule.order))  # windows that the teacher answers: the first ones of all
+    if chosen.mixture == "dro":
+        numbers = readable(texts, len(schedule.order))
+        texts, asked = texts.begun_with(numbers), len(numbers)
+        schedule = replace(schedule, windows=texts.train)
+    predictions, perplexities = None, None
+    if chosen.teacher:
+        with clock("teacher"):
+            predictions, losses = _ask_teacher(student, chosen, schedule, texts.first(asked), env)
+        perplexities = {text: perplexity_of(window_losses) for text, window_losses in losses.items()}
+        if chosen.mixture == "dro":
+            schedule = replace(schedule, mixture=Mixture.of(texts, asked, losses, chosen.seed))
+    return Prepared(student, chosen, env, texts, schedule, predictions, perplexities, clock)
+
+
+def _schedule(chosen: Recovery, tokens: int, student: Student, texts: TrainingTexts, env: Environment) -> Schedule:
+    """A run over so many tokens, each text in proportion to its windows."""
+    rows = chosen.rows(tokens, env.process.num_processes)
     steps = max(1, round(tokens / (rows * chosen.seq_len)))
     share_left = len(student.seam.kept) / student.seam.total if student.seam else 1.0
     halved = chosen.objective == "distill" and share_left <= HALVED
-    schedule = Schedule(
+    return Schedule(
         windows=texts.train,
         order=order_of(len(texts.train), steps * rows, chosen.seed),
         rows=rows,
@@ -163,16 +182,11 @@ def prepare(name: str, chosen: Recovery, env: Environment, *, fresh: bool = Fals
         states=chosen.states == "on" or (chosen.states == "auto" and halved),
         contrast=chosen.contrast,
         dropout=chosen.dropout,
-        autocast=autocast,
+        autocast=autocast_dtype(chosen.precision, env.device),
         cpu=env.device.type == "cpu",
         seed=chosen.seed,
         evaluate_after=evaluation_steps(steps * rows, steps, sum(len(text.tokens) for text in texts.held_out)),
     )
-    predictions, perplexities = None, None
-    if chosen.teacher:
-        with clock("teacher"):
-            predictions, perplexities = _ask_teacher(student, chosen, schedule, texts, env)
-    return Prepared(student, chosen, env, texts, schedule, predictions, perplexities, clock)
 
 
 def files_of(name: str, tick: Tick) -> str | None:
@@ -217,8 +231,8 @@ def _inspect(
         )
     if chosen.trainable in ("seam", "lora"):
         _makers(chosen)[chosen.trainable](opened.model, student.seam, chosen.rank)  # refuses now what cannot be trained
-    sources = chosen.text, chosen.held_out
-    texts = read(*sources, student.tokenizer, chosen.seq_len, chosen.seed, env.tick, student.record)
+    draw = Draw(chosen.seq_len, chosen.seed, apart=chosen.mixture == "dro")
+    texts = read(chosen.text, chosen.held_out, student.tokenizer, draw, env.tick, student.record)
     for text in texts.held_out:
         data.check_vocabulary(text, opened.model, name)
     size = sum(param.numel() for param in opened.model.parameters())
@@ -289,8 +303,11 @@ def _affordable_tokens(
 
 def _ask_teacher(
     student: Student, chosen: Recovery, schedule: Schedule, texts: TrainingTexts, env: Environment
-) -> tuple[TeacherCache | None, dict[str, float]]:
-    """The teacher's predictions on disk, and its own perplexities; the teacher is gone from memory afterwards."""
+) -> tuple[TeacherCache | None, dict[str, list[float]]]:
+    """The teacher's predictions for `texts.train` on disk, and its own losses on held-out windows, by text.
+
+    The teacher is gone from memory afterwards.
+    """
     name, process = chosen.teacher, env.process
     if data.fingerprint(load.open_tokenizer(name, env.tick)) != data.fingerprint(student.tokenizer):
         raise BillhookError(
@@ -308,7 +325,7 @@ def _ask_teacher(
     if chosen.objective == "distill":
         predictions = teacher.fill_cache(
             opened.model,
-            texts.train[: len(set(schedule.order))],
+            texts.train,
             env.teacher_folder,
             teacher.Lesson(chosen.top_k, schedule.states, chosen.contrast > 0, schedule.autocast),
             share=(process.process_index, process.num_processes),
@@ -320,7 +337,7 @@ def _ask_teacher(
     del opened
     gc.collect()
     return_freed()
-    return predictions, {text: perplexity_of(window_losses) for text, window_losses in losses.items()}
+    return predictions, losses
 
 
 def _trainable(name: str, chosen: Recovery, seam: Seam | None) -> Any:

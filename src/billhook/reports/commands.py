@@ -52,7 +52,7 @@ def recover_command(recovery: dict[str, Any], student: str = "OUT", out: str = "
 
 
 RECOVER_FLAGS = (
-    *("teacher", "objective", "states", "trainable", "rank", "tokens", "text", "held_out", "seq_len"),
+    *("teacher", "objective", "states", "trainable", "rank", "tokens", "text", "mixture", "held_out", "seq_len"),
     *("batch_tokens", "lr", "warmup", "top_k", "bits", "scales", "contrast", "loftq", "precision", "seed"),
 )
 TEACHER_FLAGS = ("teacher", "states", "top_k", "contrast")  # flags without effect where there is no teacher

@@ -227,6 +227,7 @@ class Judgement(Part):
     step: Count
     tokens: Count
     perplexities: dict[str, Number]
+    shares: dict[str, Number] | None = None
 
 
 class Rate(Part):
@@ -248,6 +249,7 @@ class Recovery(Part):
     trainable: str
     texts: list[str]
     text_sha256: list[str] | None = None
+    mixture: str | None = None
     windows: Count
     windows_available: Count
     passes: Number = None

@@ -18,6 +18,8 @@ from billhook.reports.recovery_tables import (
     selection_order,
     selection_rows,
     setting_words,
+    share_header,
+    share_rows,
     step_tokens,
     texts_judged,
 )
@@ -40,6 +42,7 @@ def training(recovery: Mapping[str, Any] | None) -> str:
         _perplexities(recovery),
         _losses(recovery),
         markup.details("All perplexities", _evaluations(recovery)),
+        markup.details("Shares of the training texts", _text_shares(recovery)),
         markup.details("Rates tried", _rates(recovery)),
     )
 
@@ -109,6 +112,13 @@ def _evaluations(recovery: Mapping[str, Any]) -> str:
     if recovery.get("teacher_perplexities"):
         caption += f"; in brackets: as a factor of the teacher's; the teacher: {recovery['teacher']}"
     return markup.table(caption, markup.head(evaluation_header(recovery)), f"<tbody>{body}</tbody>\n", "numbers")
+
+
+def _text_shares(recovery: Mapping[str, Any]) -> str:
+    body = "".join(markup.row(_first(row[0]), map(markup.cell, row[1:])) for row in share_rows(recovery))
+    caption = "Share of each text in the windows up to the next judgement"
+    header = markup.head(share_header(recovery))
+    return markup.table(caption, header, f"<tbody>{body}</tbody>\n", "numbers few") if body else ""
 
 
 def _rates(recovery: Mapping[str, Any]) -> str:

@@ -145,6 +145,8 @@ def recovery_rows(recoveries: Sequence[Mapping[str, Any]]) -> list[tuple[str, st
     for n, recovery in enumerate(recoveries, 1):
         which = f", {n} of {len(recoveries)}" if len(recoveries) > 1 else ""
         rows.append((f"recovered{which}", recovered_words(recovery)))
+        if shares := share_words(recovery):
+            rows.append(("shares in the end", shares))
         if recovery.get("stopped"):
             rows.append(("stopped early", str(recovery["stopped"])))
         for text in judged(recovery):
@@ -186,6 +188,28 @@ def evaluation_rows(recovery: Mapping[str, Any]) -> list[list[str]]:
 
     rows = [[f"{step['tokens']:,}", *cells(step["perplexities"])] for step in recovery.get("evaluations") or ()]
     return [*rows, *([["teacher", *cells(teacher)]] if teacher else [])]
+
+
+def share_header(recovery: Mapping[str, Any]) -> list[str]:
+    """The training texts whose shares were set as training went; '' where they were not."""
+    return ["from token", *dict.fromkeys(text for shares in _shares(recovery) for text in shares)]
+
+
+def share_rows(recovery: Mapping[str, Any]) -> list[list[str]]:
+    """One row a judgement that set shares."""
+    texts = share_header(recovery)[1:]
+    steps = [step for step in recovery.get("evaluations") or () if step.get("shares")]
+    return [[f"{step['tokens']:,}", *(percent(step["shares"].get(text)) for text in texts)] for step in steps]
+
+
+def share_words(recovery: Mapping[str, Any]) -> str:
+    """The last shares of the training texts; '' where none were set."""
+    *_, last = {}, *_shares(recovery)
+    return ", ".join(f"{text} {percent(share)}" for text, share in last.items())
+
+
+def _shares(recovery: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [step["shares"] for step in recovery.get("evaluations") or () if step.get("shares")]
 
 
 def rate_rows(recovery: Mapping[str, Any]) -> list[list[str]]:

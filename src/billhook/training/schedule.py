@@ -15,6 +15,7 @@ from billhook.errors import BillhookError
 from billhook.runtime import atomic
 from billhook.runtime.documents import read_sealed, sealed
 from billhook.tensors import Tokens
+from billhook.training.mixture import Mixture
 
 WHOLE = "whole.json"  # the file that completes a checkpoint: digests of all its other files
 # how every message of torch.save begins when it cannot write a file
@@ -38,6 +39,7 @@ class Schedule:
     cpu: bool = False
     seed: int = 0
     evaluate_after: Sequence[int] = ()  # steps after which the model is evaluated
+    mixture: Mixture | None = None  # what decides the order instead, from one evaluation to the next
 
     @property
     def steps(self) -> int:
@@ -46,6 +48,14 @@ class Schedule:
     @property
     def step_tokens(self) -> int:
         return self.rows * self.windows.shape[1]
+
+    @property
+    def ends(self) -> list[int]:
+        """How many windows are read before the shares of each evaluation end, of the first one before any step on.
+
+        Shares begin a step late: when the model is evaluated, windows of the next step are loaded already.
+        """
+        return [*(min(step + 1, self.steps) * self.rows for step in self.evaluate_after), self.steps * self.rows]
 
     @property
     def warmup_steps(self) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -21,7 +22,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from billhook.errors import BillhookError
 from billhook.math.losses import beside, divergence, misalignment, next_token
 from billhook.math.quantgpt import token_contrast
-from billhook.runtime.progress import Tick, quiet
+from billhook.runtime.progress import Tick, quiet, unheard
 from billhook.runtime.quiet import quiet_transformers
 from billhook.training.early_stopping import EarlyStopping
 from billhook.training.on_levels import PROJECTION
@@ -56,13 +57,14 @@ class RecoveryTrainer(Trainer):
         tick: Tick = quiet,
     ):
         self.schedule, self.teacher, self.early_stopping, self.work = schedule, teacher, early_stopping, work
+        self.order, self.announce = schedule.order, unheard
         self.watch = Watch(self, tick)
         with quiet_transformers():
             arguments = _arguments(schedule, work)
             super().__init__(
                 model=model,
                 args=arguments,
-                train_dataset=_Steps(schedule, teacher),
+                train_dataset=_Steps(self),
                 data_collator=_stacked,
                 callbacks=[self.watch],
             )
@@ -140,13 +142,21 @@ class RecoveryTrainer(Trainer):
 
     def train_or_resume(self, announce: Callable[[str], object]) -> None:
         """Train to the end, from the last whole checkpoint if there is one; early stopping may end it before."""
+        self.announce = announce
         last = self._resume_point(announce)
         if last and self._is_over(last):
             self.state = TrainerState.load_from_json(str(last / STATE))
+            self.draw_windows()
             self.restore(step_of(last))
             return
         with quiet_transformers():
             self.train(resume_from_checkpoint=str(last) if last else None)
+
+    def draw_windows(self) -> None:
+        """Set the order of the windows as far as it is known, where evaluations decide it."""
+        if self.schedule.mixture:
+            shares = [entry["shares"] for entry in self.evaluations if "shares" in entry]
+            self.order = self.schedule.mixture.order(shares, self.schedule.ends)
 
     def gathered(self, start: Callable[[], Any]) -> Any:
         """The trained model, whole in every process.
@@ -197,6 +207,7 @@ class Watch(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer = self.trainer
         self.tick("training", state.global_step, state.max_steps)
+        trainer.draw_windows()
         if not trainer.evaluations and trainer.early_stopping.texts:
             self._evaluate(state)
         self.begun = time.perf_counter() - trainer.early_stopping.seconds - trainer.seconds
@@ -233,7 +244,22 @@ class Watch(TrainerCallback):
         model = trainer.accelerator.unwrap_model(trainer.model)
         seconds = time.perf_counter() - trainer.early_stopping.seconds - self.begun if state.global_step else 0.0
         losses = trainer.early_stopping.losses(model)
-        state.log_history.append({"step": state.global_step, "losses": losses, "seconds": seconds})
+        shares = self._shares(state, losses)
+        state.log_history.append({"step": state.global_step, "losses": losses, "seconds": seconds, **shares})
+        trainer.draw_windows()
+
+    def _shares(self, state: Any, losses: dict[str, list[float]]) -> dict[str, list[float]]:
+        """The shares of the windows that follow: the first process's, in all of them."""
+        trainer, mixture = self.trainer, self.trainer.schedule.mixture
+        if mixture is None or state.global_step == state.max_steps:
+            return {}
+        base = trainer.evaluations[-1]["base_shares"] if trainer.evaluations else ()
+        (found,) = broadcast_object_list([mixture.judged(losses, base, state.global_step / state.max_steps)])
+        if state.is_world_process_zero:
+            each = zip(mixture.texts, found["shares"], strict=True)
+            said = ", ".join(f"{text} {share:.0%}" for text, share in each)
+            trainer.announce(f"step {state.global_step} of {state.max_steps}: windows of {said} from here on")
+        return found
 
 
 def _history(checkpoint: Path) -> list[dict[str, Any]]:
@@ -244,16 +270,16 @@ def _history(checkpoint: Path) -> list[dict[str, Any]]:
 class _Steps(Dataset):
     """The windows of all steps, in order, each with the teacher's predictions."""
 
-    def __init__(self, schedule: Schedule, teacher: TeacherCache | None):
-        self.schedule, self.teacher = schedule, teacher
+    def __init__(self, trainer: RecoveryTrainer):
+        self.trainer = trainer
 
     def __len__(self) -> int:
-        return len(self.schedule.order)
+        return len(self.trainer.schedule.order)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        window = self.schedule.order[index]
-        predictions = self.teacher.of(window) if self.teacher else {}
-        return {"tokens": self.schedule.windows[window], **predictions}
+        window, teacher = self.trainer.order[index], self.trainer.teacher
+        predictions = teacher.of(window) if teacher else {}
+        return {"tokens": self.trainer.schedule.windows[window], **predictions}
 
 
 def _stacked(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
