@@ -1,4 +1,4 @@
-"""Units whose chances are learned: what comes of it on a tiny model, against its control; resumed; refused."""
+"""Units whose chances are learned: what comes of it on a tiny model; resumed; refused."""
 
 import json
 from pathlib import Path
@@ -44,23 +44,15 @@ def uneven() -> PreTrainedModel:
     return model
 
 
-def learned(text: str, seed: int, **other: Any) -> tuple[float, dict[str, Any]]:
-    """By how much a channel of the layer that matters is likelier to stay than one of the layer that does not; what
-    came of it before anything was restored."""
-    how = dict(layout="per_layer", objective="kl", rate=6.0, steps=24, masks=8, restoration=False)
-    record = pruned(text, uneven(), seed=seed, **how, **other).record["policy"]
-    chances = {one["layer"]: one["chance"] for one in record["kept"]}
-    return chances[1] - chances[2], record["unrestored"]
-
-
 def test_what_matters_is_learned(text: str) -> None:
+    how = dict(layout="per_layer", objective="kl", rate=6.0, steps=24, masks=8, restoration=False)
     drifts = []
-    for seed in range(3):
-        drift, found = learned(text, seed)
+    for seed in range(2):
+        record = pruned(text, uneven(), seed=seed, **how).record["policy"]
+        found, chances = record["unrestored"], {one["layer"]: one["chance"] for one in record["kept"]}
         assert found["gain"] > 4 * found["standard_error"] > 0 and found["learned"] < 0.7 * found["start"]
-        drifts.append(drift)
-    shuffled = [learned(text, seed, shuffled=True)[0] for seed in range(3)]
-    assert sum(drifts) / 3 > 0.2 and sum(drifts) > sum(map(abs, shuffled))
+        drifts.append(chances[1] - chances[2])  # of the layer that matters, and of one that does not
+    assert sum(drifts) / 2 > 0.2
 
 
 @pytest.mark.covering
