@@ -70,20 +70,69 @@ def estimate(
     if why := _why_not(recipe):
         raise BillhookError(f"--dry-run: {why}: what that costs cannot be told beforehand")
     started = time.time() - psutil.Process().create_time()
-    clock, device = Clock(), resolve_device(recipe.compute.device)
-    folder = locate(name, tick)
+    clock = Clock()
+    seen = _subject(name, recipe, stream_weights, tick, clock)
+    rss = psutil.Process().memory_info().rss
+    tick("rehearsing", 0, 1)
+    stages = {"starting": Cost(started, 0.0), "reading the text": Cost(clock.seconds["reading the text"], 0.0)}
+    known = _known(seen, _speeds(seen.folder, output, started))
+    stages |= known.stages
+    tick("rehearsing", 1, 1)
+    model, stored = seen.opened.model, seen.opened.dtype
+    total, decoder = sizes.total_parameters(model), sizes.decoder_parameters(model)
+    return {
+        "parameters": {"before": total, "after": total - known.cut},
+        "decoder_parameters": {"before": decoder, "after": decoder - known.cut},
+        "stages": {stage: {"seconds": one.seconds, "flops": one.flops} for stage, one in stages.items()},
+        "seconds": sum(one.seconds for one in stages.values()),
+        "flops": sum(one.flops for one in stages.values()),
+        "peak_bytes": max(seen.peak, rss + _held(seen, known, hidden_budget)),
+        "free_bytes": free_bytes(seen.device),
+        "disk_bytes": preflight.disk_bytes(model, seen.recipe, seen.dtype, stored, known.cut),
+        "disk_free_bytes": shutil.disk_usage(preflight.above(output)).free,
+        "streamed": seen.stream,
+        "rehearsed_widths": known.rehearsed and f"1/{known.rehearsed.shrunk}",
+    }
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a prune would work on."""
+
+    opened: Opened  # the shapes of the model alone
+    folder: Path
+    recipe: Recipe  # with as many windows as the text has
+    dtype: torch.dtype  # to compute in
+    device: torch.device
+    stream: bool  # whether weights stay in their files until a layer needs them
+    tokens: int  # of calibration text
+    peak: int  # bytes of memory that reading it took
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of its prune."""
+
+    stages: dict[str, Cost]
+    cut: int  # parameters that go
+    states: int  # how many hidden states of each token are held
+    work: int  # bytes, besides model and hidden states
+    rehearsed: Rehearsed | None
+
+
+def _subject(name: str, recipe: Recipe, stream_weights: bool | None, tick: Tick, clock: Clock) -> Subject:
+    device, folder = resolve_device(recipe.compute.device), locate(name, tick)
     if not folder.is_dir():
         raise BillhookError(f"--dry-run: {name} is no folder of safetensors, which alone says its sizes unread")
     model = open_skeleton(name, tick, recipe.compute.family_row)
     found = check_folder(folder, name)
-    stored = found.dtype
-    dtype = DTYPES.get(recipe.compute.dtype, torch.float32 if device.type == "cpu" else stored)
+    dtype = DTYPES.get(recipe.compute.dtype, torch.float32 if device.type == "cpu" else found.dtype)
     stream = too_large(found, dtype, device) if stream_weights is None else stream_weights
     if stream:
         open_paged(found, dtype, device)  # which says what cannot be read by parts
     peak, tokens = psutil.Process().memory_info().rss, 0
     with clock("reading the text"), peak_growth(torch.device("cpu")) as growth:
-        opened, text = Opened(model, None, name, folder, stored), recipe.calibration
+        opened, text = Opened(model, None, name, folder, found.dtype), recipe.calibration
         if recipe.reads:
             opened.tokenizer = load_tokenizer(folder, name)
             check_positions(opened, text.seq_len)
@@ -91,58 +140,44 @@ def estimate(
             tokens = read.calibration.numel()
             text = text.model_copy(update={"samples": len(read.calibration) or None})  # as many as it has
             recipe = replace(recipe, calibration=text)
-    peak, rss = peak + growth(), psutil.Process().memory_info().rss
-    tick("rehearsing", 0, 1)
-    planned = _planned(opened, recipe)
-    price = cache(lambda: rehearsal.window_seconds(model, dtype, device, recipe.calibration.seq_len))
-    beside, read = recipe.method.foreseen(opened, recipe, planned, price, stream), recipe.calibration
-    windows = beside.windows or recipe.samples
-    played = beside.rehearsed if tokens else None
-    rehearsed = rehearsal.rehearse(model, (windows, read.seq_len), played, dtype, device) if played else None
-    total, cut = sizes.total_parameters(model), sizes.saved_by(model, planned.plan)
-    held, written = dtype.itemsize * total, stored.itemsize * (total - cut)
-    speeds = _speeds(folder, output, started)
-    stages = {"starting": Cost(started, 0.0), "reading the text": Cost(clock.seconds["reading the text"], 0.0)}
-    stages["loading"] = Cost((READ if stream else 1) * stored_bytes(folder) / speeds.load, 0.0)
+    return Subject(opened, folder, recipe, dtype, device, stream, tokens, peak + growth())
+
+
+def _known(seen: Subject, speeds: "Speeds") -> Known:
+    """Plan the prune, and rehearse what layers show of it."""
+    model, recipe, length = seen.opened.model, seen.recipe, seen.recipe.calibration.seq_len
+    planned = _planned(seen.opened, recipe)
+    price = cache(lambda: rehearsal.window_seconds(model, seen.dtype, seen.device, length))
+    beside = recipe.method.foreseen(seen.opened, recipe, planned, price, seen.stream)
+    read = (beside.windows or recipe.samples, length)
+    played = beside.rehearsed if seen.tokens else None
+    rehearsed = rehearsal.rehearse(model, read, played, seen.dtype, seen.device) if played else None
+    cut, every = sizes.saved_by(model, planned.plan), len(layers(model))
+    stages = {"loading": Cost((READ if seen.stream else 1) * stored_bytes(seen.folder) / speeds.load, 0.0)}
     if rehearsed:
-        cut_whole = set(planned.plan.layers)
-        stages |= _pruning(
-            rehearsed, len(layers(model)), len(set(rehearsal.cut_layers(model, planned.plan)) - cut_whole)
-        )
-    passes = dict(beside.stages if tokens else {})
-    if recipe.compute.look and not stream:
-        passes["look"] = Passes(LOOKED * len(layers(model)), LOOKED)
-    stages |= _priced(passes, model, read.seq_len, price) if passes else {}
-    stages["writing and verifying"] = Cost(
-        _verifying(model, 1 - cut / total, written, speeds, dtype, device, stream), 0.0
-    )
-    tick("rehearsing", 1, 1)
-    states = tokens * model.get_input_embeddings().weight.shape[1] * dtype.itemsize
-    states *= (
-        2 if getattr(planned.settings, "stream", "") == "dense_target" else 1
-    )  # the unpruned model's beside the pruned one's
-    states = states if hidden_budget is None else min(states, hidden_budget)
-    pruning = states + max(beside.memory, rehearsed.work_bytes if rehearsed else 0)
-    if stream:
-        layer = dtype.itemsize * sizes.layer_parameters(model, len(layers(model)) - 1)
-        ends = dtype.itemsize * model.get_input_embeddings().weight.numel()
-        highest = rss + max(ends, layer + pruning)
-    else:
-        highest = rss + max(held + stored_bytes(folder), held + pruning, 2 * (held - dtype.itemsize * cut))
-    decoder = sizes.decoder_parameters(model)
-    return {
-        "parameters": {"before": total, "after": total - cut},
-        "decoder_parameters": {"before": decoder, "after": decoder - cut},
-        "stages": {stage: {"seconds": one.seconds, "flops": one.flops} for stage, one in stages.items()},
-        "seconds": sum(one.seconds for one in stages.values()),
-        "flops": sum(one.flops for one in stages.values()),
-        "peak_bytes": max(peak, highest),
-        "free_bytes": free_bytes(device),
-        "disk_bytes": preflight.disk_bytes(model, recipe, dtype, stored, cut),
-        "disk_free_bytes": shutil.disk_usage(preflight.above(output)).free,
-        "streamed": stream,
-        "rehearsed_widths": rehearsed and f"1/{rehearsed.shrunk}",
-    }
+        narrowed = set(rehearsal.cut_layers(model, planned.plan)) - set(planned.plan.layers)
+        stages |= _pruning(rehearsed, every, len(narrowed))
+    passes = dict(beside.stages if seen.tokens else {})
+    if recipe.compute.look and not seen.stream:
+        passes["look"] = Passes(LOOKED * every, LOOKED)
+    stages |= _priced(passes, model, length, price) if passes else {}
+    stages["writing and verifying"] = Cost(_verifying(seen, cut, speeds), 0.0)
+    both = getattr(planned.settings, "stream", "") == "dense_target"  # the unpruned model's beside the pruned one's
+    work = max(beside.memory, rehearsed.work_bytes if rehearsed else 0)
+    return Known(stages, cut, 2 if both else 1, work, rehearsed)
+
+
+def _held(seen: Subject, known: Known, hidden_budget: int | None) -> int:
+    """Bytes that the prune holds at its highest, besides what this process holds now."""
+    model, each = seen.opened.model, seen.dtype.itemsize
+    embedding = model.get_input_embeddings().weight
+    states = known.states * seen.tokens * embedding.shape[1] * each
+    pruning = (states if hidden_budget is None else min(states, hidden_budget)) + known.work
+    if seen.stream:
+        layer = each * sizes.layer_parameters(model, len(layers(model)) - 1)
+        return max(each * embedding.numel(), layer + pruning)
+    held = each * sizes.total_parameters(model)
+    return max(held + stored_bytes(seen.folder), held + pruning, 2 * (held - each * known.cut))
 
 
 def _why_not(recipe: Recipe) -> str:
@@ -203,29 +238,19 @@ def _speeds(folder: Path, output: Path, started: float) -> Speeds:
     return Speeds(count / least_seconds(load), count / least_seconds(write), started)
 
 
-def _verifying(
-    model: Any,
-    kept: float,
-    size: int,
-    speeds: Speeds,
-    dtype: torch.dtype,
-    device: torch.device,
-    stream: bool,
-) -> float:
+def _verifying(seen: Subject, cut: int, speeds: Speeds) -> float:
     """Seconds: written, loaded again and compared;
-    and in a process of its own, which starts and generates, unless layers stream.
-
-    Args:
-        kept: share of the model that is left.
-        size: bytes of what is written.
-    """
-    step, batch = rehearsal.passes(model, dtype, device)
+    and in a process of its own, which starts and generates, unless layers stream."""
+    model, on = seen.opened.model, {"dtype": seen.dtype, "device": seen.device}
+    total = sizes.total_parameters(model)
+    kept, size = 1 - cut / total, seen.opened.dtype.itemsize * (total - cut)
+    step, batch = rehearsal.passes(model, seen.dtype, seen.device)
     weight = model.get_output_embeddings().weight
-    rows = torch.randn(min(len(weight), rehearsal.ROWS), weight.shape[1], dtype=dtype, device=device)
-    one, many = (torch.randn(weight.shape[1], count, dtype=dtype, device=device) for count in (2, 64))
+    rows = torch.randn(min(len(weight), rehearsal.ROWS), weight.shape[1], **on)
+    one, many = (torch.randn(weight.shape[1], count, **on) for count in (2, 64))
     parts, depth = len(weight) / len(rows), kept * len(layers(model))
     step = step * depth + parts * least_seconds(lambda: rows @ one)
     batch = batch * depth + parts * least_seconds(lambda: rows @ many)
-    if stream:
+    if seen.stream:
         return size / speeds.write + PAGED * (size / speeds.load + batch)
     return size / speeds.write + LOADS * size / speeds.load + speeds.start + STEPS * step + BATCHES * batch
