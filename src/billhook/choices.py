@@ -192,6 +192,7 @@ TRAINABLE = {
     "seam": "the layers beside dropped ones",
     "spp": "multipliers of rows and columns (SPP), for sparse models: what is zero stays zero",
 }
+MASKS = {"ast": "the largest weights of each group, found anew every 10 steps; the others decay (AST)"}
 PRECISIONS = {
     "auto": "bfloat16 where the device has instructions for it",
     "float32": "all of it",

@@ -36,6 +36,7 @@ shared_turn    One turn for the query heads that share a KV head, fitted to the 
 solvers        Solvers that sparsify one weight, by the method's name
 sparsegpt      SparseGPT: column by column, the weights right of a zero make up for its error
 sparsity       Masks of a matrix: a share of all weights, or N of every M neighbours along the input
+sr_ste         Annealed SR-STE: masks that move while a model trains, and how masked weights decay (AST)
 taylor         Importance of units by a Taylor expansion of the loss
 value_axes     Value channels turned to the principal axes of what the output projection reads
 wanda          Wanda: weight times the norm of its input, compared in each row

@@ -21,6 +21,7 @@ from billhook.checkpoints.result import Result
 from billhook.choices import BITS, TRAINABLE
 from billhook.errors import BillhookError
 from billhook.evaluation.perplexity import perplexity_of
+from billhook.math.pattern import parse
 from billhook.models.multimodal import type_of
 from billhook.models.surgery import cast
 from billhook.recovery.budget import TRIAL, TRIAL_STEPS, rates_of
@@ -30,7 +31,7 @@ from billhook.reports import records
 from billhook.runtime import cache, run_folder
 from billhook.runtime.memory import peak_growth
 from billhook.runtime.progress import Tick, quiet, unheard
-from billhook.training import trainables
+from billhook.training import moving_masks, trainables
 from billhook.training.early_stopping import EarlyStopping
 from billhook.training.schedule import Diverged, Schedule, checkpoints
 from billhook.training.text_windows import conditions
@@ -200,13 +201,16 @@ def _announcements(prepared: Prepared, rate: float) -> Iterator[str]:
 def _summary(prepared: Prepared, rate: float) -> str:
     """What will be trained, in one line."""
     schedule, chosen, processes = prepared.schedule, prepared.chosen, prepared.env.process.num_processes
-    objective = f"distillation from {chosen.teacher}" if chosen.objective == "distill" else "continued pretraining"
+    told = f"distillation from {chosen.teacher}" if chosen.distils else ""
+    objective = " and ".join(filter(None, (told, "" if chosen.objective == "distill" else "continued pretraining")))
     passes = len(schedule.order) / len(schedule.windows)
     shares = ", in shares that follow what is missing" if schedule.mixture else ""
     zeros = prepared.student.census
     levels = f" on the levels of {BITS[chosen.bits]}, a scale for each {chosen.scales}" if chosen.bits else ""
+    moving = f" under masks of {chosen.pattern} that move every {moving_masks.EVERY} steps" if chosen.masks else ""
     return (
-        f"{objective}, training {TRAINABLE[chosen.trainable]}{levels}: {len(schedule.order) * chosen.seq_len:,} tokens of "
+        f"{objective}, training {TRAINABLE[chosen.trainable]}{levels}{moving}: "
+        f"{len(schedule.order) * chosen.seq_len:,} tokens of "
         f"{' and '.join(prepared.texts.names)} ({passes:.2g} passes){shares} in {schedule.steps:,} steps at {rate:g}"
         + (f", on {processes} processes" if processes > 1 else "")
         + (f", keeping all {zeros.total:,} zeros ({zeros.share:.0%})" if chosen.keeps_zeros and zeros.total else "")
@@ -214,9 +218,12 @@ def _summary(prepared: Prepared, rate: float) -> str:
 
 
 def _check_zeros(prepared: Prepared, trained: Any) -> None:
-    """A last check that zeros stayed, before anything is written; it can only fail by a fault of billhook's."""
+    """A last check that zeros stayed, or that a pattern holds; it can only fail by a fault of billhook's."""
     if prepared.chosen.keeps_zeros and (filled := prepared.student.census.filled(trained)):
         raise BillhookError(f"{filled:,} zeros of {prepared.student.name} were filled in training: nothing is written")
+    pattern = prepared.chosen.pattern
+    if pattern and (name := moving_masks.broken(trained, parse(pattern))):
+        raise BillhookError(f"{name} of {prepared.student.name} is not {pattern} after training: nothing is written")
 
 
 def _outcome(
@@ -243,6 +250,10 @@ def _outcome(
         "trainable": chosen.trainable,
         "rank": chosen.rank if chosen.trainable in UNMASKED else None,
         "keep_zeros": chosen.keep_zeros,
+        "pattern": chosen.pattern or None,
+        "masks": chosen.masks or None,
+        "mask_decay": chosen.decay if chosen.masks else None,
+        "flips": trainer.flips or None,
         "bits": chosen.bits or None,
         "scales": chosen.scales if chosen.bits else None,
         "contrast": chosen.contrast or None,

@@ -4,14 +4,16 @@ from typing import Any
 
 from pydantic import field_validator, model_validator
 
-from billhook.choices import BITS, PRECISIONS, SCALES, TRAINABLE
+from billhook.choices import BITS, MASKS, PRECISIONS, SCALES, TRAINABLE
 from billhook.errors import SettingsError
+from billhook.math.pattern import parse
 from billhook.runtime.options import Part, option
 from billhook.runtime.validation import checked
 
 OBJECTIVES = {
     "distill": "the teacher's next-token probabilities, KL(teacher || student) and nothing else",
     "ce": "the text itself: continued pretraining, which needs no teacher",
+    "both": "the text itself by a third, the teacher's probabilities by two thirds",
 }
 HALVED = 0.6  # share of layers left up to which the depth counts as halved
 STATES = {
@@ -24,10 +26,11 @@ MIXTURES = {
     "dro": "more of those where the student lags its teacher, anew at each judgement (DRPruning)",
 }
 STEPS = 200  # steps that a budget is divided into: 10k tokens did better in 20 steps than in 10 (docs/LOG.md)
-WHOLE = ("decoder", "all")  # what --bits trains
+WHOLE = ("decoder", "all")  # what --bits and --masks train
 MOST = 2**16  # the most tokens in a step, for any budget
 
 
+DECAY = 1e-4  # AST's for GPT-2, at a rate of 2e-4 (arXiv:2407.20584, its code); for LLaMA-2 6e-5, at 2e-5
 BUDGET, TEXT, MACHINE = "Budget", "Calibration", "Machine"  # headings of help; all else is under Training
 
 
@@ -50,7 +53,9 @@ class Recovery(Part):
         ("demo",), "text to judge by, better of another kind; may be repeated", heading=TEXT
     )
     guard: bool = option(True, "stop when a held-out text gets worse", heading=TEXT)
-    objective: str = option("distill", "distill: the teacher's probabilities; ce: the text itself", names=OBJECTIVES)
+    objective: str = option(
+        "distill", "distill: the teacher's probabilities; ce: the text itself; both", names=OBJECTIVES
+    )
     # faster than `all`, and ahead of it on three texts (docs/LOG.md)
     trainable: str = option("decoder", ", ".join(TRAINABLE), names=TRAINABLE)
     states: str = option("auto", "align hidden states with the teacher's too: auto, on, off", names=STATES)
@@ -69,6 +74,11 @@ class Recovery(Part):
     loftq: str = option("", "of --no-merge: the model before it had few bits, whose loss the adapters start with")
     # None: a sparse model is trained by spp only
     keep_zeros: bool | None = option(None, "of a sparse model: keep its zeros, or fill them; one must be said")
+    pattern: str = option("", "of --masks: N zeros in every M weights of a row, like 2:4")
+    masks: str = option("", "masks that move while it trains: ast, the largest weights stay (AST)", names=MASKS)
+    mask_decay: float | None = option(
+        None, "of --masks: how strongly masked weights are pulled to zero", ge=0, lt=1, shown=f"{DECAY:g}"
+    )
     bits: str = option("", "keep weights on the levels of so many, which `quantize` packs as they are", names=BITS)
     scales: str = option("block", "of --bits: one for each block of 32 inputs, or for each module", names=SCALES)
     contrast: float = option(0.0, "weight of the loss that tells a token's teacher state from others' (QuantGPT)", ge=0)
@@ -88,8 +98,10 @@ class Recovery(Part):
             raise SettingsError("how long? give --tokens 500k, or --minutes 30")
         if self.tokens is not None and self.minutes is not None:
             raise SettingsError("--tokens and --minutes are two budgets: give one")
-        if self.objective == "distill" and not self.teacher:
-            raise SettingsError("--objective distill learns from the unpruned model: name it with --teacher, or use ce")
+        if self.distils and not self.teacher:
+            raise SettingsError(
+                f"--objective {self.objective} learns from the unpruned model: name it with --teacher, or use ce"
+            )
         if self.objective == "ce" and self.states == "on":
             raise SettingsError("--states on aligns with a teacher's hidden states: use it with --objective distill")
         if not self.held_out and self.guard:
@@ -123,6 +135,34 @@ class Recovery(Part):
                 "--loftq is where adapters of a quantised model start: give --no-merge, or leave it out"
             )
         return self
+
+    @model_validator(mode="after")
+    def _of_masks(self) -> "Recovery":
+        if not self.masks:
+            if self.pattern or self.mask_decay is not None:
+                said = "--pattern" if self.pattern else "--mask-decay"
+                raise SettingsError(f"{said} is of masks that move: give --masks ast too, or leave it out")
+            return self
+        if not self.pattern:
+            raise SettingsError(f"--masks {self.masks}: how many zeros? give --pattern too, like 2:4")
+        parse(self.pattern)
+        if self.trainable not in WHOLE:
+            raise SettingsError(f"--masks trains whole weights: use --trainable {' or '.join(WHOLE)}")
+        if self.keep_zeros:
+            raise SettingsError("--keep-zeros holds the zeros that --masks moves: give one of them")
+        if self.bits:
+            raise SettingsError("--masks and --bits are two forms of the same weights: give one of them")
+        return self
+
+    @property
+    def distils(self) -> bool:
+        """Whether the teacher's predictions are learned from."""
+        return self.objective != "ce"
+
+    @property
+    def decay(self) -> float:
+        """How strongly masked weights are pulled to zero, once that is annealed."""
+        return DECAY if self.mask_decay is None else self.mask_decay
 
     @property
     def opens_packed(self) -> bool:

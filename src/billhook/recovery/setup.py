@@ -19,6 +19,7 @@ from billhook.errors import BillhookError
 from billhook.evaluation.perplexity import perplexity_of
 from billhook.math import sparsity
 from billhook.math.grids import GRIDS
+from billhook.math.pattern import parse
 from billhook.models.families import layers, mixture
 from billhook.models.modes import noise
 from billhook.models.multimodal import within
@@ -29,7 +30,7 @@ from billhook.runtime import cache, run_folder
 from billhook.runtime.memory import return_freed
 from billhook.runtime.precision import autocast_dtype
 from billhook.runtime.progress import Clock, Tick
-from billhook.training import keep_zeros, on_levels, teacher, throughput
+from billhook.training import keep_zeros, moving_masks, on_levels, teacher, throughput
 from billhook.training.early_stopping import EarlyStopping
 from billhook.training.mixture import Mixture, readable
 from billhook.training.schedule import Schedule
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 UNMASKED = {"lora", "spp"}  # trainable sets whose form fills no zero; for all others the steps are masked
 LEVELS_SHARE = 0.25  # share of zeros from which a model of packed integers is sparse: four bits alone make a tenth
+TEXT_SHARE = 0.33  # of --objective both: the text's share of the loss (AST, arXiv:2407.20584)
 PACE_SECONDS = 10  # how long training is measured to find how many tokens --minutes buys
 
 
@@ -113,6 +115,9 @@ class Prepared:
         trainer = RecoveryTrainer(model, schedule, self.teacher, early_stopping, work, tick)
         if self.chosen.keep_zeros and self.chosen.trainable not in UNMASKED:
             trainer.add_callback(keep_zeros.ZeroKeeper(model))
+        if self.chosen.masks:
+            trainer.optimizer = moving_masks.optimizer(model, schedule.lr, self.chosen.decay, schedule.steps)
+            trainer.add_callback(moving_masks.Mover(model))
         return trainer
 
 
@@ -171,7 +176,12 @@ def _schedule(chosen: Recovery, tokens: int, student: Student, texts: TrainingTe
     rows = chosen.rows(tokens, env.process.num_processes)
     steps = max(1, round(tokens / (rows * chosen.seq_len)))
     share_left = len(student.seam.kept) / student.seam.total if student.seam else 1.0
-    halved = chosen.objective == "distill" and share_left <= HALVED
+    halved = chosen.distils and share_left <= HALVED
+    if chosen.masks and moving_masks.too_few(steps):
+        raise BillhookError(
+            f"--masks {chosen.masks}: masks move every {moving_masks.EVERY} steps, and there are {steps}: give more "
+            "--tokens, or fewer --batch-tokens"
+        )
     return Schedule(
         windows=texts.train,
         order=order_of(len(texts.train), steps * rows, chosen.seed),
@@ -180,6 +190,7 @@ def _schedule(chosen: Recovery, tokens: int, student: Student, texts: TrainingTe
         micro_batch=min(chosen.micro_batch, rows),
         warmup=chosen.warmup,
         states=chosen.states == "on" or (chosen.states == "auto" and halved),
+        text_share=TEXT_SHARE if chosen.objective == "both" else 0.0,
         contrast=chosen.contrast,
         dropout=chosen.dropout,
         autocast=autocast_dtype(chosen.precision, env.device),
@@ -215,6 +226,8 @@ def _inspect(
         noise=noise(opened.model.config),
         packed=opened.folder is not None and compressed.is_compressed(opened.folder),
     )
+    if chosen.masks:
+        moving_masks.check(opened.model, parse(chosen.pattern))
     if chosen.merge:
         _check_zeros(student, chosen)
     else:
@@ -267,10 +280,10 @@ def _check_zeros(student: Student, chosen: Recovery) -> None:
             "keep: "
             "leave it out"
         )
-    if chosen.keeps_zeros and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+    if (chosen.keeps_zeros or chosen.masks) and parse_flag_from_env("ACCELERATE_USE_FSDP"):
         raise BillhookError("zeros are kept in whole weights, which FSDP cuts up: launch without --use_fsdp")
     least = LEVELS_SHARE if student.packed else sparsity.SPARSE_SHARE
-    if chosen.keep_zeros is None and not chosen.keeps_zeros and census.share >= least:
+    if chosen.keep_zeros is None and not (chosen.keeps_zeros or chosen.masks) and census.share >= least:
         raise BillhookError(
             f"{census.share:.0%} of the decoder's linear weights of {student.name} are exactly zero, and training "
             "would fill "
@@ -322,7 +335,7 @@ def _ask_teacher(
             "or use --objective ce"
         )
     predictions = None
-    if chosen.objective == "distill":
+    if chosen.distils:
         predictions = teacher.fill_cache(
             opened.model,
             texts.train,
@@ -349,6 +362,8 @@ def _trainable(name: str, chosen: Recovery, seam: Seam | None) -> Any:
             begin_at(made, load.open_model(chosen.loftq, device="cpu", dtype="float32").model)
         if chosen.bits:
             on_levels.train_on_levels(made, GRIDS[BITS[chosen.bits]], chosen.scales == "module")
+        if chosen.masks:
+            moving_masks.train_with_moving_masks(made, parse(chosen.pattern))
         if chosen.contrast:
             on_levels.add_projection(made)
         return made

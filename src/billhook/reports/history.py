@@ -230,6 +230,11 @@ class Judgement(Part):
     shares: dict[str, Number] | None = None
 
 
+class Flips(Part):
+    step: Count
+    flips: Count
+
+
 class Rate(Part):
     lr: Real
     loss: Number
@@ -267,6 +272,10 @@ class Recovery(Part):
     processes: Count | None = None
     seed: Count
     keep_zeros: bool | None = None
+    pattern: str | None = None
+    masks: str | None = None
+    mask_decay: Number = None
+    flips: list[Flips] | None = None
     bits: str | None = None
     scales: str | None = None
     contrast: Number = None

@@ -71,7 +71,8 @@ def objective_words(recovery: Mapping[str, Any]) -> str:
     aligned = " with hidden states and embeddings" if recovery.get("states") else ""
     contrast = recovery.get("contrast")
     told = f", and {number(contrast, '{:g}')} of token-level contrast" if contrast else ""
-    return f"distillation from {recovery['teacher']}{aligned}{told}"
+    text = " and continued pretraining" if recovery["objective"] == "both" else ""
+    return f"distillation from {recovery['teacher']}{aligned}{told}{text}"
 
 
 def trained_words(recovery: Mapping[str, Any]) -> str:
@@ -86,6 +87,7 @@ def trained_words(recovery: Mapping[str, Any]) -> str:
 
 def _trained(recovery: Mapping[str, Any]) -> str:
     name, bits = TRAINED.get(recovery["trainable"], str(recovery["trainable"])), recovery.get("bits")
+    name += f", under masks of {recovery.get('pattern')} that move" if recovery.get("masks") else ""
     return f"{name}, weights on the levels of {bits} bits, a scale for each {recovery.get('scales')}" if bits else name
 
 
@@ -114,7 +116,7 @@ def setting_words(recovery: Mapping[str, Any]) -> str:
     """All the conditions of a training run, in two sentences."""
     planned, done = recovery["steps"], len(recovery.get("losses") or ())
     steps = f"{planned:,}" if done in (0, planned) else f"{done:,} of {planned:,}"
-    likeliest = f"; the teacher's {recovery['top_k']:,} likeliest tokens" if recovery["objective"] == "distill" else ""
+    likeliest = f"; the teacher's {recovery['top_k']:,} likeliest tokens" if recovery["objective"] != "ce" else ""
     warming = round((recovery.get("warmup") or 0) * planned)
     warmup = f", warmed up over {percent(recovery['warmup'], 0)} of them" if warming else ""
     several = f", {recovery['processes']} processes" if (recovery.get("processes") or 1) > 1 else ""
@@ -124,6 +126,16 @@ def setting_words(recovery: Mapping[str, Any]) -> str:
         f"{what[:1].upper()}{what[1:]}; trained: {trained_words(recovery)}; {how_much}. "
         f"{steps} steps of {step_tokens(recovery):,.0f} tokens, windows of {recovery['seq_len']:,}, rate "
         f"{rate(recovery['lr'])}{warmup}, in {recovery['precision']}{several}: {speed_words(recovery)}."
+    )
+
+
+def flips_words(recovery: Mapping[str, Any]) -> str:
+    """How much masks moved, '' where none could."""
+    moves = [move["flips"] for move in recovery.get("flips") or ()]
+    if not moves:
+        return ""
+    return (
+        f"{sum(moves):,} entries changed in {len(moves):,} moves: {moves[0]:,} in the first, {moves[-1]:,} in the last"
     )
 
 
@@ -149,6 +161,8 @@ def recovery_rows(recoveries: Sequence[Mapping[str, Any]]) -> list[tuple[str, st
             rows.append(("shares in the end", shares))
         if recovery.get("stopped"):
             rows.append(("stopped early", str(recovery["stopped"])))
+        if moved := flips_words(recovery):
+            rows.append(("masks", moved))
         for text in judged(recovery):
             change = f"{number(text.before, places(text.before))} → {number(text.after, places(text.after))}"
             words = filter(None, (change, factor_words(text, recovery["teacher"]), text.conditions))

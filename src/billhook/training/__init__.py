@@ -9,6 +9,7 @@ keep_zeros      Exact zeros in the linear weights of the decoder layers, which t
 l0_gates        Random gates that learn beside adapters, held to the budget by multipliers
 lora_gates      Gates that close one after another, by an importance from adapters' gradients
 mixture         Several texts in shares that follow how far the student lags its teacher on each
+moving_masks    Masks of weights that move while these train
 on_levels       Weights trained on the levels of a grid, so that packing them afterwards changes no bit
 refinement      What a cut has left, moved towards the unpruned model by gradient, a few layers at once
 schedule        The schedule of a training run, and which of its checkpoints are whole

@@ -33,6 +33,7 @@ class Schedule:
     micro_batch: int = 1  # windows in one forward pass
     warmup: float = 0.05  # share of the steps that the learning rate rises over
     states: bool = False  # whether hidden states are aligned with the teacher's
+    text_share: float = 0.0  # of the loss, beside a teacher's predictions: the text's own
     contrast: float = 0.0  # weight of token-level contrastive distillation
     dropout: bool = False  # whether the dropout of the model's config is on
     autocast: torch.dtype | None = None

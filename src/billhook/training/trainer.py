@@ -81,6 +81,11 @@ class RecoveryTrainer(Trainer):
         return [entry for entry in self.state.log_history if "losses" in entry]
 
     @property
+    def flips(self) -> list[dict[str, Any]]:
+        """Every move of masks so far: {"step", "flips": entries of masks that changed}."""
+        return [entry for entry in self.state.log_history if "flips" in entry]
+
+    @property
     def seconds(self) -> float:
         """The time of training up to the last evaluation, evaluations left out: what a kill has lost does not count."""
         return self.evaluations[-1]["seconds"] if self.evaluations else 0.0
@@ -108,6 +113,8 @@ class RecoveryTrainer(Trainer):
             loss = beside(divergences, self._misalignment(out, inputs)) if states else divergences.mean()
             if contrast:
                 loss = loss + contrast * self._contrast(model, out, inputs)
+            if share := self.schedule.text_share:
+                loss = share * next_token(out.logits, tokens) + (1 - share) * loss
         return (loss, out) if return_outputs else loss
 
     @staticmethod
