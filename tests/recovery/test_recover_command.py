@@ -224,10 +224,20 @@ def by_accelerate(line: list[str]) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("launch", [by_hand, pytest.param(by_accelerate, marks=pytest.mark.slow)])
-def test_two_processes_train_as_one(launch: Callable[[list[str]], str], bench: Path) -> None:
-    one = run(bench).healing
-    two = json.loads(launch([*flags(bench), "--json"]))["recovery"][0]
+MASKS = {"masks": "ast", "pattern": "2:4", **LONG}
+
+
+@pytest.mark.parametrize(
+    ("launch", "more"),
+    [
+        (by_hand, {}),
+        pytest.param(by_accelerate, {}, marks=pytest.mark.slow),
+        pytest.param(by_hand, MASKS, marks=pytest.mark.whole),
+    ],
+)
+def test_two_processes_train_as_one(launch: Callable[[list[str]], str], more: dict[str, Any], bench: Path) -> None:
+    one = run(bench, **more).healing
+    two = json.loads(launch([*flags(bench, **more), "--json"]))["recovery"][0]
     assert two["processes"] == 2 and two["losses"] == pytest.approx(one["losses"], rel=1e-4, abs=1e-6)
     assert (bench / "out" / "model.safetensors").exists() and not (bench / "out.unfinished").exists()
 
