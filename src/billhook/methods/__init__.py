@@ -8,6 +8,7 @@ experts      fewer experts in a mixture
 factored     what methods that factor weights have in common
 fasp         the units of an axis that matter least go, and what reads the axis is refitted
 fistapruner  zeros: another method's, refined by a convex problem
+gated        what methods whose gates learn have in common
 gates        the units whose gates are lowest go, learned with the weights frozen, then as fasp
 goa          modules are refitted to their unpruned outputs, then what puts out least goes
 l0           random gates learn beside adapters, and the units likeliest to be closed go

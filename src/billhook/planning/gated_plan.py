@@ -79,13 +79,14 @@ class Lessons:
     opened: Opened
     tokens: Tokens
     teacher: TeacherCache | None
+    course: Course  # the recipe's
     key: dict[str, Any]
     run: Run
 
-    def learn(self, name: str, units: Units, learner: Learner, course: Course) -> list[float]:
-        """Train a learner in place; the loss of each step."""
+    def learn(self, name: str, units: Units, learner: Learner, course: Course | None = None) -> list[float]:
+        """Train a learner in place, by another course than the recipe's if one is given; the loss of each step."""
         read, key = (self.tokens, self.teacher), {**self.key, "learner": name}
-        return gating.learn(self.opened.model, units, learner, read, course, self.run, key)
+        return gating.learn(self.opened.model, units, learner, read, course or self.course, self.run, key)
 
 
 @contextmanager
@@ -100,9 +101,10 @@ def lessons(opened: Opened, recipe: Recipe, texts: Texts, run: Run) -> Iterator[
         run_folder.claim(run.folder, key, run.fresh)
     with tempfile.TemporaryDirectory() as scratch:
         folder = (run.folder or Path(scratch)) / LESSONS
-        asked = recipe.settings.objective == "kl"
-        teacher = gating.lessons(opened.model, texts.calibration, folder, run) if asked else None
-        yield Lessons(opened, texts.calibration, teacher, key, run)
+        chosen = recipe.settings
+        course = Course(chosen.steps, chosen.windows, recipe.calibration.seed, chosen.objective)
+        teacher = gating.lessons(opened.model, texts.calibration, folder, run) if course.objective == "kl" else None
+        yield Lessons(opened, texts.calibration, teacher, course, key, run)
 
 
 def better(
