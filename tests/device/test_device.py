@@ -21,6 +21,7 @@ CASES: dict[str, Case] = {
     "mope": ("llama", dict(method="mope")),
     "policy": ("llama", dict(method="policy", group=8)),
     "gates": ("llama", dict(method="gates", steps=4)),
+    "softtopk": ("llama", dict(method="softtopk", steps=4)),
     "loraprune": ("llama", dict(method="loraprune", steps=12)),
     "l0": ("llama", dict(method="l0", steps=12)),
     "auto": ("llama", dict(method="auto")),

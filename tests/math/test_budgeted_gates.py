@@ -44,6 +44,24 @@ def test_cold_gates_are_the_largest_within_the_budget() -> None:
     assert ((cold - chosen).abs() > 0.01).sum() <= 2  # one unit of each group is split
 
 
+@pytest.mark.parametrize("k", [1, 7, 23])
+def test_soft_top_k_sums_to_k_and_is_the_top_k_when_cold(k: int) -> None:
+    even = Goal(torch.ones(24).double(), torch.zeros(24).long(), torch.tensor([float(k)], dtype=torch.float64))
+    z = numbers().requires_grad_()
+    assert gates.soft(z, even, 1.0).sum().item() == pytest.approx(k, rel=1e-9)
+    found, wanted = (
+        gates.top(z, even, 1.0, reopen=False),
+        torch.zeros(24).double().index_fill(0, z.topk(k).indices, 1.0),
+    )
+    assert torch.equal((found > 0).double(), wanted)
+    assert torch.equal(found[wanted == 1], gates.soft(z, even, 1.0)[wanted == 1])
+    assert torch.autograd.gradcheck(lambda one: gates.top(one, even, 0.7, reopen=False), (z,), atol=1e-5)
+    assert (gates.top(z, even, 1e-4, reopen=True) - wanted).abs().max() < 1e-9
+    again, towards = gates.top(z, even, 1.0, reopen=True), torch.arange(24, dtype=torch.float64)
+    grads = [torch.autograd.grad((one * towards).sum(), z)[0] for one in (again, gates.soft(z, even, 1.0))]
+    assert torch.equal(again, found) and torch.allclose(grads[0], grads[1])
+
+
 def test_straight_through_is_hard_with_the_soft_gradient() -> None:
     asked, z = goal(), numbers().requires_grad_()
     towards = torch.arange(24, dtype=torch.float64)

@@ -21,6 +21,9 @@ GIVEN: dict[str, dict[str, Any]] = {  # settings that differ from their defaults
     "mope": dict(ratio=0.2, metric="loss", order="global", stage="joint", layout="per_layer", parts=4),
     "policy": dict(ratio=0.2, steps=9, masks=3, rate=0.125, exact=True, variant="paper", axes=("groups", "ffn")),
     "gates": dict(ratio=0.2, way="straight-through", steps=9, scaling=3, restoration=False, objective="nll"),
+    "softtopk": dict(
+        ratio=0.2, steps=9, heat=0.25, reopen=False, rate=0.2, calibration="code.txt", axes=("groups", "ffn")
+    ),
     "loraprune": dict(ratio=0.2, steps=12, rank=4, objective="kl", shuffled=True, axes=("heads", "ffn")),
     "l0": dict(ratio=0.2, steps=12, rank=0, rate=0.5, adapter_rate=0.01, objective="nll", layout="per_layer"),
     "adapruner": dict(

@@ -73,6 +73,16 @@ def straight_through(z: Chances, goal: Goal, heat: float) -> Chances:
     return hard(z, goal) + g - g.detach()
 
 
+def top(z: Chances, goal: Goal, heat: float, reopen: bool) -> Chances:
+    """`soft` where `hard` is 1, else 0: SoftTopK as IFPruning trains with it (arXiv:2501.02086).
+
+    Args:
+        reopen: whether units at 0 keep the gradient of their soft gates; in the paper they have none.
+    """
+    g, is_open = soft(z, goal, heat), hard(z, goal)
+    return g * is_open + (g - g.detach()) * (1 - is_open) * reopen
+
+
 def by_rank(scores: Scores) -> Chances:
     """Where gates of an axis start: the quantiles of a normal distribution in the order of their scores.
 

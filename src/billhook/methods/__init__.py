@@ -25,6 +25,7 @@ rivals       the ways to cut that auto tries
 rom          the last layers' weights become two thin ones
 searched     settings of a search
 slicegpt     a narrower residual stream
+softtopk     the channels that a task misses least go, by a mask that learns, then as fasp
 sparsegpt    zeros: column by column, and the weights to the right make up for it
 wanda        zeros: by the size of a weight times the norm of its input
 zeros        what methods that make zeros have in common
@@ -50,6 +51,7 @@ from billhook.methods import (
     policy,
     rom,
     slicegpt,
+    softtopk,
     sparsegpt,
     wanda,
 )
@@ -64,6 +66,7 @@ OWN: dict[str, Method] = {
         mope.METHOD,
         policy.METHOD,
         gates.METHOD,
+        softtopk.METHOD,
         loraprune.METHOD,
         l0.METHOD,
         adapruner.METHOD,

@@ -127,7 +127,11 @@ def _pruned_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
         kept = f"; kept: {ranges(cut['kept_layers'])}" if cut.get("kept_layers") else ""
         rows.append(("layers", f"dropped: {ranges(dropped)}{kept} (numbered from 0)"))
     rows += [*auto_rows(cut), *missed_rows(cut.get("mope")), *policy_rows(cut.get("policy"))]
-    rows += [*gate_rows(cut.get("gates")), *closing_rows(cut.get("loraprune")), *held_rows(cut.get("l0"))]
+    rows += [
+        *gate_rows(cut.get("gates") or cut.get("softtopk")),
+        *closing_rows(cut.get("loraprune")),
+        *held_rows(cut.get("l0")),
+    ]
     if selection := cut.get("selection"):
         rows.append(("layers chosen", selection_words(selection)))
     if search := cut.get("search"):
