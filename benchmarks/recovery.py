@@ -3,6 +3,13 @@
 Every row trains STUDENT for --tokens of TRAIN by one objective and one set of parameters, `--lr auto` unless given, and
 is judged on every VALID text, over the first --windows windows of 512 tokens in --precision; × is of TEACHER, ± one
 standard error over pairs of windows.  Rows are kept in DIR: the same command goes on where it was cut off.
+
+A row is OBJECTIVE:PARAMETERS; for a sparse STUDENT then :keep, which keeps its zeros, or :ast, with masks of --pattern
+that move; :ast:dense is the same from TEACHER.  At 2:4, from ADMM and from dense:
+
+    billhook prune demo --method admm --pattern 2:4 --calibration TRAIN -o ADMM
+    python benchmarks/recovery.py ADMM demo TRAIN VALID demo --tokens 30k --windows 16 \
+      --rows both:decoder:keep,both:spp,both:decoder:ast,both:decoder:ast:dense
 """
 
 import argparse
@@ -24,6 +31,7 @@ parser.add_argument("train")
 parser.add_argument("valid", nargs="+")
 parser.add_argument("--results", type=Path, default=Path("recovery-results"))
 parser.add_argument("--rows", default="distill:decoder,distill:all,ce:all,distill:lora,distill:head+last3,distill:seam")
+parser.add_argument("--pattern", default="2:4")
 parser.add_argument("--tokens", default="50k")
 parser.add_argument("--lr", default="auto")
 parser.add_argument("--states", default="off")
@@ -34,11 +42,16 @@ parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--save", type=Path, help="also write the last row's checkpoint here")
 args = parser.parse_args()
 
+ZEROS: dict[str, dict[str, Any]] = {
+    "": {},
+    "keep": {"keep_zeros": True},
+    "ast": {"masks": "ast", "pattern": args.pattern},
+}
 scoring = Scoring(args.valid, args.windows, args.precision)
 
 
 def row(name: str) -> dict[str, Any]:
-    objective, trainable = name.split(":")
+    objective, trainable, zeros, start = [*name.split(":"), "", ""][:4]
     chosen: dict[str, Any] = dict(
         teacher=args.teacher,
         tokens=args.tokens,
@@ -46,15 +59,17 @@ def row(name: str) -> dict[str, Any]:
         held_out=(),
         objective=objective,
         trainable=trainable,
-        states=args.states if objective == "distill" else "off",
+        states=args.states if objective != "ce" else "off",
         lr=args.lr,
         batch_tokens=args.batch_tokens,
         precision=args.precision,
         guard=False,
         seed=args.seed,
+        **ZEROS[zeros],
     )
-    work = args.results / f"work-{name.replace('+', '')}"
-    found = billhook.recover(args.student, work=work, lessons=args.results / "lessons", **chosen)
+    work = args.results / f"work-{name.replace('+', '').replace(':', '-')}"
+    student = args.teacher if start == "dense" else args.student
+    found = billhook.recover(student, work=work, lessons=args.results / "lessons", **chosen)
     if args.save:
         shutil.rmtree(args.save, ignore_errors=True)
         args.save.mkdir(parents=True)
@@ -87,15 +102,16 @@ print(
 keep(dense, row="unpruned")
 keep(cut, row="right after the cut", tokens=0)
 for name in args.rows.split(","):
-    key = {**common, "row": name} | {k: getattr(args, k) for k in ("tokens", "lr", "states", "batch_tokens", "seed")}
+    said = f"{name} {args.pattern}" if ":ast" in name else name
+    key = {**common, "row": said} | {k: getattr(args, k) for k in ("tokens", "lr", "states", "batch_tokens", "seed")}
     found = cache.cached(args.results, "row", key, lambda name=name: row(name))
     healing = found["recovery"]
     print(
-        f"| {name} | {healing['tokens']:,} | {healing['lr']:g} | {cells(found['losses'], dense)} | {healing['trained_parameters']:,} | "
+        f"| {said} | {healing['tokens']:,} | {healing['lr']:g} | {cells(found['losses'], dense)} | {healing['trained_parameters']:,} | "
         f"{healing['tokens_per_second']:.0f} | {healing['peak_growth_bytes'] / 2**20:,.0f} |",
         flush=True,
     )
-    how = {key: getattr(args, key) for key in ("tokens", "lr", "states", "batch_tokens", "seed")} | {"row": name}
+    how = {key: getattr(args, key) for key in ("tokens", "lr", "states", "batch_tokens", "seed")} | {"row": said}
     numbers = {"trained_parameters": healing["trained_parameters"], "tokens_per_second": healing["tokens_per_second"]}
     numbers |= {"rate": healing["lr"], "peak_mib": healing["peak_growth_bytes"] / 2**20}
     keep(found["losses"], **how, **numbers)

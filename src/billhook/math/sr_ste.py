@@ -62,4 +62,4 @@ def annealed(decay: float, step: int, rise: int) -> float:
 
 def update(m: Tensor, W: Weight, mask: Support, decay: float) -> Tensor:
     """u."""
-    return torch.add(m, W.masked_fill(mask, 0), alpha=decay)
+    return W.masked_fill(mask, 0).mul_(decay).add_(m)

@@ -4,6 +4,7 @@ The weights stay dense; the model computes with what its masks leave.  Masks are
 that was cut off goes on with the same ones.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -140,7 +141,7 @@ class AdamBesideDecay(Optimizer):
             u = squared = sr_ste.update(m, W, self.forms[W].mask, self.decay(state["step"]))
         v.mul_(second).addcmul_(squared, squared, value=1 - second)
         state["step"] += 1
-        size = (v / (1 - second ** state["step"])).sqrt_().add_(group["eps"])
+        size = v.sqrt().div_(math.sqrt(1 - second ** state["step"])).add_(group["eps"])
         W.addcdiv_(u, size, value=-group["lr"] / (1 - first ** state["step"]))
 
 
