@@ -35,6 +35,7 @@ class Adapted(Result):
         atomic.write_text(work / atomic.MARK, records.to_json(self.record))
         atomic.write_text(work / "README.md", card.model_card(self.record))
         page.save(work / "report.html", self.page())
+        self.write_beside(work)
         tick("saving", 2, 2)
 
     @torch.no_grad()

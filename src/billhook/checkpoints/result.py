@@ -2,8 +2,8 @@
 
 import os
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class Result:
     source: Path | None = None  # the folder the model came from
     trimmed: bool = False  # whether the tokenizer is no longer the source's
     kept: Path | None = None  # the folder that has it layer by layer, which is of no more use once it is written
+    beside: Mapping[str, str] = field(default_factory=dict)  # what else is written with it: content of files, by name
 
     @property
     def report(self) -> Report:
@@ -115,7 +116,13 @@ class Result:
         atomic.write_text(work / atomic.MARK, records.to_json(self.record))
         atomic.write_text(work / "README.md", card.model_card(self.record))
         page.save(work / "report.html", self.page())
+        self.write_beside(work)
         tick("saving", 2, 2)
+
+    def write_beside(self, work: Path) -> None:
+        """Write the files that belong beside the model."""
+        for name, content in self.beside.items():
+            atomic.write_text(work / name, content)
 
     def page(self, measured: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
         """The content of report.json; `measured`: the unpruned and the pruned model, of `evaluate.side_by_side`."""

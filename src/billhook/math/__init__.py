@@ -40,4 +40,5 @@ sr_ste         Annealed SR-STE: masks that move while a model trains, and how ma
 taylor         Importance of units by a Taylor expansion of the loss
 value_axes     Value channels turned to the principal axes of what the output projection reads
 wanda          Wanda: weight times the norm of its input, compared in each row
+window_masks   Masks of training windows, learned under a budget of windows (AdaPruner for data)
 """

@@ -4,6 +4,7 @@ budget      What minutes buy in tokens, what of it rates and evaluations take, w
 candidates  Which layers go, judged after a short training
 forecast    What minutes of training buy on this machine, and what that calls for
 recover     Train a pruned model: on the unpruned model's predictions, or on text alone
+selection   Which training windows a recovery keeps, learned in a training of its own
 settings    The settings of a recovery, and what their values mean
 setup       Before a recovery trains: its texts, the teacher's predictions, and the folder that keeps them
 """

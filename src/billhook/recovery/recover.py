@@ -25,13 +25,14 @@ from billhook.math.pattern import parse
 from billhook.models.multimodal import type_of
 from billhook.models.surgery import cast
 from billhook.recovery.budget import TRIAL, TRIAL_STEPS, rates_of
+from billhook.recovery.selection import on_what_it_keeps
 from billhook.recovery.settings import recovery
 from billhook.recovery.setup import UNMASKED, Environment, Prepared, device_of, on_cpu, prepare
 from billhook.reports import records
 from billhook.runtime import cache, run_folder
 from billhook.runtime.memory import peak_growth
 from billhook.runtime.progress import Tick, quiet, unheard
-from billhook.training import moving_masks, trainables
+from billhook.training import kept_windows, moving_masks, trainables
 from billhook.training.early_stopping import EarlyStopping
 from billhook.training.schedule import Diverged, Schedule, checkpoints
 from billhook.training.text_windows import conditions
@@ -86,6 +87,8 @@ def recover(
         prepared = prepare(os.fspath(model), chosen, env, fresh=fresh)
         tried = [] if chosen.lr else _try_rates(prepared)
         rate = chosen.lr or _best_rate(tried)
+        if chosen.keep_share is not None:
+            prepared = on_what_it_keeps(prepared, rate, announce)
         if process.is_main_process:
             for line in _announcements(prepared, rate):
                 announce(line)
@@ -118,9 +121,8 @@ def recover(
     }
     record = {key: value for key, value in (student.record or empty).items() if key != "quantized"}
     record = {**record, "recovery": [*record.get("recovery", []), outcome]}
-    if not chosen.merge:
-        return Adapted(trained.eval(), student.tokenizer, record, student.folder)
-    return Result(trained.eval(), student.tokenizer, record, student.folder)
+    made = Result if chosen.merge else Adapted
+    return made(trained.eval(), student.tokenizer, record, student.folder, beside=_beside(prepared))
 
 
 @contextmanager
@@ -203,7 +205,7 @@ def _summary(prepared: Prepared, rate: float) -> str:
     schedule, chosen, processes = prepared.schedule, prepared.chosen, prepared.env.process.num_processes
     told = f"distillation from {chosen.teacher}" if chosen.distils else ""
     objective = " and ".join(filter(None, (told, "" if chosen.objective == "distill" else "continued pretraining")))
-    passes = len(schedule.order) / len(schedule.windows)
+    passes = len(schedule.order) / prepared.available
     shares = ", in shares that follow what is missing" if schedule.mixture else ""
     zeros = prepared.student.census
     levels = f" on the levels of {BITS[chosen.bits]}, a scale for each {chosen.scales}" if chosen.bits else ""
@@ -265,8 +267,10 @@ def _outcome(
         "text_sha256": list(texts.sha256),
         "mixture": chosen.mixture if chosen.mixture != "proportional" else None,
         "windows": len(set(trainer.order)),
-        "windows_available": len(schedule.windows),
-        "passes": steps_done * schedule.rows / len(schedule.windows),
+        "windows_available": prepared.available,
+        "passes": steps_done * schedule.rows / prepared.available,
+        "keep_data": chosen.keep_data or None,
+        "choosing": None if prepared.kept is None else _choosing(prepared),
         "tokens": len(schedule.order) * chosen.seq_len,
         "seq_len": chosen.seq_len,
         "begins_with": list(texts.begins_with),
@@ -298,6 +302,19 @@ def _outcome(
         "tokens_per_second": tokens_done / seconds["training"] if seconds["training"] else None,
         "seconds": {stage: round(spent, 3) for stage, spent in seconds.items()},
     }
+
+
+def _beside(prepared: Prepared) -> dict[str, str]:
+    """The file of the windows that were kept, where some were not."""
+    if not prepared.chosen.keep_data:
+        return {}
+    numbers = range(len(prepared.texts.train)) if prepared.kept is None else prepared.kept
+    return {kept_windows.NAME: kept_windows.lines(prepared.texts, numbers, prepared.student.tokenizer)}
+
+
+def _choosing(prepared: Prepared) -> dict[str, int]:
+    """Of how many windows it chose, and after how many tokens of training."""
+    return {"windows": len(prepared.texts.train), "tokens": len(prepared.schedule.order) * prepared.chosen.seq_len}
 
 
 def _shares(texts: Sequence[str], evaluation: dict[str, Any]) -> dict[str, dict[str, float]]:

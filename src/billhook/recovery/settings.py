@@ -1,5 +1,6 @@
 """The settings of a recovery, and what their values mean."""
 
+from pathlib import Path
 from typing import Any
 
 from pydantic import field_validator, model_validator
@@ -49,6 +50,9 @@ class Recovery(Part):
         names=MIXTURES,
         heading=TEXT,
     )
+    keep_data: str = option(
+        "", "share of windows to keep, learned in half of the tokens; or the kept.jsonl of a run", heading=TEXT
+    )
     held_out: tuple[str, ...] = option(
         ("demo",), "text to judge by, better of another kind; may be repeated", heading=TEXT
     )
@@ -87,6 +91,11 @@ class Recovery(Part):
     device: str = option("auto", "auto (an accelerator if there is one), cpu, cuda, mps, …", heading=MACHINE)
     seed: int = option(0, "of the order of the windows", ge=0, lt=2**63)
 
+    @field_validator("keep_data", mode="before")
+    @classmethod
+    def _share(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, float | Path) else value
+
     @field_validator("lr", mode="before")
     @classmethod
     def _rate(cls, value: Any) -> Any:
@@ -112,10 +121,14 @@ class Recovery(Part):
 
     @model_validator(mode="after")
     def _of_texts(self) -> "Recovery":
+        if self.keep_data and self.mixture == "dro":
+            raise SettingsError("--keep-data and --mixture dro both say what is read: give one")
         if self.mixture == "dro" and len(self.text) < 2:
             raise SettingsError("--mixture dro shares the training among texts: name two or more, each with --text")
         if self.mixture == "dro" and not self.teacher:
             raise SettingsError("--mixture dro weighs texts by the loss beyond the teacher's: name one with --teacher")
+        if self.keep_share is not None and not 0 < self.keep_share < 1:
+            raise SettingsError(f"--keep-data {self.keep_data}: give a share between 0 and 1, or a kept.jsonl")
         return self
 
     @model_validator(mode="after")
@@ -163,6 +176,14 @@ class Recovery(Part):
     def decay(self) -> float:
         """How strongly masked weights are pulled to zero, once that is annealed."""
         return DECAY if self.mask_decay is None else self.mask_decay
+
+    @property
+    def keep_share(self) -> float | None:
+        """The share of the training windows to keep, if that is to be learned; else None."""
+        try:
+            return float(self.keep_data)
+        except ValueError:
+            return None
 
     @property
     def opens_packed(self) -> bool:

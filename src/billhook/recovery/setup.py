@@ -30,7 +30,7 @@ from billhook.runtime import cache, run_folder
 from billhook.runtime.memory import return_freed
 from billhook.runtime.precision import autocast_dtype
 from billhook.runtime.progress import Clock, Tick
-from billhook.training import keep_zeros, moving_masks, on_levels, teacher, throughput
+from billhook.training import keep_zeros, kept_windows, moving_masks, on_levels, teacher, throughput
 from billhook.training.early_stopping import EarlyStopping
 from billhook.training.mixture import Mixture, readable
 from billhook.training.schedule import Schedule
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 UNMASKED = {"lora", "spp"}  # trainable sets whose form fills no zero; for all others the steps are masked
 LEVELS_SHARE = 0.25  # share of zeros from which a model of packed integers is sparse: four bits alone make a tenth
 TEXT_SHARE = 0.33  # of --objective both: the text's share of the loss (AST, arXiv:2407.20584)
+PASSES = 2  # over the training windows, in which it is learned which of them to keep
 PACE_SECONDS = 10  # how long training is measured to find how many tokens --minutes buys
 
 
@@ -102,6 +103,12 @@ class Prepared:
     teacher: TeacherCache | None
     teacher_perplexities: dict[str, float] | None
     clock: Clock
+    kept: tuple[int, ...] | None = None  # the windows that it chose among those of `texts`, if it did
+
+    @property
+    def available(self) -> int:
+        """How many windows it trains on, given tokens enough."""
+        return len(self.texts.train if self.kept is None else self.kept)
 
     def start(self) -> Any:
         """The student as it was pruned, ready to train."""
@@ -155,7 +162,10 @@ def prepare(name: str, chosen: Recovery, env: Environment, *, fresh: bool = Fals
         run_folder.claim(env.work, {**key, "training text": windows_sha256}, fresh, keep=("lessons",))
     process.wait_for_everyone()
     tokens = chosen.tokens or env.in_first(lambda: cache.cached(env.work, "tokens", {}, measure_tokens))
-    schedule = _schedule(chosen, tokens, student, texts, env)
+    share = chosen.keep_share  # of windows to keep, which is learned in the first half of the tokens
+    schedule = _schedule(chosen, tokens if share is None else tokens // 2, student, texts, env)
+    if share is not None:
+        _check_passes(share, len(schedule.order), len(texts.train), chosen.seq_len)
     asked = len(set(schedule.order))  # windows that the teacher answers: the first ones of all
     if chosen.mixture == "dro":
         numbers = readable(texts, len(schedule.order))
@@ -198,6 +208,18 @@ def _schedule(chosen: Recovery, tokens: int, student: Student, texts: TrainingTe
         seed=chosen.seed,
         evaluate_after=evaluation_steps(steps * rows, steps, sum(len(text.tokens) for text in texts.held_out)),
     )
+
+
+def _check_passes(share: float, read: int, windows: int, seq_len: int) -> None:
+    """Refuse to choose windows of which some are read once: masks move when all have a loss."""
+    if not 1 <= round(share * windows) < windows:
+        raise BillhookError(f"--keep-data {share:g} of {windows:,} windows is none or all: use more text")
+    if read < PASSES * windows:
+        raise BillhookError(
+            f"--keep-data learns from {PASSES} passes or more over the text, in half of the tokens, and {read:,} windows "
+            f"are {read / windows:.2g} passes over {windows:,}: give --tokens {2 * PASSES * windows * seq_len}, or "
+            "less text"
+        )
 
 
 def files_of(name: str, tick: Tick) -> str | None:
@@ -246,6 +268,9 @@ def _inspect(
         _makers(chosen)[chosen.trainable](opened.model, student.seam, chosen.rank)  # refuses now what cannot be trained
     draw = Draw(chosen.seq_len, chosen.seed, apart=chosen.mixture == "dro")
     texts = read(chosen.text, chosen.held_out, student.tokenizer, draw, env.tick, student.record)
+    if chosen.keep_data and chosen.keep_share is None:
+        path = Path(chosen.keep_data)
+        texts = texts.only(kept_windows.found(texts, kept_windows.listed(path), path))
     for text in texts.held_out:
         data.check_vocabulary(text, opened.model, name)
     size = sum(param.numel() for param in opened.model.parameters())

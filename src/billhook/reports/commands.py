@@ -34,6 +34,7 @@ def quantize_command(few: dict[str, Any], source: str = "OUT", out: str = "OUT2"
 def recover_command(recovery: dict[str, Any], student: str = "OUT", out: str = "OUT2") -> str:
     """The command line that trains a checkpoint `student` the same way."""
     values = {**recovery, "text": recovery["texts"], "states": "on" if recovery["states"] else "off"}
+    values["tokens"] += (recovery.get("choosing") or {}).get("tokens", 0)
     distils = recovery["objective"] != "ce"
     settings = [
         f"--{key.replace('_', '-')} {shlex.quote(str(value))}"
@@ -52,9 +53,9 @@ def recover_command(recovery: dict[str, Any], student: str = "OUT", out: str = "
 
 
 RECOVER_FLAGS = (
-    *("teacher", "objective", "states", "trainable", "rank", "tokens", "text", "mixture", "held_out", "seq_len"),
-    *("batch_tokens", "lr", "warmup", "top_k", "pattern", "masks", "mask_decay", "bits", "scales", "contrast"),
-    *("loftq", "precision", "seed"),
+    *("teacher", "objective", "states", "trainable", "rank", "tokens", "text", "mixture", "keep_data", "held_out"),
+    *("seq_len", "batch_tokens", "lr", "warmup", "top_k", "pattern", "masks", "mask_decay", "bits", "scales"),
+    *("contrast", "loftq", "precision", "seed"),
 )
 TEACHER_FLAGS = ("teacher", "states", "top_k", "contrast")  # flags without effect where there is no teacher
 TEXT_FLAGS = ("stream", "calibration", "samples", "probes", "seq_len", "seed")  # without effect where no text is read

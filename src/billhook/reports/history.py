@@ -246,6 +246,11 @@ class Scored(Part):
     begins_with: list[str] | None = None
 
 
+class Choosing(Part):
+    windows: Count
+    tokens: Count
+
+
 class Recovery(Part):
     student: Name
     teacher: str | None
@@ -255,6 +260,8 @@ class Recovery(Part):
     texts: list[str]
     text_sha256: list[str] | None = None
     mixture: str | None = None
+    keep_data: str | None = None
+    choosing: Choosing | None = None
     windows: Count
     windows_available: Count
     passes: Number = None

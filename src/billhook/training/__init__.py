@@ -6,6 +6,7 @@ fitted          The text that a pruned model was calibrated on, by its record
 frozen_gates    Gates that are learned with the weights frozen: which units stay, and by how much each is scaled
 gating          Gates on the units of axes: a number for each, learned by gradient
 keep_zeros      Exact zeros in the linear weights of the decoder layers, which training must not fill
+kept_windows    The file of the training windows that a recovery kept
 l0_gates        Random gates that learn beside adapters, held to the budget by multipliers
 lora_gates      Gates that close one after another, by an importance from adapters' gradients
 mixture         Several texts in shares that follow how far the student lags its teacher on each
@@ -18,4 +19,5 @@ text_windows    The windows that training reads, in which order, and those that 
 throughput      How many tokens a second this machine trains on, and a teacher predicts
 trainables      Which parameters a recovery trains
 trainer         Training on transformers' Trainer and accelerate, with billhook's loss, evaluations and checkpoints
+window_masks    Which training windows to keep, learned while a model trains on all of them
 """

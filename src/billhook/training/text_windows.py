@@ -51,6 +51,10 @@ class TrainingTexts:
         order = [*numbers, *(n for n in range(len(self.train)) if n not in chosen)]
         return replace(self, train=self.train[order], text_of=self.text_of[order])
 
+    def only(self, numbers: Sequence[int]) -> "TrainingTexts":
+        """The same with some training windows alone."""
+        return replace(self, train=self.train[list(numbers)], text_of=self.text_of[list(numbers)])
+
     def first(self, count: int) -> "TrainingTexts":
         """The same with so many training windows."""
         return replace(self, train=self.train[:count], text_of=self.text_of[:count])

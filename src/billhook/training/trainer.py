@@ -24,6 +24,7 @@ from billhook.math.losses import beside, divergence, misalignment, next_token
 from billhook.math.quantgpt import token_contrast
 from billhook.runtime.progress import Tick, quiet, unheard
 from billhook.runtime.quiet import quiet_transformers
+from billhook.tensors import Logits, Rows
 from billhook.training.early_stopping import EarlyStopping
 from billhook.training.on_levels import PROJECTION
 from billhook.training.schedule import (
@@ -37,6 +38,7 @@ from billhook.training.schedule import (
     step_of,
 )
 from billhook.training.teacher import EMBEDDED, HIDDEN, LAST, TeacherCache
+from billhook.training.window_masks import WindowMasks
 
 STATE = "trainer_state.json"
 SAVE_SECONDS = 300  # the longest time between two checkpoints
@@ -58,6 +60,7 @@ class RecoveryTrainer(Trainer):
     ):
         self.schedule, self.teacher, self.early_stopping, self.work = schedule, teacher, early_stopping, work
         self.order, self.announce = schedule.order, unheard
+        self.window_masks: WindowMasks | None = None
         self.watch = Watch(self, tick)
         with quiet_transformers():
             arguments = _arguments(schedule, work)
@@ -106,7 +109,9 @@ class RecoveryTrainer(Trainer):
         model.train(self.schedule.dropout)  # dropout is all that these models do in training alone
         contrast, states = self.schedule.contrast, self.schedule.states
         out = model(input_ids=tokens, use_cache=False, output_hidden_states=states or contrast > 0)
-        if self.teacher is None:
+        if self.window_masks:
+            loss = self.window_masks.weighed(inputs["window"], self._by_window(out.logits, inputs))
+        elif self.teacher is None:
             loss = next_token(out.logits, tokens)
         else:
             divergences = divergence(out.logits[:, :-1], inputs["ids"], inputs["chances"], inputs["tail"])
@@ -116,6 +121,18 @@ class RecoveryTrainer(Trainer):
             if share := self.schedule.text_share:
                 loss = share * next_token(out.logits, tokens) + (1 - share) * loss
         return (loss, out) if return_outputs else loss
+
+    def _by_window(self, logits: Logits, inputs: dict[str, Any]) -> Rows:
+        """The loss of each window, without what is aligned besides."""
+        share = 1.0 if self.teacher is None else self.schedule.text_share
+        loss = torch.zeros(len(logits), device=logits.device)
+        if share:
+            windows = zip(logits.split(1), inputs["tokens"].split(1), strict=True)
+            loss = share * torch.stack([next_token(*window) for window in windows])
+        if share < 1:
+            told = divergence(logits[:, :-1], inputs["ids"], inputs["chances"], inputs["tail"])
+            loss = loss + (1 - share) * told
+        return loss
 
     @staticmethod
     def _misalignment(out: Any, inputs: dict[str, Any]) -> Tensor:
@@ -146,6 +163,11 @@ class RecoveryTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with saving(self.work / f"checkpoint-{self.state.global_step}"):
             super()._save_checkpoint(model, trial)
+
+    def learn(self, masks: WindowMasks) -> None:
+        """Weigh windows by masks that are learned with the model; no states are aligned then."""
+        self.window_masks = masks
+        self.add_callback(masks)
 
     def train_or_resume(self, announce: Callable[[str], object]) -> None:
         """Train to the end, from the last whole checkpoint if there is one; early stopping may end it before."""
@@ -286,7 +308,7 @@ class _Steps(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         window, teacher = self.trainer.order[index], self.trainer.teacher
         predictions = teacher.of(window) if teacher else {}
-        return {"tokens": self.trainer.schedule.windows[window], **predictions}
+        return {"window": torch.tensor(window), "tokens": self.trainer.schedule.windows[window], **predictions}
 
 
 def _stacked(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
