@@ -22,7 +22,7 @@ from billhook.models import surgery
 from billhook.models.families import layers
 from billhook.pruning import prune
 from billhook.recovery import recover as recover_module
-from billhook.recovery import setup
+from billhook.recovery import student
 from billhook.recovery.recover import recovery
 from billhook.training import keep_zeros, schedule, trainables, trainer
 
@@ -350,12 +350,12 @@ def test_there_must_be_zeros_to_keep(
 def test_zeros_and_fsdp(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(BillhookError, match="launch without --use_fsdp"):
-        setup._check_zeros(student_of(bench), recovery(**settings(bench)))
+        student._check_zeros(student_of(bench), recovery(**settings(bench)))
 
 
-def student_of(bench: Path) -> setup.Student:
+def student_of(bench: Path) -> student.Student:
     model = load.load(bench / "sparse")
-    return setup.Student("sparse", None, None, torch.float32, 258, "", None, keep_zeros.census(model), {})
+    return student.Student("sparse", None, None, torch.float32, 258, "", None, keep_zeros.census(model), {})
 
 
 def test_zeros_may_be_let_go(bench: Path) -> None:

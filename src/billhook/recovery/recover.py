@@ -27,7 +27,8 @@ from billhook.models.surgery import cast
 from billhook.recovery.budget import TRIAL, TRIAL_STEPS, rates_of
 from billhook.recovery.selection import on_what_it_keeps
 from billhook.recovery.settings import recovery
-from billhook.recovery.setup import UNMASKED, Environment, Prepared, device_of, on_cpu, prepare
+from billhook.recovery.setup import Environment, Prepared, device_of, on_cpu, prepare
+from billhook.recovery.student import UNMASKED
 from billhook.reports import records
 from billhook.runtime import cache, run_folder
 from billhook.runtime.memory import peak_growth

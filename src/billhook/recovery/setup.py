@@ -10,66 +10,32 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from accelerate.utils import broadcast_object_list
 
 from billhook import data
-from billhook.checkpoints import compressed, load, shards
-from billhook.choices import BITS
+from billhook.checkpoints import load, shards
 from billhook.errors import BillhookError
 from billhook.evaluation.perplexity import perplexity_of
-from billhook.math import sparsity
-from billhook.math.grids import GRIDS
-from billhook.math.pattern import parse
-from billhook.models.families import layers, mixture
-from billhook.models.modes import noise
-from billhook.models.multimodal import within
 from billhook.recovery.budget import affordable_tokens, evaluation_steps, rates_of
 from billhook.recovery.settings import HALVED, Recovery
-from billhook.reports import records
+from billhook.recovery.student import UNMASKED, Student, known, trainable
 from billhook.runtime import cache, run_folder
 from billhook.runtime.memory import return_freed
 from billhook.runtime.precision import autocast_dtype
 from billhook.runtime.progress import Clock, Tick
-from billhook.training import keep_zeros, kept_windows, moving_masks, on_levels, teacher, throughput
+from billhook.training import keep_zeros, kept_windows, moving_masks, teacher, throughput
 from billhook.training.early_stopping import EarlyStopping
-from billhook.training.mixture import Mixture, readable
+from billhook.training.mixture import Mixture, answered_for_each, readable
 from billhook.training.schedule import Schedule
 from billhook.training.teacher import TeacherCache
 from billhook.training.text_windows import Draw, TrainingTexts, order_of, read
-from billhook.training.trainables import KEEPING_ZEROS, TRAINERS, Seam, begin_at
 
 if TYPE_CHECKING:
     from billhook.training.trainer import RecoveryTrainer
 
-UNMASKED = {"lora", "spp"}  # trainable sets whose form fills no zero; for all others the steps are masked
-LEVELS_SHARE = 0.25  # share of zeros from which a model of packed integers is sparse: four bits alone make a tenth
 TEXT_SHARE = 0.33  # of --objective both: the text's share of the loss (AST, arXiv:2407.20584)
 PASSES = 2  # over the training windows, in which it is learned which of them to keep
 PACE_SECONDS = 10  # how long training is measured to find how many tokens --minutes buys
-
-
-@dataclass(frozen=True)
-class Student:
-    """What must be known of the pruned checkpoint, with no model in it."""
-
-    name: str
-    folder: Path | None
-    tokenizer: Any
-    dtype: torch.dtype  # of what is written
-    vocabulary: int  # how many tokens it predicts
-    sha256: str  # digest of its weights and config
-    record: dict[str, Any] | None  # its billhook.json
-    census: keep_zeros.Census  # how many of its weights are zero
-    noise: dict[str, float]  # dropout and other noise that its config asks for
-    packed: bool = False  # whether its folder holds packed integers
-
-    @property
-    def seam(self) -> Seam | None:
-        """Where layers were dropped, if any were and the record says so."""
-        record = self.record or {}
-        if not record.get("dropped_layers"):
-            return None
-        return Seam(record["kept_layers"], len(record["kept_layers"]) + len(record["dropped_layers"]))
 
 
 @dataclass(frozen=True)
@@ -112,7 +78,7 @@ class Prepared:
 
     def start(self) -> Any:
         """The student as it was pruned, ready to train."""
-        return _trainable(self.student.name, self.chosen, self.student.seam)
+        return trainable(self.student, self.chosen)
 
     def trainer(self, schedule: Schedule, early_stopping: EarlyStopping, work: Path, tick: Tick) -> "RecoveryTrainer":
         """A trainer of the student, with checkpoints in `work`."""
@@ -153,7 +119,7 @@ def prepare(name: str, chosen: Recovery, env: Environment, *, fresh: bool = Fals
     """
     clock, process = Clock(), env.process
     autocast = autocast_dtype(chosen.precision, env.device)
-    student, texts, measure_tokens = _inspect(name, chosen, autocast, env)
+    student, texts, measure_tokens = _inspect(name, chosen, env)
     key = {"student": student.sha256, "version of billhook": cache.code_sha256(), "precision": str(autocast)}
     key |= {"settings": chosen.model_dump(mode="json"), "teacher's files": files_of(chosen.teacher, env.tick)}
     key |= {"files before few bits": files_of(chosen.loftq, env.tick)} if chosen.loftq else {}
@@ -230,42 +196,11 @@ def files_of(name: str, tick: Tick) -> str | None:
     return shards.digest(path) if path.is_dir() else f"{path.stat().st_size} {path.stat().st_mtime_ns}"
 
 
-def _inspect(
-    name: str, chosen: Recovery, autocast: torch.dtype | None, env: Environment
-) -> tuple[Student, TrainingTexts, Callable[[], int]]:
+def _inspect(name: str, chosen: Recovery, env: Environment) -> tuple[Student, TrainingTexts, Callable[[], int]]:
     """The student, what it will read, and a function that measures how many tokens the minutes buy."""
     opened = load.open_model(name, device="cpu", dtype="float32", tick=env.tick, packed=chosen.opens_packed)
     load.check_positions(opened, chosen.seq_len)
-    student = Student(
-        name=name,
-        folder=opened.folder,
-        tokenizer=opened.tokenizer,
-        dtype=torch.float32 if chosen.bits else opened.dtype,  # no half precision holds a level times its scale
-        vocabulary=opened.model.config.vocab_size,
-        sha256=cache.model_sha256(opened.model),
-        record=records.stored_cut(opened.folder),
-        census=keep_zeros.census(opened.model),
-        noise=noise(opened.model.config),
-        packed=opened.folder is not None and compressed.is_compressed(opened.folder),
-    )
-    if chosen.masks:
-        moving_masks.check(opened.model, parse(chosen.pattern))
-    if chosen.merge:
-        _check_zeros(student, chosen)
-    else:
-        _check_base(opened, chosen)
-    if chosen.bits:
-        on_levels.check(opened.model)
-        if parse_flag_from_env("ACCELERATE_USE_FSDP"):
-            raise BillhookError("--bits scales whole weights, which FSDP cuts up: launch without --use_fsdp")
-    if chosen.states == "on" and (student.record or {}).get("residual"):
-        raise BillhookError(
-            f"--states on compares hidden states channel by channel, and {name} has other channels than what it was "
-            "cut "
-            "from: leave it out"
-        )
-    if chosen.trainable in ("seam", "lora"):
-        _makers(chosen)[chosen.trainable](opened.model, student.seam, chosen.rank)  # refuses now what cannot be trained
+    student = known(opened, chosen)
     draw = Draw(chosen.seq_len, chosen.seed, apart=chosen.mixture == "dro")
     texts = read(chosen.text, chosen.held_out, student.tokenizer, draw, env.tick, student.record)
     if chosen.keep_data and chosen.keep_share is None:
@@ -274,63 +209,23 @@ def _inspect(
     for text in texts.held_out:
         data.check_vocabulary(text, opened.model, name)
     size = sum(param.numel() for param in opened.model.parameters())
-    return student, texts, lambda: _affordable_tokens(student, chosen, size, autocast, env)
+    return student, texts, lambda: _affordable_tokens(student, chosen, size, texts, env)
 
 
-def _check_base(opened: load.Opened, chosen: Recovery) -> None:
-    """Refuse a base that no adapter could name, or whose adapters are not peft's."""
-    if opened.folder is None:
-        raise BillhookError(f"--no-merge: {opened.name} is no folder, which an adapter names as its base: merge them")
-    if within(opened.model):
-        raise BillhookError(
-            f"--no-merge: {opened.name} is multimodal, and its layers have other names there: merge them"
-        )
-    if any(mixture(opened.model, n) is not None for n in range(len(layers(opened.model)))):
-        raise BillhookError(
-            f"--no-merge: {opened.name} is a mixture of experts, whose adapters are not peft's: merge them"
-        )
-    if chosen.loftq:
-        given = {name: param.shape for name, param in load.open_skeleton(chosen.loftq).named_parameters()}
-        own = opened.model.named_parameters()
-        if off := next((name for name, param in own if given.get(name) != param.shape), ""):
-            raise BillhookError(f"--loftq {chosen.loftq}: {off} has another shape: name the model that was quantised")
-
-
-def _check_zeros(student: Student, chosen: Recovery) -> None:
-    """Refuse to fill the zeros of a sparse model unasked, and to keep those of a dense one."""
-    census = student.census
-    if chosen.keep_zeros and not census.total:
-        raise BillhookError(
-            f"--keep-zeros: {student.name} has no exact zero in the linear weights of its decoder layers, nothing to "
-            "keep: "
-            "leave it out"
-        )
-    if (chosen.keeps_zeros or chosen.masks) and parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        raise BillhookError("zeros are kept in whole weights, which FSDP cuts up: launch without --use_fsdp")
-    least = LEVELS_SHARE if student.packed else sparsity.SPARSE_SHARE
-    if chosen.keep_zeros is None and not (chosen.keeps_zeros or chosen.masks) and census.share >= least:
-        raise BillhookError(
-            f"{census.share:.0%} of the decoder's linear weights of {student.name} are exactly zero, and training "
-            "would fill "
-            "them: give --keep-zeros to keep every one, or --no-keep-zeros to let them go"
-        )
-
-
-def _affordable_tokens(
-    student: Student, chosen: Recovery, size: int, autocast: torch.dtype | None, env: Environment
-) -> int:
+def _affordable_tokens(student: Student, chosen: Recovery, size: int, texts: TrainingTexts, env: Environment) -> int:
     """Tokens that `minutes` buy, as measured on this machine.
 
     Args:
         size: parameters of the student.
     """
     assert chosen.minutes is not None
-    model = _trainable(student.name, chosen, student.seam).to(env.device)
+    model, autocast = trainable(student, chosen).to(env.device), autocast_dtype(chosen.precision, env.device)
     pace = throughput.training_pace(model, chosen.seq_len, chosen.micro_batch, autocast, PACE_SECONDS)
     teacher_pace = throughput.answering_pace(model, chosen.seq_len, chosen.micro_batch, autocast)
     if chosen.teacher:
         skeleton = load.open_skeleton(chosen.teacher)
         teacher_pace *= size / sum(param.numel() for param in skeleton.parameters())
+        teacher_pace /= answered_for_each(texts) if chosen.mixture == "dro" else 1.0
     trials = 0 if chosen.lr else len(rates_of(chosen))
     seconds = 60 * chosen.minutes - PACE_SECONDS
     tokens = affordable_tokens(seconds, pace, teacher_pace if chosen.teacher else None, trials, chosen.seq_len)
@@ -376,23 +271,3 @@ def _ask_teacher(
     gc.collect()
     return_freed()
     return predictions, losses
-
-
-def _trainable(name: str, chosen: Recovery, seam: Seam | None) -> Any:
-    model = load.open_model(name, device="cpu", dtype="float32", packed=chosen.opens_packed).model
-    with torch.random.fork_rng():  # adapters are drawn alike in every process, and when a run goes on
-        torch.manual_seed(chosen.seed)
-        made = _makers(chosen)[chosen.trainable](model, seam, chosen.rank)
-        if chosen.loftq:
-            begin_at(made, load.open_model(chosen.loftq, device="cpu", dtype="float32").model)
-        if chosen.bits:
-            on_levels.train_on_levels(made, GRIDS[BITS[chosen.bits]], chosen.scales == "module")
-        if chosen.masks:
-            moving_masks.train_with_moving_masks(made, parse(chosen.pattern))
-        if chosen.contrast:
-            on_levels.add_projection(made)
-        return made
-
-
-def _makers(chosen: Recovery) -> dict[str, Any]:
-    return KEEPING_ZEROS if chosen.keep_zeros else TRAINERS

@@ -88,6 +88,11 @@ def readable(texts: TrainingTexts, windows: int) -> list[int]:
     return numbers
 
 
+def answered_for_each(texts: TrainingTexts) -> float:
+    """For how many windows a teacher is asked, for each that is read: what `readable` comes to in a long run."""
+    return float(mixture.largest(first_shares(texts)).sum())
+
+
 def first_shares(texts: TrainingTexts) -> TextShares:
     """The share of each text in all windows."""
     counts = torch.bincount(texts.text_of, minlength=len(texts.names)).double()
