@@ -10,7 +10,7 @@ that move; :ast:dense is the same from TEACHER.  At 2:4, from ADMM and from dens
 
     billhook prune demo --method admm --pattern 2:4 --calibration TRAIN -o ADMM
     python benchmarks/recovery.py ADMM demo TRAIN VALID demo --tokens 30k --windows 16 \
-      --rows both:decoder:keep,both:spp,both:decoder:ast,both:decoder:ast:dense
+      --rows both:decoder:keep,both:spp,both:decoder:ast,both:decoder:ast:dense:mask-score=wanda
 
 More settings of `recover` follow, such as distill:decoder:mixture=dro:seq-len=256.  `keep-data=random-0.7` trains on
 windows drawn by lot.  Of rows that keep windows, the last lines say what share of all in either any two have in common.

@@ -193,6 +193,10 @@ TRAINABLE = {
     "spp": "multipliers of rows and columns (SPP), for sparse models: what is zero stays zero",
 }
 MASKS = {"ast": "the largest weights of each group, found anew every 10 steps; the others decay (AST)"}
+MASK_SCORES = {
+    "magnitude": "the size of a weight (the paper's)",
+    "wanda": "its size times the norm of its input, on the training text before any training (Wanda)",
+}
 PRECISIONS = {
     "auto": "bfloat16 where the device has instructions for it",
     "float32": "all of it",

@@ -19,6 +19,11 @@ def test_the_largest_of_each_group_stay(pattern: str, kept: list[int]) -> None:
     assert not sr_ste.holds(W, parse("2:4"))
 
 
+def test_norms_of_inputs_weigh() -> None:
+    norms = torch.tensor([0.1, 1.0, 1.0, 4.0, 1.0, 1.0, 1.0, 1.0])
+    assert sr_ste.largest(W, parse("2:4"), norms)[0, :4].int().tolist() == [0, 0, 1, 1]
+
+
 def test_masked_weights_get_the_gradient_of_their_place() -> None:
     weight, x = torch.randn(3, 8, requires_grad=True), torch.randn(5, 8)
     mask = sr_ste.largest(weight, parse("2:4"))

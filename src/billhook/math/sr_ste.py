@@ -1,6 +1,7 @@
 """Masks that move while a model trains: annealed SR-STE of AST (Huang et al. 2024, arXiv:2407.20584), its naive row.
 
-The model computes with W o M, where M keeps the largest |W| of every group.  With g = dL/d(W o M), l the decay of the
+The model computes with W o M, where M keeps the largest |W| of every group, or the largest |W_ij| ||X_j|| of inputs X
+as they were before the training (Wanda's score).  With g = dL/d(W o M), l the decay of the
 step and b1, b2, lr, eps as in Adam (o: entry by entry):
 
     m <- b1 m + (1 - b1) g                     straight through: a masked weight gets the gradient of its place
@@ -21,7 +22,7 @@ from torch import Tensor
 from billhook.math import sparsity
 from billhook.math.pattern import Pattern
 from billhook.math.sparsity import Support
-from billhook.tensors import Weight
+from billhook.tensors import Columns, Weight
 
 BETAS = 0.9, 0.95  # b1 and b2
 EPS = 1e-8
@@ -44,9 +45,10 @@ def masked(W: Weight, mask: Support) -> Weight:
     return _Masked.apply(W, mask)
 
 
-def largest(W: Weight, pattern: Pattern) -> Support:
-    """M: true where a weight is among the largest of its group."""
-    return sparsity.keep_mask(W.detach().abs(), pattern)
+def largest(W: Weight, pattern: Pattern, norms: Columns | None = None) -> Support:
+    """M: true where a weight is among the largest of its group, times the norm of its input if norms are given."""
+    scores = W.detach().abs()
+    return sparsity.keep_mask(scores if norms is None else scores * norms, pattern)
 
 
 def holds(W: Weight, pattern: Pattern) -> bool:

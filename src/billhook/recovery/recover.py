@@ -255,6 +255,7 @@ def _outcome(
         "keep_zeros": chosen.keep_zeros,
         "pattern": chosen.pattern or None,
         "masks": chosen.masks or None,
+        "mask_score": chosen.mask_score if chosen.masks else None,
         "mask_decay": chosen.decay if chosen.masks else None,
         "flips": trainer.flips or None,
         "bits": chosen.bits or None,

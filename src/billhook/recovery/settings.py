@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import field_validator, model_validator
 
-from billhook.choices import BITS, MASKS, PRECISIONS, SCALES, TRAINABLE
+from billhook.choices import BITS, MASK_SCORES, MASKS, PRECISIONS, SCALES, TRAINABLE
 from billhook.errors import SettingsError
 from billhook.math.pattern import parse
 from billhook.runtime.options import Part, option
@@ -80,6 +80,7 @@ class Recovery(Part):
     keep_zeros: bool | None = option(None, "of a sparse model: keep its zeros, or fill them; one must be said")
     pattern: str = option("", "of --masks: N zeros in every M weights of a row, like 2:4")
     masks: str = option("", "masks that move while it trains: ast, the largest weights stay (AST)", names=MASKS)
+    mask_score: str = option("magnitude", f"of --masks: {', '.join(MASK_SCORES)}", names=MASK_SCORES)
     mask_decay: float | None = option(
         None, "of --masks: how strongly masked weights are pulled to zero", ge=0, lt=1, shown=f"{DECAY:g}"
     )
@@ -152,8 +153,9 @@ class Recovery(Part):
     @model_validator(mode="after")
     def _of_masks(self) -> "Recovery":
         if not self.masks:
-            if self.pattern or self.mask_decay is not None:
-                said = "--pattern" if self.pattern else "--mask-decay"
+            given = {"--pattern": self.pattern, "--mask-score": self.mask_score != "magnitude"}
+            given["--mask-decay"] = self.mask_decay is not None
+            if said := next((flag for flag, is_given in given.items() if is_given), ""):
                 raise SettingsError(f"{said} is of masks that move: give --masks ast too, or leave it out")
             return self
         if not self.pattern:

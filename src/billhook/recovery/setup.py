@@ -18,7 +18,7 @@ from billhook.errors import BillhookError
 from billhook.evaluation.perplexity import perplexity_of
 from billhook.recovery.budget import affordable_tokens, evaluation_steps, rates_of
 from billhook.recovery.settings import HALVED, Recovery
-from billhook.recovery.student import UNMASKED, Student, known, trainable
+from billhook.recovery.student import UNMASKED, Student, input_norms, known, trainable
 from billhook.runtime import cache, run_folder
 from billhook.runtime.memory import return_freed
 from billhook.runtime.precision import autocast_dtype
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 TEXT_SHARE = 0.33  # of --objective both: the text's share of the loss (AST, arXiv:2407.20584)
 PASSES = 2  # over the training windows, in which it is learned which of them to keep
+SCORED = 32  # windows whose inputs --mask-score wanda sees
 PACE_SECONDS = 10  # how long training is measured to find how many tokens --minutes buys
 
 
@@ -69,6 +70,7 @@ class Prepared:
     teacher: TeacherCache | None
     teacher_perplexities: dict[str, float] | None
     clock: Clock
+    norms: dict[str, torch.Tensor] | None = None  # of the inputs of weights whose masks are scored by them
     kept: tuple[int, ...] | None = None  # the windows that it chose among those of `texts`, if it did
 
     @property
@@ -78,7 +80,7 @@ class Prepared:
 
     def start(self) -> Any:
         """The student as it was pruned, ready to train."""
-        return trainable(self.student, self.chosen)
+        return trainable(self.student, self.chosen, self.norms)
 
     def trainer(self, schedule: Schedule, early_stopping: EarlyStopping, work: Path, tick: Tick) -> "RecoveryTrainer":
         """A trainer of the student, with checkpoints in `work`."""
@@ -144,7 +146,11 @@ def prepare(name: str, chosen: Recovery, env: Environment, *, fresh: bool = Fals
         perplexities = {text: perplexity_of(window_losses) for text, window_losses in losses.items()}
         if chosen.mixture == "dro":
             schedule = replace(schedule, mixture=Mixture.of(texts, asked, losses, chosen.seed))
-    return Prepared(student, chosen, env, texts, schedule, predictions, perplexities, clock)
+    norms = None
+    if chosen.mask_score == "wanda":
+        measure = partial(input_norms, student, chosen, texts.train[:SCORED], env.device)
+        norms = env.in_first(lambda: cache.cached_tensors(env.work, "norms", {}, measure))
+    return Prepared(student, chosen, env, texts, schedule, predictions, perplexities, clock, norms)
 
 
 def _schedule(chosen: Recovery, tokens: int, student: Student, texts: TrainingTexts, env: Environment) -> Schedule:

@@ -19,6 +19,8 @@ from billhook.models.multimodal import within
 from billhook.recovery.settings import Recovery
 from billhook.reports import records
 from billhook.runtime import cache
+from billhook.runtime.precision import autocast_dtype, computing
+from billhook.tensors import Tokens
 from billhook.training import keep_zeros, moving_masks, on_levels
 from billhook.training.trainables import KEEPING_ZEROS, TRAINERS, Seam, begin_at
 
@@ -88,8 +90,19 @@ def known(opened: load.Opened, chosen: Recovery) -> Student:
     return student
 
 
-def trainable(student: Student, chosen: Recovery) -> Any:
-    """The student as it was pruned, ready to train."""
+def input_norms(student: Student, chosen: Recovery, windows: Tokens, device: torch.device) -> dict[str, torch.Tensor]:
+    """The norms of what enters the student's linear weights on `windows`, as it was pruned."""
+    model = load.open_model(student.name, device=str(device), dtype="float32").model
+    with computing(device, autocast_dtype(chosen.precision, device)):
+        return moving_masks.input_norms(model, windows)
+
+
+def trainable(student: Student, chosen: Recovery, norms: dict[str, torch.Tensor] | None = None) -> Any:
+    """The student as it was pruned, ready to train.
+
+    Args:
+        norms: of `input_norms`, where masks are scored by them.
+    """
     model = load.open_model(student.name, device="cpu", dtype="float32", packed=chosen.opens_packed).model
     with torch.random.fork_rng():  # adapters are drawn alike in every process, and when a run goes on
         torch.manual_seed(chosen.seed)
@@ -99,7 +112,7 @@ def trainable(student: Student, chosen: Recovery) -> Any:
         if chosen.bits:
             on_levels.train_on_levels(made, GRIDS[BITS[chosen.bits]], chosen.scales == "module")
         if chosen.masks:
-            moving_masks.train_with_moving_masks(made, parse(chosen.pattern))
+            moving_masks.train_with_moving_masks(made, parse(chosen.pattern), norms)
         if chosen.contrast:
             on_levels.add_projection(made)
         return made

@@ -281,6 +281,7 @@ class Recovery(Part):
     keep_zeros: bool | None = None
     pattern: str | None = None
     masks: str | None = None
+    mask_score: str | None = None
     mask_decay: Number = None
     flips: list[Flips] | None = None
     bits: str | None = None

@@ -87,7 +87,8 @@ def trained_words(recovery: Mapping[str, Any]) -> str:
 
 def _trained(recovery: Mapping[str, Any]) -> str:
     name, bits = TRAINED.get(recovery["trainable"], str(recovery["trainable"])), recovery.get("bits")
-    name += f", under masks of {recovery.get('pattern')} that move" if recovery.get("masks") else ""
+    if recovery.get("masks"):
+        name += f", under masks of {recovery.get('pattern')} that move, by {recovery.get('mask_score')}"
     return f"{name}, weights on the levels of {bits} bits, a scale for each {recovery.get('scales')}" if bits else name
 
 

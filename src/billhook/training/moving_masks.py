@@ -6,6 +6,8 @@ that was cut off goes on with the same ones.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from billhook.math import sparsity, sr_ste
 from billhook.math.pattern import Pattern
 from billhook.models.families import layers, linear, linears, weight_of
+from billhook.tensors import Tokens, precise
 
 EVERY = 10  # steps between two moves
 RISE = 0.25  # share of the steps over which the decay rises
@@ -28,14 +31,17 @@ class MovingMask(nn.Module):
     """W o M of a weight as it is stored, with a mask that `move` finds anew."""
 
     mask: Tensor
+    norms: Tensor | None
 
-    def __init__(self, weight: Tensor, pattern: Pattern, turned: bool):
+    def __init__(self, weight: Tensor, pattern: Pattern, turned: bool, norms: Tensor | None = None):
         """
         Args:
             turned: whether the weight is stored as (in, out), as Conv1D does.
+            norms: of its inputs, by which its entries are scored.
         """
         super().__init__()
         self.pattern, self.turned = pattern, turned
+        self.register_buffer("norms", norms, persistent=False)
         self.register_buffer("mask", self._found(weight))
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -47,17 +53,40 @@ class MovingMask(nn.Module):
         return int((before != self.mask).sum())
 
     def _found(self, weight: Tensor) -> Tensor:
-        mask = sr_ste.largest(weight.T if self.turned else weight, self.pattern)
+        mask = sr_ste.largest(weight.T if self.turned else weight, self.pattern, self.norms)
         return mask.T.contiguous() if self.turned else mask
 
 
-def train_with_moving_masks(model: PreTrainedModel, pattern: Pattern) -> PreTrainedModel:
-    """Compute every linear weight of the decoder layers from a dense one that trains, by a mask of its own."""
+def train_with_moving_masks(
+    model: PreTrainedModel, pattern: Pattern, norms: Mapping[str, Tensor] | None = None
+) -> PreTrainedModel:
+    """Compute every linear weight of the decoder layers from a dense one that trains, by a mask of its own.
+
+    Args:
+        norms: of `input_norms`, by which entries are scored; none: by their size alone.
+    """
     for name in _names(model):
         module = linear(model, name)
-        form = MovingMask(module.weight, pattern, isinstance(module, Conv1D))
+        form = MovingMask(module.weight, pattern, isinstance(module, Conv1D), (norms or {}).get(name))
         parametrize.register_parametrization(module, "weight", form, unsafe=True)
     return model
+
+
+@torch.no_grad()
+def input_norms(model: PreTrainedModel, windows: Tokens) -> dict[str, Tensor]:
+    """The norm of each input of every linear weight of the decoder layers over all tokens, by the weight's path."""
+    sums: dict[str, Tensor] = {}
+
+    def add(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        squares = precise(inputs[0].float().square().flatten(0, -2).sum(0)).cpu()
+        sums[name] = sums[name] + squares if name in sums else squares
+
+    with ExitStack() as undo:
+        for name in _names(model):
+            undo.callback(linear(model, name).register_forward_pre_hook(partial(add, name)).remove)
+        for window in windows:
+            model(window[None].to(model.device), use_cache=False)
+    return {name: found.sqrt().float() for name, found in sums.items()}
 
 
 def check(model: PreTrainedModel, pattern: Pattern) -> None:
