@@ -19,7 +19,7 @@ def losses(count: int = 40, seed: int = 0, noise: float = 0.0, again: int = 0) -
 def learned(found: torch.Tensor, learning: Learning = LEARNING) -> State:
     state = State.first(len(found))
     for _ in range(learning.steps):
-        state = window_masks.moved(state, found, learning)
+        state = window_masks.moved(state, window_masks.pull(found), learning)
     return state
 
 
@@ -31,7 +31,7 @@ def test_a_step_is_the_gradient_of_the_objective() -> None:
     urge = 1 + 50 * abs(1.0 - LEARNING.keep)  # all are kept at first
     objective = ((relative - (relative + 1e-5).log()) * w).sum() + urge * 40 * (w.mean() - LEARNING.keep) ** 2
     objective.backward()
-    torch.testing.assert_close(window_masks.moved(state, found, LEARNING).speed, m.grad)
+    torch.testing.assert_close(window_masks.moved(state, window_masks.pull(found), LEARNING).speed, m.grad)
 
 
 def test_ordinary_windows_stay_whatever_losses_are_measured_in() -> None:

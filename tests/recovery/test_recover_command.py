@@ -242,6 +242,24 @@ def test_two_processes_train_as_one(launch: Callable[[list[str]], str], more: di
     assert (bench / "out" / "model.safetensors").exists() and not (bench / "out.unfinished").exists()
 
 
+@pytest.mark.whole
+@pytest.mark.parametrize(
+    "more",
+    [{"mixture": "dro", "text": ("train.txt", "held.txt"), "held_out": ("other.txt",)}, {"keep_data": "0.5"}],
+    ids=lambda more: next(iter(more)),
+)
+def test_two_processes_choose_windows_as_one(more: dict[str, Any], bench: Path) -> None:
+    (bench / "train.txt").write_text(tiny.text(1200)[:480])
+    (bench / "other.txt").write_text(tiny.text(1200)[-500:])
+    given = {key: tuple(str(bench / name) for name in value) for key, value in more.items() if isinstance(value, tuple)}
+    more = {**more, **given, "tokens": 2 * 2 * 30 * LENGTH}
+    one = run(bench, **more)
+    two = json.loads(by_hand([*flags(bench, **more), "--json"]))["recovery"][0]
+    assert two["losses"] == pytest.approx(one.healing["losses"], rel=1e-3, abs=1e-6)
+    for name, content in one.beside.items():
+        assert (bench / "out" / name).read_text() == content
+
+
 def test_windows_that_processes_cannot_share(bench: Path) -> None:
     with pytest.raises(BillhookError, match="3 windows a step cannot be shared by 1 processes, 2 at a time"):
         run(bench, batch_tokens=3 * LENGTH, micro_batch=2)

@@ -58,11 +58,11 @@ class State:
         return torch.sigmoid(self.heat * self.masks)
 
 
-def moved(state: State, losses: Losses, learning: Learning) -> State:
-    """The state after a step, with the last loss of each window."""
+def moved(state: State, pulls: Losses, learning: Learning) -> State:
+    """The state after a step, in which each mask is pushed down so hard, and all by the budget."""
     w, c = state.weights, kept_share(state)
     urge = (1 + URGE * abs(c - learning.keep)) * 2 * (w.mean() - learning.keep)
-    gradient = state.heat * w * (1 - w) * (pull(losses) + urge)
+    gradient = state.heat * w * (1 - w) * (pulls + urge)
     speed = MOMENTUM * state.speed + gradient
     pace = (1 - MOMENTUM) * TRAVEL / learning.steps
     after = replace(state, masks=state.masks - pace * speed, speed=speed, step=state.step + 1)

@@ -72,4 +72,4 @@ class WindowMasks(TrainerCallback):
         for window, loss in read:
             self.losses[window] = loss
         if not self.losses.isnan().any():
-            self.state = window_masks.moved(self.state, self.losses, self.learning)
+            self.state = window_masks.moved(self.state, window_masks.pull(self.losses), self.learning)
