@@ -23,6 +23,7 @@ CASES: dict[str, Case] = {
     "gates": ("llama", dict(method="gates", steps=4)),
     "softtopk": ("llama", dict(method="softtopk", steps=4)),
     "loraprune": ("llama", dict(method="loraprune", steps=12)),
+    "mlpruning": ("llama", dict(method="mlpruning", steps=12, settling=4)),
     "l0": ("llama", dict(method="l0", steps=12)),
     "auto": ("llama", dict(method="auto")),
     "adapruner": ("llama", dict(method="adapruner", trials=3, pool=8, pool_len=16)),

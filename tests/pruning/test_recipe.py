@@ -25,6 +25,7 @@ GIVEN: dict[str, dict[str, Any]] = {  # settings that differ from their defaults
         ratio=0.2, steps=9, heat=0.25, reopen=False, rate=0.2, calibration="code.txt", axes=("groups", "ffn")
     ),
     "loraprune": dict(ratio=0.2, steps=12, rank=4, objective="kl", shuffled=True, axes=("heads", "ffn")),
+    "mlpruning": dict(ratio=0.2, steps=12, rate=0.2, score="wanda", objective="nll", axes=("heads", "ffn")),
     "l0": dict(ratio=0.2, steps=12, rank=0, rate=0.5, adapter_rate=0.01, objective="nll", layout="per_layer"),
     "adapruner": dict(
         params="100M", trials=9, validation=("a b.txt", "c.txt"), calibration="x.txt+y.txt", space="paper"

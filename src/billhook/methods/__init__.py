@@ -17,6 +17,7 @@ lorc         a smaller KV cache: narrower values, by depth
 loraprune    units go while adapters train, by the adapters' gradients
 magnitude    zeros: the smallest weights
 minutes      what auto may spend, and what each part of it costs
+mlpruning    units of lowest score go, as many of each axis as it learns to, beside adapters
 mope         the modules that are missed least go, then as fasp
 narrowed     settings of cuts that refit what stays
 optishear    zeros: by a score whose parts are searched
@@ -46,6 +47,7 @@ from billhook.methods import (
     loraprune,
     lorc,
     magnitude,
+    mlpruning,
     mope,
     optishear,
     policy,
@@ -69,6 +71,7 @@ OWN: dict[str, Method] = {
         softtopk.METHOD,
         loraprune.METHOD,
         l0.METHOD,
+        mlpruning.METHOD,
         adapruner.METHOD,
         layerchop.METHOD,
         experts.METHOD,

@@ -30,6 +30,11 @@ def objective(default: str) -> Any:
     return option(default, "nll: loss of the cut model; kl: divergence from the unpruned", names=SEARCH_OBJECTIVES)
 
 
+def adapter_rate() -> Any:
+    """How fast adapters train."""
+    return option(1e-3, "highest rate of adapters", gt=0)
+
+
 class GatedSettings(MethodSettings):
     """How gates learn."""
 

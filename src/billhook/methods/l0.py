@@ -2,7 +2,7 @@
 
 from contextlib import nullcontext
 
-from billhook.methods.gated import GatedMethod, GatedSettings, Learned, rate, steps
+from billhook.methods.gated import GatedMethod, GatedSettings, Learned, adapter_rate, rate, steps
 from billhook.planning.method import Opened, Planned, Run, Texts
 from billhook.planning.recipe import Recipe
 from billhook.runtime.options import option
@@ -14,7 +14,7 @@ class L0Settings(GatedSettings):
     steps: int = steps(512, 10)
     rate: float = rate(1.0)
     rank: int = option(8, "of the adapters; 0: none", ge=0)
-    adapter_rate: float = option(1e-3, "highest rate of adapters", gt=0)
+    adapter_rate: float = adapter_rate()
 
 
 class L0(GatedMethod):

@@ -32,8 +32,8 @@ def stream(default: str, names: Mapping[str, str]) -> Any:
     return option(default, "what a layer sees; empty: the method's own", names=names)
 
 
-class NarrowingSettings(MethodSettings):
-    """What may be chosen of `billhook.cuts.narrowing`; why these defaults: docs/LOG.md."""
+class ScoredSettings(MethodSettings):
+    """By what units go, or by what they start to learn."""
 
     score: str = option(
         Narrowing.score,
@@ -41,10 +41,6 @@ class NarrowingSettings(MethodSettings):
         names={**SCORES, **GRADIENT_SCORES, **dict.fromkeys(plug_ins.names("scores"), "of another package")},
         elsewhere=True,
     )
-    stream: str = stream(Narrowing.stream, AXIS_STREAMS)
-    damping: float = damping(Narrowing.damping)
-    restoration: bool = restoration(Narrowing.restoration)
-    correction: float = correction(Narrowing.correction)
 
     @field_validator("score", mode="before")
     @classmethod
@@ -53,6 +49,20 @@ class NarrowingSettings(MethodSettings):
 
     @property
     def cut(self) -> Narrowing:
-        """As the cut takes them; scores from gradients are measured before it."""
+        """As a cut takes it that restores nothing; scores from gradients are measured before it."""
         score = Narrowing.score if self.score in GRADIENT_SCORES else self.score
-        return Narrowing(score, self.damping, self.restoration, self.correction, self.stream)
+        return Narrowing(score, restoration=False, stream="dense")
+
+
+class NarrowingSettings(ScoredSettings):
+    """What may be chosen of `billhook.cuts.narrowing`; why these defaults: docs/LOG.md."""
+
+    stream: str = stream(Narrowing.stream, AXIS_STREAMS)
+    damping: float = damping(Narrowing.damping)
+    restoration: bool = restoration(Narrowing.restoration)
+    correction: float = correction(Narrowing.correction)
+
+    @property
+    def cut(self) -> Narrowing:
+        """As the cut takes them."""
+        return Narrowing(super().cut.score, self.damping, self.restoration, self.correction, self.stream)

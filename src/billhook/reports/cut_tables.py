@@ -130,7 +130,8 @@ def _pruned_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows += [
         *gate_rows(cut.get("gates") or cut.get("softtopk")),
         *closing_rows(cut.get("loraprune")),
-        *held_rows(cut.get("l0")),
+        *held_rows(cut.get("l0") or cut.get("mlpruning")),
+        *share_rows(cut.get("mlpruning")),
     ]
     if selection := cut.get("selection"):
         rows.append(("layers chosen", selection_words(selection)))
@@ -224,12 +225,19 @@ def closing_rows(loraprune: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     return [("trained", f"{_first_and_last(loraprune['losses'], loraprune['objective'])}{control}")]
 
 
-def held_rows(l0: Mapping[str, Any] | None) -> list[tuple[str, str]]:
-    """What the loss was while random gates learned, and how near they came to the budget, as (name, value)."""
-    if not l0:
+def held_rows(held: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """What the loss was while gates and adapters learned, and how near they came to the budget, as (name, value)."""
+    if not held:
         return []
-    away = f"{percent(l0['away'])} of the gated parameters away from the budget before the cut, which meets it"
-    return [("trained", f"{_first_and_last(l0['losses'], l0['objective'])}; {away}")]
+    away = f"{percent(held['away'])} of the gated parameters away from the budget before the cut, which meets it"
+    return [("trained", f"{_first_and_last(held['losses'], held['objective'])}; {away}")]
+
+
+def share_rows(mlpruning: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """What share of its units each axis has learned to keep, as (name, value)."""
+    spans = {kind: (min(found), max(found)) for kind, found in mlpruning["shares"].items()} if mlpruning else {}
+    said = [f"{percent(least)} to {percent(most)} of {KINDS[kind]}" for kind, (least, most) in spans.items()]
+    return [("shares learned", f"{', '.join(said)}, from layer to layer")] if said else []
 
 
 def _first_and_last(losses: Sequence[float], objective: str) -> str:

@@ -12,6 +12,7 @@ lora_gates      Gates that close one after another, by an importance from adapte
 mixture         Several texts in shares that follow how far the student lags its teacher on each
 moving_masks    Masks of weights that move while these train
 on_levels       Weights trained on the levels of a grid, so that packing them afterwards changes no bit
+ratio_gates     Gates by scores, with shares that are learned beside adapters
 refinement      What a cut has left, moved towards the unpruned model by gradient, a few layers at once
 schedule        The schedule of a training run, and which of its checkpoints are whole
 teacher         The teacher's predictions for every training window, cached on disk

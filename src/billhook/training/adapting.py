@@ -31,16 +31,25 @@ class Update:
 
 
 @contextmanager
-def adapted(model: PreTrainedModel, rank: int, seed: int) -> Iterator[dict[str, Adapter]]:
-    """While open, every linear weight of the layers has an adapter, by the path of its module; at first they add 0.
+def adapted(
+    model: PreTrainedModel, rank: int, seed: int, begun: Mapping[str, Update] | None = None
+) -> Iterator[dict[str, Adapter]]:
+    """While open, every linear weight of the layers has an adapter, by the path of its module.
 
     Afterwards the model is as it was, to the bit.
+
+    Args:
+        begun: what they add at first, which others of the same rank have learned; None: 0.
     """
     asked = [(weight, weight.requires_grad) for weight in model.parameters()]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         train_masked_adapters(model, None, rank)
     found = {path: module for path, module in model.named_modules() if parametrize.is_parametrized(module, "weight")}
+    for path, update in (begun or {}).items():
+        form: Any = found[path].get_submodule("parametrizations.weight.0")
+        form.a.data.copy_(update.a)
+        form.b.data.copy_(update.b)
     try:
         yield {path: _adapter(module) for path, module in found.items()}
     finally:
