@@ -49,6 +49,7 @@ Excess = Float[Tensor, " texts"]  # a loss of each text above a reference, float
 Masks = Float[Tensor, " windows"]  # of training windows: what says which of them stay, float64
 Losses = Float[Tensor, " windows"]
 Chances = Float[Tensor, " units"]  # the chance of each unit to stay, float64
+LevelShares = Float[Tensor, " levels"]  # of its units that each level keeps, float64
 Places = Int[Tensor, " units"]  # the layer, or the group, that each unit belongs to
 Drawn = Float[Tensor, "masks units"]  # masks of units: 1 where one stays
 MaskLosses = Float[Tensor, " masks"]

@@ -21,7 +21,7 @@ magnitude      Magnitude pruning: the smallest weights go
 merging        Similar experts are merged into one
 metric         The points of OptiShear's space: which transformations a score has
 mixture        DRPruning's shares of several texts: more to those that lag, within a radius
-mlpruning      MLPruning's masks: scores say which units stay, and how many is learned, too
+mlpruning      MLPruning's masks: scores say which units stay, shares that are learned how many
 mope           MoPE-CLIP's table: what each module is worth, and which go first
 optishear      OptiShear: Wanda's score with its parts transformed
 ordering       Which steps of a model go first: the lowest of one order of all

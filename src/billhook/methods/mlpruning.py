@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from billhook.methods.gated import GatedMethod, GatedSettings, Learned, adapter_rate, steps
+from billhook.methods.gated import GatedMethod, GatedSettings, Learned, adapter_rate, rate, steps
 from billhook.methods.narrowed import ScoredSettings
 from billhook.planning.method import Opened, Planned, Run, Texts
 from billhook.planning.recipe import Recipe
@@ -13,6 +13,7 @@ class MlPruningSettings(GatedSettings, ScoredSettings):
     """How scores, shares and adapters learn."""
 
     steps: int = steps(72, 10)
+    rate: float = rate(0.1)
     settling: int = option(24, "further steps, in which adapters alone train with what goes closed", ge=0)
     rank: int = option(8, "of the adapters", ge=1)
     adapter_rate: float = adapter_rate()
@@ -24,9 +25,9 @@ class MlPruning(GatedMethod):
     paper = "arXiv:2105.14636"
     does = (
         "Gives every unit, an FFN channel, a query head or a KV group, a score, and every axis of every layer a share that it keeps: "
-        "the units of largest score. Scores, shares and low-rank adapters of the weights learn together, with a penalty on what is "
-        "over the budget; then gates stay as the plan says, and the adapters alone train on. They are merged, and nothing is restored. "
-        "In the uniform layout all layers have one share."
+        "the units of largest score. Scores, shares and low-rank adapters of the weights learn together, within the budget; then gates "
+        "stay as the plan says, and the adapters alone train on. They are merged, and nothing is restored. In the uniform layout all "
+        "layers have one share."
     )
     needs = "calibration text; gradients of scores, shares and adapters"
     costs = "two forward passes of the windows, then a forward and a backward pass of each step's, through all weights"
@@ -51,7 +52,7 @@ class MlPruning(GatedMethod):
                 forms = [adapter.module for adapter in adapters.values()]
                 learner = Ratios(z, levels, forms, Pace(chosen.steps, chosen.rate, chosen.adapter_rate))
                 losses, found = read.learn("shares", units, learner), updates(adapters)
-            theta, order = learner.theta.detach(), learner.order
+            shares, order = learner.shares[levels.level], learner.order
             plan = begun.planned(order)
             if chosen.settling:
                 further = replace(read.course, steps=chosen.settling, seed=read.course.seed + 1)
@@ -60,16 +61,11 @@ class MlPruning(GatedMethod):
                     settled = Settled(begun.mask(plan, order), forms, chosen.adapter_rate)
                     losses += read.learn("settled", units, settled, further)
                     found = updates(adapters)
-        shares = {place: theta[own[0]].sigmoid().item() for place, own in units.split(levels.level).items()}
-        record = {
-            **chosen.learned,
-            "units": len(order),
-            "losses": losses,
-            "shares": {kind: [shares[place] for place in shares if place[1] == kind] for kind in recipe.unit_kinds},
-            "away": abs(levels.kept(theta).item() - levels.target),
-        }
-        cut = Learned(chosen.cut, updates=found)
-        return Planned(plan, cut, units.split(order), {"mlpruning": record})
+        told: dict[str, list[float]] = {}
+        for (_, kind), own in units.split(shares).items():
+            told.setdefault(kind, []).append(own[0].item())
+        record = {**chosen.learned, "units": len(order), "losses": losses, "shares": told}
+        return Planned(plan, Learned(chosen.cut, updates=found), units.split(order), {"mlpruning": record})
 
 
 METHOD = MlPruning()

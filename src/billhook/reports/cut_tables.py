@@ -130,7 +130,7 @@ def _pruned_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows += [
         *gate_rows(cut.get("gates") or cut.get("softtopk")),
         *closing_rows(cut.get("loraprune")),
-        *held_rows(cut.get("l0") or cut.get("mlpruning")),
+        *held_rows(cut.get("l0")),
         *share_rows(cut.get("mlpruning")),
     ]
     if selection := cut.get("selection"):
@@ -225,19 +225,23 @@ def closing_rows(loraprune: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     return [("trained", f"{_first_and_last(loraprune['losses'], loraprune['objective'])}{control}")]
 
 
-def held_rows(held: Mapping[str, Any] | None) -> list[tuple[str, str]]:
-    """What the loss was while gates and adapters learned, and how near they came to the budget, as (name, value)."""
-    if not held:
+def held_rows(l0: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """What the loss was while random gates learned, and how near they came to the budget, as (name, value)."""
+    if not l0:
         return []
-    away = f"{percent(held['away'])} of the gated parameters away from the budget before the cut, which meets it"
-    return [("trained", f"{_first_and_last(held['losses'], held['objective'])}; {away}")]
+    away = f"{percent(l0['away'])} of the gated parameters away from the budget before the cut, which meets it"
+    return [("trained", f"{_first_and_last(l0['losses'], l0['objective'])}; {away}")]
 
 
 def share_rows(mlpruning: Mapping[str, Any] | None) -> list[tuple[str, str]]:
-    """What share of its units each axis has learned to keep, as (name, value)."""
-    spans = {kind: (min(found), max(found)) for kind, found in mlpruning["shares"].items()} if mlpruning else {}
-    said = [f"{percent(least)} to {percent(most)} of {KINDS[kind]}" for kind, (least, most) in spans.items()]
-    return [("shares learned", f"{', '.join(said)}, from layer to layer")] if said else []
+    """What the loss was while shares and adapters learned, and what each axis learned to keep, as (name, value)."""
+    if not mlpruning:
+        return []
+    spans = {kind: (percent(min(found)), percent(max(found))) for kind, found in mlpruning["shares"].items()}
+    kept = ", ".join(f"{least} to {most} of {KINDS[kind]}" for kind, (least, most) in spans.items())
+    return [
+        ("trained", f"{_first_and_last(mlpruning['losses'], mlpruning['objective'])}; layers learned to keep {kept}")
+    ]
 
 
 def _first_and_last(losses: Sequence[float], objective: str) -> str:

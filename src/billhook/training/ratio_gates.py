@@ -5,17 +5,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from billhook.math import mlpruning
 from billhook.math.gates import Goal
 from billhook.math.mlpruning import Levels
-from billhook.tensors import Chances
+from billhook.tensors import Chances, LevelShares
 from billhook.training.gating import Learner, Units
 
-WHOLE = 5.0  # where shares begin: sigmoid(5) = 0.993; from the paper's 10 a short run would not come down
-REACH = 16.0  # how far a share could move if its rate never fell
-FORGETTING = (0.9, 0.9)  # of Adam for shares: the penalty falls by the cube, and its old squares would stop them
+CLOSING = 1 / 3  # share of the steps in which what stays falls to what the budget says
+REACH = 4.0  # how far what shares are learned as could move if its rate never fell
 
 
 @dataclass(frozen=True)
@@ -46,25 +45,29 @@ class Ratios(Learner):
         """
         super().__init__()
         self.scores = nn.Parameter(start.double().clone())
-        self.theta = nn.Parameter(torch.full((int(levels.level.max()) + 1,), WHOLE, dtype=torch.float64))
+        self.theta = nn.Parameter(torch.zeros(int(levels.level.max()) + 1, dtype=torch.float64))
         self.adapters = nn.ModuleList(adapters)
         self.levels, self.pace = levels, pace
 
     @property
+    def shares(self) -> LevelShares:
+        """What each level has learned to keep."""
+        return mlpruning.shares(self.theta.detach(), self.levels, self.levels.target)
+
+    @property
     def order(self) -> Chances:
         """In which order units go, the lowest first."""
-        return mlpruning.order(self.scores.detach(), self.theta.detach(), self.levels)
+        return mlpruning.order(self.scores.detach(), self.shares, self.levels)
 
     def gates(self, step: int) -> Chances:
-        return mlpruning.mask(self.scores, self.theta, self.levels)
-
-    def penalty(self, step: int) -> Tensor:
-        return mlpruning.penalty(self.theta, self.levels)
+        closed = min(1.0, (step + 1) / (CLOSING * self.pace.steps))
+        r = mlpruning.shares(self.theta, self.levels, 1 - closed * (1 - self.levels.target))
+        return mlpruning.mask(self.scores, r, self.levels)
 
     def groups(self) -> list[dict[str, Any]]:
         return [
             {"params": [self.scores], "lr": self.pace.scores},
-            {"params": [self.theta], "lr": REACH / self.pace.steps, "betas": FORGETTING},
+            {"params": [self.theta], "lr": REACH / self.pace.steps},
             {"params": list(self.adapters.parameters()), "lr": self.pace.adapters},
         ]
 
