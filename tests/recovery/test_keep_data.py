@@ -125,7 +125,7 @@ def test_settings_that_do_not_fit(more: dict[str, Any], said: str, text: str, fo
 
 def test_a_budget_that_learns_nothing(text: str, student: Path, folder: Path, tmp_path: Path) -> None:
     for more, said in (
-        ({"tokens": 3 * WINDOWS * LENGTH}, f"27 windows are 1.5 passes over 18: give --tokens {4 * WINDOWS * LENGTH}"),
+        ({"tokens": 3 * WINDOWS * LENGTH}, f"which are 1.5 over 18 windows: give --tokens {4 * WINDOWS * LENGTH}"),
         ({"keep_data": "0.01"}, "--keep-data 0.01 of 18 windows is none or all"),
     ):
         with pytest.raises(BillhookError, match=said):

@@ -133,7 +133,7 @@ def prepare(name: str, chosen: Recovery, env: Environment, *, fresh: bool = Fals
     share = chosen.keep_share  # of windows to keep, which is learned in the first half of the tokens
     schedule = _schedule(chosen, tokens if share is None else tokens // 2, student, texts, env)
     if share is not None:
-        _check_passes(share, len(schedule.order), len(texts.train), chosen.seq_len)
+        _check_passes(share, tokens // 2, texts)
     asked = len(set(schedule.order))  # windows that the teacher answers: the first ones of all
     if chosen.mixture == "dro":
         numbers = readable(texts, len(schedule.order))
@@ -182,15 +182,15 @@ def _schedule(chosen: Recovery, tokens: int, student: Student, texts: TrainingTe
     )
 
 
-def _check_passes(share: float, read: int, windows: int, seq_len: int) -> None:
+def _check_passes(share: float, tokens: int, texts: TrainingTexts) -> None:
     """Refuse to choose windows of which some are read once: masks move when all have a loss."""
+    windows, seq_len = texts.train.shape
     if not 1 <= round(share * windows) < windows:
         raise BillhookError(f"--keep-data {share:g} of {windows:,} windows is none or all: use more text")
-    if read < PASSES * windows:
+    if tokens < PASSES * windows * seq_len:
         raise BillhookError(
-            f"--keep-data learns from {PASSES} passes or more over the text, in half of the tokens, and {read:,} windows "
-            f"are {read / windows:.2g} passes over {windows:,}: give --tokens {2 * PASSES * windows * seq_len}, or "
-            "less text"
+            f"--keep-data learns from {PASSES} passes or more over the text, in half of the tokens, which are "
+            f"{tokens / (windows * seq_len):.2g} over {windows:,} windows: give --tokens {2 * PASSES * windows * seq_len}, or less text"
         )
 
 

@@ -126,11 +126,11 @@ def _groups(parts: Sequence[Windows], text_of: TextOf, apart: bool) -> list[tupl
     names = [part.source for part in parts]
     if not apart:
         return [("+".join(names), torch.arange(len(text_of)))]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise BillhookError(f"two training texts are named {twice!r}, and each is judged by its name: rename one")
     digests = [part.text_sha256 for part in parts]
     if same := next((name for name, digest in zip(names, digests, strict=True) if digests.count(digest) > 1), None):
         raise BillhookError(f"text {same!r} is there twice, and each text has shares of its own: name it once")
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise BillhookError(f"two training texts are named {twice!r}, and each is judged by its name: rename one")
     groups = [(name, (text_of == n).nonzero().flatten()) for n, name in enumerate(names)]
     if few := next(((name, len(members)) for name, members in groups if len(members) < SPARED), None):
         raise BillhookError(
