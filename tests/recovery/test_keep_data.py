@@ -15,6 +15,8 @@ from billhook.errors import BillhookError
 from billhook.math import window_masks
 from billhook.recovery import recover
 from billhook.recovery.settings import recovery
+from billhook.reports.commands import recover_command
+from billhook.reports.recovery_tables import recovered_words
 from billhook.training import kept_windows, trainer
 from billhook.training.text_windows import Draw, order_of, read
 from billhook.training.window_masks import WindowMasks
@@ -84,6 +86,8 @@ def test_windows_are_chosen_in_half_of_the_tokens_and_their_file_finds_them_agai
     assert healing["tokens"] == READ * LENGTH and healing["passes"] == pytest.approx(4)
     assert f"learning which 50% of {WINDOWS} windows to keep: {READ * LENGTH} tokens at 0.01" in said
     assert all(record["text"] in Path(text).read_text() and record["source"] == "words" for record in kept)
+    assert f"({KEPT} of {WINDOWS} windows, chosen in {READ * LENGTH} tokens before)" in recovered_words(healing)
+    assert f"--tokens {2 * READ * LENGTH} --text {text} --keep-data 0.5" in recover_command(healing)
     out = whole.save(tmp_path / "out")
     assert calibration_text(str(out / "kept.jsonl")).text == "\n\n".join(record["text"] for record in kept)
 

@@ -12,6 +12,8 @@ from billhook.checkpoints.result import Result
 from billhook.errors import BillhookError
 from billhook.recovery import recover
 from billhook.recovery.settings import recovery
+from billhook.reports.commands import recover_command
+from billhook.reports.recovery_tables import share_rows
 from billhook.training import trainer
 from billhook.training.mixture import Mixture, first_shares, readable
 from billhook.training.text_windows import Draw, read
@@ -95,6 +97,8 @@ def test_a_run_goes_on_in_the_same_bits(
     assert len(shares_of(whole)) == len(judged) - 1 and whole.healing["mixture"] == "dro"
     assert all(sum(shares.values()) == pytest.approx(1) for shares in shares_of(whole))
     assert any(line.startswith("step 0 of 10: windows of words ") for line in said)
+    assert [row[0] for row in share_rows(whole.healing)] == [f"{entry['tokens']}" for entry in judged[:-1]]
+    assert "--mixture dro" in recover_command(whole.healing)
     kept = trainer.Watch.on_save
 
     def cut_off(self: Any, args: Any, state: Any, control: Any, **more: Any) -> None:

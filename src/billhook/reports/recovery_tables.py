@@ -96,15 +96,15 @@ def tokens_words(recovery: Mapping[str, Any]) -> str:
     """How many tokens the model that was kept was trained on, of how many planned, and of which texts."""
     planned, kept = recovery["tokens"], recovery.get("kept_tokens")
     number_of = f"{planned:,}" if kept in (None, planned) else f"{kept:,} of {planned:,}"
-    return f"{number_of} tokens of {kept_words(recovery)}{texts_words(recovery)}"
+    return f"{number_of} tokens of {texts_words(recovery)}{kept_words(recovery)}"
 
 
 def kept_words(recovery: Mapping[str, Any]) -> str:
-    """Which windows of the text it was trained on, as a phrase before the text's name; '' if on any."""
+    """Which windows of the text it was trained on, in brackets; '' if on any."""
     if chosen := recovery.get("choosing"):
         number_of = f"{recovery['windows_available']:,} of {chosen['windows']:,}"
-        return f"{number_of} windows, chosen in {chosen['tokens']:,} tokens before, of "
-    return f"the windows listed in {recovery['keep_data']}, of " if recovery.get("keep_data") else ""
+        return f" ({number_of} windows, chosen in {chosen['tokens']:,} tokens before)"
+    return f" (the windows listed in {recovery['keep_data']})" if recovery.get("keep_data") else ""
 
 
 def passes_words(recovery: Mapping[str, Any]) -> str:
