@@ -224,7 +224,7 @@ def by_accelerate(line: list[str]) -> str:
     return done.stdout
 
 
-MASKS = {"masks": "ast", "pattern": "2:4", **LONG}
+MASKS = {"masks": "ast", "pattern": "2:4", "mask_score": "wanda", **LONG}
 
 
 @pytest.mark.parametrize(

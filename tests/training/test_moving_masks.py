@@ -162,7 +162,8 @@ REFUSED = [
     ({"masks": "ast", "pattern": "half"}, "is not N:M"),
     ({"masks": "ats", "pattern": "2:4"}, "did you mean 'ast'"),
     ({"masks": "ast", "pattern": "2:4", "trainable": "spp"}, "use --trainable decoder or all"),
-    ({"masks": "ast", "pattern": "2:4", "keep_zeros": True}, "give one of them"),
+    ({"masks": "ast", "pattern": "2:4", "keep_zeros": True}, "--keep-zeros says what becomes of zeros"),
+    ({"masks": "ast", "pattern": "2:4", "keep_zeros": False}, "--no-keep-zeros says what becomes of zeros"),
     ({"masks": "ast", "pattern": "2:4", "bits": "4"}, "give one of them"),
     ({"objective": "both", "teacher": ""}, "--objective both learns from the unpruned model"),
 ]

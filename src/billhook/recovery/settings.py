@@ -163,8 +163,9 @@ class Recovery(Part):
         parse(self.pattern)
         if self.trainable not in WHOLE:
             raise SettingsError(f"--masks trains whole weights: use --trainable {' or '.join(WHOLE)}")
-        if self.keep_zeros:
-            raise SettingsError("--keep-zeros holds the zeros that --masks moves: give one of them")
+        if self.keep_zeros is not None:
+            flag = "--keep-zeros" if self.keep_zeros else "--no-keep-zeros"
+            raise SettingsError(f"{flag} says what becomes of zeros, which --masks moves: give one of them")
         if self.bits:
             raise SettingsError("--masks and --bits are two forms of the same weights: give one of them")
         return self
