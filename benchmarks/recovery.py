@@ -13,7 +13,8 @@ that move; :ast:dense is the same from TEACHER.  At 2:4, from ADMM and from dens
       --rows both:decoder:keep,both:spp,both:decoder:ast,both:decoder:ast:dense:mask-score=wanda
 
 More settings of `recover` follow, such as distill:decoder:mixture=dro:seq-len=256.  `keep-data=random-0.7` trains on
-windows drawn by lot.  Of rows that keep windows, the last lines say what share of all in either any two have in common.
+windows drawn by lot.  The last lines compare every row with the first one, paired; and of rows that keep windows, what
+share of all in either any two have in common.
 """
 
 import argparse
@@ -139,6 +140,7 @@ print(
 )
 keep(dense, row="unpruned")
 keep(cut, row="right after the cut", tokens=0)
+trained: dict[str, Losses] = {}
 kept: dict[str, set[str]] = {}
 for name in args.rows.split(","):
     said = f"{name} {args.pattern}" if ":ast" in name else name
@@ -155,6 +157,10 @@ for name in args.rows.split(","):
     numbers = {"trained_parameters": healing["trained_parameters"], "tokens_per_second": healing["tokens_per_second"]}
     numbers |= {"rate": healing["lr"], "peak_mib": healing["peak_growth_bytes"] / 2**20}
     keep(found["losses"], **how, **numbers)
+    trained[name] = found["losses"]
     kept |= {name: set(found["kept"])} if found.get("kept") else {}
-for (one, first), (other, second) in combinations(kept.items(), 2):
-    print(f"\nkept alike by {one} and {other}: {len(first & second) / len(first | second):.2f}")
+(first, before), *others = trained.items()
+for name, losses in others:
+    print(f"\n{name} against {first}: {cells(losses, before)}")
+for (one, own), (other, theirs) in combinations(kept.items(), 2):
+    print(f"\nkept alike by {one} and {other}: {len(own & theirs) / len(own | theirs):.2f}")
