@@ -49,6 +49,13 @@ def test_each_block_keeps_its_best_and_the_order_says_the_same(seed: int) -> Non
             assert torch.equal(z[of_block] > 0, found[of_block] == 1)
 
 
+def test_a_share_of_whole_units_keeps_these_whatever_its_last_bits() -> None:
+    own, (scores, _) = levels(), drawn()
+    for rounded in (-1e-15, 0.0, 1e-15):
+        found = mlpruning.mask(scores, torch.tensor([0.5, 1 / 3, 0.7], dtype=torch.float64) + rounded, own)
+        assert torch.zeros(3).double().index_add(0, own.level, found.detach()).tolist() == [4, 2, 7]
+
+
 def test_gradients_go_straight_through() -> None:
     own, (scores, _) = levels(), drawn()
     r, g = torch.tensor([0.5, 0.7, 0.2]).double().requires_grad_(), torch.arange(24).double()

@@ -21,6 +21,8 @@ from billhook.math import gates
 from billhook.math.gates import Goal
 from billhook.tensors import Chances, LevelShares, Places, Scores
 
+ROUNDING = 1e-9  # a share that is a whole number of units but for so much keeps no further unit
+
 
 @dataclass(frozen=True)
 class Levels:
@@ -54,7 +56,7 @@ def ahead(scores: Scores, levels: Levels) -> Chances:
 
 def mask(scores: Scores, r: LevelShares, levels: Levels) -> Chances:
     """m, with the gradients above."""
-    stays = (r.detach()[levels.level] > ahead(scores, levels)).double()
+    stays = (r.detach()[levels.level] - ROUNDING > ahead(scores, levels)).double()
     return stays + (scores - scores.detach()) + stays * (r - r.detach())[levels.level]
 
 
