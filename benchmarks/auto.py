@@ -48,6 +48,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "auto, not refined": {"method": "auto", "refine": False},
     "auto, per layer": {"method": "auto", "layout": "per_layer"},
     "auto, widths alone": {"method": "auto", "axes": ("ffn",)},
+    "auto, layers alone": {"method": "auto", "axes": ("layers",)},
     "auto, 64 windows": {"method": "auto", "samples": 64},
     "auto, mixed text": {"method": "auto", "calibration": "mixed"},
 }

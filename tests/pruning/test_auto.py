@@ -26,7 +26,7 @@ from billhook.models.plan import Plan
 from billhook.planning import axis_plan, sensitivity
 from billhook.planning.method import Planned
 from billhook.planning.sensitivity import Probe
-from billhook.planning.texts import Texts
+from billhook.planning.texts import Texts, with_another_kind
 from billhook.pruning import rehearsal
 from billhook.pruning.dry_run import estimate
 from billhook.pruning.recipe import recipe
@@ -75,13 +75,31 @@ def test_the_winner_is_the_best_of_what_was_tried(text_file: Path, monkeypatch: 
         return best(losses)
 
     monkeypatch.setattr(auto_method, "best", noted)
-    for effort, count in (("quick", 0), ("normal", 2)):
+    for effort, count in (("quick", 0), ("normal", 3)):
         seen.clear()
         auto = prune(deep(), text_file, ratio=1 / 3, effort=effort, refine=False).record["auto"]
         assert len(auto["tried"]) == count and len(seen) == bool(count)
         if count:
             assert auto["chosen"] == best(seen[0])
             assert auto["tried"] == {name: pytest.approx(fmean(each)) for name, each in seen[0].items()}
+
+
+def test_two_kinds_of_text_judge_in_turns(text_file: Path) -> None:
+    texts = Texts(tiny.tokens(4), tiny.tokens(2))
+    opened, length = Opened(deep(), tiny.tokenizer(), "", None, torch.float32), texts.probe.shape[1]
+    wiki = recipe(method="auto", ratio=0.3, calibration=str(text_file), seq_len=length)
+    both = with_another_kind(texts, opened, wiki)
+    assert torch.equal(both.judges[::2], texts.probe) and torch.equal(both.judges[1::2], both.elsewhere.tokens)
+    assert both.record(length)["elsewhere"] == {"source": "Python's language reference", "windows": 2}
+    mixed = replace(wiki, calibration=wiki.calibration.model_copy(update={"source": "demo+mixed"}))
+    assert with_another_kind(texts, opened, mixed) is texts and texts.judges is texts.probe
+
+
+def test_two_thirds_of_the_layers_go_and_widths_with_them(text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto_method, "best", lambda _: "whole layers and equal widths")
+    record = prune(deep(total=8), text_file, ratio=0.5, multiple_of=2, refine=False).record
+    assert len(record["dropped_layers"]) == 2 and {cut["kind"] for cut in record["cuts"]} == {"ffn"}
+    assert abs(record["sizes"]["achieved_ratio"] - 0.5) < 0.02
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.25, 0.4])
@@ -155,7 +173,7 @@ def test_what_was_tried_is_not_tried_again_after_a_kill(
 
     def cut_off(*given: Any) -> Any:
         refined.append(1)
-        if len(refined) > 2:  # whole layers and equal widths were tried
+        if len(refined) > 3:  # whole layers, widths and both were tried
             raise CutOffError
         return refine(*given)
 
@@ -189,7 +207,7 @@ def test_layers_and_uneven_widths_meet_a_budget_together(text_file: Path, monkey
     name = "whole layers and uneven widths"
     monkeypatch.setattr(auto_method, "best", lambda losses: name)
     record = prune(deep(total=8), text_file, layout="per_layer", ratio=0.4, multiple_of=2, refine=False).record
-    assert list(record["auto"]["tried"]) == ["whole layers", "uneven widths", name] and measured == [1]
+    assert list(record["auto"]["tried"]) == ["whole layers", name, "uneven widths"] and measured == [1]
     assert len(record["dropped_layers"]) == 1 and any(cut["dropped"] for cut in record["cuts"])
     assert abs(record["sizes"]["achieved_ratio"] - 0.4) < 0.02
 
@@ -207,7 +225,7 @@ def test_minutes_say_how_much_is_tried_and_how_long_it_is_refined(text_file: Pat
 def test_more_minutes_are_never_spent_on_less() -> None:
     """By a cost that is made up: what is tried grows with the time, and a refinement has what is left of it."""
     price = 0.05, 0.4, 0.2
-    work, rivals = Work(30, 64, 8, 8.0, 6, True, True), [one for one in RIVALS if "uniform" in one.layouts]
+    work, rivals = Work(30, 64, 8, 16, 8.0, 6, True, True), [one for one in RIVALS if "uniform" in one.layouts]
     chosen = [spent(minutes, work, rivals, (True, False), price) for minutes in (3, 8, 12, 20, 60)]
     assert [one.rivals for one in chosen] == sorted(one.rivals for one in chosen)
     for minutes, effort in zip((3, 8, 12, 20, 60), chosen, strict=True):

@@ -21,6 +21,7 @@ from billhook.planning.method import (
     Planned,
     Price,
     Run,
+    Text,
     Texts,
 )
 from billhook.planning.recipe import SAMPLES, Recipe
@@ -88,8 +89,8 @@ class Auto(Method):
     paper = "after arXiv:2305.14864, 2501.09412, 2510.13999, 2510.14444"
     does = (
         "Tries what the family can give up, whole layers with a patch, widths, experts, and in the per_layer layout uneven widths, "
-        "and takes what is nearest to the unpruned model on windows that no fit has seen; the simpler one, where these do not tell "
-        "two apart. Then what stands beside the cut is moved by gradient until it puts out what the unpruned model does there."
+        "and takes what is nearest to the unpruned model on windows that no fit has seen; the one of less depth, where these do not "
+        "tell two apart. Then what stands beside the cut is moved by gradient until it puts out what the unpruned model does there."
     )
     needs = "calibration text; gradients of ten layers at a time"
     costs = (
@@ -110,6 +111,11 @@ class Auto(Method):
 
     def samples(self, recipe: Recipe) -> int:
         return SPENT["thorough" if recipe.settings.minutes else recipe.settings.effort].windows
+
+    def draw(self, opened: Opened, recipe: Recipe, text: Text, run: Run) -> Texts:
+        from billhook.planning.texts import with_another_kind
+
+        return with_another_kind(super().draw(opened, recipe, text, run), opened, recipe)
 
     def judges(self, recipe: Recipe) -> bool:
         return True
@@ -155,15 +161,15 @@ class Auto(Method):
             work = self._work(opened, recipe, len(texts.calibration))
             effort = self._effort(opened, recipe, work, lambda: price(opened.model, read.seq_len))
             texts = _first(texts, work.fitted(effort))
-        run = _claimed(opened, recipe, texts, run)
+        run, judged = _claimed(opened, recipe, texts, run), replace(texts, probe=texts.judges)
         with TemporaryDirectory() as scratch:  # what one rival measures others take
             kept = replace(run, statistics=run.statistics or Path(scratch))
-            found, refused = ready(opened, recipe, effort, texts, kept)
+            found, refused = ready(opened, recipe, effort, judged, kept)
         losses: dict[str, list[float]] = {}
         few = texts.calibration[: effort.trial]
         if len(found) > 1:
             refining = Refining(passes=1, length=SPAN) if recipe.settings.refine else None
-            trial = Trial(opened.model, replace(texts, calibration=few), refining)
+            trial = Trial(opened.model, replace(judged, calibration=few), refining)
             losses = dict(tried(opened, found, trial.few, run, trial.losses))
         name = best(losses) if losses else next(iter(found))
         method, planned = found[name]

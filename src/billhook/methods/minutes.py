@@ -69,7 +69,8 @@ class Work:
 
     layers: int
     windows: int
-    probes: int
+    probes: int  # of the calibration's text
+    judges: int  # of all kinds
     solve: float  # a refit of one layer's FFN, in windows that pass a layer
     gone: int = 0  # layers that go whole
     alone: bool = False  # whether nothing else goes
@@ -86,7 +87,8 @@ class Work:
         widths = [axis.units for axis in axes(model, ("ffn",)) if axis.layer == total - 1]
         solve = SOLVE * sum(width**3 for width in widths) / (2 * read.seq_len * layer_parameters(model, total - 1))
         gone, alone = len(plan.layers) if plan else 0, bool(plan and plan.layers and not any(plan.drops.values()))
-        return cls(total, windows, read.probes, solve, gone, alone, patched)
+        judges = (1 if read.has_prose else 2) * read.probes
+        return cls(total, windows, read.probes, judges, solve, gone, alone, patched)
 
     @property
     def refined(self) -> int:
@@ -117,7 +119,7 @@ class Work:
             solves = (everywhere * total + len(rivals) - everywhere) * self.solve
             spans = everywhere * total + (len(rivals) - everywhere) * min(SPAN, total)
             goals, steps = (few * len(rivals) * total, few * spans) if refined else (0, 0)
-            probes = (1 + len(rivals)) * self.probes
+            probes = (1 + len(rivals)) * self.judges
             found["trials"] = Passes(fits + solves + goals + probes * total, probes, steps)
         if self.patched:
             found["patch"] = Passes(windows * total * BEFORE + self.solve)

@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cache, partial
 from statistics import fmean, stdev
 from typing import Any
@@ -42,7 +43,7 @@ class Rival(Way):
 
 
 def able(opened: Opened, recipe: Recipe) -> list[Rival]:
-    """The rivals that may be tried, simpler ones first, if the budget lets them."""
+    """The rivals that may be tried, those of less depth first, if the budget lets them."""
     return [rival for rival in RIVALS if rival.may(opened, recipe)]
 
 
@@ -141,8 +142,11 @@ def _of(recipe: Recipe, method: Method, kinds: tuple[str, ...], allocation: str 
     return replace(recipe, method=method, settings=method.Settings(), shape=shape)
 
 
-def _layers(opened: Opened, recipe: Recipe, effort: Effort, texts: Texts, run: Run) -> Ready:
-    """As many neighbouring layers as the budget takes, those that are missed least; what is left of it by widths."""
+def _layers(
+    opened: Opened, recipe: Recipe, effort: Effort, texts: Texts, run: Run, share: Fraction = Fraction(1)
+) -> Ready:
+    """A share of as many neighbouring layers as the budget takes, those that are missed least; the rest of it by
+    widths."""
     from billhook.calibration.layer_importance import chosen, missed_least
     from billhook.cuts.chopping import check_patch
     from billhook.cuts.settings import Chopping
@@ -160,7 +164,7 @@ def _layers(opened: Opened, recipe: Recipe, effort: Effort, texts: Texts, run: R
     def plan(gone: Sequence[int]) -> Any:
         return solved(opened, widths, even_planner(model, widths, gone=gone), run.tick)
 
-    count, refused = len(solved(opened, recipe, by_depth(model), run.tick).layers), None
+    count, refused = int(share * len(solved(opened, recipe, by_depth(model), run.tick).layers)), None
     while count:
         try:  # whether the budget can be met does not depend on which layers go
             plan(layer_presets.middle(total, count))
@@ -169,13 +173,14 @@ def _layers(opened: Opened, recipe: Recipe, effort: Effort, texts: Texts, run: R
             count, refused = count - 1, refused or error
     if not count:
         raise refused or BillhookError("the budget is less than a layer")
+    probe = texts.probe[: recipe.calibration.probes]  # of both kinds, where there are two
     with run.clock("layers"):
-        if not len(texts.probe):
+        if not len(probe):
             gone = layer_presets.middle(total, count)  # as many, to say what it will come to
         elif is_offloaded(model):  # one pass, where weights are read from files
-            gone = chosen(model, "angular", count, texts.calibration, texts.probe, run)
+            gone = chosen(model, "angular", count, texts.calibration, probe, run)
         else:
-            gone = missed_least(model, count, texts.probe, run)
+            gone = missed_least(model, count, probe, run)
     found = plan(gone)
     if found.kinds:
         return fasp.METHOD, Planned(found, widths.settings.cut)
@@ -200,7 +205,7 @@ def _layers_and_widths(opened: Opened, recipe: Recipe, effort: Effort, texts: Te
     if not count:
         raise BillhookError("the budget is less than two layers")
     with run.clock("layers"):
-        gone = missed_least(opened.model, count, texts.probe, run)
+        gone = missed_least(opened.model, count, texts.probe[: recipe.calibration.probes], run)
     cut = uneven.settings.cut
     return fasp.METHOD, Planned(
         solved(opened, uneven, weighing_planner(opened, uneven, cut, few, {}, run, gone=gone), run.tick), cut
@@ -225,11 +230,12 @@ def _planned_by(
 
 
 STOCK, UNEVEN, UNITS = ("uniform",), ("per_layer",), ("ffn", "groups")
-RIVALS = (  # the simpler ones first
+RIVALS = (  # of two that no window tells apart the first: less depth is faster, and hurts other kinds of text less
     Rival("whole layers", ("layers",), STOCK + UNEVEN, _layers),
     Rival("fewer experts", ("experts",), STOCK, _planned_by(experts.METHOD, "experts")),
     Rival("narrower experts", ("expert_ffn",), STOCK, _planned_by(fasp.METHOD, "expert_ffn")),
+    Rival("whole layers and equal widths", ("layers", "ffn"), STOCK, partial(_layers, share=Fraction(2, 3))),
     Rival("equal widths", ("ffn",), STOCK, _planned_by(fasp.METHOD, "ffn")),
-    Rival("uneven widths", UNITS, UNEVEN, _planned_by(fasp.METHOD, *UNITS, allocation="sensitivity")),
     Rival("whole layers and uneven widths", ("layers", *UNITS), UNEVEN, _layers_and_widths),
+    Rival("uneven widths", UNITS, UNEVEN, _planned_by(fasp.METHOD, *UNITS, allocation="sensitivity")),
 )

@@ -87,6 +87,11 @@ class Calibration(Part):
     seq_len: int = option(512, "tokens in a window", ge=2)
     seed: int = option(0, "which windows are drawn", ge=0, lt=2**63)
 
+    @property
+    def has_prose(self) -> bool:
+        """Whether it holds the technical prose by which other texts' cuts are judged, too."""
+        return "mixed" in self.source.split("+")
+
 
 class Compute(Part):
     """What it is computed on, and by which row."""

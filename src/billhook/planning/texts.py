@@ -1,16 +1,19 @@
 """The windows that a prune looks at: to calibrate, and to judge by."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain, zip_longest
 from typing import Any
 
 import torch
 
-from billhook import data
+from billhook import data, demo
 from billhook.checkpoints.load import Opened
+from billhook.errors import DataError
 from billhook.planning.recipe import SAMPLES, Recipe
 from billhook.tensors import Probes, Tokens
 
+CHARACTERS = 16  # of a text for each token that is drawn from it: enough of it, whatever the tokenizer
 NOWHERE = data.Windows("", torch.zeros(0, 2, dtype=torch.long), 0, "", "")
 
 
@@ -22,6 +25,13 @@ class Texts:
     probe: Probes
     windows: data.Windows = NOWHERE  # both, with where they come from
     search: Any = None  # what a search reads besides
+    elsewhere: data.Windows = NOWHERE  # of another kind of text, to judge by
+
+    @property
+    def judges(self) -> Probes:
+        """Windows of both kinds to judge by, in turns."""
+        both = chain.from_iterable(zip_longest(self.probe, self.elsewhere.tokens))
+        return torch.stack([one for one in both if one is not None]) if len(self.elsewhere.tokens) else self.probe
 
     @property
     def hashes(self) -> dict[str, str]:
@@ -32,6 +42,7 @@ class Texts:
 
     def record(self, seq_len: int) -> dict[str, Any]:
         """What a report says of them; `seq_len`: tokens in a window."""
+        other = self.elsewhere
         return {
             "source": self.windows.source,
             "windows": len(self.calibration),
@@ -42,7 +53,7 @@ class Texts:
             "begins_with": list(self.windows.begins_with),
             "text_sha256": self.windows.text_sha256,
             "tokens_sha256": self.windows.sha256,
-        }
+        } | ({"elsewhere": {"source": other.source, "windows": len(other.tokens)}} if len(other.tokens) else {})
 
 
 def draw(opened: Opened, recipe: Recipe, text: data.Text, search: Any = None) -> Texts:
@@ -60,3 +71,22 @@ def draw(opened: Opened, recipe: Recipe, text: data.Text, search: Any = None) ->
     data.check_vocabulary(drawn, opened.model, opened.name)
     calibration, probe = drawn.tokens.split([len(drawn.tokens) - probes, probes])
     return Texts(calibration, probe, drawn, search)
+
+
+def with_another_kind(texts: Texts, opened: Opened, recipe: Recipe) -> Texts:
+    """The same, with as many windows of technical prose to judge by: what fits the calibration's kind of text best
+    need not be what damages a model least.
+
+    None where the calibration has that prose already, or where it is shorter than a window.
+    """
+    read = recipe.calibration
+    if not len(texts.probe) or read.has_prose:
+        return texts
+    prose = demo.language_reference()[: CHARACTERS * len(texts.probe) * read.seq_len]
+    text = data.Text("Python's language reference", prose)
+    try:
+        drawn = data.windows(text, opened.tokenizer, read.seq_len, (1, len(texts.probe)), read.seed)
+    except DataError:
+        return texts
+    data.check_vocabulary(drawn, opened.model, opened.name)
+    return replace(texts, elsewhere=drawn)

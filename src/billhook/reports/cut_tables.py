@@ -298,6 +298,8 @@ def calibration_words(cut: Mapping[str, Any]) -> str:
         return "none was needed"
     seed = (cut.get("recipe") or {}).get("seed")
     probes = f", {text['probes']} more to probe with" if text.get("probes") else ""
+    if other := text.get("elsewhere"):
+        probes += f" and {other['windows']} of {other['source']}"
     words = [
         f"{text['windows']:,} windows of {text['seq_len']:,} tokens of {text['source']}{probes}",
         begun_words(text),
