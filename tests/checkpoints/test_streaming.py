@@ -65,7 +65,7 @@ SLICED = {  # norms over heads, fused, untied; and scaled, tied, with norms behi
     + [(one, case) for one in FAMILIES[1:] for case in OTHERS]
     + [(one, case) for case, families in SLICED.items() for one in families],
 )
-@pytest.mark.covering(some={"case": 3})
+@pytest.mark.covering(some={"case": 5})
 def test_streamed_is_as_in_memory(
     family: str, case: str, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

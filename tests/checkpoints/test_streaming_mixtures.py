@@ -56,7 +56,7 @@ def test_every_family_computes_in_its_files_what_it_would_in_memory(family: str,
     ("family", "settings"),
     [*CUTS.items(), *((family, how) for family in MIXTURES for how in WAYS.values()), ("qwen2_moe", DROPPED)],
 )
-@pytest.mark.covering(some={"settings": 3})
+@pytest.mark.covering(some={"settings": 5})
 def test_streamed_is_as_in_memory(
     family: str, settings: dict[str, Any], tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,7 +57,7 @@ def weights(model: Any, roles: tuple[str, ...] = ROLES) -> dict[str, torch.Tenso
     ("name", "method"),
     [(name, method) for name in ALL for method in tiny.ZEROS if name in tiny.STRUCTURES or method == "wanda"],
 )
-@pytest.mark.covering(some={"name": 3})
+@pytest.mark.covering(some={"name": 5})
 def test_every_family_has_exactly_the_zeros_that_were_asked_for(text: str, name: str, method: str) -> None:
     half, groups = masked(text, name, method=method), masked(text, name, method=method, pattern="2:4", half=True)
     dense = tiny.model(name)

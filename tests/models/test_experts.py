@@ -165,6 +165,7 @@ class Operations(TorchDispatchMode):
         return model
 
 
+@pytest.mark.covering(some={"family": 3})
 @pytest.mark.parametrize("family", MIXED)
 def test_what_is_measured_is_the_stock_forward(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every operation, as often and on the same shapes, as of a model that transformers loads."""

@@ -112,7 +112,7 @@ def test_whole_layers_and_widths_meet_a_budget_together(text_file: Path, ratio: 
 @pytest.mark.parametrize("layout", ["uniform", "per_layer"])
 @pytest.mark.parametrize("axes", [("ffn",), ("layers",), ("ffn", "layers")])
 def test_axes_say_what_may_go(text_file: Path, axes: tuple[str, ...], layout: str) -> None:
-    result = prune(deep(), text_file, ratio=1 / 3, axes=axes, layout=layout, multiple_of=2)
+    result = prune(deep(), text_file, ratio=1 / 3, axes=axes, layout=layout, multiple_of=2, refine=False)
     assert ("layers" in axes) or not result.record["dropped_layers"]
     assert ("ffn" in axes) or not any(cut["dropped"] for cut in result.record["cuts"])
 
@@ -126,7 +126,7 @@ def test_what_no_rival_can_give_is_refused_in_one_line(text_file: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["granite", "mistral", "phi3", "qwen2"])
-@pytest.mark.covering(some={"family": 2})
+@pytest.mark.covering(some={"family": 4})
 def test_which_family_it_is_does_not_show(text_file: Path, family: str) -> None:
     """The same function, written as another family, is cut in the same places, and as well."""
     carried = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "carry_over.py"))["carried"]
