@@ -215,7 +215,7 @@ def test_layers_and_uneven_widths_meet_a_budget_together(text_file: Path, monkey
 def test_minutes_say_how_much_is_tried_and_how_long_it_is_refined(text_file: Path) -> None:
     record = prune(deep(), text_file, ratio=1 / 3, minutes=1).record
     assert len(record["auto"]["tried"]) > 1 and record["calibration"]["windows"] == 8
-    uneven = {"layout": "per_layer", "axes": ("ffn",), "multiple_of": 2}
+    uneven: dict[str, Any] = {"layout": "per_layer", "axes": ("ffn",), "multiple_of": 2}
     assert prune(deep(), text_file, minutes=1, refine=False, **uneven).record["cuts"]
     with pytest.raises(BillhookError, match="the quickest cut takes about"):
         prune(deep(), text_file, ratio=1 / 3, minutes=1e-6)
