@@ -29,6 +29,7 @@ from billhook import data
 from billhook.checkpoints import load
 from billhook.data import Text
 from billhook.evaluation.perplexity import paired, perplexity
+from billhook.methods import rivals
 from billhook.models import sizes
 from billhook.models.families import layers
 from billhook.planning.recipe import SAMPLES
@@ -49,9 +50,11 @@ ROWS: dict[str, dict[str, Any]] = {
     "auto, per layer": {"method": "auto", "layout": "per_layer"},
     "auto, widths alone": {"method": "auto", "axes": ("ffn",)},
     "auto, layers alone": {"method": "auto", "axes": ("layers",)},
+    "auto, layers and widths": {"method": "auto", "rival": "whole layers and equal widths"},
     "auto, 64 windows": {"method": "auto", "samples": 64},
     "auto, mixed text": {"method": "auto", "calibration": "mixed"},
 }
+EVERY = rivals.RIVALS
 THEIRS = {"optipfair, widths": "widths", "optipfair, widths by data": "widths-data", "optipfair, last layers": "layers"}
 CLIENT = Path(__file__).with_name("optipfair_client.py")
 
@@ -91,8 +94,11 @@ def judged(model: Any) -> list[Any]:
 def ours(row: str) -> tuple[Any, float, str, int]:
     """The cut model, its seconds, what was chosen, and the windows that it was fitted on."""
     given = {"calibration": args.calibration, "samples": args.samples, "seed": args.seed, "ratio": args.ratio}
+    given |= ROWS[row]
+    only = given.pop("rival", "")  # which no option asks for
+    rivals.RIVALS = tuple(one for one in EVERY if only in ("", one.name))
     copied, started = copy.deepcopy(opened.model), time.perf_counter()
-    found = billhook.prune(copied, tokenizer=opened.tokenizer, look=False, quiet=True, **{**given, **ROWS[row]})
+    found = billhook.prune(copied, tokenizer=opened.tokenizer, look=False, quiet=True, **given)
     took = time.perf_counter() - started
     chosen = (found.record.get("auto") or {}).get("chosen", "")
     return found.model.float(), took, chosen, found.record["calibration"]["windows"]

@@ -187,6 +187,16 @@ def text_file(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file of more words than `text_file` has, and of a larger lexicon: for what learns from them."""
+    import tiny
+
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(tiny.text(6000, 400))
+    return str(path)
+
+
 @pytest.fixture
 def command(tmp_path: Path, text_file: Path) -> list[object]:
     from folders import written

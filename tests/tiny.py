@@ -213,6 +213,14 @@ def model(name: str, seed: int = 0, **other: Any) -> T.PreTrainedModel:
     return copy.deepcopy(built)
 
 
+def uneven() -> T.PreTrainedModel:
+    """A model of whose layers one matters far more than the others, which scores within layers do not show."""
+    found = model("llama")
+    for n, factor in enumerate((0.01, 8, 0.01)):
+        found.model.layers[n].mlp.down_proj.weight.data *= factor
+    return found
+
+
 @cache
 def _built(name: str, seed: int, other: tuple[tuple[str, Any], ...]) -> tuple[T.PreTrainedModel, torch.Tensor]:
     """The model, and where its making leaves the generator of random numbers."""

@@ -237,14 +237,8 @@ SCALES = {
     "block": "one for each block of 32 inputs, as Q4_0 stores them",
     "module": "one for each weight (QuantGPT, arXiv:2203.10705)",
 }
-BITS_A_WEIGHT = {
-    "T2": 2.5,
-    "Q4_0": 4.5,
-    "Q4_1": 5.0,
-    "Q5_0": 5.5,
-    "Q5_1": 6.0,
-    "Q8_0": 8.5,
-}  # with its share of the scales
+# with its share of the scales
+BITS_A_WEIGHT = {"T2": 2.5, "Q4_0": 4.5, "Q4_1": 5.0, "Q5_0": 5.5, "Q5_1": 6.0, "Q8_0": 8.5}
 GRID_TYPES = tuple(BITS_A_WEIGHT)  # types that have codes of billhook's own
 BY_LAYER_TYPES = GRID_TYPES[1:]  # types that a layer may get within a budget
 NOT_GGML = ("T2",)  # three levels in blocks of 32: ggml has them in blocks of 256 alone (TQ2_0)

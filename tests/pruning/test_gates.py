@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from transformers import PreTrainedModel
 
 import billhook
 from billhook.checkpoints.load import Opened
@@ -26,24 +25,9 @@ SMALL: dict[str, Any] = dict(
 )
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_text(tiny.text(6000, 400))
-    return str(path)
-
-
-def uneven() -> PreTrainedModel:
-    """A model of whose layers one matters far more than the others, which scores within layers do not show."""
-    model = tiny.model("llama").eval()
-    for n, factor in enumerate((0.01, 8, 0.01)):
-        model.model.layers[n].mlp.down_proj.weight.data *= factor
-    return model
-
-
 def pruned(text: str, **other: Any) -> billhook.Result:
     given = {"calibration": text, **SMALL, **other}
-    return billhook.prune(uneven(), tokenizer=tiny.tokenizer(), **given)
+    return billhook.prune(tiny.uneven(), tokenizer=tiny.tokenizer(), **given)
 
 
 def test_layers_that_matter_keep_more_and_the_budget_is_met(text: str) -> None:
@@ -67,7 +51,7 @@ def test_equal_widths_choose_units_within_layers(text: str) -> None:
 @pytest.mark.parametrize("scaling", [0, 8])
 def test_the_cut_is_the_gated_model(scaling: int) -> None:
     """The gates at 0, and at 1 or what was learned as scales, and what is left after the cut put out the same."""
-    model, windows = uneven(), tiny.tokens(9, 24)
+    model, windows = tiny.uneven(), tiny.tokens(9, 24)
     chosen = recipe(**SMALL, layout="per_layer", axes="groups,ffn", restoration=False, scaling=scaling)
     texts = Texts(windows[:6], windows[6:])
     opened = Opened(model, None, "tiny", None, torch.float32)
@@ -88,7 +72,7 @@ def test_the_cut_is_the_gated_model(scaling: int) -> None:
     with torch.no_grad():
         assert torch.allclose(model(tiny.tokens()).logits, wanted, atol=1e-4)
     assert sizes.decoder_parameters(model) == before - sum(
-        axis.price(uneven()) * planned.plan.drops[axis.layer, axis.kind] for axis in units.axes
+        axis.price(tiny.uneven()) * planned.plan.drops[axis.layer, axis.kind] for axis in units.axes
     )
 
 

@@ -25,13 +25,6 @@ SMALL: dict[str, Any] = dict(
 )
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_text(tiny.text(6000, 400))
-    return str(path)
-
-
 def pruned(text: str, **other: Any) -> billhook.Result:
     given = {"calibration": text, **SMALL, **other}
     return billhook.prune(tiny.model("llama"), tokenizer=tiny.tokenizer(), **given)

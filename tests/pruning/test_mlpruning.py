@@ -8,7 +8,6 @@ import pytest
 import tiny
 import torch
 from cut_off import cut_off
-from transformers import PreTrainedModel
 
 import billhook
 from billhook.checkpoints.load import Opened
@@ -27,24 +26,9 @@ SMALL: dict[str, Any] = dict(
 UNEVEN: dict[str, Any] = dict(layout="per_layer")
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_text(tiny.text(6000, 400))
-    return str(path)
-
-
-def uneven() -> PreTrainedModel:
-    """A model of whose layers one matters far more than the others, which scores within layers do not show."""
-    model = tiny.model("llama").eval()
-    for n, factor in enumerate((0.01, 8, 0.01)):
-        model.model.layers[n].mlp.down_proj.weight.data *= factor
-    return model
-
-
 def pruned(text: str, **other: Any) -> billhook.Result:
     given = {"calibration": text, **SMALL, **other}
-    return billhook.prune(uneven(), tokenizer=tiny.tokenizer(), **given)
+    return billhook.prune(tiny.uneven(), tokenizer=tiny.tokenizer(), **given)
 
 
 def test_layers_that_matter_keep_more_which_beats_equal_widths(text: str) -> None:
@@ -62,10 +46,10 @@ def test_layers_that_matter_keep_more_which_beats_equal_widths(text: str) -> Non
 
 @pytest.mark.parametrize("shape", [dict(axes="heads,ffn", **UNEVEN), dict(axes="groups,ffn")])
 def test_the_cut_is_the_gated_model_with_its_adapters(shape: dict[str, Any]) -> None:
-    model, chosen, windows = uneven(), recipe(**SMALL, **shape), tiny.tokens(6, 24)
+    model, chosen, windows = tiny.uneven(), recipe(**SMALL, **shape), tiny.tokens(6, 24)
     texts = Texts(windows, windows[:0])
     planned = METHODS["mlpruning"].plan(Opened(model, None, "tiny", None, torch.float32), chosen, texts, Run())
-    trained = uneven()
+    trained = tiny.uneven()
     units, stays = Units.of(trained, chosen.kinds), []
     for axis in units.axes:
         place = axis.layer, axis.kind

@@ -192,13 +192,6 @@ def test_what_was_foretold_and_what_is_lost_are_told_layer_by_layer() -> None:
         assert row["measured"] == pytest.approx(kl(model, alone), rel=1e-3)
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_text(tiny.text(6000, 400))
-    return str(path)
-
-
 def pruned(text: str, family: str = "llama", **other: Any) -> billhook.Result:
     given = {**SMALL, "ratio": 0.3, "seq_len": 32, "samples": 6, "calibration": text, **other}
     return billhook.prune(tiny.model(family), tokenizer=tiny.tokenizer(), **given)

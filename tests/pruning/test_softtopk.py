@@ -21,13 +21,6 @@ SMALL: dict[str, Any] = dict(
 )
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_text(tiny.text(6000, 400))
-    return str(path)
-
-
 def planted() -> PreTrainedModel:
     """A model of whose FFN channels every other one is hardly heard."""
     model = tiny.model("llama").eval()

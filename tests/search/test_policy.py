@@ -24,31 +24,16 @@ SMALL: dict[str, Any] = dict(
 )
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_text(tiny.text(6000, 400))
-    return str(path)
-
-
 def pruned(text: str, model: PreTrainedModel | None = None, **other: Any) -> billhook.Result:
     given = {"calibration": text, **SMALL, **other}
     return billhook.prune(model or tiny.model("llama"), tokenizer=tiny.tokenizer(), **given)
-
-
-def uneven() -> PreTrainedModel:
-    """A model of whose layers one matters far more than another, which scores within layers do not show."""
-    model = tiny.model("llama")
-    for n, factor in enumerate((0.01, 8, 0.01)):
-        model.model.layers[n].mlp.down_proj.weight.data *= factor
-    return model
 
 
 def test_what_matters_is_learned(text: str) -> None:
     how = dict(layout="per_layer", objective="kl", rate=6.0, steps=24, masks=8, restoration=False)
     drifts = []
     for seed in range(2):
-        record = pruned(text, uneven(), seed=seed, **how).record["policy"]
+        record = pruned(text, tiny.uneven(), seed=seed, **how).record["policy"]
         found, chances = record["unrestored"], {one["layer"]: one["chance"] for one in record["kept"]}
         assert found["gain"] > 4 * found["standard_error"] > 0 and found["learned"] < 0.7 * found["start"]
         drifts.append(chances[1] - chances[2])  # of the layer that matters, and of one that does not
@@ -78,11 +63,11 @@ def test_it_prunes_families_of_every_structure(family: str, text: str) -> None:
 
 
 def test_the_same_call_twice_gives_the_same_cut(text: str) -> None:
-    first, second = (pruned(text, uneven(), layout="per_layer") for _ in range(2))
+    first, second = (pruned(text, tiny.uneven(), layout="per_layer") for _ in range(2))
     assert json.dumps(first.record["policy"]) == json.dumps(second.record["policy"])
     pairs = zip(first.model.state_dict().values(), second.model.state_dict().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
-    other = pruned(text, uneven(), layout="per_layer", seed=1)
+    other = pruned(text, tiny.uneven(), layout="per_layer", seed=1)
     assert json.dumps(first.record["policy"]) != json.dumps(other.record["policy"])
 
 

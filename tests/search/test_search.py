@@ -48,13 +48,6 @@ def base_cut(drops: dict[str, int], layout: str = "uniform") -> BaseCut:
     return BaseCut(tiny.model("llama"), even_plan(3, drops), 1, layout)
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_text(tiny.text(6000, 400))
-    return str(path)
-
-
 def found(text: str, **other: Any) -> dict[str, Any]:
     given = {"calibration": text, **SMALL, **other}
     return billhook.prune(tiny.model("llama"), tokenizer=tiny.tokenizer(), **given).record["search"]

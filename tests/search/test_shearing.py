@@ -32,13 +32,6 @@ from billhook.search.validation import Validation
 SMALL: dict[str, Any] = dict(method="optishear", sparsity=0.5, seq_len=64, samples=6, trials=12)
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_text(tiny.text(6000, 400))
-    return str(path)
-
-
 def pruned(text: str, **other: Any) -> billhook.Result:
     return billhook.prune(tiny.model("llama"), tokenizer=tiny.tokenizer(), **{"calibration": text, **SMALL, **other})
 

@@ -22,9 +22,7 @@ from billhook.tensors import Columns, Weight
 BLOCK = 32  # neighbours of a row that share a scale
 LARGEST = torch.finfo(torch.float16).max
 SHRINKS = tuple(1 - n / 60 for n in range(16))  # shares of a block's own scale that are tried, 1 to 0.75
-FURTHER = tuple(
-    1 - n / 20 for n in range(16)
-)  # the same of three levels, 1 to 0.25: most entries are far below the largest
+FURTHER = tuple(1 - n / 20 for n in range(16))  # of three levels, 1 to 0.25: most entries are far below the largest
 
 
 @dataclass(frozen=True)

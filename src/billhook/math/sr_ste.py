@@ -1,8 +1,8 @@
 """Masks that move while a model trains: annealed SR-STE of AST (Huang et al. 2024, arXiv:2407.20584), its naive row.
 
 The model computes with W o M, where M keeps the largest |W| of every group, or the largest |W_ij| ||X_j|| of inputs X
-as they were before the training (Wanda's score).  With g = dL/d(W o M), l the decay of the
-step and b1, b2, lr, eps as in Adam (o: entry by entry):
+as they were before the training (Wanda's score).  With g = dL/d(W o M), l the decay of the step and b1, b2, lr, eps as
+in Adam (o: entry by entry):
 
     m <- b1 m + (1 - b1) g                     straight through: a masked weight gets the gradient of its place
     u  = m + l (1 - M) o W                     the decay pulls masked weights to zero, and is no part of m
