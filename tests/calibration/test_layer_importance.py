@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 import transformers as T
 
 from billhook.calibration import layer_importance
+from billhook.checkpoints import load
 from billhook.choices import DATA_FREE_PRESETS, MEASURED_PRESETS, PRESETS
 from billhook.errors import BillhookError
 from billhook.math import layer_presets
@@ -20,6 +22,7 @@ from billhook.models.families import layers
 from billhook.models.surgery import drop_layers
 from billhook.pruning import prune
 from billhook.reports.formatting import ranges
+from billhook.runtime import offload
 from billhook.runtime.run import Run
 from billhook.training.refinement import Refining
 
@@ -278,6 +281,25 @@ def test_a_short_list_is_tried_on_all_windows(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(layer_importance, "SHORTLIST", 3)
     assert layer_importance.missed_least(model, 2, probe, Run()) == [2, 3]
     assert [(count, len(blocks)) for count, blocks in tried] == [(1, 6), (5, 3)]
+
+
+def test_of_weights_in_their_files_each_is_read_once_for_all_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep(6).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    whole, streamed = (load.open_model(str(tmp_path), stream=stream).model for stream in (False, True))
+    probe, read = torch.randint(0, 258, (3, 16), generator=torch.Generator().manual_seed(1)), list[str]()
+    stored = offload.WeightStore.read
+
+    def reading(store: offload.WeightStore, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        read.extend(names)
+        return stored(store, names)
+
+    monkeypatch.setattr(offload.WeightStore, "read", reading)
+    losses = layer_importance.losses_without_blocks(streamed, probe, 2)
+    assert losses == layer_importance.losses_without_blocks(whole, probe, 2)
+    assert all(read.count(name) == 1 for name in read if ".layers." in name)
 
 
 def test_costs_are_told_by_the_numbers_that_the_work_goes_by() -> None:

@@ -226,7 +226,7 @@ def test_minutes_say_how_much_is_tried_and_how_long_it_is_refined(text_file: Pat
 def test_more_minutes_are_never_spent_on_less() -> None:
     """By a cost that is made up: what is tried grows with the time, and a refinement has what is left of it."""
     price = 0.05, 0.4, 0.2
-    work, rivals = Work(30, 64, 8, 16, 8.0, 6, True, True), [one for one in RIVALS if "uniform" in one.layouts]
+    work, rivals = Work(30, 64, 8, 16, 8.0, 6, True, 10, True), [one for one in RIVALS if "uniform" in one.layouts]
     chosen = [spent(minutes, work, rivals, (True, False), price) for minutes in (3, 8, 12, 20, 60)]
     assert [one.rivals for one in chosen] == sorted(one.rivals for one in chosen)
     for minutes, effort in zip((3, 8, 12, 20, 60), chosen, strict=True):
@@ -280,13 +280,14 @@ def test_a_dry_run_tells_of_every_family(family: str, text_file: Path, tmp_path:
             estimate(str(model), recipe(layout="per_layer", **given), tmp_path / "out")
 
 
-def test_a_dry_run_of_weights_in_files_tells_of_no_trial(text_file: Path, tmp_path: Path) -> None:
+def test_a_dry_run_of_weights_in_files_tells_of_a_refinement_and_no_trial(text_file: Path, tmp_path: Path) -> None:
     model = in_files("llama", tmp_path / "model")
     given = {"ratio": 1 / 3, "calibration": str(text_file), "samples": 8, "seq_len": 24}
     said, whole = (
         estimate(str(model), recipe(**given), tmp_path / "out", stream_weights=stream) for stream in (True, False)
     )
-    assert {"trials", "refinement", "look"} <= set(whole["stages"]) - set(said["stages"])
+    assert {"trials", "look"} <= set(whole["stages"]) - set(said["stages"])
+    assert {"layers", "goals", "refinement"} <= set(said["stages"])
     assert said["peak_bytes"] <= whole["peak_bytes"]
     with pytest.raises(BillhookError, match="weights are streamed"):
         estimate(str(model), recipe(minutes=1, **given), tmp_path / "out", stream_weights=True)
@@ -326,15 +327,22 @@ def test_it_is_the_default(text_file: Path, folder: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_weights_in_their_files_lose_whole_layers_without_trials(family: str, text_file: Path, tmp_path: Path) -> None:
-    """A trial would copy the model, and refinement hold more than a layer of it."""
+def test_weights_in_their_files_lose_the_same_layers_and_become_the_same(
+    family: str, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without trials, which would copy the model, and with a refinement, if there is room to train a layer."""
     model = in_files(family, tmp_path / "model")
     given = {"ratio": 1 / 3, "calibration": str(text_file), "samples": 8, "seq_len": 24, "probes": 2}
     result = billhook.prune(model, stream_weights=True, quiet=True, **given)
-    record = result.record
-    assert record["recipe"]["method"] == "auto" and record["auto"]["tried"] == {} and "refined" not in record
+    record, whole = result.record, billhook.prune(model, axes=("layers",), look=False, quiet=True, **given)
+    assert record["recipe"]["method"] == "auto" and record["auto"]["tried"] == {}
     assert len(record["dropped_layers"]) == 2 and abs(record["sizes"]["achieved_ratio"] - 1 / 3) < 0.02
+    assert record["refined"] == whole.record["refined"]
     result.save(tmp_path / "out")
+    whole.save(tmp_path / "whole")
+    assert same(tmp_path / "out", tmp_path / "whole")
+    monkeypatch.setattr(auto_method, "ROOM", 1000)
+    assert "refined" not in billhook.prune(model, stream_weights=True, quiet=True, **given).record
     for more, says in (
         ({"minutes": 1}, "weights are streamed"),
         ({"layout": "per_layer", "axes": ("ffn",)}, "measured on the whole model"),

@@ -20,6 +20,7 @@ from billhook.math import layer_presets
 from billhook.models.families import layers, linears
 from billhook.models.multimodal import within
 from billhook.runtime import cache
+from billhook.runtime.offload import is_offloaded, loaded, loaded_apart
 from billhook.runtime.progress import Tick, quiet
 from billhook.runtime.run import Run
 from billhook.tensors import Probes, Tokens, precise
@@ -139,7 +140,7 @@ def block_influence(model: PreTrainedModel, tokens: Tokens, tick: Tick = quiet) 
     In float32, without each window's first token: it is an attention sink, and its state is unlike any other.
     """
     parts: list[list[Tensor]] = [[] for _ in layers(model)]  # read at the end: on an accelerator each is waited for
-    for w, (_, states, _) in enumerate(_each_window(model, tokens)):
+    for w, states in enumerate(_each_window(model, tokens)):
         tick(STAGE, w, len(tokens))
         for n, (before, after) in enumerate(pairwise(states)):
             cosine = torch.cosine_similarity(before[:, 1:].float(), after[:, 1:].float(), dim=-1)
@@ -152,7 +153,7 @@ def angular_distances(model: PreTrainedModel, tokens: Tokens, tick: Tick = quiet
     """d[l][m] = arccos cos(x_l, x_m) / pi at the last token, mean over windows:
     the angle that layers l to m - 1 turn."""
     last = []
-    for w, (_, states, _) in enumerate(_each_window(model, tokens)):
+    for w, states in enumerate(_each_window(model, tokens)):
         tick(STAGE, w, len(tokens))
         last.append(torch.cat([state[:, -1] for state in states]))
     tick(STAGE, len(tokens), len(tokens))
@@ -194,15 +195,14 @@ def _block(start: int, count: int) -> list[int]:
 
 
 @torch.no_grad()
-def _each_window(model: PreTrainedModel, tokens: Tokens) -> Iterator[tuple[Tensor, list[Tensor], list[dict[str, Any]]]]:
-    """For each window: its ids, the inputs (1, length, hidden) of all layers and the last one's output, and the
-    arguments that the model passes to each layer."""
+def _each_window(model: PreTrainedModel, tokens: Tokens) -> Iterator[list[Tensor]]:
+    """For each window the inputs (1, length, hidden) of all layers, and the last one's output."""
     for window in tokens.split(1):
         (state,), (calls,) = enter(model, [window])
         states = [state]
         for module, call in zip(layers(model), calls, strict=True):
             states.append(run_layer(module, states[-1], call))
-        yield window.to(model.device), states, calls
+        yield states
 
 
 def _sums(parts: Sequence[Sequence[Tensor]]) -> list[float]:
@@ -247,18 +247,46 @@ def _judged(
 ) -> list[float]:
     """What the model without each set of layers is judged by, mean over windows; layers before a set are run once.
 
+    A window after the other, but where weights are read from files: then a layer is read once for all windows.
+
     Args:
         judge: makes the judge of a window from its ids and what the whole model's last layer puts out.
     """
-    steps = len(probe) * len(without)
+    groups, total = probe.split(len(probe) if is_offloaded(model) else 1), len(layers(model))
     parts: list[list[Tensor]] = [[] for _ in without]
-    for w, (ids, states, calls) in enumerate(_each_window(model, probe)):
-        judged = judge(ids, states[-1])
-        for n, gone in enumerate(without):
-            tick(STAGE, w * len(without) + n, steps)
-            state = states[min(gone)]
-            for m in range(min(gone), len(layers(model))):
-                state = state if m in gone else run_layer(layers(model)[m], state, calls[m])
-            parts[n].append(judged(state))
-    tick(STAGE, steps, steps)
-    return [total / len(probe) for total in _sums(parts)]
+    for g, group in enumerate(groups):
+
+        def tick_layer(n: int, g: int = g) -> None:
+            tick(STAGE, g * total + n, len(groups) * total)
+
+        whole, ends = _ends(model, group, without, tick_layer)
+        with loaded_apart(model):
+            for w, window in enumerate(group.split(1)):
+                judged = judge(window.to(model.device), whole[w])
+                for part, states in zip(parts, ends, strict=True):
+                    part.append(judged(states[w]))
+    tick(STAGE, len(groups) * total, len(groups) * total)
+    return [loss / len(probe) for loss in _sums(parts)]
+
+
+def _ends(
+    model: PreTrainedModel, windows: Probes, without: Sequence[Collection[int]], tick: Callable[[int], None]
+) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """What the last layer puts out (1, length, hidden) for each window:
+    of the whole model, and of the model without each set of layers."""
+    whole, calls = enter(model, list(windows.split(1)))
+    ends = [whole] * len(without)
+    for n, module in enumerate(layers(model)):
+        tick(n)
+
+        def moved(states: list[Tensor], n: int = n, module: Any = module) -> list[Tensor]:
+            return [run_layer(module, state, call[n]) for state, call in zip(states, calls, strict=True)]
+
+        with loaded(module, edits=False):
+            after = moved(whole)
+            ends = [
+                after if n < min(gone) else states if n in gone else moved(states)
+                for states, gone in zip(ends, without, strict=True)
+            ]
+        whole = after
+    return whole, ends

@@ -17,19 +17,18 @@ from billhook.planning.method import (
     Method,
     MethodSettings,
     Opened,
-    Passes,
     Planned,
     Price,
     Run,
     Text,
     Texts,
 )
-from billhook.planning.recipe import SAMPLES, Recipe
+from billhook.planning.recipe import Recipe
 from billhook.runtime.options import option
 
-STREAMED = Effort(windows=8 * SAMPLES, rivals=1, trial=16, curves=2, passes=0.0)  # a trial would copy the model
 GAINED = 1 / 8  # share of its divergence that a refinement took off a cut of widths, at most (docs/LOG.md)
 FLOATS = 5  # numbers that training keeps of every weight: itself, as it was, its gradient, and Adam's two
+ROOM = 2**33  # bytes that these take at most where weights are streamed
 
 
 class AutoSettings(MethodSettings):
@@ -155,12 +154,11 @@ class Auto(Method):
         if not len(texts.calibration):
             return self._untried(opened, recipe)
         read, streamed = recipe.calibration, is_offloaded(opened.model)
+        work = self._work(opened, recipe, len(texts.calibration), streamed)
+        effort = self._effort(opened, recipe, work, lambda: price(opened.model, read.seq_len))
         if streamed:
-            effort = STREAMED
-        else:
-            work = self._work(opened, recipe, len(texts.calibration))
-            effort = self._effort(opened, recipe, work, lambda: price(opened.model, read.seq_len))
-            texts = _first(texts, work.fitted(effort))
+            effort = replace(effort, rivals=1)  # a trial would copy the model
+        texts = _first(texts, work.fitted(effort))
         run, judged = _claimed(opened, recipe, texts, run), replace(texts, probe=texts.judges)
         with TemporaryDirectory() as scratch:  # what one rival measures others take
             kept = replace(run, statistics=run.statistics or Path(scratch))
@@ -174,8 +172,8 @@ class Auto(Method):
         name = best(losses) if losses else next(iter(found))
         method, planned = found[name]
         refining = None
-        if recipe.settings.refine and not streamed:
-            refining = Refining(passes=effort.passes, length=SPAN, seconds=effort.seconds)
+        if recipe.settings.refine and (length := _span(opened.model, streamed)):
+            refining = Refining(passes=effort.passes, length=length, seconds=effort.seconds)
         record = {
             "chosen": name,
             "tried": {name: fmean(each) for name, each in losses.items()},
@@ -198,13 +196,16 @@ class Auto(Method):
         ((method, planned),) = found.values()
         return Planned(planned.plan, Won(method, planned, None), planned.scores)
 
-    def _work(self, opened: Opened, recipe: Recipe, windows: int) -> Work:
+    def _work(self, opened: Opened, recipe: Recipe, windows: int, streamed: bool) -> Work:
         try:
             planned = self._untried(opened, recipe)
         except BillhookError:  # nothing can be told before it is measured
             return Work.of(opened.model, windows, recipe.calibration)
         patched = getattr(planned.settings.planned.settings, "patch", "none") != "none"
-        return Work.of(opened.model, windows, recipe.calibration, planned.plan, patched)
+        work = Work.of(opened.model, windows, recipe.calibration, planned.plan, patched)
+        if not streamed:
+            return work
+        return replace(work, refined=min(_span(opened.model, streamed), work.layers - work.gone) if work.gone else 0)
 
     def _effort(self, opened: Opened, recipe: Recipe, work: Work, price: Price) -> Effort:
         settings = recipe.settings
@@ -216,22 +217,21 @@ class Auto(Method):
     def foreseen(self, opened: Opened, recipe: Recipe, planned: Planned, price: Price, streamed: bool) -> Foreseen:
         from billhook.models import sizes
 
+        if streamed:
+            _check_streamed(recipe)
         won: Won = planned.settings
-        work, model = self._work(opened, recipe, recipe.samples), opened.model
+        work, model = self._work(opened, recipe, recipe.samples, streamed), opened.model
         played = None if work.alone else (won.method, won.planned)
         if played and (why := won.method.why_unforeseen(recipe)):
             raise BillhookError(f"--dry-run: {why}: what that costs cannot be told beforehand")
-        if streamed:
-            _check_streamed(recipe)
-            stages = replace(work, gone=0).stages(STREAMED, (), refined=False)
-            return Foreseen({"layers": Passes(work.windows * work.layers), **stages}, rehearsed=played)
-        effort, refine = self._effort(opened, recipe, work, price), recipe.settings.refine
-        rivals, windows = able(opened, recipe)[: effort.rivals], work.fitted(effort)
+        effort, refine = self._effort(opened, recipe, work, price), recipe.settings.refine and work.refined > 0
+        rivals, windows = able(opened, recipe)[: 1 if streamed else effort.rivals], work.fitted(effort)
         stages = work.stages(effort.within(work, price), rivals, refine)
         copied = sizes.total_parameters(model) if len(rivals) > 1 else 0
         states = windows * recipe.calibration.seq_len * model.get_input_embeddings().weight.shape[1]
-        trained = FLOATS * min(SPAN, work.refined) * sizes.layer_parameters(model, work.layers - 1)
-        spans = math.ceil(work.refined / SPAN)
+        span = max(1, _span(model, streamed))
+        trained = FLOATS * min(span, work.refined) * sizes.layer_parameters(model, work.layers - 1)
+        spans = math.ceil(work.refined / span)
         return Foreseen(stages, 4 * (copied + (trained + spans * states if refine else 0)), windows, played)
 
     def carry_out(self, model: Any, texts: Texts, planned: Planned, run: Run) -> dict[str, Any]:
@@ -241,9 +241,10 @@ class Auto(Method):
             return {"cuts": []}
         won: Won = planned.settings
         texts = _first(texts, won.windows)
-        if won.refining is None:
+        wanted = _spans(model, planned.plan, won.refining) if won.refining else []
+        if not wanted:
             return won.method.carry_out(model, texts, won.planned, run)
-        aimed = aims(model, texts.calibration, _spans(model, planned.plan, won.refining), won.refining, run)
+        aimed = aims(model, texts.calibration, wanted, won.refining, run)
         carried = won.method.carry_out(model, texts, won.planned, run)
         refined = refine(model, texts.calibration, aimed, won.refining, run)
         return {**carried, "refined": [asdict(one) for one in refined]}
@@ -253,19 +254,33 @@ class Auto(Method):
         return f"{planned.record['auto']['chosen']}: {line}" if planned.record else line
 
 
-def _spans(model: Any, plan: Any, refining: Any) -> list[Any]:
-    """What a refinement moves of a model that is to be cut."""
+def _span(model: Any, streamed: bool) -> int:
+    """Layers that are refined together; where weights are streamed as many as there is room to train, perhaps none."""
+    if not streamed:
+        return SPAN
+    from billhook.models import sizes
     from billhook.models.families import layers
+    from billhook.runtime.memory import free_bytes
+
+    each = 4 * FLOATS * sizes.layer_parameters(model, len(layers(model)) - 1)
+    return min(SPAN, min(ROOM, free_bytes(model.device) // 2) // each)
+
+
+def _spans(model: Any, plan: Any, refining: Any) -> list[Any]:
+    """What a refinement moves of a model that is to be cut; where weights are streamed what stands around a gap."""
+    from billhook.models.families import layers
+    from billhook.runtime.offload import is_offloaded
     from billhook.training.refinement import spans
 
     total = len(layers(model))
     kept = [n for n in range(total) if n not in plan.layers]
-    return spans(kept, {n for (n, _), count in plan.drops.items() if count}, total, refining.length)
+    narrowed = set() if is_offloaded(model) else {n for (n, _), count in plan.drops.items() if count}
+    return spans(kept, narrowed, total, refining.length)
 
 
 def _check_streamed(recipe: Recipe) -> None:
     if recipe.settings.minutes:
-        raise SettingsError("--minutes: where weights are streamed nothing is tried or refined: leave it out")
+        raise SettingsError("--minutes: where weights are streamed nothing is timed or tried: leave it out")
 
 
 def _first(texts: Texts, windows: int | None) -> Texts:

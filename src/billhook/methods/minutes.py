@@ -74,6 +74,7 @@ class Work:
     solve: float  # a refit of one layer's FFN, in windows that pass a layer
     gone: int = 0  # layers that go whole
     alone: bool = False  # whether nothing else goes
+    refined: int = 0  # layers that are refined, all spans together
     patched: bool = False  # whether they are made up for
 
     @classmethod
@@ -87,13 +88,8 @@ class Work:
         widths = [axis.units for axis in axes(model, ("ffn",)) if axis.layer == total - 1]
         solve = SOLVE * sum(width**3 for width in widths) / (2 * read.seq_len * layer_parameters(model, total - 1))
         gone, alone = len(plan.layers) if plan else 0, bool(plan and plan.layers and not any(plan.drops.values()))
-        judges = (1 if read.has_prose else 2) * read.probes
-        return cls(total, windows, read.probes, judges, solve, gone, alone, patched)
-
-    @property
-    def refined(self) -> int:
-        """Layers that are refined, all spans together."""
-        return min(SPAN if self.alone else self.layers, self.layers - self.gone)
+        judges, refined = (1 if read.has_prose else 2) * read.probes, min(SPAN if alone else total, total - gone)
+        return cls(total, windows, read.probes, judges, solve, gone, alone, refined, patched)
 
     def fitted(self, effort: Effort) -> int:
         """Windows that the cut is fitted on."""

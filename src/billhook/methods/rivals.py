@@ -147,7 +147,7 @@ def _layers(
 ) -> Ready:
     """A share of as many neighbouring layers as the budget takes, those that are missed least; the rest of it by
     widths."""
-    from billhook.calibration.layer_importance import chosen, missed_least
+    from billhook.calibration.layer_importance import missed_least
     from billhook.cuts.chopping import check_patch
     from billhook.cuts.settings import Chopping
     from billhook.math import layer_presets
@@ -155,7 +155,6 @@ def _layers(
     from billhook.planning.budget import solved
     from billhook.planning.layer_plan import by_depth
     from billhook.planning.planners import even_planner
-    from billhook.runtime.offload import is_offloaded
 
     model, total = opened.model, len(layers(opened.model))
     narrowed = tuple(kind for kind in recipe.shape.axes if kind in fasp.METHOD.kinds and kind != "layers")
@@ -175,12 +174,8 @@ def _layers(
         raise refused or BillhookError("the budget is less than a layer")
     probe = texts.probe[: recipe.calibration.probes]  # of both kinds, where there are two
     with run.clock("layers"):
-        if not len(probe):
-            gone = layer_presets.middle(total, count)  # as many, to say what it will come to
-        elif is_offloaded(model):  # one pass, where weights are read from files
-            gone = chosen(model, "angular", count, texts.calibration, probe, run)
-        else:
-            gone = missed_least(model, count, probe, run)
+        # without a window as many, to say what it will come to
+        gone = missed_least(model, count, probe, run) if len(probe) else layer_presets.middle(total, count)
     found = plan(gone)
     if found.kinds:
         return fasp.METHOD, Planned(found, widths.settings.cut)

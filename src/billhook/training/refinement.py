@@ -15,7 +15,7 @@ What was tried of other norms, and lost: docs/LOG.md.
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -120,23 +120,19 @@ def _gap(kept: Sequence[int], n: int, total: int) -> bool:
 
 def aims(model: PreTrainedModel, tokens: Tokens, wanted: Sequence[Span], settings: Refining, run: Run) -> Aims:
     """What each span is to put out, and what enters the first, of the unpruned model: one pass over the windows."""
-    goals: list[list[State]] = [[] for _ in wanted]
-    entering: list[State] = []
     batches, last = list(tokens.split(settings.rows)), max(span.after for span in wanted)
+    places = {wanted[0].first, *(span.after for span in wanted)}
+    found: dict[int, Sequence[State]] = {}
     products = autocast_dtype(settings.precision, model.device)
     with run.clock("goals"), torch.no_grad(), computing(model.device, products):
-        for b, batch in enumerate(batches):
-            run.tick("goals of refinement", b, len(batches))
-            (state,), (calls,) = enter(model, [batch])
-            for n, module in enumerate(layers(model)[:last]):
-                if n == wanted[0].first:
-                    entering.append(run.hidden.keep(state))
-                state = run_layer(module, state, calls[n])
-                for span, states in zip(wanted, goals, strict=True):
-                    if span.after == n + 1:
-                        states.append(run.hidden.keep(state))
-    run.tick("goals of refinement", len(batches), len(batches))
-    return Aims(wanted, goals, entering)
+        states, calls = enter(model, batches, run.hidden.keep)
+        for n in range(last + 1):
+            run.tick("goals of refinement", n, last)
+            if n in places:
+                found[n] = states
+            if n < last:
+                states = _advanced(model, states, calls, range(n, n + 1), run)
+    return Aims(wanted, [found[span.after] for span in wanted], found[wanted[0].first])
 
 
 def refine(model: PreTrainedModel, tokens: Tokens, wanted: Aims, settings: Refining, run: Run) -> list[Refined]:
@@ -195,7 +191,7 @@ def _refine(
             errors = torch.stack([off(b) for b in range(trained, len(states))]).tolist()  # waited for once
         return math.sqrt(sum(errors) / len(errors))
 
-    with _in_float32(modules) as weights:
+    with _loaded(modules), _in_float32(modules) as weights:
         device = weights[0].device
         products = autocast_dtype(settings.precision, device)
         whole = [weight.detach().clone() for weight in weights]
@@ -293,6 +289,15 @@ def _as_float32(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.float() if value.is_floating_point() else value
     return tuple(map(_as_float32, value)) if isinstance(value, tuple) else value
+
+
+@contextmanager
+def _loaded(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """While open, layers are in memory together; what they have become is kept."""
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(loaded(module))
+        yield
 
 
 @contextmanager
