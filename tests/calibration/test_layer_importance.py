@@ -297,9 +297,14 @@ def test_of_weights_in_their_files_each_is_read_once_for_all_windows(
         return stored(store, names)
 
     monkeypatch.setattr(offload.WeightStore, "read", reading)
-    losses = layer_importance.losses_without_blocks(streamed, probe, 2)
-    assert losses == layer_importance.losses_without_blocks(whole, probe, 2)
-    assert all(read.count(name) == 1 for name in read if ".layers." in name)
+    for measure in (
+        lambda model: layer_importance.losses_without_blocks(model, probe, 2),
+        lambda model: layer_importance.block_influence(model, probe),
+        lambda model: layer_importance.angular_distances(model, probe),
+    ):
+        read.clear()
+        assert measure(streamed) == measure(whole)
+        assert read and all(read.count(name) == 1 for name in read if ".layers." in name)
 
 
 def test_costs_are_told_by_the_numbers_that_the_work_goes_by() -> None:

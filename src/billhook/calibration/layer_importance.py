@@ -139,25 +139,19 @@ def block_influence(model: PreTrainedModel, tokens: Tokens, tick: Tick = quiet) 
 
     In float32, without each window's first token: it is an attention sink, and its state is unlike any other.
     """
-    parts: list[list[Tensor]] = [[] for _ in layers(model)]  # read at the end: on an accelerator each is waited for
-    for w, states in enumerate(_each_window(model, tokens)):
-        tick(STAGE, w, len(tokens))
-        for n, (before, after) in enumerate(pairwise(states)):
-            cosine = torch.cosine_similarity(before[:, 1:].float(), after[:, 1:].float(), dim=-1)
-            parts[n].append(precise(cosine).sum())
-    tick(STAGE, len(tokens), len(tokens))
+
+    def alike(before: Tensor, after: Tensor) -> Tensor:
+        return precise(torch.cosine_similarity(before[:, 1:].float(), after[:, 1:].float(), dim=-1)).sum()
+
+    parts = [list(map(alike, before, after)) for before, after in pairwise(_each_layer(model, tokens, tick))]
     return [1 - total / (tokens.numel() - len(tokens)) for total in _sums(parts)]
 
 
 def angular_distances(model: PreTrainedModel, tokens: Tokens, tick: Tick = quiet) -> list[list[float]]:
     """d[l][m] = arccos cos(x_l, x_m) / pi at the last token, mean over windows:
     the angle that layers l to m - 1 turn."""
-    last = []
-    for w, states in enumerate(_each_window(model, tokens)):
-        tick(STAGE, w, len(tokens))
-        last.append(torch.cat([state[:, -1] for state in states]))
-    tick(STAGE, len(tokens), len(tokens))
-    x = torch.nn.functional.normalize(precise(torch.stack(last, 1)), dim=-1)  # (states, windows, hidden)
+    last = [torch.cat([state[:, -1] for state in states]) for states in _each_layer(model, tokens, tick)]
+    x = torch.nn.functional.normalize(precise(torch.stack(last)), dim=-1)  # (states, windows, hidden)
     cosine = torch.einsum("awh,bwh->abw", x, x).clamp(-1, 1)
     return (cosine.arccos() / math.pi).mean(-1).tolist()
 
@@ -195,14 +189,16 @@ def _block(start: int, count: int) -> list[int]:
 
 
 @torch.no_grad()
-def _each_window(model: PreTrainedModel, tokens: Tokens) -> Iterator[list[Tensor]]:
-    """For each window the inputs (1, length, hidden) of all layers, and the last one's output."""
-    for window in tokens.split(1):
-        (state,), (calls,) = enter(model, [window])
-        states = [state]
-        for module, call in zip(layers(model), calls, strict=True):
-            states.append(run_layer(module, states[-1], call))
+def _each_layer(model: PreTrainedModel, tokens: Tokens, tick: Tick) -> Iterator[list[Tensor]]:
+    """For each layer what enters it (1, length, hidden), a window each; then what the last one puts out."""
+    states, calls = enter(model, list(tokens.split(1)))
+    for n, module in enumerate(layers(model)):
         yield states
+        tick(STAGE, n, len(layers(model)))
+        with loaded(module, edits=False):
+            states = [run_layer(module, state, call[n]) for state, call in zip(states, calls, strict=True)]
+    tick(STAGE, len(layers(model)), len(layers(model)))
+    yield states
 
 
 def _sums(parts: Sequence[Sequence[Tensor]]) -> list[float]:
