@@ -351,14 +351,17 @@ def test_weights_in_their_files_lose_the_same_layers_and_become_the_same(
             billhook.prune(model, stream_weights=True, quiet=True, **given, **more)
 
 
+@pytest.mark.parametrize("streamed", [False, True])
 def test_a_killed_prune_of_a_folder_ends_in_the_same_bits(
-    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    streamed: bool, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, work = in_files("llama", tmp_path / "model"), tmp_path / "work"
 
     def made(name: str) -> Path:
         given = {"ratio": 1 / 3, "calibration": str(text_file), "samples": 8, "seq_len": 24, "probes": 2}
-        return billhook.prune(model, work=work / name, quiet=True, **given).save(tmp_path / name)
+        found = billhook.prune(model, work=work / name, stream_weights=streamed, quiet=True, **given)
+        assert found.record["refined"]
+        return found.save(tmp_path / name)
 
     def stop(*_: Any) -> NoReturn:
         raise CutOffError
