@@ -20,7 +20,8 @@ import results
 
 from billhook.checkpoints import load as load_module
 from billhook.checkpoints import save
-from billhook.checkpoints.load import check_folder, load_tokenizer, open_model
+from billhook.checkpoints.load import check_folder, open_model
+from billhook.checkpoints.tokenizers import load_tokenizer
 from billhook.runtime import offload
 
 parser = argparse.ArgumentParser(description=__doc__)

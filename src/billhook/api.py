@@ -130,6 +130,7 @@ def evaluate(
     text: Sequence[str] = ("demo",),
     device: str = "auto",
     dtype: str = "auto",
+    family_row: str | os.PathLike[str] = "",
     quiet: bool = False,
     **measures: Any,
 ) -> list[Measured]:
@@ -137,12 +138,14 @@ def evaluate(
 
     Args:
         against: the model that the others are compared with: the unpruned one, which comes first in what is returned.
+        family_row: a file with the row of the models' type, where billhook has none.
         measures: fields of `billhook.evaluation.side_by_side.Measures`: seq_len, max_windows, parts, ….
     """
     named = [models] if isinstance(models, str | os.PathLike) else list(models)
     with bars(quiet) as tick:
         asked = side_by_side.Measures(texts=data.evaluation_texts(list(text), tick), **measures)
         every = [os.fspath(name) for name in ([against] if against else []) + named]
+        loading.use_row(os.fspath(family_row), every, tick)
         opened = [loading.open_model(name, device=device, dtype=dtype, tick=tick, packed=True) for name in every]
         for one in opened:
             loading.check_positions(one, asked.seq_len)
@@ -213,10 +216,16 @@ def export(
     *,
     quantize: str = "F16",
     overwrite: bool = False,
+    family_row: str | os.PathLike[str] = "",
     quiet: bool = False,
 ) -> Exported:
-    """Write a model as one GGUF file, for llama.cpp; what was written."""
+    """Write a model as one GGUF file, for llama.cpp; what was written.
+
+    Args:
+        family_row: a file with the row of its model type, where billhook has none.
+    """
     with bars(quiet) as tick:
+        loading.use_row(os.fspath(family_row), [os.fspath(model)], tick)
         opened = loading.open_model(os.fspath(model), device="cpu", dtype="float32", tick=tick)
         written = write_gguf(opened.model, opened.tokenizer, Path(path), quantize, tick, overwrite=overwrite)
         return Exported.of(written)
@@ -229,12 +238,14 @@ def quantize(
     *,
     overwrite: bool = False,
     imatrix: str | os.PathLike[str] | None = None,
+    family_row: str | os.PathLike[str] = "",
     quiet: bool = False,
     **settings: Any,
 ) -> QuantizedModel:
     """Give a model's weights fewer bits, and write the folder `path`, reloaded and compared; what was written.
 
     Args:
+        family_row: a file with the row of its model type, where billhook has none.
         imatrix: file for an importance matrix, which llama.cpp's llama-quantize reads.
         settings: fields of `billhook.planning.few_bits.Wanted`: bits="4", memory="90MB", format="both", ….
     """
@@ -243,6 +254,7 @@ def quantize(
     out = Path(path)
     check_out(out, Path(model) if Path(model).exists() else None, overwrite)
     with bars(quiet) as tick, atomic.folder(out, overwrite) as work:
+        loading.use_row(os.fspath(family_row), [os.fspath(model)], tick)
         found = quantizing.quantize(os.fspath(model), wanted, Run(tick=tick))
         found.write(work, tick)
         if imatrix is not None:
@@ -257,8 +269,14 @@ def check(
     *,
     python: str | None = None,
     trust_remote_code: bool = False,
+    family_row: str | os.PathLike[str] = "",
 ) -> Checked:
-    """Load a checkpoint in a process of a stock client, without billhook, and compare tokens and logits."""
+    """Load a checkpoint in a process of a stock client, without billhook, and compare tokens and logits.
+
+    Args:
+        family_row: a file with the row of its model type, where billhook has none.
+    """
+    loading.use_row(os.fspath(family_row), [os.fspath(path)])
     loading.check_loadable(Path(path), os.fspath(path))
     return Checked.of(clients.check(Path(path), client, python, trust_remote_code))
 
@@ -283,24 +301,38 @@ def forecast(
     *,
     seq_len: int = 512,
     seconds: float | int = MEASURING_SECONDS,
-    device: str = "auto",
     quiet: bool = False,
+    **opens: str | os.PathLike[str],
 ) -> Forecast:
-    """How fast this machine trains a model cut by `ratio`, how many tokens the minutes buy, and the commands to run."""
+    """How fast this machine trains a model cut by `ratio`, how many tokens the minutes buy, and the commands to run.
+
+    Args:
+        opens: device="auto"; and family_row, a file with the row of its model type, where billhook has none.
+    """
     with bars(quiet) as tick:
+        how: dict[str, Any] = {name: os.fspath(value) for name, value in opens.items()}
         told = forecasting.forecast(
-            os.fspath(model), ratio, minutes, seq_len=seq_len, seconds=seconds, device=device, tick=tick
+            os.fspath(model), ratio, minutes, seq_len=seq_len, seconds=seconds, **how, tick=tick
         )
         return Forecast.of(told)
 
 
 @for_python
-def load(path: str | os.PathLike[str], *, dtype: Any = "auto", device: str = "cpu", stream: bool = False) -> Any:
+def load(
+    path: str | os.PathLike[str],
+    *,
+    dtype: Any = "auto",
+    device: str = "cpu",
+    stream: bool = False,
+    family_row: str | os.PathLike[str] = "",
+) -> Any:
     """The model of a checkpoint folder, of either layout, without running code that came with it.
 
     Args:
         stream: whether weights stay in their files, with one layer at a time in memory.
+        family_row: a file with the row of its model type, where billhook has none.
     """
+    loading.use_row(os.fspath(family_row), [os.fspath(path)])
     return loading.load(path, dtype=dtype, device=device, stream=stream)
 
 

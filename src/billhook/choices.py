@@ -205,6 +205,7 @@ PRECISIONS = {
 
 # What is computed in, measured and written
 DTYPES = ("float32", "bfloat16", "float16")
+FAMILY_ROW = "file with the row of a model type that billhook has none of: docs/adding-a-family.md"  # --family-row
 PARTS = {
     "speed": "tokens a second, and the memory of a prefill",
     "texts": "what they write",

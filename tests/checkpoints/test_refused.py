@@ -9,7 +9,7 @@ import pytest
 import tiny
 from folders import written
 
-from billhook.checkpoints import load
+from billhook.checkpoints import load, tokenizers
 from billhook.errors import BillhookError
 
 READ, BUILT = r"transformers could not read it \(", r"transformers could not build it \("
@@ -76,10 +76,10 @@ def test_a_sentencepiece_model_without_its_packages(
 ) -> None:
     tiny.model("llama").save_pretrained(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x0c\x0a\x05<unk>\x15\0\0\0\0")
-    missing = {load.SENTENCEPIECE[one] for one in lacking}
-    monkeypatch.setattr(load, "find_spec", lambda module: None if module in missing else module)
+    missing = {tokenizers.SENTENCEPIECE[one] for one in lacking}
+    monkeypatch.setattr(tokenizers, "find_spec", lambda module: None if module in missing else module)
     with pytest.raises(BillhookError, match=f"by sentencepiece and protobuf: pip install {' '.join(lacking)}, or"):
-        load.load_tokenizer(tmp_path, "model")
-    monkeypatch.setattr(load, "find_spec", lambda module: module)
+        tokenizers.load_tokenizer(tmp_path, "model")
+    monkeypatch.setattr(tokenizers, "find_spec", lambda module: module)
     with pytest.raises(BillhookError, match="no tokenizer could be loaded"):
-        load.load_tokenizer(tmp_path, "model")
+        tokenizers.load_tokenizer(tmp_path, "model")

@@ -12,6 +12,7 @@ from folders import run
 from transformers import AutoModelForCausalLM
 
 import billhook
+from billhook.checkpoints import load
 from billhook.errors import BillhookError
 from billhook.models import families, given, proof
 from billhook.models.shrink import default, shrunk
@@ -64,6 +65,39 @@ def test_json_is_read_and_a_prune_goes_by_it(gemma: Path, tmp_path: Path, text_f
     result = billhook.prune(gemma, method="layerchop", ratio=0.25, **settings)
     assert result.model.config.num_hidden_layers == 3
     assert f"--family-row {file}" in result.record["command"]
+
+
+def test_every_command_that_opens_a_model_takes_one(gemma: Path, tmp_path: Path, text_file: Path) -> None:
+    """Each proves it before it works: here, that the model has no such layers."""
+    file, out = tmp_path / "row.yaml", tmp_path / "out"
+    file.write_text(GEMMA.replace("down_proj", "fc2"))
+    wants = {
+        "evaluate": ("--text", text_file),
+        "recover": ("--teacher", "demo", "--tokens", "1k", "--text", text_file, "-o", out),
+        "forecast": ("--ratio", "0.2", "--minutes", "1"),
+        "quantize": ("-o", out),
+        "export": ("-o", tmp_path / "out.gguf"),
+        "check": (),
+        "prune": ("--ratio", "0.2", "--calibration", text_file, "-o", out),
+    }
+    for command, more in wants.items():
+        assert "down: there is no 'mlp.fc2'" in run(command, gemma, *more, "--family-row", file), command
+    assert not out.exists() and not (tmp_path / "out.gguf").exists()
+
+
+def test_python_opens_by_one(gemma: Path, tmp_path: Path) -> None:
+    file = tmp_path / "row.yaml"
+    file.write_text(GEMMA.replace("mlp.gate_proj, ", ""))
+    billhook.load(gemma, family_row=file)
+    assert families.DERIVED["gemma"].up == ("mlp.up_proj",)
+
+
+def test_of_several_models_one_has_to_be_of_its_type(gemma: Path, folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "row.yaml"
+    file.write_text(GEMMA)
+    load.use_row(str(file), [str(folder), str(gemma)])
+    with pytest.raises(BillhookError, match=r"is of 'gemma', and .* is of 'llama'"):
+        load.use_row(str(file), [str(folder)])
 
 
 WRONG = {

@@ -19,5 +19,6 @@ save          Save checkpoints: a plain folder whose config says what its tensor
 shards        The safetensors files of a model folder: which are its model's, and which tensors they hold
 streaming     Models without their weights, matched with the stored tensors, which may stay in their files
 tensor_names  The names that the tensors of a model have on disk
+tokenizers    The tokenizer of a checkpoint folder
 verify        Prove that what was written comes back equal when it is loaded in this process
 """

@@ -2,15 +2,15 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoTokenizer, GenerationConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
 
 from billhook import demo
 from billhook.checkpoints import compressed, refused
@@ -23,6 +23,7 @@ from billhook.checkpoints.names import is_gguf, local_path
 from billhook.checkpoints.save import save
 from billhook.checkpoints.shards import AGAIN, read_json
 from billhook.checkpoints.streaming import give_settings, open_paged, read_contents
+from billhook.checkpoints.tokenizers import load_tokenizer
 from billhook.errors import BillhookError, ModelError, first_line, one_of, reason
 from billhook.models import given, proof
 from billhook.models.experts import unfuse
@@ -42,8 +43,6 @@ FETCHED = [  # patterns of the files that are fetched from the hub
     *("*.json", "*.safetensors", "*.txt", "*.model"),
     *("*.jinja", "*.tiktoken", "*.bpe", "tokenizer.model.v*"),
 ]
-# packages that SentencePiece tokenizers need, and the modules that they are imported as
-SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
 ROOM = 0.8  # share of the free memory that a model loaded whole may take
 
 
@@ -84,7 +83,8 @@ def open_model(
             NaN.
     """
     target = resolve_device(device)
-    path = _located(name, family_row, tick)
+    use_row(family_row, [name], tick)
+    path = locate(name, tick)
     if is_gguf(path):
         if stream:
             raise ModelError(f"{name}: a GGUF is dequantised whole: --stream-weights wants a folder of safetensors")
@@ -162,7 +162,8 @@ def check_positions(opened: Opened, seq_len: int) -> None:
 
 def open_skeleton(name: str, tick: Tick = quiet, family_row: str = "") -> Any:
     """The model without its weights, on the meta device: shapes and config, for models of any size."""
-    path = _located(name, family_row, tick)
+    use_row(family_row, [name], tick)
+    path = locate(name, tick)
     if is_gguf(path):
         return _take_apart(read.open_gguf(path)[0])
     if compressed.is_compressed(path):
@@ -175,15 +176,24 @@ def open_skeleton(name: str, tick: Tick = quiet, family_row: str = "") -> Any:
     return _take_apart(model)
 
 
-def _located(name: str, family_row: str, tick: Tick) -> Path:
-    """Where a model is; the row of a file is taken before it is looked at, and has to be of its type."""
-    row_of = given.use(family_row) if family_row else ""
-    path = locate(name, tick)
-    if row_of and is_gguf(path):
-        raise ModelError(f"{name}: families of GGUF files have rows by hand, which win: leave out --family-row")
-    if row_of and (kind := read_json(path / "config.json", name).get("model_type")) != row_of:
-        raise ModelError(f"family row {family_row} is of {row_of!r}, and {name} is of {shown(str(kind))!r}")
-    return path
+def use_row(file: str, names: Sequence[str], tick: Tick = quiet) -> None:
+    """Take a row from a file, if there is one, for every model of its type that is opened from now on.
+
+    Args:
+        names: the models that are about to be opened.
+
+    Raises:
+        BillhookError: it is no row, or none of the models is of its type.
+    """
+    if not file:
+        return
+    wanted, found = given.use(file), {}
+    for name in names:
+        path = locate(name, tick)
+        found[name] = "" if is_gguf(path) else str(read_json(path / "config.json", name).get("model_type"))
+    if wanted not in found.values():
+        told = [f"{name} is {f'of {shown(kind)!r}' if kind else 'a GGUF'}" for name, kind in found.items()]
+        raise ModelError(f"family row {file} is of {wanted!r}, and {', '.join(told)}: leave out --family-row")
 
 
 def _take_apart(model: Any) -> Any:
@@ -212,36 +222,6 @@ def resolve_device(device: str) -> torch.device:
     if resolved.type == "meta":
         raise ModelError(f"device {device!r} cannot be used here: it holds no data; try --device auto")
     return resolved
-
-
-def load_tokenizer(path: Path, name: str) -> Any:
-    """The checkpoint's own tokenizer."""
-    try:
-        with quiet_transformers():
-            return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # transformers and tokenizers raise many kinds for a missing or broken file
-        if "trust_remote_code" in str(error):
-            raise ModelError(
-                f"{name}: its tokenizer is code in the folder (auto_map), which billhook does not run: save it as a "
-                "tokenizer.json"
-            ) from None
-        lacking = [package for package, module in SENTENCEPIECE.items() if not _is_installed(module)]
-        if lacking and any(path.glob("*.model")) and not (path / "tokenizer.json").exists():
-            raise ModelError(
-                f"{name}: its tokenizer is a SentencePiece model, which transformers reads by "
-                f"{' and '.join(SENTENCEPIECE)}: "
-                f"pip install {' '.join(lacking)}, or save the tokenizer as a tokenizer.json"
-            ) from error
-        raise ModelError(
-            f"{name}: no tokenizer could be loaded ({reason(error)}): copy its tokenizer files into the folder"
-        ) from error
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:  # not even the package that the module is in
-        return False
 
 
 def check_folder(path: Path, name: str) -> Contents:

@@ -11,9 +11,9 @@ from billhook.checkpoints.names import local_path
 from billhook.choices import KINDS, NEW_TOKENS, PARTS
 from billhook.cli.commands import app
 from billhook.cli.options import (
-    METHOD,
     Device,
     Dtype,
+    FamilyRow,
     Json,
     JsonFile,
     Markdown,
@@ -69,6 +69,7 @@ def evaluate_command(
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    family_row: FamilyRow = "",
     stream_weights: Stream = None,
     json: JsonFile = None,
     html: Page = None,
@@ -114,6 +115,7 @@ def evaluate_command(
             parts=tuple(PARTS) if parts is None else wanted,
         )
         how = {"device": device, "dtype": dtype, "stream": stream_weights, "packed": True}
+        load.use_row(family_row, names, tick)
         opened = [load.open_model(name, **how, tick=tick) for name in names]
         for one in opened:
             load.check_positions(one, seq_len)
@@ -177,10 +179,7 @@ def _zero_shot(names: list[str], limit: int | None, batch_size: int, tick: Any) 
 @app.command(name="inspect")
 def inspect_command(
     model: Model,
-    family_row: Annotated[
-        str,
-        option(METHOD, "file with the row of a model type that billhook has none of", show_default="derived"),
-    ] = "",
+    family_row: FamilyRow = "",
     json: Json = False,
 ) -> None:
     """Show what MODEL is made of and what can be pruned, without loading its weights."""

@@ -9,7 +9,7 @@ import typer
 from billhook.checkpoints.names import local_path
 from billhook.choices import CLIENTS, QUANTIZE, QUANTIZER
 from billhook.cli.commands import app
-from billhook.cli.options import OUTPUT, Json, Model, Overwrite, option
+from billhook.cli.options import OUTPUT, FamilyRow, Json, Model, Overwrite, option
 from billhook.errors import BillhookError, one_of
 from billhook.runtime import atomic
 from billhook.runtime.outputs import check_apart
@@ -32,6 +32,7 @@ def check_command(
         bool,
         option(CLIENT, "let the client run code that lies in OUT, of model and tokenizer", "--trust-remote-code"),
     ] = False,
+    family_row: FamilyRow = "",
     json: Json = False,
 ) -> None:
     """Load OUT in a process of a stock client, without billhook, and compare tokens and logits with billhook's own.
@@ -52,6 +53,7 @@ def check_command(
         from billhook.checkpoints import load
         from billhook.checkpoints.clients import check
         from billhook.reports import records
+    load.use_row(family_row, [str(path)])
     load.check_loadable(path, str(path))
     found, failed = [], []
     with progress() as tick:
@@ -88,6 +90,7 @@ def export_command(
         option(FORMAT, f"F32, F16, BF16, Q8_0, Q5_0, Q4_0, …; K-quants (Q4_K_M, …) need {QUANTIZER}", names=QUANTIZE),
     ] = "F16",
     overwrite: Overwrite = False,
+    family_row: FamilyRow = "",
     json: Json = False,
 ) -> None:
     """Write MODEL as one file for another runtime: GGUF, for llama.cpp, with tokenizer and chat template.
@@ -111,7 +114,7 @@ def export_command(
         from billhook.checkpoints.gguf.write import write_gguf
         from billhook.reports import records
     with progress() as tick:
-        opened = load.open_model(model, device="cpu", dtype="float32", tick=tick)
+        opened = load.open_model(model, device="cpu", dtype="float32", tick=tick, family_row=family_row)
         found = write_gguf(opened.model, opened.tokenizer, output, quantize, tick, overwrite=overwrite)
     if json:
         typer.echo(records.to_json(found), nl=False)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from billhook.checkpoints.names import local_path
-from billhook.choices import DTYPES
+from billhook.choices import DTYPES, FAMILY_ROW
 from billhook.errors import BillhookError
 from billhook.runtime import atomic
 from billhook.runtime.outputs import check_apart, check_out
@@ -66,6 +66,7 @@ Windows = Annotated[
 
 Device = Annotated[str, option(MACHINE, "auto (an accelerator if there is one), cpu, cuda, mps, …")]
 Dtype = Annotated[str, option(MACHINE, f"to compute in: auto, {', '.join(DTYPES)}", names=("auto", *DTYPES))]
+FamilyRow = Annotated[str, option(MACHINE, FAMILY_ROW, show_default="derived")]
 Stream = Annotated[
     bool | None,
     option(

@@ -14,6 +14,7 @@ from billhook.cli.options import (
     CALIBRATION,
     METHOD,
     OUTPUT,
+    FamilyRow,
     Fresh,
     Json,
     Model,
@@ -80,6 +81,7 @@ def quantize_command(
         Path | None,
         option(OUTPUT, "write an importance matrix for llama-quantize to this file, too", show_default=False),
     ] = None,
+    family_row: FamilyRow = "",
     overwrite: Overwrite = False,
     json: Json = False,
     fresh: Fresh = False,
@@ -110,6 +112,7 @@ def quantize_command(
     from billhook.cli.console import going_on, loading, out, progress, say
 
     with loading():
+        from billhook.checkpoints import load
         from billhook.pruning.quantize import quantize
         from billhook.reports import records, terminal
         from billhook.reports.quantized import quantized_rows
@@ -118,6 +121,7 @@ def quantize_command(
     work = unfinished(output)
     with atomic.folder(output, overwrite) as folder, going_on(work), progress() as tick:
         run = Run(tick=tick, announce=say, folder=work, fresh=fresh)
+        load.use_row(family_row, [model], tick)
         found = quantize(model, wanted, run)
         found.write(folder, tick)
         if imatrix is not None:

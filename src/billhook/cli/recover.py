@@ -14,6 +14,7 @@ from billhook.cli.options import (
     MACHINE,
     TRAINING,
     Device,
+    FamilyRow,
     Fresh,
     Json,
     Model,
@@ -97,6 +98,7 @@ def forecast_command(
     seq_len: SeqLen = 512,
     seconds: Annotated[float, option(MACHINE, "to measure this machine for", min=1)] = MEASURING_SECONDS,
     device: Device = "auto",
+    family_row: FamilyRow = "",
     json: Json = False,
 ) -> None:
     """Measure how fast this machine trains, say how many tokens the minutes buy, and print the commands.
@@ -110,7 +112,8 @@ def forecast_command(
         from billhook.recovery.forecast import forecast
         from billhook.reports import records
     with progress() as tick:
-        found = forecast(model, ratio, minutes, seq_len=seq_len, seconds=seconds, device=device, tick=tick)
+        opens = {"device": device, "family_row": family_row}
+        found = forecast(model, ratio, minutes, seq_len=seq_len, seconds=seconds, tick=tick, **opens)
     if json:
         typer.echo(records.to_json(found), nl=False)
         return

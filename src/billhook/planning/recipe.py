@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from billhook.choices import ALLOCATIONS, AXES, CLIENTS, DTYPES, LAYOUTS, check_axes
+from billhook.choices import ALLOCATIONS, AXES, CLIENTS, DTYPES, FAMILY_ROW, LAYOUTS, check_axes
 from billhook.errors import SettingsError
 from billhook.planning.allocation import Allocation, parse
 from billhook.runtime.options import Part, extra, option
@@ -98,9 +98,7 @@ class Compute(Part):
 
     device: str = option("auto", "auto (an accelerator if there is one), cpu, cuda, mps, …")
     dtype: str = option("auto", f"to compute in: auto, {', '.join(DTYPES)}", names=("auto", *DTYPES))
-    family_row: str = option(
-        "", "file with the row of a model type that billhook has none of: docs/adding-a-family.md", shown="derived"
-    )
+    family_row: str = option("", FAMILY_ROW, shown="derived")
     look: bool = option(True, "end with a look: another kind of text, repetition, small tasks; about a minute")
 
 

@@ -20,7 +20,6 @@ from billhook.checkpoints.load import (
     Opened,
     check_folder,
     check_positions,
-    load_tokenizer,
     locate,
     open_skeleton,
     resolve_device,
@@ -29,6 +28,7 @@ from billhook.checkpoints.load import (
 from billhook.checkpoints.save import stored_bytes
 from billhook.checkpoints.shards import weight_files
 from billhook.checkpoints.streaming import open_paged
+from billhook.checkpoints.tokenizers import load_tokenizer
 from billhook.errors import BillhookError
 from billhook.models import sizes
 from billhook.models.families import layers

@@ -1,5 +1,6 @@
 """What minutes of training buy on this machine, and what that calls for."""
 
+import shlex
 from typing import Any
 
 import torch
@@ -35,20 +36,23 @@ def forecast(
     minutes: float | int,
     *,
     seq_len: int = 512,
-    device: str = "auto",
     seconds: float | int = MEASURING_SECONDS,
     tick: Tick = quiet,
+    **opens: Any,
 ) -> dict[str, Any]:
     """How fast a model of the size asked for trains here, how many tokens the minutes buy, and the commands to run.
 
     The speed of training is measured on the model without its middle layers; nothing is written.
+
+    Args:
+        opens: `device` and `family_row`, as `billhook.checkpoints.load.open_model` has them.
 
     Raises:
         BillhookError: a ratio that leaves nothing, or minutes too short for one window.
     """
     if not 0 < ratio < 1:
         raise BillhookError(f"ratio {ratio:g}: give a share between 0 and 1")
-    opened = load.open_model(name, device=device, dtype="float32", tick=tick)
+    opened = load.open_model(name, dtype="float32", tick=tick, **opens)
     load.check_positions(opened, seq_len)
     model, autocast = opened.model, autocast_dtype("auto", opened.model.device)
     tick("measuring", 0, 2)
@@ -72,11 +76,12 @@ def forecast(
         )
     trains = tokens >= TRAINED_FROM
     tokens = tokens // 1000 * 1000 or tokens
-    commands = [f"billhook prune {name} --ratio {ratio:g} -o smaller"]
+    row = f"--family-row {shlex.quote(file)} " if (file := opens.get("family_row")) else ""
+    commands = [f"billhook prune {name} --ratio {ratio:g} {row}-o smaller"]
     if trains:
         commands.append(
             f"billhook recover smaller --teacher {name} --tokens {tokens} --trainable {trainable} --seq-len {seq_len} "
-            "-o healed"
+            f"{row}-o healed"
         )
     return {
         "model": name,

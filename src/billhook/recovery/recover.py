@@ -263,6 +263,7 @@ def _outcome(
         "contrast": chosen.contrast or None,
         "merge": None if chosen.merge else False,
         "loftq": chosen.loftq or None,
+        "family_row": chosen.family_row or None,
         "dropout": chosen.dropout,
         "zeros": student.census.total if chosen.keeps_zeros else None,
         "texts": list(chosen.text),

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import field_validator, model_validator
 
-from billhook.choices import BITS, MASK_SCORES, MASKS, PRECISIONS, SCALES, TRAINABLE
+from billhook.choices import BITS, FAMILY_ROW, MASK_SCORES, MASKS, PRECISIONS, SCALES, TRAINABLE
 from billhook.errors import SettingsError
 from billhook.math.pattern import parse
 from billhook.runtime.options import Part, option
@@ -90,6 +90,7 @@ class Recovery(Part):
     dropout: bool = option(False, "train with the dropout of the model's config")
     precision: str = option("auto", ", ".join(PRECISIONS), names=PRECISIONS, heading=MACHINE)
     device: str = option("auto", "auto (an accelerator if there is one), cpu, cuda, mps, …", heading=MACHINE)
+    family_row: str = option("", FAMILY_ROW, shown="derived", heading=MACHINE)
     seed: int = option(0, "of the order of the windows", ge=0, lt=2**63)
 
     @field_validator("keep_data", mode="before")

@@ -204,6 +204,7 @@ def files_of(name: str, tick: Tick) -> str | None:
 
 def _inspect(name: str, chosen: Recovery, env: Environment) -> tuple[Student, TrainingTexts, Callable[[], int]]:
     """The student, what it will read, and a function that measures how many tokens the minutes buy."""
+    load.use_row(chosen.family_row, [name], env.tick)
     opened = load.open_model(name, device="cpu", dtype="float32", tick=env.tick, packed=chosen.opens_packed)
     load.check_positions(opened, chosen.seq_len)
     student = known(opened, chosen)

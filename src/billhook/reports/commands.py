@@ -55,7 +55,7 @@ def recover_command(recovery: dict[str, Any], student: str = "OUT", out: str = "
 RECOVER_FLAGS = (
     *("teacher", "objective", "states", "trainable", "rank", "tokens", "text", "mixture", "keep_data", "held_out"),
     *("seq_len", "batch_tokens", "lr", "warmup", "top_k", "pattern", "masks", "mask_score", "mask_decay", "bits"),
-    *("scales", "contrast", "loftq", "precision", "seed"),
+    *("scales", "contrast", "loftq", "precision", "family_row", "seed"),
 )
 TEACHER_FLAGS = ("teacher", "states", "top_k", "contrast")  # flags without effect where there is no teacher
 TEXT_FLAGS = ("stream", "calibration", "samples", "probes", "seq_len", "seed")  # without effect where no text is read

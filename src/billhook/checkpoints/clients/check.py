@@ -14,9 +14,10 @@ from billhook.checkpoints.around import rest
 from billhook.checkpoints.clients import llamacpp
 from billhook.checkpoints.clients.ask import ask
 from billhook.checkpoints.gguf.write import write_gguf
-from billhook.checkpoints.load import load, load_tokenizer
+from billhook.checkpoints.load import load
 from billhook.checkpoints.save import elements
 from billhook.checkpoints.shards import read_json
+from billhook.checkpoints.tokenizers import load_tokenizer
 from billhook.checkpoints.verify import CACHE_TOLERANCE
 from billhook.errors import BillhookError, one_of
 from billhook.models.greedy import greedy_tokens
