@@ -115,6 +115,10 @@ PATCHES = {
     "none": "the layers go, the others stay as they are",
     "linear": "the FFN before each cut learns in closed form to add what the layers that go would have added",
 }
+JUDGES = {  # texts by which auto judges cuts beside the calibration's; any other name is a text's
+    "reference": "Python's language reference, which every Python brings",
+    "own": "none: windows of the calibration's text alone",
+}
 WAYS = {
     "reap": "drop those of lowest mean weight times output norm (REAP)",
     "frequency": "drop those that fewest tokens go to",

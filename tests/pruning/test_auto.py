@@ -30,8 +30,9 @@ from billhook.planning.texts import Texts, with_another_kind
 from billhook.pruning import rehearsal
 from billhook.pruning.dry_run import estimate
 from billhook.pruning.recipe import recipe
-from billhook.reports.cut_tables import cut_rows
+from billhook.reports.cut_tables import calibration_words, cut_rows
 from billhook.reports.page import render
+from billhook.runtime.progress import quiet
 from billhook.runtime.run import Run
 from billhook.training import refinement
 
@@ -88,11 +89,50 @@ def test_two_kinds_of_text_judge_in_turns(text_file: Path) -> None:
     texts = Texts(tiny.tokens(4), tiny.tokens(2))
     opened, length = Opened(deep(), tiny.tokenizer(), "", None, torch.float32), texts.probe.shape[1]
     wiki = recipe(method="auto", ratio=0.3, calibration=str(text_file), seq_len=length)
-    both = with_another_kind(texts, opened, wiki)
+    both = with_another_kind(texts, opened, wiki, "reference", quiet)
     assert torch.equal(both.judges[::2], texts.probe) and torch.equal(both.judges[1::2], both.elsewhere.tokens)
     assert both.record(length)["elsewhere"] == {"source": "Python's language reference", "windows": 2}
-    mixed = replace(wiki, calibration=wiki.calibration.model_copy(update={"source": "demo+mixed"}))
-    assert with_another_kind(texts, opened, mixed) is texts and texts.judges is texts.probe
+    assert texts.judges is texts.probe and wiki.settings.second(wiki.calibration) == "reference"
+    mixed = recipe(method="auto", ratio=0.3, calibration="demo+mixed")
+    own = recipe(method="auto", ratio=0.3, calibration=str(text_file), judge="own")
+    assert mixed.settings.second(mixed.calibration) is own.settings.second(own.calibration) is None
+    given = recipe(method="auto", ratio=0.3, calibration="mixed", judge=str(text_file))
+    assert given.settings.second(given.calibration) == str(text_file)
+
+
+def test_a_text_of_ones_own_judges(text_file: Path, tmp_path: Path) -> None:
+    """The report, the command and the dry run know it; what cannot judge is refused in a line."""
+    other, short = tmp_path / "other.txt", tmp_path / "short.txt"
+    other.write_text(" ".join(f"{n} weirs and {n + 1} sluices" for n in range(0, 900, 7)))
+    short.write_text("Weirs.")
+    given = {"ratio": 1 / 3, "refine": False}
+    found, own, plain = (
+        prune(deep(), text_file, **given, **more) for more in ({"judge": str(other)}, {"judge": "own"}, {})
+    )
+    assert found.record["calibration"]["elsewhere"] == {"source": "other", "windows": 2}
+    assert "2 of other" in calibration_words(found.record)
+    assert f"--judge {other}" in found.record["command"] and "--judge" not in plain.record["command"]
+    assert "elsewhere" not in own.record["calibration"] and plain.record["calibration"]["elsewhere"]["windows"] == 2
+    losses = [one.record["auto"]["tried"]["whole layers"] for one in (found, own, plain)]
+    assert len(set(losses)) == 3 and recipe(ratio=0.3, judge=str(other)).settings.texts == (str(other),)
+    for wrong, says in (
+        (short, "less than one window"),
+        (text_file, "are also in what is calibrated on"),
+        (tmp_path / "none.txt", "does not exist"),
+        ("", "no text named"),
+    ):
+        with pytest.raises(BillhookError, match=says) as error:
+            prune(deep(), text_file, **given, judge=str(wrong))
+        assert "\n" not in str(error.value)
+
+
+def test_a_text_that_judges_is_priced(text_file: Path) -> None:
+    """A second text is judged by as often as the first; own windows alone are half of it."""
+    two, one = (
+        Work.of(deep(), 8, recipe(method="auto", ratio=0.3, calibration=str(text_file), judge=judge))
+        for judge in ("reference", "own")
+    )
+    assert (two.judges, one.judges) == (16, 8)
 
 
 def test_two_thirds_of_the_layers_go_and_widths_with_them(text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,8 +222,9 @@ def test_what_was_tried_is_not_tried_again_after_a_kill(
         broken.setattr(refinement, "refine", cut_off)
         with pytest.raises(CutOffError):
             prune(deep(), text_file, ratio=1 / 3, work=work)
-    with pytest.raises(BillhookError, match="differs in ratio"):
-        prune(deep(), text_file, ratio=0.5, work=work)
+    for other, says in (({"ratio": 0.5}, "ratio"), ({"ratio": 1 / 3, "judge": "own"}, "judge, second text")):
+        with pytest.raises(BillhookError, match=f"differs in {says}"):
+            prune(deep(), text_file, work=work, **other)
     monkeypatch.setattr(Probe, "divergences_of", None)
     again = prune(deep(), text_file, ratio=1 / 3, work=work)
     monkeypatch.undo()
@@ -343,10 +384,11 @@ def test_weights_in_their_files_lose_the_same_layers_and_become_the_same(
     assert same(tmp_path / "out", tmp_path / "whole")
     monkeypatch.setattr(auto_method, "ROOM", 1000)
     assert "refined" not in billhook.prune(model, stream_weights=True, quiet=True, **given).record
-    for more, says in (
+    refused: tuple[tuple[dict[str, Any], str], ...] = (
         ({"minutes": 1}, "weights are streamed"),
         ({"layout": "per_layer", "axes": ("ffn",)}, "measured on the whole model"),
-    ):
+    )
+    for more, says in refused:
         with pytest.raises(BillhookError, match=says):
             billhook.prune(model, stream_weights=True, quiet=True, **given, **more)
 

@@ -8,6 +8,7 @@ from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from billhook.choices import JUDGES
 from billhook.errors import BillhookError, SettingsError
 from billhook.methods.minutes import EFFORTS, SPAN, SPENT, Effort, Work, price, spent
 from billhook.methods.rivals import RIVALS, able, best, ready, tried
@@ -23,7 +24,7 @@ from billhook.planning.method import (
     Text,
     Texts,
 )
-from billhook.planning.recipe import Recipe
+from billhook.planning.recipe import Calibration, Recipe
 from billhook.runtime.options import option
 
 GAINED = 1 / 8  # share of its divergence that a refinement took off a cut of widths, at most (docs/LOG.md)
@@ -37,6 +38,19 @@ class AutoSettings(MethodSettings):
     effort: str = option("normal", f"how much may be tried: {', '.join(EFFORTS)}", names=EFFORTS)
     minutes: float | None = option(None, "in place of --effort: how long it may take", gt=0)
     refine: bool = option(True, "move what is left towards the unpruned model by gradient, a few layers at once")
+    judge: str = option(
+        "reference",
+        "second text that judges cuts: a file, folder, hub data set, reference (Python's), or own: none",
+        completes=JUDGES,
+    )
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return () if self.judge in JUDGES else (self.judge,)
+
+    def second(self, read: Calibration) -> str | None:
+        """The text that judges beside the calibration's own; None: none, or that has the technical prose already."""
+        return None if self.judge == "own" or (self.judge == "reference" and read.has_prose) else self.judge
 
 
 @dataclass(frozen=True)
@@ -114,7 +128,8 @@ class Auto(Method):
     def draw(self, opened: Opened, recipe: Recipe, text: Text, run: Run) -> Texts:
         from billhook.planning.texts import with_another_kind
 
-        return with_another_kind(super().draw(opened, recipe, text, run), opened, recipe)
+        drawn, second = super().draw(opened, recipe, text, run), recipe.settings.second(recipe.calibration)
+        return with_another_kind(drawn, opened, recipe, second, run.tick) if second is not None else drawn
 
     def judges(self, recipe: Recipe) -> bool:
         return True
@@ -200,9 +215,9 @@ class Auto(Method):
         try:
             planned = self._untried(opened, recipe)
         except BillhookError:  # nothing can be told before it is measured
-            return Work.of(opened.model, windows, recipe.calibration)
+            return Work.of(opened.model, windows, recipe)
         patched = getattr(planned.settings.planned.settings, "patch", "none") != "none"
-        work = Work.of(opened.model, windows, recipe.calibration, planned.plan, patched)
+        work = Work.of(opened.model, windows, recipe, planned.plan, patched)
         if not streamed:
             return work
         return replace(work, refined=min(_span(opened.model, streamed), work.layers - work.gone) if work.gone else 0)
@@ -295,6 +310,7 @@ def _claimed(opened: Opened, recipe: Recipe, texts: Texts, run: Run) -> Run:
     if run.folder is None:
         return run
     key = {"settings": recipe.flat(), **cache.model_key(opened.model), "calibration text": texts.windows.sha256}
+    key |= {"second text": texts.elsewhere.sha256}
     run_folder.claim(run.folder, key, run.fresh)
     return replace(run, statistics=run.statistics or run.folder)
 

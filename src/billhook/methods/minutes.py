@@ -8,7 +8,7 @@ from typing import Any
 
 from billhook.errors import SettingsError
 from billhook.planning.method import LOOKED, Passes, Price
-from billhook.planning.recipe import SAMPLES, Calibration
+from billhook.planning.recipe import SAMPLES, Recipe
 from billhook.runtime.progress import least_seconds
 
 EFFORTS = {
@@ -78,17 +78,18 @@ class Work:
     patched: bool = False  # whether they are made up for
 
     @classmethod
-    def of(cls, model: Any, windows: int, read: Calibration, plan: Any = None, patched: bool = False) -> "Work":
+    def of(cls, model: Any, windows: int, recipe: Recipe, plan: Any = None, patched: bool = False) -> "Work":
         """Args: plan: the likeliest, if one can be told without a measurement."""
         from billhook.models.axes import axes
         from billhook.models.families import layers
         from billhook.models.sizes import layer_parameters
 
-        total = len(layers(model))
+        total, read = len(layers(model)), recipe.calibration
         widths = [axis.units for axis in axes(model, ("ffn",)) if axis.layer == total - 1]
         solve = SOLVE * sum(width**3 for width in widths) / (2 * read.seq_len * layer_parameters(model, total - 1))
         gone, alone = len(plan.layers) if plan else 0, bool(plan and plan.layers and not any(plan.drops.values()))
-        judges, refined = (1 if read.has_prose else 2) * read.probes, min(SPAN if alone else total, total - gone)
+        judges = (1 if recipe.settings.second(read) is None else 2) * read.probes
+        refined = min(SPAN if alone else total, total - gone)
         return cls(total, windows, read.probes, judges, solve, gone, alone, refined, patched)
 
     def fitted(self, effort: Effort) -> int:

@@ -51,6 +51,10 @@ class PolicySettings(NarrowingSettings):
     )
     shuffled: bool = option(False, "the control: each is told what another is worth")
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return self.validation
+
     def own(self, name: str) -> Any:
         """A setting, or the variant's default for it."""
         value = getattr(self, name)

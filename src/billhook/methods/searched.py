@@ -35,6 +35,10 @@ class SearchedSettings(MethodSettings):
     )
 
     @property
+    def texts(self) -> tuple[str, ...]:
+        return self.validation
+
+    @property
     def restores(self) -> bool:
         """Whether kept weights are refitted."""
         return False

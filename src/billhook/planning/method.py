@@ -27,6 +27,11 @@ LAYOUT = "the uniform layout: " + STOCK + "; per_layer: transformers and vLLM wi
 class MethodSettings(Part):
     """What may be chosen of a method alone."""
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Names of the texts that it reads besides the calibration's, as that is named."""
+        return ()
+
 
 @dataclass(frozen=True)
 class Planned:

@@ -10,10 +10,13 @@ import torch
 from billhook import data, demo
 from billhook.checkpoints.load import Opened
 from billhook.errors import DataError
+from billhook.math.overlap import overlapping
 from billhook.planning.recipe import SAMPLES, Recipe
+from billhook.runtime.progress import Tick
 from billhook.tensors import Probes, Tokens
 
 CHARACTERS = 16  # of a text for each token that is drawn from it: enough of it, whatever the tokenizer
+REFERENCE = "reference"  # the technical prose that judges where no other text is named
 NOWHERE = data.Windows("", torch.zeros(0, 2, dtype=torch.long), 0, "", "")
 
 
@@ -73,20 +76,41 @@ def draw(opened: Opened, recipe: Recipe, text: data.Text, search: Any = None) ->
     return Texts(calibration, probe, drawn, search)
 
 
-def with_another_kind(texts: Texts, opened: Opened, recipe: Recipe) -> Texts:
-    """The same, with as many windows of technical prose to judge by: what fits the calibration's kind of text best
-    need not be what damages a model least.
+def with_another_kind(texts: Texts, opened: Opened, recipe: Recipe, source: str, tick: Tick) -> Texts:
+    """The same, with as many windows of another text to judge by, or as many as it has: what fits the calibration's
+    kind of text best need not be what damages a model least.
 
-    None where the calibration has that prose already, or where it is shorter than a window.
+    Args:
+        source: a text's name, or `reference`: technical prose, none of it where that is shorter than a window.
+
+    Raises:
+        BillhookError: the text named cannot be read, is shorter than a window, or is also what is calibrated on.
     """
-    read = recipe.calibration
-    if not len(texts.probe) or read.has_prose:
+    if not len(texts.probe):
         return texts
-    prose = demo.language_reference()[: CHARACTERS * len(texts.probe) * read.seq_len]
-    text = data.Text("Python's language reference", prose)
+    read = recipe.calibration
+    if source == REFERENCE:
+        prose = demo.language_reference()[: CHARACTERS * len(texts.probe) * read.seq_len]
+        text = data.Text("Python's language reference", prose)
+    else:
+        text = data.calibration_text(source, tick)
     try:
         drawn = data.windows(text, opened.tokenizer, read.seq_len, (1, len(texts.probe)), read.seed)
     except DataError:
-        return texts
+        if source == REFERENCE:
+            return texts
+        raise
     data.check_vocabulary(drawn, opened.model, opened.name)
+    if source != REFERENCE:
+        _check_apart(drawn, texts.calibration, source)
     return replace(texts, elsewhere=drawn)
+
+
+def _check_apart(judges: data.Windows, calibration: Tokens, source: str) -> None:
+    leading = len(judges.begins_with)  # special tokens, which all windows share and which make no overlap
+    shared = int(overlapping(judges.tokens[:, leading:], calibration[:, leading:]).sum())
+    if shared:
+        raise DataError(
+            f"--judge {source}: {shared} of its {len(judges.tokens)} windows are also in what is calibrated on, and would "
+            "judge their own fit: name another text, or own"
+        )

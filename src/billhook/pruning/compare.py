@@ -279,7 +279,7 @@ def _workers(
 
 def _sources(chosen: Recipe) -> tuple[str, ...]:
     """The texts that a recipe reads."""
-    return (chosen.calibration.source, *chosen.budget.vocab_from, *getattr(chosen.settings, "validation", ()))
+    return (chosen.calibration.source, *chosen.budget.vocab_from, *chosen.settings.texts)
 
 
 @cache
