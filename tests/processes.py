@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -86,6 +87,29 @@ def _run(folder: Path, work: Callable[..., object], given: tuple[Any, ...]) -> N
     torch.manual_seed(os.getpid())
     random.seed(os.getpid())
     work(*given)
+
+
+def by_hand(line: list[str]) -> str:
+    """A command as `accelerate launch` starts it on two processes; what the first one says."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ends = [one.ended() for one in [Child(_launched, rank, port, line, fresh=True) for rank in range(2)]]
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    assert not ends[1][1]
+    return ends[0][1]
+
+
+def _launched(rank: int, port: int, line: list[str]) -> None:
+    from billhook import cli
+    from billhook.checkpoints.clients import check
+
+    given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    given |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_MIXED_PRECISION": "no"}
+    os.environ.update({name: str(value) for name, value in given.items()})
+    check.check = lambda _, client: {"client": client, "version": "not run"}  # imports of a third process
+    sys.argv = ["billhook", *line]
+    cli.main()
 
 
 def stock(script: str, arguments: Sequence[str], given: str = "") -> subprocess.CompletedProcess[str]:

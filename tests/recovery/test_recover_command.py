@@ -1,10 +1,8 @@
 """`billhook recover` cut off, shared among processes, and given what it cannot use."""
 
 import json
-import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,12 +14,11 @@ import pytest
 import tiny
 import torch
 import transformers as T
-from processes import Child
+from processes import Child, by_hand
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
 from billhook import cli
-from billhook.checkpoints.clients import check
 from billhook.checkpoints.result import Result
 from billhook.errors import BillhookError
 from billhook.recovery import recover
@@ -194,26 +191,6 @@ def test_the_rate_trials_are_kept(bench: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 # ---- shared
-
-
-def as_launched(rank: int, port: int, line: list[str]) -> None:
-    """The command as `accelerate launch` starts it on two processes."""
-    given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    given |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_MIXED_PRECISION": "no"}
-    os.environ.update({name: str(value) for name, value in given.items()})
-    check.check = lambda _, client: {"client": client, "version": "not run"}  # imports of a third process
-    sys.argv = ["billhook", *line]
-    cli.main()
-
-
-def by_hand(line: list[str]) -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ends = [one.ended() for one in [Child(as_launched, rank, port, line, fresh=True) for rank in range(2)]]
-    assert [code for code, _, _ in ends] == [0, 0], ends
-    assert not ends[1][1]
-    return ends[0][1]
 
 
 def by_accelerate(line: list[str]) -> str:

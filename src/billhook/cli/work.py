@@ -1,18 +1,24 @@
 """What commands share once they work:
 this module brings torch, and is imported after everything that can be refused was."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import typer
 
 from billhook.checkpoints.clients import check
 from billhook.checkpoints.result import Result
 from billhook.cli.console import err, going_on, out, progress, say
 from billhook.cli.options import unfinished
+from billhook.errors import SettingsError
 from billhook.planning.recipe import Recipe
 from billhook.pruning.heal import prune_and_recover
 from billhook.pruning.prune import prune
+from billhook.recovery.setup import on_cpu
 from billhook.reports import tables, terminal
 from billhook.runtime import atomic, run_folder
+from billhook.runtime.peers import launched
 
 WARN_AS_BYTES = 0.05  # share of the calibration text's characters
 # share of its tokens: at 1, 3 and 9 % SmolLM2 read other text 2, 8 and 20 % worse per byte (docs/LOG.md)
@@ -27,6 +33,12 @@ def prune_to(
     check.check_startable()
     beside = unfinished(output)
     kept = means.pop("work", beside)
+    means["peers"] = peers = launched(partial(on_cpu, chosen.compute.device))
+    if recover_minutes and peers.count > 1:
+        raise SettingsError(f"{peers.count} processes: leave out --recover-minutes, and give OUT to billhook recover")
+    if not peers.first:
+        prune(model, chosen, work=kept, **means)
+        raise typer.Exit
     with atomic.folder(output, overwrite) as work, going_on(kept), progress() as tick:
         means |= {"tick": tick, "announce": say}
         if recover_minutes:

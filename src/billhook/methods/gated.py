@@ -76,6 +76,10 @@ class GatedMethod(Method):
     def why_whole(self, recipe: Recipe) -> str:
         return f"{self.name} learns on the whole model"
 
+    def why_apart(self, recipe: Recipe, count: int) -> str:
+        windows = recipe.settings.windows
+        return f"--windows {windows} of a step cannot be shared alike: give a multiple" if windows % count else ""
+
     def why_unforeseen(self, recipe: Recipe) -> str:
         return f"{self.name} decides by what it learns"
 

@@ -97,8 +97,9 @@ def lessons(opened: Opened, recipe: Recipe, texts: Texts, run: Run) -> Iterator[
         BillhookError: the run's folder is another's.
     """
     key = {**cache.model_key(opened.model), **texts.hashes, "settings": recipe.flat()}
-    if run.folder:
+    if run.folder and run.peers.first:
         run_folder.claim(run.folder, key, run.fresh)
+    run.peers.wait()
     with tempfile.TemporaryDirectory() as scratch:
         folder = (run.folder or Path(scratch)) / LESSONS
         chosen = recipe.settings

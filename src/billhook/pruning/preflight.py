@@ -12,6 +12,7 @@ from billhook.models import sizes
 from billhook.models.residual import embedding_and_head
 from billhook.planning.recipe import Recipe
 from billhook.runtime.offload import is_offloaded
+from billhook.runtime.peers import Peers
 from billhook.runtime.workers import Workers
 
 
@@ -29,6 +30,18 @@ def check_shared(recipe: Recipe, workers: Workers) -> None:
         raise SettingsError(
             f"{workers.flag}: other processes would open the model with its whole vocabulary: leave it out with --vocab-from"
         )
+
+
+def check_together(recipe: Recipe, peers: Peers) -> None:
+    """Refuse what processes of `accelerate launch` cannot do together.
+
+    Raises:
+        BillhookError: says what, and what to do.
+    """
+    if why := recipe.method.why_apart(recipe, peers.count):
+        raise SettingsError(f"{peers.count} processes: {why}")
+    if recipe.budget.speedup is not None:
+        raise SettingsError(f"{peers.count} processes: each would time the model for itself: use --ratio or --params")
 
 
 def why_whole(recipe: Recipe) -> str:

@@ -56,10 +56,12 @@ def prune(
         raise SettingsError("a recipe says all settings: give none besides it")
     if run.workers.many:
         preflight.check_shared(chosen, run.workers)
+    if run.peers.count > 1:
+        preflight.check_together(chosen, run.peers)
     cache.check_folder(run.statistics, "--statistics")
     opened = _opened(model, tokenizer, chosen, stream_weights, run)
     run = _placed(opened, chosen, run)
-    with evaluation_mode(opened.model), run_folder.locked(run.folder):
+    with evaluation_mode(opened.model), run_folder.locked(run.folder if run.peers.first else None):
         return prune_opened(opened, chosen, run)
 
 
@@ -115,6 +117,7 @@ def _opened(model: Any, tokenizer: Any, chosen: Recipe, stream_weights: bool | N
             raise BillhookError(f"--stream-weights: {why}")
         stream = None if stream_weights is None and not why else bool(stream_weights)
         on: dict[str, Any] = chosen.compute.model_dump(include={"device", "dtype", "family_row"})
+        on |= {"device": run.peers.device} if run.peers.count > 1 else {}  # of several accelerators its own
         return load.open_model(os.fspath(model), **on, stream=stream, tick=run.tick)
     if run.workers.many:
         raise BillhookError(

@@ -13,6 +13,7 @@ memory         Memory of the process: give freed memory back, and watch how much
 offload        Weights that are in memory only while something needs them: a model larger than memory
 options        How a setting is declared: once, with its default, its help, its names and its limits
 outputs        Whether an output may be written where the user wants it, before anything is computed
+peers          Processes that `accelerate launch` started for one command: shares, sums, what they agree on
 plug_ins       What other packages add to billhook, by the entry points that they declare
 precision      What matrix products are computed in: bfloat16 where the device has instructions for it
 progress       How long work tells what it is doing: a callback for progress, a clock for where the time went

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from billhook.runtime.activations import Room
 from billhook.runtime.cache import Grams
+from billhook.runtime.peers import ALONE, Peers
 from billhook.runtime.progress import Clock, Tick, quiet, unheard
 from billhook.runtime.workers import ONE_PROCESS, Workers
 
@@ -48,5 +49,6 @@ class Run:
     folder: Path | None = None  # folder of this run alone: after a kill it goes on there
     fresh: bool = False  # start over in that folder
     workers: Workers = ONE_PROCESS
+    peers: Peers = ALONE  # processes that do the same, but for their shares of what takes long
     hidden: Room = field(default_factory=Room)  # where hidden states are kept between layers
     finished: Finished = field(default_factory=Finished)

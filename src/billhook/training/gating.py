@@ -23,6 +23,7 @@ from billhook.models.axes import Axis, axes, reader_weight
 from billhook.models.plan import AxisKey
 from billhook.runtime import cache
 from billhook.runtime.headers import load
+from billhook.runtime.peers import Peers
 from billhook.runtime.run import Run
 from billhook.tensors import Chances, Tokens, precise
 from billhook.training.teacher import Lesson, TeacherCache, fill_cache
@@ -143,9 +144,12 @@ class Course:
 
 
 def lessons(model: PreTrainedModel, tokens: Tokens, folder: Path, run: Run) -> TeacherCache:
-    """The unpruned model's predictions for all windows, kept in `folder`."""
+    """The unpruned model's predictions for all windows, kept in `folder`, which all processes of a run see."""
     with run.clock("unpruned predictions"):
-        return fill_cache(model, tokens, folder, Lesson(TOP), tick=run.tick)
+        share = run.peers.number, run.peers.count
+        found = fill_cache(model, tokens, folder, Lesson(TOP), share=share, tick=run.tick)
+        run.peers.wait()
+        return found
 
 
 def learn(
@@ -159,6 +163,8 @@ def learn(
 ) -> list[float]:
     """Train a learner in place, and return the loss of each step.  The model is left as it was.
 
+    Several processes learn as one: each reads its share of a step's windows, and gradients are summed.
+
     Args:
         read: windows (windows, length), and the unpruned model's predictions for them where `course` asks for these.
         key: all that decides what is learned besides; a run's folder keeps states under it.
@@ -170,21 +176,24 @@ def learn(
     highest = [group["lr"] for group in optimizer.param_groups]
     losses = torch.zeros(course.steps, dtype=torch.float64)
     states = _States(run.folder, key, learner, optimizer, losses)
+    peers, begun = run.peers, states.resumed(course.steps)
+    peers.agree(learner.state_dict().values())
     with run.clock("gates"), _frozen(model, learner):
-        for step in range(states.resumed(course.steps), course.steps):
+        for step in range(begun, course.steps):
             run.tick("learning gates", step, course.steps)
             for group, rate in zip(optimizer.param_groups, highest, strict=True):
                 group["lr"] = rate * course.rate(step)
             optimizer.zero_grad()
             with torch.enable_grad():
-                loss = _loss(model, units, learner.gates(step), read, course, step)
-                (loss + learner.penalty(step)).backward()
-            losses[step] = loss.item()
+                windows = peers.share(course.windows(step, len(read[0])))
+                loss = _loss(model, units, learner.gates(step), read, course, windows) / peers.count
+                (loss + learner.penalty(step) / peers.count).backward()
+            losses[step] = _summed(loss, learner, peers)
             if not losses[step].isfinite():
                 raise BillhookError(f"the loss of step {step} is not finite: try --dtype float32, or a lower --rate")
             learner.follow(step)
             optimizer.step()
-            if (step + 1) % BLOCK == 0 or step + 1 == course.steps:
+            if peers.first and ((step + 1) % BLOCK == 0 or step + 1 == course.steps):
                 states.keep(step + 1)
         run.tick("learning gates", course.steps, course.steps)
     return losses.tolist()
@@ -196,11 +205,10 @@ def _loss(
     gates: Chances,
     read: tuple[Tokens, TeacherCache | None],
     course: Course,
-    step: int,
+    numbers: Sequence[int],
 ) -> Tensor:
-    """Mean over a step's windows, in nats a token."""
+    """Mean over the windows of these numbers, in nats a token."""
     windows, teacher = read
-    numbers = course.windows(step, len(windows))
     tokens = windows[numbers].to(model.device)
     with gated(model, units, gates):
         logits = model(tokens, use_cache=False).logits
@@ -212,6 +220,18 @@ def _loss(
 
 
 _PARTS = ("ids", "chances", "tail")
+
+
+def _summed(loss: Tensor, learner: Learner, peers: Peers) -> float:
+    """The sum of all processes' losses; what the learner trains has the sum of their gradients from now on."""
+    if peers.count == 1:
+        return loss.item()
+    total, trained = loss.detach().clone(), list(learner.parameters())
+    for parameter in trained:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    peers.add([total, *(parameter.grad for parameter in trained if parameter.grad is not None)])
+    return total.item()
 
 
 @contextmanager
