@@ -20,7 +20,8 @@ from billhook.errors import BillhookError
 from billhook.methods import auto as auto_method
 from billhook.methods import fasp
 from billhook.methods.minutes import Work, spent
-from billhook.methods.rivals import RIVALS, best
+from billhook.methods.rivals import RIVALS
+from billhook.methods.trials import Bench, Tried, best, losses_of
 from billhook.models.families import layers
 from billhook.models.plan import Plan
 from billhook.planning import axis_plan, sensitivity
@@ -32,8 +33,8 @@ from billhook.pruning.dry_run import estimate
 from billhook.pruning.recipe import recipe
 from billhook.reports.cut_tables import calibration_words, cut_rows
 from billhook.reports.page import render
+from billhook.runtime.activations import Room
 from billhook.runtime.progress import quiet
-from billhook.runtime.run import Run
 from billhook.training import refinement
 
 
@@ -183,13 +184,44 @@ def test_what_is_too_far_behind_is_not_refined(behind: float, count: int, monkey
     """An eighth is what a refinement may make up for."""
     refined: list[Any] = []
     monkeypatch.setattr(refinement, "refine", lambda *given: refined.append(given))
-    opened, texts = Opened(deep(), None, "", None, torch.float32), Texts(tiny.tokens(4), tiny.tokens(2))
-    plan = Plan({(n, "ffn"): 8 for n in range(6)})
-    trial = auto_method.Trial(opened.model, texts, refinement.Refining(passes=1))
-    made = fasp.METHOD, Planned(plan, fasp.METHOD.Settings().cut)
-    for least in (math.inf, 1.0):
-        trial.losses(deep(), made, lambda _: [behind], least, Run())
-    assert len(refined) == count
+    monkeypatch.setattr(Probe, "divergences_of", lambda *_: [behind])
+    texts, plan = Texts(tiny.tokens(4), tiny.tokens(2)), Plan({(n, "ffn"): 8 for n in range(6)})
+    bench = Bench(deep(), texts, refinement.Refining(passes=1), Room())
+    made = fasp.METHOD, Planned(plan, fasp.FaspSettings().cut)
+    found = [bench.tried(made, least).refined for least in (math.inf, 1.0)]
+    assert len(refined) == count and [one is not None for one in found] == [True, count == 2]
+
+
+def test_what_was_refined_too_soon_does_not_count() -> None:
+    """Several processes may refine what one would not have: it is decided as in one."""
+    first, near, far = ([1.5], [1.0]), ([1.1], [0.99]), ([1.2], [0.5])
+    early = {name: Tried(*one, 0.0) for name, one in {"first": first, "far": far, "near": near}.items()}
+    assert losses_of(early) == {"first": [1.0], "far": [1.2], "near": [0.99]}
+    late = {**early, "far": Tried([1.2], None, 0.0)}
+    assert losses_of(late) == losses_of(early)
+
+
+def test_trials_in_several_processes_end_in_the_same_bits(text_file: Path, tmp_path: Path) -> None:
+    model = in_files("llama", tmp_path / "model")
+    given = {"ratio": 1 / 3, "calibration": str(text_file), "samples": 8, "seq_len": 24, "layout": "per_layer"}
+    one, two = (billhook.prune(model, jobs=jobs, look=False, quiet=True, **given) for jobs in (1, 2))
+    assert len(one.record["auto"]["tried"]) > 1
+    assert one.record["auto"]["tried"] == two.record["auto"]["tried"]
+    assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True))
+
+
+def test_processes_that_would_have_nothing_to_share_are_refused(text_file: Path, tmp_path: Path) -> None:
+    model = in_files("llama", tmp_path / "model")
+    given: dict[str, Any] = {"ratio": 1 / 3, "calibration": str(text_file), "samples": 8, "seq_len": 24, "jobs": 2}
+    refused: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"effort": "quick"}, "jobs: trials are what processes share"),
+        ({"axes": ("layers",)}, "jobs: trials are what processes share"),
+        ({"stream_weights": True}, "jobs: trials are what processes share"),
+        ({"minutes": 1}, "jobs: minutes is told by what one process takes"),
+    )
+    for more, says in refused:
+        with pytest.raises(BillhookError, match=says):
+            billhook.prune(model, look=False, quiet=True, **given, **more)
 
 
 def test_refinement_can_be_left_out(text_file: Path) -> None:
@@ -229,7 +261,7 @@ def test_what_was_tried_is_not_tried_again_after_a_kill(
     again = prune(deep(), text_file, ratio=1 / 3, work=work)
     monkeypatch.undo()
     plain = prune(deep(), text_file, ratio=1 / 3)
-    assert again.record["auto"] == plain.record["auto"]
+    assert all(again.record["auto"][name] == plain.record["auto"][name] for name in ("chosen", "tried", "refused"))
     assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), plain.model.parameters(), strict=True))
 
 
@@ -363,7 +395,7 @@ def test_it_is_the_default(text_file: Path, folder: Path, tmp_path: Path) -> Non
     given = ["--ratio", 0.2, "--calibration", text_file, "--samples", 8, "--seq-len", 32, "-o", tmp_path / "out"]
     assert recipe(ratio=0.2).method.name == "auto"
     assert "--score belongs to --method fasp" in run("prune", folder, *given, "--score", "wanda")
-    assert "name another --method" in run("prune", folder, *given, "--jobs", 2)
+    assert "leave it out" in run("prune", folder, *given, "--jobs", 2, "--effort", "quick")
     assert not (tmp_path / "out").exists() and "--effort" in page("auto")
 
 
@@ -420,10 +452,11 @@ def test_a_killed_prune_of_a_folder_ends_in_the_same_bits(
 def test_the_report_tells_what_was_chosen_refined_and_seen(text_file: Path) -> None:
     found = prune(deep(), text_file, ratio=1 / 3)
     rows = dict(cut_rows(found.record))
-    assert {"chosen", "refined", "repetition", "small tasks"} <= set(rows), list(rows)
+    assert {"chosen", "why", "trials", "refined", "repetition", "small tasks"} <= set(rows), list(rows)
     shown = render(found.page())
     assert all(name in shown for name in ("chosen", "refined", "small tasks"))
     assert "held-out windows" in rows["chosen"] and "tried: whole layers" in rows["chosen"]
+    assert "in closed form" in rows["trials"] and rows["trials"].endswith(" s")
 
 
 def test_it_is_compared_with_others(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

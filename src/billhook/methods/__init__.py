@@ -28,6 +28,7 @@ searched     settings of a search
 slicegpt     a narrower residual stream
 softtopk     the channels that a task misses least go, by a mask that learns, then as fasp
 sparsegpt    zeros: column by column, and the weights to the right make up for it
+trials       cuts as auto would make them, on a few windows, and which is best
 wanda        zeros: by the size of a weight times the norm of its input
 zeros        what methods that make zeros have in common
 """

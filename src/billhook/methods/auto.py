@@ -1,17 +1,16 @@
 """The best cut that the minutes buy: rivals are tried on held-out windows, and the winner is refined."""
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from billhook.choices import JUDGES
 from billhook.errors import BillhookError, SettingsError
 from billhook.methods.minutes import EFFORTS, SPAN, SPENT, Effort, Work, price, spent
-from billhook.methods.rivals import RIVALS, able, best, ready, tried
+from billhook.methods.rivals import RIVALS, able, ready
+from billhook.methods.trials import Bench, Tried, best, losses_of, record_of, tried
 from billhook.planning.method import (
     LAYOUT,
     Foreseen,
@@ -27,8 +26,8 @@ from billhook.planning.method import (
 from billhook.planning.recipe import Calibration, Recipe
 from billhook.runtime.options import option
 
-GAINED = 1 / 8  # share of its divergence that a refinement took off a cut of widths, at most (docs/LOG.md)
 FLOATS = 5  # numbers that training keeps of every weight: itself, as it was, its gradient, and Adam's two
+ONE_WAY = "trials are what processes share, and one way to cut is all that may be tried here: leave it out"
 ROOM = 2**33  # bytes that these take at most where weights are streamed
 
 
@@ -66,34 +65,6 @@ class Won:
     def stream(self) -> str:
         """What a layer sees."""
         return getattr(self.planned.settings, "stream", "")
-
-
-@dataclass(frozen=True)
-class Trial:
-    """Cuts as they would be made, on a few windows: what refines well may win where the closed form alone would lose.
-
-    What is too far behind the least so far to come up by a refinement is not refined.
-    """
-
-    unpruned: Any
-    few: Texts
-    refining: Any  # or None
-
-    def losses(
-        self, model: Any, made: tuple[Method, Planned], judge: Callable[[Any], list[float]], least: float, run: Run
-    ) -> list[float]:
-        """What `judge` says of the cut, which is made in the model."""
-        from billhook.training.refinement import aims, refine
-
-        (method, planned), tokens = made, self.few.calibration
-        method.carry_out(model, self.few, planned, run)
-        if self.refining is None:
-            return judge(model)
-        if least < math.inf and (1 - GAINED) * fmean(losses := judge(model)) > least:
-            return losses
-        aimed = aims(self.unpruned, tokens, _spans(self.unpruned, planned.plan, self.refining), self.refining, run)
-        refine(model, tokens, aimed, self.refining, run)
-        return judge(model)
 
 
 class Auto(Method):
@@ -143,7 +114,9 @@ class Auto(Method):
         return "uneven widths are measured on the whole model" if uneven else ""
 
     def why_alone(self, recipe: Recipe) -> str:
-        return "auto works in one process: leave it out, or name another --method"
+        if recipe.settings.minutes:
+            return "--minutes is told by what one process takes: leave out either, or give --effort"
+        return ONE_WAY if SPENT[recipe.settings.effort].rivals == 1 else ""
 
     def check(self, opened: Opened, recipe: Recipe) -> None:
         from billhook.models.limits import check_kinds
@@ -169,6 +142,8 @@ class Auto(Method):
         if not len(texts.calibration):
             return self._untried(opened, recipe)
         read, streamed = recipe.calibration, is_offloaded(opened.model)
+        if run.workers.many and (streamed or len(able(opened, recipe)) == 1):
+            raise SettingsError(f"{run.workers.flag}: {ONE_WAY}")
         work = self._work(opened, recipe, len(texts.calibration), streamed)
         effort = self._effort(opened, recipe, work, lambda: price(opened.model, read.seq_len))
         if streamed:
@@ -178,23 +153,17 @@ class Auto(Method):
         with TemporaryDirectory() as scratch:  # what one rival measures others take
             kept = replace(run, statistics=run.statistics or Path(scratch))
             found, refused = ready(opened, recipe, effort, judged, kept)
-        losses: dict[str, list[float]] = {}
+        done: dict[str, Tried] = {}
         few = texts.calibration[: effort.trial]
         if len(found) > 1:
             refining = Refining(passes=1, length=SPAN) if recipe.settings.refine else None
-            trial = Trial(opened.model, replace(judged, calibration=few), refining)
-            losses = dict(tried(opened, found, trial.few, run, trial.losses))
-        name = best(losses) if losses else next(iter(found))
+            done = tried(Bench(opened.model, replace(judged, calibration=few), refining, run.hidden), found, run)
+        name = best(losses_of(done)) if done else next(iter(found))
         method, planned = found[name]
         refining = None
         if recipe.settings.refine and (length := _span(opened.model, streamed)):
             refining = Refining(passes=effort.passes, length=length, seconds=effort.seconds)
-        record = {
-            "chosen": name,
-            "tried": {name: fmean(each) for name, each in losses.items()},
-            "trial_windows": len(few),
-            "refused": refused,
-        }
+        record = {"chosen": name, **record_of(done), "trial_windows": len(few), "refused": refused}
         seen = {"calibration": texts.record(read.seq_len)}  # where minutes are short, not all of it
         won = Won(method, planned, refining, len(texts.calibration))
         return Planned(planned.plan, won, planned.scores, {**planned.record, "auto": record, **seen})
@@ -250,13 +219,14 @@ class Auto(Method):
         return Foreseen(stages, 4 * (copied + (trained + spans * states if refine else 0)), windows, played)
 
     def carry_out(self, model: Any, texts: Texts, planned: Planned, run: Run) -> dict[str, Any]:
-        from billhook.training.refinement import aims, refine
+        from billhook.runtime.workers import ONE_PROCESS
+        from billhook.training.refinement import aims, refine, spans_of
 
         if planned.plan.empty:
             return {"cuts": []}
-        won: Won = planned.settings
+        won, run = planned.settings, replace(run, workers=ONE_PROCESS)  # which had its part in the trials
         texts = _first(texts, won.windows)
-        wanted = _spans(model, planned.plan, won.refining) if won.refining else []
+        wanted = spans_of(model, planned.plan, won.refining.length) if won.refining else []
         if not wanted:
             return won.method.carry_out(model, texts, won.planned, run)
         aimed = aims(model, texts.calibration, wanted, won.refining, run)
@@ -279,18 +249,6 @@ def _span(model: Any, streamed: bool) -> int:
 
     each = 4 * FLOATS * sizes.layer_parameters(model, len(layers(model)) - 1)
     return min(SPAN, min(ROOM, free_bytes(model.device) // 2) // each)
-
-
-def _spans(model: Any, plan: Any, refining: Any) -> list[Any]:
-    """What a refinement moves of a model that is to be cut; where weights are streamed what stands around a gap."""
-    from billhook.models.families import layers
-    from billhook.runtime.offload import is_offloaded
-    from billhook.training.refinement import spans
-
-    total = len(layers(model))
-    kept = [n for n in range(total) if n not in plan.layers]
-    narrowed = set() if is_offloaded(model) else {n for (n, _), count in plan.drops.items() if count}
-    return spans(kept, narrowed, total, refining.length)
 
 
 def _check_streamed(recipe: Recipe) -> None:

@@ -1,12 +1,9 @@
-"""The ways to cut that `auto` tries, and which is best by windows that no fit has seen."""
+"""The ways to cut that `auto` tries, and how the plan of each is made."""
 
-import copy
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cache, partial
-from statistics import fmean, stdev
+from functools import partial
 from typing import Any
 
 from billhook.choices import MIXED
@@ -68,50 +65,6 @@ def ready(
         family = opened.model.config.model_type
         raise next(iter(refused.values()), BillhookError(f"{family} can give up none of it: name other --axes"))
     return found, {name: str(error) for name, error in refused.items()}
-
-
-Try = Callable[[Any, Ready, Callable[[Any], list[float]], float, Run], list[float]]
-
-
-def tried(
-    opened: Opened, found: Mapping[str, Ready], texts: Texts, run: Run, attempt: Try
-) -> Iterator[tuple[str, list[float]]]:
-    """How far each cut is from the unpruned model: nats a token, by probe window.
-
-    The run's `folder` keeps what was found, for the same run after a kill.
-
-    Args:
-        attempt: makes a cut in a copy of the model, and judges it, knowing the least so far.
-    """
-    from billhook.planning.sensitivity import Probe
-    from billhook.runtime.cache import cached
-    from billhook.runtime.run import Run
-
-    unpruned, least = cache(lambda: Probe(opened.model, texts.probe)), math.inf
-
-    def losses(made: Ready, least: float) -> list[float]:
-        probe = unpruned()  # of the model as it is, before the copy
-        return attempt(copy.deepcopy(opened.model), made, probe.divergences_of, least, Run(hidden=run.hidden))
-
-    for number, (name, made) in enumerate(found.items()):
-        run.tick("trying cuts", number, len(found))
-        decides = {"rival": name, "plan": repr(made[1].plan), "windows": len(texts.calibration), "least": repr(least)}
-        with run.clock("trials"):
-            each = cached(run.folder, "trial", decides, partial(losses, made, least))
-        least = min(least, fmean(each))
-        yield name, each
-    run.tick("trying cuts", len(found), len(found))
-
-
-def best(losses: Mapping[str, Sequence[float]]) -> str:
-    """The first that is not worse than the least by more than two standard errors
-    of the difference, window by window."""
-    least = min(losses, key=lambda name: fmean(losses[name]))
-    for name, each in losses.items():
-        more = [a - b for a, b in zip(each, losses[least], strict=True)]
-        if fmean(more) <= (2 * stdev(more) / len(more) ** 0.5 if len(more) > 1 else 0.0):
-            return name
-    return least
 
 
 def _usable(opened: Opened, recipe: Recipe, kinds: Sequence[str]) -> tuple[str, ...]:

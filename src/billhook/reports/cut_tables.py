@@ -162,6 +162,10 @@ def auto_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
     tried = ", ".join(f"{name} {number(loss, '{:.3f}')}" for name, loss in auto["tried"].items())
     windows = f"nats a token on held-out windows, fitted on {auto['trial_windows']}"
     rows = [("chosen", f"{auto['chosen']}; tried: {tried} ({windows})" if tried else auto["chosen"])]
+    if trials := auto.get("trials"):
+        rows += [("why", _why(auto["chosen"], trials)), ("trials", _trials(trials, auto["tried"]))]
+    if auto["refused"]:
+        rows.append(("cannot be had", "; ".join(f"{name}: {why}" for name, why in auto["refused"].items())))
     if refined := cut.get("refined"):
         errors = [
             f"layers {one['first']}-{one['last']}: error {number(one['before'], '{:.3f}')} → {number(one['after'], '{:.3f}')}"
@@ -170,6 +174,30 @@ def auto_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
         ]
         rows.append(("refined", f"{', '.join(errors)} (as numbered after the cut, on held-out windows)"))
     return rows
+
+
+def _why(chosen: str, trials: Mapping[str, Mapping[str, Any]]) -> str:
+    """What speaks for the cut that was taken."""
+
+    def apart(name: str) -> str:
+        return with_error(trials[name]["behind"], trials[name]["behind_standard_error"], "{:.3f}")
+
+    nearest, *others = sorted(trials, key=lambda name: trials[name]["behind"])
+    if chosen == nearest:
+        return f"nearest to the unpruned model; {others[0]} is {apart(others[0])} behind"
+    return f"of less depth than {nearest}, which is {apart(chosen)} nearer: windows do not tell them apart"
+
+
+def _trials(trials: Mapping[str, Mapping[str, Any]], tried: Mapping[str, float]) -> str:
+    """What each trial came to, and how long it took."""
+    refines = any(one["refined"] for one in trials.values())
+    words = []
+    for name, one in trials.items():
+        then = f", {number(tried[name], '{:.3f}')} refined" if one["refined"] else ", too far behind to be refined"
+        words.append(
+            f"{name}: {number(one['closed'], '{:.3f}')} in closed form{then if refines else ''}, {number(one['seconds'], '{:,.0f}')} s"
+        )
+    return "; ".join(words)
 
 
 def missed_rows(mope: Mapping[str, Any] | None) -> list[tuple[str, str]]:

@@ -28,8 +28,9 @@ from billhook.calibration.forward import enter, run_layer
 from billhook.errors import BillhookError
 from billhook.evaluation.speed import synchronise
 from billhook.models.families import layers
+from billhook.models.plan import Plan
 from billhook.runtime.activations import State
-from billhook.runtime.offload import loaded
+from billhook.runtime.offload import is_offloaded, loaded
 from billhook.runtime.precision import autocast_dtype, computing
 from billhook.runtime.run import Run
 from billhook.tensors import Tokens
@@ -110,6 +111,14 @@ def spans(kept: Sequence[int], touched: Collection[int], total: int, length: int
             after = kept[last + 1] if last + 1 < len(kept) else total
             found.append(Span(first, last, after))
     return found
+
+
+def spans_of(model: PreTrainedModel, plan: Plan, length: int) -> list[Span]:
+    """What a refinement moves of a model that is to be cut; where weights are streamed what stands around a gap."""
+    total = len(layers(model))
+    kept = [n for n in range(total) if n not in plan.layers]
+    narrowed = set() if is_offloaded(model) else {n for (n, _), count in plan.drops.items() if count}
+    return spans(kept, narrowed, total, length)
 
 
 def _gap(kept: Sequence[int], n: int, total: int) -> bool:
