@@ -288,6 +288,7 @@ def test_layers_and_uneven_widths_meet_a_budget_together(text_file: Path, monkey
 def test_minutes_say_how_much_is_tried_and_how_long_it_is_refined(text_file: Path) -> None:
     record = prune(deep(), text_file, ratio=1 / 3, minutes=1).record
     assert len(record["auto"]["tried"]) > 1 and record["calibration"]["windows"] == 8
+    assert " of 1, before it was written" in dict(cut_rows(record))["minutes"]
     uneven: dict[str, Any] = {"layout": "per_layer", "axes": ("ffn",), "multiple_of": 2}
     assert prune(deep(), text_file, minutes=1, refine=False, **uneven).record["cuts"]
     with pytest.raises(BillhookError, match="the quickest cut takes about"):
@@ -338,6 +339,10 @@ def test_a_dry_run_says_what_it_comes_to(axes: tuple[str, ...], text_file: Path,
     assert abs(gap) < 0.02  # another rival may have won
     assert {"refinement", "goals"} <= set(said["stages"]) & set(found["seconds"])
     assert said["stages"]["refinement"]["flops"] > 0 and said["peak_bytes"] > 0
+    tried = said["will"].removeprefix("tries ").partition(" (each fitted on 8 windows")[0].split("; ")
+    if "trials" in said["stages"]:
+        assert set(found["auto"]["tried"]) <= set(tried)
+    assert f"fitted on {found['calibration']['windows']} windows, then refined" in said["will"]
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "gpt2", "gemma2"])

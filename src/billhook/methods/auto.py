@@ -8,7 +8,7 @@ from typing import Any
 
 from billhook.choices import JUDGES
 from billhook.errors import BillhookError, SettingsError
-from billhook.methods.minutes import EFFORTS, SPAN, SPENT, Effort, Work, price, spent
+from billhook.methods.minutes import EFFORTS, SPAN, SPENT, Effort, Work, price, spent, words
 from billhook.methods.rivals import RIVALS, able, ready
 from billhook.methods.trials import Bench, Tried, best, losses_of, record_of, tried
 from billhook.planning.method import (
@@ -210,13 +210,15 @@ class Auto(Method):
             raise BillhookError(f"--dry-run: {why}: what that costs cannot be told beforehand")
         effort, refine = self._effort(opened, recipe, work, price), recipe.settings.refine and work.refined > 0
         rivals, windows = able(opened, recipe)[: 1 if streamed else effort.rivals], work.fitted(effort)
-        stages = work.stages(effort.within(work, price), rivals, refine)
+        effort = effort.within(work, price)
+        stages = work.stages(effort, rivals, refine)
         copied = sizes.total_parameters(model) if len(rivals) > 1 else 0
         states = windows * recipe.calibration.seq_len * model.get_input_embeddings().weight.shape[1]
         span = max(1, _span(model, streamed))
         trained = FLOATS * min(span, work.refined) * sizes.layer_parameters(model, work.layers - 1)
         spans = math.ceil(work.refined / span)
-        return Foreseen(stages, 4 * (copied + (trained + spans * states if refine else 0)), windows, played)
+        memory = 4 * (copied + (trained + spans * states if refine else 0))
+        return Foreseen(stages, memory, windows, played, words(effort, work, rivals, refine))
 
     def carry_out(self, model: Any, texts: Texts, planned: Planned, run: Run) -> dict[str, Any]:
         from billhook.runtime.workers import ONE_PROCESS

@@ -130,6 +130,16 @@ class Work:
         return self.alone and rival.kinds == ("layers",)
 
 
+def words(effort: Effort, work: Work, rivals: Sequence[Way], refined: bool) -> str:
+    """What an effort comes to, in a line."""
+    windows, names = work.fitted(effort), "; ".join(one.name for one in rivals)
+    trial = (
+        f" (each fitted on {min(effort.trial, windows)} windows, judged by {work.judges})" if len(rivals) > 1 else ""
+    )
+    last = f", then refined by up to {effort.passes:.2g} passes over {work.refined} layers" if refined else ""
+    return f"tries {names}{trial}: {'the best' if trial else 'it'} is fitted on {windows} windows{last}"
+
+
 def spent(
     minutes: float | int, work: Work, rivals: Sequence[Way], asked: tuple[bool, bool], price: tuple[float, float, float]
 ) -> Effort:

@@ -68,6 +68,7 @@ class Foreseen:
     memory: int = 0  # bytes, besides the model and its hidden states
     windows: int | None = None  # that the cut is fitted on, where not all
     rehearsed: "tuple[Method, Planned] | None" = None  # what a rehearsal plays
+    words: str = ""  # what will be done, in a line
 
 
 class Method:

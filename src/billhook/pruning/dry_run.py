@@ -83,6 +83,7 @@ def estimate(
     return {
         "parameters": {"before": total, "after": total - known.cut},
         "decoder_parameters": {"before": decoder, "after": decoder - known.cut},
+        "will": known.words,
         "stages": {stage: {"seconds": one.seconds, "flops": one.flops} for stage, one in stages.items()},
         "seconds": sum(one.seconds for one in stages.values()),
         "flops": sum(one.flops for one in stages.values()),
@@ -118,6 +119,7 @@ class Known:
     states: int  # how many hidden states of each token are held
     work: int  # bytes, besides model and hidden states
     rehearsed: Rehearsed | None
+    words: str  # what will be done, where the method says
 
 
 def _subject(name: str, recipe: Recipe, stream_weights: bool | None, tick: Tick, clock: Clock) -> Subject:
@@ -164,7 +166,7 @@ def _known(seen: Subject, speeds: "Speeds") -> Known:
     stages["writing and verifying"] = Cost(_verifying(seen, cut, speeds), 0.0)
     both = getattr(planned.settings, "stream", "") == "dense_target"  # the unpruned model's beside the pruned one's
     work = max(beside.memory, rehearsed.work_bytes if rehearsed else 0)
-    return Known(stages, cut, 2 if both else 1, work, rehearsed)
+    return Known(stages, cut, 2 if both else 1, work, rehearsed, beside.words)
 
 
 def _held(seen: Subject, known: Known, hidden_budget: int | None) -> int:

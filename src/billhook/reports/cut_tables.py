@@ -166,6 +166,11 @@ def auto_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows += [("why", _why(auto["chosen"], trials)), ("trials", _trials(trials, auto["tried"]))]
     if auto["refused"]:
         rows.append(("cannot be had", "; ".join(f"{name}: {why}" for name, why in auto["refused"].items())))
+    if minutes := (cut.get("recipe") or {}).get("minutes"):
+        took = sum(cut["seconds"].values()) / 60
+        rows.append(
+            ("minutes", f"{number(took, '{:.1f}')} of {number(minutes, '{:g}')}, before it was written and verified")
+        )
     if refined := cut.get("refined"):
         errors = [
             f"layers {one['first']}-{one['last']}: error {number(one['before'], '{:.3f}')} → {number(one['after'], '{:.3f}')}"

@@ -43,6 +43,8 @@ def estimate_table(estimate: dict[str, Any], title: str) -> Table:
         "peak memory", f"{estimate['peak_bytes'] / 1e9:.2f} GB of {estimate['free_bytes'] / 1e9:.2f} free; {where}"
     )
     table.add_row("disk", f"{estimate['disk_bytes'] / 1e9:.2f} GB of {estimate['disk_free_bytes'] / 1e9:.2f} free")
+    if will := estimate["will"]:
+        table.add_row("what it does", will)
     for stage, cost in estimate["stages"].items():
         done = f", {cost['flops'] / 1e12:.2f} TFLOP" if cost["flops"] else ""
         table.add_row(stage, f"{cost['seconds']:.1f} s{done}")
