@@ -24,7 +24,7 @@ parser.add_argument("model")
 parser.add_argument("calibration")
 parser.add_argument("text", nargs="+")
 parser.add_argument("--results", type=Path, default=Path("mask-results"))
-parser.add_argument("--budgets", default="0.5,2:4,4:8,0.7", help="shares of zeros, and patterns, with commas")
+parser.add_argument("--budgets", default="0.5,2:4,4:8,0.7", help="with commas: 0.5, 2:4, 0.5 block16")
 parser.add_argument("--rows", default="", help="some of the rows, with semicolons; empty: all")
 parser.add_argument("--samples", type=int, default=64)
 parser.add_argument("--windows", type=int, default=84)
@@ -61,9 +61,17 @@ WEIGHTS = cache.model_sha256(load.open_model(args.model, device="cpu", dtype="fl
 common = {"texts": [one.sha256 for one in scoring.texts], "windows": [args.windows, args.precision]}
 
 
+def asked(budget: str) -> dict[str, Any]:
+    """A budget of --budgets, as a recipe has it."""
+    if ":" in budget:
+        return {"pattern": budget}
+    share, _, pattern = budget.partition(" ")
+    return {"sparsity": float(share), "pattern": pattern}
+
+
 def row(budget: str, chosen: dict[str, Any]) -> dict[str, Any]:
-    how = {"pattern": budget} if ":" in budget else {"sparsity": float(budget)}
-    found = billhook.prune(args.model, calibration=args.calibration, samples=args.samples, look=False, **how, **chosen)
+    how = {**asked(budget), **chosen}
+    found = billhook.prune(args.model, calibration=args.calibration, samples=args.samples, look=False, **how)
     return {"losses": scoring(found.model, found.tokenizer), "report": found.record}
 
 

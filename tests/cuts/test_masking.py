@@ -21,11 +21,12 @@ from billhook.calibration.passage import Route
 from billhook.choices import INDEPENDENT_STREAMS, OPERATOR_STREAMS, ROLES
 from billhook.cuts import masking, parallel
 from billhook.errors import BillhookError
-from billhook.math import layerwise
+from billhook.math import layerwise, sparsity
 from billhook.math.pattern import Pattern
 from billhook.models.experts import unfuse
 from billhook.models.families import layers, linears
 from billhook.pruning.recipe import recipe
+from billhook.reports.cut_tables import zero_rows
 from billhook.runtime.run import Run
 
 SMALL: dict[str, Any] = dict(samples=10, seq_len=48)
@@ -73,6 +74,21 @@ def test_every_family_has_exactly_the_zeros_that_were_asked_for(text: str, name:
         assert torch.equal(param, before[path]) == (path not in touched)
     zeros = half.record["zeros"]
     assert zeros["zeros"] * 2 == zeros["weights"] == sum(w.numel() for w in weights(half.model).values())
+
+
+def test_zeros_fill_blocks_and_the_record_says_so(text: str) -> None:
+    found = masked(text, sparsity=0.5, pattern="block4", layer_sparsity={0: 0.25}, targets=("gate", "down"))
+    for n, _, path in masking.every(found.model, ("gate", "down")):
+        zeros = masking.weight_of(found.model, path) == 0
+        blocks = sparsity.whole_blocks(zeros, 4)
+        assert torch.equal(zeros, sparsity.spread(blocks, 4))
+        assert blocks.double().mean() == (0.25 if n == 0 else 0.5)
+    assert found.record["zeros"]["pattern"] == "50% block4" and found.record["zeros"]["sparsity"] == pytest.approx(
+        5 / 12
+    )
+    assert "--sparsity 0.5 --pattern block4" in found.record["command"]
+    ((_, words), *_) = zero_rows(found.record["zeros"])
+    assert "(41.67 %, 50% block4; gate, down)" in words
 
 
 @pytest.mark.parametrize("method", tiny.ZEROS)
@@ -237,6 +253,10 @@ def test_what_will_be_done_is_said_before(text: str) -> None:
         ({"sparsity": None, "pattern": "4:4"}, "N is below M"),
         ({"sparsity": None, "pattern": "2/4"}, "is not N:M"),
         ({"sparsity": None, "pattern": "2:5"}, r"q_proj has 32 inputs, which groups of 5 \(2:5\) do not divide"),
+        ({"sparsity": None, "pattern": "block16"}, "pattern block16 says where zeros lie: give sparsity too"),
+        ({"pattern": "block0"}, "sparsity and pattern are two budgets"),
+        ({"pattern": "block10"}, "outputs and 32 inputs, which 10 weights of a block do not divide"),
+        ({"method": "fasp", "sparsity": None, "ratio": 0.2, "pattern": "block16"}, "pattern is no budget of fasp"),
         ({"targets": ("w1",)}, "unknown target 'w1'"),
         ({"ratio": 0.2}, "ratio is no budget of wanda: give sparsity"),
         ({"axes": ("ffn",)}, "cuts no axis"),

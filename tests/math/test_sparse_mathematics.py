@@ -12,11 +12,12 @@ from billhook.errors import BillhookError
 from billhook.math import admm, fistapruner, layerwise, magnitude, sparsegpt, sparsity, wanda
 from billhook.math.layerwise import Settings, SparseWeight, Target, squared_error
 from billhook.math.linalg import damped
-from billhook.math.pattern import Pattern, parse
+from billhook.math.pattern import Pattern, block_side, parse
 
 OUT, IN, TOKENS = 24, 32, 400
 HALF, TWO_FOUR = Pattern(sparsity=0.5), Pattern(zeros=2, group=4)
-PATTERNS = [HALF, Pattern(sparsity=0.3), TWO_FOUR, Pattern(zeros=1, group=4), Pattern(zeros=5, group=8)]
+PAIRS = Pattern(sparsity=0.5, side=2)
+PATTERNS = [HALF, Pattern(sparsity=0.3), TWO_FOUR, Pattern(zeros=1, group=4), Pattern(zeros=5, group=8), PAIRS]
 INITS = ["dense", "magnitude", "wanda", "sparsegpt"]
 PLAIN = Settings(damping=1e-3)
 Prune = Callable[[Tensor, Target, Pattern, Settings], SparseWeight]
@@ -74,6 +75,8 @@ def test_a_pattern_says_its_share() -> None:
     assert (found.zeros, found.group, found.share, str(found)) == (2, 4, 0.5, "2:4")
     assert parse("1:4").share == 0.25
     assert str(HALF) == "50%" and str(Pattern(sparsity=0.625)) == "62.5%"
+    assert block_side("block16") == 16 and str(Pattern(sparsity=0.5, side=16)) == "50% block16"
+    assert not any(map(block_side, ("2:4", "block", "block0", "block-4", "block1.5", "16")))
 
 
 @pytest.mark.parametrize("text", ["", "2", "2:", "a:b", "2:4:8", "-1:4", "1.5:4", "0:4", "4:4", "5:4"])
@@ -89,6 +92,8 @@ def test_other_bad_patterns() -> None:
         lambda: Pattern(sparsity=0.5, zeros=2, group=4),
         lambda: Pattern(zeros=2),
         lambda: Pattern(sparsity=1.5),
+        lambda: Pattern(zeros=2, group=4, side=2),
+        lambda: Pattern(sparsity=0.5, side=0),
         lambda: sparsity.keep_mask(torch.ones(2, 2), HALF, "column"),
     ):
         with pytest.raises(BillhookError):
@@ -96,10 +101,14 @@ def test_other_bad_patterns() -> None:
 
 
 def test_groups_have_to_tile_the_input() -> None:
-    sparsity.check(TWO_FOUR, 12, "layer")
-    sparsity.check(HALF, 7, "layer")
+    sparsity.check(TWO_FOUR, (3, 12), "layer")
+    sparsity.check(HALF, (3, 7), "layer")
+    sparsity.check(PAIRS, (4, 6), "layer")
     with pytest.raises(BillhookError, match=r"layers\.3\.mlp\.down_proj has 30 inputs"):
-        sparsity.check(TWO_FOUR, 30, "layers.3.mlp.down_proj")
+        sparsity.check(TWO_FOUR, (4, 30), "layers.3.mlp.down_proj")
+    for shape in ((3, 8), (8, 3)):
+        with pytest.raises(BillhookError, match="inputs, which 2 weights of a block do not divide"):
+            sparsity.check(PAIRS, shape, "layer")
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
@@ -114,11 +123,33 @@ def test_counts_are_exact_with_ties(levels: int, pattern: Pattern) -> None:
         assert (
             zeros_per_group(rows.int(), pattern.group) == zeros_per_group(whole.int(), pattern.group) == {pattern.zeros}
         )
-    else:
+    elif pattern.side == 1:
         assert scores[~whole].max() <= scores[whole].min()
         # a stable sort is the plain way to the same choice
         order = scores.flatten().argsort(stable=True)
         assert torch.equal((~whole).flatten().nonzero().flatten(), order[: round(pattern.share * 400)].sort().values)
+
+
+@pytest.mark.parametrize("within", sparsity.WITHIN)
+def test_blocks_of_the_lowest_means_go_whole(within: str) -> None:
+    scores = torch.rand(8, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    zeros = torch.zeros_like(scores).bool()
+    zeros[:4, 8:12] = zeros[5, 5] = True  # a block, and a weight of another
+    stay = sparsity.keep_mask(scores, Pattern(sparsity=0.5, side=4), within, zeros)
+    means = {
+        (i, j): -1.0 if (i, j) == (0, 8) else float(scores[i : i + 4, j : j + 4].mean())
+        for i in (0, 4)
+        for j in range(0, 24, 4)
+    }
+    gone = (
+        sorted(means, key=means.__getitem__)[:6]
+        if within == "matrix"
+        else [place for i in (0, 4) for place in sorted((p for p in means if p[0] == i), key=means.__getitem__)[:3]]
+    )
+    expected = ~zeros
+    for i, j in gone:
+        expected[i : i + 4, j : j + 4] = False
+    assert (0, 8) in gone and torch.equal(stay, expected)
 
 
 def test_nothing_or_everything_goes() -> None:
@@ -217,6 +248,21 @@ def test_zeros_are_counted_exactly(name: str, pattern: Pattern, kind: str) -> No
             assert (found.weight == 0).sum() == round(pattern.share * W.numel())
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_zeros_fill_blocks(name: str) -> None:
+    """As many as the share says, beside zeros that were there, which are in blocks or not."""
+    W, pattern = draw()[1], Pattern(sparsity=0.25, side=8)
+    zeros = torch.zeros_like(W).bool()
+    zeros[:8, :8] = zeros[3, 20] = True
+    for known in (None, zeros):
+        settings = Settings(damping=1e-3, zeros=known, refit=True, block=20)
+        V = METHODS[name](W if known is None else W.masked_fill(zeros, 0.0), target("other"), pattern, settings).weight
+        gone = sparsity.whole_blocks(V == 0, 8)
+        assert gone.sum() == round(0.25 * gone.numel()) and (known is None or gone[0, 0])
+        others = (V == 0) & ~sparsity.spread(gone, 8)
+        assert others.nonzero().tolist() in ([], [[3, 20]])
+
+
 @pytest.mark.parametrize("pattern", [HALF, TWO_FOUR], ids=str)
 @pytest.mark.parametrize("name", METHODS)
 def test_known_zeros_stay_zero(name: str, pattern: Pattern) -> None:
@@ -245,7 +291,7 @@ def test_a_dead_input_does_no_harm(name: str, normalised: bool) -> None:
         assert not found.weight[:, 3].any() and found.note["dead"] == 1
 
 
-@pytest.mark.parametrize("pattern", [HALF, TWO_FOUR], ids=str)
+@pytest.mark.parametrize("pattern", [HALF, TWO_FOUR, Pattern(sparsity=0.5, side=4)], ids=str)
 def test_the_order_of_the_field(pattern: Pattern) -> None:
     X, W, _ = draw(1, 96, 64, 2000)
     errors = {name: error(METHODS[name](W, own(X), pattern, PLAIN).weight, W, own(X)) for name in METHODS}
@@ -288,7 +334,7 @@ def test_a_diagonal_gram_leaves_what_stays_as_it_was() -> None:
     assert torch.equal(found, W.double() * sparsity.keep_mask(scores, TWO_FOUR))
 
 
-@pytest.mark.parametrize("pattern", [HALF, TWO_FOUR], ids=str)
+@pytest.mark.parametrize("pattern", [HALF, TWO_FOUR, PAIRS], ids=str)
 def test_the_sweep_is_optimal_brain_surgery_column_by_column(pattern: Pattern) -> None:
     X, W, _ = draw()
     G = damped(X.T @ X, 1e-2)

@@ -158,6 +158,7 @@ REFUSED = [
     ({"pattern": "2:4"}, "--pattern is of masks that move"),
     ({"mask_decay": 0.1}, "--mask-decay is of masks that move"),
     ({"mask_score": "wanda"}, "--mask-score is of masks that move"),
+    ({"masks": "ast", "pattern": "block16"}, "'block16' is not N:M"),
     ({"masks": "ast", "pattern": "4:2"}, "pattern 4:2"),
     ({"masks": "ast", "pattern": "half"}, "is not N:M"),
     ({"masks": "ats", "pattern": "2:4"}, "did you mean 'ast'"),

@@ -45,7 +45,7 @@ class Masking:
     keep_zeros: bool = True  # those that are there before
 
     def at(self, layer: int) -> Pattern:
-        return Pattern(self.by_layer[layer]) if layer in self.by_layer else self.pattern
+        return replace(self.pattern, sparsity=self.by_layer[layer]) if layer in self.by_layer else self.pattern
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def check(model: PreTrainedModel, how: Masking) -> None:
     """Refuse what cannot be, before anything is computed.
 
     Raises:
-        BillhookError: M does not divide the inputs of a weight; a layer that is not there.
+        BillhookError: groups or blocks do not tile a weight; a layer that is not there.
     """
     total = len(layers(model))
     if unknown := [n for n in how.by_layer if not 0 <= n < total]:
@@ -78,7 +78,7 @@ def check(model: PreTrainedModel, how: Masking) -> None:
                 f"--targets: {', '.join(parts)} are one matrix in this model: name all of them, or none"
             )
     for n, _, name in every(model, how.targets):
-        sparsity.check(how.at(n), weight_of(model, name).shape[1], name)
+        sparsity.check(how.at(n), weight_of(model, name).shape, name)
 
 
 def every(model: PreTrainedModel, roles: Sequence[str]) -> Iterator[tuple[int, str, str]]:

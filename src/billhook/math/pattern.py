@@ -1,20 +1,32 @@
-"""Sparsity patterns: a share of zeros, or N of every M neighbours along the input.  Loads no torch."""
+"""Sparsity patterns: a share of zeros, one by one or in blocks, or N of every M neighbours along the input.
+
+Loads no torch.
+"""
 
 import re
 from dataclasses import dataclass
 
 from billhook.errors import SettingsError
 
+BLOCK = "block"  # block16: blocks of 16 x 16 weights
+
 
 @dataclass(frozen=True)
 class Pattern:
-    """Either a share of zeros (`sparsity`), or exactly `zeros` in every `group` of consecutive weights of a row."""
+    """Either a share of zeros (`sparsity`), or exactly `zeros` in every `group` of consecutive weights of a row.
+
+    A share may be of square blocks, `side` weights wide and high, which go whole: MLPruning's last level
+    (arXiv:2105.14636).
+    """
 
     sparsity: float | None = None
     zeros: int | None = None  # N
     group: int | None = None  # M
+    side: int = 1  # of the blocks; 1: weights go one by one
 
     def __post_init__(self) -> None:
+        if self.side < 1 or (self.side > 1 and self.sparsity is None):
+            raise SettingsError("blocks are one weight wide or more, and what goes of them is a share")
         if self.zeros is not None and self.group is not None and self.sparsity is None:
             if self.zeros < 1:
                 raise SettingsError(f"pattern {self}: N counts the zeros of each group and is at least 1")
@@ -33,7 +45,9 @@ class Pattern:
         return self.sparsity or 0.0
 
     def __str__(self) -> str:
-        return f"{100 * (self.sparsity or 0):g}%" if self.group is None else f"{self.zeros}:{self.group}"
+        if self.group is not None:
+            return f"{self.zeros}:{self.group}"
+        return f"{100 * (self.sparsity or 0):g}%" + (f" {BLOCK}{self.side}" if self.side > 1 else "")
 
 
 def parse(text: str) -> Pattern:
@@ -46,6 +60,12 @@ def parse(text: str) -> Pattern:
     if match is None:
         raise SettingsError(f"pattern {text!r} is not N:M (N zeros in every M weights of a row), as in 2:4")
     return Pattern(zeros=int(match[1]), group=int(match[2]))
+
+
+def block_side(text: str) -> int:
+    """16 of the pattern "block16", whose zeros fill blocks of 16 x 16; 0 of another text."""
+    match = re.fullmatch(rf"\s*{BLOCK}([1-9]\d*)\s*", text)
+    return int(match[1]) if match else 0
 
 
 def parse_layer_sparsity(text: str) -> dict[int, float]:

@@ -1,7 +1,8 @@
 """SparseGPT: Massive Language Models Can be Accurately Pruned in One-Shot (Frantar & Alistarh 2023, arXiv:2301.00774).
 
 H = G + delta I, delta = damping * mean(diag G);  H^-1 = U^T U, U upper triangular.  From left to right, in blocks:
-1. Mask         of the weights of the block in all rows, those of smallest w_ij^2 / U_jj^2; N:M at every M-th column.
+1. Mask         of the weights of the block in all rows, those of smallest w_ij^2 / U_jj^2; N:M at every M-th column;
+                square blocks of weights by the means of that.
 2. Sweep        column j gives up its pruned weights, and its error e = (w - q) / U_jj goes to the columns right of it:
                 W_:,k -= e U_jk, at once within the block, at its end for the rest.
 Should the sweep end further off than W on the mask, as it can where damping is next to none, that is the answer.
@@ -57,8 +58,9 @@ def sweep(W: Weight, U: Gram, pattern: Pattern, settings: Settings) -> tuple[Wei
     V = W.T.contiguous()  # columns lie together, as the sweep reads them
     stay = torch.ones(V.shape, dtype=torch.bool, device=W.device)
     forced = None if settings.zeros is None else settings.zeros.T
-    quota = Quota(pattern, out * columns, 0 if forced is None else int(forced.sum()))
-    width = settings.block if pattern.group is None else max(settings.block // pattern.group, 1) * pattern.group
+    quota = Quota(pattern, out * columns, forced)
+    together = pattern.group or pattern.side  # columns that are masked at one time
+    width = max(settings.block // together, 1) * together
     span = width if pattern.group is None else pattern.group
     for start in range(0, columns, width):
         end = min(start + width, columns)
@@ -79,23 +81,31 @@ def sweep(W: Weight, U: Gram, pattern: Pattern, settings: Settings) -> tuple[Wei
 
 
 class Quota:
-    """Hands out zeros block by block so that their number is exact in the end.
+    """Hands out zeros, part by part of the columns, so that their number is exact in the end.
 
-    What has to be zero comes first; of the others every block gives the same share, rounded so that the sum is right.
+    What has to be zero comes first; of the others every part gives the same share, rounded so that the sum is right.
+    Weights count one by one, or by the pattern's square blocks.
     """
 
-    def __init__(self, pattern: Pattern, entries: int, forced: int) -> None:
+    def __init__(self, pattern: Pattern, entries: int, forced: Support | None) -> None:
         self.pattern = pattern
-        self.share = max(round(pattern.share * entries) - forced, 0) / max(entries - forced, 1)
+        total, known = entries // pattern.side**2, self._known(forced)
+        self.share = max(round(pattern.share * total) - known, 0) / max(total - known, 1)
         self.seen = self.given = 0
+
+    def _known(self, forced: Support | None) -> int:
+        return 0 if forced is None else int(sparsity.whole_blocks(forced, self.pattern.side).sum())
 
     def keep(self, scores: Tensor, forced: Tensor | None) -> Tensor:
         """Which entries of scores (columns, out) stay."""
         if self.pattern.group is not None:
             return sparsity.keep_mask(scores.T, self.pattern, zeros=None if forced is None else forced.T).T
-        known = 0 if forced is None else int(forced.sum())
-        self.seen += scores.numel() - known
+        side, known = self.pattern.side, self._known(forced)
+        means = sparsity.block_means(scores, side)
+        self.seen += means.numel() - known
         count = round(self.share * self.seen) - self.given
         self.given += count
-        free = scores if forced is None else scores.masked_fill(forced, -torch.inf)
-        return ~sparsity.lowest_mask(free.reshape(1, -1), count + known).view(scores.shape)
+        free = means if forced is None else means.masked_fill(sparsity.whole_blocks(forced, side), -torch.inf)
+        stay = ~sparsity.lowest_mask(free.reshape(1, -1), count + known).view(means.shape)
+        stay = sparsity.spread(stay, side)
+        return stay if forced is None else stay & ~forced

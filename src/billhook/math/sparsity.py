@@ -1,4 +1,7 @@
-"""Masks of a matrix: a share of all weights, or N of every M neighbours along the input, counted exactly."""
+"""Masks of a matrix: a share of all weights or blocks, or N of every M neighbours along the input, counted exactly."""
+
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,14 +14,19 @@ Support = Tensor  # Bool (out, in), the entries of a weight that may be nonzero
 WITHIN = ("row", "matrix")
 
 
-def check(pattern: Pattern, columns: int, name: str) -> None:
-    """Refuse a pattern whose groups do not tile the input of the weight called `name`.
+def check(pattern: Pattern, shape: Sequence[int], name: str) -> None:
+    """Refuse a pattern whose groups or blocks do not tile the weight (out, in) called `name`.
 
     Raises:
-        BillhookError: M does not divide the number of columns.
+        BillhookError: M does not divide the number of inputs, or a block's side that of inputs or outputs.
     """
-    if pattern.group is not None and columns % pattern.group:
-        raise BillhookError(f"{name} has {columns} inputs, which groups of {pattern.group} ({pattern}) do not divide")
+    outputs, inputs = shape
+    if pattern.group is not None and inputs % pattern.group:
+        raise BillhookError(f"{name} has {inputs} inputs, which groups of {pattern.group} ({pattern}) do not divide")
+    if outputs % pattern.side or inputs % pattern.side:
+        raise BillhookError(
+            f"{name} has {outputs} outputs and {inputs} inputs, which {pattern.side} weights of a block do not divide"
+        )
 
 
 def keep_mask(scores: Weight, pattern: Pattern, within: str = "row", zeros: Support | None = None) -> Support:
@@ -27,9 +35,14 @@ def keep_mask(scores: Weight, pattern: Pattern, within: str = "row", zeros: Supp
     A share s drops round(s in) weights of each row (`within="row"`) or round(s out in) of the whole (`"matrix"`); N:M
     drops N of every M consecutive inputs whatever `within` is.  Among ties the lower index is dropped first.  `zeros`
     marks entries that must be dropped: they count first, and all of them are dropped even if the pattern asks for
-    fewer.
+    fewer.  A share of blocks drops as many of a row of blocks, or of all, as it would of weights, those of the lowest
+    means; only blocks that are all `zeros` count first.
     """
     one_of("scope of a sparsity pattern", within, WITHIN)
+    if (side := pattern.side) > 1:
+        gone = None if zeros is None else whole_blocks(zeros, side)
+        stay = spread(keep_mask(block_means(scores, side), replace(pattern, side=1), within, gone), side)
+        return stay if zeros is None else stay & ~zeros
     if zeros is not None:
         scores = scores.masked_fill(zeros, -torch.inf)
     if pattern.group is not None and pattern.zeros is not None:
@@ -39,6 +52,22 @@ def keep_mask(scores: Weight, pattern: Pattern, within: str = "row", zeros: Supp
         count = round(pattern.share * groups.shape[1])
     stay = ~lowest_mask(groups, count).view(scores.shape)
     return stay if zeros is None else stay & ~zeros
+
+
+def block_means(values: Tensor, side: int) -> Tensor:
+    """The mean of every block of (out, in): (out / side, in / side)."""
+    rows, columns = (size // side for size in values.shape)
+    return values.reshape(rows, side, columns, side).mean((1, 3))
+
+
+def whole_blocks(entries: Support, side: int) -> Tensor:
+    """Bool (out / side, in / side), the blocks of which all entries are marked."""
+    return block_means(entries.double(), side) == 1
+
+
+def spread(blocks: Tensor, side: int) -> Support:
+    """What is said of every block, of each of its entries."""
+    return blocks.repeat_interleave(side, 0).repeat_interleave(side, 1)
 
 
 def lowest_mask(scores: Tensor, count: int) -> Tensor:

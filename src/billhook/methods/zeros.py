@@ -8,7 +8,7 @@ from pydantic import field_validator
 from billhook.choices import INDEPENDENT_STREAMS, OPERATOR_STREAMS, ROLES
 from billhook.cuts.settings import SOLVER_DAMPING
 from billhook.errors import SettingsError
-from billhook.math.pattern import Pattern, parse, parse_layer_sparsity
+from billhook.math.pattern import Pattern, block_side, parse, parse_layer_sparsity
 from billhook.methods.narrowed import damping, stream
 from billhook.planning.method import Method, MethodSettings, Opened, Planned, Run, Texts
 from billhook.planning.recipe import ZEROS, Recipe
@@ -49,7 +49,7 @@ class ZerosMethod(Method):
     def fits(self, recipe: Recipe) -> None:
         chosen: ZerosSettings = recipe.settings
         pattern(recipe)
-        if chosen.layer_sparsity and recipe.budget.pattern:
+        if chosen.layer_sparsity and recipe.budget.sparsity is None:
             raise SettingsError("--layer-sparsity cannot be combined with --pattern; use --sparsity")
         for n, share in chosen.layer_sparsity.items():
             if not 0 <= share < 1:
@@ -110,4 +110,9 @@ class ZerosMethod(Method):
 
 def pattern(recipe: Recipe) -> Pattern:
     """The zeros that a recipe asks for."""
-    return parse(recipe.budget.pattern) if recipe.budget.pattern else Pattern(recipe.budget.sparsity)
+    said = recipe.budget.pattern
+    if side := block_side(said):
+        if recipe.budget.sparsity is None:
+            raise SettingsError(f"--pattern {said} says where zeros lie: give --sparsity too, which says how many")
+        return Pattern(recipe.budget.sparsity, side=side)
+    return parse(said) if said else Pattern(recipe.budget.sparsity)

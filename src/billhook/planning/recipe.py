@@ -8,6 +8,7 @@ from typing import Any
 
 from billhook.choices import ALLOCATIONS, AXES, CLIENTS, DTYPES, FAMILY_ROW, LAYOUTS, check_axes
 from billhook.errors import SettingsError
+from billhook.math.pattern import block_side
 from billhook.planning.allocation import Allocation, parse
 from billhook.runtime.options import Part, extra, option
 
@@ -36,7 +37,11 @@ class Budget(Part):
     context: int = option(2048, "tokens in the KV cache that --memory counts", ge=1)
     batch: int = option(1, "sequences in the KV cache that --memory counts", ge=1)
     sparsity: float | None = option(None, "for zeros: their share of the targeted weights", gt=0, lt=1, budget=True)
-    pattern: str = option("", "for zeros: or N of every M weights of a row, like 2:4", budget=True)
+    pattern: str = option(
+        "",
+        "for zeros: or N of every M weights of a row, like 2:4; with --sparsity: block16, that lie in blocks of 16 x 16",
+        budget=True,
+    )
     vocab_from: tuple[str, ...] = option((), "keep the tokens of this text, drop the rest; may be repeated")
     vocab_size: int = option(0, "with --vocab-from: keep at least so many tokens", ge=0, shown="")
 
@@ -140,7 +145,10 @@ class Recipe:
     def given(self) -> dict[str, Any]:
         """The budgets that are given, by name."""
         parts = {**_budgets(self.budget), **_budgets(self.settings)}
-        return {name: value for name, value in parts.items() if value not in (None, "")}
+        found = {name: value for name, value in parts.items() if value not in (None, "")}
+        if found.get("sparsity") and block_side(found.get("pattern", "")):
+            del found["pattern"]  # it says where the zeros of the share lie
+        return found
 
     @property
     def samples(self) -> int:

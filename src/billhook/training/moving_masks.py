@@ -96,7 +96,7 @@ def check(model: PreTrainedModel, pattern: Pattern) -> None:
         BillhookError: M does not divide the inputs of a weight.
     """
     for name in _names(model):
-        sparsity.check(pattern, weight_of(model, name).shape[1], name)
+        sparsity.check(pattern, weight_of(model, name).shape, name)
 
 
 def broken(model: PreTrainedModel, pattern: Pattern) -> str:
