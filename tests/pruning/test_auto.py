@@ -14,6 +14,7 @@ import torch
 from folders import CutOffError, run, same
 
 import billhook
+from billhook.calibration.nearness import Standard
 from billhook.checkpoints.load import Opened
 from billhook.cli.methods import page
 from billhook.errors import BillhookError
@@ -26,7 +27,6 @@ from billhook.models.families import layers
 from billhook.models.plan import Plan
 from billhook.planning import axis_plan, sensitivity
 from billhook.planning.method import Planned
-from billhook.planning.sensitivity import Probe
 from billhook.planning.texts import Texts, with_another_kind
 from billhook.pruning import rehearsal
 from billhook.pruning.dry_run import estimate
@@ -184,7 +184,7 @@ def test_what_is_too_far_behind_is_not_refined(behind: float, count: int, monkey
     """An eighth is what a refinement may make up for."""
     refined: list[Any] = []
     monkeypatch.setattr(refinement, "refine", lambda *given: refined.append(given))
-    monkeypatch.setattr(Probe, "divergences_of", lambda *_: [behind])
+    monkeypatch.setattr(Standard, "divergences", lambda *_: [behind])
     texts, plan = Texts(tiny.tokens(4), tiny.tokens(2)), Plan({(n, "ffn"): 8 for n in range(6)})
     bench = Bench(deep(), texts, refinement.Refining(passes=1), Room())
     made = fasp.METHOD, Planned(plan, fasp.FaspSettings().cut)
@@ -257,7 +257,7 @@ def test_what_was_tried_is_not_tried_again_after_a_kill(
     for other, says in (({"ratio": 0.5}, "ratio"), ({"ratio": 1 / 3, "judge": "own"}, "judge, second text")):
         with pytest.raises(BillhookError, match=f"differs in {says}"):
             prune(deep(), text_file, work=work, **other)
-    monkeypatch.setattr(Probe, "divergences_of", None)
+    monkeypatch.setattr(Standard, "divergences", None)
     again = prune(deep(), text_file, ratio=1 / 3, work=work)
     monkeypatch.undo()
     plain = prune(deep(), text_file, ratio=1 / 3)

@@ -116,8 +116,9 @@ class Work:
             solves = (everywhere * total + len(rivals) - everywhere) * self.solve
             spans = everywhere * total + (len(rivals) - everywhere) * min(SPAN, total)
             goals, steps = (few * len(rivals) * total, few * spans) if refined else (0, 0)
-            probes = (1 + (2 if refined else 1) * len(rivals)) * self.judges
-            found["trials"] = Passes(fits + solves + goals + probes * total, probes, steps)
+            compared = (2 if refined else 1) * len(rivals) * self.judges
+            # by one of two positions, and both models' heads
+            found["trials"] = Passes(fits + solves + goals + (self.judges + compared) * total, compared, steps)
         if self.patched:
             found["patch"] = Passes(windows * total * BEFORE + self.solve)
         if refined:

@@ -41,11 +41,11 @@ class Bench:
     hidden: Any = None  # room for hidden states
 
     @cached_property
-    def probe(self) -> Any:
+    def standard(self) -> Any:
         """What the unpruned model says of the windows that judge."""
-        from billhook.planning.sensitivity import Probe
+        from billhook.calibration.nearness import Standard
 
-        return Probe(self.model, self.texts.probe)
+        return Standard(self.model, self.texts.probe)
 
     def tried(self, made: Ready, least: float) -> Tried:
         """One cut, tried in a copy of the model.
@@ -56,14 +56,14 @@ class Bench:
         from billhook.runtime.run import Run
         from billhook.training.refinement import aims, refine, spans_of
 
-        probe, (method, planned), tokens = self.probe, made, self.texts.calibration
+        standard, (method, planned), tokens = self.standard, made, self.texts.calibration
         run, started, model = Run(hidden=self.hidden), time.perf_counter(), copy.deepcopy(self.model)
         method.carry_out(model, self.texts, planned, run)
-        closed, refined = probe.divergences_of(model), None
+        closed, refined = standard.divergences(model), None
         if self.refining is not None and not _too_far(closed, least):
             wanted = spans_of(self.model, planned.plan, self.refining.length)
             refine(model, tokens, aims(self.model, tokens, wanted, self.refining, run), self.refining, run)
-            refined = probe.divergences_of(model)
+            refined = standard.divergences(model)
         return Tried(closed, refined, time.perf_counter() - started)
 
 
