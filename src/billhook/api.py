@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from billhook import data
+from billhook.checkpoints import export as exporting
 from billhook.checkpoints import load as loading
 from billhook.checkpoints.clients import check as clients
-from billhook.checkpoints.gguf.write import write_gguf
+from billhook.checkpoints.formats import Wanted as Export
 from billhook.checkpoints.result import Result
 from billhook.choices import MEASURING_SECONDS
 from billhook.cli.console import progress
@@ -214,21 +215,22 @@ def export(
     model: str | os.PathLike[str],
     path: str | os.PathLike[str],
     *,
-    quantize: str = "F16",
     overwrite: bool = False,
     family_row: str | os.PathLike[str] = "",
     quiet: bool = False,
+    **settings: Any,
 ) -> Exported:
-    """Write a model as one GGUF file, for llama.cpp; what was written.
+    """Write a model as one GGUF file, for llama.cpp, or as a folder; what was written.
 
     Args:
         family_row: a file with the row of its model type, where billhook has none.
+        settings: fields of `billhook.checkpoints.formats.Wanted`: quantize="Q8_0", format="folder", merge=True.
     """
     with bars(quiet) as tick:
+        wanted = Export(**settings, overwrite=overwrite)
         loading.use_row(os.fspath(family_row), [os.fspath(model)], tick)
         opened = loading.open_model(os.fspath(model), device="cpu", dtype="float32", tick=tick)
-        written = write_gguf(opened.model, opened.tokenizer, Path(path), quantize, tick, overwrite=overwrite)
-        return Exported.of(written)
+        return Exported.of(exporting.export(opened, Path(path), wanted, tick))
 
 
 @for_python

@@ -62,6 +62,10 @@ RULES = {  # which layers keep how many value channels
     "progressive": "the first most, by the condition numbers of keys and values from there on (LoRC)",
     "uniform": "all the same",
 }
+KEYS = {  # what becomes of keys while values get narrower
+    "whole": "they stay as they are",
+    "pairs": "rotary pairs of queries and keys go, so that keys get as narrow as values (MoDeGPT)",
+}
 MOMENTS = {  # by what a weight is factored
     "plain": "truncated SVD of the weight: no text decides",
     "whitened": "by its output's energy on the text: the least error that a rank can have (LLM-ROM)",
@@ -220,6 +224,10 @@ QUANTIZER = "llama-quantize"  # the program that writes the K-quants
 BY_BILLHOOK = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")  # types of a GGUF that billhook writes
 BY_QUANTIZER = ("Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K")
 QUANTIZE = (*BY_BILLHOOK, *BY_QUANTIZER)
+FORMATS = {  # of `export`
+    "gguf": "one file, for llama.cpp",
+    "folder": "a checkpoint, as stock as its shapes allow",
+}
 
 # Few bits
 QUANTIZERS = {

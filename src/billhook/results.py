@@ -72,12 +72,13 @@ class Checked(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Exported(Record):
-    """A GGUF file that was written."""
+    """A GGUF file or a folder that was written."""
 
-    arch: str  # llama.cpp's
-    quantize: str
-    types: Mapping[str, int]  # tensors by type
-    bytes: int
+    arch: str | None  # llama.cpp's; None of a folder, as the next two
+    quantize: str | None
+    types: Mapping[str, int] | None  # tensors by type
+    merged: str | None  # what became of shapes that no stock class has
+    bytes: int  # of a folder, its weights'
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,9 @@ AttentionMaps = Float[Tensor, "blocks each rows keys"]  # chances that sum to 1 
 Pairs = Float[Tensor, "blocks each each"]  # one number for every two units of a block
 ValueMoments = Float[Tensor, "heads channels channels"]  # of what a KV head's query heads put out, or of what reads it
 ValueTurn = Float[Tensor, "channels channels"]  # what turns a KV head's values, or turns them back, float64
+ChannelEnergies = Float[Tensor, "heads channels"]  # of what each channel of each head holds, float64
+KeyEnergies = Float[Tensor, "kv_heads channels"]
+PairScores = Float[Tensor, "kv_heads pairs"]  # one number for each rotary pair of a KV head, float64
 Expand = Float[Tensor, "out rank"]  # factors of a weight, W = expand reduce
 Reduce = Float[Tensor, "rank in"]
 Bias = Float[Tensor, " out"]
@@ -53,6 +56,7 @@ LevelShares = Float[Tensor, " levels"]  # of its units that each level keeps, fl
 Places = Int[Tensor, " units"]  # the layer, or the group, that each unit belongs to
 Drawn = Float[Tensor, "masks units"]  # masks of units: 1 where one stays
 MaskLosses = Float[Tensor, " masks"]
+RotaryPairs = tuple[tuple[int, ...], ...]  # numbers of rotary pairs that stay, ascending, of each KV head
 WITHOUT_FLOAT64 = {"mps"}  # types of devices that have no float64
 
 

@@ -81,7 +81,7 @@ COMMANDS = {  # PRUNE works but for a budget and what follows
     "export {opt} -o {tmp}/new/a.gguf": "billhook writes no GGUF of opt: keep the folder, which transformers loads",
     "export {uneven} -o {tmp}/new/a.gguf": "qwen3 wants equal layers; openelm has no place for output.weight; prune all "
     "layers alike, or keep the folder",
-    "export {narrow} -o {tmp}/new/a.gguf": "layer 1 has value heads of 4 channels beside key heads of 8.*prune heads or "
+    "export {narrow} -o {tmp}/new/a.gguf": "layer 1 has value heads of 4 channels beside key heads of 8.*or prune heads or "
     "groups instead, or keep the folder",
     "export {model} -o {text}": "words.txt exists: choose another file, or --overwrite",
     "export {model} -o {text} --quantize Q8": "words.txt exists: choose another file, or --overwrite",
@@ -90,7 +90,7 @@ COMMANDS = {  # PRUNE works but for a budget and what follows
     "export {model} -o {tmp}/new/a.gguf --quantize Q8": "unknown quantize 'Q8': did you mean 'Q8_0'.*F16, BF16, Q8_0",
     "export {model} -o {tmp}/new/a.gguf --quantize Q4_K_M": "K-quants are made by llama.cpp's llama-quantize, which is not "
     "on PATH: put it there, or choose one of F32, F16, BF16, Q8_0",
-    "export {model} -o {tmp}/new/a.gguf --format onnx": "unknown format 'onnx': valid: gguf",
+    "export {model} -o {tmp}/new/a.gguf --format onnx": "unknown format 'onnx': valid: gguf, folder",
     # quantize
     "quantize {opt} --method rtn -o {tmp}/new": "billhook writes no GGUF of opt: keep the folder",
     "quantize {model} --bits 3 -o {tmp}/new": "unknown bits '3'.*4, 5, 8, T2, Q4_0",

@@ -6,6 +6,8 @@ belongings    Files of a model's folder that belong to its tokenizer or processo
 compressed    A folder of packed integers, in the format of compressed-tensors
 configs       Checks of config.json that transformers does not make
 contents      Which tensors of a folder's files a model is made of
+export        Carry a model to another runtime: as a GGUF file, or as a checkpoint folder
+formats       What `export` is asked for
 generation    generation_config.json: settings of `generate`, which are carried along
 load          Load checkpoints, and refuse those that cannot be pruned before anything is computed
 names         What a user may call a model, looked at before anything is opened

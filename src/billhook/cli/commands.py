@@ -51,7 +51,7 @@ COMMANDS = {  # name: module, first line of its help
     ),
     "export": (
         "export",
-        "Write MODEL as one file for another runtime: GGUF, for llama.cpp, with tokenizer and chat template.",
+        "Write MODEL for another runtime: one GGUF file for llama.cpp, with tokenizer and chat template, or a folder.",
     ),
 }
 FORMER = {"plan": "forecast"}  # names that commands had: understood, and not listed

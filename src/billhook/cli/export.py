@@ -6,15 +6,15 @@ from typing import Annotated
 
 import typer
 
+from billhook.checkpoints.formats import Wanted
 from billhook.checkpoints.names import local_path
-from billhook.choices import CLIENTS, QUANTIZE, QUANTIZER
+from billhook.choices import CLIENTS, FORMATS, QUANTIZE, QUANTIZER
 from billhook.cli.commands import app
 from billhook.cli.options import OUTPUT, FamilyRow, Json, Model, Overwrite, option
 from billhook.errors import BillhookError, one_of
 from billhook.runtime import atomic
-from billhook.runtime.outputs import check_apart
+from billhook.runtime.outputs import check_apart, check_out
 
-FORMATS = ("gguf",)
 CLIENT, FORMAT = "Client", "Format"
 
 
@@ -83,27 +83,37 @@ def check_command(
 @app.command(name="export")
 def export_command(
     model: Model,
-    output: Annotated[Path, option(OUTPUT, "file to write", "--output", "-o", show_default=False)],
-    format: Annotated[str, option(FORMAT, "one of: gguf (llama.cpp)", names=FORMATS)] = "gguf",
+    output: Annotated[Path, option(OUTPUT, "file or folder to write", "--output", "-o", show_default=False)],
+    format: Annotated[str, option(FORMAT, f"one of: {', '.join(FORMATS)}", names=FORMATS)] = "gguf",
     quantize: Annotated[
         str,
-        option(FORMAT, f"F32, F16, BF16, Q8_0, Q5_0, Q4_0, …; K-quants (Q4_K_M, …) need {QUANTIZER}", names=QUANTIZE),
-    ] = "F16",
+        option(
+            *(FORMAT, f"F32, F16, BF16, Q8_0, Q5_0, Q4_0, …; K-quants (Q4_K_M, …) need {QUANTIZER}"),
+            names=QUANTIZE,
+            show_default="F16",
+        ),
+    ] = "",
+    merge: Annotated[
+        bool,
+        option(FORMAT, "multiply thin matrices out, fill narrow heads with zeros: stock shapes, no saving", "--merge"),
+    ] = False,
     overwrite: Overwrite = False,
     family_row: FamilyRow = "",
     json: Json = False,
 ) -> None:
-    """Write MODEL as one file for another runtime: GGUF, for llama.cpp, with tokenizer and chat template.
+    """Write MODEL for another runtime: one GGUF file for llama.cpp, with tokenizer and chat template, or a folder.
 
     Example: billhook export smaller --quantize Q8_0 -o smaller.gguf
     """
-    one_of("format", format, FORMATS)
-    output = Path(os.path.expanduser(output))
-    check_apart(output, Path(os.path.expanduser(model)))
-    if output.exists() and not overwrite:
-        raise BillhookError(f"{output} exists: choose another file, or --overwrite")
-    atomic.check_file(output)
-    one_of("quantize", quantize, QUANTIZE)
+    output, source = Path(os.path.expanduser(output)), Path(os.path.expanduser(model))
+    if format == "folder":
+        check_out(output, source if source.exists() else None, overwrite)
+    else:
+        check_apart(output, source)
+        if output.exists() and not overwrite:
+            raise BillhookError(f"{output} exists: choose another file, or --overwrite")
+        atomic.check_file(output)
+    wanted = Wanted(format, quantize, merge, overwrite)
     local_path(model)
     from rich.table import Table
 
@@ -111,11 +121,11 @@ def export_command(
 
     with loading():
         from billhook.checkpoints import load
-        from billhook.checkpoints.gguf.write import write_gguf
+        from billhook.checkpoints.export import export
         from billhook.reports import records
     with progress() as tick:
         opened = load.open_model(model, device="cpu", dtype="float32", tick=tick, family_row=family_row)
-        found = write_gguf(opened.model, opened.tokenizer, output, quantize, tick, overwrite=overwrite)
+        found = export(opened, output, wanted, tick)
     if json:
         typer.echo(records.to_json(found), nl=False)
         return

@@ -9,6 +9,7 @@ narrowing        Units of an axis go, and what reads them is refitted (FASP)
 parallel         Layers cut in several processes, where none of them sees what became of another
 quantizing      Few bits for the linear weights of the decoder layers, operator by operator
 restoration      How far a reader's new weight is from what it should put out
+rotary_pairs     Queries and keys lose rotary pairs: what each pair is worth
 settings         What may be chosen of each cut
 slicing          Channels of the residual stream go, through the whole model (SliceGPT)
 slicing_restore  What a narrower residual stream lost, made up for in closed form

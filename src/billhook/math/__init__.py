@@ -31,6 +31,7 @@ policy         Policy gradients: chances of units to stay, learned from losses a
 qpruner        QPruner: bits by layer, from what the layers' outputs tell of the loss
 quantgpt       QuantGPT: weights trained on the levels that they will be packed on
 restore        Closed-form reconstruction of the kept weights: no training, no gradients
+rotary_pairs   Which pairs of query and key channels matter
 scores         Importance of the columns of a reader: what the layer's output loses when one goes
 selection      Units to drop, by their scores
 shared_turn    One turn for the query heads that share a KV head, fitted to the channels that stay

@@ -18,8 +18,8 @@ class Factored(Method):
 
     needs = "calibration text; no gradients, no training"
     loads = (
-        "transformers with trust_remote_code, billhook.load; llama.cpp has no graph for it, vLLM was not tried: only the per_layer "
-        "layout holds two thin matrices, and multiplied out they are no smaller"
+        "transformers with trust_remote_code, billhook.load; vLLM was not tried; others by `billhook export --merge`, which "
+        "multiplies the two thin matrices out and saves nothing"
     )
     budgets = ("ratio", "params", "memory")
     layouts = ("per_layer",)

@@ -1,11 +1,11 @@
 """LoRC: a smaller KV cache by narrower values, whose widths fall with depth (`billhook.cuts.values`)."""
 
-from functools import partial
-from math import prod
 from typing import Any
 
-from billhook.choices import RULES
-from billhook.errors import SettingsError
+from pydantic import field_validator
+
+from billhook.choices import KEYS, RULES
+from billhook.errors import ModelError, SettingsError, one_of
 from billhook.methods.fasp import Fasp, FaspSettings
 from billhook.planning.method import Method, Opened, Planned, Run, Texts
 from billhook.planning.recipe import Recipe
@@ -18,14 +18,31 @@ class LorcSettings(FaspSettings):
     """What may be chosen of the cut, and of which layers keep how much."""
 
     kv: float | None = option(
-        None, "share of the KV cache that stays, keys included, between 0.5 and 1", gt=0, lt=1, budget=True
+        None, "share of the KV cache that stays, keys included, between 0 and 1", gt=0, lt=1, budget=True
     )
-    rule: str = option("progressive", f"which layers keep how much: {', '.join(RULES)}", names=RULES)
+    keys: str = option("whole", f"what becomes of keys: {', '.join(KEYS)}", names=KEYS)
+    rule: str = option(
+        "",
+        f"which layers keep how much: {', '.join(RULES)}",
+        names=RULES,
+        shown="progressive; uniform in the uniform layout",
+    )
+
+    @field_validator("rule")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        return value and one_of("rule", value, RULES)
+
+    @property
+    def pairs(self) -> bool:
+        """Whether queries and keys lose rotary pairs."""
+        return self.keys == "pairs"
 
 
 def _falls(recipe: Recipe) -> bool:
     """Whether widths fall with depth, by the paper's rule."""
-    return recipe.shape.allocation == "equal" and recipe.settings.rule == "progressive"
+    rule = recipe.settings.rule or ("progressive" if recipe.shape.layout == "per_layer" else "uniform")
+    return recipe.shape.allocation == "equal" and rule == "progressive"
 
 
 class Lorc(Fasp):
@@ -35,23 +52,49 @@ class Lorc(Fasp):
     does = (
         "Makes the KV cache smaller: turns the values of every KV head to the principal axes of what the output projection reads, "
         "which costs nothing when the model runs, keeps the first, and refits what reads them. The first layers keep most, by "
-        "condition numbers; --rule uniform and --allocation sensitivity are other ways. Keys stay as they are."
+        "condition numbers; --rule uniform and --allocation sensitivity are other ways. Keys stay as they are; with --keys pairs "
+        "they lose rotary pairs of channels, together with queries, and come out as a stock checkpoint of shorter heads."
     )
     costs = "a pass over 8,192 tokens, one forward pass, and a factorisation of each reader's Gram"
-    loads = "transformers with trust_remote_code, billhook.load; vLLM and llama.cpp want values as long as keys"
-    example = "billhook prune demo --method lorc --kv 0.75 --layout per_layer -o smaller"
+    loads = (
+        "with --keys pairs whatever loads the family; else transformers with trust_remote_code, billhook.load, and "
+        "vLLM and llama.cpp after `billhook export --merge`, which fills values with zeros and saves nothing"
+    )
+    example = "billhook prune demo --method lorc --kv 0.75 --keys pairs -o smaller"
     Settings = LorcSettings
     budgets = ("ratio", "params", "memory")
     kinds = ("value",)
     default_kinds = ("value",)
-    layouts = ("per_layer",)
+    own_shapes = True
     trims = False
     plan_each = Method.plan_each
 
     def fits(self, recipe: Recipe) -> None:
         super().fits(recipe)
-        if recipe.shape.allocation != "equal" and recipe.settings.rule != "progressive":
+        chosen, uniform = recipe.settings, recipe.shape.layout == "uniform"
+        if uniform and not chosen.pairs:
+            raise SettingsError(
+                "lorc makes what no stock checkpoint holds: use --layout per_layer, or --keys pairs, which makes keys as "
+                "narrow as values"
+            )
+        if not uniform and chosen.pairs:
+            raise SettingsError(
+                "--keys pairs makes all heads alike, which a stock checkpoint holds: use --layout uniform"
+            )
+        if uniform and chosen.rule == "progressive":
+            raise SettingsError("--rule progressive makes layers differ: use --layout per_layer, or leave it out")
+        if recipe.shape.allocation != "equal" and chosen.rule:
             raise SettingsError("--rule and --allocation both say which layers keep how much: give one")
+
+    def check(self, opened: Opened, recipe: Recipe) -> None:
+        from billhook.models import limits, rotary
+        from billhook.planning.axis_plan import check_uniform
+
+        limits.check_kinds(opened.model, recipe.kinds, "per_layer")
+        if recipe.settings.pairs:
+            check_uniform(opened.model)
+            if why := rotary.why_not(opened.model):
+                raise ModelError(f"{opened.model.config.model_type} cannot lose rotary pairs: {why}; use --keys whole")
 
     def why_whole(self, recipe: Recipe) -> str:
         return super().why_whole(recipe) or (
@@ -59,19 +102,31 @@ class Lorc(Fasp):
         )
 
     def why_unforeseen(self, recipe: Recipe) -> str:
-        return super().why_unforeseen(recipe) or ("rule progressive reads weights" if _falls(recipe) else "")
+        return super().why_unforeseen(recipe) or (
+            "keys pairs weighs what all layers hold"
+            if recipe.settings.pairs
+            else "rule progressive reads weights"
+            if _falls(recipe)
+            else ""
+        )
+
+    def at_once(self, recipe: Recipe) -> bool:
+        return super().at_once(recipe) and not recipe.settings.pairs
 
     def plan(self, opened: Opened, recipe: Recipe, texts: Texts, run: Run) -> Planned:
+        from billhook.cuts.rotary_pairs import scores_of_pairs
         from billhook.models.plan import Plan
         from billhook.models.sizes import kv_cache_entries
         from billhook.planning.axis_plan import gradient_scores, weighing_planner
         from billhook.planning.budget import reach, solved
+        from billhook.planning.kv_plan import kv_planner
 
         chosen, model, read = recipe.settings, opened.model, recipe.budget
         self.turn(model, recipe, texts, run)
         scores = gradient_scores(model, recipe, chosen.score, texts.calibration, run)
-        if _falls(recipe):
-            planner = progressive(model)
+        pairs = scores_of_pairs(model, texts.calibration, True, run) if chosen.pairs else {}
+        if pairs or _falls(recipe):
+            planner = kv_planner(model, LEAST if _falls(recipe) else 1.0, pairs)
         else:
             planner = weighing_planner(opened, recipe, chosen.cut, texts, scores, run)
 
@@ -86,36 +141,17 @@ class Lorc(Fasp):
         self.turn(model, recipe, texts, run, plan)
         return Planned(plan, chosen.cut, scores)
 
+    def carry_out(self, model: Any, texts: Texts, planned: Planned, run: Run) -> dict[str, Any]:
+        from billhook.models import rotary
 
-def progressive(model: Any) -> Any:
-    """From parameters to save to value channels that fall with depth by condition numbers."""
-    from billhook.math.condition import condition, depths
-    from billhook.models.axes import axes
-    from billhook.models.families import layers, module_path, row_of, weight_of
-    from billhook.models.plan import Plan
-    from billhook.models.sizes import saved_by
-    from billhook.planning.budget import Planner
-    from billhook.planning.rank_plan import fitting
-
-    row, found = row_of(model), axes(model, ("value",))
-
-    def of_layer(n: int) -> float:
-        return prod(
-            condition(weight_of(model, module_path(model, n, f"{row.attention}.{name}"))) for name in (row.k, row.v)
-        )
-
-    at = depths([of_layer(n) for n in range(len(layers(model)))])
-
-    def plan_of(scale: float) -> Plan:
-        drops = {}
-        for axis in found:
-            each = axis.units // axis.blocks
-            kept = round(each * min(1.0, scale / LEAST * (1 - at[axis.layer] * (1 - LEAST))))
-            drops[axis.layer, "value"] = (each - max(1, kept)) * axis.blocks
-        return Plan(drops)
-
-    least = found[0].blocks * found[0].price(model)
-    return Planner(partial(fitting, model, plan_of), saved_by(model, plan_of(0.0)), least)
+        pairs = planned.plan.pairs
+        rotary.silence(model, pairs)  # values are refitted to what is left of keys
+        found = super().carry_out(model, texts, planned, run)
+        if not pairs:
+            return found
+        (kept, *_), *_ = pairs.values()
+        rotary.shrink_heads(model, kept)
+        return found | {"rotary_pairs": list(kept)}
 
 
 METHOD = Lorc()

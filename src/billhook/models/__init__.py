@@ -18,10 +18,12 @@ places              Where the parts of a decoder are that a derived row names
 plan                What a prune will cut: units of every axis of every layer, whole layers
 proof               Proof of a derived row, on a small random model of the same config class
 residual            The residual dimension: every slot of it in a model, and cutting them all to the same channels
+rotary              Heads of fewer channels: pairs of query and key channels that rotary positions turn together
 rotation            Turning the residual stream, which changes nothing
 shrink              A small config of the same class: the sizes shrunk, the structure kept
 sizes               What a model weighs, in parameters and bytes
 stock_families      Families whose layers cannot differ: mixtures of experts, and hybrids
+stock_shapes        Shapes that only the per_layer layout holds, made a stock class's again
 surgery             Cutting: remove units or layers for good, or silence units in place
 vocabulary          Vocabulary pruning: keep the tokens that a text needs, and cut tokenizer
 """

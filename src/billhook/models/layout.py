@@ -53,7 +53,7 @@ def stock_holder(model: PreTrainedModel, changes: Mapping[str, Any]) -> str:
     not.
     """
     stock = stock_type(model.config.model_type)
-    row, config = family_of(stock), {**_plain(model.config.to_dict(), stock), **changes}
+    row, config = family_of(stock), {**plain(model.config.to_dict(), stock), **changes}
     if any(key in changes for key in per_layer.OWN_KEYS):
         return ""
     if (
@@ -130,7 +130,7 @@ def config_json(model: PreTrainedModel, written: dict[str, Any]) -> dict[str, An
     sizes_of_layers, stock = layer_sizes(model), stock_type(model.config.model_type)
     row = family_of(stock)
     largest = largest_sizes(model)
-    config = _plain(written, stock) | largest | {"num_hidden_layers": len(sizes_of_layers)}
+    config = plain(written, stock) | largest | {"num_hidden_layers": len(sizes_of_layers)}
     if layout_of(model) == "uniform":
         holder = stock_holder(model, largest)
         swapped = {"sliding_window": None} if holder != stock else {}
@@ -158,7 +158,7 @@ def write_code(to: Path) -> None:
     shutil.copyfile(CODE, to / CODE.name)
 
 
-def _plain(config: dict[str, Any], stock: str) -> dict[str, Any]:
+def plain(config: dict[str, Any], stock: str) -> dict[str, Any]:
     """A config without the keys that only per-layer configs have; MLA's `v_head_dim` is a stock config's own."""
     foreign = [key for key in per_layer.OWN_KEYS if not hasattr(CONFIG_MAPPING[stock], key)]
     return {k: v for k, v in config.items() if k not in ("auto_map", "per_layer_config", *foreign)}

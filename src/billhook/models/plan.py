@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from billhook.tensors import Scores
+from billhook.tensors import RotaryPairs, Scores
 
 WHOLE = "layers"  # the kind of a place that stands for a whole layer
 
@@ -17,6 +17,7 @@ class Plan:
     residual: int = 0  # channels of the residual stream to drop
     rotate: bool = False  # whether the residual stream is rotated first
     ranks: Mapping[str, int] = field(default_factory=dict)  # of linear weights that become two thin ones, by path
+    pairs: Mapping[int, RotaryPairs] = field(default_factory=dict)  # that stay, by layer; others keep all
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -26,7 +27,7 @@ class Plan:
     @property
     def empty(self) -> bool:
         """Whether nothing goes."""
-        return not (self.kinds or self.layers or self.residual or self.rotate or self.ranks)
+        return not (self.kinds or self.layers or self.residual or self.rotate or self.ranks or self.pairs)
 
 
 def even_plan(layers: int, drops: Mapping[str, int], spared: Collection[int] = (), gone: Collection[int] = ()) -> Plan:

@@ -6,6 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from billhook.models import rotary
 from billhook.models.axes import axes
 from billhook.models.families import attention, experts_per_token, layers, linear, mixture, row_of, shape
 from billhook.models.plan import Plan
@@ -55,7 +56,8 @@ def saved_by(model: PreTrainedModel, plan: Plan) -> int:
         return parameters_saved(model, plan.residual, plan.rotate)  # no method combines it with other cuts
     units = sum(plan.drops.get((axis.layer, axis.kind), 0) * axis.price(model) for axis in axes(model, plan.kinds))
     whole = sum(layer_parameters(model, n) for n in plan.layers)
-    return units + whole + sum(saved_by_rank(linear(model, path), rank) for path, rank in plan.ranks.items())
+    thin = sum(saved_by_rank(linear(model, path), rank) for path, rank in plan.ranks.items())
+    return units + whole + thin + sum(rotary.saved(model, n, pairs) for n, pairs in plan.pairs.items())
 
 
 def saved_by_rank(module: nn.Linear | Conv1D, rank: int) -> int:
@@ -85,6 +87,7 @@ def kv_cache_entries(model: PreTrainedModel, plan: Plan, context: int, batch: in
                 positions = min(context, window - 1)
             kv_heads = heads.kv_heads - plan.drops.get((n, "groups"), 0)
             entries = kv_heads * (heads.head_dim + heads.value_dim) - plan.drops.get((n, "value"), 0)
+            entries -= rotary.gone(model, n, plan.pairs[n]) if n in plan.pairs else 0
             total += entries * positions * batch
     return total
 

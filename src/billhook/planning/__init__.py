@@ -9,6 +9,7 @@ budget           the plan that meets a budget: parameters, bytes, speed
 command          the command line that makes a result again
 few_bits         what quantize is asked for
 gated_plan       units of axes by gates that were learned
+kv_plan          widths of value heads, and of key heads with them, by a budget
 latency          how long a layer takes at candidate sizes, on this machine
 layer_plan       whole layers
 method           what a method is, and the phases of a prune

@@ -90,6 +90,7 @@ class Method:
     kinds: ClassVar[tuple[str, ...]] = ()  # axes that it can prune; none: it makes zeros, and cuts nothing
     default_kinds: ClassVar[tuple[str, ...]] = ()
     layouts: ClassVar[tuple[str, ...]] = tuple(LAYOUTS)
+    own_shapes: ClassVar[bool] = False  # whether it says itself which layout holds what its axes become
     allocates: ClassVar[bool] = False  # whether --allocation says which layers give how much
     trims: ClassVar[bool] = True  # whether a smaller vocabulary may be all that is asked for
     command: ClassVar[str] = "prune"  # the command that has all of its settings

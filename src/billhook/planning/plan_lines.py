@@ -25,6 +25,8 @@ def plan_line(model: PreTrainedModel, plan: Plan, budget: str) -> str:
     if plan.ranks:
         low, high = min(plan.ranks.values()), max(plan.ranks.values())
         gone.append(f"{len(plan.ranks)} weights as two thin ones of ranks {low}-{high}")
+    if counts := {len(kept) for pairs in plan.pairs.values() for kept in pairs}:
+        gone.append(f"rotary pairs of a head {min(counts)}" + (f"-{max(counts)}" if len(counts) > 1 else ""))
     return (
         f"for {budget}: {whole:,} → {whole - saved:,} parameters, -{saved / decoder:.2%} of the decoder; "
         f"left in each layer: {', '.join(kept + gone) or 'all'}"

@@ -226,7 +226,7 @@ class Recipe:
         if shape.axes and not method.kinds:
             raise SettingsError(f"{method.name} cuts no axis: leave out --axes")
         if self.kinds:
-            check_axes(self.kinds, shape.layout)
+            check_axes(self.kinds, "per_layer" if method.own_shapes else shape.layout)
         if alien := [kind for kind in self.kinds if kind not in method.kinds]:
             own = ", ".join(method.kinds)
             raise SettingsError(f"{method.name} does not prune {alien[0]!r}: leave out --axes, or name some of {own}")

@@ -85,6 +85,11 @@ def low_rank_rows(found: Sequence[Mapping[str, Any]] | None) -> list[tuple[str, 
     return rows
 
 
+def pairs_rows(found: Sequence[int] | None) -> list[tuple[str, str]]:
+    """Which rotary pairs every head keeps, as (name, value)."""
+    return [("rotary pairs", f"{len(found)} of every head stay: {ranges(found)}")] if found else []
+
+
 def shares_rows(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     """What share of its entries each kind of weight was to keep, beside the others, and what that gains."""
     if not found:
@@ -119,7 +124,7 @@ def _pruned_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows += zero_rows(zeros)
     rows += residual_rows(cut.get("residual"))
     rows += [*approximated_rows(cut.get("approximated")), *low_rank_rows(cut.get("low_rank"))]
-    rows += shares_rows(cut.get("bolaco"))
+    rows += [*shares_rows(cut.get("bolaco")), *pairs_rows(cut.get("rotary_pairs"))]
     if words := cut.get("vocabulary"):
         grows = f"the calibration text takes {percent(words['calibration_grows'])} more of them"
         rows.append(("vocabulary", f"{words['before']:,} → {words['kept']:,} tokens; {grows}"))

@@ -15,6 +15,7 @@ QKV_BIASES = frozenset({"attn_q.bias", "attn_k.bias", "attn_v.bias"})
 MLP_BIASES = frozenset({"ffn_gate.bias", "ffn_up.bias", "ffn_down.bias"})
 ALL_BIASES = QKV_BIASES | MLP_BIASES | {"attn_output.bias"}
 OWN_HEAD = frozenset({"output.weight"})
+FACTORED = ("llama3", "factors")  # types of RoPE that a tensor of factors says, one for each frequency
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,11 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
         arch.name: arch
         for arch in (
-            Architecture("llama", ALL_BIASES | OWN_HEAD, frozenset({"default", "linear", "llama3"}), interleaved=True),
+            Architecture("llama", ALL_BIASES | OWN_HEAD, frozenset({"default", "linear", *FACTORED}), interleaved=True),
             Architecture(
                 "deci",
                 ALL_BIASES | OWN_HEAD,
-                frozenset({"default", "linear", "llama3"}),
+                frozenset({"default", "linear", *FACTORED}),
                 interleaved=True,
                 uneven=True,
             ),

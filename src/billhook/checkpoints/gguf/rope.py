@@ -1,4 +1,4 @@
-"""A GGUF's rotary position embedding as transformers' rope_parameters.
+"""A GGUF's rotary position embedding as transformers' rope_parameters, and what a GGUF says of those.
 
 llama.cpp keeps a factor for each frequency in a tensor, where transformers computes them from a few numbers (`llama3`).
 The numbers are found again; where none fit, the factors themselves are kept, as in `longrope`, for short and long texts
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 Rope = dict[str, Any]
 NONE, LINEAR, YARN, LONG = "none", "linear", "yarn", "longrope"
@@ -134,3 +135,24 @@ def _factors(lengths: Tensor, rope: Rope) -> Tensor:
     )
     stays = ((original / lengths - low) / (high - low)).clamp(0, 1)
     return 1 / (stays + (1 - stays) / rope["factor"])
+
+
+def kind_of(config: Any) -> str:
+    """The type of a model's rotary positions, as `Architecture.ropes` names them."""
+    rope = config.rope_parameters
+    if "rope_theta" not in rope:
+        return "per layer type"
+    kind = rope.get("rope_type", "default")
+    if kind == LONG and rope["short_factor"] == rope["long_factor"] and rope.get("attention_factor") == 1.0:
+        return "factors"
+    return "partial" if rope.get("partial_rotary_factor", 1.0) != 1.0 else kind
+
+
+def factors_of(config: Any, head_dim: int) -> Tensor:
+    """The factors that the head_dim / 2 frequencies of plain RoPE are divided by.
+
+    They are computed anew, since a cast may have rounded the model's buffer.
+    """
+    plain = config.rope_parameters["rope_theta"] ** (-torch.arange(0, head_dim, 2).float() / head_dim)
+    scaled, _ = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config, torch.device("cpu"))
+    return plain / scaled

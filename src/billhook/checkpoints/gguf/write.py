@@ -18,9 +18,17 @@ import gguf
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from billhook.checkpoints.gguf.architectures import ARCHITECTURES, CHOICES, COMMON, IN_LAYER, TOP, Architecture
+from billhook.checkpoints.gguf import rope
+from billhook.checkpoints.gguf.architectures import (
+    ARCHITECTURES,
+    CHOICES,
+    COMMON,
+    FACTORED,
+    IN_LAYER,
+    TOP,
+    Architecture,
+)
 from billhook.checkpoints.gguf.blocks import packed
 from billhook.checkpoints.gguf.vocabulary import vocabulary
 from billhook.choices import BY_QUANTIZER, QUANTIZE, QUANTIZER
@@ -39,6 +47,7 @@ COARSE = ("Q5_1", "Q5_0", "Q4_1", "Q4_0")
 EMBEDDINGS = ("token_embd.weight", "output.weight")
 QUANTIZATION_VERSION = 2  # version of ggml's block formats
 FOLDER = "keep the folder, which transformers loads"
+MERGE = "`billhook export --merge`"
 EQUAL = "wants equal layers"
 
 
@@ -165,16 +174,16 @@ def shape_of(model: Any) -> Shape:
     )
     if factored := next((f"layer {n}'s {min(found)}" for n in range(len(sizes)) if (found := sizes[n].get(RANKS))), ""):
         raise ModelError(
-            f"{factored} is two thin matrices, which no graph of llama.cpp takes, and multiplied out it would be no smaller: "
-            f"{FOLDER}"
+            f"{factored} is two thin matrices, which no graph of llama.cpp takes: "
+            f"{MERGE} multiplies them out, which saves nothing, or {FOLDER}"
         )
     for n in range(len(sizes)):
         value_dim = families.attention(model, n).value_dim
         if value_dim != head_dims[0]:
             raise ModelError(
-                f"layer {n} has value heads of {value_dim} channels beside key heads of {head_dims[0]}, and every "
-                "graph "
-                f"of llama.cpp wants them equal: prune heads or groups instead, or {FOLDER}"
+                f"layer {n} has value heads of {value_dim} channels beside key heads of {head_dims[0]}, and every graph "
+                f"of llama.cpp wants them equal: {MERGE} fills them with zeros, which saves nothing, or prune heads or "
+                f"groups instead, or {FOLDER}"
             )
     return Shape(
         model_type,
@@ -185,7 +194,7 @@ def shape_of(model: Any) -> Shape:
         heads,
         kv_heads,
         frozenset(tensor for _, tensor in _named(model)),
-        _rope_type(model.config),
+        rope.kind_of(model.config),
     )
 
 
@@ -207,7 +216,7 @@ def choose(shape: Shape) -> Architecture:
 def describe(config: Any, shape: Shape, arch: Architecture) -> dict[str, Any]:
     """The metadata of the model; sizes are lists where layers differ."""
     _check(config)
-    rope = config.rope_parameters
+    turns = config.rope_parameters
     sizes = {
         "vocab_size": shape.vocabulary,  # read by transformers; llama.cpp counts the tokens
         "context_length": config.max_position_embeddings,
@@ -220,10 +229,10 @@ def describe(config: Any, shape: Shape, arch: Architecture) -> dict[str, Any]:
         "attention.value_length": shape.head_dim,
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
         "rope.dimension_count": shape.head_dim,
-        "rope.freq_base": float(rope["rope_theta"]),
+        "rope.freq_base": float(turns["rope_theta"]),
     }
     if shape.rope == "linear":
-        sizes |= {"rope.scaling.type": shape.rope, "rope.scaling.factor": float(rope["factor"])}
+        sizes |= {"rope.scaling.type": shape.rope, "rope.scaling.factor": float(turns["factor"])}
     general = {
         "general.type": "model",
         "general.name": Path(config.name_or_path).name or shape.model_type,
@@ -259,13 +268,6 @@ def _check(config: Any) -> None:
         )
 
 
-def _rope_type(config: Any) -> str:
-    rope = config.rope_parameters
-    if "rope_theta" not in rope:
-        return "per layer type"
-    return "partial" if rope.get("partial_rotary_factor", 1.0) != 1.0 else rope.get("rope_type", "default")
-
-
 def _one_or_all(values: Sequence[int]) -> int | list[int]:
     return values[0] if len(set(values)) == 1 else list(values)
 
@@ -287,8 +289,8 @@ def _named(model: Any) -> dict[tuple[int | None, str], Tensor]:
 def _pieces(model: Any, shape: Shape, arch: Architecture, codes: Mapping[str, Quantised]) -> Iterator[Piece]:
     """The file's tensors."""
     of_param = {id(model.get_parameter(f"{path}.weight")): one for path, one in codes.items()}
-    if shape.rope == "llama3":
-        yield Piece("rope_freqs.weight", (_rope_factors(model.config, shape.head_dim),))
+    if shape.rope in FACTORED:
+        yield Piece("rope_freqs.weight", (rope.factors_of(model.config, shape.head_dim),))
     heads = {"attn_q": shape.heads, "attn_k": shape.kv_heads} if arch.interleaved else {}
     named = _named(model)
     for (layer, tensor), param in named.items():
@@ -313,16 +315,6 @@ def _codes(parts: tuple[Tensor, ...], of_param: Mapping[int, Quantised]) -> tupl
     if len({one.grid for one in found}) > 1:
         raise ModelError("q, k and v are one tensor in this architecture of llama.cpp: give them one type")
     return found if len(found) == len(parts) else ()
-
-
-def _rope_factors(config: Any, head_dim: int) -> Tensor:
-    """The factors that the head_dim / 2 frequencies of plain RoPE are divided by.
-
-    They are computed anew, since a cast may have rounded the model's buffer.
-    """
-    plain = config.rope_parameters["rope_theta"] ** (-torch.arange(0, head_dim, 2).float() / head_dim)
-    scaled, _ = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config, torch.device("cpu"))
-    return plain / scaled
 
 
 def _type(piece: Piece, quantize: str) -> str:
