@@ -52,6 +52,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "auto, layers alone": {"method": "auto", "axes": ("layers",)},
     "auto, layers and widths": {"method": "auto", "rival": "whole layers and equal widths"},
     "auto, 64 windows": {"method": "auto", "samples": 64},
+    "auto, judged by its own text": {"method": "auto", "judge": "own"},
     "auto, mixed text": {"method": "auto", "calibration": "mixed"},
 }
 EVERY = rivals.RIVALS
