@@ -17,9 +17,10 @@ import billhook
 from billhook.calibration.nearness import Standard
 from billhook.checkpoints.load import Opened
 from billhook.cli.methods import page
+from billhook.cuts.settings import Chopping
 from billhook.errors import BillhookError
 from billhook.methods import auto as auto_method
-from billhook.methods import fasp
+from billhook.methods import fasp, layerchop
 from billhook.methods.minutes import Work, spent
 from billhook.methods.rivals import RIVALS
 from billhook.methods.trials import Bench, Tried, best, losses_of
@@ -35,6 +36,7 @@ from billhook.reports.cut_tables import calibration_words, cut_rows
 from billhook.reports.page import render
 from billhook.runtime.activations import Room
 from billhook.runtime.progress import quiet
+from billhook.runtime.run import Run
 from billhook.training import refinement
 
 
@@ -297,6 +299,21 @@ def test_minutes_say_how_much_is_tried_and_how_long_it_is_refined(text_file: Pat
         prune(deep(), text_file, minutes=1, effort="quick")
 
 
+def test_a_refinement_has_what_the_rest_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was foretold: of two minutes 70 seconds are gone, and a look of ten is to come."""
+    given: list[Any] = []
+    monkeypatch.setattr(refinement, "aims", lambda *_: None)
+    monkeypatch.setattr(refinement, "refine", lambda *all_of_it: given.append(all_of_it[3]) or [])
+    monkeypatch.setattr(type(layerchop.METHOD), "carry_out", lambda *_: {})
+    planned, refining = Planned(Plan(layers=(2, 3)), Chopping()), refinement.Refining(seconds=1.0)
+    run = Run()
+    run.clock.seconds |= {"look": 10.0, "trials": 60.0}
+    for minutes in (2, 0.5, None):
+        won = auto_method.Won(layerchop.METHOD, planned, refining, minutes=minutes)
+        auto_method.METHOD.carry_out(deep(), Texts(tiny.tokens(4), tiny.tokens(2)), Planned(planned.plan, won), run)
+    assert [one.seconds for one in given] == [40.0, 1.0, 1.0]
+
+
 def test_more_minutes_are_never_spent_on_less() -> None:
     """By a cost that is made up: what is tried grows with the time, and a refinement has what is left of it."""
     price = 0.05, 0.4, 0.2
@@ -305,7 +322,9 @@ def test_more_minutes_are_never_spent_on_less() -> None:
     assert [one.rivals for one in chosen] == sorted(one.rivals for one in chosen)
     for minutes, effort in zip((3, 8, 12, 20, 60), chosen, strict=True):
         stages = work.stages(replace(effort, passes=0), rivals[: effort.rivals], True)
-        assert sum(one.seconds(*price) for one in stages.values()) + effort.seconds == pytest.approx(60 * minutes)
+        assert sum(one.seconds(*price) for one in stages.values()) + (effort.seconds or 0) == pytest.approx(
+            60 * minutes
+        )
     assert chosen[-1].rivals > chosen[0].rivals and chosen[-1].windows > chosen[0].windows
 
 

@@ -1,6 +1,7 @@
 """The best cut that the minutes buy: rivals are tried on held-out windows, and the winner is refined."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -60,6 +61,7 @@ class Won:
     planned: Planned
     refining: Any
     windows: int | None = None  # to fit on, where not all
+    minutes: float | int | None = None  # that all of it may take
 
     @property
     def stream(self) -> str:
@@ -162,10 +164,10 @@ class Auto(Method):
         method, planned = found[name]
         refining = None
         if recipe.settings.refine and (length := _span(opened.model, streamed)):
-            refining = Refining(passes=effort.passes, length=length, seconds=effort.seconds)
+            refining = Refining(passes=effort.passes, length=length)
         record = {"chosen": name, **record_of(done), "trial_windows": len(few), "refused": refused}
         seen = {"calibration": texts.record(read.seq_len)}  # where minutes are short, not all of it
-        won = Won(method, planned, refining, len(texts.calibration))
+        won = Won(method, planned, refining, len(texts.calibration), recipe.settings.minutes)
         return Planned(planned.plan, won, planned.scores, {**planned.record, "auto": record, **seen})
 
     def _untried(self, opened: Opened, recipe: Recipe) -> Planned:
@@ -233,12 +235,21 @@ class Auto(Method):
             return won.method.carry_out(model, texts, won.planned, run)
         aimed = aims(model, texts.calibration, wanted, won.refining, run)
         carried = won.method.carry_out(model, texts, won.planned, run)
-        refined = refine(model, texts.calibration, aimed, won.refining, run)
+        refining = won.refining
+        if won.minutes:
+            refining = replace(refining, seconds=_left(won.minutes, run.clock.seconds))
+        refined = refine(model, texts.calibration, aimed, refining, run)
         return {**carried, "refined": [asdict(one) for one in refined]}
 
     def announcement(self, opened: Opened, recipe: Recipe, planned: Planned, texts: Texts) -> str:
         line = super().announcement(opened, recipe, planned, texts)
         return f"{planned.record['auto']['chosen']}: {line}" if planned.record else line
+
+
+def _left(minutes: float | int, spent: Mapping[str, float]) -> float:
+    """Seconds that a refinement has, of the minutes for all: what was spent so far, by stage, is known, and a look is
+    to come that takes as long as the one before."""
+    return max(1.0, 60 * minutes - sum(spent.values()) - spent.get("look", 0.0))
 
 
 def _span(model: Any, streamed: bool) -> int:
