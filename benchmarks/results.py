@@ -118,6 +118,10 @@ TABLES: dict[str, tuple[str, str]] = {  # name -> settings that tell rows apart,
     "trials": ("model calibration ratio layout seed fitted judged cut", "loss behind standard_error seconds"),
     "values": ("model calibration samples windows share seed basis text", f"parameters error {JUDGED}"),
     "vocabulary": ("model source_text text characters at_least", "kept parameters_saved bits_per_byte tokens"),
+    "while_training": (
+        "model calibration tokens seq_len windows seed rate ratio row text",
+        f"parameters before after {JUDGED}",
+    ),
     "zeroshot": ("model task limit", "documents chance acc acc_error acc_norm acc_norm_error same_as_lm_eval"),
 }
 

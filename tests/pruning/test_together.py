@@ -34,6 +34,9 @@ def test_two_processes_learn_as_one(method: str, folder: Path, text: str, tmp_pa
     said = by_hand(["prune", str(folder), *flags(given), "-o", str(tmp_path / "out"), "--json"])
     two = json.loads(said)
     assert two[method]["losses"] == pytest.approx(one[method]["losses"], rel=1e-4, abs=1e-6)
+    assert two[method]["tokens"] == 2 * 32 * (
+        12 + MORE.get(method, {}).get("settling", 0) + (4 if method == "gates" else 0)
+    )
     assert two["cuts"] and [cut["dropped"] for cut in two["cuts"]] == [cut["dropped"] for cut in one["cuts"]]
     assert (tmp_path / "out" / "model.safetensors").exists() and not (tmp_path / "out.unfinished").exists()
 

@@ -693,6 +693,9 @@ def test_rows_of_a_recovery() -> None:
     assert "parameters" not in names and "recovered" not in dict(cut_rows(examples.cut()))
     assert [rate(r) for r in (6e-4, 3.5e-4, 1e-5, 0.1, 1.0, math.nan)] == ["6e-4", "3.5e-4", "1e-5", "0.1", "1", "—"]
     assert recovery_tables.dropped_after(later) is None
+    assert "tokens learned on" not in rows
+    learned = dict(cut_rows({"l0": None, "gates": {"tokens": 65_536}, "recovery": [found["recovery"][0]]}))
+    assert learned["tokens learned on"] == "65,536 before the cut, 184,320 after it: 249,856 in all"
 
 
 def test_a_model_card_says_what_was_trained_and_how_to_do_it_again() -> None:

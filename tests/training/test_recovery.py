@@ -503,14 +503,15 @@ def test_bfloat16_in_bfloat16_out(folder: Path, texts: tuple[Path, Path], tmp_pa
 
 def test_layers_that_differ_recover(folder: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
     out, text = tmp_path / "uneven", str(texts[0])
-    asked = {"ratio": 0.3, "layout": "per_layer", "allocation": "skip:1,0", "multiple_of": 4}
+    asked = {"ratio": 0.3, "layout": "per_layer", "axes": ("groups", "ffn"), "allocation": "skip:1,0", "multiple_of": 4}
     prune.prune(str(folder), method="fasp", calibration=text, samples=4, seq_len=LENGTH, **asked).save(out)
     found = recover(out, tmp_path / "work", **given(texts, folder))
     healed = tmp_path / "healed"
     healed.mkdir()
     found.write(healed)
-    widths = {layer.mlp.down_proj.in_features for layer in layers(load.load(healed))}
-    assert len(widths) == 2
+    healed_layers = layers(load.load(healed))
+    widths = {(layer.mlp.down_proj.in_features, layer.self_attn.o_proj.in_features) for layer in healed_layers}
+    assert len(widths) == 2 == len({heads for _, heads in widths})
 
 
 def test_a_rate_is_found_by_trial(student: Path, folder: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:

@@ -61,6 +61,7 @@ class Gates(GatedMethod):
                 further = replace(read.course, steps=chosen.scaling, seed=read.course.seed + 1)
                 told["losses of scales"] = read.learn("scales", units, scaled, further)
                 scales = units.split(scaled.scale.detach())
+            told["tokens"] = read.read_in(len(losses) + len(told.get("losses of scales", ())))
         return Planned(plan, Learned(chosen.cut, scales=scales), units.split(z), {"gates": told})
 
 

@@ -54,7 +54,8 @@ class L0(GatedMethod):
             found = updates(adapters)
         log_alpha = learner.log_alpha.detach()
         away = hard_concrete.excess(log_alpha, begun.goal, 1.0)
-        record = {**chosen.learned, "units": len(log_alpha), "losses": losses, "away": float(away.abs().max())}
+        record = {**chosen.learned, "units": len(log_alpha), "losses": losses, "tokens": read.read_in(len(losses))}
+        record["away"] = float(away.abs().max())
         cut = Learned(updates=found, scales=units.split(hard_concrete.settled(log_alpha)))
         return Planned(begun.planned(log_alpha), cut, units.split(log_alpha), {"l0": record})
 

@@ -52,8 +52,9 @@ class LoraPrune(GatedMethod):
             learner = Closing(units, adapters, plan.drops, chosen.steps, chosen.rate, told)
             losses = read.learn("adapters", units, learner)
             found = updates(adapters)
-        record = {"loraprune": {**chosen.learned, "units": len(units.prices), "losses": losses}}
-        return Planned(plan, Learned(updates=found), units.split(learner.worth * learner.mask), record)
+        record = {**chosen.learned, "units": len(units.prices), "losses": losses, "tokens": read.read_in(len(losses))}
+        order = units.split(learner.worth * learner.mask)
+        return Planned(plan, Learned(updates=found), order, {"loraprune": record})
 
 
 METHOD = LoraPrune()

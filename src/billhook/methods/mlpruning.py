@@ -64,7 +64,8 @@ class MlPruning(GatedMethod):
         told: dict[str, list[float]] = {}
         for (_, kind), own in units.split(shares).items():
             told.setdefault(kind, []).append(own[0].item())
-        record = {**chosen.learned, "units": len(order), "losses": losses, "shares": told}
+        record = {**chosen.learned, "units": len(order), "losses": losses, "tokens": read.read_in(len(losses))}
+        record["shares"] = told
         return Planned(plan, Learned(chosen.cut, updates=found), units.split(order), {"mlpruning": record})
 
 

@@ -51,8 +51,8 @@ class SoftTopK(GatedMethod):
             learner = frozen_gates.SoftTopK(begun.z, begun.goal, mask, chosen.rate, chosen.steps)
             losses = read.learn("mask", units, learner)
         plan, z, told = gated_plan.better(opened, texts, begun, learner.z.detach(), run)
-        record = {"softtopk": {**chosen.learned, "units": len(z), **told, "losses": losses}}
-        return Planned(plan, Learned(chosen.cut), units.split(z), record)
+        record = {**chosen.learned, "units": len(z), **told, "losses": losses, "tokens": read.read_in(len(losses))}
+        return Planned(plan, Learned(chosen.cut), units.split(z), {"softtopk": record})
 
 
 METHOD = SoftTopK()

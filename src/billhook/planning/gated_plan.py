@@ -83,6 +83,10 @@ class Lessons:
     key: dict[str, Any]
     run: Run
 
+    def read_in(self, steps: int) -> int:
+        """Tokens that so many steps read, counted as often as they come."""
+        return steps * self.course.rows * self.tokens.shape[1]
+
     def learn(self, name: str, units: Units, learner: Learner, course: Course | None = None) -> list[float]:
         """Train a learner in place, by another course than the recipe's if one is given; the loss of each step."""
         read, key = (self.tokens, self.teacher), {**self.key, "learner": name}

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from billhook.reports.formatting import finite, mebibytes, number, percent, ranges, signed, with_error
-from billhook.reports.recovery_tables import recovery_rows, selection_words
+from billhook.reports.recovery_tables import recovery_rows, selection_words, trained_tokens
 from billhook.reports.search_tables import choice_words
 from billhook.reports.tables import begun_words
 
@@ -105,6 +105,7 @@ def cut_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What was cut, what it took, and what was trained afterwards, as (name, value); a cut may be missing."""
     rows = [*_pruned_rows(cut), *look_rows(cut.get("look"))] if "cuts" in cut else []
     rows += recovery_rows(cut.get("recovery") or [])
+    rows += all_tokens_rows(cut)
     for client in cut.get("loads") or ():
         rows.append(("loads in", " ".join(str(client[key]) for key in ("client", "version") if client.get(key))))
     return rows
@@ -280,6 +281,24 @@ def share_rows(mlpruning: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     return [
         ("trained", f"{_first_and_last(mlpruning['losses'], mlpruning['objective'])}; layers learned to keep {kept}")
     ]
+
+
+LEARNED = ("gates", "softtopk", "loraprune", "l0", "mlpruning")  # records of methods whose gates learn
+
+
+def learned_tokens(cut: Mapping[str, Any]) -> int:
+    """How many tokens gates learned on, before units went."""
+    return sum((cut.get(name) or {}).get("tokens", 0) for name in LEARNED)
+
+
+def all_tokens_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How many tokens a model was trained on before its units went and after, as (name, value): what to compare by."""
+    before = learned_tokens(cut)
+    after = sum(trained_tokens(recovery) for recovery in cut.get("recovery") or ())
+    if not before:
+        return []
+    both = f", {after:,} after it: {before + after:,} in all" if after else ""
+    return [("tokens learned on", f"{before:,} before the cut{both}")]
 
 
 def _first_and_last(losses: Sequence[float], objective: str) -> str:

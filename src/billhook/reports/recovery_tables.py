@@ -99,6 +99,12 @@ def tokens_words(recovery: Mapping[str, Any]) -> str:
     return f"{number_of} tokens of {texts_words(recovery)}{kept_words(recovery)}"
 
 
+def trained_tokens(recovery: Mapping[str, Any]) -> int:
+    """Tokens of all steps that were run, and of those by which windows were chosen."""
+    planned, done = recovery["steps"], len(recovery.get("losses") or ())
+    return recovery["tokens"] * (done or planned) // planned + (recovery.get("choosing") or {}).get("tokens", 0)
+
+
 def kept_words(recovery: Mapping[str, Any]) -> str:
     """Which windows of the text it was trained on, in brackets; '' if on any."""
     if chosen := recovery.get("choosing"):
