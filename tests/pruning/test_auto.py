@@ -56,6 +56,8 @@ def deep(family: str = "llama", total: int = 6) -> Any:
         ({"simple": [1.0, 1.1, 0.9], "same": [1.01, 1.08, 0.89]}, "simple"),
         ({"worse": [2.0, 2.1, 1.9], "noisy": [1.0, 1.2, 0.8], "least": [0.9, 1.3, 0.75]}, "noisy"),
         ({"simple": [1.0], "better": [0.9]}, "better"),
+        ({"ruined": [math.nan, 0.1], "far": [math.inf, 0.1], "sound": [1.0, 0.9]}, "sound"),
+        ({"ruined": [math.nan, 0.1], "too": [math.nan, math.nan]}, "ruined"),
     ],
 )
 def test_the_simplest_that_is_not_worse_by_two_errors_wins(losses: dict[str, list[float]], name: str) -> None:

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from statistics import fmean, stdev
 from typing import Any
@@ -80,8 +80,8 @@ def tried(bench: Bench, found: Mapping[str, Ready], run: Run) -> dict[str, Tried
     done: dict[str, Tried] = {}
     missing = [name for name in found if not cache.has(run.folder, "trial", key(name))]
     # in several processes what is known when one of them is free
-    items = ((found[name], min(map(fmean, losses_of(done).values()), default=math.inf)) for name in missing)
-    with run.clock("trials"), _at_work(bench, run) as each:
+    items = ((found[name], min(map(_mean, losses_of(done).values()), default=math.inf)) for name in missing)
+    with run.clock("trials"), _at_work(bench, run, len(missing)) as each:
         results = each(items)
         for number, name in enumerate(found):
             run.tick("trying cuts", number, len(found))
@@ -98,22 +98,25 @@ def losses_of(done: Mapping[str, Tried]) -> dict[str, Sequence[float]]:
     least = math.inf
     for name, one in done.items():
         found[name] = one.closed if one.refined is None or _too_far(one.closed, least) else one.refined
-        least = min(least, fmean(found[name]))
+        least = min(least, _mean(found[name]))
     return found
 
 
 def best(losses: Mapping[str, Sequence[float]]) -> str:
     """The first that is not worse than the least by more than two standard errors
     of the difference, window by window."""
-    return next(name for name, (more, error) in behind(losses).items() if more <= 2 * (error or 0.0))
+    near = (name for name, (more, error) in behind(losses).items() if more <= 2 * (error or 0.0))
+    return next(near, next(iter(losses)))  # none is, where all losses are no numbers
 
 
 def behind(losses: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, float | None]]:
-    """By how much each is behind the least, nats a token, and the standard error of that; None of a single window."""
-    least, found = min(losses.values(), key=fmean, default=[]), {}
+    """By how much each is behind the least, nats a token, and the standard error of that; None of a single window, or
+    where a loss is no number."""
+    least, found = min(losses.values(), key=_mean, default=[]), {}
     for name, each in losses.items():
         more = [a - b for a, b in zip(each, least, strict=True)]
-        found[name] = fmean(more), stdev(more) / len(more) ** 0.5 if len(more) > 1 else None
+        several = len(more) > 1 and all(map(math.isfinite, more))
+        found[name] = fmean(more), stdev(more) / len(more) ** 0.5 if several else None
     return found
 
 
@@ -133,22 +136,28 @@ def record_of(done: Mapping[str, Tried]) -> dict[str, Any]:
     return {"tried": {name: fmean(each) for name, each in taken.items()}, "trials": trials}
 
 
+def _mean(each: Sequence[float]) -> float:
+    """Infinite, where a loss is no number."""
+    found = fmean(each)
+    return found if math.isfinite(found) else math.inf
+
+
 def _too_far(closed: Sequence[float], least: float) -> bool:
-    return (1 - GAINED) * fmean(closed) > least
+    return (1 - GAINED) * _mean(closed) > least
 
 
 Each = Callable[[Iterable[tuple[Ready, float]]], Iterator[Tried]]  # tries cuts, in order; takes the next when it can
 
 
 @contextmanager
-def _at_work(bench: Bench, run: Run) -> Iterator[Each]:
-    """Yield what tries cuts: here, or in the processes of a run, each of which opens the model."""
+def _at_work(bench: Bench, run: Run, count: int) -> Iterator[Each]:
+    """Yield what tries cuts: here, or in the processes of a run, no more than cuts, each of which opens the model."""
     from billhook.runtime.workers import worker_pool
 
-    if not run.workers.many:
+    workers, device = replace(run.workers, jobs=min(run.workers.jobs, max(1, count))), str(bench.model.device)
+    if not workers.many:
         yield lambda items: (bench.tried(*item) for item in items)
         return
-    workers, device = run.workers, str(bench.model.device)
     opens = {"name": workers.name, "device": device, "dtype": workers.dtype, "family_row": workers.family_row}
     with worker_pool(workers, device, partial(_opened, opens, bench.texts, bench.refining, run.hidden.limit)) as pool:
         yield lambda items: pool.map(_tried, items)
