@@ -84,7 +84,7 @@ TABLES: dict[str, tuple[str, str]] = {  # name -> settings that tell rows apart,
     ),
     "recovery_losses": ("student row tokens lr schedule steps", "loss"),
     "refinement": (
-        "model calibration samples windows drop patch precision length passes rate rows text",
+        "model calibration samples fitted windows drop ratio patch precision length passes rate rows text",
         f"{JUDGED} seconds",
     ),
     "submodules": ("model calibration windows seed row layers", "gone divergence"),
