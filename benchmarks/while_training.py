@@ -22,7 +22,7 @@ from billhook.planning.budget import solved
 from billhook.planning.planners import planner
 from billhook.pruning.recipe import recipe
 from billhook.reports import records
-from billhook.reports.cut_tables import learned_tokens
+from billhook.reports.gate_tables import learned_tokens
 from billhook.runtime import cache
 
 LEARNS = {"samples": 128, "layout": "per_layer"}

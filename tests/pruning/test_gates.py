@@ -15,7 +15,7 @@ from billhook.methods import METHODS
 from billhook.models import sizes
 from billhook.planning.texts import Texts
 from billhook.pruning.recipe import recipe
-from billhook.reports.cut_tables import gate_rows
+from billhook.reports.gate_tables import gate_rows
 from billhook.runtime.run import Run
 from billhook.training import gating
 from billhook.training.gating import Units, gated

@@ -16,7 +16,7 @@ from billhook.math import hard_concrete
 from billhook.methods import METHODS
 from billhook.planning.texts import Texts
 from billhook.pruning.recipe import recipe
-from billhook.reports.cut_tables import held_rows
+from billhook.reports.gate_tables import held_rows
 from billhook.runtime.run import Run
 from billhook.training.adapting import merge
 from billhook.training.gating import DECAYS, Units, gated

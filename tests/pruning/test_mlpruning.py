@@ -15,7 +15,7 @@ from billhook.errors import BillhookError
 from billhook.methods import METHODS
 from billhook.planning.texts import Texts
 from billhook.pruning.recipe import recipe
-from billhook.reports.cut_tables import share_rows
+from billhook.reports.gate_tables import share_rows
 from billhook.runtime.run import Run
 from billhook.training.adapting import merge
 from billhook.training.gating import Units, gated

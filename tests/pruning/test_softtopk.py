@@ -14,7 +14,7 @@ import billhook
 from billhook.errors import BillhookError
 from billhook.planning import gated_plan
 from billhook.pruning.recipe import recipe
-from billhook.reports.cut_tables import gate_rows
+from billhook.reports.gate_tables import gate_rows
 
 SMALL: dict[str, Any] = dict(
     method="softtopk", ratio=0.3, seq_len=32, samples=6, probes=3, multiple_of=4, steps=20, rate=0.3, look=False

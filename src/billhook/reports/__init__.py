@@ -5,6 +5,7 @@ charts            Charts as inline SVG text, from plain numbers: curves with err
 commands          The command line that makes a result again, from its record
 cut_tables        The rows that say what a prune did: to the whole model, and layer by layer
 formatting        Numbers as people read them; what is no number is a dash
+gate_tables       The rows of methods whose gates learn before units go
 headline          The few large figures at the top of a report: size, speed, and what it cost
 history           What billhook.json says was done to a model: every key that is read back, and what it should be
 markup            The pieces of a report page: text that is escaped on its way in, tables, figures, sections

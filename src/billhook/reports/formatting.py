@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 NONE = "—"  # what stands for a number that was not measured or is not finite
+KINDS = {"ffn": "FFN channels", "heads": "query heads", "groups": "KV groups", "value": "value channels"}
 
 
 def finite(value: Any) -> bool:

@@ -22,7 +22,6 @@ from billhook.reports import (
 )
 from billhook.reports.charts import Axis, Band, Point, Series
 from billhook.reports.cut_tables import (
-    KINDS,
     calibration_words,
     cut_rows,
     layer_header,
@@ -31,7 +30,7 @@ from billhook.reports.cut_tables import (
     missed_header,
     widths,
 )
-from billhook.reports.formatting import NONE, finite, number, places
+from billhook.reports.formatting import KINDS, NONE, finite, number, places
 from billhook.reports.headline import Figure, figures_of, how_to_measure
 from billhook.reports.records import to_json
 from billhook.reports.style import STYLE
