@@ -261,7 +261,7 @@ def test_dropping_layers_equals_skipping_them(family: str, gone: tuple[int, ...]
 def test_axes_of_a_cut_model_are_found_again(family: str) -> None:
     model = opened(family)
     before = {(axis.layer, axis.kind): axis.units for axis in axes(model, ("ffn", "heads", "groups", "value"))}
-    now = Attention(1, 1, 1, 1) if family in tiny.ONLY_FFNS else attention(model, 0)
+    now = Attention(1, 1, 1, 1, 1) if family in tiny.ONLY_FFNS else attention(model, 0)
     for axis in cuttable(model, "groups") + cuttable(model, "ffn"):
         remove(model, axis, torch.tensor([0]))
     after = {(axis.layer, axis.kind): axis.units for axis in axes(model)}

@@ -13,11 +13,13 @@ from transformers import DynamicCache
 import billhook
 from billhook.checkpoints.gguf import read
 from billhook.checkpoints.gguf.write import write_gguf
+from billhook.checkpoints.save import save
 from billhook.errors import BillhookError
 from billhook.models import layout, rotary, sizes
 from billhook.models.axes import axes
 from billhook.models.families import attention, row_of
 from billhook.models.plan import Plan
+from billhook.models.stock_shapes import merge
 from billhook.models.surgery import remove, zero
 
 TOKENS = tiny.tokens(2, 96)
@@ -72,7 +74,7 @@ def test_shorter_heads_are_a_stock_model_in_which_the_rest_is_zero(family: str) 
     stock = getattr(T, row_of(model).classes[-1])(type(model.config)(**model.config.to_dict())).eval()
     stock.load_state_dict(model.state_dict())
     assert torch.allclose(stock(TOKENS).logits, expected, atol=2e-4)
-    cache = DynamicCache(config=stock.config)
+    cache: Any = DynamicCache(config=stock.config)
     parts = [stock(part, past_key_values=cache, use_cache=True).logits for part in TOKENS[:, :7].split([4, 3], 1)]
     assert torch.allclose(torch.cat(parts, 1), expected[:, :7], atol=2e-4)
     assert sum(t.numel() for layer in cache.layers for t in (layer.keys, layer.values)) == cached
@@ -112,6 +114,34 @@ def test_who_cannot_lose_pairs_is_refused_by_name() -> None:
     assert "change with the length" in rotary.why_not(turned_by(lengthy))
 
 
+@pytest.mark.covering
+@pytest.mark.parametrize("attention_by", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", POSSIBLE)
+@torch.no_grad()
+def test_each_kv_head_may_keep_pairs_of_its_own(family: str, attention_by: str, tmp_path: Path) -> None:
+    model = tiny.model(family)
+    model.set_attn_implementation(attention_by)
+    half = attention(model, 0).head_dim // 2
+    kept = {1: tuple((n, half - 1) for n in range(attention(model, 1).kv_heads))}
+    silent, plan, before = copy.deepcopy(model), Plan(pairs=kept), model.num_parameters()
+    saved, cached = sizes.saved_by(model, plan), sizes.kv_cache_entries(model, plan, 24, 2)
+    rotary.silence(silent, kept)
+    rotary.narrow_keys(model, kept)
+    assert layout.layout_of(model) == "per_layer" and model.num_parameters() == before - saved
+    ids, expected = TOKENS[:, :24], silent(TOKENS[:, :24]).logits
+    assert torch.allclose(model(ids).logits, expected, atol=2e-5)
+    save(model, tiny.tokenizer(), tmp_path, None)
+    again = billhook.load(tmp_path)
+    again.set_attn_implementation(attention_by)
+    cache: Any = DynamicCache(config=again.config)
+    parts = [again(part, past_key_values=cache, use_cache=True).logits for part in ids.split([10, 5, 1, 8], 1)]
+    assert torch.allclose(torch.cat(parts, 1), expected, atol=5e-5)
+    assert sum(t.numel() for layer in cache.layers for t in (layer.keys, layer.values)) == cached
+    merge(again)
+    assert layout.layout_of(again) == "uniform" and again.num_parameters() == before
+    assert torch.allclose(again(ids).logits, expected, atol=2e-5)
+
+
 def test_a_prune_writes_a_stock_checkpoint_with_the_cache_asked_for(tmp_path: Path, text_file: Path) -> None:
     chosen: dict[str, Any] = dict(method="lorc", keys="pairs", samples=10, seq_len=32, look=False)
     chosen |= {"calibration": str(text_file), "tokenizer": tiny.tokenizer()}
@@ -119,9 +149,17 @@ def test_a_prune_writes_a_stock_checkpoint_with_the_cache_asked_for(tmp_path: Pa
     result = billhook.prune(copy.deepcopy(whole), kv=0.75, **chosen)
     out = result.save(tmp_path / "out")
     again = T.AutoModelForCausalLM.from_pretrained(out)
-    assert type(again) is T.LlamaForCausalLM and again.config.head_dim == 6 and len(result.record["rotary_pairs"]) == 3
+    assert (
+        type(again) is T.LlamaForCausalLM
+        and again.config.head_dim == 6
+        and len(result.record["rotary_pairs"]["0"][0]) == 3
+    )
     held = [sizes.kv_cache_entries(model, Plan(), 64, 1) for model in (again, whole)]
     assert held[0] == 0.75 * held[1]
+    uneven = billhook.prune(copy.deepcopy(whole), kv=0.5, layout="per_layer", **chosen)
+    assert sizes.kv_cache_entries(uneven.model, Plan(), 64, 1) == pytest.approx(0.5 * held[1], rel=0.1)
+    assert len({len(pairs[0]) for pairs in uneven.record["rotary_pairs"].values()}) > 1
+    uneven.save(tmp_path / "uneven")
     with pytest.raises(BillhookError, match="use layout per_layer, or keys pairs"):
         billhook.prune(whole, kv=0.75, **{**chosen, "keys": "whole"})
     with pytest.raises(BillhookError, match="qwen3 cannot lose rotary pairs: it normalises queries and keys"):

@@ -9,6 +9,7 @@ from billhook.models.families import stock_type
 from billhook.runtime.documents import read_bytes, read_object
 
 WRITTEN = {  # SHA-256 of every modelling file that billhook has written, the newest first, and its date
+    "074015d2e6c0086dbe741a8f3f523eb002a17634deebe24cec1bdca2af9dd5ef": "2026-11-30",
     "1a91e98c089b852050cfb0734a0177a4b6b0015187e39bac2dade3f5b3e88db7": "2026-11-30",
     "5155d632ce08bd4bea3402b7358a1088b197191fd31f9b337e94ec9adef07a26": "2026-11-30",
     "ab55d34244ec3d445c5d1928107b263bfb0f776937c045e742b0e3a4cb60ff26": "2026-11-30",

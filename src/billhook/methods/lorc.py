@@ -2,10 +2,8 @@
 
 from typing import Any
 
-from pydantic import field_validator
-
 from billhook.choices import KEYS, RULES
-from billhook.errors import ModelError, SettingsError, one_of
+from billhook.errors import ModelError, SettingsError
 from billhook.methods.fasp import Fasp, FaspSettings
 from billhook.planning.method import Method, Opened, Planned, Run, Texts
 from billhook.planning.recipe import Recipe
@@ -28,11 +26,6 @@ class LorcSettings(FaspSettings):
         shown="progressive; uniform in the uniform layout",
     )
 
-    @field_validator("rule")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        return value and one_of("rule", value, RULES)
-
     @property
     def pairs(self) -> bool:
         """Whether queries and keys lose rotary pairs."""
@@ -53,12 +46,12 @@ class Lorc(Fasp):
         "Makes the KV cache smaller: turns the values of every KV head to the principal axes of what the output projection reads, "
         "which costs nothing when the model runs, keeps the first, and refits what reads them. The first layers keep most, by "
         "condition numbers; --rule uniform and --allocation sensitivity are other ways. Keys stay as they are; with --keys pairs "
-        "they lose rotary pairs of channels, together with queries, and come out as a stock checkpoint of shorter heads."
+        "they lose rotary pairs of channels, together with queries: in the uniform layout a stock checkpoint of shorter heads."
     )
     costs = "a pass over 8,192 tokens, one forward pass, and a factorisation of each reader's Gram"
     loads = (
-        "with --keys pairs whatever loads the family; else transformers with trust_remote_code, billhook.load, and "
-        "vLLM and llama.cpp after `billhook export --merge`, which fills values with zeros and saves nothing"
+        "the uniform layout, of --keys pairs: whatever loads the family; per_layer: transformers with trust_remote_code, "
+        "billhook.load, others after `billhook export --merge`, which fills heads with zeros and saves nothing"
     )
     example = "billhook prune demo --method lorc --kv 0.75 --keys pairs -o smaller"
     Settings = LorcSettings
@@ -77,10 +70,8 @@ class Lorc(Fasp):
                 "lorc makes what no stock checkpoint holds: use --layout per_layer, or --keys pairs, which makes keys as "
                 "narrow as values"
             )
-        if not uniform and chosen.pairs:
-            raise SettingsError(
-                "--keys pairs makes all heads alike, which a stock checkpoint holds: use --layout uniform"
-            )
+        if chosen.pairs and recipe.shape.allocation != "equal":
+            raise SettingsError(f"--keys pairs goes by --rule: leave out --allocation {recipe.shape.allocation}")
         if uniform and chosen.rule == "progressive":
             raise SettingsError("--rule progressive makes layers differ: use --layout per_layer, or leave it out")
         if recipe.shape.allocation != "equal" and chosen.rule:
@@ -92,7 +83,8 @@ class Lorc(Fasp):
 
         limits.check_kinds(opened.model, recipe.kinds, "per_layer")
         if recipe.settings.pairs:
-            check_uniform(opened.model)
+            if recipe.shape.layout == "uniform":
+                check_uniform(opened.model)
             if why := rotary.why_not(opened.model):
                 raise ModelError(f"{opened.model.config.model_type} cannot lose rotary pairs: {why}; use --keys whole")
 
@@ -124,7 +116,8 @@ class Lorc(Fasp):
         chosen, model, read = recipe.settings, opened.model, recipe.budget
         self.turn(model, recipe, texts, run)
         scores = gradient_scores(model, recipe, chosen.score, texts.calibration, run)
-        pairs = scores_of_pairs(model, texts.calibration, True, run) if chosen.pairs else {}
+        alike = recipe.shape.layout == "uniform"
+        pairs = scores_of_pairs(model, texts.calibration, alike, run) if chosen.pairs else {}
         if pairs or _falls(recipe):
             planner = kv_planner(model, LEAST if _falls(recipe) else 1.0, pairs)
         else:
@@ -149,9 +142,12 @@ class Lorc(Fasp):
         found = super().carry_out(model, texts, planned, run)
         if not pairs:
             return found
-        (kept, *_), *_ = pairs.values()
-        rotary.shrink_heads(model, kept)
-        return found | {"rotary_pairs": list(kept)}
+        kept = {one for of_layer in pairs.values() for one in of_layer}
+        if len(kept) == 1:
+            rotary.shrink_heads(model, *kept)
+        else:
+            rotary.narrow_keys(model, pairs)
+        return found | {"rotary_pairs": {str(n): of_layer for n, of_layer in pairs.items()}}
 
 
 METHOD = Lorc()

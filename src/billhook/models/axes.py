@@ -23,6 +23,7 @@ from billhook.models.families import (
     linear,
     mixture,
     module_path,
+    rotary_pairs,
     router_path,
     row_of,
     shape,
@@ -118,6 +119,8 @@ def refusal(model: PreTrainedModel, kind: str, layout: str) -> str:
     for entry in row.refusals:
         if kind in entry.kinds and (layout == "uniform" or not entry.uniform_only) and _holds(model, entry):
             return entry.why
+    if kind == "groups" and row.attention and any(rotary_pairs(model, n) for n in range(len(layers(model)))):
+        return "its KV heads keep rotary pairs of their own"
     if kind in MIXED and not row.experts:
         return "only mixtures of experts have that axis, and it is dense"
     if kind == "shared" and not row.shared:
@@ -133,7 +136,7 @@ def _holds(model: PreTrainedModel, entry: Refusal) -> bool:
 
 def _projections(row: Family, sizes: Attention) -> dict[str, tuple[str, Index]]:
     """For q, k and v: the name of the matrix, and the rows of each head in it (heads, head size)."""
-    d, heads, kv = sizes.head_dim, sizes.heads, sizes.kv_heads
+    d, heads, kv = sizes.key_dim, sizes.heads, sizes.kv_heads
     if not row.qkv:
         return {
             "q": (row.q, blocks(heads, d)),

@@ -16,10 +16,10 @@ from transformers.pytorch_utils import Conv1D
 
 from billhook.errors import ModelError
 from billhook.models import modeling_per_layer
-from billhook.models.modeling_per_layer import FFN_DIM, MODEL_TYPE, RANKS, V_HEAD_DIM, Family, LowRank
+from billhook.models.modeling_per_layer import FFN_DIM, MODEL_TYPE, PAIRS, RANKS, V_HEAD_DIM, Family, LowRank
 from billhook.models.stock_families import STOCK_FAMILIES
 from billhook.runtime import plug_ins
-from billhook.tensors import Weight
+from billhook.tensors import RotaryPairs, Weight
 
 WIDTHS = ("ffn", "expert_ffn", "shared")  # kinds of axis whose units are channels
 FFN_SIZES = ("width", "experts", "expert_width", "shared_width")  # sizes of plain FFNs and of mixtures of experts
@@ -110,6 +110,7 @@ def sizes(model: PreTrainedModel, layer: int) -> dict[str, Any]:
     if hidden != model.config.hidden_size:  # the config is not updated yet, or another family's will replace it
         config["hidden_size"] = hidden
     own = {V_HEAD_DIM: heads.value_dim} if heads.value_dim != heads.head_dim else {}
+    own |= {PAIRS: pairs} if (pairs := rotary_pairs(model, layer)) else {}
     return config | own | ({RANKS: found} if (found := ranks(model, layer)) else {})
 
 
@@ -184,7 +185,7 @@ def feed_forwards(model: PreTrainedModel, layer: int) -> list[tuple[str, tuple[s
 
 def uncut_size(model: PreTrainedModel, layer: int, key: str) -> Any:
     """The size before any cut of one of those that no stock config can hold."""
-    if key == RANKS:
+    if key in (RANKS, PAIRS):
         return {}
     if key == V_HEAD_DIM:
         return attention(model, layer).head_dim
@@ -194,6 +195,11 @@ def uncut_size(model: PreTrainedModel, layer: int, key: str) -> Any:
 def attention_module(model: PreTrainedModel, layer: int) -> nn.Module:
     """The attention module of one layer."""
     return model.get_submodule(module_path(model, layer, row_of(model).attention))
+
+
+def rotary_pairs(model: PreTrainedModel, layer: int) -> RotaryPairs:
+    """The rotary pairs that queries and keys of one layer keep, where each KV head keeps its own; (): all."""
+    return getattr(attention_module(model, layer), PAIRS, ())
 
 
 def row_of(model: PreTrainedModel) -> Family:
@@ -257,6 +263,7 @@ class Attention:
     heads: int
     kv_heads: int
     value_dim: int  # channels of one value head; head_dim unless some were cut
+    key_dim: int  # of one query or key head, likewise
 
     @property
     def group(self) -> int:
@@ -277,9 +284,10 @@ def attention(model: PreTrainedModel, layer: int) -> Attention:
     out = {name: shape(operator(model, module_path(model, layer, f"{row.attention}.{name}"))) for name in _parts(row)}
     if row.qkv:
         heads = out[row.o][1] // head_dim
-        return Attention(head_dim, heads, (out[row.qkv][0] // head_dim - heads) // 2, head_dim)
-    heads, kv_heads = (out[name][0] // head_dim for name in (row.q, row.k))
-    return Attention(head_dim, heads, kv_heads, out[row.v][0] // kv_heads)
+        return Attention(head_dim, heads, (out[row.qkv][0] // head_dim - heads) // 2, head_dim, head_dim)
+    key_dim = 2 * len(pairs[0]) if (pairs := rotary_pairs(model, layer)) else head_dim
+    heads, kv_heads = (out[name][0] // key_dim for name in (row.q, row.k))
+    return Attention(head_dim, heads, kv_heads, out[row.v][0] // kv_heads, key_dim)
 
 
 def _parts(row: Family) -> tuple[str, ...]:

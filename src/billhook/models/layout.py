@@ -88,6 +88,8 @@ def _why_not_uniform(model: PreTrainedModel) -> str:
     first, *others = layer_sizes(model)
     if any(per_layer.RANKS in layer for layer in (first, *others)):
         return "some weights are two thin ones, which fits no stock config"
+    if any(per_layer.PAIRS in layer for layer in (first, *others)):
+        return "KV heads keep rotary pairs of their own, which fits no stock config"
     keys = family_of(model.config.model_type).keys
     ffn = {keys[size] for size in FFN_SIZES if size in keys}
     for n, other in enumerate(others, start=1):

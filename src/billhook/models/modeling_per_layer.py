@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -22,7 +23,8 @@ FFN_DIM = "billhook_ffn_dim"  # FFN channels, where no config key of the family 
 RANKS = "ranks"  # path in the layer -> rank, of linear modules that are two thin ones
 UNEVEN_ATTENTION = ("eager", "sdpa", "flex_attention")  # which take values narrower than keys
 CACHES = ("past_key_values", "cache")  # names of an attention's argument, before transformers 5.24 and since
-OWN_KEYS = (V_HEAD_DIM, FFN_DIM, RANKS)  # which no stock config can say
+PAIRS = "rotary_pairs"  # that stay of queries and keys, of each KV head; none: all
+OWN_KEYS = (V_HEAD_DIM, FFN_DIM, RANKS, PAIRS)  # which no stock config can say
 
 
 @dataclass(frozen=True)
@@ -196,31 +198,55 @@ FAMILIES: dict[str, Family] = {
 
 
 class NarrowCache:
-    """A KV cache that keeps of values their channels alone; where none was kept before, they come back as they were."""
+    """A KV cache that keeps of heads their channels alone; where none was kept before, they come back as they were."""
 
-    def __init__(self, cache: Any, channels: int) -> None:
-        self.cache, self.channels = cache, channels
+    def __init__(self, cache: Any, channels: int, at: Tensor) -> None:
+        self.cache, self.channels, self.at = cache, channels, at
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.cache, name)
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        found, kept = self.cache.update(keys, values[..., : self.channels], *args, **kwargs)
+        narrow = keys.gather(-1, self.at[:, None].expand(*keys.shape[:-1], -1)) if len(self.at) else keys
+        found, kept = self.cache.update(narrow, values[..., : self.channels], *args, **kwargs)
+        found = spread(found, self.at[:, None], keys.shape[-1]) if len(self.at) else found
         return found, values if kept.shape[-2] == values.shape[-2] else kept
 
 
-class NarrowValues:
-    """Hooks that let stock attention run with value heads narrower than head_dim: exact, for the rest would be zeros.
+def spread(narrow: Tensor, at: Tensor, channels: int) -> Tensor:
+    """The channels of heads at their places among `channels`, the others zero."""
+    return narrow.new_zeros(*narrow.shape[:-1], channels).scatter(-1, at.expand(narrow.shape), narrow)
 
-    Value rows carry no position, so the kept channels of a head may stand first in it; zeros fill it up to head_dim
-    before attention.  They are left out of the cache, and of what enters the output projection.
+
+@cache
+def channels_of(pairs: tuple[tuple[int, ...], ...], head_dim: int, device: Any) -> Tensor:
+    """Which channels of each KV head's keys these rotary pairs are, (KV heads, 2 x pairs)."""
+    return torch.tensor([[*kept, *(pair + head_dim // 2 for pair in kept)] for kept in pairs], device=device)
+
+
+class NarrowHeads:
+    """Hooks that let stock attention run with heads of fewer channels than head_dim: exact, as if the rest were zeros.
+
+    Value rows carry no position, so that kept channels may stand first; those of queries and keys stand where rotary
+    positions turn them.  Zeros are left out of the cache, and of what enters the output projection.
     """
 
-    def __init__(self, attention: Any, keys: nn.Linear, values: nn.Linear) -> None:
-        self.attention, self.keys, self.values = attention, keys, values
+    def __init__(self, attention: Any, row: Family) -> None:
+        self.attention, self.row = attention, row
 
     def heads(self) -> int:
-        return self.keys.weight.shape[0] // self.attention.head_dim
+        pairs, keys = self.attention.rotary_pairs, self.attention.get_submodule(self.row.k)
+        return len(pairs) if pairs else keys.weight.shape[0] // self.attention.head_dim
+
+    def at(self, device: Any) -> Tensor:
+        return channels_of(self.attention.rotary_pairs, self.attention.head_dim, device)
+
+    def place(self, module: nn.Linear, args: Any, output: Tensor) -> Tensor:
+        if not len(at := self.at(output.device)):
+            return output
+        heads = output.unflatten(-1, (-1, at.shape[1]))
+        at = at.repeat_interleave(heads.shape[-2] // len(at), 0)
+        return spread(heads, at, self.attention.head_dim).flatten(-2)
 
     def fill(self, module: nn.Linear, args: Any, output: Tensor) -> Tensor:
         value = output.unflatten(-1, (self.heads(), -1))
@@ -230,8 +256,9 @@ class NarrowValues:
         given = {name: kwargs[name] for name in CACHES if kwargs.get(name) is not None}
         if module.config._attn_implementation not in UNEVEN_ATTENTION:
             return args, kwargs
-        channels = self.values.weight.shape[0] // self.heads()
-        return args, {**kwargs, **{name: NarrowCache(cache, channels) for name, cache in given.items()}}
+        values = module.get_submodule(self.row.v).weight
+        channels, at = values.shape[0] // self.heads(), self.at(values.device)
+        return args, {**kwargs, **{name: NarrowCache(cache, channels, at) for name, cache in given.items()}}
 
     def narrow(self, module: nn.Linear, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         if args[0].shape[-1] == module.weight.shape[1]:  # values came out of the cache
@@ -240,14 +267,15 @@ class NarrowValues:
         return (heads[..., : module.weight.shape[1] // heads.shape[-2]].flatten(-2),)
 
 
-def narrow_values(attention: Any, row: Family) -> None:
-    """Register `NarrowValues` on an attention module, once; later hooks on its output see what its weight sees."""
-    if not getattr(attention, "narrow_values", False):
-        hooks = NarrowValues(attention, attention.get_submodule(row.k), attention.get_submodule(row.v))
-        attention.get_submodule(row.v).register_forward_hook(hooks.fill)
+def narrow_heads(attention: Any, row: Family, pairs: tuple[tuple[int, ...], ...] = ()) -> None:
+    """Register `NarrowHeads`, once, for rotary pairs that each KV head keeps; later hooks see what weights see."""
+    if not hasattr(attention, PAIRS):
+        hooks = NarrowHeads(attention, row)
+        for name, hook in ((row.q, hooks.place), (row.k, hooks.place), (row.v, hooks.fill)):
+            attention.get_submodule(name).register_forward_hook(hook)
         attention.register_forward_pre_hook(hooks.keep, with_kwargs=True)
         attention.get_submodule(row.o).register_forward_pre_hook(hooks.narrow)
-        attention.narrow_values = True
+    attention.rotary_pairs = pairs or getattr(attention, PAIRS, ())
 
 
 class LowRank(nn.Sequential):
@@ -264,10 +292,7 @@ def make_low_rank(layer: Any, ranks: dict[str, int] | None) -> None:
 
 
 def holder_of(attention: Any, counter: str) -> tuple[Any, str]:
-    """What holds a counter of an attention module, and its name there.
-
-    Where that is the config, the module gets one of its own: layers share the model's.
-    """
+    """What holds a counter of an attention module, a config of its own where that does, and its name there."""
     above, _, leaf = counter.rpartition(".")
     if above and not getattr(attention, "own_config", False):
         attention.config, attention.own_config = copy.copy(attention.config), True
@@ -302,13 +327,15 @@ def _resize(base: Any, config: Any, row: Family) -> None:
         width, heads = value_of(config, n, keys["width"]), value_of(config, n, keys["heads"])
         kv_heads = value_of(config, n, keys.get("kv_heads", keys["heads"]))
         value = value_of(config, n, V_HEAD_DIM) or head_dim
+        pairs = tuple(map(tuple, value_of(config, n, PAIRS) or ()))
+        key = 2 * len(pairs[0]) if pairs else head_dim
         for up in row.up:
             _linear(layer, up, rows=width * (1 + row.stacked) if width else None)
         _linear(layer, row.down, columns=width)
         if row.qkv:
             _linear(attention, row.qkv, rows=(heads + 2 * kv_heads) * head_dim)
         else:
-            for name, rows in ((row.q, heads * head_dim), (row.k, kv_heads * head_dim), (row.v, kv_heads * value)):
+            for name, rows in ((row.q, heads * key), (row.k, kv_heads * key), (row.v, kv_heads * value)):
                 _linear(attention, name, rows=rows)
         _linear(attention, row.o, columns=heads * value)
         counts = {"heads": heads, "kv_heads": kv_heads, "entries": heads * head_dim, "per_group": heads // kv_heads}
@@ -316,8 +343,8 @@ def _resize(base: Any, config: Any, row: Family) -> None:
             if "." in counter:
                 attention.config = built
             setattr(*holder_of(attention, counter), counts[what])
-        if value != head_dim:
-            narrow_values(attention, row)
+        if pairs or value != head_dim:
+            narrow_heads(attention, row, pairs)
         make_low_rank(layer, value_of(config, n, RANKS))
 
 

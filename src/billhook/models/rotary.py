@@ -2,7 +2,7 @@
 
 Channels i and i + d/2 of query and key heads are pair i.  A stock class turns all heads of all layers alike, at
 frequencies that `longrope` writes down one by one: with the same pairs left everywhere, and as many value channels, the
-model is a stock one whose `head_dim` is smaller.
+model is a stock one whose `head_dim` is smaller.  In the per_layer layout each KV head keeps its own.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from billhook.errors import ModelError
-from billhook.models.families import attention, attention_module, layers, linear, module_path, row_of
+from billhook.models.families import attention, attention_module, layers, linear, module_path, rotary_pairs, row_of
+from billhook.models.modeling_per_layer import narrow_heads
 from billhook.tensors import Kept, RotaryPairs
 
 FIXED = ("default", "linear", "llama3", "yarn")  # kinds of rotary positions whose frequencies no text changes
@@ -33,6 +34,8 @@ def why_not(model: PreTrainedModel) -> str:
         return "it normalises queries and keys, so that the rest would change with what goes"
     if "rope_theta" not in rope:
         return "it has no rotary positions that all layers share"
+    if any(rotary_pairs(model, n) for n in range(len(layers(model)))):
+        return "some have gone already"
     kind, same = rope.get("rope_type", "default"), rope.get("short_factor") == rope.get("long_factor")
     if rope.get("partial_rotary_factor", 1.0) != 1.0 or not (kind in FIXED or (kind == LONG and same)):
         return f"its rotary positions ({kind}) turn a part of a head, or change with the length of a text"
@@ -63,6 +66,28 @@ def silence(model: PreTrainedModel, kept: Mapping[int, RotaryPairs]) -> None:
 
 
 @torch.no_grad()
+def narrow_keys(model: PreTrainedModel, kept: Mapping[int, RotaryPairs]) -> None:
+    """Leave these pairs to each KV head and its queries, in place, for the per_layer layout."""
+    for n, pairs in kept.items():
+        if gone(model, n, pairs):
+            _take_rows(model, n, pairs)
+            narrow_heads(attention_module(model, n), row_of(model), pairs)
+
+
+@torch.no_grad()
+def widen_keys(model: PreTrainedModel, layer: int) -> None:
+    """Give one layer's queries and keys zeros for all pairs that have gone, in place."""
+    pairs, sizes = rotary_pairs(model, layer), attention(model, layer)
+    for projection, heads in zip(_projections(model, layer), (sizes.heads, sizes.kv_heads), strict=True):
+        rows = _rows(pairs, heads, sizes.head_dim)
+        for param in projection.parameters():
+            whole = param.data.new_zeros(heads * sizes.head_dim, *param.shape[1:])
+            param.data = whole.index_copy_(0, rows.to(param.device), param.data)
+        projection.out_features = heads * sizes.head_dim
+    cast(Any, attention_module(model, layer)).rotary_pairs = ()
+
+
+@torch.no_grad()
 def shrink_heads(model: PreTrainedModel, pairs: tuple[int, ...]) -> None:
     """Leave these pairs to all heads, in place: a stock model, whose `head_dim` is smaller.
 
@@ -86,11 +111,7 @@ def _shrink(model: PreTrainedModel, layer: int, pairs: tuple[int, ...]) -> None:
     """One layer's queries and keys; queries make up for the scale of scores where that goes by the head's size."""
     sizes, module = attention(model, layer), cast(Any, attention_module(model, layer))
     size = 2 * len(pairs)
-    for projection, heads in zip(_projections(model, layer), (sizes.heads, sizes.kv_heads), strict=True):
-        rows = _rows((pairs,) * sizes.kv_heads, heads, sizes.head_dim)
-        for param in projection.parameters():
-            param.data = param.data[rows.to(param.device)]
-        projection.out_features = len(rows)
+    _take_rows(model, layer, (pairs,) * sizes.kv_heads)
     if not any(hasattr(model.config, key) for key in OWN_SCALE):
         for param in _projections(model, layer)[0].parameters():
             param.data *= (size / sizes.head_dim) ** 0.5
@@ -98,9 +119,20 @@ def _shrink(model: PreTrainedModel, layer: int, pairs: tuple[int, ...]) -> None:
     module.head_dim = size
 
 
+def _take_rows(model: PreTrainedModel, layer: int, pairs: RotaryPairs) -> None:
+    """Leave the rows of these pairs to one layer's queries and keys."""
+    sizes = attention(model, layer)
+    for projection, heads in zip(_projections(model, layer), (sizes.heads, sizes.kv_heads), strict=True):
+        rows = _rows(pairs, heads, sizes.head_dim)
+        for param in projection.parameters():
+            param.data = param.data[rows.to(param.device)]
+        projection.out_features = len(rows)
+
+
 def _projections(model: PreTrainedModel, layer: int) -> tuple[Any, Any]:
     row = row_of(model)
-    return tuple(linear(model, module_path(model, layer, f"{row.attention}.{name}")) for name in (row.q, row.k))
+    q, k = (linear(model, module_path(model, layer, f"{row.attention}.{name}")) for name in (row.q, row.k))
+    return q, k
 
 
 def _rows(pairs: RotaryPairs, heads: int, size: int) -> Kept:

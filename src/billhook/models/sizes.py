@@ -86,7 +86,7 @@ def kv_cache_entries(model: PreTrainedModel, plan: Plan, context: int, batch: in
             if window and types[n] == "sliding_attention":
                 positions = min(context, window - 1)
             kv_heads = heads.kv_heads - plan.drops.get((n, "groups"), 0)
-            entries = kv_heads * (heads.head_dim + heads.value_dim) - plan.drops.get((n, "value"), 0)
+            entries = kv_heads * (heads.key_dim + heads.value_dim) - plan.drops.get((n, "value"), 0)
             entries -= rotary.gone(model, n, plan.pairs[n]) if n in plan.pairs else 0
             total += entries * positions * batch
     return total

@@ -1,6 +1,6 @@
 """Shapes that only the per_layer layout holds, made a stock class's again: any client loads them, and nothing is saved.
 
-Two thin modules become their product, and narrower value heads get channels of zeros.
+Two thin modules become their product, and narrower heads get channels of zeros.
 """
 
 from copy import deepcopy
@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from billhook.errors import ModelError
-from billhook.models.families import attention, layers, linear, module_path, ranks, row_of, stock_type
+from billhook.models.families import attention, layers, linear, module_path, ranks, rotary_pairs, row_of, stock_type
 from billhook.models.layout import plain
 from billhook.models.modeling_per_layer import classes_of
+from billhook.models.rotary import widen_keys
 from billhook.tensors import precise
 
 BIAS_KEYS = ("attention_bias", "attention_out_bias", "mlp_bias")  # config keys, in families whose modules may have one
@@ -33,15 +34,18 @@ def merge(model: PreTrainedModel) -> int:
     """
     numbers = range(len(layers(model))) if row_of(model).attention else ()
     thin = [module_path(model, n, path) for n in numbers for path in ranks(model, n)]
-    narrow = [n for n in numbers if (sizes := attention(model, n)).value_dim < sizes.head_dim]
-    if not thin and not narrow:
+    values = [n for n in numbers if (sizes := attention(model, n)).value_dim < sizes.head_dim]
+    keys = [n for n in numbers if rotary_pairs(model, n)]
+    if not thin and not values and not keys:
         raise ModelError("all weights have the shapes of a stock class: leave out --merge")
     stock = _skeleton(model)
     for path in thin:
         model.set_submodule(path, _product(model.get_submodule(path), stock.get_submodule(path)))
-    for n in narrow:
+    for n in values:
         _fill_values(model, n)
-    return len(thin) + 2 * len(narrow)
+    for n in keys:
+        widen_keys(model, n)
+    return len(thin) + 2 * len(values + keys)
 
 
 def _product(thin: Any, stock: Any) -> nn.Module:
@@ -63,7 +67,8 @@ def _fill_values(model: PreTrainedModel, layer: int) -> None:
     """Channels of zeros in a layer's value heads, up to the length of its key heads."""
     row, sizes = row_of(model), attention(model, layer)
     more = sizes.head_dim - sizes.value_dim
-    v, o = (linear(model, module_path(model, layer, f"{row.attention}.{name}")) for name in (row.v, row.o))
+    both: Any = [linear(model, module_path(model, layer, f"{row.attention}.{name}")) for name in (row.v, row.o)]
+    v, o = both
     for param in v.parameters():
         param.data = _filled(param.data, sizes.value_dim, more)
     o.weight.data = _filled(o.weight.data.T, sizes.value_dim, more).T.contiguous()

@@ -14,7 +14,7 @@ from billhook.errors import ModelError
 from billhook.models import patterns
 from billhook.models.axes import Axis, owners
 from billhook.models.families import PER_LAYER_KEYS, as_output, attention_module, layers, linear, mixture, row_of
-from billhook.models.modeling_per_layer import LowRank, holder_of, narrow_values
+from billhook.models.modeling_per_layer import LowRank, holder_of, narrow_heads
 from billhook.models.multimodal import within
 from billhook.runtime.offload import renumber
 from billhook.tensors import Bias, Expand, Reduce, Units
@@ -47,7 +47,7 @@ def remove(model: PreTrainedModel, axis: Axis, drop: Units) -> None:
         owner, leaf = _holder(model, counter)
         setattr(owner, leaf, int(getattr(owner, leaf) - per_unit * len(drop)))
     if axis.kind == "value" and len(drop):
-        narrow_values(attention_module(model, axis.layer), row_of(model))
+        narrow_heads(attention_module(model, axis.layer), row_of(model))
 
 
 def _holder(model: PreTrainedModel, counter: str) -> tuple[Any, str]:

@@ -21,8 +21,11 @@ def check(model: PreTrainedModel, layout: str) -> None:
     for n in range(len(layers(model))):
         for path in (path for group in linears(model, n) for path in group.values()):
             linear(model, path)
-        if attention(model, n).value_dim != attention(model, n).head_dim:
-            raise ModelError(f"layer {n} has narrower value heads, whose projections stay whole: factor another model")
+        sizes = attention(model, n)
+        if not sizes.value_dim == sizes.key_dim == sizes.head_dim:
+            raise ModelError(
+                f"layer {n} has narrower value heads or key heads, whose projections stay whole: factor another model"
+            )
 
 
 def weights(model: PreTrainedModel) -> dict[str, tuple[int, str]]:

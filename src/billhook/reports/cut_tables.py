@@ -85,9 +85,17 @@ def low_rank_rows(found: Sequence[Mapping[str, Any]] | None) -> list[tuple[str, 
     return rows
 
 
-def pairs_rows(found: Sequence[int] | None) -> list[tuple[str, str]]:
-    """Which rotary pairs every head keeps, as (name, value)."""
-    return [("rotary pairs", f"{len(found)} of every head stay: {ranges(found)}")] if found else []
+def pairs_rows(found: Mapping[str, Sequence[Sequence[int]]] | None) -> list[tuple[str, str]]:
+    """Which rotary pairs heads keep, as (name, value)."""
+    if not found:
+        return []
+    kept = {tuple(one) for of_layer in found.values() for one in of_layer}
+    if len(kept) == 1:
+        (common,) = kept
+        return [("rotary pairs", f"{len(common)} of every head stay: {ranges(common)}")]
+    counts = sorted({len(one) for one in kept})
+    span = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return [("rotary pairs", f"{span} of every head stay, each KV head its own")]
 
 
 def shares_rows(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:

@@ -22,7 +22,7 @@ from billhook.checkpoints.verify import CACHE_TOLERANCE
 from billhook.errors import BillhookError, one_of
 from billhook.models.greedy import greedy_tokens
 from billhook.models.layout import layer_sizes
-from billhook.models.modeling_per_layer import V_HEAD_DIM
+from billhook.models.modeling_per_layer import PAIRS, V_HEAD_DIM
 from billhook.models.multimodal import decoder_config
 from billhook.runtime import interpreters
 
@@ -92,9 +92,9 @@ def _check_transformers(path: Path, python: str, trust: bool) -> dict[str, Any]:
 def _check_vllm(path: Path, python: str, trust: bool) -> dict[str, Any]:
     code = trust or own_code.needed(path)
     model, prompts = load(path, dtype="float32"), _prompts(path)
-    if any(V_HEAD_DIM in sizes for sizes in layer_sizes(model)):
+    if any(key in sizes for sizes in layer_sizes(model) for key in (V_HEAD_DIM, PAIRS)):
         raise BillhookError(
-            f"{path} has value heads narrower than its key heads (axis value), which vllm does not serve"
+            f"{path} has heads of fewer channels than its head_dim (value channels or rotary pairs cut), which vllm does not serve"
         )
     answer = ask(python, "vllm", path, {"prompts": prompts, "new_tokens": NEW_TOKENS, "model_code": code})
     problems = ["it generates other tokens"] if answer["greedy"] != _greedy(model, prompts) else []

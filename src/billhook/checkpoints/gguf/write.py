@@ -178,12 +178,12 @@ def shape_of(model: Any) -> Shape:
             f"{MERGE} multiplies them out, which saves nothing, or {FOLDER}"
         )
     for n in range(len(sizes)):
-        value_dim = families.attention(model, n).value_dim
-        if value_dim != head_dims[0]:
+        heads_of = families.attention(model, n)
+        if not heads_of.value_dim == heads_of.key_dim == head_dims[0]:
             raise ModelError(
-                f"layer {n} has value heads of {value_dim} channels beside key heads of {head_dims[0]}, and every graph "
-                f"of llama.cpp wants them equal: {MERGE} fills them with zeros, which saves nothing, or prune heads or "
-                f"groups instead, or {FOLDER}"
+                f"layer {n} has value heads of {heads_of.value_dim} channels beside key heads of {heads_of.key_dim}, and "
+                f"every graph of llama.cpp wants {head_dims[0]}: {MERGE} fills them with zeros, which saves nothing, or "
+                f"prune heads or groups instead, or {FOLDER}"
             )
     return Shape(
         model_type,
