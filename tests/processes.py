@@ -91,22 +91,34 @@ def _run(folder: Path, work: Callable[..., object], given: tuple[Any, ...]) -> N
 
 def by_hand(line: list[str]) -> str:
     """A command as `accelerate launch` starts it on two processes; what the first one says."""
+    return launched(2, command, line)
+
+
+def launched(count: int, work: Callable[[list[str]], object], line: list[str]) -> str:
+    """What the first of some processes says that `accelerate launch` has started, and the others do not; `work`, which
+    gets the command's line, is of a module."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ends = [one.ended() for one in [Child(_launched, rank, port, line, fresh=True) for rank in range(2)]]
-    assert [code for code, _, _ in ends] == [0, 0], ends
-    assert not ends[1][1]
+    started = [Child(_launched, rank, count, port, work, line, fresh=True) for rank in range(count)]
+    ends = [one.ended() for one in started]
+    assert [code for code, _, _ in ends] == [0] * count, ends
+    assert not any(said for _, said, _ in ends[1:])
     return ends[0][1]
 
 
-def _launched(rank: int, port: int, line: list[str]) -> None:
+def _launched(rank: int, count: int, port: int, work: Callable[[list[str]], object], line: list[str]) -> None:
+    given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    given |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_MIXED_PRECISION": "no"}
+    os.environ.update({name: str(value) for name, value in given.items()})
+    work(line)
+
+
+def command(line: list[str]) -> None:
+    """A command as it is typed, without the check in a third process."""
     from billhook import cli
     from billhook.checkpoints.clients import check
 
-    given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    given |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_MIXED_PRECISION": "no"}
-    os.environ.update({name: str(value) for name, value in given.items()})
     check.check = lambda _, client: {"client": client, "version": "not run"}  # imports of a third process
     sys.argv = ["billhook", *line]
     cli.main()

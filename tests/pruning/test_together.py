@@ -44,7 +44,10 @@ def test_two_processes_learn_as_one(method: str, folder: Path, text: str, tmp_pa
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (dict(method="fasp", ratio=0.3), "2 processes: fasp trains nothing that they could share: start it without"),
+        (dict(method="layerchop", ratio=0.3), "2 processes: layerchop works in one: start it without accelerate"),
+        (dict(method="optishear", sparsity=0.5), "2 processes: optishear works in one: start it without accelerate"),
+        (dict(method="fasp", ratio=0.3, statistics="kept"), "statistics: 2 processes of accelerate launch share"),
+        (dict(method="wanda", sparsity=0.5, stream="dense", jobs=2), "jobs: 2 processes of accelerate launch share"),
         (dict(method="gates", ratio=0.3, windows=3), "2 processes: windows 3 of a step cannot be shared alike"),
         (dict(method="gates", speedup=1.2, windows=2), "2 processes: each would time the model for itself"),
     ],

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import tiny
+import torch
 import worker_tasks
 
 import billhook
@@ -170,6 +171,11 @@ def test_a_task_takes_what_every_machine_has() -> None:
     assert _room(gpus, "auto", "cuda") == (2, 8, 1)
     with pytest.raises(BillhookError, match="its machines have no free GPU"):
         _room(cpus, "auto", "cuda")
+
+
+def test_a_ray_task_sees_its_gpu_alone_whichever_this_process_has() -> None:
+    third = torch.device("cuda", 3)
+    assert (Workers(ray="auto").device(third), Workers(2).device(third)) == ("cuda", "cuda:3")
 
 
 @pytest.mark.slow

@@ -45,6 +45,12 @@ class OperatorSums:
             return OperatorSums(self.gram + other.gram)
         return OperatorSums(self.gram + other.gram, self.cross + other.cross, self.dense + other.dense)
 
+    def of_every(self, every: Callable[[Tensor], Iterator[Tensor]]) -> Iterator["OperatorSums"]:
+        """From the sums over a batch to those over the batches that the processes have now, in one order."""
+        if self.cross is None or self.dense is None:
+            return map(OperatorSums, every(self.gram))
+        return map(OperatorSums, every(self.gram), every(self.cross), every(self.dense))
+
 
 @dataclass(frozen=True)
 class Group:
@@ -158,7 +164,8 @@ def _summed(
                 gram = gram_of(x)
                 batch_sums = OperatorSums(gram) if y is None else OperatorSums(gram, precise(product(y, x)), gram_of(y))
                 key = path, batch.held_out
-                sums[key] = sums[key] + batch_sums if key in sums else batch_sums
+                for one in batch_sums.of_every(passage.every(batch)):
+                    sums[key] = sums[key] + one if key in sums else one
         if after is not None:
             passage.put(batch, n, after)
     return sums

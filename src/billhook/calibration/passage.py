@@ -13,6 +13,7 @@ Memory holds one hidden state per token, two where the stream follows the unprun
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from billhook.models.families import layers
 from billhook.runtime.activations import State
 from billhook.runtime.memory import return_freed
 from billhook.runtime.offload import begin_to_load, loaded, renumber
+from billhook.runtime.peers import ALONE
 from billhook.runtime.run import Run
 from billhook.tensors import Gram, Tokens
 
@@ -52,6 +54,7 @@ class Batch:
     target: State  # the hidden state in the unpruned model, where the stream follows that
     calls: list[dict[str, Any]]  # arguments that the model passes to each layer
     held_out: bool
+    sharing: int = 1  # processes that have a batch of their own while this one has this
 
     @property
     def uncut(self) -> bool:
@@ -64,8 +67,8 @@ class Passage:
 
     Args:
         tokens: calibration windows (windows, length).
-        readers: what a walk in the stream `dense` wants is the Grams of what enters these modules: where the run's
-            cache has them all, there are no batches.
+        readers: what a walk wants is sums over what enters these modules: the run's peers share the batches.  In
+            the stream `dense` it is the Grams alone: where the run's cache has them all, there are no batches.
         unpruned: the unpruned model, where `model` is another one already; its layers are given up one by one.
     """
 
@@ -82,6 +85,7 @@ class Passage:
         self.wanted = route.wanted(model)
         self.independent = route.stream in INDEPENDENT_STREAMS  # no layer sees what became of another
         self.follows = self.independent or route.stream == "dense_target"  # there is a target
+        self.peers = ALONE if readers is None else run.peers
         self.grams = run.finished.grams if route.stream == "dense" and readers is not None else None
         self.recalls = self.grams is not None and self.grams.has(readers or ())
         self.batches: list[Batch] = []
@@ -110,6 +114,9 @@ class Passage:
                     for later in passed[n + 1 : n + 2]:
                         begin_to_load(later)
                     yield n
+                    if edits:
+                        for param in module.parameters():
+                            self.peers.agree([param.data])  # processors that differ may find other weights
                     return_freed()  # holes that the cuts leave would pile up (docs/LOG.md)
                     if n < self.wanted[-1] or to_the_end:
                         self.advance(n)
@@ -144,6 +151,10 @@ class Passage:
                 if not self.follows:
                     batch.target = batch.state
 
+    def every(self, batch: Batch) -> Callable[[Tensor], Iterator[Tensor]]:
+        """From a sum over this batch to those over the batches that the processes have now, in one order."""
+        return partial(self.peers.every, sharing=batch.sharing)
+
     def recall(self, reader: str) -> tuple[Gram, Gram | None]:
         """The cached Grams of what enters a module, over the windows to fit and over those held out."""
         assert self.grams is not None
@@ -159,13 +170,18 @@ class Passage:
     def _enter(self, tokens: Tokens) -> None:
         fitted, rows = len(tokens) - int(self.route.held_out * len(tokens)), max(1, BATCH_TOKENS // tokens.shape[1])
         sides = [(tokens[:fitted], False), (tokens[fitted:], True)]
-        parts = [(part, side) for windows, side in sides for part in windows.split(rows) if len(part)]
-        given = [part for part, _ in parts]
+        parts = [
+            (part, side, sharing)
+            for windows, side in sides
+            if len(windows)
+            for part, sharing in self.peers.rounds(windows.split(rows))
+        ]
+        given = [part for part, _, _ in parts]
         states, calls = enter(self.model, given, self.run.hidden.keep)
         same = self.unpruned is self.model
         targets = states if same else enter(self.unpruned, given, self.run.hidden.keep)[0]
-        for state, target, call, (_, side) in zip(states, targets, calls, parts, strict=True):
-            self.batches.append(Batch(state, target, call, side))
+        for state, target, call, (_, side, sharing) in zip(states, targets, calls, parts, strict=True):
+            self.batches.append(Batch(state, target, call, side, sharing))
             if self.follows and 0 in self.route.dropped:
                 self.put(self.batches[-1], -1, target.read())
 

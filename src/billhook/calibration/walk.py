@@ -7,7 +7,7 @@
 Memory holds one hidden state per token (two in the stream dense_target) and the sums of one layer, never of all layers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -102,7 +102,7 @@ def _summed(passage: Passage, n: int, layer_axes: Sequence[Axis]) -> tuple[Sums,
             lack = _lack(passage, batch, n, after)
         with passage.run.clock("gram"):
             for name, ends in {axis.reader_module: axis.ends_layer for axis in layer_axes}.items():
-                _add(sums[batch.held_out], name, inputs[paths[name]], lack if ends else None)
+                _add(sums[batch.held_out], name, inputs[paths[name]], lack if ends else None, passage.every(batch))
     with passage.run.clock("gram"):
         for name, total in (*sums[0].items(), *sums[1].items()):
             total.gram, total.energy = mirrored(total.gram), float(total.energy)
@@ -127,12 +127,17 @@ def _lack(passage: Passage, batch: Batch, n: int, after: Tensor) -> Tensor | Non
     return passage.route.correction * (dense - after) + (target - dense)
 
 
-def _add(sums: Sums, name: str, inputs: Tensor, lack: Tensor | None) -> None:
-    """Add one batch to the sums of a reader; Grams stay upper triangles until the layer is done."""
+def _add(
+    sums: Sums, name: str, inputs: Tensor, lack: Tensor | None, every: Callable[[Tensor], Iterator[Tensor]]
+) -> None:
+    """Add one batch of every process to the sums of a reader; Grams stay upper triangles until the layer is done."""
     x, before = inputs.flatten(0, -2), sums.get(name)
-    total = ReaderSums(add_upper(before.gram if before else None, x))
+    total = ReaderSums(add_upper(before.gram if before else None, x, every))
     if lack is not None:
         e = lack.flatten(0, -2)
-        total.cross = precise(e.T @ x.float()) + (before.cross if before and before.cross is not None else 0.0)
-        total.energy = precise(e.square()).sum() + (before.energy if before else 0.0)
+        total.cross, total.energy = (before.cross, before.energy) if before else (None, 0.0)
+        for cross in every(precise(e.T @ x.float())):
+            total.cross = cross if total.cross is None else total.cross + cross
+        for energy in every(precise(e.square()).sum()):
+            total.energy = total.energy + energy
     sums[name] = total

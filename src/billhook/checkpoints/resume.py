@@ -108,3 +108,10 @@ class FinishedLayers(Finished):
 
     def _file(self, n: int, ending: str) -> Path:
         return self.folder / f"layer-{n}.{ending}"
+
+
+class FinishedTogether(FinishedLayers):
+    """The same in a process that is not the first of those that share the text: the first one writes."""
+
+    def save(self, n: int, found: list[dict[str, Any]], drops: Sequence[tuple[Axis, Tensor]]) -> None:
+        """Layer n is kept by the first process."""

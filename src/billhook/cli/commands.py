@@ -7,6 +7,8 @@ import typer
 from typer.main import get_command_from_info
 
 from billhook.cli.help import Command, Group
+from billhook.cli.options import started_together
+from billhook.errors import BillhookError
 
 COMMANDS = {  # name: module, first line of its help
     "compare": (
@@ -54,6 +56,7 @@ COMMANDS = {  # name: module, first line of its help
         "Write MODEL for another runtime: one GGUF file for llama.cpp, with tokenizer and chat template, or a folder.",
     ),
 }
+LAUNCHED = ("prune", "run", "recover", "evaluate")  # commands that processes of accelerate launch share
 FORMER = {"plan": "forecast"}  # names that commands had: understood, and not listed
 
 
@@ -71,6 +74,8 @@ class Commands(Group):
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         name = FORMER.get(args[0], args[0]) if args else ""
         if name in COMMANDS:
+            if started_together() and name not in LAUNCHED:
+                raise BillhookError(f"{name} works in one process: start it without accelerate launch")
             self.commands[name] = command(name)
             args = [name, *args[1:]]
         return super().resolve_command(ctx, args)

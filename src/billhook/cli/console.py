@@ -37,8 +37,8 @@ def loading() -> Iterator[None]:
 
 
 @contextmanager
-def progress() -> Iterator[Tick]:
-    """A progress bar on standard error for each stage, with the time left."""
+def progress(shown: bool = True) -> Iterator[Tick]:
+    """A progress bar on standard error for each stage, with the time left, if that is a terminal."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -47,7 +47,7 @@ def progress() -> Iterator[Tick]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    bars = Progress(*columns, console=err, disable=not err.is_terminal)
+    bars = Progress(*columns, console=err, disable=not (shown and err.is_terminal))
     with signals.cleanup_on_signal(_show_cursor), bars:
         tasks: dict[str, TaskID] = {}
 

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,6 +78,8 @@ def evaluate_command(
 ) -> None:
     """Measure models side by side: size, perplexity, zero-shot tasks, speed, memory, and what they write.
 
+    `accelerate launch -m billhook evaluate …` has many processes share the texts.
+
     Example: billhook evaluate smaller --against demo --text wiki.txt --report smaller.html
     """
     started, sizes = (
@@ -96,10 +99,12 @@ def evaluate_command(
         from billhook.cli.work import print_measures
         from billhook.evaluation import side_by_side
         from billhook.evaluation.continuations import PROMPTS
-        from billhook.reports import page, records, tables
-        from billhook.runtime import atomic
+        from billhook.recovery.setup import on_cpu
+        from billhook.reports import records, tables
         from billhook.runtime.offload import is_offloaded
-    with progress() as tick:
+        from billhook.runtime.peers import launched
+    peers = launched(partial(on_cpu, device))
+    with progress(peers.first) as tick:
         wanted = tuple(one_of("part", one, PARTS) for one in listed(parts or "") if parts != "none")
         named = [name for one in tasks or () for name in listed(one)]
         scorer = _zero_shot(named, limit, max(sizes[0]), tick) if named else None
@@ -113,6 +118,7 @@ def evaluate_command(
             new_tokens=new_tokens,
             tasks=scorer,
             parts=tuple(PARTS) if parts is None else wanted,
+            peers=peers,
         )
         how = {"device": device, "dtype": dtype, "stream": stream_weights, "packed": True}
         load.use_row(family_row, names, tick)
@@ -123,6 +129,8 @@ def evaluate_command(
             asked = replace(asked, parts=())
         subjects = [side_by_side.Subject.of(one, label) for one, label in zip(opened, _labels(names), strict=True)]
         found = side_by_side.side_by_side(subjects, asked, bool(against), tick)
+    if not peers.first:
+        return
     cuts = [cut for one in opened if (cut := records.stored_cut(one.folder)) and one.name != against]
     written = records.assemble(
         "evaluate",
@@ -137,10 +145,7 @@ def evaluate_command(
         err.print(
             "billhook: the tokenizers differ: perplexities per token do not compare, bits per byte do", soft_wrap=True
         )
-    if json and json != Path("-"):
-        atomic.write_text(json, records.to_json(written))
-    if html:
-        page.save(html, written)
+    _save(written, json, html)
     if json == Path("-"):
         typer.echo(records.to_json(written), nl=False)
         return
@@ -151,6 +156,17 @@ def evaluate_command(
     if parts is None and not asked.parts:
         out.print("the weights stayed in their files: neither speed nor texts (--parts speed,texts)")
     out.print(f"{time.perf_counter() - started:.0f} s" + (f"; {html}" if html else ""))
+
+
+def _save(written: dict[str, Any], json: Path | None, html: Path | None) -> None:
+    """Write the record and its page where the user wants files of them."""
+    from billhook.reports import page, records
+    from billhook.runtime import atomic
+
+    if json and json != Path("-"):
+        atomic.write_text(json, records.to_json(written))
+    if html:
+        page.save(html, written)
 
 
 def _labels(names: list[str]) -> list[str]:

@@ -83,6 +83,11 @@ Ray = Annotated[
 Fresh = Annotated[bool, option(MACHINE, "start over where a run was cut off", "--fresh")]
 
 
+def started_together() -> bool:
+    """Whether `accelerate launch` (or torchrun) has started this process and others, to share the work."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
 def unfinished(output: Path) -> Path:
     """The folder beside an output that keeps what a run that was cut off needs to go on."""
     output = Path(os.path.expanduser(output))

@@ -22,6 +22,7 @@ from billhook.cli.options import (
     Stream,
     check_free_of,
     option,
+    started_together,
 )
 from billhook.cli.settings import with_settings
 from billhook.errors import BillhookError
@@ -61,6 +62,8 @@ def prune_command(
 ) -> None:
     """Prune MODEL, and train it if asked to; write OUT, reload it and compare.
 
+    `accelerate launch -m billhook prune …` has many processes share the text.
+
     Examples:
 
     billhook prune demo --ratio 0.2 -o smaller
@@ -76,6 +79,8 @@ def prune_command(
         raise BillhookError("--dry-run: it tells what one process takes: leave out --jobs and --ray")
     if dry_run and recover_minutes:
         raise BillhookError("--dry-run: it tells what the cut takes: leave out --recover-minutes")
+    if dry_run and started_together():
+        raise BillhookError("dry-run works in one process: start it without accelerate launch")
     held = amount(hidden_budget, BYTES, "hidden-budget")
     output = check_free_of(model, output, overwrite)
     from billhook.cli.console import loading, out

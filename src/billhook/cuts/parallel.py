@@ -103,11 +103,12 @@ def spread(
         finished.reload(n)
     total = len(layers(model))
     todo = [n for n in range(total) if n not in finished.records and n not in gone]
-    opens = {"name": workers.name, "device": str(model.device), "dtype": workers.dtype, "stream": is_offloaded(model)}
+    device = workers.device(model.device)
+    opens = {"name": workers.name, "device": device, "dtype": workers.dtype, "stream": is_offloaded(model)}
     opens |= {"family_row": workers.family_row}
     what = (opens, run.hidden.limit, work, given, finished.grams)
     tick("pruning in workers", total - len(todo), total)
-    with run.clock("workers"), worker_pool(workers, str(model.device), partial(tuple, what)) as pool:
+    with run.clock("workers"), worker_pool(workers, device, partial(tuple, what)) as pool:
         parts = [[todo[n] for n in part] for part in portions(len(todo), pool.size)]
         for done, found in enumerate(pool.map_stream(_work, parts), total - len(todo) + 1):
             yield found

@@ -4,12 +4,14 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from billhook.data import Windows
+from billhook.runtime.peers import ALONE, Peers
 from billhook.runtime.progress import Tick, quiet
 from billhook.tensors import Tokens
 
@@ -60,19 +62,27 @@ def perplexity(model: Any, windows: Windows, tick: Tick = quiet) -> Perplexity:
 
 @torch.inference_mode()
 def perplexities(
-    models: Sequence[Any], windows: Windows, *, reference: bool = False, tick: Tick = quiet
+    models: Sequence[Any],
+    windows: Windows,
+    *,
+    reference: bool = False,
+    tick: Tick = quiet,
+    peers: Peers = ALONE,
 ) -> list[Perplexity]:
     """Perplexity of every model over all windows.
 
     Args:
         reference: compare the other models with the first, batch by batch, so that only sums are kept.
+        peers: each takes its share of the windows, in the batches that one would have; all know the results.
     """
     first, stage, done = windows.first, f"perplexity on {windows.source}", 0
     # read once, at the end: on an accelerator each value would be waited for
     losses: list[list[Tensor]] = [[] for _ in models]
     compared: list[list[Tensor]] = [[] for _ in models]
-    for batch in head_batches(windows.tokens):
-        tick(stage, done, len(windows.tokens))
+    batches = peers.share(head_batches(windows.tokens))
+    total = sum(map(len, batches))
+    for batch in batches:
+        tick(stage, done, total)
         done += len(batch)
         expected: list[Tensor] = []
         for m, model in enumerate(models):
@@ -83,18 +93,19 @@ def perplexities(
                     compared[m].append(_compare(expected[row].to(log_probabilities.device), log_probabilities))
                 elif reference:
                     expected.append(log_probabilities)
-    tick(stage, len(windows.tokens), len(windows.tokens))
+    tick(stage, total, total)
     size = sum(windows.bytes) if windows.bytes else None
-    found, pairs = [_read(one) for one in losses], [_read(one) for one in compared]
+    found, pairs = ([_read(one, batches, peers) for one in each] for each in (losses, compared))
     return [
         _summed(windows, own, size, _against(own_pairs, found[0], own))
         for own, own_pairs in zip(found, pairs, strict=True)
     ]
 
 
-def _read(values: Sequence[Tensor]) -> list[Any]:
-    """The values of all windows, in one transfer."""
-    return torch.stack(list(values)).tolist() if values else []
+def _read(values: Sequence[Tensor], batches: Sequence[Tensor], peers: Peers) -> list[Any]:
+    """The values of all windows, in the order of the text, from those of this process's batches, in one transfer."""
+    own = iter(torch.stack(list(values)).tolist() if values else [])
+    return list(chain(*peers.joined([list(islice(own, len(batch))) for batch in batches])))
 
 
 def _log_probabilities(model: Any, batch: Tokens, first: int) -> Iterator[Tensor]:

@@ -18,6 +18,7 @@ from billhook.evaluation.speed import memory, speeds
 from billhook.evaluation.zeroshot import retention
 from billhook.models import sizes
 from billhook.models.experts import fused
+from billhook.runtime.peers import ALONE, Peers
 from billhook.runtime.progress import Tick, quiet, ticked
 from billhook.runtime.text_files import read_text
 
@@ -58,6 +59,7 @@ class Measures:
     repeats: int = 5
     tasks: Tasks | None = field(default=None, repr=False)
     parts: tuple[str, ...] = tuple(PARTS)
+    peers: Peers = ALONE  # that share the windows of each text
 
 
 def side_by_side(
@@ -68,9 +70,14 @@ def side_by_side(
     Args:
         reference: whether the other models are compared with the first.
 
+    Returns:
+        by subject; in a process that is not the first of those that share the windows, without what is not shared.
+
     Raises:
         BillhookError: a text is shorter than a window, a context longer than a model's positions; names it.
     """
+    if not measures.peers.first:
+        measures = replace(measures, parts=(), tasks=None)
     with fused(*(subject.model for subject in subjects)):
         return _measured(subjects, measures, reference, tick)
 
@@ -133,7 +140,8 @@ def _qualities(subjects: Sequence[Subject], measures: Measures, reference: bool,
             )
             for n in members:
                 data.check_vocabulary(windows, subjects[n].model, subjects[n].name)
-            scored = perplexities(models, windows, reference=reference and members[0] == 0, tick=tick)
+            how: dict[str, Any] = {"reference": reference and members[0] == 0, "peers": measures.peers}
+            scored = perplexities(models, windows, tick=tick, **how)
             for n, result in zip(members, scored, strict=True):
                 results[n].append(result)
     return results

@@ -69,6 +69,9 @@ class Fasp(Method):
             return ""
         return f"in the stream {recipe.settings.stream} a layer sees what became of those before: use --stream dense, or leave it out"
 
+    def why_apart(self, recipe: Recipe, count: int) -> str:
+        return ""
+
     def why_unforeseen(self, recipe: Recipe) -> str:
         by_scores = recipe.shape.allocation == "standardised"
         return "allocation standardised compares scores of the whole model" if by_scores else ""

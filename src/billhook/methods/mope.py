@@ -63,6 +63,7 @@ class Mope(Fasp):
     kinds = ("ffn", "heads", "groups", "layers")
     default_kinds = ("ffn", "layers")
     allocates = False
+    why_apart = Method.why_apart
 
     def fits(self, recipe: Recipe) -> None:
         chosen: MopeSettings = recipe.settings

@@ -7,7 +7,7 @@ from billhook.errors import SettingsError
 from billhook.math import metric
 from billhook.methods.searched import SearchedSettings, asked
 from billhook.methods.zeros import ZerosMethod, ZerosSettings
-from billhook.planning.method import Opened, Planned, Run, Text, Texts
+from billhook.planning.method import Method, Opened, Planned, Run, Text, Texts
 from billhook.planning.recipe import Recipe
 from billhook.runtime.options import option
 
@@ -59,6 +59,9 @@ class OptiShear(ZerosMethod):
         if not self.searches(recipe):
             return super().why_alone(recipe)
         return "the search for a metric of zeros works in one process: leave it out"
+
+    def why_apart(self, recipe: Recipe, count: int) -> str:
+        return Method.why_apart(self, recipe, count) if self.searches(recipe) else ""
 
     def draw(self, opened: Opened, recipe: Recipe, text: Text, run: Run) -> Texts:
         if recipe.settings.metric:

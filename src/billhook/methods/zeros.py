@@ -64,6 +64,9 @@ class ZerosMethod(Method):
             f"use --stream {fitting}, or leave it out"
         )
 
+    def why_apart(self, recipe: Recipe, count: int) -> str:
+        return ""
+
     def check(self, opened: Opened, recipe: Recipe) -> None:
         from billhook.cuts.masking import check
 

@@ -132,8 +132,8 @@ class Method:
         return f"{self.name} works in one process: leave it out"
 
     def why_apart(self, recipe: Recipe, count: int) -> str:
-        """Why so many processes of `accelerate launch` cannot learn together, and what to do, or ''."""
-        return f"{self.name} trains nothing that they could share: start it without accelerate launch"
+        """Why so many processes of `accelerate launch` cannot share text or training, and what to do, or ''."""
+        return f"{self.name} works in one: start it without accelerate launch"
 
     def why_unforeseen(self, recipe: Recipe) -> str:
         """Why what it costs cannot be told from a few layers, or ''."""

@@ -12,7 +12,7 @@ from billhook.models import sizes
 from billhook.models.residual import embedding_and_head
 from billhook.planning.recipe import Recipe
 from billhook.runtime.offload import is_offloaded
-from billhook.runtime.peers import Peers
+from billhook.runtime.run import Run
 from billhook.runtime.workers import Workers
 
 
@@ -32,16 +32,20 @@ def check_shared(recipe: Recipe, workers: Workers) -> None:
         )
 
 
-def check_together(recipe: Recipe, peers: Peers) -> None:
+def check_together(recipe: Recipe, run: Run) -> None:
     """Refuse what processes of `accelerate launch` cannot do together.
 
     Raises:
         BillhookError: says what, and what to do.
     """
-    if why := recipe.method.why_apart(recipe, peers.count):
-        raise SettingsError(f"{peers.count} processes: {why}")
+    together = f"{run.peers.count} processes"
+    if why := recipe.method.why_apart(recipe, run.peers.count):
+        raise SettingsError(f"{together}: {why}")
     if recipe.budget.speedup is not None:
-        raise SettingsError(f"{peers.count} processes: each would time the model for itself: use --ratio or --params")
+        raise SettingsError(f"{together}: each would time the model for itself: use --ratio or --params")
+    for flag, given in (("--statistics", run.statistics), (run.workers.flag, run.workers.many)):
+        if given:
+            raise SettingsError(f"{flag}: {together} of accelerate launch share the work already: leave it out")
 
 
 def why_whole(recipe: Recipe) -> str:

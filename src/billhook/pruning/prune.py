@@ -13,7 +13,7 @@ from billhook import data
 from billhook.checkpoints import load, shards
 from billhook.checkpoints.load import Opened
 from billhook.checkpoints.result import Result
-from billhook.checkpoints.resume import FinishedLayers
+from billhook.checkpoints.resume import FinishedLayers, FinishedTogether
 from billhook.errors import BillhookError, SettingsError
 from billhook.evaluation.look import Look, compared, look
 from billhook.models import given, layout, sizes, vocabulary
@@ -57,7 +57,7 @@ def prune(
     if run.workers.many:
         preflight.check_shared(chosen, run.workers)
     if run.peers.count > 1:
-        preflight.check_together(chosen, run.peers)
+        preflight.check_together(chosen, run)
     cache.check_folder(run.statistics, "--statistics")
     opened = _opened(model, tokenizer, chosen, stream_weights, run)
     run = _placed(opened, chosen, run)
@@ -171,20 +171,26 @@ def _keeping(opened: Opened, chosen: Recipe, texts: Texts, planned: Planned, run
             "row": repr(row_of(model)),
             "version of billhook": cache.code_sha256(),
         }
-        run_folder.claim(folder, key, run.fresh)
-        offload.set_swap_folder(model, folder / run_folder.SWAP_FOLDER)
+        if run.peers.first:
+            run_folder.claim(folder, key, run.fresh)
+            offload.set_swap_folder(model, folder / run_folder.SWAP_FOLDER)
+        run.peers.wait()
     grams = None
     if run.statistics and getattr(planned.settings, "stream", "") == "dense":
         seen = hashlib.sha256(texts.calibration.numpy().tobytes()).hexdigest()
         decides = cache.model_key(model) | {"tokens": seen, "windows": len(texts.calibration)}
         decides |= {"computed in": str(model.dtype), "on": model.device.type}
         grams = Grams(run.statistics.absolute(), decides)
-    return replace(run, finished=FinishedLayers(folder, model, grams) if folder else Finished(grams))
+    if folder is None:
+        return replace(run, finished=Finished(grams))
+    finished = (FinishedLayers if run.peers.first else FinishedTogether)(folder, model, grams)
+    run.peers.wait()  # the first one soon adds to the folder
+    return replace(run, finished=finished)
 
 
 def _look(opened: Opened, chosen: Recipe, run: Run) -> Look | None:
     """A look at the model as it is; none where its weights are streamed: to write texts takes many passes."""
-    if not chosen.compute.look or offload.is_offloaded(opened.model):
+    if not chosen.compute.look or offload.is_offloaded(opened.model) or not run.peers.first:
         return None
     run.tick("looking at what it writes", 0, 1)
     with run.clock("look"):

@@ -25,14 +25,14 @@ class Means:
     fresh: bool = False  # start over in that folder
     jobs: int = 1  # processes that share the work; each opens the model for itself
     ray: str = ""  # in their place the address of a Ray cluster (auto: of this machine)
-    peers: Peers = ALONE  # processes that call this alike, with one `work`, and learn gates together
+    peers: Peers = ALONE  # processes that call this alike, with one `work`, and share what takes long
     hidden_budget: int | str | None = None  # bytes (or `2GB`) of hidden states to keep in memory, the rest in files
 
     @property
     def run(self) -> Run:
         """Raises BillhookError: an amount that is none; several processes without a folder that all of them see."""
         if self.peers.count > 1 and not self.work:
-            raise SettingsError("peers: processes that learn together exchange files: name one folder for all, as work")
+            raise SettingsError("peers: processes that work together exchange files: name one folder for all, as work")
         limit = amount(self.hidden_budget, BYTES, "hidden-budget")
         return Run(
             tick=self.tick,

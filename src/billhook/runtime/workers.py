@@ -56,6 +56,11 @@ class Workers:
     def many(self) -> bool:
         return self.jobs > 1 or bool(self.ray)
 
+    def device(self, own: torch.device) -> str:
+        """What each computes on, where this process computes on `own`: a Ray task sees the GPU it is given as the only
+        one."""
+        return own.type if self.ray else str(own)
+
     @property
     def flag(self) -> str:
         """The flag that asked for several processes."""

@@ -156,7 +156,7 @@ def with_workers(evaluator: Evaluator, workers: Workers) -> Iterator[Evaluator]:
     if not workers.many:
         yield evaluator
         return
-    device = str(evaluator.model.device)
+    device = workers.device(evaluator.model.device)
     how = {"dtype": workers.dtype, "family_row": workers.family_row}
     prepare = partial(load.open_model, workers.name, device=device, **how)
     with worker_pool(workers, device, prepare) as pool:
