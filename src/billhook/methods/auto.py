@@ -39,9 +39,7 @@ class AutoSettings(MethodSettings):
     minutes: float | None = option(None, "in place of --effort: how long it may take", gt=0)
     refine: bool = option(True, "move what is left towards the unpruned model by gradient, a few layers at once")
     judge: str = option(
-        "reference",
-        "second text that judges cuts: a file, folder, hub data set, reference (Python's), or own: none",
-        completes=JUDGES,
+        "reference", "second text that judges cuts: a text's name, reference, or own (none)", completes=JUDGES
     )
 
     @property
