@@ -9,6 +9,8 @@ from billhook.models.families import stock_type
 from billhook.runtime.documents import read_bytes, read_object
 
 WRITTEN = {  # SHA-256 of every modelling file that billhook has written, the newest first, and its date
+    "023efd3da2478914d61ab153b790f872c16578890ce677445ec39e094a68aefb": "2026-11-30",
+    "2e2413a881281e123e7b68d8dd6e8c4b18465fc2f9e0a1104b4f04adcd8ffc4c": "2026-11-30",
     "074015d2e6c0086dbe741a8f3f523eb002a17634deebe24cec1bdca2af9dd5ef": "2026-11-30",
     "1a91e98c089b852050cfb0734a0177a4b6b0015187e39bac2dade3f5b3e88db7": "2026-11-30",
     "5155d632ce08bd4bea3402b7358a1088b197191fd31f9b337e94ec9adef07a26": "2026-11-30",

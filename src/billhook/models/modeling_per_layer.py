@@ -38,6 +38,8 @@ class Refusal:
 
 
 ALL_HEADS = ("heads", "groups")
+# config keys, where every query head has its KV head
+MULTI_HEAD = {"width": "intermediate_size", "heads": "num_attention_heads"}
 FUSED_VALUES = Refusal(("value",), "q, k and v are one matrix, in which value heads are as long as key heads")
 ALIBI = "ALiBi gives every head a slope by its number, so that the rest would change with what goes"
 DIVIDED = Refusal(
@@ -73,12 +75,7 @@ class Family:
     bias: str = ""  # what the router adds where it chooses, one number an expert: its own, or a path within the layer
     head_dim: str = "head_dim"  # attribute of the attention module
     keys: dict[str, str] = field(  # size -> config key; a size without one cannot be cut in a stock checkpoint
-        default_factory=lambda: {
-            "width": "intermediate_size",
-            "heads": "num_attention_heads",
-            "kv_heads": "num_key_value_heads",
-            "head_dim": "head_dim",
-        }
+        default_factory=lambda: {**MULTI_HEAD, "kv_heads": "num_key_value_heads", "head_dim": "head_dim"}
     )
     settled: dict[str, bool] = field(default_factory=dict)  # config keys that need this value for `keys` to hold
     counters: dict[str, str] = field(  # attribute of the attention module -> heads | kv_heads | entries | per_group
@@ -102,8 +99,6 @@ def named(name: str) -> tuple[str, str, str]:
     return (f"{name}Config", f"{name}Model", f"{name}ForCausalLM")
 
 
-# config keys, where every query head has its KV head
-MULTI_HEAD = {"width": "intermediate_size", "heads": "num_attention_heads"}
 NEOX = Family(
     named("GPTNeoX"),
     layers="gpt_neox.layers",
@@ -245,8 +240,8 @@ class NarrowHeads:
         if not len(at := self.at(output.device)):
             return output
         heads = output.unflatten(-1, (-1, at.shape[1]))
-        at = at.repeat_interleave(heads.shape[-2] // len(at), 0)
-        return spread(heads, at, self.attention.head_dim).flatten(-2)
+        places = at.repeat_interleave(heads.shape[-2] // len(at), 0)
+        return spread(heads, places, self.attention.head_dim).flatten(-2)
 
     def fill(self, module: nn.Linear, args: Any, output: Tensor) -> Tensor:
         value = output.unflatten(-1, (self.heads(), -1))
