@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import transformers
 
 import billhook
 from billhook.checkpoints import compressed, load
@@ -83,8 +84,6 @@ def test_packed_integers_give_back_their_codes(name: str) -> None:
 @pytest.mark.skipif(find_spec("compressed_tensors") is None, reason="the extra quantize is not installed")
 @pytest.mark.parametrize("bits", ["2", "4", "5", "8"])
 def test_stock_transformers_reads_the_folder_bit_for_bit(tmp_path: Path, text: str, bits: str) -> None:
-    import transformers
-
     found, out = written(tmp_path, folder(tmp_path), bits=bits, format="compressed-tensors", calibration=text)
     stock = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
     ids = torch.arange(40)[None]
@@ -219,6 +218,38 @@ def test_what_cannot_go_together_is_refused(settings: dict[str, Any], said: str)
         Wanted(**settings)
 
 
-def test_a_mixture_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BillhookError, match="mixture of experts"):
-        quantize(folder(tmp_path, "mixtral"), Wanted(method="rtn", **SMALL), Run())
+def mixture(tmp_path: Path, name: str, **sizes: Any) -> str:
+    config = transformers.AutoConfig.for_model(**tiny.CONFIGS[name]().to_dict() | sizes)
+    torch.manual_seed(0)
+    save(transformers.AutoModelForCausalLM.from_config(config).eval(), tiny.tokenizer(), tmp_path, None)
+    return str(tmp_path)
+
+
+@pytest.mark.skipif(find_spec("compressed_tensors") is None, reason="the extra quantize is not installed")
+def test_stock_transformers_reads_every_expert_bit_for_bit(tmp_path: Path, text: str) -> None:
+    (tmp_path / "model").mkdir()
+    source = mixture(tmp_path / "model", "mixtral", intermediate_size=32)
+    found, out = written(tmp_path, source, format="compressed-tensors", calibration=text)
+    assert any(".experts.3.down_proj" in path for path in found.codes)
+    stock = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+    ids, ours = torch.arange(40)[None], dict(found.model.named_parameters())
+    with torch.no_grad():
+        assert torch.equal(stock(ids).logits, found.model(ids).logits)  # unpacks what is not of an expert
+    assert all(torch.equal(stock.get_parameter(name), tensor) for name, tensor in ours.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "said"),
+    [
+        ("mixtral", {"method": "rtn"}, "no GGUF: use --format compressed-tensors"),
+        ("mixtral", {"memory": 10, "format": "compressed-tensors"}, "as of one type: give --bits"),
+        ("mixtral", {"format": "compressed-tensors"}, "down_proj are no whole blocks of 32"),
+        ("gpt_oss", {"format": "compressed-tensors"}, "in one tensor on disk"),
+        ("gpt2", {}, "is a Conv1D, which holds its weight the other way"),
+    ],
+)
+def test_what_no_client_would_unpack_is_refused(name: str, settings: dict[str, Any], said: str, tmp_path: Path) -> None:
+    if "format" in settings and find_spec("compressed_tensors") is None:
+        pytest.skip("the extra quantize is not installed")
+    with pytest.raises(BillhookError, match=said):
+        quantize(mixture(tmp_path, name), Wanted(**{**SMALL, **settings}), Run())

@@ -5,14 +5,15 @@
     X.weight_shape    int64 (2,)                  out, in
 
 config.json says how in `quantization_config`: format `pack-quantized`, symmetric, in groups of 32.  transformers and
-vLLM read it (github.com/vllm-project/compressed-tensors, compressors/pack_quantized).
+vLLM read it (github.com/vllm-project/compressed-tensors, compressors/pack_quantized).  Of experts the scales are
+float32: transformers multiplies theirs in the dtype of the scale, and float16 does not hold every product.
 """
 
 import json
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,13 +43,14 @@ def width(grid: Grid) -> int:
 HELD = {width(grid): grid for grid in GRIDS.values() if not grid.offset}  # grids that the format holds, by bits
 
 
-def compress(folder: Path, codes: Mapping[str, Quantised]) -> None:
+def compress(folder: Path, codes: Mapping[str, Quantised], experts: Collection[str] = ()) -> None:
     """Put codes in the place of weights, in a folder that `save` has just written of a model in memory.
 
     Matrices without codes become float16, in which they lose nothing that the model has; vectors stay float32.
 
     Args:
-        codes: of linear modules, by path.
+        codes: of linear modules, by the names that they have on disk.
+        experts: those of experts of a mixture.
     """
     tensors = load_file(folder / SINGLE)
     for name, tensor in list(tensors.items()):
@@ -57,7 +59,7 @@ def compress(folder: Path, codes: Mapping[str, Quantised]) -> None:
             one = codes[path]
             tensors |= {
                 f"{path}.{PACKED}": packed(one.codes, width(one.grid)),
-                f"{path}.{SCALE}": one.scales,
+                f"{path}.{SCALE}": one.scales.float() if path in experts else one.scales,
                 f"{path}.{SHAPE}": torch.tensor(one.codes.shape),
             }
             del tensors[name]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from billhook import data
-from billhook.checkpoints import belongings, compressed, load, save, shards
+from billhook.checkpoints import belongings, compressed, load, save, shards, tensor_names
 from billhook.checkpoints.clients import check
 from billhook.checkpoints.gguf import read
 from billhook.checkpoints.gguf.imatrix import write_imatrix
@@ -24,7 +24,8 @@ from billhook.errors import ModelError, SettingsError
 from billhook.math import grids
 from billhook.math.grids import GRIDS
 from billhook.models import layout
-from billhook.models.families import mixture, weight_of
+from billhook.models.experts import Experts
+from billhook.models.families import weight_of
 from billhook.models.multimodal import within
 from billhook.planning.bits import Limit, bits_by_layer, bounds, by_information, smaller_uniform, stored_as
 from billhook.planning.few_bits import KEPT, MIXED, Wanted
@@ -61,8 +62,11 @@ class Quantized:
         parts: dict[str, Any] = {}
         if self.wanted.folder:
             tick("saving", 0, 1)
+            on_disk, experts = tensor_names.stored_as(self.model), _experts(self.model)  # before `save` joins experts
+            stored = {path: on_disk[f"{path}.weight"].removesuffix(".weight") for path in self.codes}
             save.save(self.model, self.tokenizer, work, self.source)
-            compressed.compress(work, self.codes)
+            codes = {stored[path]: one for path, one in self.codes.items()}
+            compressed.compress(work, codes, {stored[path] for path in experts & stored.keys()})
             self._same(load.load(work, dtype="float32"), work)
             self.record["loads"] = [check.check(work, "transformers")]
             parts["compressed-tensors"] = {"bytes": save.stored_bytes(work)}
@@ -133,13 +137,15 @@ def _check(opened: Opened, wanted: Wanted) -> Wanted:
     model = opened.model
     if stands := within(model):
         raise ModelError(f"{opened.name} is multimodal ({stands.model_type}): billhook quantises models of text alone")
-    if any(mixture(model, n) is not None for n in range(model.config.num_hidden_layers)):
-        raise ModelError(f"{opened.name} is a mixture of experts: billhook quantises models without")
     linear = dict(model.named_modules())
     other = next((path for _, _, path in paths(model) if not isinstance(linear[path], torch.nn.Linear)), "")
     if other:
-        raise ModelError(f"{opened.name}: {other} is no Linear, and no container of few bits holds it")
-    if wanted.file:
+        raise ModelError(
+            f"{opened.name}: {other} is a {type(linear[other]).__name__}, which holds its weight the other way: "
+            f"compressed-tensors packs Linear alone, and billhook writes no GGUF of {model.config.model_type}"
+        )
+    _check_experts(opened, wanted)
+    if wanted.file or wanted.imatrix:
         choose(shape_of(model))
     if not wanted.mixed and GRIDS[wanted.grid].offset and sparse(model):
         raise ModelError(
@@ -159,6 +165,34 @@ def _check(opened: Opened, wanted: Wanted) -> Wanted:
             "leave out --method kept"
         )
     return wanted if off or wanted.imatrix else replace(wanted, method=KEPT)
+
+
+def _check_experts(opened: Opened, wanted: Wanted) -> None:
+    """Refuse a mixture that stock transformers would not unpack: it takes all experts to have one type."""
+    experts = sorted(_experts(opened.model))
+    if not experts:
+        return
+    what = f"{opened.name} is a mixture of experts"
+    if wanted.file or wanted.imatrix:
+        raise ModelError(
+            f"{what}, of which billhook writes no GGUF: use --format compressed-tensors, without --imatrix"
+        )
+    if wanted.mixed:
+        raise ModelError(f"{what}, which transformers unpacks as of one type: give --bits instead of --memory")
+    names = tensor_names.stored_as(opened.model)
+    if joined := next((path for path in experts if f"{path}.weight" not in names), ""):
+        raise ModelError(f"{what} that lie in one tensor on disk, {joined} among them, which no client unpacks")
+    if short := next((path for path in experts if not grids.divides(weight_of(opened.model, path).shape[1])), ""):
+        raise ModelError(
+            f"{what}, and the inputs of {short} are no whole blocks of {grids.BLOCK}, as all experts need in "
+            f"compressed-tensors: prune with --multiple-of {grids.BLOCK}"
+        )
+
+
+def _experts(model: Any) -> set[str]:
+    """Paths of the linear modules of experts, each a module of its own; none once they are joined."""
+    places = [f"{path}." for path, module in model.named_modules() if isinstance(module, Experts)]
+    return {path for _, _, path in paths(model) if path.startswith(tuple(places))}
 
 
 def _offered(opened: Opened, wanted: Wanted) -> tuple[str, ...]:
