@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import tiny
 import torch
@@ -12,12 +13,14 @@ import transformers
 from folders import written
 
 from billhook.checkpoints import load
+from billhook.checkpoints.gguf import lora
+from billhook.checkpoints.gguf.write import tensor_of
 from billhook.checkpoints.result import Result
 from billhook.checkpoints.save import save
 from billhook.errors import BillhookError
 from billhook.math import loftq
 from billhook.planning.few_bits import Wanted
-from billhook.pruning.quantize import quantize
+from billhook.pruning.quantize import FILE, quantize
 from billhook.recovery.recover import recover
 from billhook.recovery.settings import recovery
 from billhook.runtime.run import Run
@@ -29,13 +32,13 @@ IDS = torch.arange(40)[None]
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Path:
-    """A folder with a model, the same in four bits, and two texts."""
+    """A folder with a model, the same in four bits in both containers, and two texts."""
     words = tiny.text(1200)
     (tmp_path / "train.txt").write_text(words[:3000])
     (tmp_path / "held.txt").write_text(words[3000:4000])
     written("llama", tmp_path / "dense")
     (tmp_path / "few").mkdir()
-    quantize(str(tmp_path / "dense"), Wanted(method="rtn", format="compressed-tensors"), Run()).write(tmp_path / "few")
+    quantize(str(tmp_path / "dense"), Wanted(method="rtn", format="both"), Run()).write(tmp_path / "few")
     return tmp_path
 
 
@@ -62,6 +65,35 @@ def test_stock_peft_puts_the_adapter_on_the_stock_base(bench: Path) -> None:
         assert not torch.equal(found.model(IDS).logits, load.load(bench / "few")(IDS).logits)
     card = (out / "README.md").read_text()
     assert "library_name: peft" in card and "--no-merge" in card and f"--loftq {bench / 'dense'}" in card
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_base_and_adapter_are_the_same_numbers_in_both_containers(bench: Path) -> None:
+    found = adapted(bench, loftq=str(bench / "dense"))
+    out = found.save(bench / "adapter")
+    assert "--lora adapter.gguf" in (out / "README.md").read_text()
+    reader = gguf.GGUFReader(out / "adapter.gguf")
+    told = {key: field.contents() for key, field in reader.fields.items()}
+    assert (told["general.type"], told["adapter.type"], told["general.architecture"]) == ("adapter", "lora", "llama")
+    assert told["adapter.lora.alpha"] == 4 * trainables.SCALE
+    there = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
+    base = load.open_model(str(bench / "few" / FILE), device="cpu", dtype="float32").model
+    model = trainables.train_adapters(base, None, 4)
+    for path, (A, B, _) in lora.factors(model).items():
+        name = tensor_of(base, path)
+        rows, heads = there.pop(f"{name}.lora_b"), {"attn_q": 4, "attn_k": 2}.get(name.split(".")[2])
+        A.copy_(there.pop(f"{name}.lora_a"))
+        B.copy_(rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2) if heads else rows)
+    assert not there
+    with torch.no_grad():
+        assert torch.equal(model.eval()(IDS).logits, found.model(IDS).logits)
+
+
+def test_without_an_architecture_of_llama_cpp_the_adapter_says_why(bench: Path) -> None:
+    out = adapted(bench, str(written("opt", bench / "other")), teacher="", objective="ce").save(bench / "adapter")
+    told = json.loads((out / "billhook.json").read_text())["adapter"]
+    assert told["gguf"] is None and "no GGUF of opt" in told["why"] and not (out / "adapter.gguf").exists()
+    assert "--lora" not in (out / "README.md").read_text()
 
 
 def test_adapters_start_at_what_few_bits_took(bench: Path) -> None:
@@ -107,6 +139,5 @@ def test_a_base_that_no_adapter_can_name_is_refused(bench: Path) -> None:
     save(tiny.model("mixtral"), tiny.tokenizer(), bench / "mixture", None)
     with pytest.raises(BillhookError, match="is a mixture of experts"):
         adapted(bench, "mixture")
-    quantize(str(bench / "dense"), Wanted(method="rtn"), Run()).write(bench)
     with pytest.raises(BillhookError, match="is no folder"):
-        adapted(bench, "model.gguf")
+        adapted(bench, f"few/{FILE}")

@@ -49,10 +49,16 @@ tags: [{", ".join(tags)}]
 |---|---|
 {rows}
 
-Made by `{command_lines}` ({versions}).
+{_beside(adapter)}Made by `{command_lines}` ({versions}).
 `billhook.json` holds {_holds(recipe, recoveries)}.
 The licence is that of the parent model.
 """
+
+
+def _beside(adapter: dict[str, Any] | None) -> str:
+    """How llama.cpp loads the adapter, where a GGUF of it lies beside it."""
+    file = (adapter or {}).get("gguf")
+    return f"For llama.cpp: `llama-cli -m GGUF_OF_THE_BASE --lora {file}`.\n\n" if file else ""
 
 
 def _of_parent(report: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ architectures  Tables of llama.cpp: its architectures, its tensor names, its nam
 blocks         Codes and scales as the bytes of ggml's blocks
 file           A GGUF file, or the parts of a split one, on disk: its fields, and where its tensors are
 imatrix        An importance matrix, as llama-quantize reads it
+lora           Low-rank adapters as a GGUF, which llama.cpp adds to the GGUF of their base
 read           A GGUF as a transformers model: every field and tensor of the file is used, or refused by name
 rope           A GGUF's rotary position embedding as transformers' rope_parameters, and what a GGUF says of those
 tokenizer      The tokenizer of a GGUF as a transformers tokenizer

@@ -13,8 +13,7 @@ import gguf
 import numpy as np
 from torch import Tensor
 
-from billhook.checkpoints.gguf.architectures import IN_LAYER
-from billhook.models.families import family_of
+from billhook.checkpoints.gguf.write import tensor_of
 from billhook.runtime import atomic
 
 
@@ -26,7 +25,6 @@ def write_imatrix(model: Any, path: Path, energies: Mapping[str, Tensor], tokens
         tokens: how many those sums are over.
         text: name of the calibration text.
     """
-    prefix = family_of(model.config.model_type).layers + "."
     with atomic.file(path) as work, closing(gguf.GGUFWriter(work, "")) as writer:
         writer.kv_data[0].pop(gguf.Keys.General.ARCHITECTURE, None)
         writer.add_type("imatrix")
@@ -34,8 +32,7 @@ def write_imatrix(model: Any, path: Path, energies: Mapping[str, Tensor], tokens
         writer.add_uint32("imatrix.chunk_count", 1)
         writer.add_uint32("imatrix.chunk_size", tokens)
         for name, energy in energies.items():
-            number, _, inner = name.removeprefix(prefix).partition(".")
-            tensor = f"blk.{number}.{IN_LAYER[inner]}.weight"
+            tensor = tensor_of(model, name)
             writer.add_tensor(f"{tensor}.in_sum2", energy.numpy()[None])
             writer.add_tensor(f"{tensor}.counts", np.array([[tokens]], np.float32))
         writer.write_header_to_file()

@@ -286,6 +286,13 @@ def _named(model: Any) -> dict[tuple[int | None, str], Tensor]:
     return named
 
 
+def tensor_of(model: Any, path: str) -> str:
+    """The name that the weight of a linear module of a decoder layer has in a GGUF."""
+    prefix = families.family_of(model.config.model_type).layers + "."
+    number, _, inner = path.removeprefix(prefix).partition(".")
+    return f"blk.{number}.{IN_LAYER[inner]}.weight"
+
+
 def _pieces(model: Any, shape: Shape, arch: Architecture, codes: Mapping[str, Quantised]) -> Iterator[Piece]:
     """The file's tensors."""
     of_param = {id(model.get_parameter(f"{path}.weight")): one for path, one in codes.items()}
