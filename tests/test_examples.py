@@ -9,6 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from billhook.pruning import bits_search
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL: dict[str, Any] = dict(samples=12, seq_len=32, multiple_of=4)
 
@@ -57,6 +59,22 @@ def test_adapters_train_on_what_was_pruned(
     assert last < first
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.config.intermediate_size < 48 and f"{model.num_parameters():,} parameters as before" in said
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+def test_qpruners_road_ends_in_an_adapter_of_both_clients(
+    folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for extra in ("compressed_tensors", "optuna"):
+        pytest.importorskip(extra)
+    monkeypatch.setattr(bits_search, "TRIALS", 2)
+    out, windows = tmp_path / "qpruned", {"seq_len": 16, "held_out": (), "guard": False}
+    training = {**windows, "lr": 1e-3, "rank": 4, "device": "cpu", "precision": "float32"}
+    settings = dict(memory="32kB", tokens=96, training=training, **SMALL)
+    example("qpruner")["main"](str(folder), str(text_file), str(out), **settings)
+    assert "bits a weight" in capsys.readouterr().out
+    assert (out / "packed" / "model.gguf").exists() and (out / "adapter" / "adapter.gguf").exists()
+    assert (out / "adapter" / "adapter_model.safetensors").exists()
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)

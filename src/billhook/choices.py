@@ -251,10 +251,11 @@ SCALES = {
     "module": "one for each weight (QuantGPT, arXiv:2203.10705)",
 }
 # with its share of the scales
-BITS_A_WEIGHT = {"T2": 2.5, "Q4_0": 4.5, "Q4_1": 5.0, "Q5_0": 5.5, "Q5_1": 6.0, "Q8_0": 8.5}
+BITS_A_WEIGHT = {"T2": 2.5, "TQ2_0": 2.0625, "Q4_0": 4.5, "Q4_1": 5.0, "Q5_0": 5.5, "Q5_1": 6.0, "Q8_0": 8.5}
 GRID_TYPES = tuple(BITS_A_WEIGHT)  # types that have codes of billhook's own
-BY_LAYER_TYPES = GRID_TYPES[1:]  # types that a layer may get within a budget
-NOT_GGML = ("T2",)  # three levels in blocks of 32: ggml has them in blocks of 256 alone (TQ2_0)
+NOT_GGML = ("T2",)  # three levels in blocks of 32: ggml has them in blocks of 256 alone
+TERNARY = "TQ2_0"  # which are these: what two bits mean where a GGUF is written
+BY_LAYER_TYPES = GRID_TYPES[2:]  # types that a layer may get within a budget: those of more than three levels
 WITH_MINIMUM = ("Q4_1", "Q5_1")  # those whose blocks have a minimum besides their scale: zero is on no level
 EMBEDDING_TYPES = ("Q8_0", "F16")
 

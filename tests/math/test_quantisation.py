@@ -16,25 +16,30 @@ ROWS, COLUMNS = 24, 96
 GGML = [name for name in GRIDS if name not in NOT_GGML]
 
 
-def weight(seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    W = torch.randn(ROWS, COLUMNS, generator=generator)
+def columns(name: str) -> int:
+    """Whole blocks of a type."""
+    return max(COLUMNS, GRIDS[name].block)
+
+
+def weight(name: str = "Q4_0") -> torch.Tensor:
+    W = torch.randn(ROWS, columns(name), generator=torch.Generator().manual_seed(0))
     W[0] = 0.0  # a row of zeros has a scale of zero
     W[1] = 1.0  # and one of equal entries no range
     return W
 
 
-def inputs(columns: int = COLUMNS) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1)
-    mixing = torch.randn(columns, columns, generator=generator, dtype=torch.float64)
-    X = torch.randn(256, columns, generator=generator, dtype=torch.float64) @ mixing
+def inputs(name: str = "Q4_0") -> torch.Tensor:
+    """What enters it."""
+    generator, width = torch.Generator().manual_seed(1), columns(name)
+    mixing = torch.randn(width, width, generator=generator, dtype=torch.float64)
+    X = torch.randn(256, width, generator=generator, dtype=torch.float64) @ mixing
     X[:, 5] = 0.0  # a dead input
     return X
 
 
 @pytest.mark.parametrize("name", GGML)
 def test_rounding_is_what_ggml_does(name: str) -> None:
-    W, kind = weight(), gguf.GGMLQuantizationType[name]
+    W, kind = weight(name), gguf.GGMLQuantizationType[name]
     ours = grids.nearest(W, GRIDS[name]).values().numpy()
     theirs = gguf.quants.dequantize(gguf.quants.quantize(W.numpy(), kind), kind)
     # ggml takes codes by the scale before float16, and we by the one that is stored: at most as far off
@@ -45,7 +50,7 @@ def test_rounding_is_what_ggml_does(name: str) -> None:
 @pytest.mark.parametrize("name", GGML)
 @pytest.mark.parametrize("method", ["gptq", "rtn"])
 def test_a_gguf_holds_the_very_values(name: str, method: str) -> None:
-    W, grid, G = weight(), GRIDS[name], inputs().T @ inputs()
+    W, grid, G = weight(name), GRIDS[name], inputs(name).T @ inputs(name)
     found = gptq.quantise(W, Target(G), grid, Settings())[0] if method == "gptq" else grids.nearest(W, grid)
     stored = packed(found)
     assert stored.nbytes == found.bytes
@@ -55,7 +60,7 @@ def test_a_gguf_holds_the_very_values(name: str, method: str) -> None:
 
 @pytest.mark.parametrize("name", GRIDS)
 def test_gptq_is_no_further_off_than_rounding(name: str) -> None:
-    W, X = weight(), inputs()
+    W, X = weight(name), inputs(name)
     target = Target(X.T @ X)
     swept, _ = gptq.quantise(W, target, GRIDS[name], Settings())
     plain = grids.nearest(W, GRIDS[name])
@@ -74,9 +79,9 @@ def test_gptq_meets_a_target_of_its_own() -> None:
 
 @pytest.mark.parametrize("name", [name for name, grid in GRIDS.items() if not grid.offset])
 def test_zeros_stay(name: str) -> None:
-    W = weight()
+    W = weight(name)
     W[:, ::2] = 0.0
-    zeros, X = W == 0, inputs()
+    zeros, X = W == 0, inputs(name)
     swept, _ = gptq.quantise(W, Target(X.T @ X), GRIDS[name], Settings(zeros=zeros))
     for found in (swept, grids.nearest(W, GRIDS[name], zeros)):
         assert bool((found.values()[zeros] == 0).all())

@@ -75,10 +75,11 @@ def test_a_gguf_gives_back_what_was_measured(tmp_path: Path, text: str, bits: st
 
 @pytest.mark.parametrize("name", [name for name, grid in GRIDS.items() if not grid.offset])
 def test_packed_integers_give_back_their_codes(name: str) -> None:
-    one = grids.nearest(torch.randn(6, 96, generator=torch.Generator().manual_seed(0)), GRIDS[name])
+    W = torch.randn(6, 768, generator=torch.Generator().manual_seed(0))
+    one = grids.nearest(W, GRIDS[name])
     bits = compressed.width(one.grid)
     words = compressed.packed(one.codes, bits)
-    assert words.shape == (6, 96 * bits // 32) and torch.equal(compressed.unpacked(words, 96, bits), one.codes)
+    assert words.shape == (6, 768 * bits // 32) and torch.equal(compressed.unpacked(words, 768, bits), one.codes)
 
 
 @pytest.mark.skipif(find_spec("compressed_tensors") is None, reason="the extra quantize is not installed")
@@ -93,6 +94,30 @@ def test_stock_transformers_reads_the_folder_bit_for_bit(tmp_path: Path, text: s
         assert torch.equal(ours(ids).logits, found.model(ids).logits)
     with pytest.raises(BillhookError, match="is quantised"):
         load.open_model(str(out))
+
+
+@pytest.mark.skipif(find_spec("compressed_tensors") is None, reason="the extra quantize is not installed")
+def test_three_levels_are_the_same_numbers_in_both_containers(tmp_path: Path, text: str) -> None:
+    config = transformers.LlamaConfig(**tiny.CONFIGS["llama"]().to_dict() | {"intermediate_size": 256})
+    (tmp_path / "model").mkdir()
+    save(transformers.LlamaForCausalLM(config).eval(), tiny.tokenizer(), tmp_path / "model", None)
+    found, out = written(tmp_path, str(tmp_path / "model"), bits="2", format="both", calibration=text)
+    assert {path.rpartition(".")[2] for path in found.codes} == {"down_proj"}  # other rows are no whole blocks of 256
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(out / FILE).tensors}
+    assert kinds["blk.0.ffn_down.weight"] == "TQ2_0" and kinds["blk.0.ffn_up.weight"] == "F16"
+    stock, ids = transformers.AutoModelForCausalLM.from_pretrained(out).eval(), torch.arange(40)[None]
+    in_file = load.open_model(str(out / FILE), device="cpu", dtype="float32").model
+    with torch.no_grad():
+        assert torch.equal(stock(ids).logits, found.model(ids).logits)
+        assert torch.equal(in_file(ids).logits, found.model(ids).logits)
+    model = transformers.LlamaForCausalLM(config).eval()
+    for _, _, path in paths(model):
+        weight_of(model, path).copy_(grids.nearest(weight_of(model, path), GRIDS["T2"]).values())
+    save(model, tiny.tokenizer(), tmp_path / "model", None)
+    with pytest.raises(BillhookError, match="train it with --scales module"):
+        quantize(str(tmp_path / "model"), Wanted(bits="2", **SMALL), Run())
+    with pytest.raises(BillhookError, match="no weight has inputs in whole blocks of 256"):
+        quantize(folder(tmp_path / "out"), Wanted(bits="2", **SMALL), Run())
 
 
 @pytest.mark.parametrize(
@@ -205,7 +230,7 @@ def test_an_importance_matrix_holds_the_squares_of_what_enters(tmp_path: Path, t
         ({"bits": "3"}, "bits"),
         ({"bits": "mixed"}, "wants --memory"),
         ({"bits": "4", "memory": 10}, "wants --memory"),
-        ({"bits": "2"}, "use --format compressed-tensors"),
+        ({"bits": "T2"}, "use --bits 2, or --format compressed-tensors"),
         ({"allocation": "mi"}, "give --memory too"),
         ({"memory": 10, "method": "kept"}, "leave it out, or --memory"),
         ({"method": "rtn", "imatrix": True}, "leave out --method rtn"),

@@ -1,11 +1,11 @@
-"""A folder in the format of compressed-tensors: linear weights as packed integers of a scale for each 32 inputs.
+"""A folder in the format of compressed-tensors: linear weights as packed integers, a scale for each block of inputs.
 
     X.weight_packed   int32 (out, in bits / 32)   the codes, each raised by 2^(bits - 1), the first in the lowest bits
-    X.weight_scale    float16 (out, in / 32)      what a code is multiplied with; it may be negative, as ggml's is
+    X.weight_scale    float16 (out, in / block)   what a code is multiplied with; it may be negative, as ggml's is
     X.weight_shape    int64 (2,)                  out, in
 
-config.json says how in `quantization_config`: format `pack-quantized`, symmetric, in groups of 32.  transformers and
-vLLM read it (github.com/vllm-project/compressed-tensors, compressors/pack_quantized).  Of experts the scales are
+config.json says how in `quantization_config`: format `pack-quantized`, symmetric, in groups of a block.  transformers
+and vLLM read it (github.com/vllm-project/compressed-tensors, compressors/pack_quantized).  Of experts the scales are
 float32: transformers multiplies theirs in the dtype of the scale, and float16 does not hold every product.
 """
 
@@ -40,7 +40,8 @@ def width(grid: Grid) -> int:
     return (grid.highest - grid.lowest).bit_length()
 
 
-HELD = {width(grid): grid for grid in GRIDS.values() if not grid.offset}  # grids that the format holds, by bits
+# grids that the format holds, by bits and block
+HELD = {(width(grid), grid.block): grid for grid in GRIDS.values() if not grid.offset}
 
 
 def compress(folder: Path, codes: Mapping[str, Quantised], experts: Collection[str] = ()) -> None:
@@ -84,9 +85,9 @@ def described(codes: Mapping[str, Quantised], whole: list[str]) -> dict[str, Any
         by_grid[one.grid].append(path)
     groups = {}
     for n, (grid, paths) in enumerate(sorted(by_grid.items(), key=lambda each: each[0].bits)):
-        weights = {"num_bits": width(grid), "type": "int", "symmetric": True, "strategy": "group", "group_size": BLOCK}
+        form = {"num_bits": width(grid), "type": "int", "symmetric": True, "strategy": "group", "dynamic": False}
         groups[f"group_{n}"] = {"targets": ["Linear"] if len(by_grid) == 1 else paths, "format": FORMAT}
-        groups[f"group_{n}"]["weights"] = {**weights, "dynamic": False}
+        groups[f"group_{n}"]["weights"] = {**form, "group_size": grid.block}
     how = {"quant_method": METHOD, "format": FORMAT, "quantization_status": "compressed"}
     return {**how, "ignore": sorted({"lm_head", *whole}), "config_groups": groups}
 
@@ -162,18 +163,19 @@ def values(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
 
 
 def _weight(tensors: Mapping[str, Tensor], path: str, name: str) -> Tensor:
+    widths = sorted({str(bits) for bits, _ in HELD})
     words, scales, shape = (tensors.get(f"{path}.{kind}") for kind in (PACKED, SCALE, SHAPE))
     wrong = ModelError(
-        f"{name}: {path} is not packed in symmetric groups of {BLOCK} with {', '.join(map(str, HELD))} bits, as "
+        f"{name}: {path} is not packed in symmetric groups of {BLOCK} with {', '.join(widths)} bits, as "
         f"billhook reads compressed-tensors: load it with transformers, {DEQUANTISED['compressed-tensors']} "
         "and save_pretrained"
     )
     if words is None or scales is None or shape is None or shape.shape != (2,) or words.dtype != torch.int32:
         raise wrong
     rows, columns = shape.tolist()
-    if min(rows, columns) < 1 or columns % BLOCK or scales.shape != (rows, columns // BLOCK):
+    if min(rows, columns) < 1 or scales.ndim != 2 or len(scales) != rows or not scales.shape[1]:
         raise wrong
-    bits = words.shape[-1] * WORD / columns
-    if len(words) != rows or bits not in HELD or f"{path}.weight_zero_point" in tensors:
+    bits, block = words.shape[-1] * WORD / columns, columns / scales.shape[1]
+    if len(words) != rows or (bits, block) not in HELD or f"{path}.weight_zero_point" in tensors:
         raise wrong
-    return Quantised(HELD[int(bits)], unpacked(words, columns, int(bits)), scales.half()).values()
+    return Quantised(HELD[int(bits), int(block)], unpacked(words, columns, int(bits)), scales.half()).values()

@@ -108,7 +108,9 @@ def _held(W: Weight) -> Support | None:
 def off_levels(model: PreTrainedModel, grid: Grid) -> str | None:
     """The path of the first weight that does not lie on the grid's levels, of those whose rows are whole blocks."""
     divided = ((path, weight_of(model, path)) for _, _, path in paths(model))
-    found = (path for path, weight in divided if grids.divides(weight.shape[1]) and not grids.exact(weight, grid))
+    found = (
+        path for path, weight in divided if grids.divides(weight.shape[1], grid.block) and not grids.exact(weight, grid)
+    )
     return next(found, None)
 
 

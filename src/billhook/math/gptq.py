@@ -15,7 +15,7 @@ A target of its own is met as SparseGPT meets it.
 import torch
 
 from billhook.math import grids, sparsegpt
-from billhook.math.grids import BLOCK, Grid, Quantised
+from billhook.math.grids import Grid, Quantised
 from billhook.math.layerwise import Settings, Target, dead, nearer
 from billhook.math.sparsity import Support
 from billhook.tensors import Columns, Gram, Weight
@@ -47,17 +47,17 @@ def sweep(W: Weight, U: Gram, energies: Columns, grid: Grid, settings: Settings)
     V = W.T.contiguous()  # columns lie together, as the sweep reads them
     forced: Support | None = None if settings.zeros is None else settings.zeros.T
     codes, scales, minima = torch.empty_like(V), [], []
-    width = max(settings.block // BLOCK, 1) * BLOCK
+    width = max(settings.block // grid.block, 1) * grid.block
     for start in range(0, columns, width):
         end = min(start + width, columns)
         errors = torch.empty_like(V[start:end])
-        for first in range(start, end, BLOCK):
-            part = slice(first, first + BLOCK)
+        for first in range(start, end, grid.block):
+            part = slice(first, first + grid.block)
             scale, minimum = grids.best_scales(V[part].T, grid, energies[part])
             low = None if minimum is None else minimum.float()
             scales.append(scale)
             minima += [] if minimum is None else [minimum]
-            for j in range(first, first + BLOCK):
+            for j in range(first, first + grid.block):
                 q = grids.codes_of(V[j], scale, low, grid)
                 if forced is not None:
                     q = q.masked_fill(forced[j], 0.0)

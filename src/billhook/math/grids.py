@@ -1,11 +1,11 @@
-"""Grids of few bits: blocks of 32 neighbours of a row share a scale, and each weight is a whole number of it.
+"""Grids of few bits: blocks of neighbours of a row share a scale, and each weight is a whole number of it.
 
-    w = d q         q from `lowest` to `highest`, d signed, float16                T2, Q4_0, Q5_0, Q8_0
+    w = d q         q from `lowest` to `highest`, d signed, float16                T2, TQ2_0, Q4_0, Q5_0, Q8_0
     w = d q + m     q from 0 to `highest`, d and m float16                         Q4_1, Q5_1
 
-All but the ternary T2 are block types of ggml (github.com/ggml-org/ggml, ggml-quants.c).  Those without m are also
-grids of compressed-tensors' symmetric integers in groups of 32.  Products are exact in float32, and d q + m is rounded
-once, so that whoever multiplies gets the same bits.
+A block has 32 entries, and 256 in TQ2_0.  All but the ternary T2 are block types of ggml (github.com/ggml-org/ggml,
+ggml-quants.c).  Those without m are also grids of compressed-tensors' symmetric integers, in groups of a block.
+Products are exact in float32, and d q + m is rounded once, so that whoever multiplies gets the same bits.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from billhook.errors import BillhookError
 from billhook.math.sparsity import Support
 from billhook.tensors import Columns, Weight
 
-BLOCK = 32  # neighbours of a row that share a scale
+BLOCK = 32  # neighbours of a row that share a scale, but where the grid says more
 LARGEST = torch.finfo(torch.float16).max
 SHRINKS = tuple(1 - n / 60 for n in range(16))  # shares of a block's own scale that are tried, 1 to 0.75
 FURTHER = tuple(1 - n / 20 for n in range(16))  # of three levels, 1 to 0.25: most entries are far below the largest
@@ -33,6 +33,7 @@ class Grid:
     lowest: int
     highest: int
     offset: bool  # whether a block has a minimum besides its scale; if so, zero is on no level
+    block: int = BLOCK  # neighbours of a row that share a scale
 
     @property
     def bits(self) -> float:
@@ -44,6 +45,7 @@ GRIDS = {
     grid.name: grid
     for grid in (
         Grid("T2", -1, 1, False),
+        Grid("TQ2_0", -1, 1, False, block=256),
         Grid("Q4_0", -8, 7, False),
         Grid("Q4_1", 0, 15, True),
         Grid("Q5_0", -16, 15, False),
@@ -59,8 +61,8 @@ class Quantised:
 
     grid: Grid
     codes: Tensor  # int8 (out, in)
-    scales: Tensor  # float16 (out, in / BLOCK)
-    minima: Tensor | None = None  # float16 (out, in / BLOCK), where the grid has an offset
+    scales: Tensor  # float16 (out, in / block)
+    minima: Tensor | None = None  # float16 (out, in / block), where the grid has an offset
 
     @property
     def bytes(self) -> int:
@@ -70,17 +72,17 @@ class Quantised:
     def values(self) -> Weight:
         """The weight, float32."""
         minima = None if self.minima is None else self.minima.float()[..., None]
-        return values_of(blocks(self.codes.float()), self.scales[..., None], minima).flatten(1)
+        return values_of(blocks(self.codes.float(), self.grid.block), self.scales[..., None], minima).flatten(1)
 
 
-def blocks(W: Tensor) -> Tensor:
-    """(out, in) as (out, in / BLOCK, BLOCK)."""
-    return W.unflatten(1, (-1, BLOCK))
+def blocks(W: Tensor, block: int = BLOCK) -> Tensor:
+    """(out, in) as (out, in / block, block)."""
+    return W.unflatten(1, (-1, block))
 
 
-def divides(columns: int) -> bool:
+def divides(columns: int, block: int = BLOCK) -> bool:
     """Whether rows of so many entries are whole blocks."""
-    return columns > 0 and columns % BLOCK == 0
+    return columns > 0 and columns % block == 0
 
 
 def nearest(W: Weight, grid: Grid, zeros: Support | None = None) -> Quantised:
@@ -92,7 +94,7 @@ def nearest(W: Weight, grid: Grid, zeros: Support | None = None) -> Quantised:
     Raises:
         BillhookError: as `scales_of`.
     """
-    scales, minima = scales_of(blocks(W.float()), grid)
+    scales, minima = scales_of(blocks(W.float(), grid.block), grid)
     return quantised(W, scales, minima, grid, zeros)
 
 
@@ -104,7 +106,7 @@ def exact(W: Weight, grid: Grid) -> Quantised | None:
     """
     if grid.offset:
         return None
-    X = blocks(W.float()).flatten(0, 1)
+    X = blocks(W.float(), grid.block).flatten(0, 1)
     largest = _largest(X)
     scales, left = torch.zeros_like(largest, dtype=torch.float16), largest.nonzero().flatten()
     for level in sorted(range(grid.lowest, grid.highest + 1), key=abs, reverse=True)[:-1]:  # the last one is 0
@@ -123,7 +125,7 @@ def _largest(X: Tensor) -> Tensor:
 
 
 def scales_of(X: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
-    """The scales of blocks (…, BLOCK), and their minima, float16: every entry of a block is within its levels.
+    """The scales of blocks (…, block), and their minima, float16: every entry of a block is within its levels.
 
     Raises:
         BillhookError: float16 does not hold a scale.
@@ -176,7 +178,7 @@ def codes_of(X: Tensor, scales: Tensor, minima: Tensor | None, grid: Grid) -> Te
 def quantised(W: Weight, scales: Tensor, minima: Tensor | None, grid: Grid, zeros: Support | None = None) -> Quantised:
     """A weight on the levels that its blocks' scales and minima say."""
     low = None if minima is None else minima.float()[..., None]
-    codes = codes_of(blocks(W.float()), scales[..., None], low, grid).flatten(1)
+    codes = codes_of(blocks(W.float(), grid.block), scales[..., None], low, grid).flatten(1)
     if zeros is not None:
         codes = codes.masked_fill(zeros, 0.0)
     return Quantised(grid, codes.to(torch.int8), scales, minima)

@@ -12,6 +12,7 @@ from billhook.choices import (
     NOT_GGML,
     OPERATOR_STREAMS,
     QUANTIZERS,
+    TERNARY,
     WITH_MINIMUM,
 )
 from billhook.errors import BillhookError, SettingsError, one_of
@@ -75,7 +76,8 @@ class Wanted:
             )
         if self.grid in NOT_GGML and self.file:
             raise SettingsError(
-                f"--bits {self.bits}: ggml has no type of three levels in blocks of 32: use --format compressed-tensors"
+                f"--bits {self.bits}: ggml has no type of three levels in blocks of 32: use --bits 2, or --format "
+                "compressed-tensors"
             )
         if self.allocation and not self.mixed:
             raise SettingsError(
@@ -93,6 +95,8 @@ class Wanted:
     @property
     def grid(self) -> str:
         """The type of every weight, where they all have one."""
+        if self.bits == "2" and self.file:
+            return TERNARY
         return BITS.get(self.bits or "4", self.bits)
 
     @property

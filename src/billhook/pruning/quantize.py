@@ -18,13 +18,13 @@ from billhook.checkpoints.gguf.imatrix import write_imatrix
 from billhook.checkpoints.gguf.write import choose, shape_of, write_gguf
 from billhook.checkpoints.load import Opened
 from billhook.checkpoints.resume import FinishedLayers
-from billhook.choices import BY_LAYER_TYPES
+from billhook.choices import BY_LAYER_TYPES, TERNARY
 from billhook.cuts.quantizing import Found, Quantizing, off_levels, paths, quantise, sparse
 from billhook.errors import ModelError, SettingsError
 from billhook.math import grids
 from billhook.math.grids import GRIDS
 from billhook.models import layout
-from billhook.models.experts import Experts
+from billhook.models.experts import Experts, unfuse
 from billhook.models.families import weight_of
 from billhook.models.multimodal import within
 from billhook.planning.bits import Limit, bits_by_layer, bounds, by_information, smaller_uniform, stored_as
@@ -62,7 +62,8 @@ class Quantized:
         parts: dict[str, Any] = {}
         if self.wanted.folder:
             tick("saving", 0, 1)
-            on_disk, experts = tensor_names.stored_as(self.model), _experts(self.model)  # before `save` joins experts
+            unfuse(self.model)  # codes are of experts one by one, whom `save` joins
+            on_disk, experts = tensor_names.stored_as(self.model), _experts(self.model)
             stored = {path: on_disk[f"{path}.weight"].removesuffix(".weight") for path in self.codes}
             save.save(self.model, self.tokenizer, work, self.source)
             codes = {stored[path]: one for path, one in self.codes.items()}
@@ -151,8 +152,8 @@ def _check(opened: Opened, wanted: Wanted) -> Wanted:
         raise ModelError(
             f"{opened.name} is sparse, and {wanted.grid} has no level at zero: use --bits 4, 5 or 8, whose zeros stay"
         )
-    if not any(grids.divides(weight_of(model, path).shape[1]) for _, _, path in paths(model)):
-        raise ModelError(f"{opened.name}: no weight has inputs in whole blocks of {grids.BLOCK}")
+    if not _divided(opened, wanted):
+        raise ModelError(f"{opened.name}: no weight has inputs in whole blocks of {_block(wanted)}")
     if wanted.mixed:
         low, high = bounds(model, _offered(opened, wanted), wanted.tables)
         if not low <= (wanted.memory or 0):
@@ -163,6 +164,11 @@ def _check(opened: Opened, wanted: Wanted) -> Wanted:
         raise ModelError(
             f"{opened.name}: {off} does not lie on the levels of {wanted.grid}, as `recover --bits` leaves weights: "
             "leave out --method kept"
+        )
+    if off and wanted.grid == TERNARY and not off_levels(model, GRIDS["T2"]):
+        raise ModelError(
+            f"{opened.name} was trained on three levels in blocks of {GRIDS['T2'].block}, and ggml has blocks of "
+            f"{GRIDS[TERNARY].block} alone: use --format compressed-tensors, or train it with --scales module"
         )
     return wanted if off or wanted.imatrix else replace(wanted, method=KEPT)
 
@@ -179,13 +185,13 @@ def _check_experts(opened: Opened, wanted: Wanted) -> None:
         )
     if wanted.mixed:
         raise ModelError(f"{what}, which transformers unpacks as of one type: give --bits instead of --memory")
-    names = tensor_names.stored_as(opened.model)
+    names, divided = tensor_names.stored_as(opened.model), _divided(opened, wanted)
     if joined := next((path for path in experts if f"{path}.weight" not in names), ""):
         raise ModelError(f"{what} that lie in one tensor on disk, {joined} among them, which no client unpacks")
-    if short := next((path for path in experts if not grids.divides(weight_of(opened.model, path).shape[1])), ""):
+    if short := next((path for path in experts if path not in divided), ""):
         raise ModelError(
-            f"{what}, and the inputs of {short} are no whole blocks of {grids.BLOCK}, as all experts need in "
-            f"compressed-tensors: prune with --multiple-of {grids.BLOCK}"
+            f"{what}, and the inputs of {short} are no whole blocks of {_block(wanted)}, as all experts need in "
+            f"compressed-tensors: prune with --multiple-of {_block(wanted)}"
         )
 
 
@@ -193,6 +199,17 @@ def _experts(model: Any) -> set[str]:
     """Paths of the linear modules of experts, each a module of its own; none once they are joined."""
     places = [f"{path}." for path, module in model.named_modules() if isinstance(module, Experts)]
     return {path for _, _, path in paths(model) if path.startswith(tuple(places))}
+
+
+def _block(wanted: Wanted) -> int:
+    """Inputs that share a scale."""
+    return grids.BLOCK if wanted.mixed else GRIDS[wanted.grid].block
+
+
+def _divided(opened: Opened, wanted: Wanted) -> dict[str, int]:
+    """The layer of every module whose inputs are whole blocks, by path; all others keep float16."""
+    every = ((path, n, weight_of(opened.model, path).shape[1]) for n, _, path in paths(opened.model))
+    return {path: n for path, n, inputs in every if grids.divides(inputs, _block(wanted))}
 
 
 def _offered(opened: Opened, wanted: Wanted) -> tuple[str, ...]:
@@ -219,12 +236,12 @@ def _windows(opened: Opened, wanted: Wanted, run: Run) -> Tokens:
 
 def _chosen(opened: Opened, wanted: Wanted, text: Tokens, run: Run) -> tuple[dict[str, str], dict[str, Any]]:
     """The type of every module, by path, and how it was chosen."""
-    every = [(n, path) for n, _, path in paths(opened.model) if grids.divides(weight_of(opened.model, path).shape[1])]
+    every = _divided(opened, wanted)
     if not wanted.mixed:
-        return {path: wanted.grid for _, path in every}, {}
+        return dict.fromkeys(every, wanted.grid), {}
     seen = text[wanted.samples : wanted.samples + wanted.probes]
     types, why = ALLOCATIONS[wanted.allocation or "sensitivity"](opened.model, seen, _limit(opened, wanted), run)
-    return {path: types[n] for n, path in every}, why
+    return {path: types[n] for path, n in every.items()}, why
 
 
 def _kept(opened: Opened, wanted: Wanted, chosen: Mapping[str, str], run: Run) -> Run:

@@ -58,7 +58,7 @@ The licence is that of the parent model.
 def _beside(adapter: dict[str, Any] | None) -> str:
     """How llama.cpp loads the adapter, where a GGUF of it lies beside it."""
     file = (adapter or {}).get("gguf")
-    return f"For llama.cpp: `llama-cli -m GGUF_OF_THE_BASE --lora {file}`.\n\n" if file else ""
+    return f"For llama.cpp: `-m GGUF_OF_THE_BASE --lora {file}`.\n\n" if file else ""
 
 
 def _of_parent(report: dict[str, Any]) -> str:
