@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,18 @@ def record() -> dict[str, Any]:
     found["zeros"] = {
         **{"pattern": "2:4", "targets": ["ffn"], "zeros": 50, "weights": 100, "sparsity": 0.5},
         "operators": operators,
+    }
+    trial = {"closed": 0.4, "refined": True, "behind": 0.0, "behind_standard_error": 0.0, "seconds": 61.0}
+    found["auto"] = {
+        **{"chosen": "whole layers", "tried": {"whole layers": 0.3, "equal widths": math.nan}, "trial_windows": 16},
+        "trials": {"whole layers": trial, "equal widths": {**trial, "refined": False, "behind": math.nan}},
+        "refused": {"fewer experts": "there are none"},
+    }
+    found["refined"] = [{"first": 8, "last": 17, "before": 0.3, "after": 0.2, "kept": True}]
+    found["calibration"]["elsewhere"] = {"source": "other", "windows": 8}
+    found["look"] = {
+        **{"text": "prose", "perplexities": [14.2, 24.6], "factor": 1.7, "factor_standard_error": 0.1, "kl": 0.4},
+        **{"repetition": {"greedy": [0.1, 0.3]}, "tasks": {"sums": [0.7, None]}, "warning": ""},
     }
     return json.loads(records.to_json(found))
 
@@ -72,6 +85,9 @@ def test_a_record_that_is_damaged_is_refused_or_shown(stored: Path) -> None:
         (("cuts", 0, "dropped"), 9999, "cuts.0 is .*: dropped should be at most units, 1536"),
         (("parent",), " ", "parent is ' ': it should be a text that is not empty"),
         (("recovery", 0, "lr"), None, "recovery.0.lr is None: it should be a number"),
+        (("auto", "chosen"), "none of them", "chosen should be one of the cuts that tried names"),
+        (("auto", "trials", "whole layers"), None, "auto.trials.whole layers"),
+        (("look", "perplexities"), [1.0], "look.perplexities"),
         (("kept_layers",), None, "kept_layers should name the layers that stay"),
     ],
 )

@@ -1,5 +1,6 @@
 """The rows that say what a prune did: to the whole model, and layer by layer."""
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -176,7 +177,7 @@ def auto_rows(cut: Mapping[str, Any]) -> list[tuple[str, str]]:
     if auto["refused"]:
         rows.append(("cannot be had", "; ".join(f"{name}: {why}" for name, why in auto["refused"].items())))
     if minutes := (cut.get("recipe") or {}).get("minutes"):
-        took = sum(cut["seconds"].values()) / 60
+        took = sum(filter(finite, cut["seconds"].values())) / 60
         rows.append(
             ("minutes", f"{number(took, '{:.1f}')} of {number(minutes, '{:g}')}, before it was written and verified")
         )
@@ -196,7 +197,10 @@ def _why(chosen: str, trials: Mapping[str, Mapping[str, Any]]) -> str:
     def apart(name: str) -> str:
         return with_error(trials[name]["behind"], trials[name]["behind_standard_error"], "{:.3f}")
 
-    nearest, *others = sorted(trials, key=lambda name: trials[name]["behind"])
+    def far(name: str) -> float:
+        return trials[name]["behind"] if finite(trials[name]["behind"]) else math.inf
+
+    nearest, *others = sorted(trials, key=far)
     if chosen == nearest:
         return f"nearest to the unpruned model; {others[0]} is {apart(others[0])} behind"
     return f"of less depth than {nearest}, which is {apart(chosen)} nearer: windows do not tell them apart"
@@ -268,7 +272,10 @@ def look_rows(look: Mapping[str, Any] | None) -> list[tuple[str, str]]:
         error = f" ± {look['factor_standard_error']:.3f}" if finite(look["factor_standard_error"]) else ""
         divergence = f", {look['kl']:.3f} nats a token" if finite(look["kl"]) else ""
         rows.append(
-            (f"on {look['text']}", f"perplexity {before:.2f} → {after:.2f} (×{look['factor']:.3f}{error}){divergence}")
+            (
+                f"on {look['text']}",
+                f"perplexity {before:.2f} → {after:.2f} (×{number(look['factor'], '{:.3f}')}{error}){divergence}",
+            )
         )
     said = {name: f"{name} {percent(a)} → {percent(b)}" for name, (a, b) in look["repetition"].items() if finite(a)}
     if said:

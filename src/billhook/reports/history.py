@@ -5,24 +5,14 @@ named may hold anything.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import model_validator
 
+from billhook.reports.kinds import Count, Layer, Name, Number, Pair, Part, Real
+from billhook.reports.search_history import Search
 from billhook.runtime.atomic import MARK
 from billhook.runtime.documents import read_object, typed
-
-Count = Annotated[int, Field(ge=0, le=2**53)]
-Layer = Annotated[int, Field(ge=0, lt=10_000)]
-Real = Annotated[float, Field(ge=-1e300, le=1e300)]
-Name = Annotated[str, Field(pattern=r"\S")]
-Number = Real | None  # null where it was not finite, or not measured
-
-
-class Part(BaseModel):
-    """Strict: a number in quotes is not one.  Keys that nothing reads are allowed."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
 
 
 class Size(Part):
@@ -38,11 +28,17 @@ class Sizes(Part):
     achieved_ratio_of_all: Number
 
 
+class Elsewhere(Part):
+    source: str
+    windows: Count
+
+
 class Calibration(Part):
     windows: Count
     seq_len: Count
     source: str
     probes: Count | None = None
+    elsewhere: Elsewhere | None = None
     begins_with: list[str] | None = None
 
 
@@ -50,6 +46,7 @@ class Settings(Part):
     """The recipe; its other keys are shown and never computed with."""
 
     method: Name
+    minutes: Number = None
 
 
 class LayerCut(Part):
@@ -114,113 +111,47 @@ class Selection(Part):
     candidates: list[Candidate]
 
 
-class Solution(Part):
-    levels: Annotated[list[Count], Field(min_length=1)]
-    count: Count
-    draw: Count
-    coefficients: dict[str, Number]
-    power: Number
-    reduction: str
-    within: bool
+class CutTried(Part):
+    closed: Number
+    refined: bool
+    behind: Number
+    behind_standard_error: Number = None
+    seconds: Number
 
 
-class Shape(Part):
-    first: Count
-    last: Count
-    slope: Number
-    bend: Number
-
-
-class Winner(Part):
-    solution: Solution | None = None
-    shape: Shape | None = None
-    metric: str | None = None
-    slope: Number = None
-    bend: Number = None
-    attention: Count | None = None
-    block: Annotated[list[Layer], Field(min_length=2, max_length=2)] | None = None
+class Auto(Part):
+    chosen: Name
+    tried: dict[str, Number]
+    trials: dict[str, CutTried] | None = None
+    trial_windows: Count
+    refused: dict[str, str]
 
     @model_validator(mode="after")
-    def _whole(self) -> "Winner":
-        if self.metric and not self.solution and {"slope", "bend"} - self.model_fields_set:
-            raise ValueError("a metric should have a slope and a bend")
+    def _of_the_same_cuts(self) -> "Auto":
+        if self.trials and (self.trials.keys() != self.tried.keys() or len(self.trials) < 2):
+            raise ValueError("trials should be of the cuts that tried names, two or more")
+        if self.tried and self.chosen not in self.tried:
+            raise ValueError("chosen should be one of the cuts that tried names")
         return self
 
 
-class Trial(Part):
-    number: Count
-    state: Name
-    worse: Number = None
+class Refined(Part):
+    first: Layer
+    last: Layer
+    before: Number
+    after: Number
+    kept: bool
 
 
-class Known(Part):
-    metric: Name
-    loss: Number
-    meaning: str | None = None
-    standard: bool | None = None
-    gain: Number = None
-    standard_error: Number = None
-
-
-class Step(Part):
-    what: Name
-    loss: Number
-    gain: Number = None
-    standard_error: Number = None
-
-
-class Finalist(Part):
-    name: Count | str
-    by_fasp: bool | None = None
-    rung: Number = None
-    final: Number = None
-    gain: Number = None
-    standard_error: Number = None
-
-
-class Pool(Part):
-    sources: list[str]
-    seq_len: Count
-    begins_with: list[str] | None = None
-    left_out: Count | None = None
-    source: list[Count]
-    clusters: list[Count]
-    shares: list[Number]
-    samples: list[str]
-
-    @model_validator(mode="after")
-    def _alike(self) -> "Pool":
-        lengths = {len(values) for values in (self.source, self.clusters, self.shares, self.samples)}
-        if len(lengths) > 1:
-            raise ValueError("source, clusters, shares and samples should be of one length, one for each window")
-        if any(n >= len(self.sources) for n in self.source):
-            raise ValueError(f"source should number the {len(self.sources)} sources from 0")
-        return self
-
-
-Rectangle = Annotated[list[Count], Field(min_length=2, max_length=2)]  # how many windows, and how many tokens each has
-
-
-class Search(Part):
-    method: str | None = None
-    standard: Name
-    sampler: str
-    objective: str = "nll"
-    trials: list[Trial]
-    known: list[Known] | None = None
-    importance: dict[str, Number] | None = None
-    winner: Winner | None = None
-    parts: list[Step] | None = None
-    finalists: list[Finalist] | None = None
-    accepted: bool | None = None
-    chosen: Count | None = None
-    by_fasp: bool | None = None
-    gain: Number = None
-    standard_error: Number = None
-    restoration: bool | None = None
-    pool: Pool | None = None
-    judges: list[str] | None = None
-    validation: dict[str, Rectangle] | None = None
+class Look(Part):
+    text: str
+    perplexities: Pair
+    factor: Number
+    factor_standard_error: Number = None
+    kl: Number
+    repetition: dict[str, Pair]
+    tasks: dict[str, Pair]
+    warning: str
 
 
 class Judgement(Part):
@@ -326,6 +257,9 @@ class Cut(Part):
     search: Search | None = None
     zeros: Zeros | None = None
     residual: Residual | None = None
+    auto: Auto | None = None
+    refined: list[Refined] | None = None
+    look: Look | None = None
     recovery: list[Recovery] | None = None
     seconds: dict[str, Number]
     peak_growth_bytes: Number = None
