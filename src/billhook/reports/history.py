@@ -115,7 +115,7 @@ class CutTried(Part):
     closed: Number
     refined: bool
     behind: Number
-    behind_standard_error: Number = None
+    behind_standard_error: Number
     seconds: Number
 
 
@@ -147,7 +147,7 @@ class Look(Part):
     text: str
     perplexities: Pair
     factor: Number
-    factor_standard_error: Number = None
+    factor_standard_error: Number
     kl: Number
     repetition: dict[str, Pair]
     tasks: dict[str, Pair]
