@@ -286,7 +286,7 @@ def recovery(bench: Bench) -> Iterator[Line]:
     autocast = autocast_dtype("auto", bench.device)
     step_tokens = sizes.batch * length
     model = shapes.made(shape, bench.device, torch.float32).requires_grad_(True)
-    beside = step_tokens / training_pace(model, length, sizes.batch, autocast, 2.0)
+    beside = step_tokens / training_pace(model, length, sizes.batch, autocast, sizes.paced)
     schedule = Schedule(
         windows, range(len(windows)), sizes.batch, 1e-6, micro_batch=sizes.batch, autocast=autocast,
         cpu=bench.device.type == "cpu",

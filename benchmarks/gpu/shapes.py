@@ -35,6 +35,7 @@ class Sizes:
     few: int  # layers that stand for all of a model
     trials: int
     steps: int  # of training
+    paced: float  # seconds that the bare loop trains for
     batch: int  # windows in a step, of at most 1,024 tokens
     repeats: int  # of prefill and decode
     multiple_of: int
@@ -55,6 +56,7 @@ FULL = Sizes(
     few=2,
     trials=64,
     steps=24,
+    paced=2.0,
     batch=8,
     repeats=3,
     multiple_of=32,
@@ -77,6 +79,7 @@ TINY = replace(
     few=1,
     trials=2,
     steps=3,
+    paced=0.01,
     batch=2,
     repeats=1,
     multiple_of=2,

@@ -128,14 +128,12 @@ def assert_equal(whole: Any, streamed: Any) -> None:
 def test_what_is_odd_about_a_folder_does_not_change_its_model(
     family: str, damage: Callable[[Path], None], unused: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = written(family, tmp_path / "model")
-    plain = load.open_model(str(folder))
-    damage(folder)
+    damage(folder := written(family, tmp_path / "model"))
     with caplog.at_level(logging.WARNING, "billhook"):
-        whole, streamed = both(folder)
-    assert_equal(whole, streamed)
-    assert torch.equal(whole(IDS).logits, plain.model(IDS).logits)
-    assert load.open_model(str(folder)).dtype == torch.float32
+        opened = [load.open_model(str(folder), stream=stream) for stream in (False, True)]
+    assert_equal(*(one.model for one in opened))
+    assert torch.equal(opened[0].model(IDS).logits, tiny.model(family)(IDS).logits)
+    assert {one.dtype for one in opened} == {torch.float32}
     lines = {record.getMessage() for record in caplog.records}
     assert len(lines) == bool(unused) and all(f"{unused} stored tensors are not used" in line for line in lines)
 
