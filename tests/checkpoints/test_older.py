@@ -64,7 +64,7 @@ def written(model: T.PreTrainedModel, to: Path, source: Path | None = None) -> P
 
 
 @pytest.mark.parametrize(("family", "kind"), KINDS)
-@pytest.mark.covering(some={"family": 3})
+@pytest.mark.covering(some={"family": 6})
 def test_both_forms_are_written_and_say_the_same(family: str, kind: str, tmp_path: Path) -> None:
     model = model_of(family, kind)
     out = written(model, tmp_path / "out")

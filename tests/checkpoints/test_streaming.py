@@ -65,7 +65,7 @@ SLICED = {  # norms over heads, fused, untied; and scaled, tied, with norms behi
     + [(one, case) for one in FAMILIES[1:] for case in OTHERS]
     + [(one, case) for case, families in SLICED.items() for one in families],
 )
-@pytest.mark.covering(some={"case": 5})
+@pytest.mark.covering(some={"case": 5, "family": 3})
 def test_streamed_is_as_in_memory(
     family: str, case: str, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,6 +127,7 @@ def test_shards_and_bfloat16_come_in_and_go_out(tmp_path: Path, text_file: Path)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.covering(some={"family": 2})
 def test_a_paged_model_computes_what_it_would_in_memory(family: str, tmp_path: Path) -> None:
     model = written(family, tmp_path / "model", "20KB")
     there, away = (load.open_model(str(model), stream=stream).model for stream in (False, True))

@@ -42,7 +42,7 @@ MIXTURES = [family for family in tiny.MIXTURES if family != JOINED]
 
 
 @pytest.mark.parametrize("family", [family for family in tiny.CONFIGS if family != JOINED])
-@pytest.mark.covering(some={"family": 3})
+@pytest.mark.covering(some={"family": 5})
 def test_every_family_computes_in_its_files_what_it_would_in_memory(family: str, tmp_path: Path) -> None:
     model = str(written(family, tmp_path / "model", "20KB"))
     there, away = (load.open_model(model, stream=stream).model for stream in (False, True))
@@ -56,7 +56,7 @@ def test_every_family_computes_in_its_files_what_it_would_in_memory(family: str,
     ("family", "settings"),
     [*CUTS.items(), *((family, how) for family in MIXTURES for how in WAYS.values()), ("qwen2_moe", DROPPED)],
 )
-@pytest.mark.covering(some={"settings": 5})
+@pytest.mark.covering(some={"settings": 5, "family": 3})
 def test_streamed_is_as_in_memory(
     family: str, settings: dict[str, Any], tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,6 +133,7 @@ def test_a_mixture_is_measured_in_its_files(tmp_path: Path, text_file: Path) -> 
 
 
 @pytest.mark.parametrize("family", [*MIXTURES, "gpt_neox", "llama"])
+@pytest.mark.covering(some={"family": 3})
 def test_names_are_those_that_transformers_writes(family: str, tmp_path: Path) -> None:
     folder = written(family, tmp_path / "model")
     model = load.open_model(str(folder), stream=True).model

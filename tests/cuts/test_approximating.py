@@ -145,7 +145,7 @@ def test_watched_maps_are_those_of_eager_attention(family: str, kind: str) -> No
 
 
 @pytest.mark.parametrize(("family", "plan"), LAWFUL)
-@pytest.mark.covering(some={"family": 4})
+@pytest.mark.covering(some={"family": 8})
 def test_a_refit_never_errs_more_on_the_windows_it_was_fitted_on(family: str, plan: dict[str, int]) -> None:
     for settings in (Approximating(), Approximating(share=0.3, after=True, score="measured")):
         model = tiny.model(family)

@@ -30,7 +30,7 @@ def damage(model: torch.nn.Module, dense: torch.nn.Module) -> float:
 
 @pytest.mark.parametrize("stream", AXIS_STREAMS)
 @pytest.mark.parametrize("family", tiny.DENSE)
-@pytest.mark.covering(some={"family": 3})
+@pytest.mark.covering(some={"family": 6})
 def test_restoration_repairs_in_every_family_and_stream(family: str, stream: str) -> None:
     dense = tiny.model(family)
     plain, restored = copy.deepcopy(dense), copy.deepcopy(dense)

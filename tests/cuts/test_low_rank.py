@@ -31,7 +31,7 @@ def factored(model: Any, text: Path, **more: Any) -> Result:
     return billhook.prune(model, tokenizer=tiny.tokenizer(), calibration=str(text), **{**SETTINGS, **more})
 
 
-@pytest.mark.covering(some={"family": 3})
+@pytest.mark.covering(some={"family": 6})
 @pytest.mark.parametrize("family", tiny.DENSE)
 def test_what_is_left_is_what_is_counted_and_it_loads(family: str, tmp_path: Path, text_file: Path) -> None:
     whole = tiny.model(family)

@@ -63,7 +63,7 @@ def test_of_heads_that_share_a_turn_a_fitted_one_loses_less() -> None:
         assert after == pytest.approx(before, rel=1e-6) if heads == 1 else after < 0.95 * before
 
 
-@pytest.mark.covering(some={"family": 3})
+@pytest.mark.covering(some={"family": 6})
 @pytest.mark.parametrize("family", WITH_VALUES)
 def test_a_turned_model_is_the_same_model(family: str) -> None:
     model, ids = tiny.model(family), tiny.tokens()

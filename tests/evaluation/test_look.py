@@ -12,7 +12,7 @@ from billhook.evaluation.look import Look, compared, look, questions, warning
 from billhook.reports.cut_tables import look_rows
 
 
-@pytest.mark.covering(some={"family": 4})
+@pytest.mark.covering(some={"family": 6})
 @pytest.mark.parametrize("family", tiny.CONFIGS)
 def test_a_model_is_no_worse_than_itself(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(looking, "NEW_TOKENS", 8)

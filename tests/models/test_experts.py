@@ -84,6 +84,7 @@ def masked(model: PreTrainedModel, layer: int, drop: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("family", MIXED)
+@pytest.mark.covering(some={"family": 2})
 def test_removing_experts_equals_never_choosing_them(family: str, tmp_path: Path) -> None:
     cut, silent = opened(family), opened(family)
     drop, saved = torch.tensor([1, 4]), 0  # one from each half, which are the groups of a router that has them
@@ -165,7 +166,7 @@ class Operations(TorchDispatchMode):
         return model
 
 
-@pytest.mark.covering(some={"family": 3})
+@pytest.mark.covering(some={"family": 6})
 @pytest.mark.parametrize("family", MIXED)
 def test_what_is_measured_is_the_stock_forward(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every operation, as often and on the same shapes, as of a model that transformers loads."""
@@ -209,7 +210,7 @@ def test_routing_counts_what_the_router_does() -> None:
         torch.testing.assert_close(routing.saliency[number].float(), mean)
 
 
-@pytest.mark.covering
+@pytest.mark.covering(some={"family": 2})
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("family", MIXED)
 def test_every_way_leaves_a_stock_model(way: str, family: str, tmp_path: Path) -> None:
@@ -273,6 +274,7 @@ def test_weights_are_averaged_by_how_often_experts_are_chosen() -> None:
         ("admm", {"pattern": "2:4", "ratio": None}),
     ],
 )
+@pytest.mark.covering(some={"method": 2, "settings": 2})
 def test_the_command_ends_in_a_stock_checkpoint(
     method: str, settings: dict[str, Any], mixed_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:

@@ -65,7 +65,7 @@ def runs(family: str, case: str) -> bool:
     return axis == "layers" or tiny.has(family, axis)
 
 
-@pytest.mark.covering(first=runs, some={"family": 4})
+@pytest.mark.covering(first=runs, some={"family": 6, "case": 2})
 @pytest.mark.parametrize(
     ("family", "case"), [(family, case) for family in FAMILIES for case in CASES if makes_sense(family, case)]
 )

@@ -121,7 +121,7 @@ def even(family: str, kind: str) -> bool:
     return said and tiny.has(family, kind)
 
 
-@pytest.mark.covering(first=even, some={"family": 3})
+@pytest.mark.covering(first=even, some={"family": 6})
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_uniform_cut_is_a_stock_checkpoint(family: str, kind: str, tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def saved_uneven(family: str, kind: str, folder: Path) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.covering(some={"family": 3})
+@pytest.mark.covering(some={"family": 6})
 @pytest.mark.parametrize(
     ("family", "kind"), [(family, kind) for family in tiny.DENSE for kind in DENSE_KINDS if tiny.has(family, kind)]
 )
@@ -238,7 +238,7 @@ def test_heads_that_its_own_config_refuses_are_held_by_the_stand_in(tmp_path: Pa
     assert type(load.load(tmp_path)).__name__ == "MistralForCausalLM"
 
 
-@pytest.mark.covering(some={"family": 3})
+@pytest.mark.covering(some={"family": 6})
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("gone", [(1,), (0, 2)])
 def test_dropping_layers_equals_skipping_them(family: str, gone: tuple[int, ...], tmp_path: Path) -> None:
@@ -257,7 +257,7 @@ def test_dropping_layers_equals_skipping_them(family: str, gone: tuple[int, ...]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.covering(some={"family": 3})
+@pytest.mark.covering(some={"family": 6})
 def test_axes_of_a_cut_model_are_found_again(family: str) -> None:
     model = opened(family)
     before = {(axis.layer, axis.kind): axis.units for axis in axes(model, ("ffn", "heads", "groups", "value"))}

@@ -116,7 +116,7 @@ def test_the_principal_axes_come_first(family: str) -> None:
     assert (diagonal[:-1] - diagonal[1:]).min() > -1e-3 * diagonal.max()
 
 
-@pytest.mark.covering(first=turnable, some={"family": 3})
+@pytest.mark.covering(first=turnable, some={"family": 6})
 @pytest.mark.parametrize("rotate", [False, True])
 @pytest.mark.parametrize("family", CUT)
 def test_a_cut_is_a_stock_checkpoint(family: str, rotate: bool, tmp_path: Path) -> None:
@@ -244,7 +244,7 @@ def test_turning_first_costs_less() -> None:
     assert found[True] < 1e-4 < 0.05 < found[False]
 
 
-@pytest.mark.covering(first=turnable, some={"family": 3})
+@pytest.mark.covering(first=turnable, some={"family": 6})
 @pytest.mark.parametrize("rotate", [False, True])
 @pytest.mark.parametrize("family", CUT)
 def test_restoration_comes_nearer_to_the_unpruned_model(family: str, rotate: bool) -> None:

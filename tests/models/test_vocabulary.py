@@ -223,7 +223,7 @@ def test_more_tokens_fill_up() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.covering(some={"family": 3})
+@pytest.mark.covering(some={"family": 6})
 def test_the_model_computes_the_same_on_the_text(family: str, tmp_path: Path) -> None:
     tokenizer = byte_level()
     built = model(family, tokenizer)

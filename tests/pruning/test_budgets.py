@@ -83,6 +83,7 @@ def step(model: PreTrainedModel, way: str, multiple_of: int) -> int:
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.covering(some={"way": 2})
 def test_a_number_of_parameters_is_reached(way: str, bench: Bench) -> None:
     before, goal = stored(bench.model)[0], 28_100
     report = pruned(bench, "--params", "28.1K", *WAYS[way])
@@ -100,6 +101,7 @@ def test_a_ratio_is_reached(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("way", [*WAYS, "value", "half"])
+@pytest.mark.covering(some={"way": 2})
 def test_a_memory_is_reached(way: str, bench: Bench) -> None:
     """Within 2 % of the tensors in the file and of a real cache, in the dtype that is stored."""
     if way == "half":
@@ -131,6 +133,7 @@ def known_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("known_clock")
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.covering(some={"way": 2})
 def test_a_speedup_is_reached(way: str, bench: Bench) -> None:
     pruned(bench, "--speedup", 1.2, "--multiple-of", 2, *WAYS[way])
     before, after = (load.load(folder) for folder in (bench.model, bench.tmp / "new" / "out"))

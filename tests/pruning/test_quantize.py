@@ -84,6 +84,7 @@ def test_packed_integers_give_back_their_codes(name: str) -> None:
 
 @pytest.mark.skipif(find_spec("compressed_tensors") is None, reason="the extra quantize is not installed")
 @pytest.mark.parametrize("bits", ["2", "4", "5", "8"])
+@pytest.mark.covering(some={"bits": 2})
 def test_stock_transformers_reads_the_folder_bit_for_bit(tmp_path: Path, text: str, bits: str) -> None:
     found, out = written(tmp_path, folder(tmp_path), bits=bits, format="compressed-tensors", calibration=text)
     stock = transformers.AutoModelForCausalLM.from_pretrained(out).eval()

@@ -108,6 +108,7 @@ def law(before: Any, after: Any, names: set[str] | None = None) -> None:
 
 
 @pytest.mark.parametrize("trainable", SETS)
+@pytest.mark.covering(some={"trainable": 2})
 def test_every_zero_stays_and_the_rest_learns(trainable: str, bench: Path) -> None:
     found = recover(bench, trainable=trainable)
     before = load.load(bench / "sparse")

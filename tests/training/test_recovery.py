@@ -379,6 +379,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("warmup", [0.0, 0.9])
+@pytest.mark.covering
 def test_a_run_of_one_step_trains_at_the_full_rate(
     objective: str, warmup: float, student: Path, folder: Path, texts: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -427,6 +428,7 @@ def test_what_is_aligned_pulls_as_hard_as_the_divergence_and_is_not_in_the_loss(
 
 
 @pytest.mark.parametrize("trainable", trainables.TRAINERS)
+@pytest.mark.covering(some={"trainable": 2})
 def test_only_what_is_trained_changes(
     trainable: str, student: Path, folder: Path, texts: tuple[Path, Path], tmp_path: Path
 ) -> None:
