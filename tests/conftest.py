@@ -92,8 +92,11 @@ def _outputs_are_verified_once(request: pytest.FixtureRequest, monkeypatch: pyte
 
 
 @pytest.fixture
-def looks() -> None:
-    """Asked for by tests that mean the look at the end of a prune."""
+def looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for by tests that mean the look at the end of a prune; its texts are short."""
+    from billhook.evaluation import look
+
+    monkeypatch.setattr(look, "NEW_TOKENS", 8)
 
 
 @pytest.fixture(autouse=True)

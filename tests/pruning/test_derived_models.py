@@ -1,6 +1,7 @@
 """Prunes of models whose row is derived: mixtures on the command line, and a model in memory."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ from billhook.models.shrink import default, shrunk
 FEW = ("--samples", 6, "--seq-len", 24, "--probes", 2, "--no-look")
 
 
-@pytest.fixture(autouse=True)
-def _rows_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(families, "DERIVED", {})
+@pytest.fixture(scope="module", autouse=True)
+def _rows_of_their_own() -> Iterator[None]:
+    """Proved once each: a proof takes as long as a prune."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(families, "DERIVED", {})
+        yield
 
 
 def small(model_type: str) -> PreTrainedModel:

@@ -20,7 +20,7 @@ from billhook.reports.page import render
 def _measured_shortly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(setup, "PACE_SECONDS", 0.0)
     for pace in ("training_pace", "answering_pace"):
-        monkeypatch.setattr(setup.throughput, pace, lambda *_: 2000.0)
+        monkeypatch.setattr(setup.throughput, pace, lambda *_: 600.0)
 
 
 def healed(tmp_path: Path, minutes: float = 0.03, **settings: Any) -> Any:
