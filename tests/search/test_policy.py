@@ -24,6 +24,12 @@ SMALL: dict[str, Any] = dict(
 )
 
 
+@pytest.fixture(autouse=True)
+def _rungs_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is learned is checked on few windows, and decided on as many as ever."""
+    monkeypatch.setattr(search, "RUNGS", (4, 8, 16))
+
+
 def pruned(text: str, model: PreTrainedModel | None = None, **other: Any) -> billhook.Result:
     given = {"calibration": text, **SMALL, **other}
     return billhook.prune(model or tiny.model("llama"), tokenizer=tiny.tokenizer(), **given)

@@ -4,6 +4,7 @@ known."""
 import json
 import math
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from billhook.search.trial import Trial, by_fronts, paired_gain, verdict
 from billhook.search.validation import FINAL, RungWindows, split
 
 SMALL: dict[str, Any] = dict(
-    method="adapruner", ratio=0.3, seq_len=64, pool=24, pool_len=32, samples=4, trials=20, multiple_of=4
+    method="adapruner", ratio=0.3, seq_len=64, pool=24, pool_len=32, samples=4, trials=16, multiple_of=4
 )
 
 
@@ -51,6 +52,16 @@ def base_cut(drops: dict[str, int], layout: str = "uniform") -> BaseCut:
 def found(text: str, **other: Any) -> dict[str, Any]:
     given = {"calibration": text, **SMALL, **other}
     return billhook.prune(tiny.model("llama"), tokenizer=tiny.tokenizer(), **given).record["search"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _rungs_are_short() -> Iterator[None]:
+    """What a search does is the same on as many windows as tell its candidates apart."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (harness, measurements):
+            patch.setattr(module, "RUNGS", (4, 8, 16))
+        patch.setattr(harness, "PROMOTED", 4)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +125,8 @@ def test_a_finished_study_asks_nothing_again_and_goes_further(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = found(text, work=tmp_path / "study", restoration=False)
-    longer = found(text, work=tmp_path / "study", restoration=False, trials=28)
-    assert [one["mask"] for one in longer["trials"][:20]] == [one["mask"] for one in first["trials"]]
+    longer = found(text, work=tmp_path / "study", restoration=False, trials=24)
+    assert [one["mask"] for one in longer["trials"][:16]] == [one["mask"] for one in first["trials"]]
     monkeypatch.setattr(evaluator, "masked_losses", None)
     assert json.dumps(found(text, work=tmp_path / "study", restoration=False)) == json.dumps(first)
 
