@@ -139,11 +139,16 @@ class _NoBillhook:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
+def forget_billhook() -> None:
+    """What imports billhook next imports it anew."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "billhook"]:
+        del sys.modules[name]
+
+
 def _without_billhook(script: str, arguments: list[str], given: str) -> None:
     from transformers import dynamic_module_utils
 
-    for name in [name for name in sys.modules if name.partition(".")[0] == "billhook"]:
-        del sys.modules[name]
+    forget_billhook()
     sys.meta_path.insert(0, _NoBillhook())
     dynamic_module_utils.HF_MODULES_CACHE = str(Path(arguments[0]).parent / "modules")
     sys.argv, sys.stdin = ["script", *arguments], io.StringIO(given)

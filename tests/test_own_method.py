@@ -2,40 +2,39 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 import torch
+from processes import Child, forget_billhook
 from transformers import AutoModelForCausalLM
 
 PACKAGE = Path(__file__).parents[1] / "examples" / "own_method"
-ALL = """
-import json, sys
-import pytest
-from billhook.cli import app
-for command in json.loads(sys.argv[1]):
-    app(command, standalone_mode=False)
-    print(chr(12))
-sys.exit(pytest.main([sys.argv[2], "-c", sys.argv[3], "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]))
-"""  # in one process: to start one takes longer than a command
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the package is installed."""
-    site = tmp_path_factory.mktemp("site")
-    quiet = ("--quiet", "--disable-pip-version-check")
-    how = ["--no-deps", "--no-build-isolation", "--no-index", "--target", site]
-    source = tmp_path_factory.mktemp("source")  # an installation writes beside its source
-    for name in ("own_method.py", "pyproject.toml"):
-        (source / name).write_text((PACKAGE / name).read_text())
-    subprocess.run([sys.executable, "-m", "pip", "install", *quiet, *how, source], check=True)
-    return site
+def where_it_is_installed(source: Path, site: Path, commands: list[list[str]]) -> None:
+    """In a fresh process, and in one for all: as pip installs it, and as an interpreter starts that finds it there."""
+    from setuptools import build_meta
+
+    os.chdir(source)
+    with ZipFile(site / build_meta.build_wheel(str(site))) as wheel:
+        wheel.extractall(site)
+    forget_billhook()
+    sys.path.insert(0, str(site))
+    os.environ["COLUMNS"] = "200"
+    from billhook.cli import app
+
+    for command in commands:
+        app(command, standalone_mode=False)
+        sys.stdout.write("\f")
+    del sys.modules[__name__]  # the name of its own test as well
+    own = [PACKAGE / "test_own_method.py", "-c", PACKAGE / "pyproject.toml", "-q"]
+    sys.exit(pytest.main([*map(str, own), "-p", "no:cacheprovider", "-p", "no:xdist"]))
 
 
-def test_it_is_there_wherever_methods_are(site: Path, folder: Path, text_file: Path, tmp_path: Path) -> None:
+def test_it_is_there_wherever_methods_are(folder: Path, text_file: Path, tmp_path: Path) -> None:
     out, sizes = tmp_path / "out", ("--ratio", 0.2, "--multiple-of", 4)
     common = ("--calibration", text_file, "--samples", 4, "--seq-len", 32, "--text", text_file, "--windows", 2)
     ways = ("--methods", "own:multiple_of=4", "--methods", "fasp:multiple_of=4", "--ratio", 0.2)
@@ -48,12 +47,15 @@ def test_it_is_there_wherever_methods_are(site: Path, folder: Path, text_file: P
         (*prune, "-o", tmp_path / "no", "--dry-run"),
         ("compare", folder, *ways, *common, "--json", "-"),
     ]
-    given = json.dumps([[str(word) for word in command] for command in commands])
-    environment = os.environ | {"PYTHONPATH": str(site), "COLUMNS": "200"}
-    run = [sys.executable, "-c", ALL, given, PACKAGE / "test_own_method.py", PACKAGE / "pyproject.toml"]
-    done = subprocess.run(run, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    listed, own, options, _, foretold, compared, its_test = done.stdout.split("\f")
+    given = [[str(word) for word in command] for command in commands]
+    source, site = tmp_path / "source", tmp_path / "site"  # an installation writes beside its source
+    for place in (source, site):
+        place.mkdir()
+    for name in ("own_method.py", "pyproject.toml"):
+        (source / name).write_text((PACKAGE / name).read_text())
+    code, said, errors = Child(where_it_is_installed, source, site, given, fresh=True).ended()
+    assert code == 0, said + errors
+    listed, own, options, _, foretold, compared, its_test = said.split("\f")
     assert "own          ffn: Channels by the size of their weights" in listed
     assert "--power" in own and "--method own:" in options
     small, wide = (AutoModelForCausalLM.from_pretrained(path) for path in (out, folder))
