@@ -25,7 +25,7 @@ CASES: dict[str, Case] = {
     "loraprune": ("llama", dict(method="loraprune", steps=12)),
     "mlpruning": ("llama", dict(method="mlpruning", steps=12, settling=4)),
     "l0": ("llama", dict(method="l0", steps=12)),
-    "auto": ("llama", dict(method="auto")),
+    "auto": ("llama", dict(method="auto", probes=2)),
     "adapruner": ("llama", dict(method="adapruner", trials=3, pool=8, pool_len=16)),
     "goa": ("llama", dict(method="goa", axes=("ffn", "groups"))),
     "rom": ("llama", dict(method="rom", layout="per_layer")),
