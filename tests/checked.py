@@ -9,16 +9,15 @@ import functools
 import inspect
 import types
 import typing
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import jaxtyping
 
-TIMES = 8
+TIMES = 6
 BEARTYPED = "__beartype_func"  # the argument by which beartype's function knows the one that it checks
 _with_shapes = jaxtyping.jaxtyped
-_called: Counter[Any] = Counter()  # how often by this test, by a function's code
+_called: dict[int, int] = {}  # how often by this test, by the id of a function's code, whose hash takes long
 _checks: dict[types.CodeType, Any] = {}  # what beartype made of a function with this code
 
 
@@ -58,11 +57,12 @@ def _jaxtyped(*, typechecker: Callable[[Any], Any]) -> Callable[[Any], Any]:
         if isinstance(one, type) or inspect.isgeneratorfunction(one):  # which Ray asks
             return check(one)
         checked: list[Any] = []
+        code = id(one.__code__)
 
         @functools.wraps(one)
         def sometimes(*args: Any, **given: Any) -> Any:
-            _called[one.__code__] += 1
-            if _called[one.__code__] > TIMES:
+            _called[code] = times = _called.get(code, 0) + 1
+            if times > TIMES:
                 return one(*args, **given)
             if not checked:
                 checked.append(check(one))
