@@ -71,16 +71,14 @@ def test_what_a_generator_yields_comes_as_it_is_made(workers: Workers, cluster: 
         assert list(pool.map_stream(worker_tasks.count_when_asked, [], str(tmp_path))) == []
 
 
-def test_what_a_dead_ray_worker_had_is_done_again(cluster: str, tmp_path: Path) -> None:
-    with worker_pool(Workers(ray=cluster), "cpu", partial(worker_tasks.prepare, 10)) as pool:
-        assert list(pool.map(worker_tasks.die_once, range(3), str(tmp_path))) == [10, 11, 12]
-    assert (tmp_path / "dead").exists()
-
-
-def test_what_a_dead_ray_worker_had_yielded_comes_once(cluster: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("amid", [pytest.param(False, marks=pytest.mark.whole), True], ids=["work", "what it yields"])
+def test_what_a_dead_ray_worker_had_is_done_again_and_comes_once(amid: bool, cluster: str, tmp_path: Path) -> None:
     with worker_pool(Workers(ray=cluster), "cpu", partial(worker_tasks.prepare, 100)) as pool:
-        found = list(pool.map_stream(worker_tasks.die_midway, range(2), str(tmp_path)))
-    assert sorted(found) == [100, 101, 102, 110, 111, 112]
+        if amid:
+            found = list(pool.map_stream(worker_tasks.die_midway, range(2), str(tmp_path)))
+            assert sorted(found) == [100, 101, 102, 110, 111, 112]
+        else:
+            assert list(pool.map(worker_tasks.die_once, range(3), str(tmp_path))) == [100, 101, 102]
     assert (tmp_path / "dead").exists()
 
 
