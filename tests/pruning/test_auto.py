@@ -361,7 +361,7 @@ def test_a_dry_run_says_what_it_comes_to(axes: tuple[str, ...], text_file: Path,
     assert abs(gap) < 0.02  # another rival may have won
     assert {"refinement", "goals"} <= set(said["stages"]) & set(found["seconds"])
     assert said["stages"]["refinement"]["flops"] > 0 and said["peak_bytes"] > 0
-    tried = said["will"].removeprefix("tries ").partition(" (each fitted on 8 windows")[0].split("; ")
+    tried = said["will"].removeprefix("tries ").partition(" (each fitted on 5 windows")[0].split("; ")
     if "trials" in said["stages"]:
         assert set(found["auto"]["tried"]) <= set(tried)
     assert f"fitted on {found['calibration']['windows']} windows, then refined" in said["will"]
