@@ -20,6 +20,11 @@ import checked
 import covering
 
 os.environ["OMP_NUM_THREADS"] = "1"  # here and in subprocesses: on tiny tensors threads only wait for one another
+SERVED = (  # files whose fresh processes come from a server, which takes as long to start as the tests themselves
+    *("test_auto", "test_clients", "test_contest", "test_device", "test_doubles", "test_gates", "test_grams"),
+    *("test_laws", "test_masking", "test_own", "test_own_method", "test_processes", "test_recover_command"),
+    *("test_resuming", "test_search", "test_workers"),
+)
 _frozen = [0]  # how many modules there were
 gc.disable()  # until all is imported
 gc.set_threshold(20_000, 20, 20)  # a small test makes many objects, and few of them in cycles
@@ -32,6 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     torch.set_num_threads(1)
     covering.thin(items)
+    items.sort(key=lambda item: item.path.stem not in SERVED)  # first, so that one worker has them, and one server
     gc.enable()
 
 
