@@ -84,7 +84,7 @@ def hooks_of(param: nn.Parameter) -> bool:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.covering(some={"family": 3})
+@pytest.mark.covering(some={"family": 6})
 def test_sums_are_those_of_whole_gradients(family: str) -> None:
     model = tiny.model(family)
     grads = whole_gradients(model, {slot.param for axis in axes(model, ALL) for slot in axis.slots})
@@ -117,7 +117,7 @@ def together(sums: GradientSums, *, leaf: str) -> Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.covering(some={"family": 3})
+@pytest.mark.covering(some={"family": 6})
 def test_what_is_linear_in_the_reader_says_the_same_as_the_reader(family: str) -> None:
     model = tiny.model(family)
     for axis, sums in by_axis(model, gradient_sums(model, IDS, ALL)):
@@ -147,7 +147,7 @@ def entering(model: PreTrainedModel, path: str, see: Callable[[Tensor], Tensor])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.covering(some={"family": 3})
+@pytest.mark.covering(some={"family": 6})
 def test_the_reader_s_sums_are_those_of_activations(family: str) -> None:
     model = tiny.model(family)
     for axis, sums in by_axis(model, gradient_sums(model, IDS[:1], ALL)):
@@ -164,7 +164,7 @@ def test_the_reader_s_sums_are_those_of_activations(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.covering(some={"family": 3})
+@pytest.mark.covering(some={"family": 6})
 def test_gate_fisher_is_that_of_an_explicit_gate(family: str) -> None:
     model = tiny.model(family)
     for axis, sums in by_axis(model, gradient_sums(model, IDS, ALL)):
@@ -352,7 +352,7 @@ def test_standardised_scores_have_mean_zero_and_deviation_one() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.covering(some={"family": 3})
+@pytest.mark.covering(some={"family": 6})
 def test_layers_that_run_again_on_the_way_back_give_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model(family)
     plain = gradient_sums(model, IDS, ("ffn",))

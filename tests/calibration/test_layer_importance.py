@@ -155,7 +155,7 @@ def test_taylor_keeps_them_where_few_layers_are(total: int, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("family", [family for family in tiny.CONFIGS if family not in tiny.ONLY_FFNS])
-@pytest.mark.covering(some={"family": 3})
+@pytest.mark.covering(some={"family": 6})
 def test_taylor_sums_over_every_linear_weight(family: str) -> None:
     """Whatever has two dimensions in a layer, by autograd over the loss of all windows, but for routers and their
     like."""

@@ -131,6 +131,7 @@ CUTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("name", "cut"), [("gemma3", "layers"), ("llava", "ffn"), ("qwen3_vl", "groups"), ("qwen3_vl", "layers")]
 )
+@pytest.mark.covering
 def test_what_is_cut_loads_in_its_stock_class(
     name: str, cut: str, folders: dict[str, Path], text_file: Path, tmp_path: Path
 ) -> None:

@@ -267,7 +267,7 @@ ALLOCATIONS = ("equal", "skip:1,0", "global", "standardised", "sensitivity")
 
 @pytest.mark.parametrize("score", ["analytic", "measured"])
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
-@pytest.mark.covering
+@pytest.mark.covering(some={"allocation": 2})
 def test_every_allocation_and_both_layouts(allocation: str, score: str, text_file: Path, tmp_path: Path) -> None:
     given: dict[str, Any] = {"calibration": str(text_file), "samples": 8, "seq_len": 32, "multiple_of": 4, "probes": 2}
     for layout in ("uniform", "per_layer") if allocation == "equal" else ("per_layer",):

@@ -89,6 +89,7 @@ def test_a_model_that_cannot_be_pruned_is_given_back_in_its_mode(text_file: Path
 
 
 @pytest.mark.parametrize("family", ["gpt2", "seed_oss", "opt"])
+@pytest.mark.covering(some={"family": 2})
 def test_a_recovery_has_no_dropout_unless_it_is_asked_for(family: str, text_file: Path, tmp_path: Path) -> None:
     model = made(family)
     model.save_pretrained(tmp_path / "model")

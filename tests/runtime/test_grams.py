@@ -54,7 +54,7 @@ def forbid_passes(monkeypatch: pytest.MonkeyPatch) -> None:
         ({**MASKS, "sparsity": 0.3}, {**FASP, "ratio": 0.2}),
     ],
 )
-@pytest.mark.covering
+@pytest.mark.covering(some={"second": 2})
 def test_another_cut_runs_no_layer(
     first: dict[str, Any],
     second: dict[str, Any],

@@ -46,7 +46,7 @@ def test_what_matters_is_learned(text: str) -> None:
     assert sum(drifts) / 2 > 0.2
 
 
-@pytest.mark.covering
+@pytest.mark.covering(some={"kinds": 2})
 @pytest.mark.parametrize("layout", ["uniform", "per_layer"])
 @pytest.mark.parametrize("kinds", ["ffn", "groups,ffn", "ffn,layers", "layers"])
 def test_the_budget_is_met(layout: str, kinds: str, text: str) -> None:
