@@ -49,6 +49,14 @@ def deep(family: str = "llama", total: int = 6) -> Any:
     return tiny.model(family, num_hidden_layers=total)
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The default with a third gone, of the text that all tests have."""
+    text = tmp_path_factory.mktemp("text") / "words.txt"
+    text.write_text(tiny.text())
+    return prune(deep(), text, ratio=1 / 3, look=False)
+
+
 @pytest.mark.parametrize(
     ("losses", "name"),
     [
@@ -173,15 +181,15 @@ def test_what_no_rival_can_give_is_refused_in_one_line(text_file: Path) -> None:
 
 @pytest.mark.parametrize("family", ["granite", "mistral", "phi3", "qwen2"])
 @pytest.mark.covering(some={"family": 4})
-def test_which_family_it_is_does_not_show(text_file: Path, family: str) -> None:
+def test_which_family_it_is_does_not_show(text_file: Path, plain: Any, family: str) -> None:
     """The same function, written as another family, is cut in the same places, and as well."""
     carried = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "carry_over.py"))["carried"]
-    own, other = (prune(model, text_file, ratio=1 / 3) for model in (deep(), carried(deep(), family)))
-    first, second = own.record["auto"], other.record["auto"]
-    assert first["chosen"] == second["chosen"] and own.record["dropped_layers"] == other.record["dropped_layers"]
+    other = prune(carried(deep(), family), text_file, ratio=1 / 3)
+    first, second = plain.record["auto"], other.record["auto"]
+    assert first["chosen"] == second["chosen"] and plain.record["dropped_layers"] == other.record["dropped_layers"]
     assert first["tried"] == pytest.approx(second["tried"], rel=1e-2)
     ids = tiny.tokens()
-    assert (own.model(ids).logits - other.model(ids).logits).norm() <= 1e-2 * own.model(ids).logits.norm()
+    assert (plain.model(ids).logits - other.model(ids).logits).norm() <= 1e-2 * plain.model(ids).logits.norm()
 
 
 @pytest.mark.parametrize(("behind", "count"), [(1.1, 2), (1.2, 1)])
@@ -238,13 +246,13 @@ def test_refinement_can_be_left_out(text_file: Path) -> None:
     ) == any(one["kept"] for one in refined.record["refined"])
 
 
-def test_the_same_prune_is_made_twice(text_file: Path) -> None:
-    first, second = (prune(deep(), text_file, ratio=1 / 3) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True))
+def test_the_same_prune_is_made_twice(text_file: Path, plain: Any) -> None:
+    again = prune(deep(), text_file, ratio=1 / 3)
+    assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), plain.model.parameters(), strict=True))
 
 
 def test_what_was_tried_is_not_tried_again_after_a_kill(
-    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    text_file: Path, plain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refine, refined = refinement.refine, []
 
@@ -264,8 +272,6 @@ def test_what_was_tried_is_not_tried_again_after_a_kill(
             prune(deep(), text_file, work=work, **other)
     monkeypatch.setattr(Standard, "divergences", None)
     again = prune(deep(), text_file, ratio=1 / 3, work=work)
-    monkeypatch.undo()
-    plain = prune(deep(), text_file, ratio=1 / 3)
     assert all(again.record["auto"][name] == plain.record["auto"][name] for name in ("chosen", "tried", "refused"))
     assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), plain.model.parameters(), strict=True))
 
