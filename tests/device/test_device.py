@@ -30,7 +30,7 @@ CASES: dict[str, Case] = {
     "goa": ("llama", dict(method="goa", axes=("ffn", "groups"))),
     "rom": ("llama", dict(method="rom", layout="per_layer")),
     "bolaco": ("llama", dict(method="bolaco", layout="per_layer", rounds=3)),
-    "lorc": ("llama", dict(method="lorc", layout="per_layer", ratio=0.1)),
+    "lorc": ("llama", dict(method="lorc", keys="pairs", ratio=0.1)),
     "layerchop": ("llama", dict(method="layerchop", layers=2, ratio=None, preset="greedy", patch="linear")),
     "experts": ("olmoe", dict(method="experts", experts="uncurl")),
     "slicegpt": ("llama", dict(method="slicegpt")),

@@ -93,14 +93,15 @@ class Lorc(Fasp):
             "rule progressive reads the weights of all layers" if _falls(recipe) else ""
         )
 
+    def why_apart(self, recipe: Recipe, count: int) -> str:
+        if recipe.settings.pairs:
+            return "--keys pairs works in one: start it without accelerate launch"
+        return super().why_apart(recipe, count)
+
     def why_unforeseen(self, recipe: Recipe) -> str:
-        return super().why_unforeseen(recipe) or (
-            "keys pairs weighs what all layers hold"
-            if recipe.settings.pairs
-            else "rule progressive reads weights"
-            if _falls(recipe)
-            else ""
-        )
+        if recipe.settings.pairs:
+            return "keys pairs weighs what all layers hold"
+        return super().why_unforeseen(recipe) or ("rule progressive reads weights" if _falls(recipe) else "")
 
     def at_once(self, recipe: Recipe) -> bool:
         return super().at_once(recipe) and not recipe.settings.pairs

@@ -16,7 +16,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from billhook.errors import ModelError
 from billhook.models.families import attention, attention_module, layers, linear, module_path, rotary_pairs, row_of
 from billhook.models.modeling_per_layer import narrow_heads
-from billhook.tensors import Kept, RotaryPairs
+from billhook.tensors import Kept, RotaryPairs, precise
 
 FIXED = ("default", "linear", "llama3", "yarn")  # kinds of rotary positions whose frequencies no text changes
 LONG = "longrope"
@@ -114,7 +114,7 @@ def _shrink(model: PreTrainedModel, layer: int, pairs: tuple[int, ...]) -> None:
     _take_rows(model, layer, (pairs,) * sizes.kv_heads)
     if not any(hasattr(model.config, key) for key in OWN_SCALE):
         for param in _projections(model, layer)[0].parameters():
-            param.data *= (size / sizes.head_dim) ** 0.5
+            param.data = (precise(param.data) * (size / sizes.head_dim) ** 0.5).to(param)
         module.scaling = size**-0.5
     module.head_dim = size
 
