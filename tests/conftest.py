@@ -23,7 +23,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # here and in subprocesses: on tiny tensors
 SERVED = (  # files whose fresh processes come from a server, which takes as long to start as the tests themselves
     *("test_auto", "test_clients", "test_contest", "test_device", "test_doubles", "test_gates", "test_grams"),
     *("test_laws", "test_masking", "test_own", "test_own_method", "test_processes", "test_recover_command"),
-    *("test_resuming", "test_search", "test_workers"),
+    *("test_resuming", "test_search", "test_trials", "test_workers"),
 )
 _frozen = [0]  # how many modules there were
 gc.disable()  # until all is imported
