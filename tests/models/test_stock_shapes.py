@@ -88,6 +88,7 @@ def test_export_merges_only_where_asked_to(tmp_path: Path) -> None:
     assert "`billhook export --merge` multiplies" in run("export", folder, "-o", tmp_path / "a.gguf")
     found = billhook.export(folder, out, format="folder", merge=True, quiet=True)
     assert found.merged == "7 weights are back in stock shapes: what was cut of them saves nothing here"
+    assert found.record["model_type"] == "llama" and found.record["layout"] == "uniform"
     stock = T.AutoModelForCausalLM.from_pretrained(out)
     assert type(stock) is T.LlamaForCausalLM
     assert torch.allclose(stock(TOKENS).logits, billhook.load(folder)(TOKENS).logits, atol=1e-4)

@@ -8,8 +8,8 @@ from billhook.checkpoints.clients import check
 from billhook.checkpoints.formats import Wanted
 from billhook.checkpoints.gguf.write import write_gguf
 from billhook.checkpoints.load import Opened
+from billhook.checkpoints.shards import read_json
 from billhook.models import layout
-from billhook.models.multimodal import type_of
 from billhook.models.stock_shapes import merge, settle_biases
 from billhook.models.surgery import cast
 from billhook.reports import records
@@ -48,7 +48,7 @@ def _write_folder(opened: Opened, work: Path, tick: Tick) -> dict[str, Any]:
     save.save(model, opened.tokenizer, work, opened.folder)
     record = {
         "parent": opened.name,
-        "model_type": type_of(model),
+        "model_type": read_json(work / "config.json", opened.name)["model_type"],
         "layout": layout.layout_of(model),
         "verified": verify.verify(work, model),
         "loads": [check.check(work, "transformers")],
