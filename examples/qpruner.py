@@ -16,7 +16,7 @@ import billhook
 
 def main(
     model: str = "demo",
-    text: str = "demo",
+    text: str = "mixed",
     out: str = "qpruned",
     *,
     memory: str = "110MB",
