@@ -18,6 +18,7 @@ TIMES = 6
 BEARTYPED = "__beartype_func"  # the argument by which beartype's function knows the one that it checks
 _with_shapes = jaxtyping.jaxtyped
 _called: dict[int, int] = {}  # how often by this test, by the id of a function's code, whose hash takes long
+_making: list[Any] = []  # whose checks are being made: beartype holds a lock then, that a signal's handler must not ask
 _checks: dict[types.CodeType, Any] = {}  # what beartype made of a function with this code
 
 
@@ -49,9 +50,13 @@ def _jaxtyped(*, typechecker: Callable[[Any], Any]) -> Callable[[Any], Any]:
     own."""
 
     def check(one: Any) -> Any:
-        if isinstance(one, type) or any(map(_has_shapes, one.__annotations__.values())):
-            return _with_shapes(typechecker=typechecker)(one)
-        return _beartyped(one, typechecker)
+        _making.append(one)
+        try:
+            if isinstance(one, type) or any(map(_has_shapes, one.__annotations__.values())):
+                return _with_shapes(typechecker=typechecker)(one)
+            return _beartyped(one, typechecker)
+        finally:
+            _making.pop()
 
     def decorated(one: Any) -> Any:
         if isinstance(one, type) or inspect.isgeneratorfunction(one):  # which Ray asks
@@ -62,7 +67,7 @@ def _jaxtyped(*, typechecker: Callable[[Any], Any]) -> Callable[[Any], Any]:
         @functools.wraps(one)
         def sometimes(*args: Any, **given: Any) -> Any:
             _called[code] = times = _called.get(code, 0) + 1
-            if times > TIMES:
+            if times > TIMES or (_making and not checked):
                 return one(*args, **given)
             if not checked:
                 checked.append(check(one))

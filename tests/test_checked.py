@@ -40,3 +40,27 @@ def test_each_of_the_functions_that_a_line_makes_is_checked_and_does_its_own() -
     for add in (first, second):
         with pytest.raises(Exception, match=r"add.*parameter to=.* violates type hint"):
             add("1")
+
+
+def test_what_is_called_while_a_check_is_made_waits_for_none() -> None:
+    """As a signal's handler may be, while beartype holds its lock."""
+    made = []
+
+    def maker(one: Any) -> Any:
+        made.append(one.__name__)
+        return (inner if one.__name__ == "outer" else beartype.beartype)(one)
+
+    @jaxtyping.jaxtyped(typechecker=maker)
+    def handler(number: int) -> int:
+        return number
+
+    def inner(one: Any) -> Any:
+        handler(1)
+        return beartype.beartype(one)
+
+    @jaxtyping.jaxtyped(typechecker=maker)
+    def outer() -> int:
+        return 2
+
+    assert outer() == 2 and made == ["outer"]
+    assert handler(1) == 1 and made == ["outer", "handler"]

@@ -25,6 +25,7 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 ENDS = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
 TEXT = ["--calibration", "{text}", "--samples", "10", "--seq-len", "32"]
 CUT = ["prune", "{model}", "-o", "{out}", "--method=fasp", *TEXT, "--multiple-of", "2"]
+GATED = ("gates", "loraprune", "l0", "softtopk", "mlpruning")
 KINDS: dict[str, list[str]] = {
     "fasp": [*CUT, "--ratio", "0.2"],
     "auto": [*CUT, "--method=auto", "--ratio", "0.35"],
@@ -47,6 +48,7 @@ KINDS: dict[str, list[str]] = {
         *("compare", "{model}", "--methods", "fasp", "--methods", "layerchop:preset=input", "--ratio", "0.35", *TEXT),
         *("--text", "{text}", "--windows", "4", "--json", "{out}.json"),
     ],
+    **{name: [*CUT, "--method", name, "--ratio", "0.3", "--steps", "40"] for name in GATED},
 }
 
 
@@ -172,7 +174,9 @@ def _no_client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 SAMPLE = ("fasp, streamed, in place of another", "slicegpt, streamed", "export")
 
 
-@pytest.mark.parametrize("kind", [SAMPLE[0], pytest.param(SAMPLE[1], marks=pytest.mark.whole), SAMPLE[2]])
+@pytest.mark.parametrize(
+    "kind", [SAMPLE[0], *(pytest.param(kind, marks=pytest.mark.whole) for kind in (SAMPLE[1], *GATED)), SAMPLE[2]]
+)
 def test_cut_off_at_some_moments(kind: str, tmp_path: Path) -> None:
     assert kills(kind, 1, tmp_path / "here").total() == len(SIGNALS)
 
