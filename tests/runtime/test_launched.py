@@ -24,6 +24,7 @@ WAYS = {
     "wanda": ["--method", "wanda", "--sparsity", "0.5", "--stream", "dense"],
     "lorc": ["--method", "lorc", "--ratio", "0.05", "--layout", "per_layer"],
     "files": [*FASP, "--stream-weights"],
+    "experts": ["--method", "fasp", "--ratio", "0.3", "--multiple-of", "8", "--axes", "expert_ffn"],
 }
 SMALL = ((passage, "BATCH_TOKENS", 32), (gram, "BATCH_TOKENS", 4), (perplexity, "HEAD_TOKENS", 32))
 
@@ -37,12 +38,13 @@ def command(line: list[str]) -> None:
 
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a model and a text; what `command` changes is put back."""
+    """A folder with two models and a text; what `command` changes is put back."""
     for module, name, _ in SMALL:
         monkeypatch.setattr(module, name, getattr(module, name))
     monkeypatch.setattr(sys, "argv", sys.argv)
-    tiny.model("llama").save_pretrained(tmp_path / "model")
-    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    for name, family in (("model", "llama"), ("mixture", "qwen2_moe")):
+        tiny.model(family).save_pretrained(tmp_path / name)
+        tiny.tokenizer().save_pretrained(tmp_path / name)
     (tmp_path / "text.txt").write_text(tiny.text())
     return tmp_path
 
@@ -50,7 +52,8 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def prune(bench: Path, way: str, output: str) -> list[str]:
     """Ten windows to fit and one held out: neither shares out evenly."""
     given = ["--calibration", str(bench / "text.txt"), "--samples", "11", "--seq-len", "16", "--device", "cpu"]
-    return ["prune", str(bench / "model"), *WAYS[way], *given, "--no-look", "-o", str(bench / output)]
+    model = bench / ("mixture" if way == "experts" else "model")
+    return ["prune", str(model), *WAYS[way], *given, "--no-look", "-o", str(bench / output)]
 
 
 def alone(line: list[str]) -> None:
