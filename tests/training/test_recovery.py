@@ -20,7 +20,8 @@ from billhook.checkpoints import load
 from billhook.checkpoints.result import Result
 from billhook.errors import BillhookError
 from billhook.math import losses
-from billhook.models import surgery
+from billhook.models import rotary, surgery
+from billhook.models.axes import axes
 from billhook.models.experts import unfuse
 from billhook.models.families import layers, row_of
 from billhook.pruning import prune
@@ -225,6 +226,21 @@ def test_a_tied_head_learns_as_a_head_alone() -> None:
     losses.next_token(free(inputs_embeds=embedded).logits, ids).backward()
     torch.testing.assert_close(whole, free.get_output_embeddings().weight.grad)
     assert not trainables.merged(model).get_input_embeddings()._forward_hooks
+
+
+def test_adapters_of_narrow_heads_add_nothing_at_first_and_learn() -> None:
+    model = tiny.model("llama")
+    for axis in axes(model, ("value",)):
+        surgery.remove(model, axis, torch.tensor([0, 9]))
+    rotary.narrow_keys(model, {1: ((0, 2), (1, 3))})
+    before = model(tiny.tokens(2, LENGTH)).logits
+    made = trainables.train_adapters(model, None, 4)
+    assert torch.allclose(made(tiny.tokens(2, LENGTH)).logits, before, atol=1e-5)
+    made(tiny.tokens(2, LENGTH)).logits.square().mean().backward()
+    learning = {name for name, param in made.named_parameters() if param.grad is not None and param.grad.any()}
+    assert {part for part in "qkvo" if any(f"layers.1.self_attn.{part}_proj" in name for name in learning)} == set(
+        "qkvo"
+    )
 
 
 def test_merged_adapters_compute_the_same() -> None:

@@ -202,6 +202,14 @@ def rotary_pairs(model: PreTrainedModel, layer: int) -> RotaryPairs:
     return getattr(attention_module(model, layer), PAIRS, ())
 
 
+def narrow_heads(model: PreTrainedModel) -> list[int]:
+    """The layers whose heads have lost value channels or rotary pairs."""
+    if not row_of(model).attention:
+        return []
+    heads = {n: attention(model, n) for n in range(len(layers(model)))}
+    return [n for n, one in heads.items() if not one.key_dim == one.value_dim == one.head_dim]
+
+
 def row_of(model: PreTrainedModel) -> Family:
     """The row of a model's family."""
     return family_of(getattr(model.config, "model_type", None))

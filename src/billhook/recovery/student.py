@@ -13,7 +13,7 @@ from billhook.errors import BillhookError
 from billhook.math import sparsity
 from billhook.math.grids import GRIDS
 from billhook.math.pattern import parse
-from billhook.models.families import layers, mixture
+from billhook.models.families import layers, mixture, narrow_heads
 from billhook.models.modes import noise
 from billhook.models.multimodal import within
 from billhook.recovery.settings import Recovery
@@ -133,6 +133,10 @@ def _check_base(opened: load.Opened, chosen: Recovery) -> None:
     if any(mixture(opened.model, n) is not None for n in range(len(layers(opened.model)))):
         raise BillhookError(
             f"--no-merge: {opened.name} is a mixture of experts, whose adapters are not peft's: merge them"
+        )
+    if narrow := narrow_heads(opened.model):
+        raise BillhookError(
+            f"--no-merge: layer {narrow[0]} of {opened.name} has narrower heads, whose adapters are not peft's: merge them"
         )
     if chosen.loftq:
         given = {name: param.shape for name, param in load.open_skeleton(chosen.loftq).named_parameters()}

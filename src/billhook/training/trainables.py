@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from billhook.errors import BillhookError
 from billhook.math import loftq
-from billhook.models.families import layers, mixture
+from billhook.models.families import layers, mixture, narrow_heads
 from billhook.tensors import Weight
 from billhook.training.on_levels import PROJECTION
 
@@ -58,6 +58,8 @@ def train_adapters(model: PreTrainedModel, cut: Seam | None, rank: int) -> Any:
     """Low-rank adapters (LoRA, arXiv:2106.09685) on every linear weight of the layers; `merged` adds them to it."""
     if any(mixture(model, n) is not None for n in range(len(layers(model)))):
         return train_masked_adapters(model, cut, rank)  # peft expects the experts of these families in one tensor
+    if narrow_heads(model):
+        return train_masked_adapters(model, cut, rank)  # what fills heads would see a weight without peft's adapter
     try:
         import peft
     except ImportError as error:
