@@ -532,20 +532,17 @@ def test_layers_that_differ_recover(folder: Path, texts: tuple[Path, Path], tmp_
     assert len(widths) == 2 == len({heads for _, heads in widths})
 
 
-def test_a_rate_is_found_by_trial(student: Path, folder: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
-    healing = recover(student, tmp_path / "work", **given(texts, folder, lr="auto")).healing
-    assert [one["lr"] for one in healing["rates"]] == list(budget.OTHER_RATES)
-    assert healing["lr"] == min(healing["rates"], key=lambda one: one["loss"])["lr"]
-    assert healing["steps"] == 6  # trials are beyond the budget
-
-
-def test_checkpoints_of_one_trial_are_not_anothers(
+def test_a_rate_is_found_by_trial_and_checkpoints_of_one_are_not_anothers(
     student: Path, folder: Path, texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = []
     for seconds in (300.0, 0.0):  # a long trial writes some
         monkeypatch.setattr(trainer, "SAVE_SECONDS", seconds)
-        found.append(recover(student, tmp_path / f"work{seconds}", **given(texts, folder, lr="auto")).healing["rates"])
+        healing = recover(student, tmp_path / f"work{seconds}", **given(texts, folder, lr="auto")).healing
+        assert [one["lr"] for one in healing["rates"]] == list(budget.OTHER_RATES)
+        assert healing["lr"] == min(healing["rates"], key=lambda one: one["loss"])["lr"]
+        assert healing["steps"] == 6  # trials are beyond the budget
+        found.append(healing["rates"])
     assert found[0] == found[1]
 
 
