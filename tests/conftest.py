@@ -21,7 +21,7 @@ import covering
 
 os.environ["OMP_NUM_THREADS"] = "1"  # here and in subprocesses: on tiny tensors threads only wait for one another
 SERVED = (  # files whose fresh processes come from a server, which takes as long to start as the tests themselves
-    *("test_auto", "test_clients", "test_contest", "test_device", "test_doubles", "test_gates", "test_grams"),
+    *("test_auto", "test_clients", "test_contest", "test_device", "test_doubles", "test_grams", "test_launched"),
     *("test_laws", "test_masking", "test_own", "test_own_method", "test_processes", "test_recover_command"),
     *("test_resuming", "test_search", "test_trials", "test_workers"),
 )
