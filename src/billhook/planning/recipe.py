@@ -37,11 +37,7 @@ class Budget(Part):
     context: int = option(2048, "tokens in the KV cache that --memory counts", ge=1)
     batch: int = option(1, "sequences in the KV cache that --memory counts", ge=1)
     sparsity: float | None = option(None, "for zeros: their share of the targeted weights", gt=0, lt=1, budget=True)
-    pattern: str = option(
-        "",
-        "for zeros: or N of every M weights of a row, like 2:4; with --sparsity: block16, that lie in blocks of 16 x 16",
-        budget=True,
-    )
+    pattern: str = option("", "or N of every M of a row, like 2:4; or where the share lies: block16", budget=True)
     vocab_from: tuple[str, ...] = option((), "keep the tokens of this text, drop the rest; may be repeated")
     vocab_size: int = option(0, "with --vocab-from: keep at least so many tokens", ge=0, shown="")
 
