@@ -27,6 +27,15 @@ DELTA = dict(
     linear_num_key_heads=2,
     linear_num_value_heads=4,
 )
+SLIDING, FULL = "sliding_attention", "full_attention"
+GEMMA4 = dict(
+    head_dim=8,
+    global_head_dim=16,
+    sliding_window=8,
+    hidden_size_per_layer_input=4,
+    vocab_size_per_layer_input=258,
+    pad_token_id=0,
+)
 LATENT = dict(
     **{**GATED, "num_key_value_heads": 4},
     **MIXED,
@@ -38,6 +47,21 @@ LATENT = dict(
     qk_rope_head_dim=8,
     qk_nope_head_dim=8,
     v_head_dim=8,
+    pad_token_id=0,
+)
+NEMOTRON = dict(
+    **MIXED,
+    head_dim=8,
+    n_routed_experts=8,
+    n_group=2,
+    topk_group=1,
+    moe_intermediate_size=16,
+    moe_shared_expert_intermediate_size=24,
+    mamba_num_heads=4,
+    mamba_head_dim=8,
+    ssm_state_size=8,
+    n_groups=2,
+    chunk_size=8,
     pad_token_id=0,
 )
 WIDE = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}  # GPT-2's words
@@ -110,6 +134,9 @@ CONFIGS: dict[str, Any] = {
         shared_expert_intermediate_size=24,
     ),
     "qwen3_5_text": lambda: T.Qwen3_5TextConfig(**SHAPE, **GATED, **DELTA),
+    "gemma4_text": lambda kinds=(SLIDING, FULL, FULL), **other: T.Gemma4TextConfig(
+        **{**SHAPE, **GATED, **GEMMA4, **other}, layer_types=[*kinds]
+    ),
     "lfm2": lambda: T.Lfm2Config(  # its class makes of 72 channels 48: two thirds, in steps of 16
         **SHAPE,
         **{**GATED, "intermediate_size": 72},
@@ -126,6 +153,10 @@ CONFIGS: dict[str, Any] = {
         mamba_d_state=8,
         mamba_chunk_size=8,
         residual_multiplier=0.5,
+    ),
+    "nemotron_h": lambda kinds=("linear_attention", "moe", "full_attention"), **other: T.NemotronHConfig(
+        **{**{key: value for key, value in SHAPE.items() if key != "num_hidden_layers"}, **GATED, **NEMOTRON, **other},
+        layers_block_type=[*kinds],
     ),
     "gpt2": lambda: T.GPT2Config(
         **{WIDE.get(key, key): value for key, value in SHAPE.items()}, n_inner=48, n_positions=128
@@ -176,6 +207,8 @@ HYBRIDS = (
     "qwen3_5_text",
     "lfm2",
     "granitemoehybrid",
+    "gemma4_text",
+    "nemotron_h",
 )  # attention in some layers alone
 ONLY_FFNS = (*LATENTS, *HYBRIDS)  # their rows say nothing of attention
 MIXTURES = tuple(name for name, row in FAMILIES.items() if row.experts)
@@ -190,18 +223,18 @@ NO_GROUPS = (
 )  # a norm over all heads, one group, or heads in one matrix
 NO_HEADS = ("olmo2", "olmoe", "falcon_alibi", "bloom", "gpt2", "gpt_neox", "gpt_neox_serial", "opt", "opt_350m")
 NO_VALUE = ("phi3", "gpt2", "gpt_neox", "gpt_neox_serial", "falcon", "falcon_new", "falcon_alibi", "bloom")
-POST_NORM = ("opt_350m", "gemma2", "gemma3_text", "olmo2")  # norms, or a factor, between an FFN and the stream
+POST_NORM = ("opt_350m", "gemma2", "gemma3_text", "gemma4_text", "olmo2")  # norms, or a factor, after the FFN
 
 
 def has(family: str, kind: str) -> bool:
     """Whether a tiny model has units of a kind to give; where it has none, a law says so and little more."""
     return {
-        "ffn": family not in ("mixtral", "olmoe", "gpt_oss", "qwen3_5_moe_text"),
+        "ffn": family not in ("mixtral", "olmoe", "gpt_oss", "qwen3_5_moe_text", "nemotron_h"),
         "heads": family not in (*NO_HEADS, *ONLY_FFNS),
         "groups": family not in (*NO_GROUPS, *ONLY_FFNS),
         "value": family not in (*NO_VALUE, *ONLY_FFNS),
         "expert_ffn": family in MIXTURES and family not in ("glm4_moe", *LATENTS),
-        "shared": family in ("qwen2_moe", "qwen3_next", "qwen3_5_moe_text"),
+        "shared": family in ("qwen2_moe", "qwen3_next", "qwen3_5_moe_text", "nemotron_h"),
         "experts": family in MIXTURES,
     }[kind]
 

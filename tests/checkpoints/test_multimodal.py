@@ -28,6 +28,13 @@ CONFIGS: dict[str, Any] = {
         mm_tokens_per_image=4,
         image_token_index=IMAGE,
     ),
+    "gemma4": lambda: T.Gemma4Config(
+        text_config=T.Gemma4TextConfig(**DEEP, **tiny.GATED, **tiny.GEMMA4, layer_types=[tiny.SLIDING, tiny.FULL] * 2),
+        vision_config=T.Gemma4VisionConfig(
+            **VISION, num_key_value_heads=2, head_dim=8, patch_size=4, pooling_kernel_size=2, position_embedding_size=16
+        ),
+        image_token_id=IMAGE,
+    ),
     "llava": lambda: T.LlavaConfig(
         text_config=T.LlamaConfig(**DEEP, **tiny.GATED),
         vision_config=T.CLIPVisionConfig(**VISION, image_size=16, patch_size=8, projection_dim=16),
@@ -63,6 +70,13 @@ MORE: dict[str, Any] = {  # the same, in other words: seen on text alone
         text_config=T.MistralConfig(**DEEP, **tiny.GATED, head_dim=8),
         vision_config=T.PixtralVisionConfig(**CLIP),
         image_token_index=IMAGE,
+    ),
+    "qwen2_5_vl": lambda: T.Qwen2_5_VLConfig(
+        text_config=T.Qwen2_5_VLTextConfig(
+            **DEEP, **tiny.GATED, rope_parameters={"rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+        ),
+        vision_config=T.Qwen2_5_VLVisionConfig(**QWEN, out_hidden_size=32),
+        image_token_id=IMAGE,
     ),
     "qwen3_5": lambda: T.Qwen3_5Config(
         text_config=T.Qwen3_5TextConfig(**DEEP, **tiny.GATED, **DELTA), vision_config=EYES, image_token_id=IMAGE
@@ -103,11 +117,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def with_image(name: str) -> dict[str, Any]:
     """Token ids, some of which an image stands for, and that image."""
-    pieces = {"gemma3": 4, "llava": 4, "qwen3_vl": 4}[name]
+    pieces = 4
     ids = tiny.tokens(1, 16, seed=2).clamp(max=200)
     ids[:, 4 : 4 + pieces] = IMAGE
     draw = torch.Generator().manual_seed(0)
     given: dict[str, Any] = {"input_ids": ids}
+    if name == "gemma4":
+        places = torch.cartesian_prod(torch.arange(4), torch.arange(4))[None]
+        return given | {"pixel_values": torch.randn(1, 16, 48, generator=draw), "image_position_ids": places}
     if name != "qwen3_vl":
         return given | {"pixel_values": torch.randn(1, 3, 16, 16, generator=draw)}
     grid = {"image_grid_thw": torch.tensor([[1, 4, 4]]), "mm_token_type_ids": (ids == IMAGE).int()}
@@ -129,7 +146,8 @@ CUTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    ("name", "cut"), [("gemma3", "layers"), ("llava", "ffn"), ("qwen3_vl", "groups"), ("qwen3_vl", "layers")]
+    ("name", "cut"),
+    [("gemma3", "layers"), ("gemma4", "layers"), ("llava", "ffn"), ("qwen3_vl", "groups"), ("qwen3_vl", "layers")],
 )
 @pytest.mark.covering
 def test_what_is_cut_loads_in_its_stock_class(
@@ -145,6 +163,8 @@ def test_what_is_cut_loads_in_its_stock_class(
     decoder = before.model.language_model
     decoder.layers = layers(result.model)
     decoder.config.num_hidden_layers = len(decoder.layers)
+    if name == "gemma4":  # parts for each layer, and kinds of layers, are of the body and its config
+        before.model.language_model, before.config.text_config = result.model.base_model, result.model.config
     torch.testing.assert_close(again(**with_image(name)).logits, before(**with_image(name)).logits)
     assert result.record["model_type"] == name
 
@@ -160,6 +180,21 @@ def test_other_models_with_eyes_load_in_their_stock_class(name: str, text_file: 
     out = result.save(tmp_path / "out")
     torch.testing.assert_close(stock(out)(IDS).logits, result.model(IDS).logits)
     assert result.record["sizes"]["achieved_ratio"] > 0.1
+
+
+def test_a_config_with_the_keys_of_its_decoder_among_its_own(tmp_path: Path) -> None:
+    """As the released Qwen2.5-VL has it."""
+    made("qwen2_5_vl").save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    content = json.loads(file.read_text())
+    text = content.pop("text_config")
+    file.write_text(json.dumps(text | {"rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]}} | content))
+    assert torch.equal(load.load(tmp_path / "model")(IDS).logits, stock(tmp_path / "model")(IDS).logits)
+    result = billhook.prune(tmp_path / "model", method="layerchop", drop="2")
+    out = result.save(tmp_path / "out")
+    assert torch.equal(stock(out)(IDS).logits, result.model(IDS).logits)
+    assert "text_config" not in json.loads((out / "config.json").read_text())
 
 
 def contents(folder: Path) -> dict[str, torch.Tensor]:
@@ -178,7 +213,7 @@ def test_all_else_goes_along_as_it_is(name: str, folders: dict[str, Path], tmp_p
     differing = {key for key in was if was[key] != now.get(key)}
     assert differing == {"text_config"}
     changed = {key for key, value in now["text_config"].items() if was["text_config"].get(key) != value}
-    assert changed - {"layer_types"} == {"num_hidden_layers"}
+    assert changed - {"layer_types", "per_layer_config"} == {"num_hidden_layers"}
     assert (out / "preprocessor_config.json").read_text() == '{"size": 16}'
     assert "\npipeline_tag: image-text-to-text\n" in (out / "README.md").read_text()
 

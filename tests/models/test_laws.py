@@ -17,7 +17,7 @@ from billhook.errors import BillhookError
 from billhook.models import layout
 from billhook.models.axes import Axis, axes, refusal
 from billhook.models.experts import unfuse
-from billhook.models.families import Attention, as_output, attention, check_known, layers
+from billhook.models.families import Attention, as_output, attention, check_known, layers, row_of
 from billhook.models.limits import check_kinds
 from billhook.models.sizes import decoder_parameters, total_parameters
 from billhook.models.surgery import cast, drop_layers, remove, without, zero
@@ -244,13 +244,16 @@ def test_heads_that_its_own_config_refuses_are_held_by_the_stand_in(tmp_path: Pa
 def test_dropping_layers_equals_skipping_them(family: str, gone: tuple[int, ...], tmp_path: Path) -> None:
     model, skipping = tiny.model(family), tiny.model(family)
     if family in tiny.HYBRIDS and 0 in gone:
-        with pytest.raises(BillhookError, match=r"all layers of type (linear_attention|conv) would go"):
+        with pytest.raises(
+            BillhookError, match=r"all layers of type (linear_attention|conv|sliding_attention|full_attention) would go"
+        ):
             drop_layers(model, gone)
         return
     for n in gone:
         layers(skipping)[n].forward = lambda hidden_states, *_, **__: as_output(skipping, hidden_states)
     drop_layers(model, gone)
-    assert torch.equal(model(IDS).logits, skipping(IDS).logits)
+    rounding = 1e-5 if row_of(model).by_layer else 0.0  # a product of another size is summed in another order
+    torch.testing.assert_close(model(IDS).logits, skipping(IDS).logits, rtol=rounding, atol=rounding)
     assert len(layers(model)) == 3 - len(gone)
     save.save(model, tiny.tokenizer(), tmp_path, None)
     assert verify.verify(tmp_path, model)["cache_drift"] < 1e-5

@@ -94,7 +94,7 @@ def ids(tokenizer: Any, text: str) -> list[int]:
 def model(family: str, tokenizer: Any, padding: int = 0) -> Any:
     """A tiny model of the tokenizer's size."""
     torch.manual_seed(0)
-    config = tiny.CONFIGS[family]()
+    config = tiny.CONFIGS[family](**{"hidden_size_per_layer_input": 0} if family == "gemma4_text" else {})
     config.vocab_size = len(tokenizer) + padding
     config.bos_token_id, config.eos_token_id, config.pad_token_id = (
         tokenizer.convert_tokens_to_ids(token) for token in ("<s>", "</s>", "<unk>")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from billhook.errors import BillhookError
+from billhook.models import patterns
 from billhook.models.families import as_output, layers
 from billhook.runtime.memory import return_freed
 from billhook.tensors import Tokens
@@ -28,7 +29,15 @@ def enter(
 
     Args:
         kept: what is done with a hidden state; its result is returned in the state's place.
+
+    Raises:
+        BillhookError: some of its layers take keys and values from earlier ones.
     """
+    if patterns.shares(model.config):
+        raise BillhookError(
+            "layers of this model take keys and values from earlier ones, and billhook measures layers one by one: use "
+            "--method layerchop, with --drop or a --preset by position (middle)"
+        )
     states: list[Any] = []
     calls: list[list[dict[str, Any]]] = []
 

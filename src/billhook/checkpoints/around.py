@@ -11,7 +11,7 @@ from torch import Tensor
 from billhook.checkpoints.shards import read_json, stored
 from billhook.models.families import PER_LAYER_KEYS, family_of
 from billhook.models.multimodal import TEXT, around, decoder_config
-from billhook.models.patterns import DENSE_FIRST
+from billhook.models.patterns import DENSE_FIRST, SHARED, SIZES
 from billhook.models.surgery import PLAIN_LAYERS, PLAIN_STEP
 from billhook.runtime.headers import Stored
 
@@ -75,9 +75,9 @@ def whole_config(written: Mapping[str, Any], source: Path) -> dict[str, Any]:
     """
     content = read_json(source / "config.json", str(source))
     before, keys = decoder_config(content), family_of(written["model_type"]).keys.values()
-    cut = {*keys, *PER_LAYER_KEYS, *DENSE_FIRST, PLAIN_LAYERS, PLAIN_STEP, "num_hidden_layers"}
+    cut = {*keys, *PER_LAYER_KEYS, *DENSE_FIRST, PLAIN_LAYERS, PLAIN_STEP, SHARED, SIZES, "num_hidden_layers"}
     changed = {key: written[key] for key in sorted(cut & written.keys()) if written[key] != before.get(key)}
-    return content | {TEXT: content[TEXT] | changed}
+    return content | ({TEXT: content[TEXT] | changed} if TEXT in content else changed)
 
 
 def _prefixes(keys: Collection[str]) -> dict[str, str]:

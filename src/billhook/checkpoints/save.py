@@ -54,10 +54,11 @@ def save(model: Any, tokenizer: Any, to: Path, source: Path | None) -> None:
 
 
 def _for_older(config: dict[str, Any]) -> dict[str, Any]:
-    """A config that transformers 4 reads, too."""
+    """A config that transformers 4 reads, too, unless the family's class is newer and refuses the older keys."""
     family = stock_type(config["model_type"])
     kind = "type" if family in OLDER_TYPE else "rope_type"
-    return older.with_older_keys(config, OLDER_ROTARY.get(family, older.ROTARY), kind)
+    extended = older.with_older_keys(config, OLDER_ROTARY.get(family, older.ROTARY), kind)
+    return extended if layout.takes(family, extended) or not layout.takes(family, config) else config
 
 
 def _save_tokenizer(tokenizer: Any, to: Path, source: Path | None) -> None:

@@ -21,7 +21,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from billhook.models.experts import JOINED, Experts
+from billhook.models.experts import Experts, joined
 from billhook.models.layout import layout_of
 
 # channels and inputs of the small matrix that stands for a weight: unequal, so that transposing or splitting it shows
@@ -30,12 +30,12 @@ WEIGHT = (2, 3)
 
 def stored_as(model: Any) -> dict[str, str]:
     """Names on disk, by name in the model, of parameters and of stored buffers; experts are listed one by one."""
-    marked, joined = _joined(model)
+    marked, together = _joined(model)
     plain = {name: torch.empty(0) for name in model.state_dict().keys() - set(marked)}
     if layout_of(model) != "uniform":  # billhook's own classes only load their own names
         return {name: name for name in plain}
     names, name_by_id = {}, {id(tensor): name for name, tensor in plain.items()}
-    for key, tensor in revert_weight_conversion(model, {**plain, **joined}).items():
+    for key, tensor in revert_weight_conversion(model, {**plain, **together}).items():
         if id(tensor) in name_by_id:
             names[name_by_id[id(tensor)]] = key
         elif tensor.numel() == WEIGHT[0] * WEIGHT[1]:
@@ -47,16 +47,16 @@ def stored_as(model: Any) -> dict[str, str]:
 
 def _joined(model: Any) -> tuple[list[str], dict[str, Tensor]]:
     """Names of all experts' weights, and small tensors, marked by number, joined as the stock classes join them."""
-    marked, joined = list[str](), {}
+    marked, together = list[str](), {}
     for path, module in model.named_modules():
-        for name, parts in JOINED.items() if isinstance(module, Experts) else ():
+        for name, parts in joined(module.stock).items() if isinstance(module, Experts) else ():
             experts = []
             for number in range(len(module)):
                 weights = [f"{path}.{number}.{part}.weight" for part in parts]
                 experts.append(torch.cat([_mark(len(marked) + n, weight) for n, weight in enumerate(weights)]))
                 marked += weights
-            joined[f"{path}.{name}"] = torch.stack(experts)
-    return marked, joined
+            together[f"{path}.{name}"] = torch.stack(experts)
+    return marked, together
 
 
 def _mark(number: int, name: str) -> Tensor:

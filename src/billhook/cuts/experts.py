@@ -130,9 +130,8 @@ def _merge(model: PreTrainedModel, axis: Axis, members: list[int], routing: Rout
     turned: dict[str, list[torch.Tensor]] = {name: [] for name, _ in reference.named_parameters()}
     for one in (listed[number] for number in members):
         pairs = [
-            (reference.gate_proj.weight, one.gate_proj.weight),
-            (reference.up_proj.weight, one.up_proj.weight),
-            (reference.down_proj.weight.T, one.down_proj.weight.T),
+            (a.weight.T, b.weight.T) if name == "down_proj" else (a.weight, b.weight)
+            for (name, a), b in zip(reference.named_children(), one.children(), strict=True)
         ]
         order = merging.aligned([(a.cpu(), b.cpu()) for a, b in pairs]).to(one.down_proj.weight.device)
         for name, param in one.named_parameters():

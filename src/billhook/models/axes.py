@@ -19,6 +19,8 @@ from billhook.models.families import (
     attention,
     bias_path,
     feed_forwards,
+    has_ffn,
+    holds,
     layers,
     linear,
     mixture,
@@ -28,7 +30,7 @@ from billhook.models.families import (
     row_of,
     shape,
 )
-from billhook.models.modeling_per_layer import Family, Refusal
+from billhook.models.modeling_per_layer import Family
 from billhook.tensors import Columns, Index, Kept, Scores, Units
 
 
@@ -115,23 +117,19 @@ def axes(model: PreTrainedModel, kinds: tuple[str, ...] = tuple(KINDS)) -> list[
 
 def refusal(model: PreTrainedModel, kind: str, layout: str) -> str:
     """Why the model cannot give up a kind of axis (or `layers`) in a layout, or ''."""
-    row = row_of(model)
+    row, numbers = row_of(model), range(len(layers(model)))
     for entry in row.refusals:
-        if kind in entry.kinds and (layout == "uniform" or not entry.uniform_only) and _holds(model, entry):
+        if kind in entry.kinds and (layout == "uniform" or not entry.uniform_only) and holds(model, entry):
             return entry.why
-    if kind == "groups" and row.attention and any(rotary_pairs(model, n) for n in range(len(layers(model)))):
+    if kind == "groups" and row.attention and any(rotary_pairs(model, n) for n in numbers):
         return "its KV heads keep rotary pairs of their own"
-    if kind in MIXED and not row.experts:
+    if kind in MIXED and all(mixture(model, n) is None for n in numbers):
         return "only mixtures of experts have that axis, and it is dense"
     if kind == "shared" and not row.shared:
         return "it has no shared expert, to which every token goes"
-    if kind == "ffn" and row.experts and all(mixture(model, n) is not None for n in range(len(layers(model)))):
+    if kind == "ffn" and row.experts and all(mixture(model, n) is not None or not has_ffn(model, n) for n in numbers):
         return "all its FFNs are mixtures of experts, whose axes are experts and expert_ffn"
     return ""
-
-
-def _holds(model: PreTrainedModel, entry: Refusal) -> bool:
-    return not entry.key or bool(getattr(model.config, entry.key, False))
 
 
 def _projections(row: Family, sizes: Attention) -> dict[str, tuple[str, Index]]:

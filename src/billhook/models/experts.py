@@ -1,9 +1,9 @@
 """The experts of a mixture as separate modules with linear weights, and fused again as the stock class stores them.
 
 transformers 5 keeps the experts of a layer in 3-D parameters: gates and ups together, and downs.  gpt-oss keeps them
-transposed, gates and ups in turns, with biases.  Statistics, scores, masks and adapters work on linear modules:
-`unfuse` a model when it is opened, `fuse` it before it is saved or returned.  Measurements are of the stock class's own
-forward: they run within `fused`.
+transposed, gates and ups in turns, with biases; Nemotron-H has no gates.  Statistics, scores, masks and adapters work
+on linear modules: `unfuse` a model when it is opened, `fuse` it before it is saved or returned.  Measurements are of
+the stock class's own forward: they run within `fused`.
 """
 
 from collections.abc import Iterator
@@ -18,17 +18,16 @@ from billhook.errors import ModelError
 from billhook.models.families import layers, mixture, row_of
 from billhook.runtime.offload import is_offloaded
 
-JOINED = {
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "down_proj": ("down_proj",),
-}  # the stock class's parameters: which weights they join
+# the stock class's parameters: which weights they join, of experts with a gate and without
+JOINED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+UNGATED = {"up_proj": ("up_proj",), "down_proj": ("down_proj",)}
 
 
 class Expert(nn.Module):
-    """One gated FFN: expert `number` of a stock module, whose weights it shares as far as they are stored plainly."""
+    """One FFN: expert `number` of a stock module, whose weights it shares as far as they are stored plainly."""
 
     stock: Any  # computes what is between the weights
-    gate_proj: nn.Linear
+    gate_proj: nn.Linear  # where experts have a gate
     up_proj: nn.Linear
     down_proj: nn.Linear
 
@@ -41,6 +40,8 @@ class Expert(nn.Module):
             self.add_module(name, _linear(weight, bias, stock.down_proj.requires_grad))
 
     def forward(self, x: Tensor) -> Tensor:
+        if not _says(self.stock, "has_gate"):
+            return self.down_proj(self.stock.act_fn(self.up_proj(x)))
         gate, up = self.gate_proj(x), self.up_proj(x)
         if _says(self.stock, "is_concatenated"):
             return self.down_proj(self.stock._apply_gate(torch.cat([gate, up], -1)))
@@ -72,9 +73,9 @@ def unfuse(model: PreTrainedModel) -> None:
         stock: Any = mixture(model, n)
         if stock is None or isinstance(stock, Experts):
             continue
-        if not all(isinstance(getattr(stock, name, None), nn.Parameter) for name in JOINED):
+        if not all(isinstance(getattr(stock, name, None), nn.Parameter) for name in joined(stock)):
             raise ModelError(
-                f"layer {n}: its experts are not stored as gate_up_proj and down_proj: this checkpoint is not a stock "
+                f"layer {n}: its experts are not stored as {' and '.join(joined(stock))}: this checkpoint is not a stock "
                 f"{model.config.model_type}"
             )
         experts = Experts(Expert(stock, number) for number in range(len(stock.down_proj)))
@@ -102,7 +103,7 @@ def fuse(model: PreTrainedModel) -> None:
         if is_offloaded(model):
             continue
         trained = experts[0].down_proj.weight.requires_grad
-        for name in JOINED:
+        for name in joined(stock):
             setattr(stock, name, nn.Parameter(_together(stock, experts, name, "weight"), trained))
             if _says(stock, "has_bias"):
                 setattr(stock, f"{name}_bias", nn.Parameter(_together(stock, experts, name, "bias"), trained))
@@ -139,32 +140,39 @@ def is_unfused(model: PreTrainedModel) -> bool:
     return any(isinstance(module, Experts) for module in model.modules())
 
 
+def joined(stock: Any) -> dict[str, tuple[str, ...]]:
+    """The parameters of a stock module of experts: which weights they join."""
+    return JOINED if _says(stock, "has_gate") else UNGATED
+
+
 def _says(stock: Any, flag: str) -> bool:
     """What transformers' decorator of a class says of how it stores its experts; without one it is the plain way."""
-    return getattr(stock, flag, flag == "is_concatenated")
+    return getattr(stock, flag, flag in ("is_concatenated", "has_gate"))
 
 
 def _apart(stock: Any, number: int, suffix: str = "") -> dict[str, Tensor | None]:
     """The weights (out, in) of one expert, or with the suffix `_bias` its biases (out), by the name of the module."""
     if suffix and not _says(stock, "has_bias"):
-        return {name: None for names in JOINED.values() for name in names}
-    both, down = (getattr(stock, f"{name}{suffix}")[number].detach() for name in JOINED)
+        return {name: None for names in joined(stock).values() for name in names}
+    both, down = (getattr(stock, f"{name}{suffix}")[number].detach() for name in joined(stock))
     if not suffix and _says(stock, "is_transposed"):
         both, down = both.mT.contiguous(), down.mT.contiguous()
+    if not _says(stock, "has_gate"):
+        return {"up_proj": both, "down_proj": down}
     gate, up = both.chunk(2) if _says(stock, "is_concatenated") else (both[::2].contiguous(), both[1::2].contiguous())
     return {"gate_proj": gate, "up_proj": up, "down_proj": down}
 
 
 def _together(stock: Any, experts: list[Expert], name: str, leaf: str) -> Tensor:
     """One 3-D parameter of the stock module, or the biases that go with it (experts, out)."""
-    joined = []
+    whole = []
     for expert in experts:
-        parts = [getattr(expert.get_submodule(part), leaf).detach() for part in JOINED[name]]
+        parts = [getattr(expert.get_submodule(part), leaf).detach() for part in joined(stock)[name]]
         if len(parts) > 1 and not _says(stock, "is_concatenated"):
             parts = [_in_turns(*parts)]
         one = torch.cat(parts)
-        joined.append(one.mT if leaf == "weight" and _says(stock, "is_transposed") else one)
-    return torch.stack(joined)
+        whole.append(one.mT if leaf == "weight" and _says(stock, "is_transposed") else one)
+    return torch.stack(whole)
 
 
 def _in_turns(first: Tensor, second: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from billhook.errors import ModelError
 from billhook.models import modeling_per_layer
-from billhook.models.modeling_per_layer import FFN_DIM, MODEL_TYPE, PAIRS, RANKS, V_HEAD_DIM, Family, LowRank
+from billhook.models.modeling_per_layer import FFN_DIM, MODEL_TYPE, PAIRS, RANKS, V_HEAD_DIM, Family, LowRank, Refusal
 from billhook.models.stock_families import STOCK_FAMILIES
 from billhook.runtime import plug_ins
 from billhook.tensors import RotaryPairs, Weight
@@ -26,7 +26,6 @@ FFN_SIZES = ("width", "experts", "expert_width", "shared_width")  # sizes of pla
 PER_LAYER_KEYS = ("layer_types", "no_rope_layers", "mlp_layer_types")  # config keys with one value for each layer
 OLDER_TYPE = ("phi3", "olmo2")  # families whose kind of rope scaling transformers 4 reads under `type` alone
 OLDER_ROTARY = {"gpt_neox": ("rotary_emb_base", "rotary_pct")}  # keys in transformers 4 of theta and rotated share
-EXPERT = ("gate_proj", "up_proj", "down_proj")  # linear modules of an expert, and of the one that is shared
 FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}  # roles of matrices that some families fuse
 
 FAMILIES: dict[str, Family] = modeling_per_layer.FAMILIES | STOCK_FAMILIES
@@ -99,8 +98,13 @@ def sizes(model: PreTrainedModel, layer: int) -> dict[str, Any]:
     """
     row = row_of(model)
     if row.only_ffns:
-        found = {row.keys[size]: value for size, value in _ffn_sizes(model, layer).items() if size in row.keys}
-        return found | row.settled
+        settled = {kind for entry in row.refusals if entry.key and holds(model, entry) for kind in entry.kinds}
+        kinds = dict(zip(FFN_SIZES, ("ffn", "experts", "expert_ffn", "shared"), strict=True))
+        return {
+            row.keys[size]: value
+            for size, value in _ffn_sizes(model, layer).items()
+            if size in row.keys and kinds[size] not in settled
+        } | row.settled
     heads = attention(model, layer)
     values = {"heads": heads.heads, "kv_heads": heads.kv_heads, "head_dim": heads.head_dim, **_ffn_sizes(model, layer)}
     config = {key: values[size] for size, key in row.keys.items() if size in values}
@@ -114,6 +118,11 @@ def sizes(model: PreTrainedModel, layer: int) -> dict[str, Any]:
     return config | own | ({RANKS: found} if (found := ranks(model, layer)) else {})
 
 
+def holds(model: PreTrainedModel, entry: Refusal) -> bool:
+    """Whether the model's config is one that a refusal is of."""
+    return not entry.key or bool(getattr(model.config, entry.key, False))
+
+
 def ranks(model: PreTrainedModel, layer: int) -> dict[str, int]:
     """The rank of every linear module of one layer that is two thin ones, by its path in the layer."""
     thin: dict[str, Any] = {p: m for p, m in layers(model)[layer].named_modules() if isinstance(m, LowRank)}
@@ -122,7 +131,7 @@ def ranks(model: PreTrainedModel, layer: int) -> dict[str, int]:
 
 def _ffn_sizes(model: PreTrainedModel, layer: int) -> dict[str, int]:
     experts: Any = mixture(model, layer)
-    if experts is None and not row_of(model).down:
+    if experts is None and not has_ffn(model, layer):
         return {}
     if experts is None:
         return {"width": shape(operator(model, module_path(model, layer, row_of(model).down)))[1]}
@@ -143,8 +152,18 @@ def experts_per_token(model: PreTrainedModel) -> int:
 def mixture(model: PreTrainedModel, layer: int) -> nn.Module | None:
     """The experts of one layer, fused or not (billhook.models.experts); None for a layer with a plain FFN."""
     path = row_of(model).experts
+    return _part(model, layer, path) if path else None
+
+
+def has_ffn(model: PreTrainedModel, layer: int) -> bool:
+    """Whether a layer without experts has an FFN."""
+    row = row_of(model)
+    return bool(row.down) and not (row.bare and _part(model, layer, row.down) is None)
+
+
+def _part(model: PreTrainedModel, layer: int, path: str) -> nn.Module | None:
     try:
-        return layers(model)[layer].get_submodule(path) if path else None
+        return layers(model)[layer].get_submodule(path)
     except AttributeError:
         return None
 
@@ -165,14 +184,14 @@ def feed_forwards(model: PreTrainedModel, layer: int) -> list[tuple[str, tuple[s
     Fused experts are left out.
     """
     row, experts = row_of(model), mixture(model, layer)
-    if experts is None and not row.down:
+    if experts is None and not has_ffn(model, layer):
         return []
     if experts is None:
         return [("ffn", tuple(module_path(model, layer, name) for name in row.up), module_path(model, layer, row.down))]
     places = [("shared", row.shared)] if row.shared else []
     if isinstance(experts, nn.ModuleList):
         places += [("expert_ffn", f"{row.experts}.{number}") for number in range(len(experts))]
-    *up, down = EXPERT
+    *up, down = row.expert
     return [
         (
             kind,

@@ -65,13 +65,16 @@ def stock_holder(model: PreTrainedModel, changes: Mapping[str, Any]) -> str:
     biased = any(config.get(key) for key in ("attention_bias", "mlp_bias"))
     alone = row.stand_in and not biased and within(model) is None
     families = (stock, *([row.stand_in] if alone else []))
-    content = json.dumps(config, sort_keys=True, default=str)
-    return next((family for family in families if _takes(family, content)), "")
+    return next((family for family in families if takes(family, config)), "")
+
+
+def takes(family: str, config: Mapping[str, Any]) -> bool:
+    """Whether a family's config can be made of such values."""
+    return _takes(family, json.dumps(config, sort_keys=True, default=str))
 
 
 @lru_cache(maxsize=64)
 def _takes(family: str, content: str) -> bool:
-    """Whether a family's config can be made of such JSON."""
     try:
         CONFIG_MAPPING[family].from_dict({**json.loads(content), "model_type": family})
     except Exception:  # each transformers release raises its own validation errors
@@ -163,4 +166,5 @@ def write_code(to: Path) -> None:
 def plain(config: dict[str, Any], stock: str) -> dict[str, Any]:
     """A config without the keys that only per-layer configs have; MLA's `v_head_dim` is a stock config's own."""
     foreign = [key for key in per_layer.OWN_KEYS if not hasattr(CONFIG_MAPPING[stock], key)]
-    return {k: v for k, v in config.items() if k not in ("auto_map", "per_layer_config", *foreign)}
+    foreign += [] if family_of(stock).uneven else ["per_layer_config"]
+    return {k: v for k, v in config.items() if k not in ("auto_map", *foreign)}

@@ -38,8 +38,7 @@ class Refusal:
 
 
 ALL_HEADS = ("heads", "groups")
-# config keys, where every query head has its KV head
-MULTI_HEAD = {"width": "intermediate_size", "heads": "num_attention_heads"}
+MULTI_HEAD = {"width": "intermediate_size", "heads": "num_attention_heads"}  # where every query head has its KV head
 FUSED_VALUES = Refusal(("value",), "q, k and v are one matrix, in which value heads are as long as key heads")
 ALIBI = "ALiBi gives every head a slope by its number, so that the rest would change with what goes"
 DIVIDED = Refusal(
@@ -72,6 +71,8 @@ class Family:
     experts: str = ""  # of a mixture of experts: their module, in the layers that have one in place of the FFN
     router: str = ""
     shared: str = ""  # the expert that every token goes to
+    expert: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")  # linear modules of an expert, the reader last
+    bare: bool = False  # whether some layers have neither an FFN nor experts
     bias: str = ""  # what the router adds where it chooses, one number an expert: its own, or a path within the layer
     head_dim: str = "head_dim"  # attribute of the attention module
     keys: dict[str, str] = field(  # size -> config key; a size without one cannot be cut in a stock checkpoint
@@ -81,10 +82,11 @@ class Family:
     counters: dict[str, str] = field(  # attribute of the attention module -> heads | kv_heads | entries | per_group
         default_factory=lambda: {"num_key_value_groups": "per_group"}
     )
-    # whether the FFN's output is added as it is: or the config key and value that say so
-    as_is: bool | tuple[str, object] = True
+    as_is: bool | tuple[str, object] = True  # whether the FFN's output is added as it is, or the key and value for it
     tuples: bool = False  # whether a layer returns its output in a tuple
     refusals: tuple[Refusal, ...] = ()
+    by_layer: tuple[tuple[str, int], ...] = ()  # parameters with a part for each layer, and the dimension of the parts
+    uneven: bool = False  # whether its stock config has `per_layer_config`: attention of several sizes, by layer
     expert_counters: tuple[str, ...] = ()  # attributes that hold the number of experts; none: the router's num_experts
     derived: bool = False  # whether the row was derived from a model, and so proved on it
     stand_in: str = ""  # family whose stock class computes the same and takes sizes that this one's config refuses

@@ -13,8 +13,9 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from billhook.errors import ModelError, reason
 from billhook.runtime.headers import shown
 
-CAUSAL = {"qwen3_vl_text": "qwen3"}  # text types without a causal LM: one that computes the same
-PLANES = ("mrope_section", "mrope_interleaved")  # of rotary parameters: on text all three positions are one
+# text types without a causal LM: one that computes the same
+CAUSAL = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
+PLANES = ("mrope_section", "mrope_interleaved", "type")  # of rotary parameters: on text all three positions are one
 TEXT = "text_config"
 
 
@@ -28,7 +29,8 @@ class Around:
 
 # model type -> config key, in vision_config, of a list as long as the number of kept layers; '' where all can go
 MULTIMODAL = {
-    **dict.fromkeys(("gemma3", "llava", "llava_next", "llava_onevision", "mistral3", "qwen3_5", "qwen3_5_moe"), ""),
+    **dict.fromkeys(("gemma3", "gemma4", "llava", "llava_next", "llava_onevision", "mistral3"), ""),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe"), ""),
     "qwen3_vl": "deepstack_visual_indexes",
 }
 REFUSED = {"mllama": "its decoder reads the image in layers of cross-attention, which text never runs"}
@@ -41,7 +43,9 @@ def around(content: Mapping[str, Any]) -> Around | None:
         BillhookError: it is multimodal, and its decoder cannot be pruned where it stands; or transformers refuses it.
     """
     kind = str(content.get("model_type"))
-    if not isinstance(content.get(TEXT), dict):
+    if (
+        not isinstance(content.get(TEXT), dict) and kind not in MULTIMODAL
+    ):  # some have the decoder's keys among their own
         return None
     if kind not in MULTIMODAL:
         why = REFUSED.get(kind, f"billhook prunes the text decoder of {', '.join(MULTIMODAL)} where it stands")

@@ -12,6 +12,8 @@ from transformers import PreTrainedConfig
 
 # keys that say how many layers come before the first with experts
 DENSE_FIRST = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
+SHARED = "num_kv_shared_layers"  # config key: so many last layers take keys and values from earlier ones
+SIZES = "per_layer_config"  # config key: by a layer's number, its sizes that differ from the others'
 NUMBERS = re.compile(r"layer|idx|indic")  # of the name of a key that holds numbers of layers
 
 
@@ -64,6 +66,27 @@ def kept(config: PreTrainedConfig, layers: Sequence[int]) -> dict[str, list[Any]
         **{key: [new[n] for n in values[key] if n in new] for key in numbered(config)},
         **{key: [values[key][n % len(values[key])] for n in layers] for key in cyclic(config)},
     }
+
+
+def counted(config: PreTrainedConfig, layers: Sequence[int]) -> dict[str, Any]:
+    """The values of `SHARED` and `SIZES`, where the config has them, once only these layers are left, ascending."""
+    values: dict[str, Any] = {}
+    if shares(config):
+        values[SHARED] = sum(n >= config.num_hidden_layers - getattr(config, SHARED) for n in layers)
+    if getattr(config, "is_heterogeneous", False):
+        sizes = {int(n): own for n, own in config.to_dict()[SIZES].items()}
+        values[SIZES] = {new: sizes[n] for new, n in enumerate(layers) if n in sizes}
+    return values
+
+
+def shares(config: PreTrainedConfig) -> bool:
+    """Whether some layers take keys and values from earlier ones."""
+    return bool(getattr(config, SHARED, 0))
+
+
+def shared_from(config: Any) -> list[int]:
+    """The layers whose keys and values later ones take: the last of each type that is not one of these."""
+    return [n for n, mode in enumerate(config.kv_sharing_modes) if mode == "store"] if shares(config) else []
 
 
 def _lists(config: PreTrainedConfig) -> list[tuple[str, Sequence[Any]]]:

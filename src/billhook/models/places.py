@@ -9,7 +9,8 @@ from transformers.pytorch_utils import Conv1D
 
 from billhook.errors import ModelError
 from billhook.models.experts import JOINED
-from billhook.models.families import EXPERT, shape
+from billhook.models.families import shape
+from billhook.models.modeling_per_layer import Family
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -133,7 +134,7 @@ def _of_experts(layer: nn.Module, path: str, experts: Any, hidden: int) -> dict[
     shared = [
         name
         for name, child in parent.named_children()
-        if all(isinstance(getattr(child, leaf, None), nn.Linear) for leaf in EXPERT)
+        if all(isinstance(getattr(child, leaf, None), nn.Linear) for leaf in Family.expert)
     ]
     holders = {above: parent, f"{at}{routers[0]}": parent.get_submodule(routers[0])}
     counters = [

@@ -15,7 +15,18 @@ LATENT = Refusal(
     (*ALL_HEADS, "value"),
     "its keys and values come from one latent (MLA), of which no row speaks: no axis is of it yet",
 )
+MIXERS = (  # what Nemotron-H's layers of attention and of Mamba multiply by, and its mixtures before and after
+    *("q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "conv1d", "out_proj"),
+    *("fc1_latent_proj", "fc2_latent_proj"),
+)
 BESIDE_EXPERTS = Refusal(MIXED, "its experts stand beside an FFN that every token goes to, and only that is an axis")
+
+SIZES_BY_LAYER = Refusal(
+    (*ALL_HEADS, "value"), "its attention has other sizes in some of its layers: no axis is of it yet"
+)
+DOUBLE = Refusal(
+    ("ffn",), "its FFNs are twice as wide where keys and values are shared, which one key says", "use_double_wide_mlp"
+)
 
 
 def _hybrid(beside: str, what: str, *others: Refusal) -> dict[str, Any]:
@@ -95,6 +106,17 @@ STOCK_FAMILIES: dict[str, Family] = {
         keys={"width": "intermediate_size"},
         **DELTA_NET,
     ),
+    "gemma4_text": Family(
+        ("Gemma4TextConfig", "Gemma4TextModel", "Gemma4ForCausalLM"),
+        attention="",
+        beside=("self_attn", "per_layer_input_gate", "per_layer_projection", "router", "experts"),
+        keys={"width": "intermediate_size"},
+        counters={},
+        as_is=False,
+        by_layer=(("model.embed_tokens_per_layer.weight", 1), ("model.per_layer_model_projection.weight", 0)),
+        uneven=True,
+        refusals=(SIZES_BY_LAYER, DOUBLE, replace(BESIDE_EXPERTS, key="enable_moe_block")),
+    ),
     "lfm2": Family(
         named("Lfm2"),
         up=("feed_forward.w1", "feed_forward.w3"),
@@ -102,6 +124,26 @@ STOCK_FAMILIES: dict[str, Family] = {
         keys={"width": "intermediate_size"},
         settled={"block_auto_adjust_ff_dim": False},
         **_hybrid("conv", "a short convolution"),
+    ),
+    "nemotron_h": replace(
+        Family(
+            named("NemotronH"),
+            up=("mixer.up_proj",),
+            down="mixer.down_proj",
+            experts="mixer.experts",
+            router="mixer.gate",
+            shared="mixer.shared_experts",
+            expert=("up_proj", "down_proj"),
+            bare=True,
+            bias="e_score_correction_bias",
+            keys={
+                **{"width": "intermediate_size", "experts": "n_routed_experts"},
+                **{"expert_width": "moe_intermediate_size", "shared_width": "moe_shared_expert_intermediate_size"},
+                **{"top_k": "num_experts_per_tok", "groups": "n_group", "top_groups": "topk_group"},
+            },
+            **_hybrid("mixer", "Mamba or an FFN"),
+        ),
+        beside=tuple(f"mixer.{name}" for name in MIXERS),
     ),
     "granitemoehybrid": replace(
         Family(

@@ -21,6 +21,7 @@ from billhook.tensors import Bias, Expand, Reduce, Units
 
 PLAIN_LAYERS = "mlp_only_layers"  # config key: numbers of the layers without a mixture of experts
 PLAIN_STEP = "decoder_sparse_step"  # config key: every so many layers have a mixture
+UNCACHED = ("mlp", "moe")  # types of layer that are an FFN alone, and so have nothing in a cache
 SIZES = ("in_features", "out_features", "nx", "nf")  # attributes of linear modules: the sizes of their weight
 
 
@@ -143,8 +144,9 @@ def drop_layers(model: PreTrainedModel, numbers: Collection[int]) -> None:
     plain = [new for new, n in enumerate(kept) if mixture(model, n) is None]
     if not kept:
         raise ModelError(f"all {total} layers would go: keep at least one")
-    _check_kinds_stay(model, kept)
-    _check_first_stay(model, kept)
+    values = _followed(model, kept)
+    _check_kinds_stay(model, kept, values)
+    _check_needed_stay(model, kept)
     for n in sorted(set(numbers), reverse=True):
         del modules[n]
     for new, layer in enumerate(modules):
@@ -152,38 +154,70 @@ def drop_layers(model: PreTrainedModel, numbers: Collection[int]) -> None:
         for inner in layer.modules():  # the KV cache is indexed by it: a stale number is silently wrong
             if hasattr(inner, "layer_idx"):
                 inner.layer_idx = new
-    _follow(model, kept)
+    _cut_parts(model, kept, total)
     _say_plain(model.config, plain)
     model.config.num_hidden_layers = len(kept)
+    for key, value in values.items():
+        setattr(model.config, key, value)
     renumber(model)
 
 
-def _follow(model: PreTrainedModel, kept: list[int]) -> None:
-    """Keys of the config that say what each layer is say it of those that stay."""
+def _followed(model: PreTrainedModel, kept: list[int]) -> dict[str, Any]:
+    """Keys of the config that say what each layer is, with what they say of those that stay."""
     if row_of(model).derived:
-        for key, values in patterns.kept(model.config, kept).items():
-            setattr(model.config, key, values)
+        values: dict[str, Any] = patterns.kept(model.config, kept)
+    else:
+        said = {key: getattr(model.config, key, None) for key in PER_LAYER_KEYS}
+        values = {key: [value[n] for n in kept] for key, value in said.items() if value is not None}
+    return values | patterns.counted(model.config, kept)
+
+
+def _cut_parts(model: PreTrainedModel, kept: list[int], total: int) -> None:
+    """Of parameters with a part for each layer, take those of the layers that go."""
+    for name, dim in row_of(model).by_layer:
+        path, _, leaf = name.rpartition(".")
+        try:
+            owner: Any = model.get_submodule(path)
+        except AttributeError:  # a setting of its config leaves it out
+            continue
+        old = getattr(owner, leaf)
+        parts = torch.arange(old.shape[dim]).view(total, -1)[kept].flatten().to(old.device)
+        setattr(owner, leaf, nn.Parameter(old.detach().index_select(dim, parts), old.requires_grad))
+        if isinstance(owner, nn.Linear):
+            owner.out_features, owner.in_features = owner.weight.shape
+        elif isinstance(owner, nn.Embedding):
+            owner.embedding_dim = owner.weight.shape[1]
+
+
+def _check_kinds_stay(model: PreTrainedModel, kept: list[int], values: dict[str, Any]) -> None:
+    """Refuse to drop all layers of one kind: caches of a hybrid ask a layer of each for its length.
+
+    Refuse, too, what the config says otherwise: gemma4's makes the last layer one of full attention.
+    """
+    config, types = model.config, getattr(model.config, "layer_types", None)
+    if not row_of(model).only_ffns or not types:
         return
-    for key in PER_LAYER_KEYS:
-        if (values := getattr(model.config, key, None)) is not None:
-            setattr(model.config, key, [values[n] for n in kept])
-
-
-def _check_kinds_stay(model: PreTrainedModel, kept: list[int]) -> None:
-    """Refuse to drop all layers of one kind: caches of a hybrid ask a layer of each for its length."""
-    types = getattr(model.config, "layer_types", None)
-    if row_of(model).only_ffns and types and (lost := sorted(set(types) - {types[n] for n in kept})):
+    if lost := sorted(set(types) - {types[n] for n in kept} - set(UNCACHED)):
         raise ModelError(f"all layers of type {lost[0]} would go: keep at least one of each type")
+    named = {config.attribute_map.get(key, key): value for key, value in values.items()}
+    said = type(config).from_dict(config.to_dict() | named | {"num_hidden_layers": len(kept)}).layer_types
+    if changed := [n for n, kind in zip(kept, said, strict=True) if kind != types[n]]:
+        raise ModelError(
+            f"layer {changed[0]} is of type {types[changed[0]]}, which its config does not let it be once the others are "
+            "gone: keep another one in its place"
+        )
 
 
-def _check_first_stay(model: PreTrainedModel, kept: list[int]) -> None:
-    """Refuse to drop a layer that image features are added to by its number."""
+def _check_needed_stay(model: PreTrainedModel, kept: list[int]) -> None:
+    """Refuse to drop a layer that image features are added to by its number, or whose keys and values others take."""
     stands = within(model)
     if stands and (lost := sorted(set(range(stands.kept_layers)) - set(kept))):
         raise ModelError(
             f"layer {lost[0]} would go: {stands.model_type} adds image features to the first {stands.kept_layers} layers, "
             "which have to stay"
         )
+    if lost := sorted(set(patterns.shared_from(model.config)) - set(kept)):
+        raise ModelError(f"layer {lost[0]} would go: later layers take its keys and values, so that it has to stay")
 
 
 def _say_plain(config: Any, plain: list[int]) -> None:

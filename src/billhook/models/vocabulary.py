@@ -24,6 +24,7 @@ from billhook.runtime.progress import Tick, quiet
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 SPACE = "▁"  # SentencePiece's token of a space; its decoder does not take that from bytes
 ID_KEYS = re.compile(r"(_token_ids?|suppress_tokens|_words_ids|sequence_bias)$")  # config keys that hold token ids
+BY_LAYER = "hidden_size_per_layer_input"  # config key: width of what every token brings to each layer
 CHATS = [[{"role": role, "content": "Hello"} for role in roles.split()] for roles in ("user", "system user assistant")]
 Move = Callable[[int], int]
 Ranks = dict[tuple[str, str], int]  # pair -> rank of its merge; BPE takes the lowest first
@@ -49,6 +50,10 @@ def trim(
         raise ModelError(
             f"the vocabulary of {model.config.model_type} cannot be trimmed: its row is derived, and does not say which "
             "tensors have a row for each token"
+        )
+    if getattr(model.config, BY_LAYER, 0):
+        raise ModelError(
+            f"the vocabulary of {model.config.model_type} cannot be trimmed: it embeds every token once more for its layers"
         )
     tick("vocabulary", 0, 2)
     before, size = model.num_parameters(), model.get_input_embeddings().num_embeddings
