@@ -99,7 +99,7 @@ def sizes(model: PreTrainedModel, layer: int) -> dict[str, Any]:
     row = row_of(model)
     if row.only_ffns:
         settled = {kind for entry in row.refusals if entry.key and holds(model, entry) for kind in entry.kinds}
-        kinds = dict(zip(FFN_SIZES, ("ffn", "experts", "expert_ffn", "shared"), strict=True))
+        kinds: dict[str, str] = dict(zip(FFN_SIZES, ("ffn", "experts", "expert_ffn", "shared"), strict=True))
         return {
             row.keys[size]: value
             for size, value in _ffn_sizes(model, layer).items()
