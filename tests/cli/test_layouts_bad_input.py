@@ -93,7 +93,7 @@ COMMANDS = {  # PRUNE works but for a budget and what follows
     "export {model} -o {tmp}/new/a.gguf --format onnx": "unknown format 'onnx': valid: gguf, folder",
     # quantize
     "quantize {opt} --method rtn -o {tmp}/new": "billhook writes no GGUF of opt: keep the folder",
-    "quantize {model} --bits 3 -o {tmp}/new": "unknown bits '3'.*4, 5, 8, T2, Q4_0",
+    "quantize {model} --bits 3 -o {tmp}/new": "unknown bits '3'.*4, 5, 8, T2, TQ2_0, Q4_0",
     "quantize {model} --memory 1kB -o {tmp}/new": "--memory 1,000: its weights take from .* to .* bytes",
     "quantize {model} --bits 4 --memory 90MB -o {tmp}/new": "--bits mixed wants --memory",
     "export {tmp}/nowhere -o {tmp}/new/a.gguf": "model .*nowhere does not exist",

@@ -15,10 +15,13 @@ def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_a_weight_on_the_levels_is_found_there_to_the_bit(name: str) -> None:
-    W, grid = drawn(12, 96), GRIDS[name]
+    grid = GRIDS[name]
+    W = drawn(12, 3 * grid.block)
     W[0] = 0.0
-    W[1, 40:] = 0.0
-    scales = grids.scales_of(grids.blocks(W), grid)[0].float() * torch.rand(12, 3, generator=torch.Generator())
+    W[1, grid.block + 8 :] = 0.0
+    scales = grids.scales_of(grids.blocks(W, grid.block), grid)[0].float() * torch.rand(
+        12, 3, generator=torch.Generator()
+    )
     V = grids.quantised(W, -scales.half(), None, grid).values()  # some blocks reach neither end
     found = grids.exact(V, grid)
     assert found is not None and torch.equal(found.values(), V)
@@ -32,11 +35,12 @@ def test_no_grid_with_an_offset_has_weights_on_it() -> None:
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_trained_values_are_those_of_codes_and_scales(name: str) -> None:
-    W, grid = drawn(6, 64), GRIDS[name]
+    grid = GRIDS[name]
+    W = grids.blocks(drawn(6, 2 * grid.block), grid.block)
     gamma = 0.3 * drawn(6, 2, 1, seed=1)
-    V = quantgpt.nearest(grids.blocks(W), gamma, grid.lowest, grid.highest).flatten(1)
-    scales = (gamma * grids.blocks(W).abs().mean(-1, keepdim=True)).half().squeeze(-1)
-    assert torch.equal(V, grids.quantised(W, scales, None, grid).values())
+    V = quantgpt.nearest(W, gamma, grid.lowest, grid.highest).flatten(1)
+    scales = (gamma * W.abs().mean(-1, keepdim=True)).half().squeeze(-1)
+    assert torch.equal(V, grids.quantised(W.flatten(1), scales, None, grid).values())
     stored = grids.exact(V, grid)
     assert stored is not None and torch.equal(stored.values(), V)
 

@@ -20,7 +20,7 @@ from billhook.math import layer_presets
 from billhook.models.families import layers, linears
 from billhook.models.multimodal import within
 from billhook.runtime import cache
-from billhook.runtime.offload import is_offloaded, loaded, loaded_apart
+from billhook.runtime.offload import is_offloaded, loaded
 from billhook.runtime.progress import Tick, quiet
 from billhook.runtime.run import Run
 from billhook.tensors import Probes, Tokens, precise
@@ -256,11 +256,10 @@ def _judged(
             tick(STAGE, g * total + n, len(groups) * total)
 
         whole, ends = _ends(model, group, without, tick_layer)
-        with loaded_apart(model):
-            for w, window in enumerate(group.split(1)):
-                judged = judge(window.to(model.device), whole[w])
-                for part, states in zip(parts, ends, strict=True):
-                    part.append(judged(states[w]))
+        for w, window in enumerate(group.split(1)):
+            judged = judge(window.to(model.device), whole[w])
+            for part, states in zip(parts, ends, strict=True):
+                part.append(judged(states[w]))
     tick(STAGE, len(groups) * total, len(groups) * total)
     return [loss / len(probe) for loss in _sums(parts)]
 

@@ -9,6 +9,7 @@ from billhook.models.families import stock_type
 from billhook.runtime.documents import read_bytes, read_object
 
 WRITTEN = {  # SHA-256 of every modelling file that billhook has written, the newest first, and its date
+    "9529a8a49bc6852aad6d020091cf1f997645ec76f14c384f80e8778d803a8275": "2026-11-30",
     "023efd3da2478914d61ab153b790f872c16578890ce677445ec39e094a68aefb": "2026-11-30",
     "2e2413a881281e123e7b68d8dd6e8c4b18465fc2f9e0a1104b4f04adcd8ffc4c": "2026-11-30",
     "074015d2e6c0086dbe741a8f3f523eb002a17634deebe24cec1bdca2af9dd5ef": "2026-11-30",

@@ -16,7 +16,7 @@ import copy
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -353,16 +353,6 @@ def loaded(module: nn.Module, *, edits: bool = True) -> Iterator[None]:
         offloaded.unload()
         raise
     offloaded.unload(edited=edits)
-
-
-@contextmanager
-def loaded_apart(model: Any) -> Iterator[None]:
-    """All weights but the decoder layers' are in memory while open.  No effect on a model in memory."""
-    with ExitStack() as stack:
-        for offloaded in offloaded_modules(model) if is_offloaded(model) else []:
-            if not offloaded.whole:
-                stack.enter_context(loaded(offloaded.module, edits=False))
-        yield
 
 
 def begin_to_load(module: nn.Module) -> None:
