@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from safetensors.torch import load_file
 
 import billhook
 from billhook.checkpoints import compressed, load
@@ -262,6 +263,13 @@ def test_stock_transformers_reads_every_expert_bit_for_bit(tmp_path: Path, text:
     with torch.no_grad():
         assert torch.equal(stock(ids).logits, found.model(ids).logits)  # unpacks what is not of an expert
     assert all(torch.equal(stock.get_parameter(name), tensor) for name, tensor in ours.items())
+    kept = {
+        name: one
+        for name, one in load_file(out / "model.safetensors").items()
+        if name.endswith((compressed.PACKED, compressed.SCALE))
+    }
+    bits, said = 8 * sum(one.nbytes for one in kept.values()), found.record["quantized"]["bits_per_weight"]
+    assert said * sum(one.codes.numel() for one in found.codes.values()) == pytest.approx(bits)
 
 
 @pytest.mark.parametrize(

@@ -297,11 +297,14 @@ def _record(opened: Opened, wanted: Wanted, found: Found, why: Mapping[str, Any]
     """What billhook.json says."""
     before = (records.stored_cut(opened.folder) if opened.folder else None) or {}
     before = {key: value for key, value in before.items() if key != "loads"}  # that was the model before
-    sizes = [one.codes.numel() for one in found.codes.values()]
+    bits = sum(8 * one.bytes for one in found.codes.values())
+    bits += sum(
+        16 * found.codes[path].scales.numel() for path in _experts(opened.model) & found.codes.keys()
+    )  # float32
     said = {
         **{key: value for key, value in asdict(wanted).items() if value not in ("", None)},
         "embedding": wanted.tables,
-        "bits_per_weight": sum(8 * one.bytes for one in found.codes.values()) / sum(sizes),
+        "bits_per_weight": bits / sum(one.codes.numel() for one in found.codes.values()),
         "types": dict(Counter(one.grid.name for one in found.codes.values())),
         "tokens_sha256": hashlib.sha256(text.numpy().tobytes()).hexdigest(),
         "parent": opened.name,
