@@ -36,6 +36,14 @@ GEMMA4 = dict(
     vocab_size_per_layer_input=258,
     pad_token_id=0,
 )
+LLAMA3_ROPE: dict[str, Any] = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 LATENT = dict(
     **{**GATED, "num_key_value_heads": 4},
     **MIXED,

@@ -32,14 +32,6 @@ LLAMA = os.environ.get("BILLHOOK_LLAMA_PYTHON") or (sys.executable if importlib.
 in_llama = pytest.mark.skipif(not LLAMA, reason="BILLHOOK_LLAMA_PYTHON names no Python that has llama-cpp-python")
 
 IDS = tiny.tokens(1)[0].tolist()
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 
 
@@ -84,11 +76,11 @@ CASES: dict[str, tuple[str, Callable[[], Any]]] = {  # name -> architecture, mod
     "llama": ("llama", lambda: built("llama")),
     "llama with biases": ("llama", lambda: built("llama_bias")),
     "llama with fewer heads": ("llama", lambda: fewer_heads(built("llama"))),
-    "llama 3 rope": ("llama", lambda: built("llama", rope_parameters=LLAMA3_ROPE)),
+    "llama 3 rope": ("llama", lambda: built("llama", rope_parameters=tiny.LLAMA3_ROPE)),
     "llama linear rope": ("llama", lambda: built("llama", rope_parameters=LINEAR_ROPE)),
     "llama uneven": ("deci", lambda: uneven(built("llama"))),
     "llama uneven with biases": ("deci", lambda: uneven(built("llama_bias"))),
-    "llama uneven 3 rope": ("deci", lambda: uneven(built("llama", rope_parameters=LLAMA3_ROPE))),
+    "llama uneven 3 rope": ("deci", lambda: uneven(built("llama", rope_parameters=tiny.LLAMA3_ROPE))),
     "a layer without FFN": ("deci", lambda: without_ffn(built("llama"))),
     "mistral": ("llama", lambda: built("mistral")),
     "mistral uneven": ("deci", lambda: uneven(built("mistral"))),
@@ -161,7 +153,7 @@ def test_the_architecture_and_every_value(case: str, out: Path) -> None:
 
 
 def test_rope_that_is_scaled(out: Path) -> None:
-    model = built("llama", rope_parameters=LLAMA3_ROPE)
+    model = built("llama", rope_parameters=tiny.LLAMA3_ROPE)
     write_gguf(model, tiny.tokenizer(), out, "F16")
     plain = 10000.0 ** (-np.arange(0, 8, 2) / 8)
     assert types(out)["rope_freqs.weight"] == "F32"
@@ -221,12 +213,12 @@ REFUSED: dict[str, tuple[Callable[[], Any], str, str]] = {  # model, type, messa
         "qwen3 wants equal layers; openelm has no place for output.weight; prune all layers alike, or keep the folder",
     ),
     "openelm rope": (
-        lambda: uneven(tie(Q3(rope_parameters=LLAMA3_ROPE))),
+        lambda: uneven(tie(Q3(rope_parameters=tiny.LLAMA3_ROPE))),
         "F16",
         "openelm knows no RoPE of type llama3; keep the folder",
     ),
     "qwen3 rope": (
-        lambda: Q3(rope_parameters=LLAMA3_ROPE),
+        lambda: Q3(rope_parameters=tiny.LLAMA3_ROPE),
         "F16",
         "qwen3 knows no RoPE of type llama3",
     ),

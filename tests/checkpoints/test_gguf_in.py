@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 from ggufs import Fields, edited, parts, written
-from test_export import CASES, IDS, LLAMA3_ROPE, built
+from test_export import CASES, IDS, built
 from test_gguf_vocab import TEXT, sentencepiece, trained
 from tokenizers import pre_tokenizers
 
@@ -47,7 +47,7 @@ def rope(**said: Any) -> Any:
 
 FACTORS = np.array([1.0, 1.5, 2.25, 7.0], np.float32)
 OTHER_LLAMA3 = {
-    **LLAMA3_ROPE,
+    **tiny.LLAMA3_ROPE,
     "factor": 3.7,
     "low_freq_factor": 0.5,
     "high_freq_factor": 100.0,
@@ -119,7 +119,7 @@ def test_every_rotary_embedding_that_a_file_can_say(case: str, length: int, tmp_
     assert torch.equal(logits(opened(path).model, length), logits(model, length))
 
 
-@pytest.mark.parametrize("said", [LLAMA3_ROPE, OTHER_LLAMA3])
+@pytest.mark.parametrize("said", [tiny.LLAMA3_ROPE, OTHER_LLAMA3])
 def test_factors_by_frequency_become_the_numbers_that_they_were_made_from(said: dict[str, Any], tmp_path: Path) -> None:
     model = built("llama", rope_parameters=said, head_dim=32)
     write_gguf(model, tiny.tokenizer(), tmp_path / "model.gguf", "F32")

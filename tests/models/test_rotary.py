@@ -25,14 +25,7 @@ from billhook.models.surgery import remove, zero
 TOKENS = tiny.tokens(2, 96)
 POSSIBLE = [name for name in tiny.DENSE if not rotary.why_not(tiny.model(name))]
 ROPES: dict[str, Any] = {
-    "llama3": {
-        "rope_type": "llama3",
-        "rope_theta": 10000.0,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-    },
+    "llama3": tiny.LLAMA3_ROPE,
     "yarn": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32},
 }
 
