@@ -7,9 +7,11 @@ import tiny
 import torch
 import transformers as T
 from folders import run
+from typer.testing import CliRunner
 
 import billhook
 from billhook.checkpoints.save import save
+from billhook.cli import app
 from billhook.cuts.low_rank import factorise
 from billhook.cuts.settings import Factoring
 from billhook.errors import BillhookError
@@ -94,3 +96,12 @@ def test_export_merges_only_where_asked_to(tmp_path: Path) -> None:
     assert torch.allclose(stock(TOKENS).logits, billhook.load(folder)(TOKENS).logits, atol=1e-4)
     assert "leave out --merge" in run("export", out, "--merge", "-o", tmp_path / "a.gguf")
     assert "is a type of a GGUF" in run("export", out, "--format", "folder", "--quantize", "Q8_0", "-o", tmp_path / "b")
+
+
+@pytest.mark.parametrize("format", ["gguf", "folder"])
+def test_what_was_written_is_said_in_words(format: str, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    save(tiny.model("llama"), tiny.tokenizer(), tmp_path / "model", None)
+    command = ["export", tmp_path / "model", "--format", format, "-o", tmp_path / "out"]
+    said = CliRunner().invoke(app, [str(one) for one in command]).stdout
+    assert "written:" in said and "bytes" in said and not set("{}[]") & set(said)

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -130,7 +130,22 @@ def export_command(
         typer.echo(records.to_json(found), nl=False)
         return
     table = Table(show_header=False)
-    for name, value in found.items():
-        table.add_row(name, str(value))
+    for row in _rows(found):
+        table.add_row(*row)
     out.print(table)
     out.print(f"written: {output}", soft_wrap=True)
+
+
+def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """What was written, as it is read; `--json` has all of it."""
+    rows = [
+        (name, f"{value:,}" if isinstance(value, int) else str(value)) for name, value in found.items() if _tells(value)
+    ]
+    if types := found.get("types"):
+        rows.append(("types", ", ".join(f"{count} {name}" for name, count in types.items())))
+    rows += [("loads in", f"{client['client']} {client['version']}") for client in found.get("loads", ())]
+    return rows
+
+
+def _tells(value: object) -> bool:
+    return bool(value) and isinstance(value, int | str)

@@ -53,7 +53,7 @@ class Lorc(Fasp):
         "the uniform layout, of --keys pairs: whatever loads the family; per_layer: transformers with trust_remote_code, "
         "billhook.load, others after `billhook export --merge`, which fills heads with zeros and saves nothing"
     )
-    example = "billhook prune demo --method lorc --kv 0.75 --layout per_layer -o smaller"
+    example = "billhook prune demo --method lorc --kv 0.75 --keys pairs --layout per_layer -o smaller"
     Settings = LorcSettings
     budgets = ("ratio", "params", "memory")
     kinds = ("value",)
